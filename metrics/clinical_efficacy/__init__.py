@@ -1,0 +1,7 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Agreement of the findings in generated and true reports."""
+
+from .scores import LabelScores, classification_scores
+
+__all__ = ["LabelScores", "classification_scores"]

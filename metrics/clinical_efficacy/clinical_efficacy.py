@@ -1,0 +1,42 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The `evaluate` module: `evaluate.load("metrics/clinical_efficacy")`. The scores themselves are in scores.py."""
+
+# One import a line, and `from .scores import` as it stands: evaluate finds a module's requirements line by line.
+import datasets
+import evaluate
+
+from .scores import classification_scores
+
+_DESCRIPTION = "Precision, recall and F1 of the findings in reports: micro, macro, weighted, samples and per label."
+
+_INPUTS = """
+Args:
+    predictions (list of list of int): one row of 0/1 labels a generated report.
+    references (list of list of int): one row of 0/1 labels a true report.
+    labels (list of str): the names of the columns.
+    zero_division (float, 0 or 1): what an undefined ratio counts as; 0 unless told.
+Returns:
+    micro, macro, weighted, samples (dict of precision, recall, f1, predicted, support), labels (the same by label
+    name) and signature (str): how they were computed.
+"""
+
+
+class ClinicalEfficacy(evaluate.Metric):
+    """Precision, recall and F1 of findings; see `metrics/clinical_efficacy/scores.py`."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("int32")),
+                    "references": datasets.Sequence(datasets.Value("int32")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions, references, labels, zero_division=0.0):
+        return classification_scores(predictions, references, labels=labels, zero_division=zero_division)
