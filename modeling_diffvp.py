@@ -1,0 +1,825 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+DiffVP: CT report generation conditioned on the difference between a scan and a normal reference.
+
+- `DiffVPVisionEncoder`: frozen 3D ResNet-18 (MONAI), voxel tokens F of shape (batch, N, C)
+- `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
+- `DiffVPGlobalDelta`, `DiffVPLocalDelta`: the hierarchical difference extractor, eq. 4-7
+- `DiffVPPromptGenerator`: difference prompt P of shape (batch, m, h), eq. 8
+- `DiffVPForDiagnosis`: 3D ResNet-18 with voxel logits and Noisy-OR pooling (appendix D)
+- `DiffVPForConditionalGeneration`: all of it in front of a causal LLM with LoRA, eq. 9-11
+
+Nothing here writes files except `save_pretrained` and `export_merged`, and nothing is downloaded outside `from_*`.
+"""
+
+import copy
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets.resnet import ResNet
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, find_adapter_config_file
+
+from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, load_base_model, load_own_weights
+from .configuration_diffvp import DiffVPConfig
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
+BASE_PREFIX = "language_model."
+
+
+@dataclass
+class DiffVPOutput(ModelOutput):
+    """
+    Output of [`DiffVPForConditionalGeneration`].
+
+    Args:
+        loss: L of eq. 11, or the part of it whose labels were given; a scalar.
+        logits: `(batch, text, vocabulary)`, aligned with `input_ids`.
+        generation_loss: eq. 10; a scalar.
+        classification_loss: L_cls of eq. 11; a scalar.
+        latents, reference_latents: V and V_r of eq. 3, `(batch, K, d)`.
+        difference_weights: w of eq. 6, `(batch, K)`, float32. They are also the token importance of Fig. 4a.
+        diagnosis_logits: volume logits of the frozen classifier that wrote the diagnosis prompt, `(batch, labels)`.
+        past_key_values, hidden_states, attentions: of the LLM.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    generation_loss: torch.FloatTensor | None = None
+    classification_loss: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    reference_latents: torch.FloatTensor | None = None
+    difference_weights: torch.FloatTensor | None = None
+    diagnosis_logits: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class DiffVPDiagnosisOutput(ModelOutput):
+    """
+    Output of [`DiffVPForDiagnosis`].
+
+    Args:
+        loss: multi-label binary cross-entropy; a scalar.
+        logits: log-odds of the Noisy-OR volume probabilities, `(batch, labels)`.
+        voxel_logits: `(batch, N, labels)`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    voxel_logits: torch.FloatTensor | None = None
+
+
+class DiffVPResNet(ResNet):
+    """MONAI's ResNet with a type-A shortcut that lets gradients through and runs in bfloat16 on CPU."""
+
+    def _downsample_basic_block(self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3) -> torch.Tensor:
+        # The same values as MONAI's average pooling with kernel 1 on detached data.
+        return F.pad(x[:, :, ::stride, ::stride, ::stride], (0, 0, 0, 0, 0, 0, 0, planes - x.shape[1]))
+
+
+class DiffVPVisionEncoder(nn.Module):
+    """3D ResNet-18 (section 3.2). MONAI's network, so that MedicalNet's weights fit by name."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.image_size = tuple(config.image_size)
+        self.resnet = DiffVPResNet(
+            block="basic",
+            layers=[2, 2, 2, 2],
+            block_inplanes=list(config.encoder_block_channels),
+            n_input_channels=1,
+            conv1_t_stride=config.encoder_stride,
+            no_max_pool=not config.encoder_max_pool,
+            shortcut_type=config.encoder_shortcut_type,
+            feed_forward=False,
+        )
+
+    def forward(self, ct: torch.Tensor) -> torch.Tensor:
+        """`ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N runs depth-major."""
+        if ct.ndim != 5 or tuple(ct.shape[1:]) != (1, *self.image_size):
+            raise ValueError(
+                f"ct must have shape (batch, 1, {', '.join(map(str, self.image_size))}), got {tuple(ct.shape)}. "
+                "Let the processor of this checkpoint prepare it."
+            )
+        net = self.resnet
+        # Channels last is 1.3 to 2.6 times faster for 3D convolutions on CPU and the layout of tensor cores on GPU.
+        hidden = ct.to(net.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        hidden = net.act(net.bn1(net.conv1(hidden)))
+        if not net.no_max_pool:
+            hidden = net.maxpool(hidden)
+        hidden = net.layer4(net.layer3(net.layer2(net.layer1(hidden))))
+        return hidden.flatten(2).transpose(1, 2)
+
+
+def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: torch.device) -> torch.Tensor:
+    """
+    Fixed 3D sine-cosine position embedding, (prod(grid), width) in float32.
+
+    A third of the width (rounded down to even) belongs to each axis, the rest is zero. Positions are fractions of the
+    axis, so that the code of an anatomical level does not depend on the resolution of the grid.
+    """
+    per_axis = width // 6 * 2
+    frequencies = math.pi * 2.0 ** torch.linspace(0, math.log2(max(grid)), per_axis // 2, device=device)
+    axes = [(torch.arange(size, device=device) + 0.5) / size for size in grid]
+    codes = []
+    for position in torch.meshgrid(*axes, indexing="ij"):
+        angle = position.flatten()[:, None] * frequencies
+        codes += [angle.sin(), angle.cos()]
+    code = torch.cat(codes, dim=-1)
+    return F.pad(code, (0, width - code.shape[-1]))
+
+
+class DiffVPAttention(nn.Module):
+    """Multi-head attention of latents to keys; eager, because the difference map needs the weights."""
+
+    def __init__(self, config: DiffVPConfig, key_size: int):
+        super().__init__()
+        self.num_heads = config.resampler_heads
+        self.q_proj = nn.Linear(config.latent_size, config.latent_size)
+        self.k_proj = nn.Linear(key_size, config.latent_size)
+        self.v_proj = nn.Linear(key_size, config.latent_size)
+        self.o_proj = nn.Linear(config.latent_size, config.latent_size)
+
+    def forward(
+        self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, K, d), (batch, N, key), (batch, N, key) → output (batch, K, d), weights (batch, heads, K, N)."""
+        batch, queries, width = hidden.shape
+        query = self.q_proj(hidden).view(batch, queries, self.num_heads, -1).transpose(1, 2)
+        key = self.k_proj(keys).view(batch, keys.shape[1], self.num_heads, -1).transpose(1, 2)
+        value = self.v_proj(values).view(batch, values.shape[1], self.num_heads, -1).transpose(1, 2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        weights = scores.float().softmax(dim=-1).to(value.dtype)
+        output = (weights @ value).transpose(1, 2).reshape(batch, queries, width)
+        return self.o_proj(output), weights
+
+
+class DiffVPMLP(nn.Module):
+    """Feed-forward block of a Transformer layer, four times as wide inside."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.latent_size, 4 * config.latent_size)
+        self.fc2 = nn.Linear(4 * config.latent_size, config.latent_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden)))
+
+
+class DiffVPResamplerLayer(nn.Module):
+    """A Q-Former layer: self-attention among the latents, cross-attention to the voxel tokens, feed-forward."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.self_attention_norm = nn.LayerNorm(config.latent_size)
+        self.self_attention = DiffVPAttention(config, config.latent_size)
+        self.cross_attention_norm = nn.LayerNorm(config.latent_size)
+        self.cross_attention = DiffVPAttention(config, config.encoder_hidden_size)
+        self.mlp_norm = nn.LayerNorm(config.latent_size)
+        self.mlp = DiffVPMLP(config)
+
+    def forward(
+        self, latents: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.self_attention_norm(latents)
+        latents = latents + self.self_attention(normed, normed, normed)[0]
+        attended, weights = self.cross_attention(self.cross_attention_norm(latents), keys, values)
+        latents = latents + attended
+        return latents + self.mlp(self.mlp_norm(latents)), weights
+
+
+class DiffVPResampler(nn.Module):
+    """V = CrossAttn(Q, F), eq. 3: one set of learnable queries shared by target and reference."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.grid = config.feature_grid
+        self.position_embedding = config.position_embedding
+        self.initializer_range = config.initializer_range
+        self.queries = nn.Parameter(torch.empty(config.num_latents, config.latent_size))
+        self.feature_norm = nn.LayerNorm(config.encoder_hidden_size)
+        self.layers = nn.ModuleList([DiffVPResamplerLayer(config) for _ in range(config.resampler_layers)])
+        self.norm = nn.LayerNorm(config.latent_size)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """F (batch, N, C) → V (batch, K, d) and the last layer's attention averaged over heads (batch, K, N)."""
+        if features.ndim != 3 or features.shape[1] != math.prod(self.grid):
+            raise ValueError(
+                f"Expected {math.prod(self.grid)} voxel tokens (a grid of {self.grid}), got features of shape "
+                f"{tuple(features.shape)}."
+            )
+        values = self.feature_norm(features.to(self.queries.dtype))
+        keys = values
+        if self.position_embedding == "sincos":
+            position = sincos_position_embedding(self.grid, features.shape[-1], features.device)
+            keys = values + position.to(values.dtype)
+        latents = self.queries.expand(features.shape[0], -1, -1)
+        for layer in self.layers:
+            latents, weights = layer(latents, keys, values)
+        return self.norm(latents), weights.mean(dim=1)
+
+
+class DiffVPGlobalDelta(nn.Module):
+    """Δ_g = TransformerLayer([q_g ; V ; V_r]) read out at q_g, eq. 4."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.initializer_range = config.initializer_range
+        self.query = nn.Parameter(torch.empty(1, config.latent_size))
+        # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
+        self.side_embedding = (
+            nn.Parameter(torch.empty(2, config.latent_size)) if config.use_side_embedding else None
+        )
+        self.layers = nn.ModuleList(
+            [
+                nn.TransformerEncoderLayer(
+                    d_model=config.latent_size,
+                    nhead=config.global_delta_heads,
+                    dim_feedforward=4 * config.latent_size,
+                    dropout=0.0,
+                    activation="gelu",
+                    batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(config.global_delta_layers)
+            ]
+        )
+
+    def forward(self, latents: torch.Tensor, reference_latents: torch.Tensor) -> torch.Tensor:
+        """V, V_r (batch, K, d) → Δ_g (batch, d)."""
+        if self.side_embedding is not None:
+            latents = latents + self.side_embedding[0]
+            reference_latents = reference_latents + self.side_embedding[1]
+        query = self.query.expand(latents.shape[0], -1, -1)
+        hidden = torch.cat([query, latents, reference_latents], dim=1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, 0]
+
+
+class DiffVPLocalDelta(nn.Module):
+    """Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5-7. No parameters."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.epsilon = config.difference_epsilon
+
+    def forward(self, latents: torch.Tensor, reference_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """V, V_r (batch, K, d) → Δ_l (batch, d) in the latents' dtype, w (batch, K) in float32."""
+        difference = latents.float() - reference_latents.float()
+        distances = difference.square().sum(dim=-1)
+        weights = distances / (distances.sum(dim=-1, keepdim=True) + self.epsilon)
+        delta = (weights[..., None] * difference).sum(dim=1)
+        return delta.to(latents.dtype), weights
+
+
+class DiffVPPromptGenerator(nn.Module):
+    """P = reshape(MLP([Δ_g ; Δ_l])), eq. 8."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.num_prefix_tokens = config.num_prefix_tokens
+        hidden_size = config.text_config.hidden_size
+        self.fc1 = nn.Linear(config.num_delta_vectors * config.latent_size, config.prompt_hidden_size)
+        self.fc2 = nn.Linear(config.prompt_hidden_size, config.num_prefix_tokens * hidden_size)
+
+    def forward(self, *deltas: torch.Tensor) -> torch.Tensor:
+        """The difference vectors in use, each (batch, d) → P (batch, m, h)."""
+        hidden = F.gelu(self.fc1(torch.cat(deltas, dim=-1)))
+        return self.fc2(hidden).unflatten(-1, (self.num_prefix_tokens, -1))
+
+
+class DiffVPDiagnosisClassifier(nn.Module):
+    """3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D)."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.vision_encoder = DiffVPVisionEncoder(config)
+        self.head = nn.Linear(config.encoder_hidden_size, config.num_labels_diagnosis)
+
+    def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels)."""
+        voxel_logits = self.head(self.vision_encoder(ct))
+        log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
+        # Bounded away from 0, where every voxel is certainly negative and log p would be −∞.
+        log_negative = log_negative.clamp(max=-1e-12)
+        log_positive = torch.log(-torch.expm1(log_negative))
+        return log_positive - log_negative, voxel_logits
+
+
+class DiffVPPreTrainedModel(PreTrainedModel):
+    config: DiffVPConfig
+    base_model_prefix = "model"
+    main_input_name = "ct"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv3d):
+            # ResNet's own initialisation; a fixed range would shrink the signal layer by layer.
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, DiffVPResampler):
+            # Unit-scale queries: rows that start alike attend alike, and the latents would stay near copies.
+            init.normal_(module.queries, std=1.0)
+        elif isinstance(module, DiffVPGlobalDelta):
+            init.normal_(module.query, std=module.initializer_range)
+            if module.side_embedding is not None:
+                init.normal_(module.side_embedding, std=module.initializer_range)
+
+
+class DiffVPForDiagnosis(DiffVPPreTrainedModel):
+    """The diagnosis classifier alone, trained first and then frozen inside [`DiffVPForConditionalGeneration`]."""
+
+    input_modalities = ("image",)
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__(config)
+        self.classifier = DiffVPDiagnosisClassifier(config)
+        self.post_init()
+
+    def forward(
+        self, ct: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None, **kwargs
+    ) -> DiffVPDiagnosisOutput:
+        """`ct` (batch, 1, depth, height, width); `labels` (batch, labels) in {0, 1}."""
+        logits, voxel_logits = self.classifier(ct)
+        loss = None
+        if labels is not None:
+            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        output = DiffVPDiagnosisOutput(loss=loss, logits=logits, voxel_logits=voxel_logits)
+        return output.to_tuple() if return_dict is False else output
+
+
+class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
+    """
+    The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
+
+    A checkpoint holds the DiffVP modules in `model.safetensors` and the LoRA weights in `adapter/`; the base LLM is
+    pulled by name at a pinned revision. If `config.base_model_name_or_path` is `None` the checkpoint is
+    self-contained (see `export_merged`).
+    """
+
+    def __init__(self, config: DiffVPConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.vision_encoder = DiffVPVisionEncoder(config)
+        self.diagnosis = DiffVPDiagnosisClassifier(config) if config.use_diagnosis else None
+        self.resampler = DiffVPResampler(config)
+        self.visual_projection = nn.Linear(config.latent_size, config.text_config.hidden_size)
+        self.classification_head = nn.Linear(config.latent_size, config.num_labels_diagnosis)
+        self.local_delta = DiffVPLocalDelta(config)
+        self.global_delta = self.prompt_generator = None
+        if config.difference_level != "none":
+            self.global_delta = DiffVPGlobalDelta(config) if config.use_global_delta else None
+            self.prompt_generator = DiffVPPromptGenerator(config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            # Loaded weights must survive the initialisation that post_init runs over every sub-module.
+            for tensor in (*language_model.parameters(), *language_model.buffers()):
+                tensor._is_hf_initialized = True
+        self.language_model = language_model
+        self._freeze()
+        self.post_init()
+
+    def _freeze(self) -> None:
+        for module in (self.vision_encoder, self.diagnosis, self.language_model):
+            if module is not None:
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Encoder and classifier stay in evaluation mode: frozen includes the statistics of BatchNorm."""
+        super().train(mode)
+        self.vision_encoder.eval()
+        if self.diagnosis is not None:
+            self.diagnosis.eval()
+        return self
+
+    # Encoding and difference
+
+    def extract_features(self, ct: torch.Tensor) -> torch.Tensor:
+        """F of section 3.2: `ct` (batch, 1, D, H, W) → (batch, N, C). What `ct_features=` takes instead of `ct`."""
+        with torch.no_grad():
+            return self.vision_encoder(ct.to(self.device))
+
+    def diagnose(self, ct: torch.Tensor) -> torch.Tensor:
+        """Volume log-odds of the frozen classifier, (batch, labels). What `diagnosis_logits=` takes."""
+        if self.diagnosis is None:
+            raise ValueError("This model was configured with use_diagnosis=False and has no classifier.")
+        with torch.no_grad():
+            return self.diagnosis(ct.to(self.device))[0]
+
+    def encode(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
+        """V of eq. 3: one of `ct` (batch, 1, D, H, W) and `ct_features` (batch, N, C) → (batch, K, d)."""
+        return self.resampler(self._features("ct", ct, ct_features))[0]
+
+    def _features(self, name: str, volume: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+        if (volume is None) == (features is None):
+            raise ValueError(f"Give exactly one of `{name}` and `{name}_features`.")
+        return self.extract_features(volume) if features is None else features.to(self.device)
+
+    def _latents(self, ct, reference, ct_features, reference_features):
+        """Latents of the target and the pair whose difference is taken, each (batch, K, d), and the attention."""
+        latents, attention = self.resampler(self._features("ct", ct, ct_features))
+        level = self.config.difference_level
+        if level == "none":
+            return latents, None, (latents, latents), attention
+        if level == "pixel":
+            if ct is None or reference is None:
+                raise ValueError('difference_level="pixel" subtracts volumes: give `ct` and `reference`.')
+            difference, attention = self.resampler(self.extract_features(ct - reference.to(ct.device)))
+            return latents, None, (difference, torch.zeros_like(difference)), attention
+        reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
+        return latents, reference_latents, (latents, reference_latents), attention
+
+    def difference_map(
+        self,
+        ct: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+        *,
+        ct_features: torch.Tensor | None = None,
+        reference_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Fig. 5a: the squared token distances of eq. 6, spread over voxel tokens by the resampler's attention and
+        interpolated to the volume. Shape (batch, D, H, W), float32, non-negative, arbitrary units.
+        """
+        with torch.no_grad():
+            _, _, (latents, other), attention = self._latents(ct, reference, ct_features, reference_features)
+            distances = (latents.float() - other.float()).square().sum(dim=-1)
+            tokens = torch.einsum("bk,bkn->bn", distances, attention.float())
+            grid = tokens.unflatten(-1, self.config.feature_grid)[:, None]
+            return F.interpolate(grid, size=tuple(self.config.image_size), mode="trilinear", align_corners=False)[:, 0]
+
+    def token_importance(
+        self, ct: torch.Tensor, reference: torch.Tensor, top: int = 8
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fig. 4a: normalised ‖v_i − r_i‖² (batch, K) and the mass held by the `top` tokens (batch,)."""
+        with torch.no_grad():
+            _, _, pair, _ = self._latents(ct, reference, None, None)
+            weights = self.local_delta(*pair)[1]
+            return weights, weights.topk(min(top, weights.shape[-1]), dim=-1).values.sum(dim=-1)
+
+    # LLM input
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def diagnosis_prompt(self, diagnosis_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left."""
+        fragments = self.config.diagnosis_prompt_ids
+        if fragments is None:
+            raise ValueError(
+                "config.diagnosis_prompt_ids is not set: make it with DiffVPProcessor.diagnosis_prompt_ids(), or set "
+                "use_diagnosis=False."
+            )
+        positive = diagnosis_logits.float().sigmoid() >= self.config.diagnosis_threshold
+        rows = []
+        for findings in positive.tolist():
+            ids = list(fragments["prefix"])
+            named = [label for label, found in zip(fragments["labels"], findings, strict=True) if found]
+            for position, label in enumerate(named):
+                ids += (fragments["separator"] if position else []) + label
+            rows.append(ids + (fragments["none"] if not named else []) + fragments["suffix"])
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+    def _prepare(
+        self, ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
+    ) -> tuple[torch.Tensor, torch.Tensor, DiffVPOutput]:
+        """Eq. 9: embeddings and mask of [P ; W V ; diagnosis ; text], and what was computed on the way."""
+        latents, reference_latents, pair, _ = self._latents(ct, reference, ct_features, reference_features)
+        local_delta, weights = self.local_delta(*pair)
+        embed = self.get_input_embeddings()
+        batch = latents.shape[0]
+        if input_ids is None:
+            if self.config.instruction_ids is None:
+                raise ValueError("Give `input_ids`, or set config.instruction_ids for a default instruction.")
+            input_ids = torch.tensor(self.config.instruction_ids, device=self.device).expand(batch, -1)
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"input_ids has batch size {input_ids.shape[0]}, the scans have {batch}.")
+        text = embed(input_ids)
+        parts, masks = [], []
+        if self.prompt_generator is not None:
+            deltas = [] if self.global_delta is None else [self.global_delta(*pair)]
+            deltas += [local_delta] if self.config.use_local_delta else []
+            parts.append(self.prompt_generator(*deltas))
+        parts.append(self.visual_projection(latents))
+        masks += [torch.ones(part.shape[:2], dtype=torch.long, device=text.device) for part in parts]
+        if self.config.use_diagnosis:
+            if diagnosis_logits is None:
+                if ct is None:
+                    raise ValueError("With `ct_features` instead of `ct`, give `diagnosis_logits` too (see `diagnose`).")
+                diagnosis_logits = self.diagnose(ct)
+            ids, mask = self.diagnosis_prompt(diagnosis_logits)
+            parts.append(embed(ids))
+            masks.append(mask)
+        parts.append(text)
+        masks.append(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        embeddings = torch.cat([part.to(text) for part in parts], dim=1)
+        computed = DiffVPOutput(
+            latents=latents,
+            reference_latents=reference_latents,
+            difference_weights=weights if self.config.difference_level != "none" else None,
+            diagnosis_logits=diagnosis_logits,
+        )
+        return embeddings, torch.cat([mask.to(text.device).long() for mask in masks], dim=1), computed
+
+    def forward(
+        self,
+        ct: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        diagnosis_labels: torch.Tensor | None = None,
+        ct_features: torch.Tensor | None = None,
+        reference_features: torch.Tensor | None = None,
+        diagnosis_logits: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> DiffVPOutput:
+        """
+        Args:
+            ct, reference: target and normal reference, (batch, 1, depth, height, width) in [-1, 1].
+            input_ids, attention_mask: instruction, and in training the report behind it, (batch, text). The default is
+                the config's instruction.
+            labels: like `input_ids`, with -100 on everything but the report and its end token.
+            diagnosis_labels: (batch, labels) in {0, 1}, for the auxiliary loss.
+            ct_features, reference_features: output of `extract_features`, instead of `ct` and `reference`.
+            diagnosis_logits: output of `diagnose`, instead of running the classifier.
+        """
+        embeddings, mask, output = self._prepare(
+            ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
+        )
+        text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
+        # Padding can stand between the diagnosis and the instruction, so that positions count real tokens only.
+        position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        decoded = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=position_ids,
+            logits_to_keep=text_length,  # the vocabulary projection is the largest product; the prompt needs none
+            return_dict=True,
+            **kwargs,
+        )
+        output.logits = decoded.logits
+        output.past_key_values = decoded.past_key_values
+        output.hidden_states = decoded.hidden_states
+        output.attentions = decoded.attentions
+        if labels is not None:
+            output.generation_loss = self.loss_function(
+                output.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            output.loss = output.generation_loss
+        if diagnosis_labels is not None:
+            scores = self.classification_head(output.latents.mean(dim=1)).float()
+            output.classification_loss = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores))
+            weighted = self.config.classification_loss_weight * output.classification_loss
+            output.loss = weighted if output.loss is None else output.loss + weighted
+        return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ct: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        ct_features: torch.Tensor | None = None,
+        reference_features: torch.Tensor | None = None,
+        diagnosis_logits: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> torch.LongTensor:
+        """
+        Write a report. Arguments as in `forward`; `kwargs` go to the LLM's `generate`. Returns the new tokens only.
+
+        The scans are encoded once, before decoding: what enters the decoding loop is embeddings.
+        """
+        embeddings, mask, _ = self._prepare(
+            ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
+        )
+        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        kwargs = generation_config.update(**kwargs)  # what is left is not a generation parameter
+        return self.language_model.generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=generation_config, **kwargs
+        )
+
+    # Loading and saving (design: own weights + adapter, base LLM by name)
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model_name_or_path: str,
+        *,
+        base_model_revision: str | None = None,
+        base_model_gguf_file: str | None = None,
+        lora_config: LoraConfig | None = None,
+        config: dict | None = None,
+        **llm_kwargs,
+    ) -> "DiffVPForConditionalGeneration":
+        """
+        Start a model for training on any causal LLM.
+
+        Args:
+            base_model_name_or_path, base_model_revision, base_model_gguf_file: see [`DiffVPConfig`].
+            lora_config: PEFT's config of the adapter; without one the LLM stays frozen as it is.
+            config: fields of [`DiffVPConfig`] that differ from the defaults.
+            llm_kwargs: loading options of the LLM (dtype, device_map, quantization_config, ...).
+        """
+        base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
+        language_model = load_base_model(*base, **llm_kwargs)
+        model_config = DiffVPConfig(
+            text_config=copy.deepcopy(language_model.config),
+            base_model_name_or_path=base_model_name_or_path,
+            base_model_revision=base_model_revision,
+            base_model_gguf_file=base_model_gguf_file,
+            **(config or {}),
+        )
+        model = cls(model_config, language_model=language_model)
+        model._place_own_modules()
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        if lora_config is not None:
+            language_model.add_adapter(lora_config)
+        return model.eval()
+
+    def _place_own_modules(self) -> None:
+        """Own modules follow the LLM's device and floating-point type (which may differ from that of its 4-bit weights)."""
+        for name, child in self.named_children():
+            if name != "language_model":
+                child.to(device=self.language_model.device, dtype=self.language_model.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        config: DiffVPConfig | None = None,
+        base_model_name_or_path: str | None = None,
+        is_trainable: bool = False,
+        **kwargs,
+    ) -> "DiffVPForConditionalGeneration":
+        """
+        Load a checkpoint with its base LLM and adapter.
+
+        Args:
+            base_model_name_or_path: another place of the same base LLM, such as a local directory.
+            is_trainable: load the adapter for training.
+            kwargs: the Hub's (`revision`, `token`, `cache_dir`, ...) and the LLM's loading options (`dtype`,
+                `device_map`, `max_memory`, `attn_implementation`, `quantization_config`, `offload_folder`).
+
+        Raises:
+            DiffVPCheckpointError: a weight is missing, unexpected or of another shape, or the base LLM is not the one
+                that the configuration describes.
+        """
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if config.base_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+        for key in (*HUB_KWARGS, "_from_auto", "adapter_kwargs", "trust_remote_code", "use_safetensors", "_commit_hash"):
+            kwargs.pop(key, None)
+        loading_info = kwargs.pop("output_loading_info", False)
+        unknown = sorted(set(kwargs) - set(LLM_KWARGS))
+        if unknown or model_args:
+            raise TypeError(f"from_pretrained got unexpected argument(s): {', '.join(unknown) or model_args}.")
+        if kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = config.dtype or torch.float32
+        if base_model_name_or_path is None:
+            base = (config.base_model_name_or_path, config.base_model_revision, config.base_model_gguf_file)
+        else:
+            base = (base_model_name_or_path,)
+        base_hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        language_model = load_base_model(*base, **base_hub_kwargs, **kwargs)
+        for field in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
+            found, expected = getattr(language_model.config, field), getattr(config.text_config, field)
+            if found != expected:
+                raise DiffVPCheckpointError(f"{base[0]}: {field} is {found}, the checkpoint was made for {expected}.")
+        model = cls(config, language_model=language_model)
+        load_own_weights(model, pretrained_model_name_or_path, BASE_PREFIX, **hub_kwargs)
+        model._place_own_modules()
+        adapter = find_adapter_config_file(pretrained_model_name_or_path, subfolder=ADAPTER_SUBFOLDER, **hub_kwargs)
+        if adapter is not None:
+            language_model.load_adapter(
+                str(pretrained_model_name_or_path),
+                is_trainable=is_trainable,
+                adapter_kwargs={"subfolder": ADAPTER_SUBFOLDER, **hub_kwargs},
+            )
+        model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        model.eval()
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, info) if loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Save own weights and adapter, without the base LLM unless the checkpoint is self-contained.
+
+        `state_dict` may be the gathered state of the whole model (FSDP, DeepSpeed).
+        """
+        # Loadable through two auto classes; the saver only knows the one the class is registered for.
+        auto_map = dict(getattr(self.config, "auto_map", None) or {})
+        auto_map["AutoModelForImageTextToText"] = "modeling_diffvp.DiffVPForConditionalGeneration"
+        self.config.auto_map = auto_map
+        if self.config.base_model_name_or_path is None:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+        state = self.state_dict() if state_dict is None else state_dict
+        own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
+        if self.language_model._hf_peft_config_loaded:
+            adapter_config = next(iter(self.language_model.peft_config.values()))
+            # PEFT would write the path that the base happened to be loaded from on this machine.
+            adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
+            adapter_config.revision = self.config.base_model_revision
+            self.language_model.save_pretrained(
+                Path(save_directory) / ADAPTER_SUBFOLDER,
+                is_main_process=is_main_process,
+                state_dict={
+                    key.removeprefix(BASE_PREFIX): value for key, value in state.items() if key.startswith(BASE_PREFIX)
+                },
+            )
+        super().save_pretrained(save_directory, is_main_process, own, **kwargs)
+
+    def merge_adapter(self) -> None:
+        """Fold LoRA into the LLM's weights in place: the same outputs, decoded faster, no longer trainable."""
+        language_model = self.language_model
+        if getattr(language_model, "is_quantized", False):
+            raise DiffVPCheckpointError("LoRA is not merged into a quantised LLM, the sum would be rounded again.")
+        for name, module in list(language_model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=True)
+                language_model.set_submodule(name, module.get_base_layer())
+        language_model._hf_peft_config_loaded = False
+
+    def export_merged(self, save_directory: str | os.PathLike) -> None:
+        """
+        Write a self-contained checkpoint: LoRA merged into the LLM, all weights in `model.safetensors`.
+
+        It contains the base LLM: mind the licence under which that may be passed on.
+        """
+        merged = copy.deepcopy(self)
+        merged.merge_adapter()
+        merged.config.base_model_name_or_path = None
+        merged.config.base_model_revision = None
+        merged.config.base_model_gguf_file = None
+        merged.save_pretrained(save_directory)
+
+
+DiffVPForDiagnosis.register_for_auto_class("AutoModel")
+DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "DiffVPDiagnosisClassifier",
+    "DiffVPDiagnosisOutput",
+    "DiffVPForConditionalGeneration",
+    "DiffVPForDiagnosis",
+    "DiffVPGlobalDelta",
+    "DiffVPLocalDelta",
+    "DiffVPOutput",
+    "DiffVPPreTrainedModel",
+    "DiffVPPromptGenerator",
+    "DiffVPResampler",
+    "DiffVPVisionEncoder",
+]
