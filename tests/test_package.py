@@ -1,0 +1,116 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+import diffvp
+
+LICENCE_HEADER = [
+    "# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.",
+    "# SPDX-License-Identifier: Apache-2.0",
+]
+# Absolute paths under a home or a work folder. The brackets keep the pattern from matching itself.
+MACHINE_PATH = re.compile(rb"(?<![\w./~-])/(?:wor[k]|far[m]|roo[t]|hom[e]|User[s])/[\w.]|/tm[p]/[a-z]")
+
+
+@pytest.fixture(scope="module")
+def project_files(repository_root) -> list[Path]:
+    """What git tracks or would add."""
+    if not (repository_root / ".git").exists():
+        pytest.skip("not a git clone: which files belong to the project is unknown")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=repository_root, capture_output=True, text=True, check=True)
+    # A file that is deleted but not yet committed is still listed.
+    return [path for name in listing.stdout.split("\0") if name and (path := repository_root / name).is_file()]
+
+
+def test_versions_agree():
+    assert version("diffvp") == diffvp.__version__
+
+
+def test_help_is_quick_and_lists_the_commands(tmp_path):
+    # The goal is below a second; the bound leaves room for a busy machine, and still fails when the command imports
+    # torch and MONAI (7 s) just to print its help.
+    command = [Path(sys.executable).parent / "diffvp", "--help"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    for name in ("report", "demo", "phantom"):
+        assert re.search(rf"\b{name}\b", run.stdout), f"no command {name} in:\n{run.stdout}"
+
+
+def test_help_imports_no_heavy_library(tmp_path):
+    """What keeps `diffvp --help` below a second, measured without a clock."""
+    heavy = {"torch", "transformers", "monai", "peft", "matplotlib"}
+    code = f"import sys, diffvp.cli; print(sorted({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_python_file_has_the_licence_header(project_files):
+    without = []
+    for path in project_files:
+        if path.suffix == ".py":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if lines[:1] and lines[0].startswith("#!"):
+                del lines[0]
+            if lines[:2] != LICENCE_HEADER:
+                without.append(str(path))
+    assert without == []
+
+
+def test_no_path_of_a_developers_machine(project_files, repository_root):
+    text_suffixes = {"", ".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", ".cfg", ".jinja"}
+    found = [
+        f"{path.relative_to(repository_root)}:{number}: {line.decode(errors='replace').strip()[:100]}"
+        for path in project_files
+        if path.suffix in text_suffixes
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
+    """The members of a wheel that is built from the project's files alone, without a download."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for path in project_files:
+        target = source / path.relative_to(repository_root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    run = subprocess.run(
+        [*command, f"--wheel-dir={folder}", str(source)], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    [wheel] = folder.glob("diffvp-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, repository_root):
+    outside_the_package = {"tests", "benchmarks", "docs"}
+    expected = {
+        f"diffvp/{relative.as_posix()}"
+        for path in project_files
+        if path.suffix == ".py" and (relative := path.relative_to(repository_root)).parts[0] not in outside_the_package
+    }
+    assert "diffvp/__init__.py" in expected
+    # Equal, not a subset: a sub-package that pyproject.toml does not name would be missing here and work in a clone.
+    assert {member for member in wheel_members if member.endswith(".py")} == expected
+    tops = {PurePosixPath(member).parts[0] for member in wheel_members}
+    assert tops == {"diffvp", f"diffvp-{diffvp.__version__}.dist-info"}
+
+
+def test_wheel_carries_the_licence(wheel_members):
+    names = {PurePosixPath(member).name for member in wheel_members if ".dist-info/licenses/" in member}
+    assert names == {"LICENSE", "NOTICE"}
