@@ -71,7 +71,8 @@ class DiffVPConfig(PreTrainedConfig):
         encoder_max_pool (`bool`): keep the max-pooling after the first convolution, as ResNet and MedicalNet do.
         encoder_shortcut_type (`"A"` or `"B"`): `"A"` fits MedicalNet's ResNet-18 weights.
         use_diagnosis (`bool`): put the frozen classifier's findings into the LLM input (D of eq. 9).
-        diagnosis_threshold (`float`): a finding with at least this probability enters the diagnosis prompt.
+        diagnosis_threshold (`float` or `list[float]`): a finding with at least this probability enters the diagnosis
+            prompt; one value for all labels or one per label.
         diagnosis_prompt_ids (`dict`, *optional*): the diagnosis prompt's fragments as token ids of the base LLM's
             tokenizer, so that the model can write the prompt from its own predictions
             (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
@@ -113,7 +114,7 @@ class DiffVPConfig(PreTrainedConfig):
     # Text around the report
     use_diagnosis: bool = True
     diagnosis_labels: list[str] | tuple[str, ...] = DIAGNOSIS_LABELS
-    diagnosis_threshold: float = 0.5
+    diagnosis_threshold: float | list[float] = 0.5
     diagnosis_prompt_ids: dict | None = None
     instruction: str = DEFAULT_INSTRUCTION
     instruction_ids: list[int] | None = None
@@ -201,8 +202,14 @@ class DiffVPConfig(PreTrainedConfig):
         for count in ("num_latents", "resampler_layers", "global_delta_layers", "num_prefix_tokens"):
             if getattr(self, count) < 1:
                 raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
-        if not 0 <= self.diagnosis_threshold <= 1:
-            raise ValueError(f"diagnosis_threshold must be a probability, got {self.diagnosis_threshold}.")
+        per_label = isinstance(self.diagnosis_threshold, list)
+        thresholds = self.diagnosis_threshold if per_label else [self.diagnosis_threshold]
+        if not all(0 <= threshold <= 1 for threshold in thresholds):
+            raise ValueError(f"diagnosis_threshold must hold probabilities, got {self.diagnosis_threshold}.")
+        if per_label and len(thresholds) != len(self.diagnosis_labels):
+            raise ValueError(
+                f"diagnosis_threshold has {len(thresholds)} values for {len(self.diagnosis_labels)} diagnosis_labels."
+            )
         if len(set(self.diagnosis_labels)) != len(self.diagnosis_labels) or not self.diagnosis_labels:
             raise ValueError(f"diagnosis_labels must be distinct and not empty, got {self.diagnosis_labels}.")
         if self.difference_level != "none" and self.num_delta_vectors == 0:

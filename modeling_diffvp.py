@@ -500,7 +500,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
                 "config.diagnosis_prompt_ids is not set: make it with DiffVPProcessor.diagnosis_prompt_ids(), or set "
                 "use_diagnosis=False."
             )
-        positive = diagnosis_logits.float().sigmoid() >= self.config.diagnosis_threshold
+        probabilities = diagnosis_logits.float().sigmoid()
+        positive = probabilities >= torch.tensor(self.config.diagnosis_threshold, device=probabilities.device)
         rows = []
         for findings in positive.tolist():
             ids = list(fragments["prefix"])

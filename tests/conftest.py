@@ -33,3 +33,93 @@ def check_data() -> Path:
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return Path(__file__).resolve().parents[1]
+
+
+# A whole DiffVP model of a few thousand parameters: eight voxel tokens, four latents, a two-layer Llama.
+
+
+@pytest.fixture(scope="session")
+def tiny_fields() -> dict:
+    """Fields of DiffVPConfig for a tiny model over a vocabulary of 96."""
+    return {
+        "image_size": [32, 32, 32],
+        "encoder_block_channels": [4, 8, 8, 16],
+        "encoder_max_pool": False,
+        "encoder_shortcut_type": "B",
+        "num_latents": 4,
+        "latent_size": 24,
+        "resampler_heads": 2,
+        "global_delta_heads": 3,
+        "num_prefix_tokens": 4,
+        "prompt_hidden_size": 8,
+        "diagnosis_prompt_ids": {
+            "prefix": [5, 6],
+            "labels": [[10 + label] for label in range(17)] + [[27, 28]],
+            "separator": [7],
+            "none": [8],
+            "suffix": [9],
+        },
+        "instruction_ids": [1, 40, 41],
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory) -> Path:
+    """A folder with a random Llama of two layers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_fields, tiny_llm):
+    from transformers import AutoConfig
+
+    from diffvp.configuration_diffvp import DiffVPConfig
+
+    return DiffVPConfig(text_config=AutoConfig.from_pretrained(tiny_llm), **tiny_fields)
+
+
+@pytest.fixture
+def make_model(tiny_fields, tiny_llm):
+    """`make_model(lora=False, **config_fields)`: a tiny model on the tiny base, the same for the same arguments."""
+    import torch
+    from peft import LoraConfig
+
+    from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+
+    def make(lora: bool = False, **changes):
+        torch.manual_seed(0)
+        return DiffVPForConditionalGeneration.from_base(
+            str(tiny_llm),
+            lora_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+            config={**tiny_fields, **changes},
+        )
+
+    return make
+
+
+@pytest.fixture
+def scans():
+    """Two targets and two references for the tiny model."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.rand(2, 1, 32, 32, 32, generator=generator) * 2 - 1 for _ in range(2))

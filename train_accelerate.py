@@ -1,0 +1,394 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Train DiffVP in the paper's two stages (appendix D): the diagnosis classifier, then report generation.
+
+    diffvp train configs/phantom.yaml                      # both stages
+    diffvp train configs/phantom.yaml stage=report seed=1  # one stage, with an override
+
+Stage 1 trains a 3D ResNet-18 on the 18 labels. Its backbone also becomes the frozen visual encoder unless
+`encoder_weights` names another. Stage 2 caches what is frozen (voxel features, predicted findings) once per volume and
+trains resampler, deltas, prompt generator, projection, auxiliary head and LoRA.
+"""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict
+from rich.progress import track
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+
+from .checkpoint_diffvp import locate_base_model
+from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from .data.cache import TensorCache, state_sha256
+from .data.radgenome import Case, load_cases, normal_pool
+from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
+from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, choose_reference
+
+logger = logging.getLogger(__name__)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataSection(_Section):
+    root: str
+    cache_dir: str
+    diagnosis_cases: tuple[int, int]
+    validation_cases: tuple[int, int]
+    report_cases: tuple[int, int]
+
+
+class BaseSection(_Section):
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+class DiagnosisSection(_Section):
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+
+
+class ReportSection(DiagnosisSection):
+    lora_learning_rate: float
+    max_report_tokens: int
+
+
+class TrainingConfig(_Section):
+    """A training run; the YAML files under `configs/` explain the fields."""
+
+    output_dir: str
+    seed: int
+    stage: Literal["all", "diagnosis", "report"] = "all"
+    data: DataSection
+    image_processor: dict
+    base: BaseSection
+    model: dict
+    encoder_weights: str | None = None
+    lora: dict | None = None
+    diagnosis: DiagnosisSection
+    report: ReportSection
+
+    @classmethod
+    def load(cls, path: str, overrides: list[str] | None = None) -> "TrainingConfig":
+        """Read a YAML file; each override is `key=value` or `section.key=value`, the value in YAML."""
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+        for override in overrides or []:
+            dotted, separator, value = override.partition("=")
+            if not separator:
+                raise ValueError(f"Override {override!r} is not of the form key=value.")
+            *sections, key = dotted.split(".")
+            target = values
+            for section in sections:
+                target = target[section]
+            target[key] = yaml.safe_load(value)
+        return cls.model_validate(values)
+
+
+def load_volume(case: Case, image_processor: DiffVPImageProcessor, cache: TensorCache) -> torch.Tensor:
+    """The preprocessed volume of a case, (1, D, H, W), float16: half a HU of resolution at half the memory."""
+    return cache.get(case.volume, lambda: {"ct": image_processor(case.volume)["ct"][0].half()})["ct"]
+
+
+def volume_cache(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> TensorCache:
+    return TensorCache(Path(config.data.cache_dir) / "volumes", {"image_processor": image_processor.to_dict()})
+
+
+def select(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
+    """The cases at positions [start, stop) of the split."""
+    start, stop = span
+    if not 0 <= start < stop <= len(cases):
+        raise ValueError(f"data.{name} is [{start}, {stop}], but the split has {len(cases)} cases.")
+    return cases[start:stop]
+
+
+class Log:
+    """One JSON line per event, to a file and to the console."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self.start = time.monotonic()
+
+    def __call__(self, **values) -> None:
+        values = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
+        line = json.dumps({"seconds": round(time.monotonic() - self.start, 1), **values})
+        self.file.write(line + "\n")
+        self.file.flush()
+        logger.info(line)
+
+
+def augment(volumes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Shift by up to 9 mm x 11 mm x 11 mm, mirror, jitter density: (B, 1, D, H, W) → the same shape."""
+    shifted = [
+        torch.roll(volume, tuple(int(shift) for shift in rng.integers(-4, 5, 3) // (2, 1, 1)), dims=(1, 2, 3))
+        for volume in volumes
+    ]
+    volumes = torch.stack([v.flip(-1) if rng.random() < 0.5 else v for v in shifted])
+    gain = torch.as_tensor(rng.uniform(0.95, 1.05, (len(volumes), 1, 1, 1, 1)), dtype=volumes.dtype)
+    return ((volumes + 1) * gain - 1).clamp(-1, 1)
+
+
+def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Per label, the threshold with the highest F1 on cases that did not train the classifier."""
+    thresholds = []
+    for column in range(labels.shape[1]):
+        candidates = np.linspace(0.1, 0.9, 33)
+        predicted = probabilities[:, column, None] >= candidates
+        truth = labels[:, column, None] == 1
+        f1 = 2 * (predicted & truth).sum(0) / np.maximum(predicted.sum(0) + truth.sum(0), 1)
+        # The middle of the plateau of best values is less of an accident than its edge.
+        thresholds.append(round(float(candidates[f1 >= f1.max() - 0.005].mean()), 3))
+    return thresholds
+
+
+def micro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return float(2 * (predicted * labels).sum() / max(predicted.sum() + labels.sum(), 1))
+
+
+def train_diagnosis(config: TrainingConfig) -> Path:
+    """Stage 1. Writes `<output_dir>/diagnosis` and returns it."""
+    accelerator = Accelerator()
+    set_seed(config.seed)
+    output = Path(config.output_dir) / "diagnosis"
+    log = Log(Path(config.output_dir) / "diagnosis.jsonl")
+    image_processor = DiffVPImageProcessor(**config.image_processor)
+    cache = volume_cache(config, image_processor)
+    cases = load_cases(config.data.root, "train")
+    splits = {}
+    for name, span in (("train", config.data.diagnosis_cases), ("validation", config.data.validation_cases)):
+        chosen = select(cases, span, name)
+        volumes = torch.stack([load_volume(case, image_processor, cache) for case in track(chosen, f"Volumes, {name}")])
+        splits[name] = volumes, torch.from_numpy(np.stack([case.labels for case in chosen])).float()
+    volumes, labels = splits["train"]
+
+    model = DiffVPForDiagnosis(DiffVPConfig(**config.model))
+    # Start from the labels' prevalence: with hundreds of voxels, a voxel logit of 0 would mean certainty.
+    prevalence = labels.mean(0).clamp(0.01, 0.99)
+    voxels = math.prod(model.config.feature_grid)
+    voxel_probability = 1 - (1 - prevalence) ** (1 / voxels)
+    with torch.no_grad():
+        model.classifier.head.bias.copy_(torch.logit(voxel_probability))
+
+    section = config.diagnosis
+    steps_per_epoch = math.ceil(len(volumes) / section.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, weight_decay=section.weight_decay)
+    total = steps_per_epoch * section.epochs
+    scheduler = get_cosine_schedule_with_warmup(optimizer, int(section.warmup_ratio * total), total)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for epoch in range(section.epochs):
+        rng = np.random.default_rng([config.seed, epoch])
+        order = rng.permutation(len(volumes))
+        model.train()
+        losses = []
+        for step in track(range(steps_per_epoch), f"Diagnosis, epoch {epoch + 1}/{section.epochs}"):
+            chosen = order[step * section.batch_size : (step + 1) * section.batch_size]
+            batch = augment(volumes[chosen].float(), rng).to(accelerator.device)
+            loss = model(batch, labels=labels[chosen].to(accelerator.device)).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        predicted = predict(model, splits["validation"][0], section.batch_size)
+        truth = splits["validation"][1].numpy()
+        thresholds = best_thresholds(predicted, truth)
+        log(
+            stage="diagnosis",
+            epoch=epoch + 1,
+            loss=float(np.mean(losses)),
+            validation_f1=micro_f1(predicted >= 0.5, truth),
+            validation_f1_best_thresholds=micro_f1(predicted >= np.array(thresholds), truth),
+        )
+        accelerator.unwrap_model(model).save_pretrained(output)
+    return output
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, volumes: torch.Tensor, batch_size: int) -> np.ndarray:
+    """Probabilities of a diagnosis model, (cases, labels)."""
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.float().to(device)).logits.sigmoid().cpu() for batch in volumes.split(batch_size)]).numpy()
+
+
+def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
+    """A model for stage 2 with the classifier of stage 1 inside, and its processor."""
+    path, gguf_file = locate_base_model(config.base.name, config.base.revision, config.base.gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(path, **({"gguf_file": gguf_file} if gguf_file else {}))
+    processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
+    model = DiffVPForConditionalGeneration.from_base(
+        config.base.name,
+        base_model_revision=config.base.revision,
+        base_model_gguf_file=config.base.gguf_file,
+        lora_config=LoraConfig(task_type="CAUSAL_LM", **config.lora) if config.lora else None,
+        config={
+            **config.model,
+            "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(DIAGNOSIS_LABELS),
+            "instruction": processor.instruction,
+            "instruction_ids": processor.instruction_ids(),
+        },
+        dtype=torch.float32,
+    )
+    classifier = DiffVPForDiagnosis.from_pretrained(Path(config.output_dir) / "diagnosis").classifier
+    model.diagnosis.load_state_dict(classifier.state_dict())
+    if config.encoder_weights is None:
+        model.vision_encoder.load_state_dict(classifier.vision_encoder.state_dict())
+    else:
+        model.vision_encoder.load_state_dict(load_file(config.encoder_weights))
+    model.generation_config.update(do_sample=False, max_new_tokens=config.report.max_report_tokens)
+    return model, processor
+
+
+def cached_features(
+    cases: list[Case], config: TrainingConfig, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frozen encoder output (cases, N, C) and diagnosis logits (cases, labels) of each case, computed once."""
+    volumes = volume_cache(config, processor.image_processor)
+    recipe = {
+        "image_processor": processor.image_processor.to_dict(),
+        "encoder": state_sha256(model.vision_encoder),
+        "diagnosis": state_sha256(model.diagnosis),
+    }
+    cache = TensorCache(Path(config.data.cache_dir) / "features", recipe)
+
+    def compute(case: Case) -> dict[str, torch.Tensor]:
+        ct = load_volume(case, processor.image_processor, volumes)[None].float()
+        return {"features": model.extract_features(ct)[0].cpu(), "diagnosis_logits": model.diagnose(ct)[0].cpu()}
+
+    entries = [cache.get(case.volume, lambda case=case: compute(case)) for case in track(cases, "Features")]
+    return torch.stack([e["features"] for e in entries]), torch.stack([e["diagnosis_logits"] for e in entries])
+
+
+class ReportBatches:
+    """Batches of cached features and tokens; the order and the pairing depend on (seed, epoch, case) alone."""
+
+    def __init__(self, cases: list[Case], pool: list[Case], features, logits, processor, config: TrainingConfig):
+        self.cases, self.features, self.logits, self.config = cases, features, logits, config
+        self.position = {case.name: index for index, case in enumerate(cases)}
+        self.pool = [case.name for case in pool if case.name in self.position]
+        self.instruction = processor.instruction_ids()
+        limit = config.report.max_report_tokens
+        self.reports = [processor.encode_report(case.report, max_length=limit) for case in cases]
+        self.pad = processor.tokenizer.pad_token_id
+
+    def epoch(self, epoch: int, *, shuffle: bool) -> list[np.ndarray]:
+        """Case indices by batch, reports of like length together."""
+        order = np.arange(len(self.cases))
+        size = self.config.report.batch_size
+        if not shuffle:
+            return np.split(order, range(size, len(order), size))
+        rng = np.random.default_rng([self.config.seed, epoch])
+        lengths = np.array([len(report) for report in self.reports])
+        order = np.argsort(lengths + rng.uniform(0, 30, len(order)), kind="stable")
+        batches = np.split(order, range(size, len(order), size))
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+    def batch(self, indices: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
+        names = [self.cases[i].name for i in indices]
+        references = [choose_reference(name, self.pool, f"{self.config.seed}-{epoch}") for name in names]
+        rows = [self.instruction + self.reports[i] for i in indices]
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self.pad)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, -100)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+            labels[row, len(self.instruction) : len(ids)] = torch.tensor(ids[len(self.instruction) :])
+        return {
+            "ct_features": self.features[indices],
+            "reference_features": self.features[[self.position[name] for name in references]],
+            "diagnosis_logits": self.logits[indices],
+            "diagnosis_labels": torch.from_numpy(np.stack([self.cases[i].labels for i in indices])).float(),
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+        }
+
+
+def train_report(config: TrainingConfig) -> Path:
+    """Stage 2. Writes `<output_dir>/model` (the epoch with the lowest validation loss) and returns it."""
+    accelerator = Accelerator()
+    set_seed(config.seed)
+    output = Path(config.output_dir) / "model"
+    log = Log(Path(config.output_dir) / "report.jsonl")
+    model, processor = build_generator(config)
+    cases = load_cases(config.data.root, "train")
+    normal = normal_pool(cases)
+    train_cases = select(cases, config.data.report_cases, "report_cases")
+    validation_cases = select(cases, config.data.validation_cases, "validation_cases")
+    features, logits = cached_features(train_cases, config, model, processor)
+    truth = np.stack([case.labels for case in train_cases])
+    model.config.diagnosis_threshold = best_thresholds(logits.sigmoid().numpy(), truth)
+    batches = ReportBatches(train_cases, normal, features, logits, processor, config)
+    validation = ReportBatches(
+        validation_cases, normal, *cached_features(validation_cases, config, model, processor), processor, config
+    )
+    predicted = logits.sigmoid().numpy() >= np.array(model.config.diagnosis_threshold)
+    log(stage="report", pool=len(batches.pool), diagnosis_f1_of_prompts=micro_f1(predicted, truth))
+
+    section = config.report
+    lora = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("language_model.")]
+    own = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("language_model.")]
+    optimizer = torch.optim.AdamW(
+        [{"params": own, "lr": section.learning_rate}, {"params": lora, "lr": section.lora_learning_rate}],
+        weight_decay=section.weight_decay,
+    )
+    total = section.epochs * len(batches.epoch(0, shuffle=True))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, int(section.warmup_ratio * total), total)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    best = math.inf
+    for epoch in range(section.epochs):
+        model.train()
+        losses = []
+        for indices in track(batches.epoch(epoch, shuffle=True), f"Report, epoch {epoch + 1}/{section.epochs}"):
+            batch = {key: value.to(accelerator.device) for key, value in batches.batch(indices, epoch).items()}
+            result = model(**batch)
+            accelerator.backward(result.loss)
+            accelerator.clip_grad_norm_(own + lora, 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(result.generation_loss.item())
+            if len(losses) % 20 == 0:
+                log(stage="report", epoch=epoch + 1, step=len(losses), loss=float(np.mean(losses[-20:])))
+        model.eval()
+        with torch.no_grad():
+            scored = [
+                model(**{k: v.to(accelerator.device) for k, v in validation.batch(indices, 0).items()})
+                for indices in validation.epoch(0, shuffle=False)
+            ]
+        loss = float(np.mean([result.generation_loss.item() for result in scored]))
+        log(stage="report", epoch=epoch + 1, loss=float(np.mean(losses)), validation_loss=loss)
+        if loss < best:
+            best = loss
+            accelerator.unwrap_model(model).save_pretrained(output)
+            processor.save_pretrained(output)
+    return output
+
+
+def run(config: TrainingConfig) -> None:
+    """Run the stages that the configuration asks for."""
+    if config.stage in ("all", "diagnosis"):
+        train_diagnosis(config)
+    if config.stage in ("all", "report"):
+        train_report(config)
