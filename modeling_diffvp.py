@@ -774,6 +774,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
             # PEFT would write the path that the base happened to be loaded from on this machine.
             adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
             adapter_config.revision = self.config.base_model_revision
+            adapter_config.inference_mode = True  # as PEFT's own save_pretrained: whoever loads it asks for training
             self.language_model.save_pretrained(
                 Path(save_directory) / ADAPTER_SUBFOLDER,
                 is_main_process=is_main_process,
