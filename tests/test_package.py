@@ -12,10 +12,8 @@ import pytest
 
 import diffvp
 
-LICENCE_HEADER = [
-    "# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.",
-    "# SPDX-License-Identifier: Apache-2.0",
-]
+COPYRIGHT = "# Copyright 2026 The DiffVP Authors."
+LICENCE = "Licensed under the Apache License, Version 2.0"
 # Absolute paths under a home or a work folder. The brackets keep the pattern from matching itself.
 MACHINE_PATH = re.compile(rb"(?<![\w./~-])/(?:wor[k]|far[m]|roo[t]|hom[e]|User[s])/[\w.]|/tm[p]/[a-z]")
 
@@ -55,13 +53,14 @@ def test_help_imports_no_heavy_library(tmp_path):
 
 
 def test_every_python_file_has_the_licence_header(project_files):
+    """One line is enough, except in the files that ship to the Hub, whose full notice `make lint` checks."""
     without = []
     for path in project_files:
         if path.suffix == ".py":
             lines = path.read_text(encoding="utf-8").splitlines()
             if lines[:1] and lines[0].startswith("#!"):
                 del lines[0]
-            if lines[:2] != LICENCE_HEADER:
+            if not lines or not lines[0].startswith(COPYRIGHT) or LICENCE not in " ".join(lines[:3]):
                 without.append(str(path))
     assert without == []
 
