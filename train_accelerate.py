@@ -30,11 +30,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from .checkpoint_diffvp import locate_base_model
-from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from .configuration_diffvp import DiffVPConfig
 from .data.cache import TensorCache, state_sha256
+from .data.pairing import pair_reference
 from .data.radgenome import Case, load_cases, normal_pool
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
-from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, choose_reference
+from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -242,9 +243,9 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         lora_config=LoraConfig(task_type="CAUSAL_LM", **config.lora) if config.lora else None,
         config={
             **config.model,
-            "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(DIAGNOSIS_LABELS),
+            "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer),
             "instruction": processor.instruction,
-            "instruction_ids": processor.instruction_ids(),
+            "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
         },
         dtype=torch.float32,
     )
@@ -285,7 +286,7 @@ class ReportBatches:
         self.cases, self.features, self.logits, self.config = cases, features, logits, config
         self.position = {case.name: index for index, case in enumerate(cases)}
         self.pool = [case.name for case in pool if case.name in self.position]
-        self.instruction = processor.instruction_ids()
+        self.instruction = processor(text=processor.instruction)["input_ids"][0].tolist()
         limit = config.report.max_report_tokens
         self.reports = [processor.encode_report(case.report, max_length=limit) for case in cases]
         self.pad = processor.tokenizer.pad_token_id
@@ -304,7 +305,7 @@ class ReportBatches:
 
     def batch(self, indices: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
         names = [self.cases[i].name for i in indices]
-        references = [choose_reference(name, self.pool, f"{self.config.seed}-{epoch}") for name in names]
+        references = [pair_reference(name, self.pool, self.config.seed, epoch) for name in names]
         rows = [self.instruction + self.reports[i] for i in indices]
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad)

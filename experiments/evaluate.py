@@ -1,0 +1,189 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Score a checkpoint on a phantom test split beside the baselines that a report generator has to beat.
+
+    diffvp evaluate phantom --checkpoint checkpoints/diffvp-phantom --output experiments/results
+
+Every system sees what a user would have: the scan, and a reference from the pool that ships with the checkpoint.
+Findings are read from the text by the phantom's own sentence reader and compared with the labels of the case.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..data.phantom_report import labels_from_report
+from ..data.radgenome import Case, load_cases, normal_pool
+from ..metrics.clinical_efficacy import classification_scores
+from ..metrics.nlg import bleu, rouge_l, sentence_bleu
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..processing_diffvp import DiffVPProcessor
+
+BATCH_SIZE = 8
+BOOTSTRAP_SAMPLES = 1000
+
+
+def constant_normal_report(cases: list[Case]) -> str:
+    """The most common wording of each region among the normal cases of the training split."""
+    counts = {region: Counter() for region in REGIONS}
+    for case in normal_pool(cases):
+        for region, text in DiffVPProcessor.post_process(case.report).items():
+            counts[region][text] += 1
+    return "\n".join(f"{region.capitalize()}: {counts[region].most_common(1)[0][0]}" for region in REGIONS)
+
+
+def nearest_reports(query: np.ndarray, keys: np.ndarray, cases: list[Case]) -> list[str]:
+    """For each row of `query` (queries, C), the report of the case whose row of `keys` (cases, C) is most alike."""
+    mean, scale = keys.mean(0), keys.std(0) + 1e-6
+    query, keys = (query - mean) / scale, (keys - mean) / scale
+    similarity = query @ keys.T / np.outer(np.linalg.norm(query, axis=1), np.linalg.norm(keys, axis=1))
+    return [cases[index].report for index in similarity.argmax(axis=1)]
+
+
+def pooled_features(model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, cases: list[Case], name: str):
+    """Mean and maximum of the frozen voxel features, (cases, 2 C)."""
+    rows = []
+    for case in track(cases, f"Features, {name}"):
+        features = model.extract_features(processor.image_processor(case.volume)["ct"])[0]
+        rows.append(torch.cat([features.mean(0), features.amax(0)]).cpu().numpy())
+    return np.stack(rows)
+
+
+def generate_reports(
+    model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, targets: list[Case], name: str
+) -> tuple[list[str], np.ndarray]:
+    """Greedy reports of the targets, and the classifier's probabilities (cases, labels)."""
+    reports, probabilities = [], []
+    for start in track(range(0, len(targets), BATCH_SIZE), f"Reports, {name}"):
+        inputs = processor(ct=[case.volume for case in targets[start : start + BATCH_SIZE]]).to(model.device)
+        logits = model.diagnose(inputs["ct"])
+        reports += processor.batch_decode(
+            model.generate(**inputs, diagnosis_logits=logits), skip_special_tokens=True
+        )
+        probabilities.append(logits.float().sigmoid().cpu().numpy())
+    return reports, np.concatenate(probabilities)
+
+
+def findings(reports: list[str]) -> np.ndarray:
+    """(reports, labels) in {0, 1}, read from the text."""
+    read = [labels_from_report(report) for report in reports]
+    return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read])
+
+
+def micro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
+    return float(2 * (predicted & truth).sum() / max(predicted.sum() + truth.sum(), 1))
+
+
+def bootstrap_interval(statistic, count: int, seed: int = 0) -> list[float]:
+    """95 % percentile interval of `statistic(indices)` over resampled cases."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_SAMPLES)]
+    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+
+
+def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
+    """Micro-F1 of the findings and, for text, BLEU-4 and ROUGE-L, each with a 95 % interval over cases."""
+    truth = np.stack([case.labels for case in cases]).astype(int)
+    micro = classification_scores(predicted, truth, DIAGNOSIS_LABELS)["micro"]
+    result = {
+        "precision": micro["precision"],
+        "recall": micro["recall"],
+        "f1": micro["f1"],
+        "f1_interval": bootstrap_interval(lambda chosen: micro_f1(predicted[chosen], truth[chosen]), len(cases)),
+    }
+    if reports is not None:
+        references = [case.report for case in cases]
+        per_case = np.array([sentence_bleu(p, r) for p, r in zip(reports, references, strict=True)])
+        result |= {
+            "bleu4": bleu(reports, references)["bleu4"],
+            "bleu4_interval": bootstrap_interval(lambda chosen: per_case[chosen].mean(), len(cases)),
+            "rougeL": rouge_l(reports, references)["rougeL"],
+        }
+    return result
+
+
+def evaluate(data: str | os.PathLike, checkpoint: str | os.PathLike, output: str | os.PathLike, limit: int | None) -> Path:
+    """
+    Evaluate on the `valid` split of `data`; writes `phantom_checkpoint.json` and `phantom_checkpoint.md`.
+
+    Args:
+        limit: only the first so many test cases, for a trial.
+    """
+    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+    processor = DiffVPProcessor.from_pretrained(checkpoint)
+    model.merge_adapter()
+    train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
+    # A derangement: nobody keeps his own scan.
+    others = test[1:] + test[:1]
+    reports, probabilities = generate_reports(model, processor, test, "the scan itself")
+    shuffled, _ = generate_reports(model, processor, others, "another patient's scan")
+    normal = [constant_normal_report(train)] * len(test)
+    nearest = nearest_reports(
+        pooled_features(model, processor, test, "test"), pooled_features(model, processor, train, "training"), train
+    )
+    classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
+    systems = {
+        "DiffVP": score(reports, findings(reports), test),
+        "constant normal report": score(normal, findings(normal), test),
+        "nearest training report": score(nearest, findings(nearest), test),
+        "DiffVP on another patient's scan": score(shuffled, findings(shuffled), test),
+        "diagnosis classifier alone": score(None, classifier, test),
+        "every finding in every case": score(None, np.ones_like(classifier), test),
+    }
+    truth = np.stack([case.labels for case in test]).astype(int)
+    per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["per_label"]
+    result = {
+        "command": f"diffvp evaluate {Path(data).name}",
+        "cases": len(test),
+        "training_cases": len(train),
+        "signatures": [bleu(reports[:1], [test[0].report])["signature"], rouge_l(["a"], ["a"])["signature"]],
+        "systems": systems,
+        "per_label": per_label,
+        "predictions": [
+            {"name": case.name, "reference": case.report, "prediction": report}
+            for case, report in zip(test, reports, strict=True)
+        ],
+    }
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "phantom_checkpoint.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page = output / "phantom_checkpoint.md"
+    page.write_text(_page(result), encoding="utf-8")
+    return page
+
+
+def _page(result: dict) -> str:
+    """The results as Markdown."""
+
+    def interval(values: list[float] | None) -> str:
+        return "" if values is None else f" ({values[0]:.3f}–{values[1]:.3f})"
+
+    lines = [
+        "# The shipped checkpoint on unseen phantoms",
+        "",
+        f"{result['cases']} test cases, none of them seen in training. Synthetic phantoms only: these numbers say "
+        "nothing about patients.",
+        f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases.",
+        "",
+        "| system | precision | recall | micro-F1 | BLEU-4 | ROUGE-L |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, s in result["systems"].items():
+        text = (
+            f"{s['bleu4']:.3f}{interval(s['bleu4_interval'])} | {s['rougeL']:.3f}" if "bleu4" in s else "no text | no text"
+        )
+        lines.append(
+            f"| {name} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f}{interval(s['f1_interval'])} | {text} |"
+        )
+    lines += ["", "Findings of the generated reports, by label:", ""]
+    lines += ["| label | cases | precision | recall | F1 |", "|---|---|---|---|---|"]
+    for label, s in result["per_label"].items():
+        lines.append(f"| {label} | {s['support']} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f} |")
+    return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])
