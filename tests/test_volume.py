@@ -1,0 +1,596 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading, resampling and the way back. Oracles: MONAI's transforms, nibabel's and SimpleITK's world coordinates."""
+
+import gzip
+import itertools
+import json
+import pickle
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from diffvp.volume_diffvp import (
+    CTGeometry,
+    CTGeometryError,
+    CTInputError,
+    CTIntensityError,
+    CTReadError,
+    read_ct,
+    resample,
+    save_map,
+    to_input_grid,
+)
+
+SPACING = (1.5, 1.25, 2.5)  # mm along x, y, z
+ORIENTATIONS = [
+    tuple(codes[axis] for axis in order)
+    for order in itertools.permutations(range(3))
+    for codes in itertools.product("LR", "PA", "SI")
+]
+
+
+def make_ct(shape=(26, 22, 18), seed=0) -> np.ndarray:
+    """Whole HU in LPS order [x, y, z]: an off-centre textured body in air."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    body = ((x - 0.1) / 0.75) ** 2 + ((y + 0.15) / 0.65) ** 2 + ((z - 0.05) / 0.8) ** 2 < 1
+    texture = np.random.default_rng(seed).normal(-200, 300, shape)
+    return np.where(body, np.clip(texture, -990, 1200), -1000).astype(np.int16)
+
+
+def lps_affine(spacing=SPACING, origin=(-40.0, 25.0, 300.0)) -> np.ndarray:
+    """RAS affine of an LPS array."""
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = origin
+    return affine
+
+
+def as_nifti(lps: np.ndarray, codes=("L", "P", "S"), affine=None) -> nib.Nifti1Image:
+    """The same scan, stored in another orientation, by nibabel's own functions."""
+    affine = lps_affine() if affine is None else affine
+    change = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(codes))
+    return nib.Nifti1Image(apply_orientation(lps, change), affine @ inv_ornt_aff(change, lps.shape))
+
+
+def as_simpleitk(lps: np.ndarray, affine=None) -> sitk.Image:
+    affine = np.diag([-1, -1, 1, 1]) @ (lps_affine() if affine is None else affine)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(lps.T))
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((affine[:3, :3] / spacing).flatten().tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    return image
+
+
+def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=None):
+    """A CT series in pydicom's own hand; files are named against the order of their positions."""
+    folder.mkdir(exist_ok=True)
+    series, frame = generate_uid(), generate_uid()
+    origin = np.array([40.0, -25.0, 300.0])  # the LPS world position of lps_affine()
+    for k in range(lps.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        path = folder / f"{lps.shape[2] - k:03d}.dcm"
+        one = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+        one.SOPClassUID, one.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        one.PatientName, one.PatientID, one.Modality = "Secret^Name", "SECRET-ID", "CT"
+        one.SeriesInstanceUID, one.FrameOfReferenceUID, one.StudyInstanceUID = series, frame, frame
+        one.InstanceNumber = k + 1
+        one.ImagePositionPatient = [f"{value:.6g}" for value in origin + k * np.asarray(step)]
+        one.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        one.PixelSpacing = [SPACING[1], SPACING[0]]  # between rows, then between columns
+        one.Rows, one.Columns = lps.shape[1], lps.shape[0]
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+        one.RescaleSlope, one.RescaleIntercept = 1, -1024
+        one.PixelData = np.ascontiguousarray(lps[:, :, k].T.astype(np.int32) + 1024).astype("<u2").tobytes()
+        if change is not None:
+            change(k, one)
+        one.save_as(path, enforce_file_format=True)
+    return folder
+
+
+def monai_tensor(path, size, crop=True) -> torch.Tensor:
+    from monai.transforms import (
+        Compose,
+        CropForeground,
+        EnsureChannelFirst,
+        LoadImage,
+        Orientation,
+        Resize,
+        ScaleIntensityRange,
+    )
+
+    steps = [LoadImage(image_only=True), EnsureChannelFirst(), Orientation("LPS", labels=None)]
+    steps += [ScaleIntensityRange(-1000, 200, -1, 1, clip=True)]
+    steps += [CropForeground(select_fn=lambda x: x > -1, allow_smaller=False)] if crop else []
+    steps += [Resize(size[::-1], mode="trilinear")]
+    return Compose(steps)(path).as_tensor().permute(0, 3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "codes", [("L", "P", "S"), ("R", "A", "S"), ("L", "A", "I"), ("S", "R", "P"), ("A", "I", "R")]
+)
+@pytest.mark.parametrize("crop", [True, False])
+def test_equals_monai_with_one_interpolation(tmp_path, codes, crop):
+    path = tmp_path / "scan.nii.gz"
+    nib.save(as_nifti(make_ct((61, 47, 33)), codes), path)
+    size = (20, 32, 70)  # shrinks two axes and stretches one
+    tensor, _ = resample(read_ct(path), size, crop_foreground=crop)
+    assert tensor.dtype == torch.float32 and tensor.shape == (1, *size)
+    assert (tensor - monai_tensor(path, size, crop)).abs().max() <= 1e-5
+
+
+def test_equals_monai_far_from_the_origin(tmp_path):
+    """At voxel 500 the rounding of positions shows; ours has to round as torch does."""
+    path = tmp_path / "scan.nii"
+    nib.save(as_nifti(make_ct((512, 300, 12))), path)
+    tensor, _ = resample(read_ct(path), (8, 128, 200))
+    assert (tensor - monai_tensor(path, (8, 128, 200))).abs().max() <= 1e-5
+
+
+def test_scaled_nifti_equals_monai(tmp_path):
+    image = nib.Nifti1Image(make_ct(), lps_affine())
+    image.header.set_slope_inter(1.0, -24.0)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    tensor, _ = resample(read_ct(tmp_path / "scan.nii.gz"), (9, 10, 11))
+    assert (tensor - monai_tensor(tmp_path / "scan.nii.gz", (9, 10, 11))).abs().max() <= 1e-5
+
+
+def test_fixed_spacing_equals_simpleitk_and_is_air_outside():
+    lps, size, spacing = make_ct(), (24, 20, 30), (2.2, 1.9, 1.1)
+    tensor, geometry = resample(read_ct(as_nifti(lps)), size, spacing)
+    assert geometry.tensor_spacing == pytest.approx(spacing)
+    # The grid is centred on the foreground's box, in world coordinates.
+    inside = np.argwhere(lps > -1000)
+    centre = lps_affine() @ [*((inside.min(0) + inside.max(0)) / 2), 1]
+    middle = geometry.tensor_affine @ [*((np.array(size) - 1) / 2), 1]
+    np.testing.assert_allclose(middle, centre, atol=1e-4)
+
+    grid = sitk.Image(*[int(n) for n in size[::-1]], sitk.sitkFloat32)
+    grid.SetSpacing(spacing[::-1])
+    grid.SetOrigin((np.diag([-1, -1, 1, 1]) @ geometry.tensor_affine @ [0, 0, 0, 1])[:3].tolist())
+    clipped = as_simpleitk(lps.clip(-1000, 200).astype(np.float32))
+    expected = sitk.GetArrayFromImage(sitk.Resample(clipped, grid, sitk.Transform(), sitk.sitkLinear, -1000.0))
+    expected = torch.from_numpy((expected + 1000) / 600 - 1)
+    assert (tensor[0] - expected).abs().max() < 1e-4
+    assert (tensor[0, 0] == -1).all(), "the grid is deeper than the volume, and what lies outside is air"
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_marked_voxel_returns_in_every_orientation(codes):
+    lps = make_ct((20, 18, 14))
+    x, y, z = 14, 6, 9  # left, anterior and superior of the middle
+    lps[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = -900
+    lps[x, y, z] = 3000
+    image = as_nifti(lps, codes)
+    volume = read_ct(image)
+    assert (volume.array == lps).all()
+    assert volume.spacing == pytest.approx(SPACING)
+    marked = tuple(np.argwhere(np.asanyarray(image.dataobj) == 3000)[0])
+    for size, spacing in (((28, 36, 40), None), ((40, 44, 48), (1.0, 1.0, 1.0))):
+        tensor, geometry = resample(volume, size, spacing, hu_window=(-1000, 3000))
+        peak = np.unravel_index(int(tensor[0].argmax()), size)
+        depth, height, width = np.array(peak) / size
+        assert depth > 0.5 and height < 0.5 and width > 0.5, "superior, anterior, and the patient's left"
+        world = geometry.tensor_affine @ [*peak, 1]
+        assert np.abs(world - image.affine @ [*marked, 1])[:3].max() <= max(geometry.tensor_spacing)
+        back = to_input_grid(tensor[0], geometry)
+        assert back.shape == image.shape and back.dtype == np.float32
+        assert np.unravel_index(back.argmax(), back.shape) == marked
+
+
+def test_map_returns_exactly_where_the_grids_coincide():
+    volume = read_ct(as_nifti(make_ct(), ("A", "S", "R")))
+    size = volume.array.shape[::-1]
+    tensor, geometry = resample(volume, size, crop_foreground=False)
+    expected = (np.asanyarray(as_nifti(make_ct(), ("A", "S", "R")).dataobj).clip(-1000, 200) + 1000) / 600 - 1
+    np.testing.assert_allclose(to_input_grid(tensor[0], geometry), expected, atol=1e-6)
+
+
+def test_map_is_zero_outside_the_field_of_the_tensor():
+    lps = make_ct()
+    tensor, geometry = resample(read_ct(as_nifti(lps)), (8, 8, 8))
+    back = to_input_grid(torch.ones(8, 8, 8), geometry)
+    inside = np.argwhere(lps > -1000)
+    low, high = inside.min(0), inside.max(0) + 1
+    expected = np.zeros(lps.shape, dtype=np.float32)
+    expected[low[0] : high[0], low[1] : high[1], low[2] : high[2]] = 1
+    np.testing.assert_allclose(back, expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(8, 8, 9\).*\(8, 8, 8\)"):
+        to_input_grid(torch.ones(8, 8, 9), geometry)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_saved_map_has_shape_and_affine_of_the_input(tmp_path, suffix):
+    image = as_nifti(make_ct(), ("S", "L", "A"))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    tensor, geometry = resample(read_ct(tmp_path / "scan.nii.gz"), (10, 12, 14))
+    path = save_map(tmp_path / f"map{suffix}", tensor[0], geometry)
+    saved = nib.load(path)
+    assert saved.shape == image.shape and saved.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(saved.affine, nib.load(tmp_path / "scan.nii.gz").affine)
+    np.testing.assert_array_equal(saved.get_fdata(), to_input_grid(tensor[0], geometry))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"map{suffix}", "scan.nii.gz"], "no temporary file is left"
+    with pytest.raises(ValueError, match="map.png"):
+        save_map(tmp_path / "map.png", tensor[0], geometry)
+
+
+def test_geometry_survives_json_and_pickle():
+    _, geometry = resample(read_ct(as_nifti(make_ct(), ("P", "S", "L"))), (8, 9, 10), (2.0, 2.0, 2.0))
+    assert CTGeometry.from_dict(json.loads(json.dumps(geometry.to_dict()))) == geometry
+    assert pickle.loads(pickle.dumps(geometry)) == geometry
+
+
+def rotated_affine(degrees: float) -> np.ndarray:
+    turn = np.radians(degrees)
+    rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    affine = lps_affine()
+    affine[:3, :3] = rotation @ affine[:3, :3]
+    return affine
+
+
+@pytest.mark.parametrize("degrees", [0, 12])
+def test_world_coordinates_agree_with_simpleitk(tmp_path, degrees):
+    """Voxel (i, j, k) of the array that we read lies where SimpleITK says that voxel lies."""
+    path = tmp_path / "scan.nrrd"
+    sitk.WriteImage(as_simpleitk(make_ct(), rotated_affine(degrees)), path)
+    image, volume = sitk.ReadImage(path), read_ct(path)
+    size = volume.array.shape[::-1]
+    _, geometry = resample(volume, size, crop_foreground=False)
+    for x, y, z in np.random.default_rng(1).integers(0, 18, (20, 3)).tolist():
+        ours = np.diag([-1, -1, 1, 1]) @ geometry.tensor_affine @ [z, y, x, 1]
+        index = image.TransformPhysicalPointToIndex(ours[:3].tolist())
+        np.testing.assert_allclose(ours[:3], image.TransformIndexToPhysicalPoint(index), atol=1e-3)
+        assert image[index] == volume.array[x, y, z]
+
+
+def test_every_format_gives_the_same_tensor(tmp_path):
+    lps = make_ct()
+    image = as_nifti(lps, ("R", "A", "S"))
+    nib.save(image, tmp_path / "scan.nii")
+    nib.save(as_nifti(lps.astype(np.float32), ("P", "S", "L")), tmp_path / "scan.nii.gz")
+    for name in ("scan.nrrd", "scan.nhdr", "scan.mha", "scan.mhd"):
+        sitk.WriteImage(as_simpleitk(lps), tmp_path / name)
+    write_dicom(tmp_path / "series", lps)
+    (tmp_path / "series" / "LICENSE.txt").write_text("not a slice")
+    inputs = {name: tmp_path / name for name in ("scan.nii", "scan.nii.gz", "scan.nrrd", "scan.nhdr", "scan.mha")}
+    inputs |= {
+        "mhd": str(tmp_path / "scan.mhd"),
+        "dicom": tmp_path / "series",
+        "nibabel": image,
+        "simpleitk": as_simpleitk(lps),
+        "bytes": {"path": None, "bytes": (tmp_path / "scan.nii").read_bytes()},
+        "gzipped bytes": {"path": "x.nii.gz", "bytes": (tmp_path / "scan.nii.gz").read_bytes()},
+        "value with a path": {"path": str(tmp_path / "scan.nii.gz"), "bytes": None},
+        "4-D": nib.Nifti1Image(np.asanyarray(image.dataobj)[..., None], image.affine),
+        "array": lps,
+        "C-ordered array": np.ascontiguousarray(lps),
+        "big-endian array": lps.astype(">i2"),
+        "tensor": torch.from_numpy(lps),
+        "bfloat16 tensor": torch.from_numpy(lps.astype(np.float32)),
+    }
+    expected, geometry = resample(read_ct(lps, SPACING), (12, 16, 14))
+    for name, ct in inputs.items():
+        spacing = SPACING if isinstance(ct, (np.ndarray, torch.Tensor)) else None
+        volume = read_ct(ct, spacing)
+        tensor, found = resample(volume, (12, 16, 14))
+        assert torch.equal(tensor, expected), name
+        assert volume.sha256 == geometry.sha256, name
+        if spacing is None:
+            first = lps_affine() @ [*geometry.offset, 1]
+            np.testing.assert_allclose(found.tensor_affine[:3, 3], first[:3], atol=1e-3, err_msg=name)
+            assert to_input_grid(tensor[0], found).shape == volume.shape, name
+    assert read_ct(make_ct(seed=1), SPACING).sha256 != geometry.sha256
+
+
+def test_decoded_nifti_feature(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    nib.save(as_nifti(make_ct()), tmp_path / "scan.nii.gz")
+    rows = datasets.Dataset.from_dict({"ct": [str(tmp_path / "scan.nii.gz")]})
+    for decode in (True, False):
+        value = rows.cast_column("ct", datasets.Nifti(decode=decode))[0]["ct"]
+        assert (read_ct(value).array == make_ct()).all()
+
+
+def test_input_array_is_not_changed():
+    lps = make_ct().astype(np.float32)
+    before = lps.copy()
+    resample(read_ct(lps, SPACING), (8, 8, 8))
+    assert (lps == before).all()
+
+
+def with_voxel(value) -> np.ndarray:
+    lps = make_ct().astype(np.float32)
+    lps[3, 4, 5] = value
+    return lps
+
+
+def nifti_without_codes() -> nib.Nifti1Image:
+    image = as_nifti(make_ct())
+    image.header["qform_code"] = image.header["sform_code"] = 0
+    return image
+
+
+def nifti_with_conflicting_forms() -> nib.Nifti1Image:
+    image = as_nifti(make_ct())
+    image.set_qform(image.affine @ np.diag([-1, 1, 1, 1]), code=1)
+    return image
+
+
+def sheared(degrees: float) -> nib.Nifti1Image:
+    affine = lps_affine()
+    affine[1, 2] = SPACING[2] * np.tan(np.radians(degrees))
+    return as_nifti(make_ct(), affine=affine)
+
+
+def nifti(array, affine=None) -> nib.Nifti1Image:
+    return nib.Nifti1Image(array, lps_affine() if affine is None else affine)
+
+
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+NAN_AFFINE = lps_affine()
+NAN_AFFINE[0, 3] = np.nan
+REFUSED = {
+    "2-D": (lambda: nifti(make_ct()[:, :, 0]), CTGeometryError, r"shape is \(26, 22\)"),
+    "4-D": (lambda: nifti(np.stack([make_ct()] * 2, -1)), CTGeometryError, "three axes"),
+    "complex": (lambda: nifti(make_ct().astype(np.complex64)), CTIntensityError, "complex64"),
+    "RGB": (lambda: nifti(np.zeros((20, 20, 20), RGB)), CTIntensityError, "one real number per voxel"),
+    "boolean array": (lambda: (make_ct() > 0, SPACING), CTIntensityError, "bool"),
+    "vector image": (
+        lambda: sitk.Image([20, 20, 20], sitk.sitkVectorFloat32, 3),
+        CTIntensityError,
+        "pixel type is vector",
+    ),
+    "NaN": (lambda: (with_voxel(np.nan), SPACING), CTIntensityError, "NaN or infinite"),
+    "infinite": (lambda: nifti(with_voxel(-np.inf)), CTIntensityError, "NaN or infinite"),
+    "constant": (lambda: nifti(np.full((20, 20, 20), -1000, np.int16)), CTIntensityError, "-1000 everywhere"),
+    "un-rescaled": (lambda: nifti(make_ct() + np.int16(1024)), CTIntensityError, "24 to .*rescale"),
+    "8-bit": (
+        lambda: nifti(((make_ct().clip(-1000, 200) + 1000) / 1200 * 255).astype(np.uint8)),
+        CTIntensityError,
+        "0 to 255.*8-bit",
+    ),
+    "affine not finite": (lambda: (as_nifti(make_ct()), NAN_AFFINE), CTGeometryError, "affine is not finite"),
+    "zero axis": (lambda: (as_nifti(make_ct()), np.diag([1.0, 0, 1, 1])), CTGeometryError, "singular"),
+    "dependent axes": (
+        lambda: (as_nifti(make_ct()), np.array([[1.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])),
+        CTGeometryError,
+        "singular",
+    ),
+    "metres": (
+        lambda: as_nifti(make_ct(), affine=lps_affine((7e-4, 7e-4, 1e-3))),
+        CTGeometryError,
+        "spacing is 0.0007",
+    ),
+    "centimetre slices": (lambda: (make_ct(), (1, 1, 25)), CTGeometryError, "spacing is 1 x 1 x 25 mm"),
+    "few slices": (lambda: (make_ct((20, 20, 7)), SPACING), CTGeometryError, r"\(20, 20, 7\).*at least 8"),
+    "gantry tilt": (lambda: sheared(18.5), CTGeometryError, "tilt .* is 18.5 degrees"),
+    "slight tilt": (lambda: sheared(1), CTGeometryError, "tilt .* is 1.0 degrees"),
+    "oblique": (lambda: as_nifti(make_ct(), affine=rotated_affine(40)), CTGeometryError, "40 degrees"),
+    "no form code": (nifti_without_codes, CTGeometryError, "left and right are unknown"),
+    "forms disagree": (nifti_with_conflicting_forms, CTGeometryError, "qform and sform"),
+    "array without spacing": (make_ct, CTGeometryError, "spacing is missing"),
+    "array with two spacings": (lambda: (make_ct(), (1, 1)), CTGeometryError, "three numbers"),
+    "image with spacing": (lambda: (as_nifti(make_ct()), SPACING), CTGeometryError, "only bare arrays"),
+    "not NIfTI": (lambda: nib.MGHImage(make_ct().astype(np.int32), lps_affine()), CTReadError, "MGHImage"),
+    "empty value": (lambda: {"path": None, "bytes": None}, CTReadError, "path and bytes"),
+    "garbage bytes": (lambda: {"path": None, "bytes": b"x" * 500}, CTReadError, "unreadable"),
+    "truncated bytes": (
+        lambda: {"path": None, "bytes": as_nifti(make_ct()).to_bytes()[:-99]},
+        CTReadError,
+        "truncated",
+    ),
+    "a number": (lambda: 3, CTReadError, "type is int"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_field_value_and_expectation(name):
+    make, error, message = REFUSED[name]
+    made = make()
+    ct, extra = made if isinstance(made, tuple) else (made, None)
+    if isinstance(ct, nib.Nifti1Image) and extra is not None and np.shape(extra) == (4, 4):
+        ct, extra = nib.Nifti1Image(np.asanyarray(ct.dataobj), None), None
+        ct.header.set_sform(made[1], code=1)
+        ct._affine = made[1]  # nibabel itself would refuse some of these only when it writes them
+    with pytest.raises(error, match=message) as caught:
+        read_ct(ct, extra)
+    assert isinstance(caught.value, CTInputError) and isinstance(caught.value, ValueError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.nii.gz", None, "path is missing"),
+        ("scan.dcm", b"x", "suffix is '.dcm'"),
+        ("scan.nii", b"x" * 400, "header is unreadable"),
+        ("scan.nii.gz", b"x" * 400, "header is unreadable"),
+        ("scan.nrrd", b"x" * 400, "content is unreadable"),
+        ("scan.mha", b"x" * 400, "content is unreadable"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CTReadError, match=f"^{name}: {message}"):
+        read_ct(tmp_path / name)
+
+
+def test_truncated_gzip(tmp_path):
+    whole = gzip.compress(as_nifti(make_ct((40, 40, 40))).to_bytes())
+    (tmp_path / "scan.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CTReadError, match="truncated"):
+        read_ct(tmp_path / "scan.nii.gz")
+
+
+def test_reads_the_file_that_was_asked_for(tmp_path):
+    """SimpleITK reads x.nii in place of an x.nii.gz beside it."""
+    nib.save(as_nifti(make_ct(seed=5)), tmp_path / "x.nii")
+    nib.save(as_nifti(make_ct(seed=6)), tmp_path / "x.nii.gz")
+    assert (read_ct(tmp_path / "x.nii.gz").array == make_ct(seed=6)).all()
+
+
+def test_files_without_orientation_are_refused(tmp_path):
+    voxels = np.ascontiguousarray(make_ct((10, 10, 10)).T).astype("<i2").tobytes()
+    (tmp_path / "a.nrrd").write_bytes(
+        b"NRRD0004\ntype: short\ndimension: 3\nsizes: 10 10 10\nspacings: 1 1 2\nendian: little\nencoding: raw\n\n"
+        + voxels
+    )
+    (tmp_path / "a.mha").write_bytes(
+        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nDimSize = 10 10 10\n"
+        b"ElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n" + voxels
+    )
+    with pytest.raises(CTGeometryError, match="space is missing"):
+        read_ct(tmp_path / "a.nrrd")
+    with pytest.raises(CTGeometryError, match="TransformMatrix is missing"):
+        read_ct(tmp_path / "a.mha")
+
+
+def test_non_hu_is_accepted_on_request_and_marked():
+    shifted = make_ct() + np.int16(1000)
+    tensor, geometry = resample(
+        read_ct(shifted, SPACING, allow_non_hu=True), (8, 8, 8), foreground_hu=0, hu_window=(0, 1200)
+    )
+    expected, hu = resample(read_ct(make_ct(), SPACING), (8, 8, 8))
+    assert hu.is_hu and not geometry.is_hu
+    assert torch.equal(tensor, expected)
+
+
+def test_no_foreground():
+    lps = np.where(make_ct() > -1000, np.int16(-1010), np.int16(-1020))
+    with pytest.raises(CTIntensityError, match="no voxel above -1000 HU"):
+        resample(read_ct(lps, SPACING), (8, 8, 8))
+
+
+def shift(k, one):
+    if k >= 10:
+        one.ImagePositionPatient = [*one.ImagePositionPatient[:2], one.ImagePositionPatient[2] + SPACING[2]]
+
+
+def repeat(k, one):
+    if k == 5:
+        one.ImagePositionPatient = [*one.ImagePositionPatient[:2], one.ImagePositionPatient[2] - SPACING[2]]
+
+
+def second_series(k, one):
+    if k >= 12:
+        one.SeriesInstanceUID = "1.2.3"
+
+
+def set_tag(name, value, only=None):
+    def change(k, one):
+        if only is None or k == only:
+            setattr(one, name, value)
+
+    return change
+
+
+DICOM_REFUSED = {
+    "missing slice": ({"change": shift}, CTGeometryError, "slice spacing is 2.5 to 5 mm"),
+    "duplicate slice": ({"change": repeat}, CTGeometryError, "slice spacing is 0 to 5 mm"),
+    "one position": ({"step": (0, 0, 0)}, CTGeometryError, "slice positions"),
+    "gantry tilt": ({"step": (0, 0.8, SPACING[2])}, CTGeometryError, "gantry tilt is 17.7 degrees"),
+    "two series": ({"change": second_series}, CTReadError, r"series is 2 \(of 12, 6 slices\)"),
+    "mixed orientation": (
+        {"change": set_tag("ImageOrientationPatient", [0, 1, 0, 1, 0, 0], 3)},
+        CTGeometryError,
+        "slice orientation is not the same",
+    ),
+    "mixed spacing": (
+        {"change": set_tag("PixelSpacing", [1, 1], 3)},
+        CTGeometryError,
+        "slice spacing is not the same",
+    ),
+    "no rescale": ({"change": set_tag("RescaleIntercept", 0)}, CTIntensityError, "rescale"),
+    "no position": ({"change": set_tag("ImagePositionPatient", None, 2)}, CTGeometryError, "ImagePositionPatient"),
+    "not CT": ({"change": set_tag("Modality", "MR")}, CTReadError, "Modality is MR"),
+    "MONOCHROME1": (
+        {"change": set_tag("PhotometricInterpretation", "MONOCHROME1")},
+        CTIntensityError,
+        "PhotometricInterpretation is MONOCHROME1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DICOM_REFUSED)
+def test_dicom_refusals_without_patient_data(tmp_path, name):
+    arguments, error, message = DICOM_REFUSED[name]
+    write_dicom(tmp_path / "series", make_ct(), **arguments)
+    with pytest.raises(error, match=message) as caught:
+        read_ct(tmp_path / "series")
+    assert "secret" not in str(caught.value).lower()
+
+
+def test_dicom_folders_that_hold_no_series(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CTReadError, match="no DICOM file"):
+        read_ct(tmp_path / "empty")
+    write_dicom(tmp_path / "short", make_ct((20, 20, 5)))
+    with pytest.raises(CTGeometryError, match="number of slices is 5"):
+        read_ct(tmp_path / "short")
+    damaged = write_dicom(tmp_path / "damaged", make_ct()) / "001.dcm"
+    damaged.write_bytes(damaged.read_bytes()[:140])
+    with pytest.raises(CTReadError, match="damaged"):
+        read_ct(tmp_path / "damaged")
+
+
+def test_dicom_with_reversed_columns_keeps_left_left(tmp_path):
+    """A patient lying prone: rows run to the right, columns to the front."""
+    lps = make_ct()
+
+    def prone(k, one):
+        one.PatientPosition = "FFP"
+        one.ImageOrientationPatient = [-1, 0, 0, 0, -1, 0]
+        last = np.array([40.0 + (lps.shape[0] - 1) * SPACING[0], -25.0 + (lps.shape[1] - 1) * SPACING[1]])
+        one.ImagePositionPatient = [*last.tolist(), 300.0 + k * SPACING[2]]
+        one.PixelData = np.ascontiguousarray(lps[::-1, ::-1, k].T.astype(np.int32) + 1024).astype("<u2").tobytes()
+
+    volume = read_ct(write_dicom(tmp_path / "series", lps, change=prone))
+    assert (volume.array == lps).all()
+
+
+def test_dicom_in_jpeg2000_without_sop_class(check_data):
+    folder = check_data / "ct" / "totalsegmentator" / "dicom_series"
+    volume = read_ct(folder)
+    assert volume.array.shape == (512, 512, 20) and volume.spacing == pytest.approx((0.9765625, 0.9765625, 2.0))
+    headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in folder.iterdir()]
+    lowest = min(headers, key=lambda one: one.ImagePositionPatient[2])
+    origin = np.diag([-1, -1, 1]) @ np.array(lowest.ImagePositionPatient, dtype=float)
+    np.testing.assert_allclose(volume.affine[:3, 3], origin)
+
+
+@pytest.mark.parametrize(
+    "name", ["cip/ct-64.nrrd", "pyradiomics/lung1_image.nrrd", "totalsegmentator/example_ct.nii.gz"]
+)
+def test_real_files_agree_with_simpleitk(check_data, name):
+    path = check_data / "ct" / name
+    volume, image = read_ct(path), sitk.ReadImage(path)
+    _, geometry = resample(volume, volume.array.shape[::-1], crop_foreground=False)
+    for _ in range(50):
+        index = [int(np.random.default_rng(_ + k).integers(0, n)) for k, n in enumerate(volume.array.shape)]
+        point = np.diag([-1, -1, 1, 1]) @ geometry.tensor_affine @ [*index[::-1], 1]
+        assert image[image.TransformPhysicalPointToIndex(point[:3].tolist())] == volume.array[tuple(index)]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("dcm_qa_ct_GE", CTGeometryError, "gantry tilt is 18.5 degrees"),
+        ("dcmqi_ct-3slice", CTGeometryError, "number of slices is 3"),
+        ("vtkjs/LIDC2.mha", CTIntensityError, "0 to 255.*8-bit"),
+    ],
+)
+def test_real_files_that_have_to_be_refused(check_data, name, error, message):
+    with pytest.raises(error, match=message):
+        read_ct(check_data / "ct" / name)
