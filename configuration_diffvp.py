@@ -1,4 +1,17 @@
-# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The DiffVP Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+#
 # SPDX-License-Identifier: Apache-2.0
 """Every hyper-parameter of DiffVP, validated, with the reason for each choice on which the paper is silent."""
 
@@ -51,6 +64,7 @@ _LOADER_KEYS = {"attn_implementation", "auto_map", "quantization_config", "torch
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
 
 
+# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 @strict
 class DiffVPConfig(PreTrainedConfig):
     r"""
@@ -93,6 +107,8 @@ class DiffVPConfig(PreTrainedConfig):
         num_prefix_tokens (`int`): m, the length of the difference prompt.
         prompt_hidden_size (`int`): hidden width of the MLP of eq. 8.
         classification_loss_weight (`float`): the lambda of eq. 11; the paper gives no value.
+        intended_domain (`str`, *optional*): what kind of scans the weights were trained on, in words; written into
+            every report.
     """
 
     model_type = "diffvp"
@@ -142,6 +158,9 @@ class DiffVPConfig(PreTrainedConfig):
     # Training objective (eq. 11)
     classification_loss_weight: float = 0.1
 
+    # What the weights are for
+    intended_domain: str | None = None
+
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -187,7 +206,7 @@ class DiffVPConfig(PreTrainedConfig):
     def validate_shapes(self):
         """Cross-field checks; each message names the field, the value found and what was expected."""
         if len(self.image_size) != 3 or min(self.image_size) < 16:
-            raise ValueError(f"image_size must be (depth, height, width) of at least 16 voxels, got {self.image_size}.")
+            raise ValueError(f"image_size must be (depth, height, width), 16 voxels or more, got {self.image_size}.")
         if len(self.encoder_block_channels) != 4 or min(self.encoder_block_channels) < 1:
             raise ValueError(
                 f"encoder_block_channels must be four positive channel counts, got {self.encoder_block_channels}."

@@ -1,4 +1,17 @@
-# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The DiffVP Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+#
 # SPDX-License-Identifier: Apache-2.0
 """
 DiffVP: CT report generation conditioned on the difference between a scan and a normal reference.
@@ -28,7 +41,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput, find_adapter_config_file
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, find_adapter_config_file
 
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, load_base_model, load_own_weights
 from .configuration_diffvp import DiffVPConfig
@@ -38,6 +53,7 @@ LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quant
 BASE_PREFIX = "language_model."
 
 
+# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 @dataclass
 class DiffVPOutput(ModelOutput):
     """
@@ -67,6 +83,7 @@ class DiffVPOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+# trf-ignore: TRF057: documented by hand
 @dataclass
 class DiffVPDiagnosisOutput(ModelOutput):
     """
@@ -86,7 +103,7 @@ class DiffVPDiagnosisOutput(ModelOutput):
 class DiffVPResNet(ResNet):
     """MONAI's ResNet with a type-A shortcut that lets gradients through and runs in bfloat16 on CPU."""
 
-    def _downsample_basic_block(self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3) -> torch.Tensor:
+    def _downsample_basic_block(self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3):
         # The same values as MONAI's average pooling with kernel 1 on detached data.
         return F.pad(x[:, :, ::stride, ::stride, ::stride], (0, 0, 0, 0, 0, 0, 0, planes - x.shape[1]))
 
@@ -180,7 +197,7 @@ class DiffVPMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden)))
 
 
-class DiffVPResamplerLayer(nn.Module):
+class DiffVPResamplerLayer(GradientCheckpointingLayer):
     """A Q-Former layer: self-attention among the latents, cross-attention to the voxel tokens, feed-forward."""
 
     def __init__(self, config: DiffVPConfig):
@@ -241,9 +258,10 @@ class DiffVPGlobalDelta(nn.Module):
         self.initializer_range = config.initializer_range
         self.query = nn.Parameter(torch.empty(1, config.latent_size))
         # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
-        self.side_embedding = (
-            nn.Parameter(torch.empty(2, config.latent_size)) if config.use_side_embedding else None
-        )
+        self.side_embedding = None
+        # CODEPATH: every checkpoint has it; False is the literal eq. 4, an ablation.
+        if config.use_side_embedding:
+            self.side_embedding = nn.Parameter(torch.empty(2, config.latent_size))
         self.layers = nn.ModuleList(
             [
                 nn.TransformerEncoderLayer(
@@ -321,6 +339,7 @@ class DiffVPDiagnosisClassifier(nn.Module):
         return log_positive - log_negative, voxel_logits
 
 
+# trf-ignore: TRF057: documented by hand
 class DiffVPPreTrainedModel(PreTrainedModel):
     config: DiffVPConfig
     base_model_prefix = "model"
@@ -347,28 +366,32 @@ class DiffVPPreTrainedModel(PreTrainedModel):
                 init.normal_(module.side_embedding, std=module.initializer_range)
 
 
+# trf-ignore: TRF057: documented by hand
 class DiffVPForDiagnosis(DiffVPPreTrainedModel):
     """The diagnosis classifier alone, trained first and then frozen inside [`DiffVPForConditionalGeneration`]."""
 
     input_modalities = ("image",)
+    supports_gradient_checkpointing = False  # the layers are MONAI's
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
         self.classifier = DiffVPDiagnosisClassifier(config)
         self.post_init()
 
+    # trf-ignore: TRF057: documented by hand
+    @can_return_tuple
     def forward(
-        self, ct: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None, **kwargs
+        self, ct: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> DiffVPDiagnosisOutput:
         """`ct` (batch, 1, depth, height, width); `labels` (batch, labels) in {0, 1}."""
         logits, voxel_logits = self.classifier(ct)
         loss = None
         if labels is not None:
             loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        output = DiffVPDiagnosisOutput(loss=loss, logits=logits, voxel_logits=voxel_logits)
-        return output.to_tuple() if return_dict is False else output
+        return DiffVPDiagnosisOutput(loss=loss, logits=logits, voxel_logits=voxel_logits)
 
 
+# trf-ignore: TRF057: documented by hand
 class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
     """
     The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
@@ -381,13 +404,16 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
     def __init__(self, config: DiffVPConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_encoder = DiffVPVisionEncoder(config)
+        # CODEPATH: the paper's model has a classifier; without it is an ablation.
         self.diagnosis = DiffVPDiagnosisClassifier(config) if config.use_diagnosis else None
         self.resampler = DiffVPResampler(config)
         self.visual_projection = nn.Linear(config.latent_size, config.text_config.hidden_size)
         self.classification_head = nn.Linear(config.latent_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
         self.global_delta = self.prompt_generator = None
+        # CODEPATH: "none" is the baseline without a difference prompt, use_global_delta=False one of the ablations.
         if config.difference_level != "none":
+            # CODEPATH: see above
             self.global_delta = DiffVPGlobalDelta(config) if config.use_global_delta else None
             self.prompt_generator = DiffVPPromptGenerator(config)
         if language_model is None:
@@ -516,7 +542,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
 
     def _prepare(
         self, ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
-    ) -> tuple[torch.Tensor, torch.Tensor, DiffVPOutput]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
         """Eq. 9: embeddings and mask of [P ; W V ; diagnosis ; text], and what was computed on the way."""
         latents, reference_latents, pair, _ = self._latents(ct, reference, ct_features, reference_features)
         local_delta, weights = self.local_delta(*pair)
@@ -532,14 +558,16 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         parts, masks = [], []
         if self.prompt_generator is not None:
             deltas = [] if self.global_delta is None else [self.global_delta(*pair)]
+            # CODEPATH: the paper's model uses both operators, the ablations one of them.
             deltas += [local_delta] if self.config.use_local_delta else []
             parts.append(self.prompt_generator(*deltas))
         parts.append(self.visual_projection(latents))
         masks += [torch.ones(part.shape[:2], dtype=torch.long, device=text.device) for part in parts]
+        # CODEPATH: as in __init__
         if self.config.use_diagnosis:
             if diagnosis_logits is None:
                 if ct is None:
-                    raise ValueError("With `ct_features` instead of `ct`, give `diagnosis_logits` too (see `diagnose`).")
+                    raise ValueError("`ct_features` instead of `ct` needs `diagnosis_logits` too (see `diagnose`).")
                 diagnosis_logits = self.diagnose(ct)
             ids, mask = self.diagnosis_prompt(diagnosis_logits)
             parts.append(embed(ids))
@@ -547,14 +575,17 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         parts.append(text)
         masks.append(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         embeddings = torch.cat([part.to(text) for part in parts], dim=1)
-        computed = DiffVPOutput(
-            latents=latents,
-            reference_latents=reference_latents,
-            difference_weights=weights if self.config.difference_level != "none" else None,
-            diagnosis_logits=diagnosis_logits,
-        )
+        computed = {
+            "latents": latents,
+            "reference_latents": reference_latents,
+            # CODEPATH: as in __init__
+            "difference_weights": weights if self.config.difference_level != "none" else None,
+            "diagnosis_logits": diagnosis_logits,
+        }
         return embeddings, torch.cat([mask.to(text.device).long() for mask in masks], dim=1), computed
 
+    # trf-ignore: TRF057: documented by hand
+    @can_return_tuple
     def forward(
         self,
         ct: torch.Tensor | None = None,
@@ -566,9 +597,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         ct_features: torch.Tensor | None = None,
         reference_features: torch.Tensor | None = None,
         diagnosis_logits: torch.Tensor | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DiffVPOutput:
         """
         Args:
@@ -579,8 +608,9 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
             diagnosis_labels: (batch, labels) in {0, 1}, for the auxiliary loss.
             ct_features, reference_features: output of `extract_features`, instead of `ct` and `reference`.
             diagnosis_logits: output of `diagnose`, instead of running the classifier.
+            kwargs: go to the LLM and to the loss.
         """
-        embeddings, mask, output = self._prepare(
+        embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
         text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
@@ -594,24 +624,27 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        output.logits = decoded.logits
-        output.past_key_values = decoded.past_key_values
-        output.hidden_states = decoded.hidden_states
-        output.attentions = decoded.attentions
+        loss = generation_loss = classification_loss = None
         if labels is not None:
-            output.generation_loss = self.loss_function(
-                output.logits,
-                labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+            generation_loss = self.loss_function(
+                decoded.logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-            output.loss = output.generation_loss
+            loss = generation_loss
         if diagnosis_labels is not None:
-            scores = self.classification_head(output.latents.mean(dim=1)).float()
-            output.classification_loss = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores))
-            weighted = self.config.classification_loss_weight * output.classification_loss
-            output.loss = weighted if output.loss is None else output.loss + weighted
-        return output.to_tuple() if return_dict is False else output
+            scores = self.classification_head(computed["latents"].mean(dim=1)).float()
+            classification_loss = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores))
+            weighted = self.config.classification_loss_weight * classification_loss
+            loss = weighted if loss is None else loss + weighted
+        return DiffVPOutput(
+            loss=loss,
+            logits=decoded.logits,
+            generation_loss=generation_loss,
+            classification_loss=classification_loss,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            **computed,
+        )
 
     @torch.no_grad()
     def generate(
@@ -680,7 +713,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         return model.eval()
 
     def _place_own_modules(self) -> None:
-        """Own modules follow the LLM's device and floating-point type (which may differ from that of its 4-bit weights)."""
+        """Own modules follow the LLM's device and floating-point type, which is not that of its 4-bit weights."""
         for name, child in self.named_children():
             if name != "language_model":
                 child.to(device=self.language_model.device, dtype=self.language_model.dtype)
@@ -711,10 +744,12 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        # CODEPATH: merged exports hold the LLM's weights, every other checkpoint names its base.
         if config.base_model_name_or_path is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
-        for key in (*HUB_KWARGS, "_from_auto", "adapter_kwargs", "trust_remote_code", "use_safetensors", "_commit_hash"):
+        service = ("_commit_hash", "_from_auto", "adapter_kwargs", "trust_remote_code", "use_safetensors")
+        for key in (*HUB_KWARGS, *service):
             kwargs.pop(key, None)
         loading_info = kwargs.pop("output_loading_info", False)
         unknown = sorted(set(kwargs) - set(LLM_KWARGS))
@@ -764,6 +799,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
         auto_map["AutoModelForImageTextToText"] = "modeling_diffvp.DiffVPForConditionalGeneration"
         self.config.auto_map = auto_map
+        # CODEPATH: as in from_pretrained
         if self.config.base_model_name_or_path is None:
             return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 

@@ -1,4 +1,17 @@
-# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The DiffVP Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+#
 # SPDX-License-Identifier: Apache-2.0
 """What turns a CT file into the model's tensors and the model's tokens into a report.
 
@@ -52,6 +65,7 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
+# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 class DiffVPImageProcessor(BaseImageProcessor):
     """CT -> float32 tensor (batch, 1, depth, height, width) in [-1, 1]; its attributes are those of
     [`DiffVPImageProcessorKwargs`] and may be overridden in each call.
@@ -82,6 +96,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
     def __call__(self, ct, spacing=None, **kwargs: Unpack[DiffVPImageProcessorKwargs]) -> BatchFeature:
         return self.preprocess(ct, spacing=spacing, **kwargs)
 
+    # trf-ignore: TRF057: documented by hand
     def preprocess(self, ct, spacing=None, **kwargs: Unpack[DiffVPImageProcessorKwargs]) -> BatchFeature:
         """Read and resample one CT or a list of them.
 
@@ -163,6 +178,7 @@ def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
+# trf-ignore: TRF057: documented by hand
 class DiffVPBatchFeature(BatchFeature):
     """The model's inputs as keys, and what is known about them as attributes, which survive `.to()`.
 
@@ -194,6 +210,7 @@ class DiffVPProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes  # trf-ignore: TRF019
 
 
+# trf-ignore: TRF057: documented by hand
 class DiffVPProcessor(ProcessorMixin):
     """CT preprocessing, reference sampling, the instruction, and text back to regions.
 
@@ -215,6 +232,7 @@ class DiffVPProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:  # LLaMA-2 has none; padding is masked, so that any token will do
             tokenizer.pad_token = tokenizer.eos_token
 
+    # trf-ignore: TRF057: documented by hand
     def __call__(
         self,
         ct=None,
