@@ -1,0 +1,212 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The command `diffvp`. Thin: each command imports the modules that do the work, so that `--help` is quick."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
+STATEMENT = "Research use only. Not a medical device; not for diagnosis."
+
+app = typer.Typer(
+    name="diffvp",
+    help="CT report generation by comparison with a normal reference. " + STATEMENT,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its traceback shows local variables: paths and report text
+)
+out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
+
+Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
+Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
+Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the phantom and its report.")] = Path("outputs/demo"),
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which phantom patient; each seed is another.")] = 0,
+    open_figure: Open = False,
+) -> None:
+    """Write the report of a phantom patient that no training saw, beside the true one."""
+    with _reporting() as reporting:
+        scan, truth = _phantom(output / "phantom.nii.gz", seed)
+        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
+    _print_comparison(written)
+    _print_places(written, open_figure)
+    out.print("\nOn a scan of your own: [bold]diffvp report FILE[/bold]  (NIfTI, NRRD, MetaImage or a DICOM folder)")
+
+
+@app.command()
+def report(
+    ct: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="A normal scan (default: one of the checkpoint's own).")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Replaced if it holds an earlier report.")] = Path("outputs/report"),
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of the reference.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+    ] = None,
+    allow_non_hu: Annotated[
+        bool, typer.Option("--allow-non-hu", help="Accept voxels that are not Hounsfield units.")
+    ] = False,
+    hu_window: Annotated[
+        tuple[float, float] | None, typer.Option(help="Values that become -1 and 1 (default: the checkpoint's).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
+    open_figure: Open = False,
+) -> None:
+    """Write the report of a scan, its difference map on the grid of the input, and a figure."""
+    with _reporting() as reporting:
+        written = reporting(
+            checkpoint, revision, ct, output, reference=reference, reference_seed=seed,
+            max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
+    else:
+        out.print(written.text + "\n", markup=False, highlight=False, soft_wrap=True)
+        _print_places(written, open_figure)
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where the cohort is written, in the layout of CT-RATE.")],
+    train: Annotated[int, typer.Option(min=0, help="Cases of the training split.")],
+    valid: Annotated[int, typer.Option(min=0, help="Cases of the validation split.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    matrix: Annotated[int, typer.Option(min=32, help="Pixels per row and column of each slice.")] = 144,
+    masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Region and lesion masks.")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
+) -> None:
+    """Make the phantom cohort: synthetic chest CT with 18 findings and the reports that follow from them."""
+    from .data.phantom_cohort import write_cohort
+
+    with _one_line_errors(ValueError):
+        write_cohort(folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, workers=workers)
+    out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as seed=1")] = None,
+) -> None:
+    """Train a model in both stages."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("diffvp").setLevel(logging.INFO)
+    with _one_line_errors(ModuleNotFoundError):  # the extra `train` is not installed
+        import yaml
+
+        from .train_accelerate import TrainingConfig, run
+    with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
+        loaded = TrainingConfig.load(str(config), overrides)
+    with _one_line_errors():
+        run(loaded)
+
+
+def main() -> None:
+    app()
+
+
+def _phantom(path: Path, seed: int) -> tuple[Path, str]:
+    """Write the scan of a phantom patient; its path and its true report."""
+    import nibabel as nib
+
+    from .data.phantom import render_patient, sample_patient
+    from .data.phantom_report import region_sentences, report_text
+
+    patient = sample_patient(seed, 0, "demo")
+    scan = render_patient(patient)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(scan.hu, scan.affine), path)
+    return path, report_text(region_sentences(patient))
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[Callable]:
+    """A function that loads a checkpoint, says what it is for, and writes a report, while a line says what happens."""
+    with err.status("", spinner="line") as status:
+
+        def step(text: str) -> None:
+            status.update(text)
+            if not err.is_terminal:  # where no line can be rewritten
+                err.print(text, soft_wrap=True)
+
+        step("Loading the libraries")
+        _quiet()
+        from .reporting import EXPECTED_ERRORS, ReportError, load_checkpoint, write_report
+
+        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, **options):
+            if checkpoint is None and not SHIPPED_CHECKPOINT.is_dir():
+                raise ReportError(f"The checkpoint that ships is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
+            name = str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint
+            hub_kwargs = {} if revision is None else {"revision": revision}
+            step(f"Loading {name}")
+            model, processor = load_checkpoint(name, **hub_kwargs)
+            domain = model.config.intended_domain or "not stated by the checkpoint"
+            err.print(f"[bold yellow]{STATEMENT}[/]\nThis checkpoint is intended for: {domain}.", soft_wrap=True)
+            written = write_report(model, processor, ct, output, hub_kwargs=hub_kwargs, on_step=step, **options)
+            for warning in written.document["warnings"]:
+                err.print(f"[yellow]{warning}[/]", soft_wrap=True)
+            return written
+
+        with _one_line_errors(*EXPECTED_ERRORS):
+            yield write
+
+
+def _print_places(report, open_figure: bool) -> None:
+    out.print(f"Report, difference map and provenance: {report.folder}", soft_wrap=True, markup=False)
+    out.print(f"Figure: {report.figure}", soft_wrap=True, markup=False)
+    if open_figure:
+        typer.launch(str(report.figure))
+
+
+def _print_comparison(report) -> None:
+    """The generated report beside the true one, by region, and the findings that it hits and misses."""
+    truth = report.document["truth"]
+    table = Table("", "generated", "true", show_lines=True)
+    regions = dict.fromkeys([*truth["report"], *report.regions])
+    for region in regions:
+        table.add_row(region, *(Text(words.get(region, "-")) for words in (report.regions, truth["report"])))
+    out.print(table)
+    for kind, color in (("hit", "green"), ("missed", "red"), ("false", "magenta")):
+        out.print(f"Findings {kind}: [{color}]{', '.join(truth[kind]) or 'none'}[/{color}]")
+
+
+def _quiet() -> None:
+    """No progress bars and notices of libraries between the lines of a report."""
+    os.environ["TQDM_DISABLE"] = "1"
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_line_errors(*expected: type[Exception]) -> Iterator[None]:
+    """Turn what a user can cause into one line on stderr and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except (OSError, *expected) as error:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A scan in, a folder out: the generated report, the difference map, the figure, and where all of it came from.
+
+    report.txt               the report, below the research-use statement
+    report.json              the report by region, findings with probabilities, provenance
+    difference_map.nii.gz    on the input's own grid
+    figure.png               target, reference and difference map in three planes
+
+Nothing that is written names the patient or the place of a file: scans appear as digests of their content.
+"""
+
+import copy
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from . import __version__
+from .checkpoint_diffvp import ADAPTER_SUBFOLDER, WEIGHTS_NAME, DiffVPCheckpointError, locate_base_model
+from .data.cache import file_sha256
+from .data.phantom_report import labels_from_report
+from .figures import draw_figure
+from .modeling_diffvp import DiffVPForConditionalGeneration
+from .processing_diffvp import DiffVPProcessor
+from .references_diffvp import ReferencePoolError
+from .volume_diffvp import CTInputError
+
+RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
+REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
+DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
+REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE}
+
+WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
+ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
+CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
+
+# The longest phantom report has 400 tokens. Used where neither caller nor checkpoint sets a limit: transformers' own
+# default would stop after 20.
+MAX_NEW_TOKENS = 512
+
+PREPROCESSING = ("size", "target_spacing", "hu_window", "crop_foreground", "foreground_hu", "allow_non_hu")
+
+# The figure is sampled from the scan itself, not from the model's coarser tensor.
+FIGURE_SPACING = 1.5  # mm
+BODY_LEVEL = -0.2  # of [-1, 1]; a voxel above it is tissue: -520 HU in the default window
+
+
+class ReportError(ValueError):
+    """A report cannot be written as asked; the message says what to change."""
+
+
+# What the caller can cause and repair, with messages that say how.
+EXPECTED_ERRORS = (CTInputError, ReferencePoolError, DiffVPCheckpointError, ReportError)
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    What [`write_report`] wrote.
+
+    Attributes:
+        folder: holds the files.
+        text: the generated text as it is.
+        regions: {region: text}, in canonical order; "other" for text that belongs to none.
+        findings: for each diagnosis its label, probability, threshold, and whether it is positive; empty for a model
+            without a classifier.
+        document: the content of report.json.
+    """
+
+    folder: Path
+    text: str
+    regions: dict[str, str]
+    findings: list[dict]
+    document: dict
+
+    @property
+    def figure(self) -> Path:
+        return self.folder / FIGURE
+
+
+def load_checkpoint(name: str | os.PathLike, **hub_kwargs):
+    """
+    Model and processor of a checkpoint in a folder or on the Hub, run by this package's own code.
+
+    `hub_kwargs` are the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
+    """
+    model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs)
+    # Else transformers would ask at the console whether to run the checkpoint's copy of the code.
+    processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
+    return model, processor
+
+
+def write_report(
+    model,
+    processor,
+    ct,
+    output_dir: str | os.PathLike,
+    *,
+    reference=None,
+    reference_seed: int = 0,
+    spacing: tuple[float, float, float] | None = None,
+    allow_non_hu: bool = False,
+    hu_window: tuple[float, float] | None = None,
+    max_new_tokens: int | None = None,
+    truth: str | None = None,
+    hub_kwargs: dict | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """
+    Write the report of one scan with difference map, figure and provenance. Decoding is greedy.
+
+    Args:
+        model, processor: a loaded checkpoint ([`DiffVPForConditionalGeneration`], [`DiffVPProcessor`]).
+        ct: whatever [`read_ct`] takes.
+        output_dir: appears complete or not at all; replaces an earlier report, and nothing else.
+        reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
+        spacing: mm along x, y, z, of `ct` and `reference` given as arrays.
+        allow_non_hu, hu_window: see [`DiffVPImageProcessorKwargs`]; the default window is the checkpoint's.
+        max_new_tokens: where to stop; the default is the checkpoint's.
+        truth: the true report of a phantom, to be written beside the generated one and compared with it.
+        hub_kwargs: `revision`, `cache_dir` or `token` with which the checkpoint was loaded from the Hub.
+        on_step: is told what begins.
+
+    Raises:
+        ReportError: the model was not loaded from a checkpoint, or `output_dir` holds other files.
+        CTInputError: a scan is not a usable chest CT.
+        ReferencePoolError: no reference is given and the checkpoint has no pool, or its files are not as indexed.
+    """
+    output = Path(output_dir).absolute()
+    _check_output(output)
+    on_step("Hashing the weights")
+    checkpoint = _checkpoint(model, hub_kwargs or {})
+    base_model = _base_model(model, hub_kwargs or {})
+
+    on_step("Reading the scan and its reference")
+    options = {"allow_non_hu": allow_non_hu} | ({} if hu_window is None else {"hu_window": hu_window})
+    inputs = processor(ct=ct, reference=reference, spacing=spacing, reference_seed=reference_seed, **options)
+    if len(inputs.geometry) != 1:
+        raise ReportError(f"write_report takes one scan, got {len(inputs.geometry)}.")
+    geometry, reference_geometry = inputs.geometry[0], inputs.reference_geometry[0]
+    sampled = reference is None
+    reference_name = inputs.reference_ids[0] if sampled else "given by the user"
+
+    on_step("Encoding")
+    inputs = inputs.to(model.device)
+    scans = {"ct": inputs.pop("ct"), "reference": inputs.pop("reference")}
+    logits = None if model.diagnosis is None else model.diagnose(scans["ct"])
+    if model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
+        scans = {f"{name}_features": model.extract_features(volume) for name, volume in scans.items()}
+    difference = model.difference_map(**scans)[0].float().cpu()
+
+    on_step("Writing the report")
+    decoding = copy.deepcopy(model.generation_config)
+    limits = (max_new_tokens, decoding.max_new_tokens, MAX_NEW_TOKENS)
+    decoding.update(do_sample=False, num_beams=1, max_new_tokens=next(n for n in limits if n is not None))
+    tokens = model.generate(**scans, **inputs, diagnosis_logits=logits, generation_config=decoding)[0]
+    text = processor.decode(tokens, skip_special_tokens=True).strip()
+
+    ends = decoding.eos_token_id if isinstance(decoding.eos_token_id, list) else [decoding.eos_token_id]
+    warnings = {
+        "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
+            geometry.is_hu and reference_geometry.is_hu
+        ),
+        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in ends,
+        "This model takes no difference: the map is empty.": model.config.difference_level == "none",
+    }
+    image_processor = processor.image_processor
+    document = {
+        "statement": RESEARCH_USE,
+        "intended_domain": model.config.intended_domain,
+        "warnings": [warning for warning, applies in warnings.items() if applies],
+        "report": processor.post_process(text),
+        "text": text,
+        "findings": _findings(model, logits),
+        "provenance": {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "checkpoint": checkpoint,
+            "base_model": base_model,
+            "scan": _scan(geometry),
+            "reference": {
+                "id": reference_name,
+                "sampled": sampled,
+                "seed": reference_seed if sampled else None,
+                **_scan(reference_geometry),
+            },
+            "preprocessing": {key: getattr(image_processor, key) for key in PREPROCESSING} | options,
+            "decoding": {
+                "instruction": processor.instruction,
+                "generation_config": _public_fields(decoding.to_diff_dict()),
+                "new_tokens": len(tokens),
+            },
+            "versions": _versions(),
+        },
+    }
+    if truth is not None:
+        document["truth"] = {"report": processor.post_process(truth), "text": truth} | compare_findings(text, truth)
+    document = json.loads(json.dumps(document))  # as it will be read: tuples are lists
+
+    on_step("Drawing the figure")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.part"
+    stage.mkdir()
+    try:
+        processor.save_map(stage / DIFFERENCE_MAP, difference, geometry)
+        if sampled:
+            pool = processor.reference_pool
+            reference = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
+        drawing = _sample_for_figure(image_processor, (ct, reference), spacing, options, geometry, difference)
+        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
+        (stage / REPORT_TEXT).write_text(_page(document), encoding="utf-8")
+        (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if truth is not None:
+            (stage / TRUE_REPORT).write_text(truth + "\n", encoding="utf-8")
+        _publish(stage, output)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # after `_publish` it is gone
+    return Report(output, text, document["report"], document["findings"], document)
+
+
+def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
+    """Findings of a generated phantom report against the true one: {"hit", "missed", "false": labels}."""
+    written, true = labels_from_report(report), labels_from_report(truth)
+    return {
+        "hit": [label for label in true if true[label] and written[label]],
+        "missed": [label for label in true if true[label] and not written[label]],
+        "false": [label for label in true if written[label] and not true[label]],
+    }
+
+
+def _findings(model, logits: torch.Tensor | None) -> list[dict]:
+    if logits is None:
+        return []
+    labels, thresholds = model.config.diagnosis_labels, model.config.diagnosis_threshold
+    if not isinstance(thresholds, list):
+        thresholds = [thresholds] * len(labels)
+    probabilities = logits[0].float().sigmoid().tolist()
+    return [
+        {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
+        for label, value, threshold in zip(labels, probabilities, thresholds, strict=True)
+    ]
+
+
+def _scan(geometry) -> dict:
+    """A scan by its digest and grid, without the source, which may name the patient."""
+    return {
+        "sha256": geometry.sha256,
+        "is_hu": geometry.is_hu,
+        "shape": list(geometry.shape),
+        "spacing_xyz_mm": list(geometry.spacing),
+        "tensor_size": list(geometry.size),
+        "tensor_spacing_mm": list(geometry.tensor_spacing),
+        "tensor_affine": geometry.tensor_affine.tolist(),
+    }
+
+
+def _checkpoint(model, hub_kwargs: dict) -> dict:
+    """Name, commit and digests of the files that the model was loaded from."""
+    name = model.name_or_path
+    if not name:
+        raise ReportError(
+            "The model was not loaded from a checkpoint, so that its report could not say what wrote it: "
+            "save_pretrained() it and load it from there."
+        )
+    files = {file: _local_file(name, file, hub_kwargs) for file in CHECKPOINT_FILES}
+    index = files[WEIGHTS_INDEX]
+    if index is not None:  # a large self-contained checkpoint is saved in shards
+        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            files[shard] = _local_file(name, shard, hub_kwargs)
+    found = {file: path for file, path in files.items() if path is not None}
+    if "config.json" not in found:
+        raise ReportError(f"The checkpoint {_public_name(name)} is no longer where the model was loaded from.")
+    return {
+        "name": _public_name(name),
+        "commit": extract_commit_hash(str(found["config.json"]), None),
+        "sha256": {file: _sha256(path) for file, path in found.items()},
+    }
+
+
+def _base_model(model, hub_kwargs: dict) -> dict:
+    """Name, revision and digests of the base LLM's weights; a checkpoint on the Hub is identified by its commit."""
+    config = model.config
+    if config.base_model_name_or_path is None:
+        return {"name": None, "note": "inside the checkpoint's weights"}
+    name, revision, gguf_file = model.language_model.name_or_path, None, None
+    if name == config.base_model_name_or_path:  # else another place was given on loading
+        revision, gguf_file = config.base_model_revision, config.base_model_gguf_file
+    entry = {"name": _public_name(name), "revision": revision}
+    path, file = locate_base_model(name, revision, gguf_file)
+    if not Path(path).is_dir():
+        access = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        place = _local_file(path, file or "config.json", access | {"revision": revision or "main"})
+        return entry | {"commit": extract_commit_hash(str(place), None)}
+    weights = [Path(path) / file] if file else sorted(Path(path).glob("*.safetensors"))
+    return entry | {"sha256": {weight.name: _sha256(weight) for weight in weights}}
+
+
+def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
+    """A file of a checkpoint that has been loaded, and so lies on this machine; `None` if it has no such file."""
+    found = cached_file(
+        name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, **hub_kwargs,
+    )  # fmt: skip
+    return None if found is None else Path(found)
+
+
+def _public_name(name: str) -> str:
+    """A Hub id or package as it is, of a folder the last part: its path may name people and projects."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_once(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)
+def _sha256_once(path: Path, modified: int, size: int) -> str:
+    return file_sha256(path)
+
+
+def _public_fields(values: dict) -> dict:
+    """The settings of a generation config, without its book-keeping."""
+    return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "numpy")
+    return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _page(document: dict) -> str:
+    """report.txt: statements first, so that no excerpt of the file starts without them."""
+    reference = document["provenance"]["reference"]
+    sampled = f" (sampled, seed {reference['seed']})" if reference["sampled"] else ""
+    lines = [RESEARCH_USE, _domain(document), *document["warnings"], f"Reference: {reference['id']}{sampled}."]
+    return "\n".join([*lines, "", document["text"], ""])
+
+
+def _domain(document: dict) -> str:
+    return f"Intended for: {document['intended_domain'] or 'not stated by the checkpoint'}."
+
+
+def _captions(document: dict) -> dict[str, str]:
+    entry = document["provenance"]["reference"]
+    sampled = f", sampled from the pool (seed {entry['seed']})" if entry["sampled"] else ""
+    return {"title": f"Reference: {entry['id']}{sampled}", "footer": f"{RESEARCH_USE}\n{_domain(document)}"}
+
+
+def _sample_for_figure(image_processor, scans, spacing, options: dict, geometry, difference: torch.Tensor) -> dict:
+    """Both scans and the map, sampled finely over the box that the model saw."""
+    box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
+    size = [max(round(mm / FIGURE_SPACING), 16) for mm in box]
+    fixed = image_processor.target_spacing is not None
+    grid = {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
+    sampled = []
+    for scan in scans:
+        is_array = isinstance(scan, (np.ndarray, torch.Tensor))
+        sampled.append(image_processor(scan, spacing=spacing if is_array else None, **options | grid))
+    values = F.interpolate(difference[None, None], size=size, mode="trilinear", align_corners=False)
+    spacings = [features["geometry"][0].tensor_spacing for features in sampled]
+    return {
+        "volumes": [volume[0, 0].numpy() for volume in (*(features["ct"] for features in sampled), values)],
+        "target_spacing": spacings[0],
+        "reference_spacing": spacings[1],
+    }
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        others = sorted({path.name for path in output.iterdir()} - REPORT_FILES)
+        if others:
+            raise ReportError(f"{output} holds other files ({', '.join(others[:3])}): choose another output folder.")
+    elif output.exists():
+        raise ReportError(f"{output} is a file: choose another output folder.")
+
+
+def _publish(stage: Path, output: Path) -> None:
+    """Put a complete folder in its place, and an earlier report out of it, by renaming."""
+    if not output.exists():
+        os.rename(stage, output)
+        return
+    _check_output(output)  # it may have changed since
+    previous = stage.with_suffix(".old")
+    os.rename(output, previous)
+    try:
+        os.rename(stage, output)
+    except BaseException:
+        os.rename(previous, output)
+        raise
+    shutil.rmtree(previous)

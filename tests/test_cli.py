@@ -1,0 +1,190 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it prints, where, and how it fails. What it computes is tested where it is computed."""
+
+import json
+import logging
+import pickle
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from diffvp import cli, reporting
+
+RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_fields, tiny_base_with_tokenizer, tokenizer, tmp_path_factory):
+    """A saved tiny model whose pool holds one empty box."""
+    from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+    from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+    from diffvp.references_diffvp import index_references
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    image_processor = DiffVPImageProcessor(size=(32, 32, 32), target_spacing=(9.0, 11.0, 11.0), foreground_hu=-500.0)
+    processor = DiffVPProcessor(image_processor, pickle.loads(pickle.dumps(tokenizer)))
+    fields = {
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(processor.tokenizer),
+        "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
+        "intended_domain": "boxes of noise",
+    }
+    model = DiffVPForConditionalGeneration.from_base(str(tiny_base_with_tokenizer), config={**tiny_fields, **fields})
+    model.generation_config.update(max_new_tokens=9)
+    pool = tmp_path_factory.mktemp("pool")
+    write_box(pool / "normal.nii.gz", seed=0)
+    index_references(pool)
+    processor.load_references(pool)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_box(path, seed: int, low: int = -1000) -> None:
+    voxels = np.full((24, 24, 20), low, np.int16)
+    voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(seed).integers(0, 100, (16, 16, 16))
+    nib.save(nib.Nifti1Image(voxels, np.diag([-9.0, -9.0, 9.0, 1.0])), path)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    write_box(tmp_path / "scan.nii.gz", seed=1)
+    return tmp_path / "scan.nii.gz"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(*arguments)` in an empty folder; paths longer than a line must not be broken."""
+    from transformers.utils import logging as transformers_logging
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TQDM_DISABLE", "")  # a command sets it, and the verbosity, for its whole process
+    verbosity = transformers_logging.get_verbosity()
+    level = logging.getLogger("diffvp").level
+    runner = CliRunner()
+    yield lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    logging.getLogger("diffvp").setLevel(level)
+
+
+def assert_one_line_error(result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.match(r"\w+: .", last), result.stderr
+    for part in parts:
+        assert part in last, result.stderr
+
+
+def test_report(run, scan, checkpoint, tmp_path):
+    result = run("report", scan, "--checkpoint", checkpoint)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "work" / "outputs" / "report"
+    written = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert written["text"] in result.stdout
+    assert f"{folder / 'figure.png'}\n" in result.stdout and (folder / "figure.png").is_file()
+    assert RESEARCH_USE in result.stderr and "boxes of noise" in result.stderr
+    assert "Drawing the figure" in result.stderr, "progress"
+
+
+def test_report_as_json_prints_nothing_else_to_stdout(run, scan, checkpoint, tmp_path):
+    write_box(tmp_path / "normal.nii", seed=2)
+    result = run("report", scan, "--checkpoint", checkpoint, "--json", "--output", tmp_path / "here",
+                 "--reference", tmp_path / "normal.nii", "--max-new-tokens", 3)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((tmp_path / "here" / "report.json").read_text(encoding="utf-8"))
+    assert printed["statement"] == RESEARCH_USE and printed["provenance"]["reference"]["sampled"] is False
+    assert printed["provenance"]["decoding"]["generation_config"]["max_new_tokens"] == 3
+    assert RESEARCH_USE in result.stderr
+
+
+def test_demo_sets_the_report_beside_the_true_one(run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run("demo", "--checkpoint", checkpoint, "--output", "demo", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "work" / "demo" / "report"
+    truth = json.loads((folder / "report.json").read_text(encoding="utf-8"))["truth"]
+    for region, sentence in truth["report"].items():
+        assert re.search(rf"{region}\b.*{re.escape(sentence[:20])}", result.stdout), region
+    for kind in ("hit", "missed", "false"):
+        assert f"Findings {kind}: {', '.join(truth[kind]) or 'none'}" in result.stdout
+    assert str(folder / "figure.png") in result.stdout and "diffvp report FILE" in result.stdout
+    assert RESEARCH_USE in result.stderr
+    phantom = nib.load(tmp_path / "work" / "demo" / "phantom.nii.gz")
+    assert nib.load(folder / "difference_map.nii.gz").shape == phantom.shape
+    # The patient that it says it is, and a demo can be run again in its place.
+    from diffvp.data.phantom import render_patient, sample_patient
+
+    np.testing.assert_array_equal(phantom.get_fdata(), render_patient(sample_patient(3, 0, "demo")).hu)
+    assert run("demo", "--checkpoint", checkpoint, "--output", "demo", "--seed", 4).exit_code == 0
+
+
+def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
+    def report(*arguments):
+        return run("report", *arguments, "--checkpoint", checkpoint)
+
+    assert_one_line_error(report(tmp_path / "absent.nii.gz"), "CTReadError", "absent.nii.gz", "missing")
+    (tmp_path / "scan.txt").write_text("no scan")
+    assert_one_line_error(report(tmp_path / "scan.txt"), "CTReadError", "scan.txt", "suffix")
+    write_box(tmp_path / "eight-bit.nii", seed=1, low=0)
+    assert_one_line_error(report(tmp_path / "eight-bit.nii"), "CTIntensityError", "Hounsfield")
+    assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves nothing"
+    assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
+
+
+def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
+    assert_one_line_error(run("report", scan), "ReportError", "not-there", "--checkpoint")
+    assert_one_line_error(run("demo"), "ReportError", "not-there", "--checkpoint")
+    assert_one_line_error(run("report", scan, "--checkpoint", tmp_path / "nowhere"), "OSError", "nowhere")
+    (checkpoint / "references" / "normal.nii.gz").rename(tmp_path / "aside.nii.gz")
+    try:
+        assert_one_line_error(run("report", scan, "--checkpoint", checkpoint), "ReferencePoolError", "missing")
+    finally:
+        (tmp_path / "aside.nii.gz").rename(checkpoint / "references" / "normal.nii.gz")
+
+
+def test_a_defect_keeps_its_traceback(run, scan, checkpoint, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(reporting, "draw_figure", fail)
+    result = run("report", scan, "--checkpoint", checkpoint)
+    assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
+
+
+def test_phantom(run, tmp_path):
+    options = ("--valid", 1, "--matrix", 48, "--no-masks", "--workers", 1)
+    result = run("phantom", "cohort", "--train", 1, *options, "--seed", 7)
+    assert result.exit_code == 0, result.output
+    from diffvp.data.radgenome import load_cases
+
+    [case] = load_cases(tmp_path / "work" / "cohort", "train")
+    assert nib.load(case.volume).shape[:2] == (48, 48) and case.report
+    assert len(load_cases(tmp_path / "work" / "cohort", "valid")) == 1
+    assert_one_line_error(run("phantom", "cohort", "--train", 1, *options, "--seed", 8), "cohort")
+    assert run("phantom", "cohort", "--train", -1, *options).exit_code == 2
+
+
+def test_train_reads_the_configuration(run, repository_root, tmp_path, monkeypatch):
+    from diffvp import train_accelerate
+
+    ran = []
+    monkeypatch.setattr(train_accelerate, "run", ran.append)
+    config = repository_root / "configs" / "phantom.yaml"
+    assert run("train", config, "seed=5", "data.root=elsewhere").exit_code == 0
+    assert ran[0].seed == 5 and ran[0].data.root == "elsewhere"
+    assert_one_line_error(run("train", config, "seed"), "key=value")
+    assert_one_line_error(run("train", config, "sede=5"), "sede")
+    assert_one_line_error(run("train", config, "stages.one=5"), "stages")
+    assert_one_line_error(run("train", tmp_path / "absent.yaml"), "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("seed: [")
+    assert_one_line_error(run("train", tmp_path / "broken.yaml"), "broken.yaml")
+    assert len(ran) == 1

