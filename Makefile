@@ -32,7 +32,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance train-phantom clean distclean
+.PHONY: help demo test lint format test-conformance train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -59,8 +59,13 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 	done
 
 train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
-	$(BIN)/diffvp phantom phantom --train 2300 --valid 200 --seed 0
+	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0 --no-masks
 	$(BIN)/diffvp train configs/phantom.yaml
+	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
+
+evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 200 unseen phantoms, beside the baselines
+	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0 --no-masks
+	$(BIN)/diffvp evaluate phantom --output experiments/results
 
 clean:  ## remove what builds and tests leave
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance

@@ -119,6 +119,23 @@ def train(
         run(loaded)
 
 
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Folder of a phantom cohort; its `valid` split is the test set.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results.")],
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
+) -> None:
+    """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
+    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+        from .experiments.evaluate import evaluate as run
+        from .reporting import EXPECTED_ERRORS
+    _quiet()
+    with _one_line_errors(*EXPECTED_ERRORS, ValueError):
+        page = run(data, checkpoint, output, limit)
+    out.print(page.read_text(encoding="utf-8"), markup=False)
+
+
 def main() -> None:
     app()
 

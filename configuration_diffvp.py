@@ -20,7 +20,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 
 # The 18 abnormalities of CT-RATE / RadGenome-ChestCT, in the order of RadBERT's outputs (appendix D of the paper).
 DIAGNOSIS_LABELS = (
@@ -112,7 +112,7 @@ class DiffVPConfig(PreTrainedConfig):
     """
 
     model_type = "diffvp"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs = {"text_config": AutoConfig}  # the later sub_configs_defaults does not exist in transformers 5.19
 
     # Base LLM
     text_config: dict | PreTrainedConfig | None = None
@@ -170,6 +170,8 @@ class DiffVPConfig(PreTrainedConfig):
         unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
         if unknown:
             raise ValueError(f"Unknown key(s) in DiffVPConfig: {', '.join(unknown)}. Known: {self._own_fields()}.")
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         # The tied weights live in the language model, and the composite must know about them to load and save them.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings

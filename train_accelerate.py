@@ -176,7 +176,9 @@ def train_diagnosis(config: TrainingConfig) -> Path:
     splits = {}
     for name, span in (("train", config.data.diagnosis_cases), ("validation", config.data.validation_cases)):
         chosen = select(cases, span, name)
-        volumes = torch.stack([load_volume(case, image_processor, cache) for case in track(chosen, f"Volumes, {name}")])
+        volumes = torch.stack(
+            [load_volume(case, image_processor, cache) for case in track(chosen, f"Volumes, {name}")]
+        )
         splits[name] = volumes, torch.from_numpy(np.stack([case.labels for case in chosen])).float()
     volumes, labels = splits["train"]
 
@@ -228,7 +230,9 @@ def predict(model: torch.nn.Module, volumes: torch.Tensor, batch_size: int) -> n
     """Probabilities of a diagnosis model, (cases, labels)."""
     model.eval()
     device = next(model.parameters()).device
-    return torch.cat([model(batch.float().to(device)).logits.sigmoid().cpu() for batch in volumes.split(batch_size)]).numpy()
+    return torch.cat(
+        [model(batch.float().to(device)).logits.sigmoid().cpu() for batch in volumes.split(batch_size)]
+    ).numpy()
 
 
 def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:

@@ -4,9 +4,9 @@
 
 There is no licence-free labelled chest CT, so the project draws its own. `sample_patient` decides everything that a
 report may say (anatomy, findings and their attributes) from (seed, split, index) alone; `render_patient` turns it
-into Hounsfield units. Shapes live in `phantom_geometry.py`, normal anatomy is painted in `phantom_anatomy.py`, findings in
-`phantom_findings.py`, and the text
-is written in `phantom_report.py`. Images and reports are synthetic: nothing here is or derives from a real patient.
+into Hounsfield units. Shapes live in `phantom_geometry.py`, normal anatomy is painted in `phantom_anatomy.py`,
+findings in `phantom_findings.py`, and the text is written in `phantom_report.py`. Images and reports are synthetic:
+nothing here is a real patient or derives from one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from .phantom_anatomy import paint_anatomy, region_masks
+from .phantom_findings import paint_findings
+from .phantom_geometry import LOBES, Canvas, Geometry
 
 # Finding statistics of CT-RATE's training split, one reconstruction per scan (24,128 volumes ending in _1.nii.gz of
 # train_predicted_labels.csv). A small Bayesian network fitted to the scans with at least one finding: for each label
@@ -65,7 +69,6 @@ FINDING_NETWORK: dict[str, tuple[float, dict[str, float]]] = {
 # phantom knows no disease outside the 18 labels, so the second number is the share of its normal patients.
 NORMAL_SHARE = 0.09
 
-LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 SEVERITIES = ("mild", "moderate", "severe")
 
 
@@ -152,8 +155,7 @@ class PhantomPatient:
 
     def rng(self, stream: str) -> np.random.Generator:
         """A generator that depends on (seed, split, index, stream) alone, so no structure disturbs another."""
-        key = [self.seed, zlib.crc32(self.split.encode()), self.index, zlib.crc32(stream.encode())]
-        return np.random.default_rng(np.random.SeedSequence(key))
+        return _generator(self.seed, self.split, self.index, stream)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self), "findings": [vars(f) for f in self.findings]}
@@ -174,11 +176,17 @@ class PhantomScan:
     lesions: dict[str, np.ndarray]
 
 
+def _generator(seed: int, split: str, index: int, stream: str) -> np.random.Generator:
+    key = [seed, zlib.crc32(split.encode()), index, zlib.crc32(stream.encode())]
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
 def _severity(rng, weights=(0.45, 0.35, 0.2)) -> str:
     return str(rng.choice(SEVERITIES, p=weights))
 
 
-def _lobes(rng, names, weights, at_most) -> list[str]:
+def _some_of(rng, names, weights, at_most) -> list[str]:
+    """One to `at_most` of the names, in their order."""
     count = int(rng.integers(1, at_most + 1))
     picked = set(rng.choice(len(names), size=count, replace=False, p=np.asarray(weights) / np.sum(weights)).tolist())
     return [names[i] for i in sorted(picked)]
@@ -213,21 +221,24 @@ def _attributes(label: str, rng: np.random.Generator) -> dict[str, Any]:
         return {"size_mm": _millimetres(rng, 30, 75)}
     if label == "Lymphadenopathy":
         stations = ("right paratracheal", "prevascular", "subcarinal", "right hilar", "left hilar")
-        chosen = _lobes(rng, stations, (0.3, 0.2, 0.2, 0.15, 0.15), 3)
+        chosen = _some_of(rng, stations, (0.3, 0.2, 0.2, 0.15, 0.15), 3)
         return {"stations": chosen, "short_axis_mm": _millimetres(rng, 12, 26)}
     if label == "Emphysema":
         return {"severity": _severity(rng), "side": str(rng.choice(("both", "right", "left"), p=(0.76, 0.12, 0.12)))}
     if label == "Atelectasis":
         names = ("right middle lobe", "right lower lobe", "left lower lobe")
-        lobes = _lobes(rng, names, (0.2, 0.4, 0.4), 2)
+        lobes = _some_of(rng, names, (0.2, 0.4, 0.4), 2)
         return {"kind": str(rng.choice(("linear", "subsegmental"), p=(0.65, 0.35))), "lobes": lobes}
     if label == "Lung nodule":
         lobe = str(rng.choice(LOBES, p=(0.26, 0.08, 0.26, 0.2, 0.2)))
         size = int(rng.integers(6, 17 if "middle" in lobe else 29))
-        return {"count": int(rng.choice((1, 2, 3, 4, 5, 6), p=(0.4, 0.15, 0.15, 0.1, 0.1, 0.1))), "lobe": lobe,
-                "size_mm": size}
+        return {
+            "count": int(rng.choice((1, 2, 3, 4, 5, 6), p=(0.4, 0.15, 0.15, 0.1, 0.1, 0.1))),
+            "lobe": lobe,
+            "size_mm": size,
+        }
     if label == "Lung opacity":
-        return {"lobes": _lobes(rng, LOBES, (0.22, 0.1, 0.26, 0.2, 0.22), 3), "severity": _severity(rng)}
+        return {"lobes": _some_of(rng, LOBES, (0.22, 0.1, 0.26, 0.2, 0.22), 3), "severity": _severity(rng)}
     if label == "Pulmonary fibrotic sequela":
         side = str(rng.choice(("both", "right", "left"), p=(0.4, 0.35, 0.25)))
         return {"zone": str(rng.choice(("apex", "base"), p=(0.7, 0.3))), "side": side}
@@ -237,16 +248,20 @@ def _attributes(label: str, rng: np.random.Generator) -> dict[str, Any]:
     if label == "Mosaic attenuation pattern":
         return {"severity": _severity(rng, (0.4, 0.4, 0.2))}
     if label == "Peribronchial thickening":
-        return {"severity": _severity(rng, (0.4, 0.4, 0.2)),
-                "side": str(rng.choice(("both", "right", "left"), p=(0.7, 0.15, 0.15)))}
+        return {
+            "severity": _severity(rng, (0.4, 0.4, 0.2)),
+            "side": str(rng.choice(("both", "right", "left"), p=(0.7, 0.15, 0.15))),
+        }
     if label == "Consolidation":
         lobe = str(rng.choice(LOBES, p=(0.2, 0.1, 0.3, 0.15, 0.25)))
         return {"lobe": lobe, "size_mm": _millimetres(rng, 28, 45 if "middle" in lobe else 75)}
     if label == "Bronchiectasis":
-        return {"lobes": _lobes(rng, LOBES, (0.2, 0.14, 0.26, 0.14, 0.26), 2), "severity": _severity(rng)}
+        return {"lobes": _some_of(rng, LOBES, (0.2, 0.14, 0.26, 0.14, 0.26), 2), "severity": _severity(rng)}
     if label == "Interlobular septal thickening":
-        return {"severity": _severity(rng, (0.3, 0.4, 0.3)),
-                "zone": str(rng.choice(("both lungs", "both lower lobes"), p=(0.6, 0.4)))}
+        return {
+            "severity": _severity(rng, (0.3, 0.4, 0.3)),
+            "zone": str(rng.choice(("both lungs", "both lower lobes"), p=(0.6, 0.4))),
+        }
     raise ValueError(f"unknown finding {label!r}: expected one of {sorted(FINDING_NETWORK)}")
 
 
@@ -264,7 +279,9 @@ def _sample_labels(rng: np.random.Generator) -> list[str]:
 
 def sample_patient(seed: int, index: int, split: str) -> PhantomPatient:
     """Draws patient `index` (from 0) of `split` ("train", "valid", ...); the same arguments give the same patient."""
-    rng = PhantomPatient(seed, index, split, "", 0, "", "", 0.0, 0.0, None, ()).rng("patient")  # type: ignore[arg-type]
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed={seed}, index={index}: expected numbers >= 0")
+    rng = _generator(seed, split, index, "patient")
     labels = _sample_labels(rng)
     findings = tuple(Finding(label, _attributes(label, rng)) for label in labels)
 
@@ -337,16 +354,12 @@ def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: floa
     All geometry is in mm, so `matrix` and `slice_mm` (default: the patient's own slice thickness) change the
     sampling, not the patient.
     """
-    from .phantom_anatomy import paint_anatomy, region_masks
-    from .phantom_findings import paint_findings
-    from .phantom_geometry import Canvas, Geometry
-
     geometry = Geometry(patient)
     canvas = Canvas(patient, geometry, matrix, patient.slice_mm if slice_mm is None else slice_mm)
     paint_anatomy(canvas)
     paint_findings(canvas)
     hu = canvas.acquire()
-    to_lps = lambda volume: np.transpose(volume, (2, 1, 0))  # noqa: E731  (z, y, x) -> (x, y, z), no copy
-    regions = {name: to_lps(mask) for name, mask in region_masks(canvas).items()}
-    lesions = {finding.label: to_lps(canvas.lesion(finding.label)) for finding in patient.findings}
-    return PhantomScan(to_lps(hu), canvas.spacing, canvas.affine(), regions, lesions)
+    # The transposes turn (z, y, x) into (x, y, z) without a copy: NIfTI stores x fastest.
+    regions = {name: mask.T for name, mask in region_masks(canvas).items()}
+    lesions = {finding.label: canvas.lesion(finding.label).T for finding in patient.findings}
+    return PhantomScan(hu.T, canvas.spacing, canvas.affine(), regions, lesions)

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from .phantom_geometry import Canvas, ellipsoid_sd, smoothstep
+from .phantom_geometry import Canvas, Geometry, ellipsoid_sd, smoothstep
 
 WHOLE = (slice(None), slice(None), slice(None))
 AIRWAY_HU = -1000.0
@@ -33,7 +35,7 @@ def _trunk(canvas: Canvas) -> None:
         centre, radii = geometry.shoulder(side)
         box = canvas.box(centre - radii - 14, centre + radii + 14)
         body[box] = np.minimum(body[box], ellipsoid_sd(*canvas.coordinates(box), centre, radii))
-    depth = canvas.depth = body + anatomy.fat  # distance to the surface of the muscles
+    depth = canvas.muscle_sd = body + anatomy.fat
     if anatomy.breast:
         for side in (-1, 1):
             centre, radii = breast_shape(canvas, side)
@@ -63,8 +65,9 @@ def _trunk(canvas: Canvas) -> None:
 def breast_shape(canvas: Canvas, side: int):
     anatomy = canvas.patient.anatomy
     size = anatomy.breast or 24.0
-    centre = np.array([side * 0.50 * anatomy.half_width, -0.80 * anatomy.half_depth - 0.10 * size,
-                       0.40 * anatomy.lung_height])
+    centre = np.array(
+        [side * 0.50 * anatomy.half_width, -0.80 * anatomy.half_depth - 0.10 * size, 0.40 * anatomy.lung_height]
+    )
     return centre, np.array([1.15 * size, 0.85 * size, 1.2 * size])
 
 
@@ -90,8 +93,12 @@ def _rib_cage(canvas: Canvas) -> None:
     bone[shell] |= alpha > 0.5
 
     h = geometry.height
-    front_y = lambda level: geometry.cavity_y + 0.30 * geometry.cavity_b * (  # noqa: E731
-        1 - geometry.cavity_scale(level)) - geometry.cavity_b * (0.25 + 0.75 * geometry.cavity_scale(level)) - 7
+
+    def front_y(level):
+        scale = geometry.cavity_scale(level)
+        half = geometry.cavity_b
+        return geometry.cavity_y + 0.30 * half * (1 - scale) - half * (0.25 + 0.75 * scale) - 7
+
     # Sternum: a flat plate just outside the front of the cavity, wider at the manubrium.
     levels = np.array([0.30, 0.45, 0.60, 0.70, 0.76]) * h
     canvas.sternum = np.array([[0.0, front_y(level), level] for level in levels])
@@ -105,8 +112,12 @@ def _rib_cage(canvas: Canvas) -> None:
     top = np.array([0.0, front_y(0.76 * h), 0.79 * h])
     width, depth = anatomy.half_width, anatomy.half_depth
     for side in (-1, 1):
-        clavicle = [top + (side * 24, 0, 4), top + (side * 60, 8, 16),
-                    (side * 0.66 * width, -0.18 * depth, 0.99 * h), (side * 0.84 * width, 0.0, 1.06 * h)]
+        clavicle = [
+            top + (side * 24, 0, 4),
+            top + (side * 60, 8, 16),
+            (side * 0.66 * width, -0.18 * depth, 0.99 * h),
+            (side * 0.84 * width, 0.0, 1.06 * h),
+        ]
         canvas.tube(clavicle, 6.2, 560.0, mask="bone")
         canvas.tube(clavicle, 3.0, anatomy.bone_hu + 60)
         # Scapula: a thin blade behind the ribs, its spine, and the humeral head of the raised arm.
@@ -117,7 +128,7 @@ def _rib_cage(canvas: Canvas) -> None:
         canvas.tube([hinge, (hinge + inner_edge) / 2 + (0, 12, 8), inner_edge], (6.5, 5.0, 3.0), 480.0, mask="bone")
         head = hinge + (side * 14, -14, 14)
         for radius, hu in ((22.0, 520.0), (19.0, anatomy.bone_hu + 20)):
-            canvas.ellipsoid(head, (radius, radius, radius), hu, mask="bone", cut=lambda x, y, z: -30 + 0 * x)
+            canvas.ellipsoid(head, (radius, radius, radius), hu, mask="bone")
 
 
 def _plate(canvas: Canvas, a, b, c, half_thickness: float, hu: float) -> None:
@@ -164,8 +175,11 @@ def _abdomen(canvas: Canvas) -> None:
     for _ in range(7):  # hepatic veins, brighter in the contrast phase
         start = np.array([-18.0, 14.0, 0.42 * right])
         end = np.array([rng.uniform(-0.9, -0.15) * a, yc + rng.uniform(-0.6, 0.6) * b, rng.uniform(-35, 0.6 * right)])
-        canvas.tube([start, (start + end) / 2 + rng.normal(0, 7, 3), end], (5.0, 3.2, 1.5),
-                    0.6 * blood + 12 if blood < 80 else blood + 28)
+        canvas.tube(
+            [start, (start + end) / 2 + rng.normal(0, 7, 3), end],
+            (5.0, 3.2, 1.5),
+            0.6 * blood + 12 if blood < 80 else blood + 28,
+        )
     spleen = 0.55 * liver + 0.45 * muscle + 4
     canvas.ellipsoid((0.66 * a, yc + 0.46 * b, left - 58), (30, 0.46 * b, 46), spleen, cut=inside(4))
     centre = np.array([0.42 * a, yc - 0.28 * b, left - 50])
@@ -198,12 +212,12 @@ def _lungs(canvas: Canvas) -> None:
     tissue += 90 * canvas.alpha(np.minimum(oblique, minor) - 0.6, 2.0)
     flat[inner] += canvas.alpha(canvas.lung_sd.reshape(-1)[inner]) * (tissue - flat[inner])
     canvas.masks["lung"] = canvas.lung_sd < 0
-    canvas.airways = {}
     for side, name in ((-1, "right"), (1, "left")):
         nodes, parents, radii = vessel_tree(patient, geometry, side)
         children = np.flatnonzero(parents >= 0)
-        for box, sd in canvas.capsules(nodes[parents[children]], nodes[children], radii[children],
-                                       0.85 * radii[children]):
+        for box, sd in canvas.capsules(
+            nodes[parents[children]], nodes[children], radii[children], 0.85 * radii[children]
+        ):
             canvas.blend(box, canvas.alpha(sd) * canvas.alpha(canvas.lung_sd[box] - 2), anatomy.blood_hu)
         canvas.airways[name] = segmental_bronchi(patient, geometry, side)
         for points, radius in canvas.airways[name]:
@@ -243,10 +257,6 @@ def vessel_tree(patient, geometry, side: int):
 
 def _without_findings(geometry):
     """The same patient's geometry with a normal heart and pleural space: normal anatomy must not follow findings."""
-    import dataclasses
-
-    from .phantom_geometry import Geometry
-
     return Geometry(dataclasses.replace(geometry.patient, findings=())) if geometry.patient.findings else geometry
 
 
@@ -256,8 +266,9 @@ def segmental_bronchi(patient, geometry, side: int) -> list[tuple[np.ndarray, np
     healthy = _without_findings(geometry)
     tubes = []
     for lobe in (0, 1, 2) if side < 0 else (3, 4):
-        goals = healthy.lung_points(rng, 3, side=side, margin=22,
-                                    where=lambda x, y, z, lobe=lobe: geometry.lobe(x, y, z) == lobe)
+        goals = healthy.lung_points(
+            rng, 3, side=side, margin=22, where=lambda x, y, z, lobe=lobe: geometry.lobe(x, y, z) == lobe
+        )
         fork = geometry.hilum[side] + 0.30 * (goals.mean(0) - geometry.hilum[side])
         tubes.append((np.stack([geometry.hilum[side], fork]), np.array([4.2, 3.4])))
         for goal in goals:
@@ -287,8 +298,9 @@ def _spine(canvas: Canvas) -> None:
     ring = np.hypot(x / 1.15, y - ys - 22)
     arch = np.maximum(np.abs(ring - 10.5) - 2.8, np.abs(phase + 2) - 0.36 * spacing)
     spinous = np.maximum(np.maximum(np.abs(x) - 3.2, np.abs(y - ys - 40 + 0.7 * phase) - 11), np.abs(phase + 3) - 8)
-    transverse = np.maximum(np.maximum(np.abs(x) - 30, np.abs(y - ys - 24 - 0.12 * np.abs(x)) - 4.5),
-                            np.abs(phase) - 6)
+    transverse = np.maximum(
+        np.maximum(np.abs(x) - 30, np.abs(y - ys - 24 - 0.12 * np.abs(x)) - 4.5), np.abs(phase) - 6
+    )
     transverse = np.maximum(transverse, 9 - np.abs(x))
     alpha = canvas.paint(box, np.minimum(np.minimum(arch, spinous), transverse), 420.0)
     bone[box] |= alpha > 0.5
@@ -354,12 +366,16 @@ def _heart(canvas: Canvas) -> None:
     right = centre + np.array([-6.0, -17.0, -4.0]) * scale
     canvas.ellipsoid(right, np.array([26.0, 17.0, 26.0]) * scale, anatomy.blood_hu - 2)
     canvas.ellipsoid(geometry.atrium_centre, geometry.atrium_radii - 4, anatomy.blood_hu - 3)
-    canvas.ellipsoid(centre + np.array([-4.0, 26.0, 20.0]) * scale, np.array([26.0, 15.0, 18.0]) * scale,
-                     anatomy.blood_hu)
+    canvas.ellipsoid(
+        centre + np.array([-4.0, 26.0, 20.0]) * scale, np.array([26.0, 15.0, 18.0]) * scale, anatomy.blood_hu
+    )
     # The great vessels leave the heart in front of the atria.
     root = geometry.aorta["ascending aorta"]
-    canvas.tube(np.stack([centre + np.array([-4, 2, 14]) * scale, root[0], root[1]]),
-                geometry.aorta_radii["ascending aorta"], anatomy.blood_hu + 2)
+    canvas.tube(
+        np.stack([centre + np.array([-4, 2, 14]) * scale, root[0], root[1]]),
+        geometry.aorta_radii["ascending aorta"],
+        anatomy.blood_hu + 2,
+    )
 
 
 def _neck_and_breasts(canvas: Canvas) -> None:
@@ -370,8 +386,12 @@ def _neck_and_breasts(canvas: Canvas) -> None:
     y = float(np.interp(level, geometry.trachea[::-1, 2], geometry.trachea[::-1, 1]))
     for side in (-1, 1):
         size = rng.uniform(0.85, 1.2)
-        canvas.ellipsoid((side * (anatomy.trachea_radius + 8), y + 2, level), np.array([8.5, 10, 22]) * size,
-                         rng.uniform(95, 125), mask="thyroid")
+        canvas.ellipsoid(
+            (side * (anatomy.trachea_radius + 8), y + 2, level),
+            np.array([8.5, 10, 22]) * size,
+            rng.uniform(95, 125),
+            mask="thyroid",
+        )
         canvas.tube([(side * 30, y + 4, top + 20), (side * 26, y - 4, h + 2)], 6.5, anatomy.blood_hu)
         canvas.tube([(side * 38, y + 20, top + 20), (side * 30, y - 16, h - 6)], 8.0, anatomy.muscle_hu)
     canvas.ellipsoid((0, y - anatomy.trachea_radius - 2, level - 4), (10, 3, 5), 105.0, mask="thyroid")
@@ -381,7 +401,7 @@ def _neck_and_breasts(canvas: Canvas) -> None:
         box = canvas.box(centre - radii, centre + radii)
         x, yy, z = canvas.coordinates(box)
         sd = ellipsoid_sd(x, yy, z, centre, radii)
-        chest = -canvas.depth[box]  # in front of the pectoral muscle
+        chest = -canvas.muscle_sd[box]  # in front of the pectoral muscle
         breast[box] |= (sd < 0) & (chest < 0) & (canvas.body_sd[box] < 0)
         if anatomy.breast:
             strands = np.sin(x / 6.0 + np.sin(z / 7)) * np.sin(yy / 5.0 + 1) + 0.7 * np.sin(z / 6 + x / 9)
@@ -396,6 +416,18 @@ def region_masks(canvas: Canvas) -> dict[str, np.ndarray]:
     masks["lung"] &= ~masks["heart"]
     masks["pleura"] &= ~masks["heart"]
     masks["mediastinum"] = (canvas.cavity_sd < 0) & ~masks["lung"] & ~masks["abdomen"] & ~masks["bone"]
-    return {name: masks[name] for name in (
-        "abdomen", "bone", "breast", "esophagus", "heart", "lung", "mediastinum", "pleura", "thyroid",
-        "trachea and bronchie")}
+    return {
+        name: masks[name]
+        for name in (
+            "abdomen",
+            "bone",
+            "breast",
+            "esophagus",
+            "heart",
+            "lung",
+            "mediastinum",
+            "pleura",
+            "thyroid",
+            "trachea and bronchie",
+        )
+    }

@@ -30,9 +30,24 @@ from .phantom_report import impression, region_sentences, report_text
 LONG_NAME = {"train": "train", "valid": "validation"}
 VOLUME_FOLDER = {"train": "train_fixed", "valid": "valid_fixed"}
 METADATA_COLUMNS = (
-    "VolumeName", "Manufacturer", "SeriesDescription", "ManufacturerModelName", "PatientSex", "PatientAge",
-    "ReconstructionDiameter", "ConvolutionKernel", "PatientPosition", "ImageOrientationPatient", "Rows", "Columns",
-    "XYSpacing", "RescaleIntercept", "RescaleSlope", "NumberofSlices", "ZSpacing", "StudyDate",
+    "VolumeName",
+    "Manufacturer",
+    "SeriesDescription",
+    "ManufacturerModelName",
+    "PatientSex",
+    "PatientAge",
+    "ReconstructionDiameter",
+    "ConvolutionKernel",
+    "PatientPosition",
+    "ImageOrientationPatient",
+    "Rows",
+    "Columns",
+    "XYSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "NumberofSlices",
+    "ZSpacing",
+    "StudyDate",
 )
 
 
@@ -114,8 +129,14 @@ def _progress(facts: Iterator[dict], total: int, show: bool) -> Iterator[dict]:
 def volume_path(root: Path, name: str) -> Path:
     """CT-RATE's path of a volume: train_1_a_1 -> dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."""
     split, patient, scan, _ = name.split("_")
-    return root / "dataset" / VOLUME_FOLDER[split] / f"{split}_{patient}" / f"{split}_{patient}_{scan}" / (
-        name + ".nii.gz")
+    return (
+        root
+        / "dataset"
+        / VOLUME_FOLDER[split]
+        / f"{split}_{patient}"
+        / f"{split}_{patient}_{scan}"
+        / (name + ".nii.gz")
+    )
 
 
 def _write_case(job: tuple) -> dict:
@@ -134,8 +155,12 @@ def _write_case(job: tuple) -> dict:
             _write_nifti(lesion_path, encode_lesions(scan), scan.affine)
         _write_nifti(path, scan.hu, scan.affine)
     header = nib.load(path).header
-    return {"split": split, "index": index, "shape": [int(n) for n in header.get_data_shape()],
-            "spacing": [round(float(s), 6) for s in header.get_zooms()]}
+    return {
+        "split": split,
+        "index": index,
+        "shape": [int(n) for n in header.get_data_shape()],
+        "spacing": [round(float(s), 6) for s in header.get_zooms()],
+    }
 
 
 def encode_lesions(scan: PhantomScan) -> np.ndarray:
@@ -184,16 +209,141 @@ def _write_tables(root: Path, split: str, patients: list[PhantomPatient], facts:
         regions += [[volume, region, " ".join(sentences[region])] for region in REGIONS]
         disorders.append([volume, ", ".join(label for label in DIAGNOSIS_LABELS if present[label]) or "No findings"])
         (columns, rows, slices), (sx, sy, sz) = fact["shape"], fact["spacing"]
-        metadata.append([
-            volume, "DiffVP phantom", "synthetic thorax", "DiffVP phantom", patient.sex, f"{patient.age:03d}Y",
-            round(sx * columns, 2), patient.kernel, "HFS", "[1, 0, 0, 0, 1, 0]", rows, columns, f"[{sx}, {sy}]", 0, 1,
-            slices, sz, "",
-        ])
-    _write_csv(dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv",
-               ["VolumeName", *DIAGNOSIS_LABELS], labels)
-    _write_csv(dataset / "radiology_text_reports" / f"{name}_reports.csv",
-               ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"], reports)
+        metadata.append(
+            [
+                volume,
+                "DiffVP phantom",
+                "synthetic thorax",
+                "DiffVP phantom",
+                patient.sex,
+                f"{patient.age:03d}Y",
+                round(sx * columns, 2),
+                patient.kernel,
+                "HFS",
+                "[1, 0, 0, 0, 1, 0]",
+                rows,
+                columns,
+                f"[{sx}, {sy}]",
+                0,
+                1,
+                slices,
+                sz,
+                "",
+            ]
+        )
+    _write_csv(
+        dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv",
+        ["VolumeName", *DIAGNOSIS_LABELS],
+        labels,
+    )
+    _write_csv(
+        dataset / "radiology_text_reports" / f"{name}_reports.csv",
+        ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"],
+        reports,
+    )
     _write_csv(dataset / "metadata" / f"{name}_metadata.csv", METADATA_COLUMNS, metadata)
-    _write_csv(dataset / "radgenome_files" / f"{name}_region_report.csv", ["Volumename", "Anatomy", "Sentence"],
-               regions)
+    _write_csv(
+        dataset / "radgenome_files" / f"{name}_region_report.csv", ["Volumename", "Anatomy", "Sentence"], regions
+    )
     _write_csv(dataset / "radgenome_files" / f"{name}_case_disorders.csv", ["Volumename", "Disorders"], disorders)
+
+
+# The sheet of example cases ------------------------------------------------------------------------------------------
+
+WINDOWS = {"lung": (-1150.0, 150.0), "mediastinum": (-160.0, 240.0)}
+LUNG_FINDINGS = frozenset(
+    (
+        "Emphysema",
+        "Atelectasis",
+        "Lung nodule",
+        "Lung opacity",
+        "Pulmonary fibrotic sequela",
+        "Mosaic attenuation pattern",
+        "Peribronchial thickening",
+        "Consolidation",
+        "Bronchiectasis",
+        "Interlobular septal thickening",
+    )
+)
+
+
+def sheet_patients(count: int = 12, *, seed: int = 0) -> list[PhantomPatient]:
+    """A normal patient, then patients with at most three findings that together show as many labels as possible."""
+    candidates = [sample_patient(seed, index, "sheet") for index in range(400)]
+    chosen = [next(patient for patient in candidates if not patient.findings)]
+    rest = [patient for patient in candidates if 0 < len(patient.findings) <= 3]
+    seen: set[str] = set()
+    while len(chosen) < count:
+        # New labels first, then few findings, so that each is easy to see.
+        gains = [(len({f.label for f in patient.findings} - seen), -len(patient.findings)) for patient in rest]
+        best = rest.pop(gains.index(max(gains)))
+        chosen.append(best)
+        seen |= {finding.label for finding in best.findings}
+    return chosen
+
+
+def phantom_sheet(path: str | Path, *, seed: int = 0, matrix: int = 256, slice_mm: float = 2.0) -> None:
+    """Writes a PNG of a dozen phantom patients: axial in both windows, coronal and sagittal, with their findings.
+
+    Each plane passes through the largest extent of one of the patient's findings.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    patients = sheet_patients(seed=seed)
+    rows = len(patients) // 2
+    figure = Figure(figsize=(17.0, 1.98 * rows), facecolor="black")
+    axes = figure.subplots(rows, 8, gridspec_kw={"width_ratios": [1.32, 1.32, 1.15, 0.72] * 2})
+    figure.subplots_adjust(left=0.003, right=0.997, top=0.98, bottom=0.003, wspace=0.03, hspace=0.15)
+    for number, patient in enumerate(patients):
+        scan = render_patient(patient, matrix=matrix, slice_mm=slice_mm)
+        panels = axes[number % rows, 4 * (number // rows) : 4 * (number // rows) + 4]
+        for panel, (image, window, height) in zip(panels, _sheet_images(patient, scan), strict=True):
+            low, high = WINDOWS[window]
+            panel.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=height, interpolation="lanczos")
+            panel.axis("off")
+        title = "; ".join(_short(finding) for finding in patient.findings) or "Normal"
+        corner = panels[0].get_position(original=True)
+        figure.text(corner.x0, corner.y1 + 0.003, f"{number + 1}  {title}", color="white", fontsize=8.5)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=105, facecolor="black")
+    # 48 grey levels halve the file; CT windows on a page need no more.
+    quantised = Image.open(picture).convert("L").quantize(48)
+    out = io.BytesIO()
+    quantised.save(out, format="PNG", optimize=True)
+    _write(Path(path), out.getvalue())
+
+
+def _sheet_images(patient: PhantomPatient, scan: PhantomScan) -> list[tuple[np.ndarray, str, float]]:
+    """(image, window, pixel aspect) of the four panels; rows run from anterior or superior, columns from the right."""
+    hu, aspect = scan.hu, scan.spacing[2] / scan.spacing[0]
+    masks = [mask for mask in scan.lesions.values() if mask.any()]
+    nx, ny, nz = hu.shape
+    if masks:
+        # The most localised finding decides where the planes lie.
+        smallest = min(masks, key=lambda mask: int(mask.sum()))
+        x, y, z = (int(np.argmax(smallest.sum(axis=other))) for other in ((1, 2), (0, 2), (0, 1)))
+    else:
+        x, y, z = int(0.36 * nx), int(0.5 * ny), int(0.55 * nz)
+    in_lung = any(finding.label in LUNG_FINDINGS for finding in patient.findings) or not patient.findings
+    side = "lung" if in_lung else "mediastinum"
+    axial = _crop(hu[:, :, z].T)
+    return [
+        (axial, "lung", 1.0),
+        (axial, "mediastinum", 1.0),
+        (_crop(hu[:, y, ::-1].T), side, aspect),
+        (_crop(hu[x, :, ::-1].T), side, aspect),
+    ]
+
+
+def _crop(image: np.ndarray) -> np.ndarray:
+    """Cuts the air around the body away."""
+    rows, columns = np.nonzero(image > -400)
+    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+
+def _short(finding) -> str:
+    attributes = finding.attributes
+    detail = [f"{value} mm" for key, value in attributes.items() if key.endswith("_mm")]
+    detail += [str(attributes[key]) for key in ("kind", "severity") if key in attributes][:1] if not detail else []
+    return finding.label + (f" ({detail[0]})" if detail else "")

@@ -12,8 +12,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial import cKDTree
 
-from .phantom import LOBES
-from .phantom_geometry import Canvas, ellipsoid_sd, smoothstep
+from .phantom_geometry import LOBES, Canvas, ellipsoid_sd, smoothstep
 
 SIDES = {"right": (-1,), "left": (1,), "both": (-1, 1)}
 METAL_HU = 2800.0
@@ -70,17 +69,15 @@ def _lymphadenopathy(canvas: Canvas, attributes, rng) -> None:
         "right hilar": (-45 - 0.3 * short, 6, carina[2] - 0.085 * h),
         "left hilar": (48 + 0.3 * short, 8, carina[2] - 0.075 * h),
     }
+    # The first station holds the largest node, of the reported size; each node has a smaller neighbour above it.
+    above = np.array([0.15, 0.2, 1.35]) * short
     for position, station in enumerate(attributes["stations"]):
-        # The first station holds the largest node; each has a smaller neighbour.
-        for scale in ((1.0, 0.7) if position == 0 else (0.8, 0.65)):
-            radius = 0.5 * max(scale * short, 10.0 if scale > 0.69 else 7.0)
-            if scale == 1.0:
-                radius = 0.5 * short
-            shift = (0, 0, 0) if scale in (1.0, 0.8) else (0.15 * short, 0.2 * short, 1.35 * short)
+        sizes = (short, max(0.7 * short, 10.0)) if position == 0 else (max(0.8 * short, 10.0), max(0.65 * short, 7.0))
+        for radius, shift in zip((0.5 * size for size in sizes), (0 * above, above), strict=True):
             centre = np.array(places[station], float) + shift + rng.normal(0, 1.0, 3)
             radii = radius * np.array([1.0, 1.15, 1.35])
             box, distance = _ball(canvas, centre, radii)
-            canvas.paint(box, distance - 1.0 * radius - 2.5, canvas.patient.anatomy.fat_hu + 10)
+            canvas.paint(box, distance - radius - 2.5, canvas.patient.anatomy.fat_hu + 10)
             alpha = canvas.paint(box, distance - radius, SOFT_HU + 8)
             canvas.lesion("Lymphadenopathy")[box] |= alpha > 0.5
             canvas.lung_sd[box] = np.maximum(canvas.lung_sd[box], -(distance - radius - 2.5))
@@ -119,9 +116,15 @@ def _coronary_calcification(canvas: Canvas, attributes, rng) -> None:
             if geometry.heart_sd(*centre.reshape(3, 1))[0] < -1.0:  # inside the right atrium: move to its surface
                 away = centre - geometry.atrium_centre
                 centre = geometry.atrium_centre + away * float(
-                    1.05 / np.sqrt(((away / geometry.atrium_radii) ** 2).sum()))
-            _spot(canvas, centre, rng.uniform(2.6, 3.4) * np.array([1.0, 1.0, 1.25]), CALCIUM_HU,
-                  "Coronary artery wall calcification")
+                    1.05 / np.sqrt(((away / geometry.atrium_radii) ** 2).sum())
+                )
+            _spot(
+                canvas,
+                centre,
+                rng.uniform(2.6, 3.4) * np.array([1.0, 1.0, 1.25]),
+                CALCIUM_HU,
+                "Coronary artery wall calcification",
+            )
 
 
 def _medical_material(canvas: Canvas, attributes, rng) -> None:
@@ -150,8 +153,18 @@ def _medical_material(canvas: Canvas, attributes, rng) -> None:
         _spot(canvas, pocket, np.array([23.0, 7.0, 20.0]), METAL_HU, label, soft=canvas.soft)
         path = geometry.veins[2][0]
         right_heart = geometry.heart_centre + np.array([10.0, -14.0, -16.0]) * geometry.heart_scale
-        wire([pocket, path[3] * (1.0, 1.0, 0) + (0, 0, 0.93 * h), path[2], path[1], *cava,
-              geometry.atrium_centre, right_heart], 1.9)
+        wire(
+            [
+                pocket,
+                path[3] * (1.0, 1.0, 0) + (0, 0, 0.93 * h),
+                path[2],
+                path[1],
+                *cava,
+                geometry.atrium_centre,
+                right_heart,
+            ],
+            1.9,
+        )
         return
     _spot(canvas, pocket, np.array([13.0, 7.0, 13.0]), METAL_HU, label, soft=canvas.soft)
     wire([pocket, geometry.veins[1][0][1] + (-6, -4, 6), *cava], 1.7)
@@ -226,12 +239,14 @@ def _septal_thickening(canvas: Canvas, attributes, rng) -> None:
     # Secondary lobules: cells around jittered lattice points; their common walls are the septa.
     cell = 17.0
     low, high = points.min(0) - cell, points.max(0) + cell
-    lattice = np.stack(np.meshgrid(*(np.arange(a, b, cell) for a, b in zip(low, high, strict=True)), indexing="ij"), -1)
+    steps = [np.arange(a, b, cell) for a, b in zip(low, high, strict=True)]
+    lattice = np.stack(np.meshgrid(*steps, indexing="ij"), -1)
     seeds = lattice.reshape(-1, 3) + rng.uniform(-0.42, 0.42, (lattice.size // 3, 3)) * cell
     distance, _ = cKDTree(seeds).query(points, k=2)
     alpha = canvas.alpha((0.5 * (distance[:, 1] - distance[:, 0]) - 1.3).astype(np.float32), 1.5)
     alpha *= canvas.alpha(canvas.lung_sd.reshape(-1)[inner]) * canvas.alpha(
-        -canvas.lung_sd.reshape(-1)[inner] - deep + 4, 8.0)
+        -canvas.lung_sd.reshape(-1)[inner] - deep + 4, 8.0
+    )
     flat = canvas.hu.reshape(-1)
     flat[inner] += alpha * np.clip((-150 - flat[inner]) / 200, 0, 1) * (-230 - flat[inner])
     canvas.lesion("Interlobular septal thickening").reshape(-1)[inner] = alpha > 0.5
@@ -240,8 +255,12 @@ def _septal_thickening(canvas: Canvas, attributes, rng) -> None:
 def _fibrotic_sequela(canvas: Canvas, attributes, rng) -> None:
     geometry, label = canvas.geometry, "Pulmonary fibrotic sequela"
     h, apex = geometry.height, attributes["zone"] == "apex"
-    where = (lambda x, y, z: z > 0.80 * h) if apex else (  # noqa: E731
-        lambda x, y, z: (z < 0.36 * h) & (y > 0.15 * geometry.cavity_b))
+    where = (
+        (lambda x, y, z: z > 0.80 * h)
+        if apex
+        # noqa: E731
+        else (lambda x, y, z: (z < 0.36 * h) & (y > 0.15 * geometry.cavity_b))
+    )
     for side in SIDES[attributes["side"]]:
         for start in geometry.lung_points(rng, 12, side=side, margin=3.0, where=where):
             towards = geometry.hilum[side] - start
@@ -250,8 +269,9 @@ def _fibrotic_sequela(canvas: Canvas, attributes, rng) -> None:
             bend = start + length / 2 + rng.normal(0, 4.0, 3)
             _strand(canvas, [start - 0.3 * length, bend, start + 0.7 * length], rng.uniform(1.6, 2.6), -20.0, label)
         if apex:  # the pleural cap
-            cap = np.flatnonzero((canvas.lung_sd > -7) & (canvas.lung_sd < 2) & (canvas.z > 0.86 * h)
-                                 & (canvas.x * side > 0))
+            cap = np.flatnonzero(
+                (canvas.lung_sd > -7) & (canvas.lung_sd < 2) & (canvas.z > 0.86 * h) & (canvas.x * side > 0)
+            )
             z, sd = canvas.z.reshape(-1)[cap], canvas.lung_sd.reshape(-1)[cap]
             alpha = canvas.alpha(-sd - 4.5 - 1.5 * np.sin(canvas.x.reshape(-1)[cap] / 4)) * canvas.alpha(sd)
             alpha *= smoothstep((z / h - 0.86) / 0.05)
@@ -276,10 +296,13 @@ def _atelectasis(canvas: Canvas, attributes, rng) -> None:
                 d = [w - float(c) for w, c in zip(canvas.coordinates(box), centre, strict=True)]
                 local = [sum(float(axis[i]) * d[i] for i in range(3)) for axis in (first, second, normal)]
                 bow = 0.0022 * local[0] ** 2
-                sd = np.maximum(np.hypot(local[0] / half[0], local[1] / half[1]) * half[1] - half[1],
-                                np.abs(local[2] - bow) - half[2])
+                sd = np.maximum(
+                    np.hypot(local[0] / half[0], local[1] / half[1]) * half[1] - half[1],
+                    np.abs(local[2] - bow) - half[2],
+                )
                 _in_lung(canvas, box, canvas.alpha(sd) * _of_side(canvas.coordinates(box)[0], lobe), 5.0, label)
             continue
+
         def behind(x, y, z, low=low):
             return (y > 0.25 * geometry.cavity_b) & (low(x, y, z) if low else True)
 
@@ -369,11 +392,12 @@ def _ball(canvas: Canvas, centre, radii):
     radii = np.broadcast_to(np.asarray(radii, float), (3,))
     world = canvas.geometry.to_scanner(np.asarray(centre, float)[None])[0]
     reach = radii + 2 * canvas.soft + 4
-    box = canvas._slices((world - reach)[None], (world + reach)[None])[0]
+    box = canvas.slices((world - reach)[None], (world + reach)[None])[0]
     x, y, z = (canvas.axes[i][box[2 - i]] - np.float32(world[i]) for i in range(3))
     scale = (radii[0] / radii).astype(np.float32)
-    return box, np.sqrt((x * scale[0])[None, None, :] ** 2 + (y * scale[1])[None, :, None] ** 2
-                        + (z * scale[2])[:, None, None] ** 2)
+    return box, np.sqrt(
+        (x * scale[0])[None, None, :] ** 2 + (y * scale[1])[None, :, None] ** 2 + (z * scale[2])[:, None, None] ** 2
+    )
 
 
 def _of_side(x, lobe: str):
@@ -388,8 +412,9 @@ def _lobe_points(canvas: Canvas, rng, lobe: str, count: int, *, margin: float, w
         ok = canvas.geometry.lobe(x, y, z) == number
         return ok & where(x, y, z) if where is not None else ok
 
-    points = canvas.geometry.lung_points(rng, max(count, 20), side=-1 if "right" in lobe else 1, margin=margin,
-                                         where=inside)
+    points = canvas.geometry.lung_points(
+        rng, max(count, 20), side=-1 if "right" in lobe else 1, margin=margin, where=inside
+    )
     return points[:count]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 AIR_HU = -1008.0
-WATER_HU = 8.0
+LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 
 Box = tuple[slice, slice, slice]
 
@@ -63,8 +63,14 @@ class Geometry:
         self.spine_y = self.cavity_y + self.cavity_b - 21.0
         rng = patient.rng("warp")
         self._warp = [
-            [(rng.uniform(0.8, 1.9), (2 * np.pi / rng.uniform(170, 320, 3)).tolist(),
-              rng.uniform(0, 2 * np.pi, 3).tolist()) for _ in range(2)]
+            [
+                (
+                    rng.uniform(0.8, 1.9),
+                    (2 * np.pi / rng.uniform(170, 320, 3)).tolist(),
+                    rng.uniform(0, 2 * np.pi, 3).tolist(),
+                )
+                for _ in range(2)
+            ]
             for _ in range(3)
         ]
         flat = [wave for waves in self._warp for wave in waves]
@@ -127,7 +133,8 @@ class Geometry:
 
     def cavity_scale(self, z):
         t = np.clip((z - 0.36 * self.height) / (0.64 * self.height), 0, 1)
-        return np.maximum(np.sqrt(np.maximum(1 - t * t * np.sqrt(np.sqrt(t)), 0)), 0.05) * (1 - 0.05 * np.clip(-z / 60, -1, 1))
+        taper = np.sqrt(np.maximum(1 - t * t * np.sqrt(np.sqrt(t)), 0))
+        return np.maximum(taper, 0.05) * (1 - 0.05 * np.clip(-z / 60, -1, 1))
 
     def cavity_sd(self, x, y, z):
         scale = self.cavity_scale(z)
@@ -267,12 +274,19 @@ class Geometry:
             1: line(tuple(self.carina), (20, 12, carina - 0.055 * h), tuple(self.hilum[1])),
         }
         self.aorta = {
-            "ascending aorta": line((2, -18, 0.44 * h), (-9, -26, 0.53 * h), (-12, -26, 0.64 * h),
-                                    (-8, -22, 0.72 * h)),
-            "aortic arch": line((-8, -22, 0.72 * h), (2, -12, arch), (14, 6, arch + 2), (22, 24, arch - 5),
-                                (24, 33, 0.69 * h)),
-            "descending aorta": line((24, 33, 0.69 * h), (24, ys - 24, 0.55 * h), (21, ys - 25, 0.3 * h),
-                                     (14, ys - 29, 0.1 * h), (9, ys - 31, -80)),
+            "ascending aorta": line(
+                (2, -18, 0.44 * h), (-9, -26, 0.53 * h), (-12, -26, 0.64 * h), (-8, -22, 0.72 * h)
+            ),
+            "aortic arch": line(
+                (-8, -22, 0.72 * h), (2, -12, arch), (14, 6, arch + 2), (22, 24, arch - 5), (24, 33, 0.69 * h)
+            ),
+            "descending aorta": line(
+                (24, 33, 0.69 * h),
+                (24, ys - 24, 0.55 * h),
+                (21, ys - 25, 0.3 * h),
+                (14, ys - 29, 0.1 * h),
+                (9, ys - 31, -80),
+            ),
         }
         self.aorta_radii = {"ascending aorta": 1.08 * r, "aortic arch": 0.95 * r, "descending aorta": 0.85 * r}
         self.veins = [
@@ -289,8 +303,14 @@ class Geometry:
             (line((10, 2, arch + 8), (16, 0, 0.92 * h), (22, -2, top)), 4.2),
             (line((19, 18, arch + 6), (27, 14, 0.92 * h), (40, 10, top)), 4.6),
         ]
-        self.oesophagus = line((4, 12, top), (6, 22, 0.8 * h), (5, 27, 0.62 * h), (7, ys - 34, 0.42 * h),
-                               (15, ys - 42, 0.24 * h), (24, ys - 50, 0.12 * h))
+        self.oesophagus = line(
+            (4, 12, top),
+            (6, 22, 0.8 * h),
+            (5, 27, 0.62 * h),
+            (7, ys - 34, 0.42 * h),
+            (15, ys - 42, 0.24 * h),
+            (24, ys - 50, 0.12 * h),
+        )
 
 
 class Canvas:
@@ -313,6 +333,11 @@ class Canvas:
         self.x, self.y, self.z = (np.ascontiguousarray(np.broadcast_to(g, self.shape), np.float32) for g in grid)
         self.soft = float(max(pixel, 0.55 * pixel + 0.35 * slice_mm))
         self.hu = np.full(self.shape, AIR_HU, np.float32)
+        # Signed distances that painters share, set by the painter of the structure: to the skin, to the surface of
+        # the muscles, to the pleural and abdominal cavity, to aerated lung; and the course of the sternum.
+        self.body_sd = self.muscle_sd = self.cavity_sd = self.lung_sd = np.empty(0, np.float32)
+        self.sternum = np.empty((0, 3))
+        self.airways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.masks: dict[str, np.ndarray] = {}
         self._lesions: dict[str, np.ndarray] = {}
 
@@ -326,27 +351,28 @@ class Canvas:
     def box(self, low, high, pad: float = 0.0) -> Box:
         """Slices that cover an axis-parallel box of the anatomical frame."""
         low, high = np.asarray(low, float), np.asarray(high, float)
-        corners = np.array([[(low, high)[i][0], (low, high)[j][1], (low, high)[k][2]]
-                            for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-        return self.boxes(corners.mean(0, keepdims=True), 0.0, corners=corners, pad=pad + 5.0)[0]
+        corners = np.array(
+            [[(low, high)[i][0], (low, high)[j][1], (low, high)[k][2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+        )
+        world = self.geometry.to_scanner(corners)
+        pad += 5.0  # the warp bends the faces of the box
+        return self.slices(world.min(0, keepdims=True) - pad, world.max(0, keepdims=True) + pad)[0]
 
-    def boxes(self, centres: np.ndarray, radii, *, corners: np.ndarray | None = None, pad: float = 0.0) -> list[Box]:
-        """Slices around balls given in the anatomical frame (or around one set of corners)."""
-        if corners is not None:
-            world = self.geometry.to_scanner(corners)
-            low, high = world.min(0, keepdims=True) - pad, world.max(0, keepdims=True) + pad
-        else:
-            world = self.geometry.to_scanner(np.atleast_2d(centres))
-            reach = 1.2 * np.reshape(radii, (-1, 1)) + pad
-            low, high = world - reach, world + reach
-        return self._slices(low, high)
+    def boxes(self, centres: np.ndarray, radii, pad: float = 0.0) -> list[Box]:
+        """Slices around each of (n, 3) balls given in the anatomical frame."""
+        world = self.geometry.to_scanner(np.atleast_2d(centres))
+        reach = 1.2 * np.reshape(radii, (-1, 1)) + pad
+        return self.slices(world - reach, world + reach)
 
-    def _slices(self, low: np.ndarray, high: np.ndarray) -> list[Box]:
+    def slices(self, low: np.ndarray, high: np.ndarray) -> list[Box]:
+        """Slices that cover (n, 3) boxes of the scanner's frame."""
         spacing, size = np.array(self.spacing), np.array(self.shape[::-1])
         start = np.clip(np.floor((low - self.first) / spacing), 0, size).astype(int)
         stop = np.clip(np.ceil((high - self.first) / spacing) + 1, 0, size).astype(int)
-        return [tuple(slice(int(a), int(b)) for a, b in zip(s[::-1], e[::-1], strict=True))
-                for s, e in zip(start, stop, strict=True)]
+        return [
+            tuple(slice(int(a), int(b)) for a, b in zip(s[::-1], e[::-1], strict=True))
+            for s, e in zip(start, stop, strict=True)
+        ]
 
     def coordinates(self, box: Box):
         return self.x[box], self.y[box], self.z[box]
@@ -387,7 +413,7 @@ class Canvas:
         world = self.geometry.to_scanner(np.concatenate([starts, ends]))
         n = len(starts)
         reach = (1.2 * np.maximum(radii_start, radii_end) + self.soft).reshape(-1, 1)
-        boxes = self._slices(np.minimum(world[:n], world[n:]) - reach, np.maximum(world[:n], world[n:]) + reach)
+        boxes = self.slices(np.minimum(world[:n], world[n:]) - reach, np.maximum(world[:n], world[n:]) + reach)
         for box, p, q, r0, r1 in zip(boxes, starts, ends, radii_start, radii_end, strict=True):
             if any(s.stop <= s.start for s in box):
                 continue
@@ -419,8 +445,9 @@ class Canvas:
             hu = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(hu, 0.45, axis=1), 0.45, axis=2)
         noise = patient.rng("noise").standard_normal(self.shape, dtype=np.float32)
         blur = 0.5 if sharp else 0.9
-        noise = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(noise, blur, axis=1, truncate=3), blur, axis=2,
-                                          truncate=3)
+        noise = ndimage.gaussian_filter1d(
+            ndimage.gaussian_filter1d(noise, blur, axis=1, truncate=3), blur, axis=2, truncate=3
+        )
         if sharp:
             noise -= ndimage.uniform_filter(noise, (1, 5, 5))
         sigma = patient.anatomy.noise * np.sqrt(3.0 / self.spacing[2]) / noise.std()

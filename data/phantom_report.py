@@ -81,11 +81,24 @@ REGION_OF: dict[str, str] = {
     "Bronchiectasis": "lung",
     "Interlobular septal thickening": "lung",
 }
-MATERIAL_REGION = {"sternal wires": "bone", "pacemaker": "heart", "port": "mediastinum",
-                   "central venous catheter": "mediastinum"}
+MATERIAL_REGION = {
+    "sternal wires": "bone",
+    "pacemaker": "heart",
+    "port": "mediastinum",
+    "central venous catheter": "mediastinum",
+}
 # Findings are told in the order of the labels, with the lung's largest changes first.
-LUNG_ORDER = ("Consolidation", "Lung opacity", "Lung nodule", "Emphysema", "Mosaic attenuation pattern",
-              "Interlobular septal thickening", "Atelectasis", "Pulmonary fibrotic sequela", "Bronchiectasis")
+LUNG_ORDER = (
+    "Consolidation",
+    "Lung opacity",
+    "Lung nodule",
+    "Emphysema",
+    "Mosaic attenuation pattern",
+    "Interlobular septal thickening",
+    "Atelectasis",
+    "Pulmonary fibrotic sequela",
+    "Bronchiectasis",
+)
 
 
 def _join(names: Sequence[str]) -> str:
@@ -113,103 +126,148 @@ def _wordings(label: str, a: Mapping) -> tuple[str, ...]:
         if a["kind"] == "sternal wires":
             return ("Sternotomy wires are observed in the sternum.", "Metallic suture wires are seen in the sternum.")
         if a["kind"] == "pacemaker":
-            return (f"A pacemaker is observed in the {a['side']} chest wall with its lead in the right heart.",
-                    f"There is a pacemaker in the {a['side']} anterior chest wall.")
+            return (
+                f"A pacemaker is observed in the {a['side']} chest wall with its lead in the right heart.",
+                f"There is a pacemaker in the {a['side']} anterior chest wall.",
+            )
         if a["kind"] == "port":
-            return (f"A port catheter is observed in the {a['side']} chest wall, ending in the superior vena cava.",
-                    f"There is a port catheter in the {a['side']} chest wall.")
-        return ("A central venous catheter is observed in the superior vena cava.",
-                "There is a catheter ending in the superior vena cava.")
+            return (
+                f"A port catheter is observed in the {a['side']} chest wall, ending in the superior vena cava.",
+                f"There is a port catheter in the {a['side']} chest wall.",
+            )
+        return (
+            "A central venous catheter is observed in the superior vena cava.",
+            "There is a catheter ending in the superior vena cava.",
+        )
     if label == "Arterial wall calcification":
         place = _join([f"the {segment}" for segment in a["segments"]])
         amount = {"mild": "Mild", "moderate": "Moderate", "severe": "Severe"}[a["severity"]]
-        return (f"{amount} calcified atheroma plaques are observed in the wall of {place}.",
-                f"{amount} atherosclerotic wall calcifications are seen in {place}.",
-                f"There are {a['severity']} calcified plaques in {place}.")
+        return (
+            f"{amount} calcified atheroma plaques are observed in the wall of {place}.",
+            f"{amount} atherosclerotic wall calcifications are seen in {place}.",
+            f"There are {a['severity']} calcified plaques in {place}.",
+        )
     if label == "Cardiomegaly":
-        return (f"Heart size is increased, consistent with {a['severity']} cardiomegaly.",
-                f"There is {a['severity']} cardiomegaly.",
-                f"Heart size is increased ({a['severity']}).")
+        return (
+            f"Heart size is increased, consistent with {a['severity']} cardiomegaly.",
+            f"There is {a['severity']} cardiomegaly.",
+            f"Heart size is increased ({a['severity']}).",
+        )
     if label == "Pericardial effusion":
         t = a["thickness_mm"]
-        return (f"Pericardial effusion measuring {t} mm in thickness is observed.",
-                f"There is pericardial effusion reaching {t} mm.",
-                f"Pericardial effusion with a thickness of {t} mm is present.")
+        return (
+            f"Pericardial effusion measuring {t} mm in thickness is observed.",
+            f"There is pericardial effusion reaching {t} mm.",
+            f"Pericardial effusion with a thickness of {t} mm is present.",
+        )
     if label == "Coronary artery wall calcification":
         vessels = _join(a["vessels"])
-        return (f"{a['severity'].capitalize()} coronary artery calcification is observed in the {vessels}.",
-                f"There are {a['severity']} calcified plaques in the coronary arteries ({vessels}).")
+        return (
+            f"{a['severity'].capitalize()} coronary artery calcification is observed in the {vessels}.",
+            f"There are {a['severity']} calcified plaques in the coronary arteries ({vessels}).",
+        )
     if label == "Hiatal hernia":
-        return (f"A hiatal hernia measuring {a['size_mm']} mm is observed.",
-                f"There is a sliding type hiatal hernia of {a['size_mm']} mm at the lower end of the esophagus.",
-                f"Hiatal hernia with a diameter of {a['size_mm']} mm is seen.")
+        return (
+            f"A hiatal hernia measuring {a['size_mm']} mm is observed.",
+            f"There is a sliding type hiatal hernia of {a['size_mm']} mm at the lower end of the esophagus.",
+            f"Hiatal hernia with a diameter of {a['size_mm']} mm is seen.",
+        )
     if label == "Lymphadenopathy":
         place, size = _join(a["stations"]), a["short_axis_mm"]
-        return (f"Enlarged lymph nodes are observed in the {place} region, the largest {size} mm in short axis.",
-                f"There are {place} lymphadenopathies with a short axis up to {size} mm.",
-                f"Pathologically enlarged {place} lymph nodes are seen, the short axis of the largest is {size} mm.")
+        return (
+            f"Enlarged lymph nodes are observed in the {place} region, the largest {size} mm in short axis.",
+            f"There are {place} lymphadenopathies with a short axis up to {size} mm.",
+            f"Pathologically enlarged {place} lymph nodes are seen, the short axis of the largest is {size} mm.",
+        )
     if label == "Emphysema":
         place = _sided(a["side"], "lung", "lungs")
-        return (f"{a['severity'].capitalize()} emphysematous changes are observed in {place}, mainly in the upper zone.",
-                f"There is {a['severity']} emphysema in {place}.",
-                f"{a['severity'].capitalize()} centrilobular emphysema is seen in {place}.")
+        severity = a["severity"]
+        return (
+            f"{severity.capitalize()} emphysematous changes are observed in {place}, mainly in the upper zone.",
+            f"There is {severity} emphysema in {place}.",
+            f"{severity.capitalize()} centrilobular emphysema is seen in {place}.",
+        )
     if label == "Atelectasis":
         kind, place = a["kind"], _lobes(a["lobes"])
-        return (f"{kind.capitalize()} atelectasis is observed in {place}.",
-                f"There are {kind} atelectatic changes in {place}.",
-                f"{kind.capitalize()} atelectasis areas are seen in {place}.")
+        return (
+            f"{kind.capitalize()} atelectasis is observed in {place}.",
+            f"There are {kind} atelectatic changes in {place}.",
+            f"{kind.capitalize()} atelectasis areas are seen in {place}.",
+        )
     if label == "Lung nodule":
         lobe, size, count = a["lobe"], a["size_mm"], a["count"]
         if count == 1:
-            return (f"A nodule measuring {size} mm is observed in the {lobe}.",
-                    f"There is a {size} mm solid nodule in the {lobe}.",
-                    f"A solitary nodule with a diameter of {size} mm is seen in the {lobe}.")
+            return (
+                f"A nodule measuring {size} mm is observed in the {lobe}.",
+                f"There is a {size} mm solid nodule in the {lobe}.",
+                f"A solitary nodule with a diameter of {size} mm is seen in the {lobe}.",
+            )
         number = "Two" if count == 2 else "A few" if count <= 4 else "Multiple"
-        return (f"{number} nodules are observed in the lungs, the largest measuring {size} mm in the {lobe}.",
-                f"There are {number.lower()} solid nodules, the largest {size} mm in the {lobe}.",
-                f"{number} pulmonary nodules are seen, the largest in the {lobe} ({size} mm).")
+        return (
+            f"{number} nodules are observed in the lungs, the largest measuring {size} mm in the {lobe}.",
+            f"There are {number.lower()} solid nodules, the largest {size} mm in the {lobe}.",
+            f"{number} pulmonary nodules are seen, the largest in the {lobe} ({size} mm).",
+        )
     if label == "Lung opacity":
         place, severity = _lobes(a["lobes"]), a["severity"]
-        return (f"{severity.capitalize()} ground glass opacities are observed in {place}.",
-                f"There are {severity} patchy ground-glass opacities in {place}.",
-                f"Areas of {severity} ground glass density are seen in {place}.")
+        return (
+            f"{severity.capitalize()} ground glass opacities are observed in {place}.",
+            f"There are {severity} patchy ground-glass opacities in {place}.",
+            f"Areas of {severity} ground glass density are seen in {place}.",
+        )
     if label == "Pulmonary fibrotic sequela":
         part = "apex" if a["zone"] == "apex" else "lung base"
         place = _sided(a["side"], part, "apices" if a["zone"] == "apex" else "lung bases")
-        return (f"Fibrotic sequela changes are observed in {place}.",
-                f"There are pleuroparenchymal sequelae in {place}.",
-                f"Sequela fibrotic bands are seen in {place}.")
+        return (
+            f"Fibrotic sequela changes are observed in {place}.",
+            f"There are pleuroparenchymal sequelae in {place}.",
+            f"Sequela fibrotic bands are seen in {place}.",
+        )
     if label == "Pleural effusion":
         t = a["thickness_mm"]
         if a["side"] == "both":
-            return (f"Bilateral pleural effusion measuring {t} mm in thickness is observed.",
-                    f"There is pleural effusion on both sides reaching {t} mm.",
-                    f"Bilateral pleural effusion up to {t} mm is seen.")
-        return (f"{a['side'].capitalize()} pleural effusion measuring {t} mm in thickness is observed.",
-                f"There is pleural effusion on the {a['side']} side reaching {t} mm.",
-                f"A {a['side']} sided pleural effusion up to {t} mm is seen.")
+            return (
+                f"Bilateral pleural effusion measuring {t} mm in thickness is observed.",
+                f"There is pleural effusion on both sides reaching {t} mm.",
+                f"Bilateral pleural effusion up to {t} mm is seen.",
+            )
+        return (
+            f"{a['side'].capitalize()} pleural effusion measuring {t} mm in thickness is observed.",
+            f"There is pleural effusion on the {a['side']} side reaching {t} mm.",
+            f"A {a['side']} sided pleural effusion up to {t} mm is seen.",
+        )
     if label == "Mosaic attenuation pattern":
-        return (f"{a['severity'].capitalize()} mosaic attenuation pattern is observed in both lungs.",
-                f"There is a {a['severity']} mosaic attenuation pattern in both lungs.",
-                f"{a['severity'].capitalize()} mosaic perfusion is seen in the lung parenchyma.")
+        return (
+            f"{a['severity'].capitalize()} mosaic attenuation pattern is observed in both lungs.",
+            f"There is a {a['severity']} mosaic attenuation pattern in both lungs.",
+            f"{a['severity'].capitalize()} mosaic perfusion is seen in the lung parenchyma.",
+        )
     if label == "Peribronchial thickening":
         place = _sided(a["side"], "lung", "lungs")
-        return (f"{a['severity'].capitalize()} peribronchial thickening is observed in {place}.",
-                f"There is {a['severity']} peribronchial wall thickening in {place}.",
-                f"{a['severity'].capitalize()} thickening of the bronchial walls is seen in {place}.")
+        return (
+            f"{a['severity'].capitalize()} peribronchial thickening is observed in {place}.",
+            f"There is {a['severity']} peribronchial wall thickening in {place}.",
+            f"{a['severity'].capitalize()} thickening of the bronchial walls is seen in {place}.",
+        )
     if label == "Consolidation":
-        return (f"A consolidation of {a['size_mm']} mm with air bronchogram is observed in the {a['lobe']}.",
-                f"There is a consolidation area measuring {a['size_mm']} mm in the {a['lobe']}.",
-                f"A consolidated area with air bronchograms is seen in the {a['lobe']} ({a['size_mm']} mm).")
+        return (
+            f"A consolidation of {a['size_mm']} mm with air bronchogram is observed in the {a['lobe']}.",
+            f"There is a consolidation area measuring {a['size_mm']} mm in the {a['lobe']}.",
+            f"A consolidated area with air bronchograms is seen in the {a['lobe']} ({a['size_mm']} mm).",
+        )
     if label == "Bronchiectasis":
         place = _lobes(a["lobes"])
-        return (f"{a['severity'].capitalize()} bronchiectasis is observed in {place}.",
-                f"There are {a['severity']} bronchiectatic changes in {place}.",
-                f"{a['severity'].capitalize()} tubular bronchiectasis is seen in {place}.")
+        return (
+            f"{a['severity'].capitalize()} bronchiectasis is observed in {place}.",
+            f"There are {a['severity']} bronchiectatic changes in {place}.",
+            f"{a['severity'].capitalize()} tubular bronchiectasis is seen in {place}.",
+        )
     if label == "Interlobular septal thickening":
-        return (f"{a['severity'].capitalize()} interlobular septal thickening is observed in {a['zone']}.",
-                f"There is {a['severity']} interlobular septal thickening in {a['zone']}.",
-                f"{a['severity'].capitalize()} thickening of the interlobular septa is seen in {a['zone']}.")
+        return (
+            f"{a['severity'].capitalize()} interlobular septal thickening is observed in {a['zone']}.",
+            f"There is {a['severity']} interlobular septal thickening in {a['zone']}.",
+            f"{a['severity'].capitalize()} thickening of the interlobular septa is seen in {a['zone']}.",
+        )
     raise ValueError(f"unknown finding {label!r}: expected one of {DIAGNOSIS_LABELS}")
 
 

@@ -70,11 +70,17 @@ def load_cases(root: str | Path, split: str) -> list[Case]:
     reports = {row["VolumeName"]: row["Findings_EN"] for row in read_table(report_path, ["VolumeName", "Findings_EN"])}
     regions: dict[str, dict[str, str]] = {}
     for row in read_table(region_path, ["Volumename", "Anatomy", "Sentence"]):
-        if row["Anatomy"]:  # an empty anatomy holds the whole report
-            if row["Anatomy"] not in REGIONS:
-                raise DatasetLayoutError(f"{region_path}: unknown region {row['Anatomy']!r} of {row['Volumename']}; "
-                                         f"expected one of {REGIONS}")
-            regions.setdefault(row["Volumename"], {})[row["Anatomy"]] = row["Sentence"]
+        if not row["Anatomy"]:  # the whole report
+            continue
+        # RadGenome nests regions ("lung/right lung"): the first name is one of the ten, or "others".
+        region = row["Anatomy"].split("/")[0]
+        if region not in (*REGIONS, "others"):
+            raise DatasetLayoutError(
+                f"{region_path}: unknown region {row['Anatomy']!r} of {row['Volumename']}; "
+                f"expected one of {REGIONS} or 'others'"
+            )
+        texts = regions.setdefault(row["Volumename"], {})
+        texts[region] = f"{texts[region]} {row['Sentence']}" if region in texts else row["Sentence"]
     disorders = {row["Volumename"]: row["Disorders"] for row in read_table(disorder_path, ["Volumename", "Disorders"])}
 
     unknown = [column for column in (rows[0] if rows else {}) if column not in ("VolumeName", *DIAGNOSIS_LABELS)]
@@ -98,8 +104,17 @@ def load_cases(root: str | Path, split: str) -> list[Case]:
         bad = {label: value for label, value in zip(DIAGNOSIS_LABELS, values, strict=True) if value not in ("0", "1")}
         if bad:
             raise DatasetLayoutError(f"{label_path}: labels of {volume_name} must be 0 or 1, found {bad}")
-        cases.append(Case(name, patient, volume, reports[volume_name], np.array(values).astype(np.int8),
-                          regions.get(volume_name, {}), disorders[volume_name]))
+        cases.append(
+            Case(
+                name,
+                patient,
+                volume,
+                reports[volume_name],
+                np.array(values).astype(np.int8),
+                regions.get(volume_name, {}),
+                disorders[volume_name],
+            )
+        )
     return cases
 
 

@@ -25,6 +25,7 @@ from ..metrics.clinical_efficacy import classification_scores
 from ..metrics.nlg import bleu, rouge_l, sentence_bleu
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
+from ..reporting import load_checkpoint
 
 BATCH_SIZE = 8
 BOOTSTRAP_SAMPLES = 1000
@@ -64,9 +65,7 @@ def generate_reports(
     for start in track(range(0, len(targets), BATCH_SIZE), f"Reports, {name}"):
         inputs = processor(ct=[case.volume for case in targets[start : start + BATCH_SIZE]]).to(model.device)
         logits = model.diagnose(inputs["ct"])
-        reports += processor.batch_decode(
-            model.generate(**inputs, diagnosis_logits=logits), skip_special_tokens=True
-        )
+        reports += processor.batch_decode(model.generate(**inputs, diagnosis_logits=logits), skip_special_tokens=True)
         probabilities.append(logits.float().sigmoid().cpu().numpy())
     return reports, np.concatenate(probabilities)
 
@@ -109,15 +108,16 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
     return result
 
 
-def evaluate(data: str | os.PathLike, checkpoint: str | os.PathLike, output: str | os.PathLike, limit: int | None) -> Path:
+def evaluate(
+    data: str | os.PathLike, checkpoint: str | os.PathLike, output: str | os.PathLike, limit: int | None
+) -> Path:
     """
     Evaluate on the `valid` split of `data`; writes `phantom_checkpoint.json` and `phantom_checkpoint.md`.
 
     Args:
         limit: only the first so many test cases, for a trial.
     """
-    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
-    processor = DiffVPProcessor.from_pretrained(checkpoint)
+    model, processor = load_checkpoint(str(checkpoint))
     model.merge_adapter()
     train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
     # A derangement: nobody keeps his own scan.
@@ -138,7 +138,7 @@ def evaluate(data: str | os.PathLike, checkpoint: str | os.PathLike, output: str
         "every finding in every case": score(None, np.ones_like(classifier), test),
     }
     truth = np.stack([case.labels for case in test]).astype(int)
-    per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["per_label"]
+    per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["labels"]
     result = {
         "command": f"diffvp evaluate {Path(data).name}",
         "cases": len(test),
@@ -177,13 +177,14 @@ def _page(result: dict) -> str:
     ]
     for name, s in result["systems"].items():
         text = (
-            f"{s['bleu4']:.3f}{interval(s['bleu4_interval'])} | {s['rougeL']:.3f}" if "bleu4" in s else "no text | no text"
+            f"{s['bleu4']:.3f}{interval(s['bleu4_interval'])} | {s['rougeL']:.3f}"
+            if "bleu4" in s
+            else "no text | no text"
         )
-        lines.append(
-            f"| {name} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f}{interval(s['f1_interval'])} | {text} |"
-        )
+        f1 = f"{s['f1']:.3f}{interval(s['f1_interval'])}"
+        lines.append(f"| {name} | {s['precision']:.3f} | {s['recall']:.3f} | {f1} | {text} |")
     lines += ["", "Findings of the generated reports, by label:", ""]
     lines += ["| label | cases | precision | recall | F1 |", "|---|---|---|---|---|"]
-    for label, s in result["per_label"].items():
+    for label, s in result["labels"].items():
         lines.append(f"| {label} | {s['support']} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f} |")
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ..data.phantom import render_patient, sample_patient
-from ..modeling_diffvp import BASE_PREFIX, DiffVPForConditionalGeneration
-from ..processing_diffvp import DiffVPProcessor
+from ..modeling_diffvp import BASE_PREFIX
 from ..references_diffvp import index_references
+from ..reporting import load_checkpoint
 
 POOL_SEED = 0
 POOL_SPLIT = "reference"  # its own stream of patients: neither train nor valid
@@ -82,8 +82,7 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     """Write the released form of the checkpoint `source` to `target`, which is replaced as a whole."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    model = DiffVPForConditionalGeneration.from_pretrained(source)
-    processor = DiffVPProcessor.from_pretrained(source)
+    model, processor = load_checkpoint(str(source))
     # Matrices in bfloat16 halve the download. Norms and biases are few, and variances lose most by rounding.
     state = {
         name: value.bfloat16() if value.is_floating_point() and value.ndim > 1 else value

@@ -123,3 +123,48 @@ def scans():
 
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.rand(2, 1, 32, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of a few hundred tokens; like LLaMA's it pads on the right and has no padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([DEFAULT_INSTRUCTION, "Lung: clear. Heart: of normal size.", *DIAGNOSIS_LABELS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", padding_side="right", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base_with_tokenizer(tokenizer, tmp_path_factory) -> Path:
+    """A folder with a random Llama of two layers that fits `tokenizer`, and the tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama-with-tokenizer"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

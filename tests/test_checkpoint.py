@@ -127,7 +127,9 @@ def test_unexpected_and_misshapen_weights_are_refused(checkpoint):
 def test_another_base_is_refused(checkpoint, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    other = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    other = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     with pytest.raises(DiffVPCheckpointError, match="vocab_size is 97, the checkpoint was made for 96"):
         DiffVPForConditionalGeneration.from_pretrained(checkpoint, base_model_name_or_path=str(tmp_path / "other"))
@@ -147,7 +149,9 @@ def test_unknown_loading_options_are_refused(checkpoint):
 
 
 def test_dtype_and_device_map(checkpoint, logits, scans):
-    loaded = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.bfloat16, device_map={"": "cpu"})
+    loaded = AutoModel.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(loaded(*scans).logits.float(), logits, atol=0.15, rtol=0.15)
 
@@ -180,9 +184,14 @@ def test_loads_in_a_process_without_the_package(checkpoint, scans, model, tmp_pa
     expected = model.generate(*scans, max_new_tokens=6, do_sample=False)
     script = f"""
 import sys, torch
-sys.meta_path.insert(0, type("Blocker", (), {{"find_spec": staticmethod(
-    lambda name, path=None, target=None: (_ for _ in ()).throw(ImportError(name)) if name.split(".")[0] == "diffvp" else None
-)}}))
+
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "diffvp":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocker)
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
 scans = torch.load({str(tmp_path / "scans.pt")!r}, weights_only=True)

@@ -34,7 +34,9 @@ def linear(x, layer):
 
 def layer_norm(x, layer):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.eps) * array(layer.weight) + array(layer.bias)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.eps) * array(layer.weight) + array(
+        layer.bias
+    )
 
 
 def gelu(x):
@@ -65,7 +67,9 @@ def resample(features, module, position, heads):
     for layer in module.layers:
         x = layer_norm(latents, layer.self_attention_norm)
         a = layer.self_attention
-        latents = latents + linear(attend(linear(x, a.q_proj), linear(x, a.k_proj), linear(x, a.v_proj), heads)[0], a.o_proj)
+        latents = latents + linear(
+            attend(linear(x, a.q_proj), linear(x, a.k_proj), linear(x, a.v_proj), heads)[0], a.o_proj
+        )
         x = layer_norm(latents, layer.cross_attention_norm)
         a = layer.cross_attention
         out, weights = attend(linear(x, a.q_proj), linear(keys, a.k_proj), linear(values, a.v_proj), heads)
@@ -290,7 +294,9 @@ def test_cached_features_stand_in_for_the_volumes(make_model, scans):
     expected, got = model(*scans), model(**cached)
     assert torch.equal(expected.logits, got.logits)
     assert torch.equal(model.generate(*scans, max_new_tokens=6), model.generate(**cached, max_new_tokens=6))
-    assert torch.equal(model.difference_map(*scans), model.difference_map(ct_features=features, reference_features=reference_features))
+    assert torch.equal(
+        model.difference_map(*scans), model.difference_map(ct_features=features, reference_features=reference_features)
+    )
     assert torch.equal(model.encode(scans[0]), expected.latents)
 
 
@@ -350,7 +356,11 @@ def test_diagnosis_prompt_names_what_was_predicted(make_model):
     ids, mask = model.diagnosis_prompt(logits)
     none = fragments["prefix"] + fragments["none"] + fragments["suffix"]
     two = fragments["prefix"] + fragments["labels"][0] + fragments["separator"] + fragments["labels"][3]
-    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == [none, two + fragments["suffix"], none]
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == [
+        none,
+        two + fragments["suffix"],
+        none,
+    ]
     assert mask[0].tolist() == sorted(mask[0].tolist()), "padding stands on the left"
 
 
@@ -391,7 +401,9 @@ def test_trainable_set_and_frozen_state(make_model, scans):
 
 def test_lora_starts_as_a_no_op(make_model, scans):
     base, adapted = make_model(), make_model(lora=True)
-    state = {name.replace(".base_layer", ""): value for name, value in adapted.state_dict().items() if "lora_" not in name}
+    state = {
+        name.replace(".base_layer", ""): value for name, value in adapted.state_dict().items() if "lora_" not in name
+    }
     base.load_state_dict(state)
     assert torch.equal(base(*scans).logits, adapted(*scans).logits)
 

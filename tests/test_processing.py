@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
@@ -39,24 +37,6 @@ def make_ct(seed: int) -> np.ndarray:
 def write_ct(path, seed: int):
     nib.save(nib.Nifti1Image(make_ct(seed), np.diag([-2.0, -2.0, 3.0, 1.0])), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred tokens; like LLaMA's it pads on the right and has no padding token."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([DEFAULT_INSTRUCTION, "Lung: clear. Heart: of normal size.", *DIAGNOSIS_LABELS], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token="</s>", padding_side="right", model_max_length=512
-    )
 
 
 @pytest.fixture

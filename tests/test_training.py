@@ -1,0 +1,141 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Both training stages on a phantom cohort of a few cases, and the pieces that they rest on."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, AutoProcessor
+
+from diffvp.data.cache import TensorCache
+from diffvp.data.pairing import pair_reference
+from diffvp.data.phantom_cohort import write_cohort
+from diffvp.train_accelerate import TrainingConfig, best_thresholds, build_generator, run
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantom")
+    return write_cohort(root, train=40, valid=0, matrix=48, masks=False, workers=1, progress=False)
+
+
+@pytest.fixture
+def settings(cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
+    """A YAML file for a run of seconds."""
+    model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
+    epoch = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0}
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "seed": 0,
+        "data": {
+            "root": str(cohort),
+            "cache_dir": str(tmp_path / "cache"),
+            "diagnosis_cases": [0, 16],
+            "validation_cases": [0, 40],
+            "report_cases": [0, 40],
+        },
+        "image_processor": {"size": {"depth": 32, "height": 32, "width": 32}},
+        "base": {"name": str(tiny_base_with_tokenizer)},
+        "model": model,
+        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "diagnosis": epoch,
+        "report": {**epoch, "lora_learning_rate": 1e-3, "max_report_tokens": 1500},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, cohort, tmp_path):
+    config = TrainingConfig.load(settings)
+    run(config)
+    log = [json.loads(line) for line in (tmp_path / "run/report.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    checkpoint = tmp_path / "run/model"
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    volume = sorted(cohort.rglob("*.nii.gz"))
+    inputs = processor(ct=str(volume[0]), reference=str(volume[1]))
+    ids = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(ids, model.generate(inputs["ct"], inputs["reference"], max_new_tokens=5))
+    assert len(model.config.diagnosis_threshold) == 18
+
+    # Stage 2 left what stage 1 made as it was, and the encoder is the classifier's.
+    classifier = AutoModel.from_pretrained(tmp_path / "run/diagnosis", trust_remote_code=True).classifier
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, model.diagnosis.state_dict()[name]), name
+    for name, value in classifier.vision_encoder.state_dict().items():
+        assert torch.equal(value, model.vision_encoder.state_dict()[name]), name
+
+    # The same configuration gives the same weights.
+    before = model.state_dict()
+    run(TrainingConfig.load(settings, [f"output_dir={tmp_path / 'again'}"]))
+    again = AutoModel.from_pretrained(tmp_path / "again/model", trust_remote_code=True).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in again.items())
+
+
+def test_stage_two_starts_from_the_base_llm(settings, tmp_path):
+    config = TrainingConfig.load(settings, ["diagnosis.epochs=1", "stage=diagnosis"])
+    run(config)
+    model, processor = build_generator(config)
+    ids = torch.tensor([[1, 5, 9]])
+    with_adapter = model.language_model(ids).logits
+    model.language_model.disable_adapters()
+    assert torch.equal(with_adapter, model.language_model(ids).logits)
+    prompt, mask = model.diagnosis_prompt(torch.full((1, 18), -9.0))
+    assert processor.tokenizer.decode(prompt[0]) == processor.tokenizer.decode(
+        processor.tokenizer(processor.diagnosis_prompt([]), add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_overrides_and_typos(settings):
+    assert TrainingConfig.load(settings, ["seed=7", "report.epochs=9"]).report.epochs == 9
+    with pytest.raises(ValueError, match="epoch\n"):
+        TrainingConfig.load(settings, ["report.epoch=9"])
+    with pytest.raises(ValueError, match="not of the form"):
+        TrainingConfig.load(settings, ["seed"])
+
+
+def test_cases_outside_the_split_are_named(settings):
+    with pytest.raises(ValueError, match=r"\[0, 41\], but the split has 40 cases"):
+        run(TrainingConfig.load(settings, ["data.diagnosis_cases=[0,41]", "stage=diagnosis"]))
+
+
+def test_pairing_depends_on_seed_epoch_and_case_alone():
+    pool = [f"train_{i}" for i in range(20)]
+    chosen = {(seed, epoch): pair_reference("train_3", pool, seed, epoch) for seed in range(3) for epoch in range(30)}
+    assert all(pair_reference("train_3", pool[::-1], *key) == value for key, value in chosen.items())
+    assert "train_3" not in chosen.values()
+    assert len(set(chosen.values())) > 15, "every epoch draws anew"
+    counts = Counter(pair_reference(f"case_{i}", pool, 0, 0) for i in range(2000))
+    assert len(counts) == 20 and min(counts.values()) > 60, "uniform over the pool"
+    with pytest.raises(ValueError, match="No reference for a"):
+        pair_reference("a", ["a"], 0, 0)
+
+
+def test_cache_is_keyed_by_content_and_recipe(tmp_path):
+    file, calls = tmp_path / "scan", []
+
+    def compute():
+        calls.append(1)
+        return {"x": torch.full((2,), float(len(calls)))}
+
+    file.write_bytes(b"one")
+    cache = TensorCache(tmp_path / "cache", {"size": 1})
+    assert cache.get(file, compute)["x"][0] == cache.get(file, compute)["x"][0] == 1
+    assert TensorCache(tmp_path / "cache", {"size": 2}).get(file, compute)["x"][0] == 2
+    file.write_bytes(b"two")
+    assert cache.get(file, compute)["x"][0] == 3
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_best_thresholds_find_the_gap():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((200, 2)) < 0.3).astype(int)
+    probabilities = np.where(labels == 1, 0.4, 0.2) + rng.uniform(-0.05, 0.05, labels.shape)
+    assert all(0.25 <= threshold <= 0.35 for threshold in best_thresholds(probabilities, labels))
