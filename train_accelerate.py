@@ -125,14 +125,14 @@ class Log:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self.path = path
         self.start = time.monotonic()
 
     def __call__(self, **values) -> None:
         values = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
         line = json.dumps({"seconds": round(time.monotonic() - self.start, 1), **values})
-        self.file.write(line + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
         logger.info(line)
 
 
