@@ -342,6 +342,14 @@ class DiffVPProcessor(ProcessorMixin):
             [{"role": "user", "content": text}], chat_template=template, tokenize=False, add_generation_prompt=True
         )
 
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs: dict | None = None, **kwargs):
+        """As the tokenizer's, but text by default as in other processors: a conversation holds no scans.
+
+        Scans are arguments of the call, which makes its `text` a user turn itself.
+        """
+        options = {"chat_template": chat_template or self._chat_template(), "tokenize": False, "return_dict": False}
+        return self.tokenizer.apply_chat_template(conversation, **options | (processor_kwargs or {}) | kwargs)
+
     def _chat_template(self) -> str | None:
         return self.tokenizer.chat_template if self.chat_template is None else self.chat_template
 

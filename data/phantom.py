@@ -68,6 +68,8 @@ FINDING_NETWORK: dict[str, tuple[float, dict[str, float]]] = {
 # CT-RATE: 11.3 % of the scans carry none of the 18 labels, and RadGenome-ChestCT calls 8 to 9 % "No findings". The
 # phantom knows no disease outside the 18 labels, so the second number is the share of its normal patients.
 NORMAL_SHARE = 0.09
+# Raised whenever the same patient gets other bytes, so that one cohort never mixes two renderings.
+RENDERING = 2
 
 SEVERITIES = ("mild", "moderate", "severe")
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 
-from .phantom import PhantomPatient, PhantomScan, render_patient, sample_patient
+from .phantom import RENDERING, PhantomPatient, PhantomScan, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
 
 # CT-RATE and RadGenome-ChestCT call the second split "valid" in some names and "validation" in others.
@@ -99,7 +99,7 @@ def write_cohort(
 
 
 def _check_settings(root: Path, seed: int, matrix: int) -> None:
-    path, settings = root / "phantom" / "cohort.json", {"seed": seed, "matrix": matrix}
+    path, settings = root / "phantom" / "cohort.json", {"seed": seed, "matrix": matrix, "rendering": RENDERING}
     if path.exists():
         found = json.loads(path.read_text())
         if found != settings:

@@ -122,7 +122,8 @@ class Geometry:
         a = (anatomy.half_width - 0.05 * anatomy.half_width * bulge) * (1 - 0.58 * neck)
         b = (anatomy.half_depth - 0.06 * anatomy.half_depth * bulge) * (1 - 0.36 * neck)
         u2, v2 = (x / a) ** 2, ((y - 6 * neck) / b) ** 2
-        k = np.sqrt(np.maximum(u2 + v2 - 0.42 * u2 * v2, 1e-6))
+        # u2 and v2 are at most 1 inside; unclipped, their product would close the body again in the grid's corners.
+        k = np.sqrt(np.maximum(u2 + v2 - 0.42 * np.minimum(u2, 1) * np.minimum(v2, 1), 1e-6))
         return (k - 1) * np.minimum(np.sqrt(x * x + y * y) / k, a)
 
     def shoulder(self, side: int):
