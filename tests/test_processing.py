@@ -201,6 +201,10 @@ def test_instruction_with_and_without_chat_template(processor):
     assert processor.format_instruction("Be brief.") == "Be brief.\n"
     processor.tokenizer.chat_template = CHAT_TEMPLATE
     assert processor.format_instruction("Be brief.") == "<s><user>Be brief.<assistant>"
+    conversation = [{"role": "user", "content": "Be brief."}]
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == "<s><user>Be brief.<assistant>"
+    ids = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+    assert torch.equal(ids, processor(text="Be brief.")["input_ids"])
     ids = processor(text="Be brief.")["input_ids"][0].tolist()
     assert ids.count(processor.tokenizer.bos_token_id) == 1
     assert processor.decode(ids) == "<s><user>Be brief.<assistant>"
