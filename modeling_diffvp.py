@@ -357,6 +357,11 @@ class DiffVPPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """What `set_attn_implementation` sets is the LLM's; the attention here stays eager (see `DiffVPAttention`)."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
