@@ -62,12 +62,12 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 	done
 
 train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
-	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0 --no-masks
+	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 
 evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 200 unseen phantoms, beside the baselines
-	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0 --no-masks
+	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0
 	$(BIN)/diffvp evaluate phantom --output experiments/results
 
 clean:  ## remove what builds and tests leave

@@ -337,7 +337,11 @@ class DiffVPDiagnosisClassifier(nn.Module):
 
     def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels)."""
-        voxel_logits = self.head(self.vision_encoder(ct))
+        return self.classify(self.vision_encoder(ct))
+
+    def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Voxel features (batch, N, C) → what `forward` returns."""
+        voxel_logits = self.head(features)
         log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
         # Bounded away from 0, where every voxel is certainly negative and log p would be −∞.
         log_negative = log_negative.clamp(max=-1e-12)

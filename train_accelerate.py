@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -32,6 +33,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 from .checkpoint_diffvp import locate_base_model
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import TensorCache, state_sha256
+from .data.lesions import CELL, lesion_cells, lesion_mask_path, token_targets
 from .data.pairing import pair_reference
 from .data.radgenome import Case, load_cases, normal_pool
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
@@ -64,9 +66,15 @@ class DiagnosisSection(_Section):
     learning_rate: float
     weight_decay: float
     warmup_ratio: float
+    lesion_loss_weight: float = 0.0  # above 0: also learn where findings lie, from lesion masks (phantoms only)
 
 
-class ReportSection(DiagnosisSection):
+class ReportSection(_Section):
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
     lora_learning_rate: float
     max_report_tokens: int
 
@@ -108,6 +116,12 @@ def load_volume(case: Case, image_processor: DiffVPImageProcessor, cache: Tensor
     return cache.get(case.volume, lambda: {"ct": image_processor(case.volume)["ct"][0].half()})["ct"]
 
 
+def load_lesions(root: str, case: Case, image_processor: DiffVPImageProcessor, cache: TensorCache) -> torch.Tensor:
+    """The bit-coded lesion cells of a case, see [`lesion_cells`]."""
+    mask = lesion_mask_path(root, case.name)
+    return cache.get(mask, lambda: {"cells": lesion_cells(mask, image_processor(case.volume)["geometry"][0])})["cells"]
+
+
 def volume_cache(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> TensorCache:
     return TensorCache(Path(config.data.cache_dir) / "volumes", {"image_processor": image_processor.to_dict()})
 
@@ -136,15 +150,64 @@ class Log:
         logger.info(line)
 
 
-def augment(volumes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Shift by up to 9 mm x 11 mm x 11 mm, mirror, jitter density: (B, 1, D, H, W) → the same shape."""
-    shifted = [
-        torch.roll(volume, tuple(int(shift) for shift in rng.integers(-4, 5, 3) // (2, 1, 1)), dims=(1, 2, 3))
-        for volume in volumes
-    ]
-    volumes = torch.stack([v.flip(-1) if rng.random() < 0.5 else v for v in shifted])
+def augment(
+    volumes: torch.Tensor, cells: torch.Tensor | None, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Shift by up to one lesion cell in depth and two in plane, mirror, and jitter density.
+
+    Args:
+        volumes: (batch, 1, D, H, W).
+        cells: their lesion cells (batch, D / CELL, H / CELL, W / CELL), moved along; or `None`.
+    """
+    moved, moved_cells = [], []
+    for index, volume in enumerate(volumes):
+        shift = tuple(int(step) for step in rng.integers(-2, 3, 3) // (2, 1, 1))
+        mirror = rng.random() < 0.5
+        volume = torch.roll(volume, [CELL * step for step in shift], dims=(1, 2, 3))
+        moved.append(volume.flip(-1) if mirror else volume)
+        if cells is not None:
+            rolled = torch.roll(cells[index], shift, dims=(0, 1, 2))
+            moved_cells.append(rolled.flip(-1) if mirror else rolled)
     gain = torch.as_tensor(rng.uniform(0.95, 1.05, (len(volumes), 1, 1, 1, 1)), dtype=volumes.dtype)
-    return ((volumes + 1) * gain - 1).clamp(-1, 1)
+    augmented = ((torch.stack(moved) + 1) * gain - 1).clamp(-1, 1)
+    return augmented, torch.stack(moved_cells) if moved_cells else None
+
+
+class DiagnosisObjective(torch.nn.Module):
+    """
+    BCE of the volume labels (appendix D), plus `lesion_loss_weight` times a balanced BCE of where the lesions lie.
+
+    The second term has a linear head of its own, thrown away after training: what it leaves behind is an encoder that
+    has seen lesions as such. Volume labels alone would need far more cases than two cores can train on, and the
+    paper's encoder is pretrained too.
+    """
+
+    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float):
+        super().__init__()
+        self.model = model
+        self.lesion_loss_weight = lesion_loss_weight
+        self.lesion_head = torch.nn.Linear(model.config.encoder_hidden_size, model.config.num_labels_diagnosis)
+
+    def forward(self, ct: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Losses of a batch; `cells` as in [`augment`]."""
+        classifier = self.model.classifier
+        features = classifier.vision_encoder(ct)
+        logits, _ = classifier.classify(features)
+        volume_loss = F.binary_cross_entropy_with_logits(logits, labels)
+        if cells is None:
+            return {"loss": volume_loss, "volume_loss": volume_loss}
+        targets = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
+        token_losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), targets, reduction="none")
+        present, absent = targets.sum(), (1 - targets).sum()
+        lesion_loss = (token_losses * targets).sum() / present.clamp(min=1) + (
+            token_losses * (1 - targets)
+        ).sum() / absent
+        return {
+            "loss": volume_loss + self.lesion_loss_weight * lesion_loss,
+            "volume_loss": volume_loss,
+            "lesion_loss": lesion_loss,
+        }
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
@@ -181,6 +244,12 @@ def train_diagnosis(config: TrainingConfig) -> Path:
         )
         splits[name] = volumes, torch.from_numpy(np.stack([case.labels for case in chosen])).float()
     volumes, labels = splits["train"]
+    section, cells = config.diagnosis, None
+    if section.lesion_loss_weight > 0:
+        chosen = select(cases, config.data.diagnosis_cases, "diagnosis_cases")
+        lesions = TensorCache(cache.root.parent / "lesions", {"image_processor": image_processor.to_dict()})
+        masks = [load_lesions(config.data.root, case, image_processor, lesions) for case in track(chosen, "Lesions")]
+        cells = torch.stack(masks)
 
     model = DiffVPForDiagnosis(DiffVPConfig(**config.model))
     # Start from the labels' prevalence: with hundreds of voxels, a voxel logit of 0 would mean certainty.
@@ -190,39 +259,49 @@ def train_diagnosis(config: TrainingConfig) -> Path:
     with torch.no_grad():
         model.classifier.head.bias.copy_(torch.logit(voxel_probability))
 
-    section = config.diagnosis
+    objective = DiagnosisObjective(model, section.lesion_loss_weight)
     steps_per_epoch = math.ceil(len(volumes) / section.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, weight_decay=section.weight_decay)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=section.learning_rate, weight_decay=section.weight_decay)
     total = steps_per_epoch * section.epochs
     scheduler = get_cosine_schedule_with_warmup(optimizer, int(section.warmup_ratio * total), total)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
     for epoch in range(section.epochs):
         rng = np.random.default_rng([config.seed, epoch])
         order = rng.permutation(len(volumes))
-        model.train()
+        objective.train()
         losses = []
         for step in track(range(steps_per_epoch), f"Diagnosis, epoch {epoch + 1}/{section.epochs}"):
             chosen = order[step * section.batch_size : (step + 1) * section.batch_size]
-            batch = augment(volumes[chosen].float(), rng).to(accelerator.device)
-            loss = model(batch, labels=labels[chosen].to(accelerator.device)).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            batch, batch_cells = augment(volumes[chosen].float(), None if cells is None else cells[chosen], rng)
+            step_losses = objective(
+                batch.to(accelerator.device),
+                labels[chosen].to(accelerator.device),
+                None if batch_cells is None else batch_cells.to(accelerator.device),
+            )
+            accelerator.backward(step_losses["loss"])
+            accelerator.clip_grad_norm_(objective.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append({name: value.item() for name, value in step_losses.items()})
+            if len(losses) % 25 == 0:
+                log(stage="diagnosis", epoch=epoch + 1, step=len(losses), **_mean(losses[-25:]))
         predicted = predict(model, splits["validation"][0], section.batch_size)
         truth = splits["validation"][1].numpy()
         thresholds = best_thresholds(predicted, truth)
         log(
             stage="diagnosis",
             epoch=epoch + 1,
-            loss=float(np.mean(losses)),
+            **_mean(losses),
             validation_f1=micro_f1(predicted >= 0.5, truth),
             validation_f1_best_thresholds=micro_f1(predicted >= np.array(thresholds), truth),
         )
-        accelerator.unwrap_model(model).save_pretrained(output)
+        model.save_pretrained(output)
     return output
+
+
+def _mean(losses: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
 
 
 @torch.no_grad()

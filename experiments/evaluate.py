@@ -27,7 +27,7 @@ from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
 
-BATCH_SIZE = 8
+BATCH_SIZE = 16
 BOOTSTRAP_SAMPLES = 1000
 
 

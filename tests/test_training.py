@@ -4,7 +4,9 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,20 @@ import yaml
 from transformers import AutoModel, AutoProcessor
 
 from diffvp.data.cache import TensorCache
+from diffvp.data.lesions import CELL, lesion_cells, token_targets
 from diffvp.data.pairing import pair_reference
 from diffvp.data.phantom_cohort import write_cohort
-from diffvp.train_accelerate import TrainingConfig, best_thresholds, build_generator, run
+from diffvp.data.radgenome import DatasetLayoutError
+from diffvp.modeling_diffvp import DiffVPForDiagnosis
+from diffvp.processing_diffvp import DiffVPImageProcessor
+from diffvp.train_accelerate import (
+    DiagnosisObjective,
+    TrainingConfig,
+    augment,
+    best_thresholds,
+    build_generator,
+    run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +146,60 @@ def test_cache_is_keyed_by_content_and_recipe(tmp_path):
     file.write_bytes(b"two")
     assert cache.get(file, compute)["x"][0] == 3
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_lesion_cells_lie_where_the_tensor_shows_the_lesion(tmp_path):
+    """A bright block, stored in an odd orientation, and its mask: bright cells and mask cells must be the same."""
+    hu = np.full((40, 36, 20), -1000, np.int16)
+    hu[8:17, 20:31, 5:12] = 150
+    codes = np.where(hu > 0, np.uint32(1 << 17 | 1), np.uint32(0))
+    affine = np.array([[0, 0, 4.0, 0], [3.0, 0, 0, 0], [0, -2.5, 0, 0], [0, 0, 0, 1]])  # axes P, I, R in the file
+    for name, array in (("ct", hu), ("mask", codes)):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    processor = DiffVPImageProcessor(size=(32, 32, 32), target_spacing=(3.0, 4.0, 3.5), foreground_hu=-500.0)
+    features = processor(tmp_path / "ct.nii.gz")
+    cells = lesion_cells(tmp_path / "mask.nii.gz", features["geometry"][0])
+    bright = torch.nn.functional.max_pool3d(features["ct"][0], CELL)[0] > 0
+    assert bright.sum() > 8 and torch.equal(cells != 0, bright)
+    assert set(cells.unique().tolist()) == {0, 1 << 17 | 1}
+    targets = token_targets(cells[None], (2, 2, 2), 18)
+    assert targets.shape == (1, 8, 18) and torch.equal(targets[..., 0], targets[..., 17])
+    assert targets[..., 1:17].sum() == 0 and 0 < targets[..., 0].sum() <= 8
+
+
+def test_missing_or_foreign_lesion_masks_are_named(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "mask.nii.gz")
+    geometry = SimpleNamespace(shape=(8, 8, 8))
+    with pytest.raises(DatasetLayoutError, match=r"shape \(9, 9, 9\), but the volume has \(8, 8, 8\)"):
+        lesion_cells(tmp_path / "mask.nii.gz", geometry)
+    with pytest.raises(DatasetLayoutError, match="no such lesion mask"):
+        lesion_cells(tmp_path / "none.nii.gz", geometry)
+
+
+def test_augmentation_moves_lesions_with_the_volume():
+    cells = torch.zeros(6, 8, 8, 8, dtype=torch.int32)
+    cells[:, 2, 3, 5] = 1
+    volumes = cells.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)[:, None].float()
+    moved, moved_cells = augment(volumes, cells, np.random.default_rng(0))
+    assert torch.equal(torch.nn.functional.max_pool3d(moved, CELL)[:, 0] > 0.5, moved_cells != 0)
+    assert len({tuple(place.tolist()) for place in moved_cells.nonzero()[:, 1:]}) > 3, "every case moves by itself"
+
+
+def test_lesions_teach_the_encoder_and_leave_no_trace_in_the_checkpoint(tiny_config):
+    torch.manual_seed(0)
+    model = DiffVPForDiagnosis(tiny_config)
+    names = set(model.state_dict())
+    objective = DiagnosisObjective(model, lesion_loss_weight=1.0)
+    ct, labels = torch.randn(2, 1, 32, 32, 32), torch.zeros(2, 18)
+    cells = torch.zeros(2, 8, 8, 8, dtype=torch.int32)
+    cells[0, 0, 0, 0] = 1
+    losses = objective(ct, labels, cells)
+    torch.testing.assert_close(losses["loss"], losses["volume_loss"] + losses["lesion_loss"])
+    losses["lesion_loss"].backward()
+    assert model.classifier.head.weight.grad is None
+    assert model.classifier.vision_encoder.resnet.conv1.weight.grad.abs().max() > 0
+    assert set(model.state_dict()) == names
+    assert objective(ct, labels, None)["loss"] == objective(ct, labels, None)["volume_loss"]
 
 
 def test_best_thresholds_find_the_gap():
