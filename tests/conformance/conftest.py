@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 # The markers that transformers' suites use; its own conftest.py, which registers them, is not distributed.
 MARKERS = (
@@ -25,6 +26,9 @@ MARKERS = (
 
 
 def pytest_configure(config):
+    # The suites format messages with whole weights in them for each comparison, also for those that hold: most of
+    # the time of test_bc_torch_dtype.
+    torch.set_printoptions(threshold=0, edgeitems=1)
     for marker in MARKERS:
         config.addinivalue_line("markers", f"{marker}: a marker of transformers' suites")
 
