@@ -77,6 +77,8 @@ class DiffVPConfig(PreTrainedConfig):
             self-contained and holds the LLM's weights itself.
         base_model_revision (`str`, *optional*): commit of the Hub repository, or version of the distribution.
         base_model_gguf_file (`str`, *optional*): the file to read when the base comes as GGUF.
+        has_adapter (`bool`): whether the checkpoint comes with LoRA weights, so that their absence is noticed; set by
+            `save_pretrained`.
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
@@ -119,6 +121,7 @@ class DiffVPConfig(PreTrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_gguf_file: str | None = None
+    has_adapter: bool = False
 
     # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..checkpoint_diffvp import DiffVPCheckpointError
 from ..configuration_diffvp import DiffVPConfig
-from ..modeling_diffvp import DiffVPVisionEncoder
+from ..modules_diffvp import DiffVPVisionEncoder
 
 PARALLEL_PREFIX = "module."  # MedicalNet saved its models inside DataParallel
 SEGMENTATION_HEAD = "conv_seg."  # the decoder it was pretrained with

@@ -3,6 +3,7 @@
 """Save, load, export: every trap of custom code in transformers 5 that would pass without a word."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,12 @@ def test_every_own_weight_is_required(checkpoint):
             DiffVPForConditionalGeneration.from_pretrained(checkpoint)
 
 
+def test_missing_adapter_is_refused(checkpoint):
+    shutil.rmtree(checkpoint / "adapter")
+    with pytest.raises(DiffVPCheckpointError, match="saved with an adapter, but adapter/ is not there"):
+        DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+
+
 def test_unexpected_and_misshapen_weights_are_refused(checkpoint):
     path = checkpoint / "model.safetensors"
     state = load_file(path)
@@ -205,7 +212,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
-    assert shipped == ["checkpoint_diffvp.py", "configuration_diffvp.py", "modeling_diffvp.py"]
+    assert shipped == [f"{part}_diffvp.py" for part in ("checkpoint", "configuration", "modeling", "modules")]
     for name in shipped:
         check_imports(checkpoint / name)
 

@@ -13,7 +13,7 @@ from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.hub import release as release_module
 from diffvp.hub.convert_encoder import convert_medicalnet
-from diffvp.modeling_diffvp import DiffVPVisionEncoder
+from diffvp.modules_diffvp import DiffVPVisionEncoder
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 
 

@@ -10,9 +10,9 @@ import torch
 from scipy.special import erf
 
 from diffvp.configuration_diffvp import DiffVPConfig
-from diffvp.modeling_diffvp import (
+from diffvp.modeling_diffvp import DiffVPForDiagnosis
+from diffvp.modules_diffvp import (
     DiffVPDiagnosisClassifier,
-    DiffVPForDiagnosis,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,

@@ -56,7 +56,7 @@ def settings(cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
         "base": {"name": str(tiny_base_with_tokenizer)},
         "model": model,
         "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
-        "diagnosis": epoch,
+        "diagnosis": {**epoch, "head_learning_rate": 1e-2},
         "report": {**epoch, "lora_learning_rate": 1e-3, "max_report_tokens": 1500},
     }
     path = tmp_path / "config.yaml"
@@ -196,7 +196,7 @@ def test_lesions_teach_the_encoder_and_leave_no_trace_in_the_checkpoint(tiny_con
     losses = objective(ct, labels, cells)
     torch.testing.assert_close(losses["loss"], losses["volume_loss"] + losses["lesion_loss"])
     losses["lesion_loss"].backward()
-    assert model.classifier.head.weight.grad is None
+    assert model.classifier.head.weight.grad is None, "the lesions have a head of their own"
     assert model.classifier.vision_encoder.resnet.conv1.weight.grad.abs().max() > 0
     assert set(model.state_dict()) == names
     assert objective(ct, labels, None)["loss"] == objective(ct, labels, None)["volume_loss"]
