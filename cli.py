@@ -124,6 +124,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder of a phantom cohort; its `valid` split is the test set.")],
     output: Annotated[Path, typer.Option(help="Folder of the results.")],
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
+    cache_dir: Annotated[Path, typer.Option(help="Preprocessed volumes, as in training.")] = Path("runs/cache"),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
 ) -> None:
     """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
@@ -132,7 +133,7 @@ def evaluate(
         from .reporting import EXPECTED_ERRORS
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, ValueError):
-        page = run(data, checkpoint, output, limit)
+        page = run(data, checkpoint, output, cache_dir, limit)
     out.print(page.read_text(encoding="utf-8"), markup=False)
 
 

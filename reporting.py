@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, WEIGHTS_NAME, DiffVPCheckpointError, locate_base_model
-from .data.cache import file_sha256
+from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
 from .figures import draw_figure
 from .modeling_diffvp import DiffVPForConditionalGeneration
@@ -51,8 +51,6 @@ CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
 # The longest phantom report has 400 tokens. Used where neither caller nor checkpoint sets a limit: transformers' own
 # default would stop after 20.
 MAX_NEW_TOKENS = 512
-
-PREPROCESSING = ("size", "target_spacing", "hu_window", "crop_foreground", "foreground_hu", "allow_non_hu")
 
 # The figure is sampled from the scan itself, not from the model's coarser tensor.
 FIGURE_SPACING = 1.5  # mm
@@ -197,7 +195,7 @@ def write_report(
                 "seed": reference_seed if sampled else None,
                 **_scan(reference_geometry),
             },
-            "preprocessing": {key: getattr(image_processor, key) for key in PREPROCESSING} | options,
+            "preprocessing": preprocessing(image_processor) | options,
             "decoding": {
                 "instruction": processor.instruction,
                 "generation_config": _public_fields(decoding.to_diff_dict()),

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from .checkpoint_diffvp import locate_base_model
 from .configuration_diffvp import DiffVPConfig
-from .data.cache import TensorCache, state_sha256
+from .data.cache import TensorCache, VolumeCache, preprocessing, state_sha256
 from .data.lesions import CELL, lesion_cells, lesion_mask_path, token_targets
 from .data.pairing import pair_reference
 from .data.radgenome import Case, load_cases, normal_pool
@@ -112,19 +112,10 @@ class TrainingConfig(_Section):
         return cls.model_validate(values)
 
 
-def load_volume(case: Case, image_processor: DiffVPImageProcessor, cache: TensorCache) -> torch.Tensor:
-    """The preprocessed volume of a case, (1, D, H, W), float16: half a HU of resolution at half the memory."""
-    return cache.get(case.volume, lambda: {"ct": image_processor(case.volume)["ct"][0].half()})["ct"]
-
-
 def load_lesions(root: str, case: Case, image_processor: DiffVPImageProcessor, cache: TensorCache) -> torch.Tensor:
     """The bit-coded lesion cells of a case, see [`lesion_cells`]."""
     mask = lesion_mask_path(root, case.name)
     return cache.get(mask, lambda: {"cells": lesion_cells(mask, image_processor(case.volume)["geometry"][0])})["cells"]
-
-
-def volume_cache(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> TensorCache:
-    return TensorCache(Path(config.data.cache_dir) / "volumes", {"image_processor": image_processor.to_dict()})
 
 
 def select(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
@@ -181,14 +172,17 @@ class DiagnosisObjective(torch.nn.Module):
 
     The second term has a linear head of its own, thrown away after training: what it leaves behind is an encoder that
     has seen lesions as such. Volume labels alone would need far more cases than two cores can train on, and the
-    paper's encoder is pretrained too.
+    paper's encoder is pretrained too. Every finding counts alike, so that nodules are not drowned by emphysema, and a
+    voxel without a finding counts by how often the finding lies there in others (`location`, (N, labels)): knowing the
+    anatomy alone earns nothing.
     """
 
-    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float):
+    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float, location: torch.Tensor | None):
         super().__init__()
         self.model = model
         self.lesion_loss_weight = lesion_loss_weight
         self.lesion_head = torch.nn.Linear(model.config.encoder_hidden_size, model.config.num_labels_diagnosis)
+        self.register_buffer("location", location, persistent=False)
 
     def forward(self, ct: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Losses of a batch; `cells` as in [`augment`]."""
@@ -198,10 +192,12 @@ class DiagnosisObjective(torch.nn.Module):
         volume_loss = F.binary_cross_entropy_with_logits(logits, labels)
         if cells is None:
             return {"loss": volume_loss, "volume_loss": volume_loss}
-        targets = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
-        token_losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), targets, reduction="none")
-        present, absent = targets.sum().clamp(min=1), (1 - targets).sum()
-        lesion_loss = (token_losses * targets).sum() / present + (token_losses * (1 - targets)).sum() / absent
+        present = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
+        losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), present, reduction="none")
+        absent = (1 - present) * self.location
+        lesion_loss = 0.5 * sum(
+            ((losses * weight).sum((0, 1)) / weight.sum((0, 1)).clamp(min=1e-6)).mean() for weight in (present, absent)
+        )
         return {
             "loss": volume_loss + self.lesion_loss_weight * lesion_loss,
             "volume_loss": volume_loss,
@@ -233,20 +229,18 @@ def train_diagnosis(config: TrainingConfig) -> Path:
     output = Path(config.output_dir) / "diagnosis"
     log = Log(Path(config.output_dir) / "diagnosis.jsonl")
     image_processor = DiffVPImageProcessor(**config.image_processor)
-    cache = volume_cache(config, image_processor)
+    cache = VolumeCache(config.data.cache_dir, image_processor)
     cases = load_cases(config.data.root, "train")
     splits = {}
     for name, span in (("train", config.data.diagnosis_cases), ("validation", config.data.validation_cases)):
         chosen = select(cases, span, name)
-        volumes = torch.stack(
-            [load_volume(case, image_processor, cache) for case in track(chosen, f"Volumes, {name}")]
-        )
+        volumes = torch.stack([cache.load(case.volume) for case in track(chosen, f"Volumes, {name}")])
         splits[name] = volumes, torch.from_numpy(np.stack([case.labels for case in chosen])).float()
     volumes, labels = splits["train"]
     section, cells = config.diagnosis, None
     if section.lesion_loss_weight > 0:
         chosen = select(cases, config.data.diagnosis_cases, "diagnosis_cases")
-        lesions = TensorCache(cache.root.parent / "lesions", {"image_processor": image_processor.to_dict()})
+        lesions = TensorCache(Path(config.data.cache_dir) / "lesions", preprocessing(image_processor))
         masks = [load_lesions(config.data.root, case, image_processor, lesions) for case in track(chosen, "Lesions")]
         cells = torch.stack(masks)
 
@@ -259,7 +253,12 @@ def train_diagnosis(config: TrainingConfig) -> Path:
     with torch.no_grad():
         model.classifier.head.bias.copy_(torch.logit(voxel_probability))
 
-    objective = DiagnosisObjective(model, section.lesion_loss_weight)
+    location = None
+    if cells is not None:
+        location = sum(token_targets(c[None], model.config.feature_grid, labels.shape[1])[0] for c in cells) / len(
+            cells
+        )
+    objective = DiagnosisObjective(model, section.lesion_loss_weight, location)
     steps_per_epoch = math.ceil(len(volumes) / section.batch_size)
     # Noisy-OR spreads the gradient of a label over hundreds of voxels, and a linear head on top of it hardly moves at
     # the encoder's learning rate.
@@ -356,16 +355,16 @@ def cached_features(
     cases: list[Case], config: TrainingConfig, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Frozen encoder output (cases, N, C) and diagnosis logits (cases, labels) of each case, computed once."""
-    volumes = volume_cache(config, processor.image_processor)
+    volumes = VolumeCache(config.data.cache_dir, processor.image_processor)
     recipe = {
-        "image_processor": processor.image_processor.to_dict(),
+        "preprocessing": preprocessing(processor.image_processor),
         "encoder": state_sha256(model.vision_encoder),
         "diagnosis": state_sha256(model.diagnosis),
     }
     cache = TensorCache(Path(config.data.cache_dir) / "features", recipe)
 
     def compute(case: Case) -> dict[str, torch.Tensor]:
-        ct = load_volume(case, processor.image_processor, volumes)[None].float()
+        ct = volumes.load(case.volume)[None].float()
         return {"features": model.extract_features(ct)[0].cpu(), "diagnosis_logits": model.diagnose(ct)[0].cpu()}
 
     entries = [cache.get(case.volume, lambda case=case: compute(case)) for case in track(cases, "Features")]

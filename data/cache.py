@@ -52,3 +52,28 @@ class TensorCache:
             os.replace(temporary, path)
         with safe_open(path, "pt") as entry:
             return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 (not a mapping)
+
+
+# What of an image processor decides the tensor of a volume.
+PREPROCESSING = ("size", "target_spacing", "hu_window", "crop_foreground", "foreground_hu", "allow_non_hu")
+
+
+def preprocessing(image_processor) -> dict:
+    """The settings of a [`DiffVPImageProcessor`] that a preprocessed volume depends on."""
+    return {key: getattr(image_processor, key) for key in PREPROCESSING}
+
+
+class VolumeCache:
+    """Preprocessed volumes, each computed once: `load(path)` gives (1, D, H, W) in float16, half a HU of resolution.
+
+    Args:
+        root: folder of all caches; the volumes are in `volumes/`.
+        image_processor: the [`DiffVPImageProcessor`] whose settings are part of the key.
+    """
+
+    def __init__(self, root: str | os.PathLike, image_processor):
+        self.image_processor = image_processor
+        self.cache = TensorCache(Path(root) / "volumes", preprocessing(image_processor))
+
+    def load(self, volume: str | os.PathLike) -> torch.Tensor:
+        return self.cache.get(volume, lambda: {"ct": self.image_processor(volume)["ct"][0].half()})["ct"]

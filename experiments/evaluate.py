@@ -19,6 +19,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..data.cache import VolumeCache
 from ..data.phantom_report import labels_from_report
 from ..data.radgenome import Case, load_cases, normal_pool
 from ..metrics.clinical_efficacy import classification_scores
@@ -48,11 +49,11 @@ def nearest_reports(query: np.ndarray, keys: np.ndarray, cases: list[Case]) -> l
     return [cases[index].report for index in similarity.argmax(axis=1)]
 
 
-def pooled_features(model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, cases: list[Case], name: str):
+def pooled_features(model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str):
     """Mean and maximum of the frozen voxel features, (cases, 2 C)."""
     rows = []
     for case in track(cases, f"Features, {name}"):
-        features = model.extract_features(processor.image_processor(case.volume)["ct"])[0]
+        features = model.extract_features(volumes.load(case.volume)[None].float())[0]
         rows.append(torch.cat([features.mean(0), features.amax(0)]).cpu().numpy())
     return np.stack(rows)
 
@@ -109,16 +110,22 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
 
 
 def evaluate(
-    data: str | os.PathLike, checkpoint: str | os.PathLike, output: str | os.PathLike, limit: int | None
+    data: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    cache_dir: str | os.PathLike,
+    limit: int | None = None,
 ) -> Path:
     """
     Evaluate on the `valid` split of `data`; writes `phantom_checkpoint.json` and `phantom_checkpoint.md`.
 
     Args:
+        cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
         limit: only the first so many test cases, for a trial.
     """
     model, processor = load_checkpoint(str(checkpoint))
     model.merge_adapter()
+    volumes = VolumeCache(cache_dir, processor.image_processor)
     train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
     # A derangement: nobody keeps his own scan.
     others = test[1:] + test[:1]
@@ -126,7 +133,7 @@ def evaluate(
     shuffled, _ = generate_reports(model, processor, others, "another patient's scan")
     normal = [constant_normal_report(train)] * len(test)
     nearest = nearest_reports(
-        pooled_features(model, processor, test, "test"), pooled_features(model, processor, train, "training"), train
+        pooled_features(model, volumes, test, "test"), pooled_features(model, volumes, train, "training"), train
     )
     classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
     systems = {
