@@ -172,17 +172,14 @@ class DiagnosisObjective(torch.nn.Module):
 
     The second term has a linear head of its own, thrown away after training: what it leaves behind is an encoder that
     has seen lesions as such. Volume labels alone would need far more cases than two cores can train on, and the
-    paper's encoder is pretrained too. Every finding counts alike, so that nodules are not drowned by emphysema, and a
-    voxel without a finding counts by how often the finding lies there in others (`location`, (N, labels)): knowing the
-    anatomy alone earns nothing.
+    paper's encoder is pretrained too.
     """
 
-    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float, location: torch.Tensor | None):
+    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float):
         super().__init__()
         self.model = model
         self.lesion_loss_weight = lesion_loss_weight
         self.lesion_head = torch.nn.Linear(model.config.encoder_hidden_size, model.config.num_labels_diagnosis)
-        self.register_buffer("location", location, persistent=False)
 
     def forward(self, ct: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Losses of a batch; `cells` as in [`augment`]."""
@@ -192,12 +189,10 @@ class DiagnosisObjective(torch.nn.Module):
         volume_loss = F.binary_cross_entropy_with_logits(logits, labels)
         if cells is None:
             return {"loss": volume_loss, "volume_loss": volume_loss}
-        present = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
-        losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), present, reduction="none")
-        absent = (1 - present) * self.location
-        lesion_loss = 0.5 * sum(
-            ((losses * weight).sum((0, 1)) / weight.sum((0, 1)).clamp(min=1e-6)).mean() for weight in (present, absent)
-        )
+        targets = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
+        token_losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), targets, reduction="none")
+        present, absent = targets.sum().clamp(min=1), (1 - targets).sum()
+        lesion_loss = (token_losses * targets).sum() / present + (token_losses * (1 - targets)).sum() / absent
         return {
             "loss": volume_loss + self.lesion_loss_weight * lesion_loss,
             "volume_loss": volume_loss,
@@ -253,12 +248,7 @@ def train_diagnosis(config: TrainingConfig) -> Path:
     with torch.no_grad():
         model.classifier.head.bias.copy_(torch.logit(voxel_probability))
 
-    location = None
-    if cells is not None:
-        location = sum(token_targets(c[None], model.config.feature_grid, labels.shape[1])[0] for c in cells) / len(
-            cells
-        )
-    objective = DiagnosisObjective(model, section.lesion_loss_weight, location)
+    objective = DiagnosisObjective(model, section.lesion_loss_weight)
     steps_per_epoch = math.ceil(len(volumes) / section.batch_size)
     # Noisy-OR spreads the gradient of a label over hundreds of voxels, and a linear head on top of it hardly moves at
     # the encoder's learning rate.

@@ -189,7 +189,7 @@ def test_lesions_teach_the_encoder_and_leave_no_trace_in_the_checkpoint(tiny_con
     torch.manual_seed(0)
     model = DiffVPForDiagnosis(tiny_config)
     names = set(model.state_dict())
-    objective = DiagnosisObjective(model, lesion_loss_weight=1.0, location=torch.full((8, 18), 0.1))
+    objective = DiagnosisObjective(model, lesion_loss_weight=1.0)
     ct, labels = torch.randn(2, 1, 32, 32, 32), torch.zeros(2, 18)
     cells = torch.zeros(2, 8, 8, 8, dtype=torch.int32)
     cells[0, 0, 0, 0] = 1
