@@ -33,8 +33,9 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
+from .reading_diffvp import read_ct
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .volume_diffvp import CTGeometry, read_ct, resample, save_map, to_input_grid
+from .volume_diffvp import CTGeometry, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.

@@ -17,8 +17,9 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import ReferencePool, ReferencePoolError, index_references
-from diffvp.volume_diffvp import CTInputError, read_ct, resample
+from diffvp.volume_diffvp import CTInputError, resample
 
 SPACING = (2.0, 2.0, 3.0)
 SIZE = {"depth": 8, "height": 10, "width": 12}

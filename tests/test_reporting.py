@@ -17,9 +17,10 @@ import torch
 from diffvp import figures, reporting
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import index_references
 from diffvp.reporting import ReportError, load_checkpoint, write_report
-from diffvp.volume_diffvp import CTInputError, read_ct
+from diffvp.volume_diffvp import CTInputError
 
 FILES = {"report.txt", "report.json", "difference_map.nii.gz", "figure.png"}
 DOMAIN = "boxes of noise, and nothing else"
