@@ -61,6 +61,14 @@ def report(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
     ] = None,
+    series: Annotated[str | None, typer.Option(help="Which DICOM series of several: number or UID.")] = None,
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="mm along x, y, z of a NIfTI in LPS order whose header is blank."),
+    ] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(help="CT-RATE's metadata table, for scans of its version 1 with blank headers.")
+    ] = None,
     allow_non_hu: Annotated[
         bool, typer.Option("--allow-non-hu", help="Accept voxels that are not Hounsfield units.")
     ] = False,
@@ -73,7 +81,8 @@ def report(
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
     with _reporting() as reporting:
         written = reporting(
-            checkpoint, revision, ct, output, reference=reference, reference_seed=seed,
+            checkpoint, revision, ct, output, reference=reference, reference_seed=seed, series=series,
+            spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window,
         )  # fmt: skip
     if as_json:
@@ -153,6 +162,17 @@ def _phantom(path: Path, seed: int) -> tuple[Path, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(scan.hu, scan.affine), path)
     return path, report_text(region_sentences(patient))
+
+
+def _metadata(table: Path, volume: str):
+    """The row of a volume in CT-RATE's metadata table."""
+    from .reading_diffvp import CTMetadata, load_metadata
+    from .volume_diffvp import CTReadError
+
+    rows = load_metadata(table)
+    if volume not in rows:
+        raise CTReadError(table.name, "VolumeName", f"without {volume}", "a row for the scan")
+    return CTMetadata.from_ct_rate(rows[volume])
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from .data.phantom_report import labels_from_report
 from .figures import draw_figure
 from .modeling_diffvp import DiffVPForConditionalGeneration
 from .processing_diffvp import DiffVPProcessor
+from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
 from .volume_diffvp import CTInputError
 
@@ -111,6 +112,8 @@ def write_report(
     reference=None,
     reference_seed: int = 0,
     spacing: tuple[float, float, float] | None = None,
+    metadata: CTMetadata | None = None,
+    series: int | str | None = None,
     allow_non_hu: bool = False,
     hu_window: tuple[float, float] | None = None,
     max_new_tokens: int | None = None,
@@ -126,7 +129,8 @@ def write_report(
         ct: whatever [`read_ct`] takes.
         output_dir: appears complete or not at all; replaces an earlier report, and nothing else.
         reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
-        spacing: mm along x, y, z, of `ct` and `reference` given as arrays.
+        spacing, metadata, series: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
+            reference given as an array.
         allow_non_hu, hu_window: see [`DiffVPImageProcessorKwargs`]; the default window is the checkpoint's.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
@@ -146,9 +150,14 @@ def write_report(
 
     on_step("Reading the scan and its reference")
     options = {"allow_non_hu": allow_non_hu} | ({} if hu_window is None else {"hu_window": hu_window})
-    inputs = processor(ct=ct, reference=reference, spacing=spacing, reference_seed=reference_seed, **options)
-    if len(inputs.geometry) != 1:
-        raise ReportError(f"write_report takes one scan, got {len(inputs.geometry)}.")
+    if isinstance(ct, (list, tuple)):
+        raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
+    ct = read_ct(ct, spacing, allow_non_hu, metadata, series)  # once, for the tensor and for the figure
+    given = reference
+    if reference is not None:
+        is_array = isinstance(reference, (np.ndarray, torch.Tensor))
+        given = read_ct(reference, spacing if is_array else None, allow_non_hu)
+    inputs = processor(ct=ct, reference=given, reference_seed=reference_seed, **options)
     geometry, reference_geometry = inputs.geometry[0], inputs.reference_geometry[0]
     sampled = reference is None
     reference_name = inputs.reference_ids[0] if sampled else "given by the user"
@@ -216,8 +225,8 @@ def write_report(
         processor.save_map(stage / DIFFERENCE_MAP, difference, geometry)
         if sampled:
             pool = processor.reference_pool
-            reference = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
-        drawing = _sample_for_figure(image_processor, (ct, reference), spacing, options, geometry, difference)
+            given = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
+        drawing = _sample_for_figure(image_processor, (ct, given), options, geometry, difference)
         draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
         (stage / REPORT_TEXT).write_text(_page(document), encoding="utf-8")
         (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -256,6 +265,7 @@ def _scan(geometry) -> dict:
     """A scan by its digest and grid, without the source, which may name the patient."""
     return {
         "sha256": geometry.sha256,
+        "layout": geometry.layout,
         "is_hu": geometry.is_hu,
         "shape": list(geometry.shape),
         "spacing_xyz_mm": list(geometry.spacing),
@@ -358,16 +368,13 @@ def _captions(document: dict) -> dict[str, str]:
     return {"title": f"Reference: {entry['id']}{sampled}", "footer": f"{RESEARCH_USE}\n{_domain(document)}"}
 
 
-def _sample_for_figure(image_processor, scans, spacing, options: dict, geometry, difference: torch.Tensor) -> dict:
+def _sample_for_figure(image_processor, scans, options: dict, geometry, difference: torch.Tensor) -> dict:
     """Both scans and the map, sampled finely over the box that the model saw."""
     box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
     size = [max(round(mm / FIGURE_SPACING), 16) for mm in box]
     fixed = image_processor.target_spacing is not None
     grid = {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
-    sampled = []
-    for scan in scans:
-        is_array = isinstance(scan, (np.ndarray, torch.Tensor))
-        sampled.append(image_processor(scan, spacing=spacing if is_array else None, **options | grid))
+    sampled = [image_processor(scan, **options | grid) for scan in scans]
     values = F.interpolate(difference[None, None], size=size, mode="trilinear", align_corners=False)
     spacings = [features["geometry"][0].tensor_spacing for features in sampled]
     return {

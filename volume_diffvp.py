@@ -110,12 +110,13 @@ class CTGeometry:
     """What maps the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
-    grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`].
+    grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
+    `sha256` `None` where it was not asked for.
     """
 
     source: str
     layout: str
-    sha256: str
+    sha256: str | None
     is_hu: bool
     shape: tuple[int, ...]
     affine: tuple[tuple[float, ...], ...]
@@ -283,6 +284,7 @@ def resample(
     foreground_hu: float = -1000.0,
     hu_window: tuple[float, float] = (-1000.0, 200.0),
     antialias: bool = False,
+    digest: bool = True,
 ) -> tuple[torch.Tensor, CTGeometry]:
     """Clip to the window, map it to [-1, 1], and interpolate once, trilinearly, to a fixed grid.
 
@@ -297,6 +299,7 @@ def resample(
         crop_foreground: use the bounding box of the voxels above `foreground_hu` instead of the whole volume.
         antialias: where the tensor's grid is coarser than the scan's, average over a triangle as wide as two of its
             voxels, as PIL and `torch.nn.functional.interpolate(antialias=True)` do, in place of two neighbours.
+        digest: take the SHA-256 of the content, which costs as much again as the interpolation.
 
     Returns:
         float32 tensor (1, depth, height, width), and the geometry that leads back.
@@ -350,7 +353,7 @@ def resample(
     geometry = CTGeometry(
         source=volume.source,
         layout=volume.layout,
-        sha256=volume.sha256,
+        sha256=volume.sha256 if digest else None,
         is_hu=volume.is_hu,
         shape=volume.shape,
         affine=tuple(tuple(float(value) for value in row) for row in volume.affine),

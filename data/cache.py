@@ -55,7 +55,15 @@ class TensorCache:
 
 
 # What of an image processor decides the tensor of a volume.
-PREPROCESSING = ("size", "target_spacing", "hu_window", "crop_foreground", "foreground_hu", "allow_non_hu")
+PREPROCESSING = (
+    "size",
+    "target_spacing",
+    "hu_window",
+    "crop_foreground",
+    "foreground_hu",
+    "antialias",
+    "allow_non_hu",
+)
 
 
 def preprocessing(image_processor) -> dict:

@@ -409,7 +409,7 @@ def test_checkpoint_that_is_gone_is_said_to_be(make_checkpoint, scan, tmp_path):
 
 
 def test_one_scan_at_a_time(loaded, scan, tmp_path):
-    with pytest.raises(ReportError, match="one scan, got 2"):
+    with pytest.raises(ReportError, match="one scan, got a list of 2"):
         write_report(*loaded, [scan, scan], tmp_path / "report")
 
 
