@@ -406,3 +406,43 @@ def test_post_process_is_the_inverse_of_the_report_form():
 )
 def test_post_process(text, expected):
     assert DiffVPProcessor.post_process(text) == expected
+
+
+def test_stream_keeps_order_and_goes_on_after_a_bad_scan(tmp_path):
+    scans = []
+    for seed in range(7):
+        path = tmp_path / f"{seed}.nii.gz"
+        nib.save(nib.Nifti1Image(make_ct(seed), np.diag([-2.0, -2.0, 3.0, 1.0])), path)
+        scans.append(path)
+    scans.insert(3, tmp_path / "missing.nii.gz")
+    processor = DiffVPImageProcessor(size=SIZE)
+    for workers in (1, 3):
+        results = list(processor.stream(iter(scans), workers=workers))
+        assert isinstance(results.pop(3), CTInputError)
+        for path, features in zip([one for one in scans if one.exists()], results, strict=True):
+            assert torch.equal(features["ct"], processor(path)["ct"])
+            assert features["geometry"][0].source == path.name
+
+
+def test_stream_reads_no_further_than_it_is_asked(tmp_path):
+    begun = []
+
+    def scans():
+        for seed in range(50):
+            begun.append(seed)
+            yield read_ct(make_ct(seed), SPACING)
+
+    stream = DiffVPImageProcessor(size=SIZE).stream(scans(), workers=2)
+    next(stream), next(stream)
+    assert len(begun) <= 5
+    stream.close()
+    assert len(begun) <= 5
+    with pytest.raises(ValueError, match="workers"):
+        next(DiffVPImageProcessor().stream([], workers=0))
+
+
+def test_digest_is_taken_on_request_and_for_references():
+    scan = read_ct(make_ct(0), SPACING)
+    processor = DiffVPImageProcessor(size=SIZE)
+    assert processor(scan)["geometry"][0].sha256 is None
+    assert processor(scan, digest=True)["geometry"][0].sha256 == scan.sha256

@@ -1,0 +1,318 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+From a CT file to the model's tensor: time and memory against MONAI, TorchIO and SimpleITK.
+
+    pip install torchio
+    python benchmarks/preprocess.py --rounds 5 --output benchmarks/results
+
+All pipelines take the same file to 64 x 256 x 256 voxels in [-1, 1]. In each round they take turns in one process, and
+a ratio is the median over the rounds of (its time / ours in the same round). Peak memory is that of a process of its
+own. Single runs vary twofold on a shared machine: only the ratios mean something.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+import torch
+from rich.progress import track
+
+from diffvp.processing_diffvp import DiffVPImageProcessor
+from diffvp.reading_diffvp import read_ct
+
+SIZE = (64, 256, 256)  # depth, height, width
+WINDOW = (-1000.0, 200.0)
+# name: voxels x, y, z; mm; standard deviation of the noise in HU, which decides how the file compresses
+SHAPES = {
+    "512 x 512 x 300": ((512, 512, 300), (0.7, 0.7, 1.0), 12),
+    "256 x 256 x 200": ((256, 256, 200), (1.4, 1.4, 1.5), 12),
+    "512 x 512 x 100, low noise": ((512, 512, 100), (0.7, 0.7, 3.0), 4),
+    "512 x 512 x 600, high noise": ((512, 512, 600), (0.7, 0.7, 0.5), 30),
+}
+MAIN = "512 x 512 x 300"
+DICOM = "DICOM, 512 x 512 x 120"
+OURS = "diffvp"
+
+
+def scan(shape, noise: float, seed: int = 0) -> np.ndarray:
+    """HU [x, y, z] in LPS order: a noisy body with two lungs in air, and air around it that is noisy too."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape[:2]], indexing="ij")
+    body = (x / 0.85) ** 2 + (y / 0.65) ** 2 < 1
+    lungs = ((np.abs(x) - 0.4) / 0.28) ** 2 + (y / 0.45) ** 2 < 1
+    plane = np.where(lungs, -850, np.where(body, 40, -1000))
+    array = np.empty(shape, np.int16, order="F")
+    for z in range(shape[2]):
+        array[:, :, z] = np.clip(plane + rng.normal(0, noise, plane.shape), -1024, 3071)
+    return array
+
+
+def write_nifti(path: Path, array: np.ndarray, spacing) -> None:
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = (180.0, 175.0, -150.0)
+    image = nib.Nifti1Image(array, affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    nib.save(image, path)
+
+
+def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    for z in range(array.shape[2]):
+        image = sitk.GetImageFromArray(array[:, :, z].T)
+        image.SetSpacing(spacing[:2])
+        for tag, value in {
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0060": "CT", "0020|000e": "1.2.3.4", "0020|000d": "1.2.3",
+            "0020|0032": f"-180\\-175\\{-150 + z * spacing[2]}", "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0013": str(z + 1), "0028|1052": "0", "0028|1053": "1", "0018|0050": str(spacing[2]),
+        }.items():  # fmt: skip
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{z:04d}.dcm"))
+        writer.Execute(image)
+
+
+def ours(path, **options) -> torch.Tensor:
+    processor = DiffVPImageProcessor(size=dict(zip(("depth", "height", "width"), SIZE, strict=True)), **options)
+    return processor(path)["ct"][0]
+
+
+def ours_antialiased(path) -> torch.Tensor:
+    return ours(path, antialias=True)
+
+
+def ours_with_digest(path) -> torch.Tensor:
+    return ours(path, digest=True)
+
+
+def monai(path, steps) -> torch.Tensor:
+    from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Resize
+
+    reader = "ITKReader" if Path(path).is_dir() else None
+    load = [LoadImage(image_only=True, reader=reader), EnsureChannelFirst()]
+    tensor = Compose(load + steps + [Resize(SIZE[::-1], mode="trilinear")])(path)
+    return tensor.as_tensor().permute(0, 3, 2, 1)
+
+
+def monai_standard(path) -> torch.Tensor:
+    from monai.transforms import CropForeground, Orientation, ScaleIntensityRange, Spacing
+
+    return monai(path, [
+        Orientation("LPS", labels=None), Spacing((1, 1, 3), mode="bilinear"),
+        ScaleIntensityRange(*WINDOW, -1, 1, clip=True),
+        CropForeground(select_fn=lambda x: x > -1, allow_smaller=False),
+    ])  # fmt: skip
+
+
+def monai_single(path) -> torch.Tensor:
+    """What ours equals: the standard chain without Spacing, whose grid Resize changes again."""
+    from monai.transforms import CropForeground, Orientation, ScaleIntensityRange
+
+    return monai(path, [
+        Orientation("LPS", labels=None), ScaleIntensityRange(*WINDOW, -1, 1, clip=True),
+        CropForeground(select_fn=lambda x: x > -1, allow_smaller=False),
+    ])  # fmt: skip
+
+
+def monai_minimal(path) -> torch.Tensor:
+    from monai.transforms import Orientation, ScaleIntensityRange
+
+    return monai(path, [Orientation("LPS", labels=None), ScaleIntensityRange(*WINDOW, -1, 1, clip=True)])
+
+
+def torchio(path) -> torch.Tensor:
+    import torchio as tio
+
+    transform = tio.Compose([
+        tio.ToCanonical(), tio.Resample((1, 1, 3)), tio.Clamp(*WINDOW),
+        tio.RescaleIntensity((-1, 1), in_min_max=WINDOW), tio.Resize(SIZE[::-1]),
+    ])  # fmt: skip
+    return transform(tio.ScalarImage(path)).data
+
+
+def simpleitk(path) -> torch.Tensor:
+    """One linear resampling straight to the tensor's grid."""
+    if Path(path).is_dir():
+        image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path)))
+    else:
+        image = sitk.ReadImage(str(path))
+    scale = [n / m for n, m in zip(image.GetSize(), SIZE[::-1], strict=True)]
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize(SIZE[::-1])
+    resampler.SetOutputDirection(image.GetDirection())
+    resampler.SetOutputSpacing([s * k for s, k in zip(image.GetSpacing(), scale, strict=True)])
+    resampler.SetOutputOrigin(image.TransformContinuousIndexToPhysicalPoint([k / 2 - 0.5 for k in scale]))
+    resampler.SetDefaultPixelValue(-1000)
+    resampler.SetOutputPixelType(sitk.sitkFloat32)
+    array = sitk.GetArrayFromImage(resampler.Execute(image))
+    return torch.from_numpy(np.clip(array, *WINDOW)).sub_(WINDOW[0]).mul_(2 / (WINDOW[1] - WINDOW[0])).sub_(1)[None]
+
+
+PIPELINES = {
+    OURS: ours,
+    "diffvp, antialias": ours_antialiased,
+    "diffvp, with content digest": ours_with_digest,
+    "MONAI standard": monai_standard,
+    "MONAI minimal": monai_minimal,
+    "TorchIO": torchio,
+    "SimpleITK, one resampling": simpleitk,
+}
+NOT_DICOM = {"TorchIO"}  # reads a folder through ITK as well; no other way to time
+
+
+def interleaved(path: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    times = {name: [] for name in names}
+    for name in names:
+        PIPELINES[name](path)  # imports, page cache
+    for turn in track(range(rounds), path.name):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            PIPELINES[name](path)
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "median_s": statistics.median(values),
+            "ratio": statistics.median(value / own for value, own in zip(values, times[OURS], strict=True)),
+        }
+        for name, values in times.items()
+    }
+
+
+def peak_memory(path: Path, name: str) -> float:
+    """MB, of a process that does nothing else, its imports included."""
+    command = [sys.executable, __file__, "--peak", name, str(path)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def threads(path: Path, rounds: int) -> float:
+    """Scans per second of two threads over that of one."""
+    processor = DiffVPImageProcessor()
+    ratios = []
+    for _ in range(rounds):
+        seconds = {}
+        for workers in (1, 2):
+            start = time.perf_counter()
+            for features in processor.stream([path] * 8, workers=workers):
+                assert "ct" in features
+            seconds[workers] = time.perf_counter() - start
+        ratios.append(seconds[1] / seconds[2])
+    return statistics.median(ratios)
+
+
+def exponent(folder: Path, rounds: int) -> dict:
+    """Slope of log time against log voxels, from 64 MB to 512 MB of int16."""
+    paths = {}
+    for slices in (122, 244, 488, 976):
+        paths[slices] = folder / f"slices_{slices}.nii.gz"
+        write_nifti(paths[slices], scan((512, 512, slices), 12), (0.7, 0.7, 0.6))
+    times = {slices: [] for slices in paths}
+    for _ in track(range(rounds), "64 to 512 MB"):
+        for slices, path in paths.items():
+            start = time.perf_counter()
+            ours(path)
+            times[slices].append(time.perf_counter() - start)
+    medians = {slices: statistics.median(values) for slices, values in times.items()}
+    slope = np.polyfit(np.log(list(medians)), np.log(list(medians.values())), 1)[0]
+    return {
+        "median_s": {f"{slices * 512 * 512 * 2 / 1e6:.0f} MB": t for slices, t in medians.items()},
+        "exponent": slope,
+    }
+
+
+def resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def drift(path: Path, volumes: int) -> float:
+    """MB by which the process grows from the 50th volume to the last."""
+    processor = DiffVPImageProcessor()
+    start = math.nan
+    for index, features in enumerate(track(processor.stream([path] * volumes, workers=2), "Drift", total=volumes)):
+        assert "ct" in features
+        if index == 50:
+            start = resident()
+    return resident() - start
+
+
+def page(results: dict) -> str:
+    lines = [
+        "# Preprocessing: from a CT file to the model's tensor", "",
+        f"`python benchmarks/preprocess.py --rounds {results['rounds']}` on {results['machine']}. Ratios are medians",
+        "over the interleaved rounds, against diffvp in the same round.", "",
+    ]  # fmt: skip
+    for name, rows in results["shapes"].items():
+        lines += [f"## {name}", "", "| pipeline | median s | times diffvp | peak MB |", "|---|---|---|---|"]
+        for pipeline, row in rows.items():
+            memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"
+            lines.append(f"| {pipeline} | {row['median_s']:.3f} | {row['ratio']:.2f} | {memory} |")
+        lines.append("")
+    lines += [
+        f"- Largest difference to MONAI's chain with one interpolation: {results['max_difference']:.2g}.",
+        f"- Two threads over one: {results['threads']:.2f}.",
+        "- Seconds by size: "
+        + ", ".join(f"{size} {seconds:.2f}" for size, seconds in results["scaling"]["median_s"].items())
+        + f"; exponent {results['scaling']['exponent']:.3f}.",
+        f"- Growth of the process over {results['volumes']} volumes: {results['drift_mb']:.1f} MB.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--volumes", type=int, default=1000, help="for the growth of memory")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        PIPELINES[options.peak[0]](options.peak[1])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        return
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    results = {
+        "rounds": options.rounds, "volumes": options.volumes,
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}", "shapes": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, (shape, spacing, noise) in SHAPES.items():
+            path = folder / f"{name.replace(' ', '').replace(',', '_')}.nii.gz"
+            write_nifti(path, scan(shape, noise), spacing)
+            rows = interleaved(path, list(PIPELINES), options.rounds)
+            if name == MAIN:
+                for pipeline in PIPELINES:
+                    rows[pipeline]["peak_mb"] = peak_memory(path, pipeline)
+                results["max_difference"] = float((ours(path) - monai_single(path)).abs().max())
+                results["threads"] = threads(path, options.rounds)
+            results["shapes"][name] = rows
+        path = folder / "series"
+        write_dicom(path, scan((512, 512, 120), 12), (0.7, 0.7, 2.5))
+        results["shapes"][DICOM] = interleaved(path, [n for n in PIPELINES if n not in NOT_DICOM], options.rounds)
+        results["scaling"] = exponent(folder, options.rounds)
+        small = folder / "small.nii.gz"
+        write_nifti(small, scan((256, 256, 100), 12), (1.4, 1.4, 3.0))
+        read_ct(small)
+        results["drift_mb"] = drift(small, options.volumes)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "preprocess.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output / "preprocess.md").write_text(page(results), encoding="utf-8")
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
