@@ -21,20 +21,22 @@ TESTS_ON_TRANSFORMERS := tests/test_checkpoint.py tests/test_modeling.py tests/t
 # What mlinter has rules for: the configuration, the model and the processor.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 
 # Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
 CORE := $(VENV)/.installed-core
 DEV  := $(VENV)/.installed-dev
+FUZZ := $(VENV)/.installed-fuzz
 
 # A virtual environment breaks when its folder is moved or copied (its paths are absolute) and when its Python goes.
 # HEALTHY holds for one that runs and was not made elsewhere; the stamps of another are dropped before make looks at them.
 HEALTHY := $(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.made-in 2>/dev/null || pwd)" = "$$(pwd)" ]
 ifneq ($(wildcard $(CORE)),)
-$(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV))
+$(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -60,6 +62,9 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
 		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
+
+fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
+	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)
 
 train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
 	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0
@@ -91,4 +96,9 @@ $(CORE): pyproject.toml
 $(DEV): $(CORE)
 	$(PIP) install --quiet --editable ".[all]"
 	@$(BIN)/python -c "import accelerate, datasets, evaluate, pytest, sacrebleu"
+	@touch $@
+
+# Nothing else needs atheris: it has wheels for Linux alone.
+$(FUZZ): $(DEV)
+	$(PIP) install --quiet atheris==3.0.0
 	@touch $@

@@ -29,9 +29,18 @@ MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear m
 MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it is taken for
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
 MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
+SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
+# Share of the voxels in that range: 0.3 to 0.6 in real chest CTs, below 0.015 in the same after a second rescale or
+# with the bytes in the other order, of which the range of the voxels need not tell.
+MIN_SOFT_TISSUE = 0.02
+MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+# How grid and Hounsfield units were found, where that needs no more words.
+STATED = "grid and Hounsfield units as the file states them"
+GIVEN = "spacing and LPS order as the caller states them"
 
 
 class CTInputError(ValueError):
@@ -213,6 +222,25 @@ def make_volume(
     )
 
 
+def lps_affine(spacing, source: str) -> np.ndarray:
+    """RAS affine of an array in LPS order, with the origin at its first voxel."""
+    expected = "three numbers (x, y, z) in mm, above 0"
+    try:
+        numbers = tuple(float(mm) for mm in spacing)
+    except (TypeError, ValueError) as error:
+        raise CTGeometryError(source, "spacing", f"a {type(spacing).__name__} without them", expected) from error
+    if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative one would mirror the patient
+        raise CTGeometryError(source, "spacing", numbers, expected)
+    return LPS_TO_RAS @ np.diag([*numbers, 1.0])
+
+
+def lps_grid(axes: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """RAS affine of axes (columns, in mm) and an origin in LPS."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes, origin
+    return LPS_TO_RAS @ affine
+
+
 def check_shape(shape: tuple[int, ...], source: str) -> None:
     """Refuse what is not a volume of a plausible size; readers also ask before they allocate it.
 
@@ -228,15 +256,30 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
 
 def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
     """Whether the voxels are Hounsfield units; an error where they are not and the caller did not allow it."""
-    low, high = float(array.min()) * slope + intercept, float(array.max()) * slope + intercept  # NaN goes through
+    stored = float(array.min()), float(array.max())  # NaN goes through
+    low, high = (value * slope + intercept for value in stored)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
+    if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
+        raise CTIntensityError(source, "voxel range", f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}")
     if low == high:
         raise CTIntensityError(source, "voxels", f"{low:g} everywhere", "an image")
-    if MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU:
+    in_range = MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU
+    sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
+    soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
+    if in_range and soft >= MIN_SOFT_TISSUE:
         return True
     if allow_non_hu:
         return False
+    if in_range:
+        raise CTIntensityError(
+            source,
+            "soft tissue",
+            f"{soft:.1%} of the voxels",
+            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU: a rescale is "
+            "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
+            "it with your own hu_window",
+        )
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
     elif low >= 0:
@@ -495,6 +538,8 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
 
 
 __all__ = [
+    "GIVEN",
+    "STATED",
     "CTGeometry",
     "CTGeometryError",
     "CTInputError",
@@ -502,6 +547,8 @@ __all__ = [
     "CTReadError",
     "CTVolume",
     "check_shape",
+    "lps_affine",
+    "lps_grid",
     "make_volume",
     "resample",
     "save_map",

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 import torch
 from rich.progress import track
 
-from diffvp.processing_diffvp import DiffVPImageProcessor
 from diffvp.reading_diffvp import read_ct
+from diffvp.volume_diffvp import resample
 
 SIZE = (64, 256, 256)  # depth, height, width
 WINDOW = (-1000.0, 200.0)
@@ -70,6 +69,8 @@ def write_nifti(path: Path, array: np.ndarray, spacing) -> None:
 
 
 def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
+    import SimpleITK as sitk
+
     folder.mkdir()
     writer = sitk.ImageFileWriter()
     for z in range(array.shape[2]):
@@ -85,9 +86,9 @@ def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
         writer.Execute(image)
 
 
-def ours(path, **options) -> torch.Tensor:
-    processor = DiffVPImageProcessor(size=dict(zip(("depth", "height", "width"), SIZE, strict=True)), **options)
-    return processor(path)["ct"][0]
+def ours(path, antialias: bool = False, digest: bool = False) -> torch.Tensor:
+    """What `DiffVPImageProcessor` does, which imports transformers (150 MB) for it."""
+    return resample(read_ct(path), SIZE, antialias=antialias, digest=digest)[0]
 
 
 def ours_antialiased(path) -> torch.Tensor:
@@ -145,6 +146,8 @@ def torchio(path) -> torch.Tensor:
 
 def simpleitk(path) -> torch.Tensor:
     """One linear resampling straight to the tensor's grid."""
+    import SimpleITK as sitk
+
     if Path(path).is_dir():
         image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path)))
     else:
@@ -199,6 +202,8 @@ def peak_memory(path: Path, name: str) -> float:
 
 def threads(path: Path, rounds: int) -> float:
     """Scans per second of two threads over that of one."""
+    from diffvp.processing_diffvp import DiffVPImageProcessor
+
     processor = DiffVPImageProcessor()
     ratios = []
     for _ in range(rounds):
@@ -239,6 +244,8 @@ def resident() -> float:
 
 def drift(path: Path, volumes: int) -> float:
     """MB by which the process grows from the 50th volume to the last."""
+    from diffvp.processing_diffvp import DiffVPImageProcessor
+
     processor = DiffVPImageProcessor()
     start = math.nan
     for index, features in enumerate(track(processor.stream([path] * volumes, workers=2), "Drift", total=volumes)):
@@ -283,7 +290,6 @@ def main() -> None:
         PIPELINES[options.peak[0]](options.peak[1])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
         return
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     results = {
         "rounds": options.rounds, "volumes": options.volumes,
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}", "shapes": {},

@@ -192,6 +192,6 @@ def _page(result: dict) -> str:
         lines.append(f"| {name} | {s['precision']:.3f} | {s['recall']:.3f} | {f1} | {text} |")
     lines += ["", "Findings of the generated reports, by label:", ""]
     lines += ["| label | cases | precision | recall | F1 |", "|---|---|---|---|---|"]
-    for label, s in result["labels"].items():
+    for label, s in result["per_label"].items():
         lines.append(f"| {label} | {s['support']} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f} |")
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])

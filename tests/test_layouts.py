@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffvp.reading_diffvp import CT_RATE_V1, GIVEN, RADGENOME, STATED, CTMetadata, load_metadata, read_ct
-from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, resample
+from diffvp.nifti_diffvp import CT_RATE_V1, RADGENOME
+from diffvp.reading_diffvp import CTMetadata, load_metadata, read_ct
+from diffvp.volume_diffvp import GIVEN, STATED, CTGeometryError, CTInputError, CTIntensityError, CTReadError, resample
 
 SPACING = (1.0, 1.0, 3.0)  # RadGenome's, so that one array can stand for a scan of every dataset
 SIZE = (20, 48, 48)

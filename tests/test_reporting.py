@@ -448,14 +448,14 @@ def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     make_checkpoint, tmp_path, drawn, orientation, spacing
 ):
     """From the file's header to the picture, past everything that could mirror it."""
-    lps = np.where(box(1) > -500, np.int16(-400), np.int16(-1000))
+    lps = np.where(box(1) > -500, np.int16(-190), np.int16(-1000))
     lps[17:20, 5:8, 12:15] = 200  # left, anterior, superior within the body's 3..21, 4..18, 1..15
     nib.save(image(lps, orientation), tmp_path / "scan.nii.gz")
     checkpoint = make_checkpoint(processor_fields={"target_spacing": spacing})
     write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report")
     target, reference, difference = drawn[0]["volumes"]
     assert target.shape == reference.shape == difference.shape
-    mark = target > 0.5  # halfway between the mark and the body around it
+    mark = target > 0.68  # halfway between the mark and the body around it
     assert mark.any()
     depth, height, width = (int(np.median(indices)) for indices in np.nonzero(mark))
     rows, columns = np.nonzero(figures.plane(mark, "axial", depth))

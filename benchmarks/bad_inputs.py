@@ -1,0 +1,267 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What readers make of malformed and hostile files: diffvp, nibabel, SimpleITK and MONAI on the corpus of `tests/`.
+
+    pip install itk pynrrd   # with which MONAI reads NRRD, MetaImage and DICOM
+    python benchmarks/bad_inputs.py --output benchmarks/results
+
+Each case runs in a process of its own, forked from one that has imported the reader, with a limit on time and on
+address space. Memory is what the process held at most beyond what it held after the imports.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI")
+FORMATS = {
+    "diffvp": {"NIfTI", "NRRD", "MetaImage", "DICOM", "zip"},
+    "nibabel": {"NIfTI"},
+    "SimpleITK": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
+    "MONAI": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
+}
+OUTCOMES = ("accepted", "other voxels", "typed error", "generic error", "crash", "hang")
+PLAIN = "good: .nii.gz"  # the scan that all good cases hold
+# Sound files, or such whose contents a reader of images in general need not judge: that diffvp refuses them says that
+# they are no CT on a grid that its model can take.
+SOUND = {
+    "NIfTI": (
+        "ANALYZE 7.5 pair", "NIfTI pair", "unknown suffix", "folder named .nii.gz", "2-D", "4-D over time", "5-D",
+        "three slices", "RGB", "complex", "no form codes", "identity alone", "spacing of 100 mm",
+        "spacing of 1 micron",
+        "sform sheared by 15 degrees", "in metres", "in microns", "oblique by 45 degrees", "a NaN", "an infinity",
+        "all NaN", "constant", "not rescaled, 1024 too high", "not rescaled, 8192 too high", "8-bit",
+        "normalised to 0..1", "rescaled twice", "rescaled twice, with metal", "bytes in the other order",
+        "scl_slope -1",
+    ),
+    "NRRD": (
+        "no space", "space of a scanner", "no directions", "in metres", "4-D", "2-D", "a NaN", "not rescaled",
+        "byte skip", "endian wrong",
+    ),
+    "MetaImage": (
+        "no TransformMatrix", "in centimetres", "2-D", "4-D", "three channels", "rescale in the header",
+        "not rescaled", "a NaN",
+    ),
+    "DICOM": (
+        "gantry tilt", "two series", "rescale applied already", "no rescale", "MR",
+        "MONOCHROME1", "RGB", "several frames a file", "secondary capture", "DICOMDIR alone",
+    ),
+}  # fmt: skip
+
+
+def reader(name: str):
+    """The function that reads a path into an array or tensor, with its imports done."""
+    if name == "diffvp":
+        from diffvp.reading_diffvp import read_ct
+        from diffvp.volume_diffvp import resample
+
+        return lambda path: resample(read_ct(path), (32, 64, 64))[0]
+    if name == "nibabel":
+        import nibabel
+
+        return lambda path: nibabel.load(path).get_fdata()
+    if name == "SimpleITK":
+        import SimpleITK
+
+        def read(path: str):
+            if not os.path.isdir(path):
+                return SimpleITK.GetArrayViewFromImage(SimpleITK.ReadImage(path))
+            series = SimpleITK.ImageSeriesReader()
+            series.SetFileNames(series.GetGDCMSeriesFileNames(path))
+            return SimpleITK.GetArrayFromImage(series.Execute())
+
+        return read
+    import itk
+    from monai.transforms import (
+        Compose,
+        CropForeground,
+        EnsureChannelFirst,
+        LoadImage,
+        Orientation,
+        Resize,
+        ScaleIntensityRange,
+        Spacing,
+    )
+
+    # ITK loads itself bit by bit, for seconds.
+    for part in ("ImageFileReader", "ImageSeriesReader", "GDCMSeriesFileNames", "NrrdImageIO", "MetaImageIO"):
+        getattr(itk, part)
+    return Compose(
+        [
+            LoadImage(image_only=True),
+            EnsureChannelFirst(),
+            Orientation("LPS", labels=None),
+            Spacing((1.5, 1.5, 2.0)),
+            ScaleIntensityRange(-1000, 200, -1, 1, clip=True),
+            CropForeground(select_fn=lambda x: x > -1, allow_smaller=False),
+            Resize((64, 64, 32), mode="trilinear"),
+        ]
+    )
+
+
+def resident_mb() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: float) -> dict:
+    """One read in a forked process."""
+    receive, send = os.pipe()
+    start = time.perf_counter()
+    child = os.fork()
+    if not child:
+        quiet = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(quiet, descriptor)
+        resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 2**30,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        result = {"before_mb": resident_mb(), "outcome": "accepted", "error": ""}
+        try:
+            voxels = read(path)
+            if check:
+                result["sum"] = float(np.sum(np.asarray(voxels), dtype=np.float64))
+        except BaseException as error:  # whatever comes is the result
+            own = type(error).__module__.split(".")[0] == package
+            result |= {"outcome": "typed error" if own else "generic error", "error": type(error).__name__}
+        os.write(send, json.dumps(result).encode())
+        os._exit(0)
+    os.close(send)
+    ready = select.select([receive], [], [], limit)[0]
+    seconds = time.perf_counter() - start
+    content = os.read(receive, 2**16) if ready else b""
+    os.close(receive)
+    if not content:
+        os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    if content:
+        result = json.loads(content)
+    elif not ready:
+        result = {"before_mb": resident_mb(), "outcome": "hang", "error": f"killed after {limit:.0f} s"}
+    else:
+        result = {"before_mb": resident_mb(), "outcome": "crash", "error": f"exit {os.waitstatus_to_exitcode(status)}"}
+    before = result.pop("before_mb")
+    return result | {"seconds": seconds, "mb": max(0.0, usage.ru_maxrss / 1024 - before)}
+
+
+def cases(folder: Path) -> list[dict]:
+    """Write the cases that are files, and say where they lie."""
+    from diffvp.tests.bad_inputs import CASES
+
+    written = []
+    for case in CASES:
+        if case.format == "object":
+            continue
+        place = folder / f"{len(written):03d}"
+        place.mkdir()
+        path = str(case.make(place))
+        kind, _, title = case.name.partition(": ")
+        group = "good" if case.error is None else "no CT" if title in SOUND[kind] else "damaged"
+        form = "zip" if path.endswith(".zip") else case.format
+        written.append({"name": case.name, "format": form, "group": group, "path": path})
+    return written
+
+
+def page(results: dict) -> str:
+    rows, readers = results["cases"], results["readers"]
+    lines = [
+        "# Malformed and hostile files", "",
+        f"`python benchmarks/bad_inputs.py` on {results['machine']}; {results['gigabytes']} GB of address space and",
+        f"{results['limit']:.0f} s for each case. {', '.join(f'{name} {readers[name]}' for name in readers)}.",
+        "A dash: not a format of this reader, so not counted. A typed error is of a class of the reader's own; any",
+        "other exception is generic. Other voxels: accepted, but not those of the file that was asked for. The",
+        "generator is `tests/bad_inputs.py`.", "",
+    ]  # fmt: skip
+    titles = {
+        "damaged": "Damaged, contradictory or hostile files",
+        "no CT": "Sound files that are no CT on a grid the model can take (a general reader may well accept them)",
+        "good": "Good files (here, accepting is right)",
+    }
+    for group, title in titles.items():
+        lines += [f"## {title}", "", f"| reader | cases | {' | '.join(OUTCOMES)} | longest s | most MB |"]
+        lines.append("|---" * (len(OUTCOMES) + 4) + "|")
+        for name in readers:
+            found = [row["results"][name] for row in rows if row["group"] == group and name in row["results"]]
+            counts = Counter(one["outcome"] for one in found)
+            numbers = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
+            worst = f"{max(one['seconds'] for one in found):.2f} | {max(one['mb'] for one in found):.0f}"
+            lines.append(f"| {name} | {len(found)} | {numbers} | {worst} |")
+        lines.append("")
+    lines += ["## Case by case", "", f"| case | {' | '.join(readers)} |", "|---" * (len(readers) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for name in readers:
+            one = row["results"].get(name)
+            if one is None:
+                cells.append("-")
+                continue
+            slow = f", {one['seconds']:.1f} s" if one["seconds"] > 2 else ""
+            hungry = f", {one['mb']:.0f} MB" if one["mb"] > 600 else ""
+            text = one["error"] or "accepted"
+            wrong = text == "other voxels" or (text == "accepted" and row["group"] == "damaged")
+            cells.append((f"**{text}**" if wrong else text) + slow + hungry)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--limit", type=float, default=60, help="seconds for a case")
+    parser.add_argument("--gigabytes", type=int, default=16, help="of address space for a case")
+    parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.reader:
+        name, manifest = options.reader
+        read, package = reader(name), {"MONAI": "monai"}.get(name, name)
+        found = {
+            row["name"]: attempt(read, package, row["path"], row["group"] == "good", options.gigabytes, options.limit)
+            for row in track(json.loads(Path(manifest).read_text()), name)
+            if row["format"] in FORMATS[name]
+        }
+        Path(manifest).with_name(f"{name}.json").write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        rows = cases(folder)
+        (folder / "cases.json").write_text(json.dumps(rows))
+        for name in READERS:
+            command = [sys.executable, __file__, "--reader", name, str(folder / "cases.json")]
+            command += ["--limit", str(options.limit), "--gigabytes", str(options.gigabytes)]
+            subprocess.run(command, check=True)
+            found = json.loads((folder / f"{name}.json").read_text())
+            for row in rows:
+                if row["name"] in found:
+                    one = row.setdefault("results", {})[name] = found[row["name"]]
+                    # Equal voxels have an equal sum in whatever order; resampling an oblique grid changes it a little.
+                    if "sum" in one and abs(one["sum"] / found[PLAIN]["sum"] - 1) > 0.02:
+                        one |= {"outcome": "other voxels", "error": "other voxels"}
+    for row in rows:
+        del row["path"]
+    results = {
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "limit": options.limit, "gigabytes": options.gigabytes, "readers": {name: version(name) for name in READERS},
+        "cases": rows,
+    }  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "bad_inputs.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.output / "bad_inputs.md").write_text(page(results), encoding="utf-8")
+    print(page(results).partition("## Case by case")[0])
+
+
+if __name__ == "__main__":
+    main()

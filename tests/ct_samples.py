@@ -1,0 +1,58 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""A synthetic scan, and the same scan as a DICOM series: what the tests of the readers share."""
+
+import numpy as np
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+SPACING = (1.5, 1.25, 2.5)  # mm along x, y, z
+
+
+def make_ct(shape=(26, 22, 18), seed=0) -> np.ndarray:
+    """Whole HU in LPS order [x, y, z]: an off-centre textured body in air."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    body = ((x - 0.1) / 0.75) ** 2 + ((y + 0.15) / 0.65) ** 2 + ((z - 0.05) / 0.8) ** 2 < 1
+    texture = np.random.default_rng(seed).normal(-200, 300, shape)
+    return np.where(body, np.clip(texture, -990, 1200), -1000).astype(np.int16)
+
+
+def lps_affine(spacing=SPACING, origin=(-40.0, 25.0, 300.0)) -> np.ndarray:
+    """RAS affine of an LPS array."""
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = origin
+    return affine
+
+
+def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=None, prefix=""):
+    """A CT series in pydicom's own hand; files are named against the order of their positions.
+
+    `change(k, dataset)` may alter slice k before it is written.
+    """
+    folder.mkdir(exist_ok=True, parents=True)
+    series, frame = generate_uid(), generate_uid()
+    origin = np.array([40.0, -25.0, 300.0])  # the LPS world position of lps_affine()
+    for k in range(lps.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        path = folder / f"{prefix}{lps.shape[2] - k:03d}.dcm"
+        one = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+        one.SOPClassUID, one.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        one.PatientName, one.PatientID, one.Modality = "Secret^Name", "SECRET-ID", "CT"
+        one.StudyDescription = one.SeriesDescription = one.ProtocolName = one.InstitutionName = "Secret Place"
+        one.SeriesInstanceUID, one.FrameOfReferenceUID, one.StudyInstanceUID = series, frame, frame
+        one.InstanceNumber = k + 1
+        one.ImagePositionPatient = [f"{value:.6g}" for value in origin + k * np.asarray(step)]
+        one.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        one.PixelSpacing = [SPACING[1], SPACING[0]]  # between rows, then between columns
+        one.Rows, one.Columns = lps.shape[1], lps.shape[0]
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+        one.RescaleSlope, one.RescaleIntercept = 1, -1024
+        one.PixelData = np.ascontiguousarray(lps[:, :, k].T.astype(np.int32) + 1024).astype("<u2").tobytes()
+        if change is not None:
+            change(k, one)
+        one.save_as(path, enforce_file_format=True)
+    return folder

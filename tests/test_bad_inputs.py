@@ -1,0 +1,235 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input is refused by an error that names the field, fast, in little memory, and without a word on stderr."""
+
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+
+from diffvp.decoding_diffvp import inflate
+from diffvp.reading_diffvp import read_ct
+from diffvp.volume_diffvp import CTInputError, CTReadError, resample, to_input_grid
+
+from .bad_inputs import CASES, members, meta, nrrd
+from .ct_samples import SPACING, make_ct
+
+MAX_SECONDS = 2.0
+MAX_MB = 600  # of the whole process, of which the imports are more than half
+ORIENTATIONS = [
+    tuple(codes[axis] for axis in order)
+    for order in itertools.permutations(range(3))
+    for codes in itertools.product("LR", "PA", "SI")
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """What became of every case, in one process of its own for all."""
+    output = tmp_path_factory.mktemp("bad") / "results.json"
+    subprocess.run([sys.executable, "-m", "diffvp.tests.bad_inputs", str(output)], check=True, timeout=120)
+    return json.loads(output.read_text())
+
+
+def test_there_are_enough_cases_and_no_two_of_a_name():
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert sum(case.error is not None for case in CASES) >= 250 and sum(case.error is None for case in CASES) >= 30
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_case(case, results):
+    result = results[case.name]
+    assert result["found"] == (case.error.__name__ if case.error else "the scan"), result["message"]
+    assert case.field in result["field"] and result["field"] in result["message"]
+    assert "secret" not in result["message"].lower(), "the patient's name"
+    assert result["printed"] == ""
+    assert result["seconds"] <= MAX_SECONDS and result["peak_mb"] <= MAX_MB
+
+
+# Anything at all gives a valid volume or a CTInputError.
+
+
+def read_or_refuse(ct) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            tensor, geometry = resample(read_ct(ct, allow_non_hu=True), (8, 8, 8))
+        except CTInputError as error:
+            assert error.field and str(error).startswith(f"{error.source}: {error.field} is ")
+            return
+    assert tensor.shape == (1, 8, 8, 8) and tensor.isfinite().all() and tensor.abs().max() <= 1
+    assert np.isfinite(geometry.tensor_affine).all() and min(geometry.tensor_spacing) > 0
+
+
+def read_file(name: str, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(content)
+        read_or_refuse(Path(folder) / name)
+
+
+def mutated(content: bytes, length: int) -> st.SearchStrategy[bytes]:
+    """`content` with some of its first `length` bytes replaced, and cut off or not."""
+
+    def change(arguments) -> bytes:
+        places, end = arguments
+        changed = bytearray(content)
+        for place, byte in places:
+            changed[place] = byte
+        return bytes(changed[:end])
+
+    places = st.lists(st.tuples(st.integers(0, length - 1), st.integers(0, 255)), max_size=6)
+    return st.tuples(places, st.just(None) | st.integers(0, len(content))).map(change)
+
+
+SMALL = nib.Nifti1Image(make_ct((8, 9, 10)), np.diag([-1.5, -1.25, 2.5, 1])).to_bytes()
+SMALL_GZ = gzip.compress(SMALL, mtime=0)
+VALUES = st.sampled_from(
+    ["", "0", "-1", "3", "8 9 10", "nan", "inf", "1e999", "1e-999", "9" * 30, "(1,0,0)", "(1,0,0) (0,1,0) (0,0,1)",
+     "none", "1 0 0 0 1 0 0 0 1", "True", "False", "LOCAL", "LIST", ".", "..", "../x", "/etc/passwd", "scan.mha",
+     "gzip", "raw", "float", "MET_DOUBLE", "left-posterior-superior", "mm", "\0", "\xff"]
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.binary(max_size=700), st.sampled_from(["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha"]))
+def test_random_bytes(content, name):
+    start = {"scan.nii": b"\x5c\1\0\0", "scan.nii.gz": b"\x1f\x8b\x08", "scan.nrrd": b"NRRD0004\n", "scan.mha": b""}
+    read_file(name, content)
+    read_file(name, start[name] + content)
+
+
+@settings(deadline=None, max_examples=300)
+@given(mutated(SMALL, 352), st.booleans())
+def test_mutated_nifti(content, compressed):
+    read_or_refuse({"path": None, "bytes": gzip.compress(content, 1) if compressed else content})
+
+
+@settings(deadline=None, max_examples=150)
+@given(mutated(SMALL_GZ, len(SMALL_GZ)))
+def test_mutated_gzip(content):
+    read_or_refuse({"path": None, "bytes": content})
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.sampled_from(["scan.nrrd", "scan.mha"]))
+def test_mutated_text_headers(data, name):
+    """Values of fields exchanged for others, then bytes."""
+    voxels = make_ct((8, 9, 10)).T.astype("<i2").tobytes()
+    make, sizes = (nrrd, "sizes") if name.endswith("nrrd") else (meta, "DimSize")
+    separator = ": " if make is nrrd else " = "
+    header = make({sizes: "8 9 10"}, b"").decode()
+    names = [line.partition(separator)[0] for line in header.splitlines() if separator in line]
+    changed = data.draw(st.dictionaries(st.sampled_from(names), VALUES, max_size=3))
+    content = make({sizes: "8 9 10"} | changed, voxels)
+    read_file(name, data.draw(mutated(content, len(content) - len(voxels))))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.binary(min_size=1, max_size=3000),
+    st.integers(1, 500),
+    st.integers(0, 40),
+    st.integers(-3, 3),
+    st.integers(1, 5000),
+)
+def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, size):
+    """However the file is cut into chunks."""
+    packed = members(content, length) + bytes(padding)
+    packed = [packed[at : at + size] for at in range(0, len(packed), size)]
+    expected = len(content) + more
+    if more == 0:
+        assert inflate(packed, expected, "bytes").tobytes() == content
+    elif expected >= 0:
+        with pytest.raises(CTReadError, match="voxel data"):
+            inflate(packed, expected, "bytes")
+
+
+def test_thousands_of_gzip_members_take_linear_time():
+    """bgzip writes members of up to 64 KB; each of them must not copy the rest of the file."""
+    content = np.random.default_rng(0).bytes(2**22)
+    packed = b"".join([members(content, 2**10), gzip.compress(b"") * 20000])
+    assert inflate([packed], len(content), "bytes").tobytes() == content
+
+
+# Any grid leads back to the input's own.
+
+
+def turned(axis, degrees: float) -> np.ndarray:
+    """Rotation matrix by Rodrigues' formula."""
+    x, y, z = np.asarray(axis) / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    turn = np.radians(degrees)
+    return np.eye(3) + np.sin(turn) * cross + (1 - np.cos(turn)) * cross @ cross
+
+
+@st.composite
+def grids(draw) -> tuple:
+    """Shape (x, y, z), affine of the LPS array, and an orientation of storage."""
+    shape = tuple(draw(st.integers(8, 20)) for _ in range(3))
+    spacing = [draw(st.floats(0.3, 6)) for _ in range(3)]
+    axis = draw(st.tuples(*[st.integers(-3, 3)] * 3).filter(any))
+    affine = np.eye(4)
+    affine[:3, :3] = turned(axis, draw(st.floats(0, 20))) @ np.diag([-1, -1, 1]) * spacing
+    affine[:3, 3] = [draw(st.floats(-600, 600)) for _ in range(3)]
+    assume(not np.array_equal(np.abs(affine), np.eye(4)))  # which counts as unset
+    return shape, affine, draw(st.sampled_from(ORIENTATIONS))
+
+
+def stored(lps: np.ndarray, affine: np.ndarray, codes) -> nib.Nifti1Image:
+    change = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(codes))
+    return nib.Nifti1Image(apply_orientation(lps, change), affine @ inv_ornt_aff(change, lps.shape))
+
+
+@settings(deadline=None, max_examples=80)
+@given(grids(), st.data())
+def test_marked_voxel_returns_to_its_place(grid, data):
+    shape, affine, codes = grid
+    lps = make_ct(shape)
+    mark = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    lps[mark] = 3000
+    image = stored(lps, affine, codes)
+    volume = read_ct(image)
+    assert volume.sha256 == read_ct(lps, SPACING).sha256
+    # At least as fine as the scan, or the voxel could fall between two of the tensor's.
+    size = tuple(data.draw(st.integers(n, 2 * n)) for n in shape[::-1])
+    tensor, geometry = resample(volume, size, hu_window=(-1000, 3000))
+    back = to_input_grid(tensor[0] + 1, geometry)  # 0 is what lies outside of the tensor
+    place = np.unravel_index(back.argmax(), back.shape)
+    assert image.dataobj[place] == 3000
+    peak = np.unravel_index(int(tensor[0].argmax()), size)
+    apart = (geometry.tensor_affine @ [*peak, 1] - image.affine @ [*place, 1])[:3]
+    assert np.linalg.norm(apart) <= np.linalg.norm(volume.spacing)
+
+
+@settings(deadline=None, max_examples=40)
+@given(grids(), st.tuples(*[st.integers(8, 30)] * 3), st.none() | st.tuples(*[st.floats(0.5, 4)] * 3))
+def test_world_coordinates_are_nibabels(grid, size, spacing):
+    """Each voxel holds its own index along one axis, so the tensor says which voxels it is made of."""
+    shape, affine, codes = grid
+    image = stored(np.zeros(shape, np.float32), affine, codes)
+    found = []
+    for axis in range(3):
+        index = np.broadcast_to(
+            np.arange(image.shape[axis]).reshape([-1 if a == axis else 1 for a in range(3)]), image.shape
+        )
+        volume = read_ct(nib.Nifti1Image(index.astype(np.float32), image.affine), allow_non_hu=True)
+        tensor, geometry = resample(volume, size, spacing, crop_foreground=False, hu_window=(-1, 32))
+        found.append((tensor[0].numpy() + 1) * 33 / 2 - 1)
+    voxels = np.stack(found)
+    last = np.array(image.shape).reshape(3, 1, 1, 1) - 1
+    inside = ((voxels > 1e-3) & (voxels < last - 1e-3)).all(axis=0)  # at the border, values are held
+    world = image.affine[:3, :3] @ voxels[:, inside] + image.affine[:3, 3:]
+    indices = np.stack(np.nonzero(inside))
+    expected = geometry.tensor_affine[:3, :3] @ indices + geometry.tensor_affine[:3, 3:]
+    assert np.abs(world - expected).max(initial=0) < 2e-3
