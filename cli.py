@@ -24,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # its traceback shows local variables: paths and report text
 )
+pool_app = typer.Typer(help="The pool of normal references.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(pool_app, name="pool")
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
@@ -50,7 +52,7 @@ def demo(
 
 @app.command()
 def report(
-    ct: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.")],
+    ct: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder or .zip of DICOM slices.")],
     reference: Annotated[
         Path | None, typer.Option(help="A normal scan (default: one of the checkpoint's own).")
     ] = None,
@@ -110,6 +112,43 @@ def phantom(
     out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True)
 
 
+@pool_app.command("build")
+def pool_build(
+    data: Annotated[Path, typer.Argument(help="Folder of the dataset; of the layout `table` also the table itself.")],
+    layout: Annotated[str, typer.Option(help="phantom, radgenome, ct-rate, ctrg or table.")],
+    output: Annotated[Path, typer.Option(help="Text file for the ids, one a line.")],
+    split: Annotated[str | None, typer.Option(help="train, valid or test (default: all rows of a table).")] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of normal scans, one a line, where the dataset does not tell them.")
+    ] = None,
+    exclude: Annotated[Path | None, typer.Option(help="Ids of cases to leave out, one a line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
+) -> None:
+    """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
+    with _one_line_errors(ValueError), _listed_problems():
+        from .data.cases import read_ids
+        from .data.load import load_dataset_cases
+        from .data.pool import build_pool
+
+        cases = load_dataset_cases(layout, data, split, exclude=read_ids(exclude) if exclude else ())
+        pool = build_pool(cases, layout=layout, ids=read_ids(ids) if ids else None)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(f"{case.name}\n" for case in pool.cases), encoding="utf-8")
+    for warning in pool.warnings[:20]:
+        err.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(pool.warnings) > 20:
+        err.print(f"... and {len(pool.warnings) - 20} more warnings", style="yellow")
+    if as_json:
+        document = {"layout": layout, "split": split, "rule": pool.rule, "size": len(pool.cases)}
+        typer.echo(json.dumps({**document, "counts": pool.counts, "warnings": pool.warnings}, indent=2))
+        return
+    table = Table("", *pool.counts)
+    for name in pool.counts["scans"]:
+        table.add_row(name, *("-" if of[name] is None else f"{of[name]:,}" for of in pool.counts.values()))
+    out.print(table)
+    out.print(f"{len(pool.cases):,} normal references by {pool.rule}: {output}", soft_wrap=True, markup=False)
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
@@ -124,7 +163,7 @@ def train(
         from .train_accelerate import TrainingConfig, run
     with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    with _one_line_errors():
+    with _one_line_errors(), _listed_problems():
         run(loaded)
 
 
@@ -141,7 +180,7 @@ def evaluate(
         from .experiments.evaluate import evaluate as run
         from .reporting import EXPECTED_ERRORS
     _quiet()
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError):
+    with _one_line_errors(*EXPECTED_ERRORS, ValueError), _listed_problems():
         page = run(data, checkpoint, output, cache_dir, limit)
     out.print(page.read_text(encoding="utf-8"), markup=False)
 
@@ -243,6 +282,18 @@ def _one_line_errors(*expected: type[Exception]) -> Iterator[None]:
     except (OSError, *expected) as error:
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _listed_problems() -> Iterator[None]:
+    """Print what is wrong with a dataset, a line each, and exit with status 2."""
+    from .data.cases import DatasetError
+
+    try:
+        yield
+    except DatasetError as error:
+        err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from .radgenome import DatasetLayoutError
+from .cases import DatasetError, Problem
 
 CELL = 4  # voxels of the tensor along each axis of a cell: fine enough to shift masks along with an augmented volume
 
@@ -28,13 +28,14 @@ def lesion_cells(path: Path, geometry) -> torch.Tensor:
         geometry: the [`CTGeometry`] with which the volume was preprocessed.
 
     Raises:
-        DatasetLayoutError: there is no such mask, or its shape is not that of the volume.
+        DatasetError: there is no such mask, or its shape is not that of the volume.
     """
     if not path.is_file():
-        raise DatasetLayoutError(f"{path}: no such lesion mask; make the cohort with masks")
+        raise DatasetError([Problem(path.name, None, "lesion mask", "missing", "a cohort made with masks")])
     codes = np.asarray(nib.load(path).dataobj)
     if codes.shape != tuple(geometry.shape):
-        raise DatasetLayoutError(f"{path}: shape {codes.shape}, but the volume has {tuple(geometry.shape)}")
+        expected = f"{tuple(geometry.shape)}, as the volume has"
+        raise DatasetError([Problem(path.name, None, "shape", f"{codes.shape}", expected)])
     codes = codes.transpose(geometry.axes)
     codes = np.flip(codes, [axis for axis, flip in enumerate(geometry.flips) if flip])
     found = np.nonzero(codes)

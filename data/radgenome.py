@@ -1,123 +1,191 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Reader of the CT-RATE v2 / RadGenome-ChestCT layout, as far as the phantom cohort needs it."""
+"""RadGenome-ChestCT as it lies on the Hub, and the phantom cohort, which has its tables and CT-RATE's volumes.
 
-from __future__ import annotations
+    dataset/train_preprocessed/train_1/train_1a/train_1_a_1.nii.gz          no underscore in the scan's folder
+    dataset/radgenome_files/{train,validation}_region_report.csv            Volumename, Anatomy, Sentence
+    dataset/radgenome_files/{train,validation}_case_disorders.csv           Volumename, Disorders
+    dataset/multi_abnormality_labels/{train,valid}_predicted_labels.csv     CT-RATE's; optional
 
-import csv
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+It holds the first reconstruction of each scan of CT-RATE, resampled. The row of the region reports without an anatomy
+is the whole report. Anatomies are nested ("lung/lung/right lung"); the first is one of the ten regions or "others".
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+from .cases import (
+    REGION_NAMES,
+    Case,
+    Problem,
+    Row,
+    by_name,
+    canonical_split,
+    check_included,
+    check_labels,
+    check_report,
+    check_rows,
+    is_missing,
+    raise_problems,
+    read_csv,
+    selection,
+    shown,
+    volume_name,
+)
+from .ct_rate import (
+    check_names,
+    check_volumes,
+    patient_and_scan,
+    read_cases,
+    read_label_rows,
+    table_path,
+)
+from .pool import normal_pool
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-
-LONG_NAME = {"train": "train", "valid": "validation"}
-NO_FINDINGS = "No findings"
+# How peers' code calls the row without an anatomy.
+WHOLE_REPORT = ("nan", "whole", "whole scan")
 
 
-class DatasetLayoutError(ValueError):
-    """A table or volume of the dataset is missing or does not have the documented form."""
+def load_radgenome(
+    root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
+) -> list[Case]:
+    """All volumes of a split, in the order of the region reports. Labels are those of CT-RATE where its table lies by.
 
-
-@dataclass(frozen=True)
-class Case:
-    """One scan with its report.
-
-    `labels` is int8 (18,), in the order of `DIAGNOSIS_LABELS`; `region_sentences` maps a region to its text;
-    `disorders` is RadGenome's summary ("No findings" for a normal scan).
+    Arguments and errors as of [`load_ct_rate`].
     """
-
-    name: str
-    patient_id: str
-    volume: Path
-    report: str
-    labels: np.ndarray
-    region_sentences: dict[str, str] = field(default_factory=dict)
-    disorders: str = ""
-
-
-def read_table(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file; raises `DatasetLayoutError` if the file or a required column is missing."""
-    if not path.is_file():
-        raise DatasetLayoutError(f"{path}: no such file; expected a table of the CT-RATE / RadGenome layout")
-    with path.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        found = reader.fieldnames or []
-        missing = [column for column in required if column not in found]
-        if missing:
-            raise DatasetLayoutError(f"{path}: missing column(s) {missing}; found {found}")
-        return list(reader)
-
-
-def load_cases(root: str | Path, split: str) -> list[Case]:
-    """All cases of a split ("train" or "valid") in the order of the label table.
-
-    Raises:
-        ValueError: If the split is unknown.
-        DatasetLayoutError: If a table, a column, a volume or a case's row is missing, or a label is not 0 or 1.
-    """
-    if split not in LONG_NAME:
-        raise ValueError(f"unknown split {split!r}: expected one of {sorted(LONG_NAME)}")
-    dataset, long_name = Path(root) / "dataset", LONG_NAME[split]
-    label_path = dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv"
-    report_path = dataset / "radiology_text_reports" / f"{long_name}_reports.csv"
-    region_path = dataset / "radgenome_files" / f"{long_name}_region_report.csv"
-    disorder_path = dataset / "radgenome_files" / f"{long_name}_case_disorders.csv"
-
-    rows = read_table(label_path, ["VolumeName", *DIAGNOSIS_LABELS])
-    reports = {row["VolumeName"]: row["Findings_EN"] for row in read_table(report_path, ["VolumeName", "Findings_EN"])}
-    regions: dict[str, dict[str, str]] = {}
-    for row in read_table(region_path, ["Volumename", "Anatomy", "Sentence"]):
-        if not row["Anatomy"]:  # the whole report
-            continue
-        # RadGenome nests regions ("lung/right lung"): the first name is one of the ten, or "others".
-        region = row["Anatomy"].split("/")[0]
-        if region not in (*REGIONS, "others"):
-            raise DatasetLayoutError(
-                f"{region_path}: unknown region {row['Anatomy']!r} of {row['Volumename']}; "
-                f"expected one of {REGIONS} or 'others'"
-            )
-        texts = regions.setdefault(row["Volumename"], {})
-        texts[region] = f"{texts[region]} {row['Sentence']}" if region in texts else row["Sentence"]
-    disorders = {row["Volumename"]: row["Disorders"] for row in read_table(disorder_path, ["Volumename", "Disorders"])}
-
-    unknown = [column for column in (rows[0] if rows else {}) if column not in ("VolumeName", *DIAGNOSIS_LABELS)]
-    if unknown:
-        raise DatasetLayoutError(f"{label_path}: unknown label column(s) {unknown}; expected the 18 of CT-RATE")
-    cases = []
-    for row in rows:
-        volume_name = row["VolumeName"]
-        for table, path in ((reports, report_path), (disorders, disorder_path)):
-            if volume_name not in table:
-                raise DatasetLayoutError(f"{path}: no row for {volume_name}, which {label_path.name} lists")
-        name = volume_name.removesuffix(".nii.gz")
-        parts = name.split("_")
-        if len(parts) != 4:
-            raise DatasetLayoutError(f"{label_path}: VolumeName {volume_name!r} is not split_patient_scan_series")
-        patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
-        volume = dataset / f"{split}_fixed" / patient / scan / volume_name
-        if not volume.is_file():
-            raise DatasetLayoutError(f"{volume}: no such volume, but {label_path.name} lists {volume_name}")
-        values = [row[label] for label in DIAGNOSIS_LABELS]
-        bad = {label: value for label, value in zip(DIAGNOSIS_LABELS, values, strict=True) if value not in ("0", "1")}
-        if bad:
-            raise DatasetLayoutError(f"{label_path}: labels of {volume_name} must be 0 or 1, found {bad}")
-        cases.append(
-            Case(
-                name,
-                patient,
-                volume,
-                reports[volume_name],
-                np.array(values).astype(np.int8),
-                regions.get(volume_name, {}),
-                disorders[volume_name],
-            )
+    split = canonical_split(split, ("train", "valid"))
+    problems: list[Problem] = []
+    root = Path(root)
+    dataset, keep = root / "dataset", selection(include, exclude)
+    region_path = _region_path(dataset, split)
+    listed, whole, regions = _read_regions(region_path, keep, problems)
+    names = check_names(listed, region_path.name, split, problems)
+    check_included(include, listed, region_path.name, problems)
+    reports = {}
+    for name, first in listed.items():
+        row = whole.get(name)
+        if row is None:
+            expected = "also one with an empty Anatomy: the whole report"
+            problems.append(Problem(region_path.name, first, "rows", "of regions alone", expected, name))
+        else:
+            text = row.values["Sentence"]
+            reports[name] = check_report(text, region_path.name, row.number, "Sentence", name, problems)
+    disorders = _read_disorders(dataset, split, listed, region_path.name, keep, problems)
+    labels = {}
+    if table_path(dataset / "multi_abnormality_labels", split, "predicted_labels.csv", "valid").is_file():
+        label_path, label_rows = read_label_rows(dataset, split, keep, problems)
+        for name in check_rows(listed, label_rows, label_path.name, region_path.name, problems):
+            row = label_rows[name]
+            labels[name] = check_labels(row.values, label_path.name, row.number, name, problems)
+    volumes = {}
+    for name in names:
+        patient, scan = patient_and_scan(name)
+        folder = patient + scan.rsplit("_", 1)[1]
+        volumes[name] = dataset / f"{split}_preprocessed" / patient / folder / f"{name}.nii.gz"
+    check_volumes(volumes, root, region_path.name, listed, problems)
+    raise_problems(problems)
+    return [
+        Case(
+            name,
+            *patient_and_scan(name),
+            volumes[name],
+            reports[name],
+            labels=labels.get(name),
+            region_sentences=regions.get(name, {}),
+            disorders=disorders[name],
+            row=whole[name].number,
         )
-    return cases
+        for name in names
+    ]
 
 
-def normal_pool(cases: Iterable[Case]) -> list[Case]:
-    """The normal scans among the cases of one split: no label set and RadGenome's disorders say "No findings"."""
-    return [case for case in cases if not case.labels.any() and case.disorders == NO_FINDINGS]
+def load_phantom(
+    root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
+) -> list[Case]:
+    """All cases of a split of a phantom cohort: CT-RATE's version 2 with the tables of RadGenome-ChestCT.
+
+    Arguments and errors as of [`load_ct_rate`].
+    """
+    split = canonical_split(split, ("train", "valid"))
+    problems: list[Problem] = []
+    cases = read_cases(Path(root), split, include, exclude, problems)
+    dataset, keep = Path(root) / "dataset", selection(include, exclude)
+    *_, regions = _read_regions(_region_path(dataset, split), keep, problems)
+    listed, lists = {case.name: case.row for case in cases}, f"{split}_predicted_labels.csv"
+    disorders = _read_disorders(dataset, split, listed, lists, keep, problems)
+    raise_problems(problems)
+    return [
+        replace(case, region_sentences=regions.get(case.name, {}), disorders=disorders[case.name]) for case in cases
+    ]
+
+
+def _region_path(dataset: Path, split: str) -> Path:
+    return table_path(dataset / "radgenome_files", split, "region_report.csv", "validation")
+
+
+def _read_regions(
+    path: Path, keep: Callable[[str], bool], problems: list[Problem]
+) -> tuple[dict[str, int], dict[str, Row], dict[str, dict[str, str]]]:
+    """By name of the volume: number of its first row, the row of its whole report, and the text of each region."""
+    first: dict[str, int] = {}
+    whole: dict[str, Row] = {}
+    regions: dict[str, dict[str, str]] = {}
+    for row in read_csv(path, ["Volumename", "Anatomy", "Sentence"], problems) or ():
+        name, anatomy = volume_name(row.values["Volumename"]), str(row.values["Anatomy"]).strip()
+        if not name:
+            problems.append(Problem(path.name, row.number, "Volumename", "empty", "the name of a volume"))
+        if not name or not keep(name):
+            continue
+        first.setdefault(name, row.number)
+        if not anatomy or anatomy.lower() in WHOLE_REPORT:
+            before = whole.setdefault(name, row)
+            texts = before.values["Sentence"], row.values["Sentence"]
+            if texts[0] in texts[1]:  # a second such row may repeat the report or a sentence of it
+                whole[name] = row
+            elif texts[1] not in texts[0]:
+                found = f"empty, as in row {before.number}, and the texts differ"
+                problems.append(Problem(path.name, row.number, "Anatomy", found, "one whole report each", name))
+            continue
+        region, sentence = anatomy.split("/")[0].strip(), row.values["Sentence"]
+        if region not in REGION_NAMES:
+            expected = f"one of {', '.join(REGION_NAMES)}"
+            problems.append(Problem(path.name, row.number, "Anatomy", shown(anatomy), expected, name))
+        elif not is_missing(sentence):
+            texts = regions.setdefault(name, {})
+            texts[region] = _joined(texts[region], sentence) if region in texts else sentence
+    return first, whole, regions
+
+
+def _joined(text: str, sentence: str) -> str:
+    """Two texts of a region, of which that of a nested anatomy may repeat a part of the other."""
+    if sentence in text:
+        return text
+    return sentence if text in sentence else f"{text} {sentence}"
+
+
+def _read_disorders(
+    dataset: Path,
+    split: str,
+    listed: Mapping[str, int],
+    lists: str,
+    keep: Callable[[str], bool],
+    problems: list[Problem],
+) -> dict[str, str]:
+    """The disorders of the listed volumes."""
+    path = table_path(dataset / "radgenome_files", split, "case_disorders.csv", "validation")
+    rows = by_name(read_csv(path, ["Volumename", "Disorders"], problems), "Volumename", path.name, keep, problems)
+    disorders = {}
+    for name in check_rows(listed, rows, path.name, lists, problems):
+        value = rows[name].values["Disorders"]
+        if is_missing(value):  # not to be taken for a normal scan
+            expected = "RadGenome's summary, such as 'no findings'"
+            problems.append(Problem(path.name, rows[name].number, "Disorders", "empty", expected, name))
+        disorders[name] = str(value)
+    return disorders
+
+
+# The name that the training loop and the evaluation know it by.
+load_cases = load_phantom
+
+__all__ = ["Case", "load_cases", "load_phantom", "load_radgenome", "normal_pool"]

@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cache import VolumeCache
+from ..data.cache import TensorCache, VolumeCache, preprocessing, state_sha256
 from ..data.phantom_report import labels_from_report
 from ..data.radgenome import Case, load_cases, normal_pool
 from ..metrics.clinical_efficacy import classification_scores
@@ -49,21 +49,27 @@ def nearest_reports(query: np.ndarray, keys: np.ndarray, cases: list[Case]) -> l
     return [cases[index].report for index in similarity.argmax(axis=1)]
 
 
-def pooled_features(model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str):
-    """Mean and maximum of the frozen voxel features, (cases, 2 C)."""
-    rows = []
-    for case in track(cases, f"Features, {name}"):
+def pooled_features(
+    model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str
+) -> np.ndarray:
+    """Mean and maximum of the frozen voxel features, (cases, 2 C), computed once for each volume and encoder."""
+    recipe = {"preprocessing": preprocessing(volumes.image_processor), "encoder": state_sha256(model.vision_encoder)}
+    cache = TensorCache(volumes.cache.root.parent / "pooled", recipe)
+
+    def compute(case: Case) -> dict[str, torch.Tensor]:
         features = model.extract_features(volumes.load(case.volume)[None].float())[0]
-        rows.append(torch.cat([features.mean(0), features.amax(0)]).cpu().numpy())
-    return np.stack(rows)
+        return {"pooled": torch.cat([features.mean(0), features.amax(0)]).cpu()}
+
+    cases = track(cases, f"Features, {name}")
+    return np.stack([cache.get(case.volume, lambda case=case: compute(case))["pooled"].numpy() for case in cases])
 
 
 def generate_reports(
-    model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, targets: list[Case], name: str
+    model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, targets: list[Case]
 ) -> tuple[list[str], np.ndarray]:
     """Greedy reports of the targets, and the classifier's probabilities (cases, labels)."""
     reports, probabilities = [], []
-    for start in track(range(0, len(targets), BATCH_SIZE), f"Reports, {name}"):
+    for start in track(range(0, len(targets), BATCH_SIZE), "Reports"):
         inputs = processor(ct=[case.volume for case in targets[start : start + BATCH_SIZE]]).to(model.device)
         logits = model.diagnose(inputs["ct"])
         reports += processor.batch_decode(model.generate(**inputs, diagnosis_logits=logits), skip_special_tokens=True)
@@ -127,10 +133,10 @@ def evaluate(
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor)
     train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
-    # A derangement: nobody keeps his own scan.
-    others = test[1:] + test[:1]
-    reports, probabilities = generate_reports(model, processor, test, "the scan itself")
-    shuffled, _ = generate_reports(model, processor, others, "another patient's scan")
+    reports, probabilities = generate_reports(model, processor, test)
+    # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
+    # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
+    shuffled = reports[1:] + reports[:1]
     normal = [constant_normal_report(train)] * len(test)
     nearest = nearest_reports(
         pooled_features(model, volumes, test, "test"), pooled_features(model, volumes, train, "training"), train

@@ -842,7 +842,10 @@ GOOD = {
     "NRRD, gzip": ("NRRD", file("scan.nrrd", nrrd(GZIP, VOXELS_GZ))),
     "NRRD, detached": ("NRRD", file("scan.nhdr", nrrd({"data file": "v.raw"}, b""), v__raw=VOXELS)),
     "MetaImage": ("MetaImage", file("scan.mha", meta())),
-    "MetaImage, zlib": ("MetaImage", file("scan.mha", meta(ZLIB, VOXELS_Z))),
+    "MetaImage, zlib": (
+        "MetaImage",
+        file("scan.mha", meta(ZLIB | {"CompressedDataSize": str(len(VOXELS_Z))}, VOXELS_Z)),
+    ),
     "MetaImage, detached": ("MetaImage", file("scan.mhd", meta({"ElementDataFile": "v.raw"}, b""), v__raw=VOXELS)),
     "DICOM": ("DICOM", series()),
     "DICOM, zip": ("DICOM", zipped()),

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from diffvp import cli, reporting
 
+from .ct_samples import make_ct, write_dicom
+
 RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
 
 
@@ -137,6 +139,38 @@ def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
     assert_one_line_error(report(tmp_path / "eight-bit.nii"), "CTIntensityError", "Hounsfield")
     assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves nothing"
     assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
+
+
+def test_one_series_of_several(run, checkpoint, tmp_path):
+    for name, shape in (("thin", (26, 22, 30)), ("thick", (26, 22, 18))):
+        write_dicom(tmp_path / "study" / name, make_ct(shape))
+    arguments = ("report", tmp_path / "study", "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
+    refused = run(*arguments)
+    assert_one_line_error(refused, "CTReadError", "series is not chosen, of 2", "30 slices", "18 slices", "--series")
+    for series, slices in (("1", 30), ("2", 18)):
+        result = run(*arguments, "--series", series)
+        assert result.exit_code == 0, result.output
+        scan = json.loads(result.stdout)["provenance"]["scan"]
+        assert scan["shape"] == [26, 22, slices] and "DICOM" in scan["layout"]
+        assert "secret" not in result.output.lower()
+
+
+def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
+    scan, table = tmp_path / "valid_1_a_1.nii.gz", tmp_path / "validation_metadata.csv"
+    raw = make_ct((26, 22, 18)).astype(np.float32) + 1024
+    nib.save(nib.Nifti1Image(raw, None), scan)
+    table.write_text(
+        "VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing,ImageOrientationPatient,PatientPosition\n"
+        'valid_1_a_1.nii.gz,1,-1024,"[9.0, 9.0]",9.0,"[1, 0, 0, 0, 1, 0]",HFS\n'
+    )
+    arguments = ("report", scan, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
+    assert_one_line_error(run(*arguments), "CTGeometryError", "grid is not stated")
+    result = run(*arguments, "--metadata", table)
+    assert result.exit_code == 0, result.output
+    assert "CT-RATE version 1" in json.loads(result.stdout)["provenance"]["scan"]["layout"]
+    scan.rename(tmp_path / "valid_2_a_1.nii.gz")
+    refused = run("report", tmp_path / "valid_2_a_1.nii.gz", "--checkpoint", checkpoint, "--metadata", table)
+    assert_one_line_error(refused, "CTReadError", "without valid_2_a_1.nii.gz")
 
 
 def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
 
 
 def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, repository_root):
-    outside_the_package = {"tests", "benchmarks", "docs"}
+    outside_the_package = {"tests", "benchmarks", "checkpoints", "docs"}
     expected = {
         f"diffvp/{relative.as_posix()}"
         for path in project_files

@@ -1,0 +1,368 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""What every dataset becomes: a list of [`Case`], or one [`DatasetError`] with all that is wrong with it.
+
+The loaders (`ct_rate.py`, `radgenome.py`, `ctrg.py`, `table.py`) read every table and look for every volume before
+they raise, so that a run ends before it starts and the tables are corrected in one go. Messages name tables, rows,
+columns, ids and files; they never hold the text of a report, not even where columns are swapped.
+"""
+
+import csv
+import hashlib
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from diffvp.reading_diffvp import CTMetadata
+
+SHOWN_PROBLEMS = 20
+# RadGenome's ten regions, and what it found no region for.
+REGION_NAMES = (*REGIONS, "others")
+SPLITS = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test", "testing"),
+}
+SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
+# CT-RATE writes "Not given." for an empty field; "nan" is what pandas makes of one when it is turned into text.
+EMPTY_REPORTS = ("", "not given", "nan")
+# Anything with a space in it may be a sentence of a report.
+_HARMLESS = re.compile(r"[A-Za-z0-9_.:/\\+()=-]{1,100}")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One volume with its report.
+
+    Attributes:
+        name: unique within the dataset.
+        patient_id: what splits go by.
+        scan_id: shared by the reconstructions of one scan, which share the report as well.
+        volume: path of a file or DICOM folder; of a `datasets` stream its undecoded {"path", "bytes"} value. Both are
+            what `read_ct` takes.
+        report: the findings, never empty.
+        labels: int8 (18,) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; `None` where the dataset has none.
+        region_sentences: region -> its part of the report, where the dataset divides it.
+        disorders: RadGenome's summary, "no findings" for a normal scan; empty where there is none.
+        normal: what the table's column `normal` says; `None` without one.
+        row: number of its row in the table that lists the cases, as a spreadsheet counts (the header is row 1); its
+            position from 1 where the table has no header.
+        metadata: spacing and rescale of a volume whose own header is blank, for `read_ct(metadata=)`.
+    """
+
+    name: str
+    patient_id: str
+    scan_id: str
+    volume: Path | dict
+    report: str = field(repr=False)
+    labels: np.ndarray | None = None
+    region_sentences: dict[str, str] = field(default_factory=dict, repr=False)
+    disorders: str = ""
+    normal: bool | None = None
+    row: int = 0
+    metadata: CTMetadata | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where (`table`, `row`, `field`, `name` of the case), what was found, what was expected.
+
+    `found` is fit for a message; `name` is as it stands in the table, and made fit when it is shown.
+    """
+
+    table: str
+    row: int | None
+    field: str
+    found: str
+    expected: str
+    name: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        place = self.table + (f", row {self.row}" if self.row is not None else "")
+        place += f" ({shown(self.name)})" if self.name else ""
+        return f"{place}: {self.field} is {self.found}; expected {self.expected}"
+
+
+class DatasetError(ValueError):
+    """Everything that is wrong with a dataset, in `problems`; the message shows the first 20 and counts the rest."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = list(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        lines = [f"{count} problem{'s' if count != 1 else ''} in the dataset:"]
+        lines += [f"- {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        if count > SHOWN_PROBLEMS:
+            lines.append(f"... and {count - SHOWN_PROBLEMS} more")
+        if any(problem.name for problem in self.problems):
+            lines.append("Correct the tables, or name the cases to leave out (`exclude`).")
+        return "\n".join(lines)
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise DatasetError(problems)
+
+
+# Choosing among cases -----------------------------------------------------------------------------------------------
+
+
+def split_by_patient(cases: Sequence[Case], fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
+    """
+    (training, validation): about `fraction` of the patients, with all their scans, go to validation.
+
+    A patient's side depends on (seed, patient) alone, so that it stays when cases are added or put in another order.
+    Only where that would leave a side empty, the patient next to the limit moves over.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, or there are fewer than two patients.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction}: expected a number between 0 and 1")
+    patients = {case.patient_id for case in cases}
+    if len(patients) < 2:
+        raise ValueError(f"{len(patients)} patient(s): expected at least two, one for each side")
+
+    def position(patient: str) -> float:
+        return int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+
+    ordered = sorted(patients, key=position)
+    count = sum(position(patient) < fraction for patient in ordered)
+    held_out = set(ordered[: min(max(count, 1), len(ordered) - 1)])
+    return (
+        [case for case in cases if case.patient_id not in held_out],
+        [case for case in cases if case.patient_id in held_out],
+    )
+
+
+def first_reconstructions(cases: Sequence[Case]) -> list[Case]:
+    """One case per scan: the one whose name ends in the lowest number, or the first where names end in none."""
+    first: dict[str, Case] = {}
+    for case in cases:
+        if case.scan_id not in first or _reconstruction(case) < _reconstruction(first[case.scan_id]):
+            first[case.scan_id] = case
+    # In the order of the cases, whichever reconstruction of a scan came first.
+    chosen = {case.name for case in first.values()}
+    return [case for case in cases if case.name in chosen]
+
+
+def _reconstruction(case: Case) -> int:
+    digits = re.search(r"_(\d+)$", case.name)
+    return int(digits[1]) if digits else 0
+
+
+def check_no_leak(train: Iterable[Case], validation: Iterable[Case]) -> None:
+    """
+    Raises:
+        DatasetError: a patient, or a file, is on both sides.
+    """
+    train = list(train)
+    patients = {case.patient_id for case in train}
+    volumes = {case.volume for case in train if isinstance(case.volume, Path)}
+    problems, seen = [], set()
+    for case in validation:
+        if case.patient_id in patients and case.patient_id not in seen:
+            seen.add(case.patient_id)
+            found = f"{shown(case.patient_id)} in training and in validation"
+            problems.append(Problem("splits", case.row, "patient_id", found, "one of the two", case.name))
+        elif isinstance(case.volume, Path) and case.volume in volumes:
+            found = f"{shown(case.volume.name)} in training and in validation"
+            problems.append(Problem("splits", case.row, "volume", found, "one of the two", case.name))
+    raise_problems(problems)
+
+
+# Reading tables -----------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of a table: its number, and its values by column."""
+
+    number: int
+    values: Mapping[str, object]
+
+
+def canonical_split(split: str, known: Collection[str] = tuple(SPLITS)) -> str:
+    """ "train", "valid" or "test" from any of their usual names.
+
+    Raises:
+        ValueError: it is none of `known`.
+    """
+    for name in known:
+        if split in SPLITS[name]:
+            return name
+    raise ValueError(f"unknown split {split!r}: expected one of {sorted(known)}")
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """A value for a message: itself where it can only be an id, a number or a file name, else its length."""
+    text = value if isinstance(value, str) else repr(value)
+    if not text.strip():
+        return "empty"
+    if len(text) <= limit and _HARMLESS.fullmatch(text):
+        return repr(text)
+    return f"text of {len(text)} characters"
+
+
+def shown_path(path: Path, root: Path) -> str:
+    """A path for a message, from the dataset's root on."""
+    return shown(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
+
+
+def is_missing(value: object) -> bool:
+    """Whether a table has no value there: None, a NaN, or nothing but space."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+
+
+def report_text(value: object) -> str:
+    """The report as it stands in the table, or "" where it is one of the ways to write that there is none."""
+    if is_missing(value) or str(value).strip().rstrip(".").lower() in EMPTY_REPORTS:
+        return ""
+    return str(value)
+
+
+def check_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
+    """The report of a case, or a problem."""
+    text = report_text(value)
+    if not text:
+        found = "empty" if is_missing(value) else repr(str(value).strip()[:12])
+        problems.append(Problem(table, row, column, found, "the text of a report", name))
+    return text
+
+
+def check_flag(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> int:
+    """0 or 1, also as a table with gaps (1.0) or JSON (true) writes them; or a problem."""
+    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
+    if text.removesuffix(".0") in ("0", "1"):
+        return int(text[0])
+    found = "missing" if is_missing(value) else shown(value, limit=12)
+    problems.append(Problem(table, row, column, found, "0 or 1", name))
+    return 0
+
+
+def check_labels(values: Mapping[str, object], table: str, row: int, name: str, problems: list[Problem]) -> np.ndarray:
+    """The 18 labels of a row, int8 (18,); a problem for each that is neither 0 nor 1."""
+    return np.array(
+        [check_flag(values.get(label), table, row, label, name, problems) for label in DIAGNOSIS_LABELS], np.int8
+    )
+
+
+def read_csv(
+    path: Path,
+    required: Iterable[str],
+    problems: list[Problem],
+    *,
+    check_columns: Callable[[list[str], list[Problem]], None] | None = None,
+) -> list[Row] | None:
+    """
+    Rows of a CSV file, or `None` and a problem where it cannot be read or lacks a column.
+
+    Args:
+        check_columns: called with the columns and `problems`, to object to them.
+    """
+    if not path.is_file():
+        problems.append(Problem(path.name, None, "file", "missing", f"a table in {path.parent.name}/"))
+        return None
+    before = len(problems)
+    try:
+        # utf-8-sig: Excel begins a file with a byte order mark, which would become part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            columns = next(reader, [])
+            missing = [column for column in required if column not in columns]
+            if missing:
+                found = ", ".join(column if column in DIAGNOSIS_LABELS else shown(column) for column in columns)
+                problems.append(Problem(path.name, 1, "header", found or "empty", f"also {', '.join(missing)}"))
+            double = sorted({column for column in columns if columns.count(column) > 1})
+            problems += [Problem(path.name, 1, "header", f"{shown(column)} twice", "once") for column in double]
+            if check_columns is not None:
+                check_columns(columns, problems)
+            if len(problems) > before:
+                return None
+            rows = []
+            for number, fields in enumerate(reader, start=2):
+                if len(fields) == len(columns):
+                    rows.append(Row(number, dict(zip(columns, fields, strict=True))))
+                elif fields:  # not an empty line
+                    problems.append(Problem(path.name, number, "row", f"of {len(fields)} fields", f"{len(columns)}"))
+            return rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"unreadable ({error})"
+        problems.append(Problem(path.name, None, "content", found, "a CSV file in UTF-8"))
+        return None
+
+
+def volume_name(value: object) -> str:
+    """An id as a name of a volume: tables and lists write it with and without the suffix."""
+    return str(value).strip().removesuffix(".nii.gz")
+
+
+def by_name(
+    rows: list[Row] | None, column: str, table: str, keep: Callable[[str], bool], problems: list[Problem]
+) -> dict[str, Row] | None:
+    """The rows of a table by the volume that they are about; a problem for each name that is there twice."""
+    if rows is None:
+        return None
+    found: dict[str, Row] = {}
+    for row in rows:
+        name = volume_name(row.values[column])
+        if not name:
+            problems.append(Problem(table, row.number, column, "empty", "the name of a volume"))
+        elif name in found:
+            again = f"that of row {found[name].number} again"
+            problems.append(Problem(table, row.number, column, again, "one row each", name))
+        elif keep(name):
+            found[name] = row
+    return found
+
+
+def check_rows(
+    listed: Mapping[str, int], rows: Collection[str] | None, table: str, lists: str, problems: list[Problem]
+) -> list[str]:
+    """
+    The listed names that have a row in a table too, where it could be read; a problem for each that has none.
+
+    Args:
+        listed: the row of each name in the table that lists the cases.
+        rows: the names in the other table; `None` if it could not be read.
+        table, lists: names of that other table and of the one that lists the cases.
+    """
+    if rows is None:
+        return []
+    for name in listed:
+        if name not in rows:
+            expected = f"one, as {lists} has in row {listed[name]}"
+            problems.append(Problem(table, None, "row", "missing", expected, name))
+    return [name for name in listed if name in rows]
+
+
+def selection(include: Collection[str] | None, exclude: Collection[str]) -> Callable[[str], bool]:
+    """Whether a case is asked for: one of `include` (all if `None`), and none of `exclude`."""
+    wanted = None if include is None else {volume_name(name) for name in include}
+    unwanted = {volume_name(name) for name in exclude}
+    return lambda name: name not in unwanted and (wanted is None or name in wanted)
+
+
+def row_numbers(rows: Mapping[str, Row] | None) -> dict[str, int]:
+    return {name: row.number for name, row in (rows or {}).items()}
+
+
+def check_included(
+    include: Collection[str] | None, names: Collection[str], table: str, problems: list[Problem]
+) -> None:
+    """A problem for each case that was asked for by name and is not there."""
+    for name in include or ():
+        if volume_name(name) not in names:
+            problems.append(Problem(table, None, "row", "missing", "one, as `include` names it", name))
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """Ids from a text file, one a line; empty lines do not count."""
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -1,0 +1,53 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""One way in to the datasets, by the name of their layout."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from .cases import Case, DatasetError, Problem
+from .ct_rate import load_ct_rate
+from .ctrg import load_ctrg
+from .radgenome import load_phantom, load_radgenome
+from .table import load_table
+
+LOADERS = {
+    "phantom": load_phantom,
+    "radgenome": load_radgenome,
+    "ct-rate": load_ct_rate,
+    "ctrg": load_ctrg,
+    "table": load_table,
+}
+
+
+def load_dataset_cases(
+    layout: str,
+    root: str | Path,
+    split: str | None,
+    *,
+    include: Collection[str] | None = None,
+    exclude: Collection[str] = (),
+) -> list[Case]:
+    """The cases of a split.
+
+    Args:
+        layout: "phantom", "radgenome", "ct-rate", "ctrg" or "table".
+        root: the dataset's folder; of "table" also the table itself.
+        split: "train", "valid" or, where there is one, "test"; `None` for all rows of a table.
+        include: only the cases of these names; all of them if `None`.
+        exclude: not these, whatever is wrong with them.
+
+    Raises:
+        ValueError: layout or split is unknown.
+        DatasetError: all that is wrong with tables and volumes.
+    """
+    if layout not in LOADERS:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LOADERS)}")
+    if split is None and layout != "table":
+        raise ValueError(f"split=None with the layout {layout!r}: expected the name of a split")
+    cases = LOADERS[layout](root, split, include=include, exclude=exclude)
+    if not cases:
+        raise DatasetError(
+            [Problem(Path(root).name or ".", None, "cases", "none", f"at least one of {split or 'all'}")]
+        )
+    return cases

@@ -1,0 +1,298 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Your own scans: a table beside them, or a dataset of Hugging Face with a `Nifti` column.
+
+A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of `datasets`' folder
+builders), or any .csv or .jsonl file that is named. Two columns suffice:
+
+    path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices; relative to the table
+    report
+
+These are optional, and known by these names:
+
+    id            default: the path without its suffix
+    patient_id    default: each row is a patient of his own, so that no split can keep two scans of one together
+    scan_id       the same for reconstructions of one scan, which share a report; default: the id
+    split         train, valid (validation, val, dev) or test
+    normal        1 for a scan that may serve as normal reference, else 0
+    Medical material, ..., Interlobular septal thickening    the 18 labels, 0 or 1: all of them or none
+    abdomen, ..., others                                     the report by region
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+
+from .cases import (
+    REGION_NAMES,
+    SCAN_SUFFIXES,
+    SPLITS,
+    Case,
+    DatasetError,
+    Problem,
+    Row,
+    canonical_split,
+    check_flag,
+    check_included,
+    check_labels,
+    check_report,
+    is_missing,
+    raise_problems,
+    read_csv,
+    selection,
+    shown,
+    shown_path,
+    volume_name,
+)
+
+TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
+PATH_COLUMNS = ("path", "file_name")
+OPTIONAL_COLUMNS = ("id", "patient_id", "scan_id", "split", "normal")
+KNOWN_COLUMNS = (*PATH_COLUMNS, "report", *OPTIONAL_COLUMNS, *DIAGNOSIS_LABELS, *REGION_NAMES)
+
+
+def load_table(
+    root: str | Path,
+    split: str | None = None,
+    *,
+    include: Collection[str] | None = None,
+    exclude: Collection[str] = (),
+) -> list[Case]:
+    """The cases of your own table, in its order.
+
+    Args:
+        root: the table, or the folder that holds `metadata.csv` or `metadata.jsonl`, itself or by split
+            (`train/metadata.csv`).
+        split: the rows of this split, by the column `split` or the folder; `None` for all rows.
+        include, exclude: see [`load_ct_rate`].
+
+    Raises:
+        ValueError: the split is unknown.
+        DatasetError: all that is wrong with the table and the files that it names.
+    """
+    split = None if split is None else canonical_split(split)
+    problems: list[Problem] = []
+    path, by_folder = _find_table(Path(root), split)
+    reader = _read_jsonl if path.suffix == ".jsonl" else read_csv
+    rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name))
+    if rows is None:
+        raise DatasetError(problems)
+    columns = {column for row in rows for column in row.values}
+    wanted = None if by_folder else split
+    if wanted is not None and rows and "split" not in columns:
+        expected = "it, or split=None and split_by_patient"
+        problems.append(Problem(path.name, 1, "header", "without the column split", expected))
+        wanted = None
+    keep = selection(include, exclude)
+    cases, ids, files = [], {}, {}
+    for row in rows:
+        here = _row_split(row, path.name, problems) if "split" in columns else split
+        # What is wrong with the rows of another split is nothing to this one.
+        case = _row_case(row, path, columns, keep, problems if wanted in (None, here) else [])
+        if case is None:
+            continue
+        # Across the splits, too: a scan in two of them would be a leak.
+        for value, seen, name in ((case.name, ids, "id"), (case.volume, files, "path")):
+            if value in seen:
+                found = f"that of row {seen[value]} again"
+                problems.append(Problem(path.name, row.number, name, found, "one row each", case.name))
+            seen.setdefault(value, row.number)
+        if wanted in (None, here):
+            cases.append(case)
+    check_included(include, {case.name for case in cases}, path.name, problems)
+    raise_problems(problems)
+    return cases
+
+
+def load_hub(name: str, split: str, *, streaming: bool = True, **options) -> Iterator[Case]:
+    """Cases of a dataset with a `Nifti` column, of the Hub or of a local folder, through `datasets`.
+
+    Args:
+        name, options: as `datasets.load_dataset` takes them (`data_dir=`, `revision=`: pin one). A local folder of
+            NIfTI files with a `metadata.csv` goes by "niftifolder" and `data_dir=`.
+        split: as the dataset calls it.
+        streaming: fetch each volume when its turn comes, and keep none.
+    """
+    from datasets import load_dataset
+
+    return hub_cases(load_dataset(name, split=split, streaming=streaming, **options), name)
+
+
+def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
+    """Cases of a `datasets.Dataset` or `IterableDataset`; `volume` is the undecoded {"path", "bytes"} of its column.
+
+    Columns are those of a table, with a `Nifti` column for the path; without `id`, a row is called by its file.
+
+    Raises:
+        DatasetError: of a `Dataset`, all that is wrong with its texts, before the first case; of a stream, what is
+            wrong with a row, when it comes.
+    """
+    from datasets import Dataset, Nifti
+
+    columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
+    if len(columns) != 1:
+        raise DatasetError(
+            [Problem(source, None, "columns", f"with {len(columns)} of type Nifti", "one, of the scans")]
+        )
+    [volume] = columns
+    problems: list[Problem] = []
+    texts = [name for name in dataset.features if name != volume]
+    _check_columns(source, [*texts, "path"], problems)
+    raise_problems(problems)
+    if isinstance(dataset, Dataset):
+        for number, values in enumerate(dataset.select_columns(texts), start=1):
+            _hub_case(Row(number, values), {}, source, problems)
+    raise_problems(problems)
+    seen: dict[str, int] = {}
+    for number, values in enumerate(dataset.cast_column(volume, Nifti(decode=False)), start=1):
+        row = Row(number, {key: value for key, value in values.items() if key != volume})
+        case = _hub_case(row, values[volume] or {}, source, problems)
+        if not case.name:
+            problems.append(Problem(source, number, "id", "missing", "an id, for the scan has no file name"))
+        elif case.name in seen:
+            found = f"that of row {seen[case.name]} again"
+            problems.append(Problem(source, number, "id", found, "one row each", case.name))
+        raise_problems(problems)
+        seen[case.name] = number
+        yield case
+
+
+def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
+    """The table, and whether it lies in the folder of the split. A table in the folder itself is about all splits."""
+    if root.is_file() and root.suffix in (".csv", ".jsonl"):
+        return root, False
+    for folder in (root, *(root / name for name in SPLITS.get(split, ()))):
+        found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
+        if len(found) > 1:
+            raise DatasetError([Problem(folder.name or ".", None, "table", "there twice", f"{TABLE_NAMES[0]} alone")])
+        if found:
+            return found[0], folder != root
+    expected = f"{' or '.join(TABLE_NAMES)}, or a .csv or .jsonl file"
+    raise DatasetError([Problem(root.name or ".", None, "table", "missing", expected)])
+
+
+def _check_columns(table: str, columns: Collection[str], problems: list[Problem]) -> None:
+    if not any(column in columns for column in PATH_COLUMNS):
+        problems.append(Problem(table, 1, "header", "without path or file_name", "one of them"))
+    if "report" not in columns:
+        problems.append(Problem(table, 1, "header", "without report", "it"))
+    labels = [label for label in DIAGNOSIS_LABELS if label in columns]
+    if labels and len(labels) < len(DIAGNOSIS_LABELS):
+        absent = [label for label in DIAGNOSIS_LABELS if label not in columns]
+        problems.append(Problem(table, 1, "header", f"without the labels {', '.join(absent)}", "all 18 or none"))
+    for column in columns:
+        # A slip here is dangerous: with "PatientID" for "patient_id", each scan would be a patient of his own.
+        close = difflib.get_close_matches(str(column).lower(), KNOWN_COLUMNS, n=1, cutoff=0.8)
+        if column not in KNOWN_COLUMNS and close and close[0] not in columns:
+            problems.append(
+                Problem(table, 1, "header", f"with the column {shown(column)}", f"{close[0]}, if it is that")
+            )
+
+
+def _read_jsonl(path: Path, required: Iterable[str], problems: list[Problem], *, check_columns) -> list[Row] | None:
+    """Rows of a JSON Lines file, as [`read_csv`]; a column may be missing in some of them."""
+    rows = []
+    try:
+        # newline: a report may hold characters that str.splitlines, too, takes for the end of a line.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except UnicodeDecodeError:
+        problems.append(Problem(path.name, None, "content", "not UTF-8", "JSON lines in UTF-8"))
+        return None
+    for number, line in lines:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(Problem(path.name, number, "line", f"unreadable from column {error.colno} on", "JSON"))
+            continue
+        if isinstance(values, dict):
+            rows.append(Row(number, values))
+        else:
+            problems.append(Problem(path.name, number, "line", f"a {type(values).__name__}", "an object"))
+    before = len(problems)
+    if rows:
+        check_columns(list(dict.fromkeys(key for row in rows for key in row.values)), problems)
+    return rows if len(problems) == before else None
+
+
+def _row_split(row: Row, table: str, problems: list[Problem]) -> str | None:
+    value = str(row.values.get("split") or "").strip()
+    try:
+        return canonical_split(value)
+    except ValueError:
+        expected = ", ".join(name for names in SPLITS.values() for name in names)
+        problems.append(Problem(table, row.number, "split", shown(value), f"one of {expected}"))
+        return None
+
+
+def _row_case(
+    row: Row, table: Path, columns: Collection[str], keep: Callable[[str], bool], problems: list[Problem]
+) -> Case | None:
+    """The case of a row, or `None` where it is not asked for or has no path."""
+    column = next(column for column in PATH_COLUMNS if column in columns)
+    value = row.values.get(column)
+    if is_missing(value):
+        problems.append(Problem(table.name, row.number, column, "empty", "the path of a scan"))
+        return None
+    volume = table.parent / str(value).strip()
+    default = Path(str(value).strip())
+    default = _without_suffix(default.name if default.is_absolute() else default.as_posix())
+    name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
+    if not keep(name):
+        return None
+    # Of os.path, for Path raises on what is too long for a path, which may be a report in the wrong column.
+    folder = os.path.isdir(volume)
+    if not os.path.exists(volume):
+        found = f"missing ({shown_path(volume, table.parent)})"
+        problems.append(Problem(table.name, row.number, column, found, "an existing file or folder", name))
+    elif not folder and not volume.name.lower().endswith(SCAN_SUFFIXES):
+        expected = f"a folder of DICOM slices or one of {', '.join(SCAN_SUFFIXES)}"
+        problems.append(Problem(table.name, row.number, column, shown_path(volume, table.parent), expected, name))
+    elif folder and not any(volume.iterdir()):
+        problems.append(Problem(table.name, row.number, column, "an empty folder", "DICOM slices in it", name))
+    return _text_case(row, name, volume, table.name, columns, problems)
+
+
+def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) -> Case:
+    path = value.get("path")
+    if path is not None:
+        # `datasets` writes "gzip://scan.nii::folder/scan.nii.gz" for what it could open by itself.
+        path = path.split("::")[-1]
+    default = _without_suffix(Path(path or "").name)
+    name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
+    volume = {"path": path, "bytes": value.get("bytes")}
+    return _text_case(row, name, volume, source, row.values, problems)
+
+
+def _text_case(
+    row: Row, name: str, volume: Path | dict, table: str, columns: Collection[str], problems: list[Problem]
+) -> Case:
+    """A case of all columns but the path."""
+    values = row.values
+    ids = {}
+    for column in ("patient_id", "scan_id"):
+        ids[column] = name
+        if column in columns:
+            ids[column] = "" if is_missing(values.get(column)) else str(values[column]).strip()
+            if not ids[column]:
+                problems.append(Problem(table, row.number, column, "empty", "an id in every row or no column", name))
+    labels = normal = None
+    if DIAGNOSIS_LABELS[0] in columns:
+        labels = check_labels(values, table, row.number, name, problems)
+    if "normal" in columns:
+        normal = bool(check_flag(values.get("normal"), table, row.number, "normal", name, problems))
+    regions = {region: str(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
+    report = check_report(values.get("report"), table, row.number, "report", name, problems)
+    return Case(
+        name, ids["patient_id"], ids["scan_id"], volume, report, labels, regions, normal=normal, row=row.number
+    )
+
+
+def _without_suffix(name: str) -> str:
+    suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]

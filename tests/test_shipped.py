@@ -1,0 +1,102 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint in this repository: whole, small, of the present code, and the same wherever it is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import nibabel as nib
+import pytest
+import torch
+from transformers import AutoModel
+
+from diffvp.cli import SHIPPED_CHECKPOINT
+from diffvp.data.phantom import render_patient, sample_patient
+from diffvp.data.phantom_cohort import write_cohort
+from diffvp.experiments.evaluate import evaluate
+from diffvp.reporting import load_checkpoint
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    """A phantom patient that no training saw, in a file."""
+    scan = render_patient(sample_patient(5, 0, "demo"))
+    path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
+    nib.save(nib.Nifti1Image(scan.hu, scan.affine), path)
+    return path
+
+
+def test_files(repository_root):
+    files = [path for path in SHIPPED_CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".md", ".gz", ".jinja"}
+    for path in SHIPPED_CHECKPOINT.glob("*.py"):
+        assert path.read_bytes() == (repository_root / path.name).read_bytes(), f"{path.name}: release again"
+
+
+def test_same_tokens_in_a_process_without_the_package(scan, tmp_path):
+    model, processor = load_checkpoint(str(SHIPPED_CHECKPOINT))
+    inputs = processor(ct=str(scan))
+    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+    script = textwrap.dedent(
+        f"""
+        import json, sys
+        from transformers import AutoModel, AutoProcessor
+
+        class Blocked:  # as if the package were not installed
+            def find_spec(self, name, *_):
+                if name.split(".")[0] == "diffvp":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Blocked())
+        repo = {str(SHIPPED_CHECKPOINT)!r}
+        processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+        model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+        inputs = processor(ct={str(scan)!r})
+        assert "diffvp" not in sys.modules
+        positional = model.generate(inputs["ct"], inputs["reference"], max_new_tokens={NEW_TOKENS})
+        keywords = model.generate(**inputs, max_new_tokens={NEW_TOKENS})
+        json.dump([inputs.reference_ids, positional.tolist(), keywords.tolist()], open("tokens.json", "w"))
+        """
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    reference_ids, positional, keywords = json.loads((tmp_path / "tokens.json").read_text())
+    assert reference_ids == inputs.reference_ids
+    assert positional == keywords == expected.tolist()
+
+
+def test_adapter_is_trained_and_the_base_is_not_inside():
+    model = AutoModel.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=True)
+    weights = dict(model.named_parameters())
+    assert any(torch.count_nonzero(value) for name, value in weights.items() if "lora_B" in name)
+    assert (SHIPPED_CHECKPOINT / "model.safetensors").stat().st_size < 15e6  # the base alone has 135 M parameters
+
+
+def test_evaluation_of_two_cases(tmp_path):
+    """The table of the docs, on a cohort of a few: every row is there, and the text is compared with its own case."""
+    cohort = write_cohort(
+        tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, masks=False, workers=1, progress=False
+    )
+    page = evaluate(cohort, SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache").read_text()
+    result = json.loads((tmp_path / "results/phantom_checkpoint.json").read_text())
+    assert set(result["systems"]) >= {
+        "DiffVP",
+        "constant normal report",
+        "nearest training report",
+        "DiffVP on another patient's scan",
+    }
+    for name, scores in result["systems"].items():
+        assert f"| {name} |" in page
+        assert 0 <= scores["f1"] <= 1
+    assert [one["name"] for one in result["predictions"]] == ["valid_1_a_1", "valid_2_a_1"]
+    assert len(result["per_label"]) == 18
