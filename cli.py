@@ -77,6 +77,9 @@ def report(
     hu_window: Annotated[
         tuple[float, float] | None, typer.Option(help="Values that become -1 and 1 (default: the checkpoint's).")
     ] = None,
+    foreground_hu: Annotated[
+        float | None, typer.Option(help="Value above which a voxel is of the patient (default: the checkpoint's).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
@@ -85,7 +88,7 @@ def report(
         written = reporting(
             checkpoint, revision, ct, output, reference=reference, reference_seed=seed, series=series,
             spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
-            max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window,
+            max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
@@ -109,7 +112,7 @@ def phantom(
 
     with _one_line_errors(ValueError):
         write_cohort(folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, workers=workers)
-    out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True)
+    out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True, markup=False)
 
 
 @pool_app.command("build")
@@ -222,7 +225,7 @@ def _reporting() -> Iterator[Callable]:
         def step(text: str) -> None:
             status.update(text)
             if not err.is_terminal:  # where no line can be rewritten
-                err.print(text, soft_wrap=True)
+                err.print(text, soft_wrap=True, markup=False)
 
         step("Loading the libraries")
         _quiet()
@@ -236,10 +239,11 @@ def _reporting() -> Iterator[Callable]:
             step(f"Loading {name}")
             model, processor = load_checkpoint(name, **hub_kwargs)
             domain = model.config.intended_domain or "not stated by the checkpoint"
-            err.print(f"[bold yellow]{STATEMENT}[/]\nThis checkpoint is intended for: {domain}.", soft_wrap=True)
+            err.print(STATEMENT, style="bold yellow")
+            err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
             written = write_report(model, processor, ct, output, hub_kwargs=hub_kwargs, on_step=step, **options)
             for warning in written.document["warnings"]:
-                err.print(f"[yellow]{warning}[/]", soft_wrap=True)
+                err.print(warning, style="yellow", soft_wrap=True, markup=False)
             return written
 
         with _one_line_errors(*EXPECTED_ERRORS):

@@ -81,11 +81,14 @@ class CTMetadata:
 
 def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
     """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`]."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "VolumeName" not in (reader.fieldnames or ()):
-            raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
-        return {row["VolumeName"]: row for row in reader}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "VolumeName" not in (reader.fieldnames or ()):
+                raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
+            return {row["VolumeName"]: row for row in reader}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CTReadError(Path(path).name, "content", "unreadable", "a CSV table in UTF-8") from error
 
 
 def read_nifti(
@@ -212,7 +215,14 @@ def _from_header(
             raise CTGeometryError(source, "pixdim", f"{found} mm", f"{expected} mm, as the sform says")
         return volume
     low = float(array.min()) * slope + intercept
-    if metadata is not None and spacing is None:
+    if metadata is not None:
+        if spacing is not None:
+            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= beside metadata=, which states one")
+        if (slope, intercept) != (1, 0):
+            found = f"{slope:g} and {intercept:g}"
+            raise CTIntensityError(
+                source, "scl_slope and scl_inter", found, "1 and 0, for the metadata state a rescale"
+            )
         if low < 0:
             raise CTIntensityError(
                 source, "voxel minimum", f"{low:g} below a blank header",
@@ -229,7 +239,10 @@ def _from_header(
             allow_non_hu=allow_non_hu,
         )  # fmt: skip
     if _is_radgenome(header, array, low):
-        return make_volume(array, lps_affine((1, 1, 3), source), source, RADGENOME, allow_non_hu=allow_non_hu)
+        return make_volume(
+            array, lps_affine((1, 1, 3), source), source, RADGENOME, slope=slope, intercept=intercept,
+            allow_non_hu=allow_non_hu,
+        )  # fmt: skip
     raise CTGeometryError(
         source, "grid", "not stated (qform and sform unset or an identity)",
         "one that is: left and right are unknown without it. For version 1 of CT-RATE pass metadata=; if you know "
@@ -298,6 +311,7 @@ def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bo
         and array.dtype.kind == "f"
         and low <= MAX_HU_MINIMUM
         and 150 <= min(x, y)
+        and not (x == y and x % 128 == 0)  # a scanner's matrix, where RadGenome has cropped to the patient
         and 3 * z <= 1.5 * max(x, y) + 150
         and z <= 0.6 * min(x, y)
     )

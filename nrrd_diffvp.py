@@ -44,6 +44,15 @@ META_TYPES = {
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }  # fmt: skip
+# What else stands in headers.
+WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
+    "missing", "block", "met_other", "raw", "txt", "text", "ascii", "hex", "gz", "gzip", "bz2", "bzip2", "true",
+    "false", "little", "big", "local", "list", "mm", "cm", "m", "um", "scanner-xyz", "3d-right-handed",
+    "3d-left-handed",
+    "right-anterior-superior-time", "left-anterior-superior-time", "scanner-xyz-time", "image", "type", "dimension",
+    "space", "sizes", "space directions", "kinds", "endian", "encoding", "space origin", "ndims", "dimsize",
+    "elementtype", "elementspacing", "transformmatrix", "offset", "binarydata", "compresseddata",
+}  # fmt: skip
 MAX_TEXT_HEADER = 2**16  # bytes; Slicer's longest headers hold a few thousand of DICOM tags
 MAX_UNIT_DEVIATION = 0.01  # of the length of a direction, as headers round them
 
@@ -63,14 +72,14 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     shape = _numbers(fields, "sizes", 3, source, CTGeometryError)
     space = fields.get("space", "missing")
     if space.lower() not in NRRD_SPACES:
-        raise CTGeometryError(source, "space", space[:40], f"one of {', '.join(NRRD_SPACES)}")
+        raise CTGeometryError(source, "space", _shown(space), f"one of {', '.join(NRRD_SPACES)}")
     if set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"mm", ""}:
-        raise CTGeometryError(source, "space units", fields["space units"][:40], "mm")
+        raise CTGeometryError(source, "space units", _shown(fields["space units"]), "mm")
     directions = _numbers(fields, "space directions", 9, source, CTGeometryError).reshape(3, 3).T
     origin = _numbers({"space origin": "(0,0,0)"} | fields, "space origin", 3, source, CTGeometryError)
     encoding = fields.get("encoding", "missing").lower()
     if encoding not in ("raw", "gzip", "gz"):
-        raise CTReadError(source, "encoding", encoding[:40], "raw or gzip")
+        raise CTReadError(source, "encoding", _shown(encoding), "raw or gzip")
     detached = fields.get("data file", fields.get("datafile"))
     if detached is None and end is None:
         raise CTReadError(source, "data file", "missing", "a file name, or voxels after the header's blank line")
@@ -106,17 +115,23 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
         raise CTGeometryError(source, "TransformMatrix", "not of unit vectors", "the directions of the axes")
     spacing = _numbers(grid, "ElementSpacing", 3, source, CTGeometryError)
     if spacing.min() <= 0:
-        raise CTGeometryError(source, "ElementSpacing", fields["ElementSpacing"][:40], "mm above 0")
+        raise CTGeometryError(source, "ElementSpacing", _shown(fields["ElementSpacing"]), "mm above 0")
     origin = _numbers({"Offset": "0 0 0"} | grid, "Offset", 3, source, CTGeometryError)
     compressed = fields.get("CompressedData", "False")
     if compressed not in ("True", "False"):
-        raise CTReadError(source, "CompressedData", compressed[:40], "True or False")
+        raise CTReadError(source, "CompressedData", _shown(compressed), "True or False")
     detached = fields["ElementDataFile"] if fields["ElementDataFile"] not in ("LOCAL", "Local", "local") else None
     start = 0 if detached is not None else end.end()
     size = fields.get("CompressedDataSize") if compressed == "True" else None
     codec = "zlib" if compressed == "True" else None
     array = _read_voxels(path, detached, "ElementDataFile", start, dtype, shape, codec, source, size)
     return make_volume(array, lps_grid(directions * spacing, origin), source, STATED, allow_non_hu=allow_non_hu)
+
+
+def _shown(text: str) -> str:
+    """What a message may repeat of a header: numbers and the words of the format, but not a patient's name."""
+    words = re.sub(r"[-+0-9.,()\s]|[eE][-+][0-9]", "", text).lower()
+    return text if len(text) <= 40 and (not words or text.lower() in WORDS) else "another"
 
 
 def _fields(lines: list[str], separator: str, source: str) -> dict[str, str]:
@@ -127,7 +142,7 @@ def _fields(lines: list[str], separator: str, source: str) -> dict[str, str]:
         if not found and line.strip():
             raise CTReadError(source, "content", f"unreadable without a {separator} in a line", "a text header")
         if name in fields:
-            raise CTReadError(source, name[:40], "stated twice", "one value")
+            raise CTReadError(source, _shown(name), "stated twice", "one value")
         if name:
             fields[name] = value
     return fields
@@ -139,15 +154,15 @@ def _expect(fields: dict[str, str], expected: dict[str, str], source: str, requi
         found = fields.get(name, "missing")
         if found != value and (name in fields or name in required):
             error = CTGeometryError if name in ("dimension", "NDims", "DistanceUnits") else CTReadError
-            raise error(source, name, found[:40], value)
+            raise error(source, name, _shown(found), value)
 
 
 def _dtype(types: dict[str, str], kind: str, field: str, endian: str, endian_field: str, source: str) -> np.dtype:
     if kind not in types:
-        raise CTIntensityError(source, field, kind[:40], "one real number per voxel")
+        raise CTIntensityError(source, field, _shown(kind), "one real number per voxel")
     dtype = np.dtype(types[kind])
     if dtype.itemsize > 1 and endian.lower() not in ("little", "big"):
-        raise CTReadError(source, endian_field, endian[:40], "the order of bytes")
+        raise CTReadError(source, endian_field, _shown(endian), "the order of bytes")
     return dtype.newbyteorder("<" if endian.lower() == "little" else ">")
 
 
@@ -188,7 +203,7 @@ def _read_voxels(
         path = path.with_name(detached)
     found = path.stat().st_size - start
     if size is not None and size != str(found):
-        raise CTReadError(source, "CompressedDataSize", size[:40], f"{found}, as there are bytes")
+        raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, as there are bytes")
     raw = decode(path, start, math.prod(shape) * dtype.itemsize, codec, source)
     return np.frombuffer(raw, dtype).reshape(shape, order="F")
 

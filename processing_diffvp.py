@@ -37,7 +37,7 @@ from transformers.utils.hub import resolve_revision
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import read_ct
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .volume_diffvp import CTGeometry, CTInputError, resample, save_map, to_input_grid
+from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
@@ -136,6 +136,10 @@ class DiffVPImageProcessor(BaseImageProcessor):
         tensors, geometry = [], []
         for one in inputs:
             volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
+            if not (volume.is_hu or options["allow_non_hu"]):
+                raise CTIntensityError(
+                    volume.source, "voxels", "not in Hounsfield units", "allow_non_hu=True with such a scan"
+                )
             tensor, place = resample(
                 volume,
                 tuple(options["size"][axis] for axis in AXES),
@@ -301,6 +305,8 @@ class DiffVPProcessor(ProcessorMixin):
             text: instruction for all or for each; `None` is the default one.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed of the sampling; 0 if not given.
+            kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
+                given for a scan that is not in Hounsfield units does not apply to a reference that is.
 
         Returns:
             `ct` and `reference` (batch, 1, depth, height, width), `input_ids` and `attention_mask` (batch, length),
@@ -322,14 +328,22 @@ class DiffVPProcessor(ProcessorMixin):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         features = self._preprocess(scans, spacing, images_kwargs)
         batch = len(features["geometry"])
+        # A window of grey values is one of the scan: a reference in Hounsfield units keeps theirs.
+        hu_kwargs = images_kwargs
+        if not all(place.is_hu for place in features["geometry"]):
+            hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
         if given:
-            references = self._preprocess(given, spacing, images_kwargs)
+            allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
+            volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
+            parts = [self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs) for one in volumes]
+            references = {"ct": torch.cat([part["ct"] for part in parts])}
+            references["geometry"] = [place for part in parts for place in part["geometry"]]
             ids = [place.source for place in references["geometry"]]
             if len(given) < batch:  # one for all
                 references["ct"] = references["ct"].repeat_interleave(batch, 0)
                 references["geometry"], ids = references["geometry"] * batch, ids * batch
         else:
-            references, ids = self._sample_references(features["geometry"], seed, images_kwargs)
+            references, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
         texts = _as_list(text) if isinstance(text, (list, tuple)) else [text] * batch
         if len(texts) != batch:
             raise ValueError(f"{len(texts)} texts for {batch} scans; expected one each, or one string for all.")
@@ -466,39 +480,6 @@ class DiffVPProcessor(ProcessorMixin):
         parts.setdefault(current, []).append(text[start:])
         joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in (*REGIONS, OTHER)}
         return {region: words for region, words in joined.items() if words}
-
-    def stream(
-        self, scans: Iterable, workers: int = 1, **kwargs: Unpack[DiffVPImageProcessorKwargs]
-    ) -> Iterator[BatchFeature | CTInputError]:
-        """[`preprocess`] each of many scans, in their order, a scan at a time in each of `workers` threads.
-
-        Threads suffice: inflating and interpolating release the interpreter's lock. Memory is bounded by
-        `workers + 1` scans however many there are, for no scan is begun before its turn is near.
-
-        Yields:
-            the features of one scan (batch of 1), or the error that refused it: one bad scan does not end the rest.
-        """
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}.")
-
-        def one(scan):
-            try:
-                return self.preprocess(scan, **kwargs)
-            except CTInputError as error:
-                return error
-
-        pending = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for scan in scans:
-                    pending.append(pool.submit(one, scan))
-                    if len(pending) > workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
         """A map (depth, height, width) on the voxel grid of the input file; see [`to_input_grid`]."""

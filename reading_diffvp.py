@@ -55,7 +55,9 @@ def read_ct(
     Raises:
         CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
     """
+    given = {"spacing": spacing, "metadata": metadata, "series": series}
     if isinstance(ct, CTVolume):
+        _refuse(ct.source, **given)
         return ct
     if isinstance(ct, torch.Tensor):
         try:
@@ -64,6 +66,7 @@ def read_ct(
         except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
             raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
     if isinstance(ct, np.ndarray):
+        _refuse("array", metadata=metadata, series=series)
         if np.ma.is_masked(ct):
             raise CTReadError("array", "mask", "set in places", "a value in every voxel")
         if spacing is None:
@@ -78,14 +81,16 @@ def read_ct(
             found = f"{type(path).__name__} and {type(content).__name__}"
             raise CTReadError("datasets.Nifti value", "path and bytes", found, "str and bytes, or None for one")
         if content is not None:
+            _refuse(source, series=series)
             return read_nifti(content, Path(path).name if path else "NIfTI bytes", **options)
         if path is None:
             raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
-        return read_ct(path, spacing, allow_non_hu, metadata)
+        return read_ct(path, spacing, allow_non_hu, metadata, series)
     if isinstance(ct, nib.spatialimages.SpatialImage):
+        _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
     if _is_simpleitk(ct):
-        _refuse(source, spacing=spacing, metadata=metadata, series=series)
+        _refuse(source, **given)
         return _from_simpleitk(ct, source, allow_non_hu)
     if not isinstance(ct, (str, os.PathLike)):
         expected = "a path, a nibabel or SimpleITK image, a datasets.Nifti value or an array"

@@ -38,7 +38,7 @@ from .modeling_diffvp import DiffVPForConditionalGeneration
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
-from .volume_diffvp import CTInputError
+from .volume_diffvp import GIVEN, STATED, CTInputError
 
 RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
@@ -91,13 +91,17 @@ class Report:
         return self.folder / FIGURE
 
 
-def load_checkpoint(name: str | os.PathLike, **hub_kwargs):
+def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kwargs):
     """
     Model and processor of a checkpoint in a folder or on the Hub, run by this package's own code.
 
-    `hub_kwargs` are the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
+    Args:
+        device: where the model computes; `None` takes a GPU if there is one.
+        hub_kwargs: the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
     """
-    model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs).to(device)
     # Else transformers would ask at the console whether to run the checkpoint's copy of the code.
     processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
     return model, processor
@@ -116,6 +120,7 @@ def write_report(
     series: int | str | None = None,
     allow_non_hu: bool = False,
     hu_window: tuple[float, float] | None = None,
+    foreground_hu: float | None = None,
     max_new_tokens: int | None = None,
     truth: str | None = None,
     hub_kwargs: dict | None = None,
@@ -131,7 +136,7 @@ def write_report(
         reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
         spacing, metadata, series: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
             reference given as an array.
-        allow_non_hu, hu_window: see [`DiffVPImageProcessorKwargs`]; the default window is the checkpoint's.
+        allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
         hub_kwargs: `revision`, `cache_dir` or `token` with which the checkpoint was loaded from the Hub.
@@ -149,7 +154,8 @@ def write_report(
     base_model = _base_model(model, hub_kwargs or {})
 
     on_step("Reading the scan and its reference")
-    options = {"allow_non_hu": allow_non_hu} | ({} if hu_window is None else {"hu_window": hu_window})
+    options = {"allow_non_hu": allow_non_hu, "hu_window": hu_window, "foreground_hu": foreground_hu}
+    options = {key: value for key, value in options.items() if value is not None}
     if isinstance(ct, (list, tuple)):
         raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
     ct = read_ct(ct, spacing, allow_non_hu, metadata, series)  # once, for the tensor and for the figure
@@ -184,6 +190,8 @@ def write_report(
         ),
         f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in ends,
         "This model takes no difference: the map is empty.": model.config.difference_level == "none",
+        f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
+        and not geometry.layout.startswith("DICOM"),
     }
     image_processor = processor.image_processor
     document = {
@@ -226,7 +234,8 @@ def write_report(
         if sampled:
             pool = processor.reference_pool
             given = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
-        drawing = _sample_for_figure(image_processor, (ct, given), options, geometry, difference)
+        own = {"allow_non_hu": allow_non_hu} if reference_geometry.is_hu and not geometry.is_hu else options
+        drawing = _sample_for_figure(image_processor, ((ct, options), (given, own)), geometry, difference)
         draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
         (stage / REPORT_TEXT).write_text(_page(document), encoding="utf-8")
         (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -368,13 +377,13 @@ def _captions(document: dict) -> dict[str, str]:
     return {"title": f"Reference: {entry['id']}{sampled}", "footer": f"{RESEARCH_USE}\n{_domain(document)}"}
 
 
-def _sample_for_figure(image_processor, scans, options: dict, geometry, difference: torch.Tensor) -> dict:
+def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
     """Both scans and the map, sampled finely over the box that the model saw."""
     box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
     size = [max(round(mm / FIGURE_SPACING), 16) for mm in box]
     fixed = image_processor.target_spacing is not None
     grid = {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
-    sampled = [image_processor(scan, **options | grid) for scan in scans]
+    sampled = [image_processor(scan, **options | grid) for scan, options in scans]
     values = F.interpolate(difference[None, None], size=size, mode="trilinear", align_corners=False)
     spacings = [features["geometry"][0].tensor_spacing for features in sampled]
     return {

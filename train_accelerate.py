@@ -122,6 +122,26 @@ def load_lesions(root: str, case: Case, image_processor: DiffVPImageProcessor, c
     return cache.get(mask, lambda: {"cells": lesion_cells(mask, image_processor(case.volume)["geometry"][0])})["cells"]
 
 
+def check_disjoint(data: DataSection) -> None:
+    """Refuse spans of cases that overlap: what is validated or prompted must be unseen by what trained on it."""
+    spans = sorted((data.diagnosis_cases, data.validation_cases, data.report_cases))
+    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
+        if start < stop:
+            raise ValueError(f"data.diagnosis_cases, validation_cases and report_cases overlap at case {start}.")
+
+
+def one_process() -> Accelerator:
+    """An accelerator of a single process.
+
+    Raises:
+        ValueError: launched in several, each of which would train on the same batches and write the same files.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"Training runs in one process; it was launched in {accelerator.num_processes}.")
+    return accelerator
+
+
 def select(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
     """The cases at positions [start, stop) of the split."""
     start, stop = span
@@ -234,7 +254,7 @@ def micro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 def train_diagnosis(config: TrainingConfig) -> Path:
     """Stage 1. Writes `<output_dir>/diagnosis` and returns it."""
-    accelerator = Accelerator()
+    accelerator = one_process()
     set_seed(config.seed)
     output = Path(config.output_dir) / "diagnosis"
     log = Log(Path(config.output_dir) / "diagnosis.jsonl")
@@ -369,7 +389,7 @@ def cached_features(
     cache = TensorCache(Path(config.data.cache_dir) / "features", recipe)
 
     def compute(case: Case) -> dict[str, torch.Tensor]:
-        ct = volumes.load(case.volume)[None].float()
+        ct = volumes.load(case.volume)[None].float().to(model.device)
         return {"features": model.extract_features(ct)[0].cpu(), "diagnosis_logits": model.diagnose(ct)[0].cpu()}
 
     entries = [cache.get(case.volume, lambda case=case: compute(case)) for case in track(cases, "Features")]
@@ -448,11 +468,12 @@ class ReportBatches:
 
 def train_report(config: TrainingConfig) -> Path:
     """Stage 2. Writes `<output_dir>/model` (the epoch with the lowest validation loss) and returns it."""
-    accelerator = Accelerator()
+    accelerator = one_process()
     set_seed(config.seed)
     output = Path(config.output_dir) / "model"
     log = Log(Path(config.output_dir) / "report.jsonl")
     model, processor = build_generator(config)
+    model.to(accelerator.device)  # before the caches, which it computes
     cases = load_cases(config.data.root, "train")
     normal = normal_pool(cases)
     train_cases = select(cases, config.data.report_cases, "report_cases")
@@ -510,7 +531,12 @@ def train_report(config: TrainingConfig) -> Path:
 
 
 def run(config: TrainingConfig) -> None:
-    """Run the stages that the configuration asks for."""
+    """Run the stages that the configuration asks for.
+
+    Raises:
+        ValueError: the configuration contradicts itself or the data.
+    """
+    check_disjoint(config.data)
     if config.stage in ("all", "diagnosis"):
         train_diagnosis(config)
     if config.stage in ("all", "report"):

@@ -12,7 +12,7 @@ tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+
 import hashlib
 import math
 import os
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,9 @@ MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: 
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+# Raised by a change of reading or resampling that changes tensors, so that no cache gives out older ones.
+PREPROCESSING_VERSION = 2
 
 # How grid and Hounsfield units were found, where that needs no more words.
 STATED = "grid and Hounsfield units as the file states them"
@@ -516,7 +519,7 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.nd
 def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
     """Write a map on the tensor's grid as NIfTI (.nii or .nii.gz) with the shape and affine of the input file.
 
-    The file appears complete or not at all.
+    Where that states no grid, the map has the one under which it was read. The file appears complete or not at all.
     """
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
@@ -526,8 +529,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".map-", suffix=suffix, delete=False) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f".map-{uuid.uuid4().hex[:8]}{suffix}")  # tempfile's are for the user's eyes alone
     try:
         nib.save(image, temporary)
         os.replace(temporary, path)
@@ -539,6 +541,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
 
 __all__ = [
     "GIVEN",
+    "PREPROCESSING_VERSION",
     "STATED",
     "CTGeometry",
     "CTGeometryError",

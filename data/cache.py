@@ -12,11 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..volume_diffvp import PREPROCESSING_VERSION
+
 
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def state_sha256(module: torch.nn.Module) -> str:
@@ -67,8 +72,8 @@ PREPROCESSING = (
 
 
 def preprocessing(image_processor) -> dict:
-    """The settings of a [`DiffVPImageProcessor`] that a preprocessed volume depends on."""
-    return {key: getattr(image_processor, key) for key in PREPROCESSING}
+    """The settings of a [`DiffVPImageProcessor`] that a preprocessed volume depends on, and its code's version."""
+    return {"version": PREPROCESSING_VERSION} | {key: getattr(image_processor, key) for key in PREPROCESSING}
 
 
 class VolumeCache:

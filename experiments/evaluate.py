@@ -12,6 +12,7 @@ Findings are read from the text by the phantom's own sentence reader and compare
 import json
 import os
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cache import TensorCache, VolumeCache, preprocessing, state_sha256
+from ..data.cache import TensorCache, VolumeCache, file_sha256, preprocessing, state_sha256
 from ..data.phantom_report import labels_from_report
 from ..data.radgenome import Case, load_cases, normal_pool
 from ..metrics.clinical_efficacy import classification_scores
@@ -35,10 +36,14 @@ BOOTSTRAP_SAMPLES = 1000
 def constant_normal_report(cases: list[Case]) -> str:
     """The most common wording of each region among the normal cases of the training split."""
     counts = {region: Counter() for region in REGIONS}
-    for case in normal_pool(cases):
+    normal = normal_pool(cases)
+    if not normal:
+        raise ValueError("The training split has no normal case to take the constant report from.")
+    for case in normal:
         for region, text in DiffVPProcessor.post_process(case.report).items():
             counts[region][text] += 1
-    return "\n".join(f"{region.capitalize()}: {counts[region].most_common(1)[0][0]}" for region in REGIONS)
+    lines = [(region, counts[region].most_common(1)) for region in REGIONS]
+    return "\n".join(f"{region.capitalize()}: {texts[0][0]}" for region, texts in lines if texts)
 
 
 def nearest_reports(query: np.ndarray, keys: np.ndarray, cases: list[Case]) -> list[str]:
@@ -57,7 +62,7 @@ def pooled_features(
     cache = TensorCache(volumes.cache.root.parent / "pooled", recipe)
 
     def compute(case: Case) -> dict[str, torch.Tensor]:
-        features = model.extract_features(volumes.load(case.volume)[None].float())[0]
+        features = model.extract_features(volumes.load(case.volume)[None].float().to(model.device))[0]
         return {"pooled": torch.cat([features.mean(0), features.amax(0)]).cpu()}
 
     cases = track(cases, f"Features, {name}")
@@ -123,7 +128,8 @@ def evaluate(
     limit: int | None = None,
 ) -> Path:
     """
-    Evaluate on the `valid` split of `data`; writes `phantom_checkpoint.json` and `phantom_checkpoint.md`.
+    Evaluate on the `valid` split of `data`; writes `NAME_checkpoint.json` and `NAME_checkpoint.md`, NAME being that of
+    the checkpoint without "diffvp-".
 
     Args:
         cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
@@ -133,6 +139,8 @@ def evaluate(
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor)
     train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
+    if len(test) < 2:
+        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
     reports, probabilities = generate_reports(model, processor, test)
     # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
     # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
@@ -153,7 +161,10 @@ def evaluate(
     truth = np.stack([case.labels for case in test]).astype(int)
     per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["labels"]
     result = {
-        "command": f"diffvp evaluate {Path(data).name}",
+        "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
+        + ("" if limit is None else f" --limit {limit}"),
+        "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "cases": len(test),
         "training_cases": len(train),
         "signatures": [bleu(reports[:1], [test[0].report])["signature"], rouge_l(["a"], ["a"])["signature"]],
@@ -166,10 +177,19 @@ def evaluate(
     }
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "phantom_checkpoint.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = output / "phantom_checkpoint.md"
-    page.write_text(_page(result), encoding="utf-8")
-    return page
+    name = Path(checkpoint).name.removeprefix("diffvp-")
+    texts = {f"{name}_checkpoint.json": json.dumps(result, indent=1) + "\n", f"{name}_checkpoint.md": _page(result)}
+    for file, text in texts.items():
+        (output / f".{file}").write_text(text, encoding="utf-8")
+    for file in texts:
+        os.replace(output / f".{file}", output / file)
+    return output / f"{name}_checkpoint.md"
+
+
+def weights_sha256(checkpoint: str | os.PathLike) -> dict[str, str]:
+    """Digests of a checkpoint's weights, by file."""
+    root = Path(checkpoint)
+    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
 def _page(result: dict) -> str:
@@ -179,10 +199,11 @@ def _page(result: dict) -> str:
         return "" if values is None else f" ({values[0]:.3f}–{values[1]:.3f})"
 
     lines = [
-        "# The shipped checkpoint on unseen phantoms",
+        f"# {result['checkpoint']['name']} on unseen phantoms",
         "",
-        f"{result['cases']} test cases, none of them seen in training. Synthetic phantoms only: these numbers say "
-        "nothing about patients.",
+        f"{result['cases']} cases of the `valid` split, which no training uses. Synthetic phantoms only: these "
+        "numbers say nothing about patients.",
+        f"Weights {result['checkpoint']['sha256']['model.safetensors'][:12]}.",
         f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases.",
         "",
         "| system | precision | recall | micro-F1 | BLEU-4 | ROUGE-L |",

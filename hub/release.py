@@ -8,7 +8,6 @@ Turn the result of phantom training into the checkpoint that ships: small files,
 
 import argparse
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -79,8 +78,14 @@ def write_pool(folder: Path) -> None:
 
 
 def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Write the released form of the checkpoint `source` to `target`, which is replaced as a whole."""
+    """Write the released form of the checkpoint `source` to `target`, an earlier release of which is replaced.
+
+    Raises:
+        ValueError: `target` is there and is no checkpoint.
+    """
     target = Path(target)
+    if target.exists() and not (target / "config.json").is_file():
+        raise ValueError(f"{target} is not a checkpoint folder: it would be lost.")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(str(source))
     # Matrices in bfloat16 halve the download. Norms and biases are few, and variances lose most by rounding.
@@ -97,7 +102,7 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         processor.save_pretrained(staged)
         (staged / "README.md").write_text(CARD, encoding="utf-8")
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, Path(temporary) / "previous")
         os.replace(staged, target)
     return target
 

@@ -198,3 +198,26 @@ def test_real_table(check_data):
             refused.append(error.field)
     assert (len(read), refused) == (3037, ["PatientPosition"] * 2)
     assert {one.intercept for one in read.values()} == {-1024.0, -8192.0}
+
+
+def test_metadata_leave_no_room_for_a_second_statement(hu):
+    with pytest.raises(CTGeometryError, match="beside metadata="):
+        read_ct(v1(hu, -1024.0), spacing=SPACING, metadata=metadata(-1024.0))
+    content = bytearray(v1(hu, -1024.0).to_bytes())
+    content[112:116] = np.float32(0.5).tobytes()  # scl_slope, which nibabel would apply on writing
+    with pytest.raises(CTIntensityError, match="scl_slope"):
+        read_ct({"path": None, "bytes": bytes(content)}, metadata=metadata(-1024.0))
+
+
+def test_a_scanner_matrix_below_an_identity_is_not_taken_for_radgenome():
+    """The commonest sloppy export: any array in floats with `np.eye(4)`."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (256, 256, 60)], indexing="ij")
+    array = np.where((x / 0.8) ** 2 + (y / 0.7) ** 2 < 1, 40.0, -1000.0).astype(np.float32)
+    with pytest.raises(CTGeometryError, match="grid is not stated"):
+        read_ct(nib.Nifti1Image(array, np.eye(4)))
+
+
+def test_unreadable_metadata_table(tmp_path):
+    (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(CTReadError, match="table.xlsx"):
+        load_metadata(tmp_path / "table.xlsx")

@@ -113,3 +113,16 @@ def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, r
 def test_wheel_carries_the_licence(wheel_members):
     names = {PurePosixPath(member).name for member in wheel_members if ".dist-info/licenses/" in member}
     assert names == {"LICENSE", "NOTICE"}
+
+
+def test_links_between_pages_lead_somewhere(repository_root):
+    pages = [
+        *repository_root.glob("*.md"),
+        *repository_root.glob("docs/*.md"),
+        *repository_root.glob("*/results/*.md"),
+    ]
+    assert len(pages) >= 3
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

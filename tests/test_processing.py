@@ -446,3 +446,24 @@ def test_digest_is_taken_on_request_and_for_references():
     processor = DiffVPImageProcessor(size=SIZE)
     assert processor(scan)["geometry"][0].sha256 is None
     assert processor(scan, digest=True)["geometry"][0].sha256 == scan.sha256
+
+
+def test_a_window_of_grey_values_is_not_the_references(processor, pool):
+    """An 8-bit scan beside a reference in Hounsfield units, from the pool and given."""
+    processor.load_references(pool)
+    grey = ((np.clip(make_ct(7).astype(np.float32), -1000, 200) + 1000) / 1200 * 255).round().astype(np.uint8)
+    options = {"allow_non_hu": True, "hu_window": (0.0, 255.0), "foreground_hu": 10.0}
+    expected = processor(ct=make_ct(7), spacing=SPACING)
+    inputs = processor(ct=read_ct(grey, SPACING, allow_non_hu=True), **options)
+    assert (inputs["ct"] - expected["ct"]).abs().max() < 0.01
+    pooled = {
+        place.sha256: processor.image_processor(processor.reference_pool.fetch(entry))["ct"][0]
+        for entry in processor.reference_pool.entries
+        for place in processor.image_processor(processor.reference_pool.fetch(entry), digest=True)["geometry"]
+    }
+    assert torch.equal(inputs["reference"][0], pooled[inputs.reference_geometry[0].sha256])
+    normal = read_ct(make_ct(8), SPACING)
+    given = processor(ct=read_ct(grey, SPACING, allow_non_hu=True), reference=normal, **options)
+    assert torch.equal(given["reference"], processor.image_processor(normal)["ct"])
+    with pytest.raises(CTInputError, match="not in Hounsfield units"):
+        processor.image_processor(read_ct(grey, SPACING, allow_non_hu=True))

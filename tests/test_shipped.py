@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
@@ -16,6 +17,7 @@ from transformers import AutoModel
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_cohort import write_cohort
+from diffvp.experiments import evaluate as evaluate_module
 from diffvp.experiments.evaluate import evaluate
 from diffvp.reporting import load_checkpoint
 
@@ -82,8 +84,14 @@ def test_adapter_is_trained_and_the_base_is_not_inside():
     assert (SHIPPED_CHECKPOINT / "model.safetensors").stat().st_size < 15e6  # the base alone has 135 M parameters
 
 
-def test_evaluation_of_two_cases(tmp_path):
-    """The table of the docs, on a cohort of a few: every row is there, and the text is compared with its own case."""
+def test_evaluation_of_two_cases(tmp_path, monkeypatch):
+    """The table of the docs, on a cohort of a few: a model that writes the true reports has the full score, and with
+    the next patient's scan it has not."""
+
+    def generate_truth(model, processor, targets):
+        return [case.report for case in targets], np.stack([case.labels for case in targets]).astype(float)
+
+    monkeypatch.setattr(evaluate_module, "generate_reports", generate_truth)
     cohort = write_cohort(
         tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, masks=False, workers=1, progress=False
     )
@@ -95,8 +103,10 @@ def test_evaluation_of_two_cases(tmp_path):
         "nearest training report",
         "DiffVP on another patient's scan",
     }
-    for name, scores in result["systems"].items():
-        assert f"| {name} |" in page
-        assert 0 <= scores["f1"] <= 1
+    assert all(f"| {name} |" in page for name in result["systems"])
+    scores = {name: (one["f1"], one.get("bleu4")) for name, one in result["systems"].items()}
+    assert scores["DiffVP"] == pytest.approx((1, 1)) and scores["diagnosis classifier alone"][0] == 1
+    assert scores["DiffVP on another patient's scan"][0] < 1 and scores["DiffVP on another patient's scan"][1] < 1
+    assert scores["constant normal report"][0] == 0
     assert [one["name"] for one in result["predictions"]] == ["valid_1_a_1", "valid_2_a_1"]
     assert len(result["per_label"]) == 18

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import AutoModel, AutoProcessor
 
+from diffvp import train_accelerate
 from diffvp.data.cache import TensorCache
 from diffvp.data.cases import DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
@@ -33,9 +34,9 @@ from diffvp.train_accelerate import (
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    # Six of these 24 are normal, so that there is a pool to pair with.
+    # Seven of these 26 are normal, two or more in each span below that pairs with them.
     root = tmp_path_factory.mktemp("phantom")
-    return write_cohort(root, train=24, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
+    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
 
 
 @pytest.fixture
@@ -49,9 +50,9 @@ def settings(cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
         "data": {
             "root": str(cohort),
             "cache_dir": str(tmp_path / "cache"),
-            "diagnosis_cases": [0, 16],
-            "validation_cases": [0, 24],
-            "report_cases": [0, 24],
+            "diagnosis_cases": [0, 12],
+            "validation_cases": [12, 18],
+            "report_cases": [18, 26],
         },
         "image_processor": {"size": {"depth": 32, "height": 32, "width": 32}},
         "base": {"name": str(tiny_base_with_tokenizer)},
@@ -117,8 +118,19 @@ def test_overrides_and_typos(settings):
 
 
 def test_cases_outside_the_split_are_named(settings):
-    with pytest.raises(ValueError, match=r"\[0, 25\], but the split has 24 cases"):
-        run(TrainingConfig.load(settings, ["data.diagnosis_cases=[0,25]", "stage=diagnosis"]))
+    with pytest.raises(ValueError, match=r"\[26, 30\], but the split has 26 cases"):
+        run(TrainingConfig.load(settings, ["data.diagnosis_cases=[26,30]", "stage=diagnosis"]))
+
+
+def test_overlapping_cases_are_refused(settings):
+    with pytest.raises(ValueError, match="overlap at case 11"):
+        run(TrainingConfig.load(settings, ["data.validation_cases=[11,18]"]))
+
+
+def test_several_processes_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(train_accelerate, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="launched in 2"):
+        run(TrainingConfig.load(settings))
 
 
 def test_pairing_depends_on_seed_epoch_and_case_alone():

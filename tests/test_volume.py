@@ -14,7 +14,7 @@ import SimpleITK as sitk
 import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from diffvp.reading_diffvp import read_ct
+from diffvp.reading_diffvp import CTMetadata, read_ct
 from diffvp.volume_diffvp import (
     CTGeometry,
     CTGeometryError,
@@ -448,3 +448,16 @@ def test_real_files_agree_with_simpleitk(check_data, name):
 def test_real_files_that_have_to_be_refused(check_data, name, error, message):
     with pytest.raises(error, match=message):
         read_ct(check_data / "ct" / name)
+
+
+@pytest.mark.parametrize("argument", [{"spacing": SPACING}, {"series": 1}, {"metadata": CTMetadata(1, 0, SPACING)}])
+def test_no_argument_goes_unheeded(argument):
+    name = next(iter(argument))
+    sources = [read_ct(make_ct(), SPACING), as_simpleitk(make_ct())]
+    sources += [] if name == "metadata" else [as_nifti(make_ct())]
+    for source in sources:
+        with pytest.raises(CTInputError, match=name):
+            read_ct(source, **argument)
+    if name != "spacing":
+        with pytest.raises(CTReadError, match=f"array: {name}"):
+            read_ct(make_ct(), **({"spacing": SPACING} | argument))
