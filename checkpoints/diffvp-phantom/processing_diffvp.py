@@ -16,11 +16,13 @@
 """What turns a CT file into the model's tensors and the model's tokens into a report.
 
 [`DiffVPImageProcessor`] reads and resamples; [`DiffVPProcessor`] adds the reference scan, the instruction and the way
-back from text to regions. Reading and resampling themselves are in `volume_diffvp.py`.
+back from text to regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
 """
 
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -33,8 +35,9 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
+from .reading_diffvp import read_ct
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .volume_diffvp import CTGeometry, read_ct, resample, save_map, to_input_grid
+from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
@@ -52,6 +55,8 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
     hu_window (`tuple`): HU that become -1 and 1; values beyond are clipped.
     crop_foreground (`bool`): crop to the bounding box of the voxels above `foreground_hu`.
     foreground_hu (`float`): HU.
+    antialias (`bool`): average over the voxels between those of a coarser tensor, where `False` takes the two nearest
+        of them along each axis, as MONAI does.
     allow_non_hu (`bool`): accept voxels that are not Hounsfield units; set a `hu_window` that fits them.
     return_tensors (`str`, *optional*): `"pt"` (also for `None`) or `"np"`.
     """
@@ -61,6 +66,7 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
     hu_window: list[float | int] | tuple[float | int, ...]
     crop_foreground: bool
     foreground_hu: float | int
+    antialias: bool
     allow_non_hu: bool
     return_tensors: str | None
 
@@ -82,6 +88,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
     hu_window = (-1000.0, 200.0)
     crop_foreground = True
     foreground_hu = -1000.0
+    antialias = False
     allow_non_hu = False
 
     def __init__(self, **kwargs: Unpack[DiffVPImageProcessorKwargs]):
@@ -93,16 +100,23 @@ class DiffVPImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
 
-    def __call__(self, ct, spacing=None, **kwargs: Unpack[DiffVPImageProcessorKwargs]) -> BatchFeature:
-        return self.preprocess(ct, spacing=spacing, **kwargs)
+    def __call__(
+        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> BatchFeature:
+        return self.preprocess(ct, spacing=spacing, digest=digest, **kwargs)
 
     # trf-ignore: TRF057: documented by hand
-    def preprocess(self, ct, spacing=None, **kwargs: Unpack[DiffVPImageProcessorKwargs]) -> BatchFeature:
-        """Read and resample one CT or a list of them.
+    def preprocess(
+        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> BatchFeature:
+        """Read and resample one CT or a list of them. For many, see [`stream`].
 
         Args:
-            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these.
+            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these. A
+                scan that needs more to be understood (its dataset's metadata, one series of several) is given as the
+                `CTVolume` that `read_ct(path, metadata=..., series=...)` returns.
             spacing: mm per voxel along x, y, z of bare arrays, which are indexed [x, y, z] in LPS order.
+            digest: also take the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
 
         Returns:
             `ct`, (batch, 1, depth, height, width), and `geometry`, a list of [`CTGeometry`].
@@ -122,6 +136,10 @@ class DiffVPImageProcessor(BaseImageProcessor):
         tensors, geometry = [], []
         for one in inputs:
             volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
+            if not (volume.is_hu or options["allow_non_hu"]):
+                raise CTIntensityError(
+                    volume.source, "voxels", "not in Hounsfield units", "allow_non_hu=True with such a scan"
+                )
             tensor, place = resample(
                 volume,
                 tuple(options["size"][axis] for axis in AXES),
@@ -129,6 +147,8 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 options["crop_foreground"],
                 options["foreground_hu"],
                 options["hu_window"],
+                options["antialias"],
+                digest,
             )
             tensors.append(tensor)
             geometry.append(place)
@@ -160,6 +180,39 @@ class DiffVPImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict:
         kept = set(self.valid_kwargs.__annotations__) | SERVICE_KEYS
         return {key: value for key, value in super().to_dict().items() if key in kept}
+
+    def stream(
+        self, scans: Iterable, workers: int = 1, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> Iterator[BatchFeature | CTInputError]:
+        """[`preprocess`] each of many scans, in their order, a scan at a time in each of `workers` threads.
+
+        Threads suffice: inflating and interpolating release the interpreter's lock. Memory is bounded by
+        `workers + 1` scans however many there are, for no scan is begun before its turn is near.
+
+        Yields:
+            the features of one scan (batch of 1), or the error that refused it: one bad scan does not end the rest.
+        """
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}.")
+
+        def one(scan):
+            try:
+                return self.preprocess(scan, **kwargs)
+            except CTInputError as error:
+                return error
+
+        pending = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for scan in scans:
+                    pending.append(pool.submit(one, scan))
+                    if len(pending) > workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
         """A map (depth, height, width) on the voxel grid of the input file; see [`to_input_grid`]."""
@@ -252,6 +305,8 @@ class DiffVPProcessor(ProcessorMixin):
             text: instruction for all or for each; `None` is the default one.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed of the sampling; 0 if not given.
+            kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
+                given for a scan that is not in Hounsfield units does not apply to a reference that is.
 
         Returns:
             `ct` and `reference` (batch, 1, depth, height, width), `input_ids` and `attention_mask` (batch, length),
@@ -273,14 +328,22 @@ class DiffVPProcessor(ProcessorMixin):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         features = self._preprocess(scans, spacing, images_kwargs)
         batch = len(features["geometry"])
+        # A window of grey values is one of the scan: a reference in Hounsfield units keeps theirs.
+        hu_kwargs = images_kwargs
+        if not all(place.is_hu for place in features["geometry"]):
+            hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
         if given:
-            references = self._preprocess(given, spacing, images_kwargs)
+            allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
+            volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
+            parts = [self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs) for one in volumes]
+            references = {"ct": torch.cat([part["ct"] for part in parts])}
+            references["geometry"] = [place for part in parts for place in part["geometry"]]
             ids = [place.source for place in references["geometry"]]
             if len(given) < batch:  # one for all
                 references["ct"] = references["ct"].repeat_interleave(batch, 0)
                 references["geometry"], ids = references["geometry"] * batch, ids * batch
         else:
-            references, ids = self._sample_references(features["geometry"], seed, images_kwargs)
+            references, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
         texts = _as_list(text) if isinstance(text, (list, tuple)) else [text] * batch
         if len(texts) != batch:
             raise ValueError(f"{len(texts)} texts for {batch} scans; expected one each, or one string for all.")
@@ -305,7 +368,7 @@ class DiffVPProcessor(ProcessorMixin):
 
     def _preprocess(self, scans: list, spacing, images_kwargs: dict) -> BatchFeature:
         spacing = spacing if any(_is_array(one) for one in scans) else None
-        return self.image_processor(scans, spacing=spacing, **images_kwargs)
+        return self.image_processor(scans, spacing=spacing, digest=True, **images_kwargs)
 
     def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
         """One reference for each scan, from the pool."""
@@ -315,7 +378,7 @@ class DiffVPProcessor(ProcessorMixin):
         for place in geometry:
             for entry in self.reference_pool.ranked(seed, place.sha256):
                 if entry["id"] not in loaded:
-                    loaded[entry["id"]] = self.image_processor(self.reference_pool.fetch(entry), **images_kwargs)
+                    loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
                 candidate = loaded[entry["id"]]
                 if candidate["geometry"][0].sha256 != place.sha256:
                     break

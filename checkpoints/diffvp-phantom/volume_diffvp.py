@@ -1,39 +1,49 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""From a CT in any usual form to the tensor that the model reads, and back to the voxels of the input file.
+"""A validated CT, its way to the tensor that the model reads, and back to the voxels of the input file.
 
-Two functions are the seam to the rest of the project: [`read_ct`] (file or object -> validated `CTVolume`) and
-[`resample`] (`CTVolume` -> tensor and `CTGeometry`). [`to_input_grid`] and [`save_map`] go the other way.
+`reading_diffvp.py` makes a [`CTVolume`] of a file or object through [`make_volume`]; [`resample`] turns it into a
+tensor and a [`CTGeometry`]; [`to_input_grid`] and [`save_map`] go the other way.
 
 Axes. A `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y to Posterior, z to Superior (LPS). The
 tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+ millimetres, as in NIfTI.
 """
 
-import gzip
 import hashlib
 import math
 import os
-import tempfile
-import zlib
+import uuid
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 import torch
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
 MIN_SPACING, MAX_SPACING = 0.2, 10.0  # mm
 MIN_LENGTH = 8  # voxels along each axis
+MAX_LENGTH = 4096  # the longest CT-RATE volume has 1,617 slices
 MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear moves a voxel by 3 mm over 300 mm
 MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it is taken for
-MAX_SLICE_OFFSET = 0.1  # of the slice spacing: how far a DICOM slice may lie from its place in an even stack
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
+MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
+SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
+# Share of the voxels in that range: 0.3 to 0.6 in real chest CTs, below 0.015 in the same after a second rescale or
+# with the bytes in the other order, of which the range of the voxels need not tell.
+MIN_SOFT_TISSUE = 0.02
+MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
+MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior")
+
+# Raised by a change of reading or resampling that changes tensors, so that no cache gives out older ones.
+PREPROCESSING_VERSION = 2
+
+# How grid and Hounsfield units were found, where that needs no more words.
+STATED = "grid and Hounsfield units as the file states them"
+GIVEN = "spacing and LPS order as the caller states them"
 
 
 class CTInputError(ValueError):
@@ -67,14 +77,16 @@ class CTVolume:
     """A validated CT.
 
     Attributes:
-        array: voxels [x, y, z] in LPS order, Hounsfield units where `is_hu`; z is the slowest axis
-            in memory.
+        array: stored voxels [x, y, z] in LPS order; z is the slowest axis in memory. Hounsfield units are
+            `slope * array + intercept`, where `is_hu`.
         affine: 4x4, voxel index of the *file's* grid -> RAS+ world mm.
         shape: shape of the file's grid, with a trailing 1 where the file has one.
         axes: which axis of the file each LPS axis (x, y, z) comes from.
         flips: whether each LPS axis runs against that axis of the file.
         spacing: mm along x, y, z.
         source: name of the file or kind of the object.
+        layout: how grid and Hounsfield units were found, in words.
+        slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
     """
 
@@ -85,6 +97,9 @@ class CTVolume:
     flips: tuple[bool, bool, bool]
     spacing: tuple[float, float, float]
     source: str
+    layout: str
+    slope: float = 1.0
+    intercept: float = 0.0
     is_hu: bool = True
 
     @cached_property
@@ -94,9 +109,11 @@ class CTVolume:
         One scan has one digest in every file format, orientation of storage and number type.
         """
         digest = hashlib.sha256(repr(self.array.shape).encode())
-        for index in range(self.array.shape[2]):
-            rounded = np.clip(np.rint(self.array[:, :, index].T), -32768, 32767)
-            digest.update(np.ascontiguousarray(rounded, dtype="<i2"))
+        stored_hu = self.array.dtype == np.int16 and (self.slope, self.intercept) == (1, 0)
+        for plane in self.array.T:
+            if not stored_hu:
+                plane = np.clip(np.rint(plane * self.slope + self.intercept), -32768, 32767)
+            digest.update(np.ascontiguousarray(plane, dtype="<i2"))
         return digest.hexdigest()
 
 
@@ -105,11 +122,13 @@ class CTGeometry:
     """What maps the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
-    grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`].
+    grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
+    `sha256` `None` where it was not asked for.
     """
 
     source: str
-    sha256: str
+    layout: str
+    sha256: str | None
     is_hu: bool
     shape: tuple[int, ...]
     affine: tuple[tuple[float, ...], ...]
@@ -147,292 +166,39 @@ class CTGeometry:
         return cls(**frozen)
 
 
-def read_ct(ct, spacing: tuple[float, float, float] | None = None, allow_non_hu: bool = False) -> CTVolume:
-    """Read and validate one CT.
+def make_volume(
+    array: np.ndarray,
+    affine: np.ndarray,
+    source: str,
+    layout: str,
+    *,
+    slope: float = 1.0,
+    intercept: float = 0.0,
+    allow_non_hu: bool = False,
+) -> CTVolume:
+    """Check geometry and intensities, and view the array in LPS order. Every reader ends here.
 
     Args:
-        ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or to a folder that holds
-            one DICOM series; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or
-            a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
-            posterior, z to superior (LPS)**, together with `spacing`.
-        spacing: mm per voxel along x, y, z of an array. Files carry their own.
-        allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
-            as they are, so set a `hu_window` that fits them. The result is marked `is_hu=False`.
+        array: stored voxels in the file's own axis order, (i, j, k) or (i, j, k, 1).
+        affine: 4x4, index -> RAS+ world mm.
+        source, layout, slope, intercept: see [`CTVolume`].
+        allow_non_hu: accept voxels that are not Hounsfield units.
 
     Raises:
-        CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
+        CTGeometryError, CTIntensityError
     """
-    if isinstance(ct, CTVolume):
-        return ct
-    if isinstance(ct, torch.Tensor):
-        ct = ct.detach().cpu()
-        ct = (ct.float() if ct.dtype == torch.bfloat16 else ct).numpy()
-    if isinstance(ct, np.ndarray):
-        if spacing is None:
-            raise CTGeometryError("array", "spacing", "missing", "spacing=(x, y, z) in mm")
-        return _volume(ct, _array_affine(spacing), "array", allow_non_hu)
-    if spacing is not None:
-        raise CTGeometryError(
-            _source(ct), "spacing", tuple(spacing), "no spacing= here: only bare arrays need one, files have theirs"
-        )
-    if isinstance(ct, dict) and set(ct) == {"path", "bytes"}:
-        return _from_nifti_value(ct, allow_non_hu)
-    if isinstance(ct, nib.spatialimages.SpatialImage):
-        return _from_nibabel(ct, _source(ct), allow_non_hu)
-    if isinstance(ct, sitk.Image):
-        return _from_simpleitk(ct, _source(ct), allow_non_hu)
-    if isinstance(ct, (str, os.PathLike)):
-        return _from_path(Path(ct), allow_non_hu)
-    raise CTReadError(
-        "input", "type", type(ct).__name__, "a path, a nibabel or SimpleITK image, a datasets.Nifti value or an array"
-    )
-
-
-def _source(ct) -> str:
-    """A name for messages: the file's name without its folders, or the kind of object."""
-    if isinstance(ct, (str, os.PathLike)):
-        return Path(ct).name or str(ct)
-    if isinstance(ct, nib.spatialimages.SpatialImage):
-        return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
-    return "SimpleITK image" if isinstance(ct, sitk.Image) else type(ct).__name__
-
-
-def _from_path(path: Path, allow_non_hu: bool) -> CTVolume:
-    source, suffix = _source(path), path.suffix.lower()
-    if path.is_dir():
-        return _from_dicom_folder(path, allow_non_hu)
-    if not path.exists():
-        raise CTReadError(source, "path", "missing", "an existing file or a DICOM folder")
-    # nibabel, because SimpleITK asked for x.nii.gz reads the data of an x.nii beside it (ITK issue 2243).
-    if suffix == ".nii" or path.name.lower().endswith(".nii.gz"):
-        try:
-            image = nib.load(path)
-        except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-            raise CTReadError(source, "header", "unreadable", "a NIfTI header") from error
-        return _from_nibabel(image, source, allow_non_hu)
-    if suffix in (".nrrd", ".nhdr", ".mha", ".mhd"):
-        return _from_itk_file(path, "NrrdImageIO" if suffix in (".nrrd", ".nhdr") else "MetaImageIO", allow_non_hu)
-    raise CTReadError(
-        source, "suffix", repr(path.suffix), ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd or a folder of DICOM slices"
-    )
-
-
-def _from_nifti_value(value: dict, allow_non_hu: bool) -> CTVolume:
-    """An undecoded `datasets.Nifti` value: {"path", "bytes"}."""
-    content = value["bytes"]
-    if content is None:
-        if value["path"] is None:
-            raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
-        return _from_path(Path(value["path"]), allow_non_hu)
-    source = Path(value["path"]).name if value["path"] else "NIfTI bytes"
-    try:
-        image = nib.Nifti1Image.from_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-    except (OSError, EOFError, ValueError, zlib.error, nib.spatialimages.HeaderDataError) as error:
-        raise CTReadError(source, "bytes", "unreadable", "a NIfTI file") from error
-    return _from_nibabel(image, source, allow_non_hu)
-
-
-def _from_nibabel(image: nib.spatialimages.SpatialImage, source: str, allow_non_hu: bool) -> CTVolume:
-    if not isinstance(image, nib.nifti1.Nifti1Pair):
-        raise CTReadError(source, "type", type(image).__name__, "a NIfTI image, whose header states left and right")
-    dtype = image.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise CTIntensityError(source, "data type", dtype.name, "one real number per voxel")
-    qform, qform_code = image.get_qform(coded=True)
-    sform, sform_code = image.get_sform(coded=True)
-    if not qform_code and not sform_code:
-        raise CTGeometryError(
-            source, "qform_code and sform_code", "0", "one that is set: left and right are unknown without it. If you "
-            "know the orientation, pass the array in LPS order with spacing="
-        )  # fmt: skip
-    if qform_code and sform_code:
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape[:3]], [1], indexing="ij")).reshape(4, -1)
-        apart = float(np.abs((qform - sform) @ corners).max())
-        if not apart <= max(image.header.get_zooms()[:3]):
-            raise CTGeometryError(source, "qform and sform", f"up to {apart:.1f} mm apart", "one and the same grid")
-    _check_shape(image.shape, source)
-    try:
-        array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise CTReadError(source, "voxel data", "truncated or damaged", f"{image.shape} voxels") from error
-    return _volume(array, image.affine, source, allow_non_hu)
-
-
-def _from_itk_file(path: Path, image_io: str, allow_non_hu: bool) -> CTVolume:
-    source = _source(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO(image_io)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise CTReadError(source, "content", "unreadable", f"a file that {image_io} can decode") from error
-    # ITK replaces a missing orientation with the identity without a word.
-    if image_io == "NrrdImageIO":
-        space = reader.GetMetaData("NRRD_space") if reader.HasMetaDataKey("NRRD_space") else "missing"
-        if space not in NRRD_SPACES:
-            raise CTGeometryError(source, "space", space, f"one of {', '.join(NRRD_SPACES)}")
-    else:
-        header = path.read_bytes()[:8192].split(b"ElementDataFile")[0]
-        if not any(key in header for key in (b"TransformMatrix", b"Orientation", b"Rotation")):
-            raise CTGeometryError(source, "TransformMatrix", "missing", "the orientation of the axes")
-    return _from_simpleitk(image, source, allow_non_hu)
-
-
-def _from_simpleitk(image: sitk.Image, source: str, allow_non_hu: bool) -> CTVolume:
-    if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in image.GetPixelIDTypeAsString():
-        raise CTIntensityError(source, "pixel type", image.GetPixelIDTypeAsString(), "one real number per voxel")
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
-    _check_shape(image.GetSize(), source)
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    return _volume(sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine, source, allow_non_hu)
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """The tags of one DICOM slice that decide whether and where it belongs to the stack."""
-
-    path: str
-    series: str
-    position: np.ndarray
-    orientation: np.ndarray
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-
-
-def _from_dicom_folder(folder: Path, allow_non_hu: bool) -> CTVolume:
-    """One DICOM series. Slices are sorted by position here, for file names and instance numbers need not follow it."""
-    source = _source(folder)
-    slices = [found for path in sorted(folder.iterdir()) if path.is_file() for found in [_dicom_slice(path)] if found]
-    if not slices:
-        raise CTReadError(source, "content", "no DICOM file", "the slices of one CT series")
-    counts = {}
-    for one in slices:
-        counts[one.series] = counts.get(one.series, 0) + 1
-    if len(counts) > 1:
-        sizes = ", ".join(str(count) for count in sorted(counts.values(), reverse=True))
-        raise CTReadError(
-            source, "series", f"{len(counts)} (of {sizes} slices)", "one: give the folder of the series that you mean"
-        )
-    if len(slices) < MIN_LENGTH:
-        raise CTGeometryError(source, "number of slices", len(slices), f"at least {MIN_LENGTH}")
-    first = slices[0]
-    for one in slices:
-        for name in ("size", "spacing", "orientation"):
-            if not np.allclose(getattr(one, name), getattr(first, name), atol=1e-4):
-                raise CTGeometryError(source, f"slice {name}", "not the same in all slices", "one grid")
-    row, column = first.orientation.reshape(2, 3)
-    normal = np.cross(row, column)
-    slices.sort(key=lambda one: float(one.position @ normal))
-    positions = np.array([one.position for one in slices])
-    step = (positions[-1] - positions[0]) / (len(slices) - 1)
-    thickness = float(step @ normal)
-    if thickness < 1e-3:
-        raise CTGeometryError(source, "slice positions", "all the same", "one position per slice")
-    tilt = math.degrees(math.acos(min(1.0, thickness / float(np.linalg.norm(step)))))
-    if math.sin(math.radians(tilt)) > MAX_TILT_COSINE:
-        raise CTGeometryError(source, "gantry tilt", f"{tilt:.1f} degrees", "slices stacked at right angles")
-    even = positions[0] + np.arange(len(slices))[:, None] * step
-    if np.abs((positions - even) @ normal).max() > MAX_SLICE_OFFSET * thickness:
-        gaps = np.diff(positions @ normal)
-        raise CTGeometryError(
-            source,
-            "slice spacing",
-            f"{gaps.min():.3g} to {gaps.max():.3g} mm",
-            "even: no slice missing, duplicate or out of step",
-        )
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([one.path for one in slices])
-    try:
-        array = sitk.GetArrayFromImage(reader.Execute()).T
-    except RuntimeError as error:
-        raise CTReadError(source, "pixel data", "unreadable", "slices that GDCM can decode") from error
-    affine = np.eye(4)
-    affine[:3, :3] = np.stack([row * first.spacing[0], column * first.spacing[1], step], axis=1)
-    affine[:3, 3] = positions[0]
-    return _volume(array, LPS_TO_RAS @ affine, source, allow_non_hu)
-
-
-def _dicom_slice(path: Path) -> _Slice | None:
-    """The slice in a file; `None` for a file of another kind, as folders also hold notes and licences."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        with path.open("rb") as file:
-            is_dicom = file.read(132)[128:] == b"DICM"
-        if is_dicom and path.name != "DICOMDIR":
-            raise CTReadError(path.name, "content", "damaged", "a readable DICOM slice") from error
-        return None
-    tag = {key: reader.GetMetaData(key).strip("\0 ") for key in reader.GetMetaDataKeys()}
-    if tag.get("0008|0060", "CT") not in ("CT", ""):
-        raise CTReadError(path.name, "Modality", tag["0008|0060"], "CT")
-    if tag.get("0028|0004") != "MONOCHROME2" or reader.GetNumberOfComponents() != 1:
-        raise CTIntensityError(path.name, "PhotometricInterpretation", tag.get("0028|0004", "missing"), "MONOCHROME2")
-    numbers = {}
-    for key, name, length in (("0020|0032", "ImagePositionPatient", 3), ("0020|0037", "ImageOrientationPatient", 6)):
-        try:
-            numbers[name] = np.array([float(number) for number in tag.get(key, "").split("\\")])
-        except ValueError as error:
-            raise CTGeometryError(path.name, name, "missing or not numbers", f"{length} numbers") from error
-        if numbers[name].size != length or not np.isfinite(numbers[name]).all():
-            raise CTGeometryError(path.name, name, f"{numbers[name].size} numbers", f"{length} finite numbers")
-    size = reader.GetSize()
-    if len(size) > 2 and size[2] != 1:
-        raise CTReadError(path.name, "number of frames", size[2], "1: one file per slice")
-    return _Slice(
-        path=str(path),
-        series=tag.get("0020|000e", ""),
-        position=numbers["ImagePositionPatient"],
-        orientation=numbers["ImageOrientationPatient"],
-        size=size[:2],
-        spacing=reader.GetSpacing()[:2],
-    )
-
-
-def _array_affine(spacing) -> np.ndarray:
-    """RAS affine of an array in LPS order, with the origin at its first voxel."""
-    if len(spacing) != 3:
-        raise CTGeometryError("array", "spacing", tuple(spacing), "three numbers (x, y, z) in mm")
-    return LPS_TO_RAS @ np.diag([*(float(mm) for mm in spacing), 1.0])
-
-
-def _check_shape(shape: tuple[int, ...], source: str):
-    if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 1):
-        raise CTGeometryError(source, "shape", tuple(shape), "three axes")
-    if min(shape[:3]) < MIN_LENGTH:
-        raise CTGeometryError(source, "shape", tuple(shape), f"at least {MIN_LENGTH} voxels along each axis")
-
-
-def _volume(array: np.ndarray, affine: np.ndarray, source: str, allow_non_hu: bool) -> CTVolume:
-    """Check geometry and intensities, and view the array in LPS order."""
     shape = array.shape
-    _check_shape(shape, source)
+    check_shape(shape, source)
     affine = np.asarray(affine, dtype=np.float64)
     _check_affine(affine, source)
     if array.dtype.kind not in "iuf":
         raise CTIntensityError(source, "data type", array.dtype.name, "one real number per voxel")
-    array = array.reshape(shape[:3]) if array.ndim == 4 else array
-    low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
-    if low == high:
-        raise CTIntensityError(source, "voxels", f"{low:g} everywhere", "an image")
-    is_hu = low <= MAX_HU_MINIMUM
-    if not is_hu and not allow_non_hu:
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
         raise CTIntensityError(
-            source,
-            "voxel range",
-            f"{low:g} to {high:g}",
-            f"Hounsfield units with air below {MAX_HU_MINIMUM:g}: the rescale to HU is missing, or this is an 8-bit "
-            "export. allow_non_hu=True accepts it with your own hu_window",
+            source, "rescale slope and intercept", f"{slope:g} and {intercept:g}", "finite, slope > 0"
         )
+    array = array.reshape(shape[:3]) if array.ndim == 4 else array
+    is_hu = _check_intensities(array, slope, intercept, source, allow_non_hu)
     orientation = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
     )
@@ -452,11 +218,87 @@ def _volume(array: np.ndarray, affine: np.ndarray, source: str, allow_non_hu: bo
         flips=flips,
         spacing=tuple(float(spacing[axis]) for axis in axes),
         source=source,
+        layout=layout,
+        slope=float(slope),
+        intercept=float(intercept),
         is_hu=is_hu,
     )
 
 
-def _check_affine(affine: np.ndarray, source: str):
+def lps_affine(spacing, source: str) -> np.ndarray:
+    """RAS affine of an array in LPS order, with the origin at its first voxel."""
+    expected = "three numbers (x, y, z) in mm, above 0"
+    try:
+        numbers = tuple(float(mm) for mm in spacing)
+    except (TypeError, ValueError) as error:
+        raise CTGeometryError(source, "spacing", f"a {type(spacing).__name__} without them", expected) from error
+    if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative one would mirror the patient
+        raise CTGeometryError(source, "spacing", numbers, expected)
+    return LPS_TO_RAS @ np.diag([*numbers, 1.0])
+
+
+def lps_grid(axes: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """RAS affine of axes (columns, in mm) and an origin in LPS."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes, origin
+    return LPS_TO_RAS @ affine
+
+
+def check_shape(shape: tuple[int, ...], source: str) -> None:
+    """Refuse what is not a volume of a plausible size; readers also ask before they allocate it.
+
+    Raises:
+        CTGeometryError
+    """
+    shape = tuple(int(n) for n in shape)
+    if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 1):
+        raise CTGeometryError(source, "shape", shape, "three axes")
+    if min(shape[:3]) < MIN_LENGTH or max(shape[:3]) > MAX_LENGTH:
+        raise CTGeometryError(source, "shape", shape, f"{MIN_LENGTH} to {MAX_LENGTH} voxels along each axis")
+
+
+def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
+    """Whether the voxels are Hounsfield units; an error where they are not and the caller did not allow it."""
+    stored = float(array.min()), float(array.max())  # NaN goes through
+    low, high = (value * slope + intercept for value in stored)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
+    if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
+        raise CTIntensityError(source, "voxel range", f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}")
+    if low == high:
+        raise CTIntensityError(source, "voxels", f"{low:g} everywhere", "an image")
+    in_range = MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU
+    sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
+    soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
+    if in_range and soft >= MIN_SOFT_TISSUE:
+        return True
+    if allow_non_hu:
+        return False
+    if in_range:
+        raise CTIntensityError(
+            source,
+            "soft tissue",
+            f"{soft:.1%} of the voxels",
+            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU: a rescale is "
+            "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
+            "it with your own hu_window",
+        )
+    if low >= 0 and high <= 255:
+        reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
+    elif low >= 0:
+        reason = "the rescale to HU is missing (as in version 1 of CT-RATE: pass the scan's metadata)"
+    else:
+        reason = "a rescale is missing or was applied twice"
+    raise CTIntensityError(
+        source,
+        "voxel range",
+        f"{low:g} to {high:g}",
+        f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}: {reason}. "
+        "allow_non_hu=True accepts it with your own hu_window",
+    )
+
+
+def _check_affine(affine: np.ndarray, source: str) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise CTGeometryError(source, "affine", "not finite", "a 4x4 matrix of finite numbers")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -487,6 +329,8 @@ def resample(
     crop_foreground: bool = True,
     foreground_hu: float = -1000.0,
     hu_window: tuple[float, float] = (-1000.0, 200.0),
+    antialias: bool = False,
+    digest: bool = True,
 ) -> tuple[torch.Tensor, CTGeometry]:
     """Clip to the window, map it to [-1, 1], and interpolate once, trilinearly, to a fixed grid.
 
@@ -499,6 +343,9 @@ def resample(
         size: voxels (depth, height, width).
         spacing: mm (depth, height, width), or `None` to stretch.
         crop_foreground: use the bounding box of the voxels above `foreground_hu` instead of the whole volume.
+        antialias: where the tensor's grid is coarser than the scan's, average over a triangle as wide as two of its
+            voxels, as PIL and `torch.nn.functional.interpolate(antialias=True)` do, in place of two neighbours.
+        digest: take the SHA-256 of the content, which costs as much again as the interpolation.
 
     Returns:
         float32 tensor (1, depth, height, width), and the geometry that leads back.
@@ -521,24 +368,38 @@ def resample(
             (start + stop - 1) / 2 - step * (count - 1) / 2
             for (start, stop), step, count in zip(box, scale, counts, strict=True)
         ]
-    weights = [
-        _linear_weights(_positions(offset[axis], scale[axis], counts[axis], *limits[axis]), *limits[axis])
+    x, y, z = (
+        _taps(_positions(offset[axis], scale[axis], counts[axis], limits[axis][0]), *limits[axis],
+              width=max(1.0, scale[axis]) if antialias else 1.0)
         for axis in range(3)
-    ]
-    (x, along_x), (y, along_y), (z, along_z) = weights
-    planes = volume.array[x : x + along_x.shape[1], y : y + along_y.shape[1]].T  # [z, y, x]
+    )  # fmt: skip
+    (x_start, x_stop), (y_start, y_stop) = x.touched, y.touched
+    planes = volume.array[x_start:x_stop, y_start:y_stop].T  # [z, y, x]
+    x, y = x.shifted(x_start), y.shifted(y_start)
     low, high = hu_window
-    result = torch.zeros(tuple(size))
-    for depth, row in enumerate(along_z):
-        touched = row.nonzero().flatten().tolist()
-        if touched:
-            # In window units with air at 0, so that zero weights outside the volume mean air.
-            mixed = sum(_window(planes[z + k], low, high).mul_(row[k]) for k in touched)
-            result[depth] = along_y @ mixed @ along_x.T
-    tensor = result[None].mul_(2).sub_(1).clamp_(-1, 1)
+    result = np.zeros(tuple(size), np.float32)
+    windowed: dict[int, np.ndarray] = {}  # planes that the next slice of the tensor may need again
+    for depth, (indices, weights) in enumerate(zip(z.indices, z.weights, strict=True)):
+        touched = [(int(k), weight) for k, weight in zip(indices, weights, strict=True) if weight]
+        if not touched:
+            continue
+        first = min(k for k, _ in touched)
+        windowed = {k: plane for k, plane in windowed.items() if k >= first}
+        mixed = None
+        for k, weight in touched:
+            if k not in windowed:
+                windowed[k] = _window(planes[k], volume, low, high)
+            term = windowed[k] * weight
+            mixed = term if mixed is None else np.add(mixed, term, out=mixed)
+        result[depth] = x.interpolate(y.interpolate(mixed, axis=0), axis=1)
+    # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
+    result *= np.float32(2 / (high - low))
+    result -= 1
+    tensor = torch.from_numpy(np.clip(result, -1, 1, out=result))[None]
     geometry = CTGeometry(
         source=volume.source,
-        sha256=volume.sha256,
+        layout=volume.layout,
+        sha256=volume.sha256 if digest else None,
         is_hu=volume.is_hu,
         shape=volume.shape,
         affine=tuple(tuple(float(value) for value in row) for row in volume.affine),
@@ -552,29 +413,33 @@ def resample(
     return tensor, geometry
 
 
-def _window(plane: np.ndarray, low: float, high: float) -> torch.Tensor:
-    """A float32 copy of a plane, clipped to the window and mapped to [0, 1]."""
-    values = torch.from_numpy(np.array(plane, dtype=np.float32, order="C"))
-    return values.clamp_(low, high).sub_(low).div_(high - low)
+def _window(plane: np.ndarray, volume: CTVolume, low: float, high: float) -> np.ndarray:
+    """A float32 copy of a plane in HU above `low`, clipped to the window."""
+    values = np.array(plane, dtype=np.float32, order="C")
+    if volume.slope != 1:
+        values *= np.float32(volume.slope)
+    values += np.float32(volume.intercept - low)
+    return np.clip(values, 0, np.float32(high - low), out=values)
 
 
 def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int], ...]:
-    """Half-open bounding box per axis of the voxels above the threshold."""
+    """Half-open bounding box per axis of the voxels above the threshold.
+
+    By maximum projections: a mask of the whole grid would be another copy of it.
+    """
     planes = volume.array.T
-    present = [np.zeros(n, dtype=bool) for n in volume.array.shape]
-    for z, plane in enumerate(planes):  # plane by plane: a mask of the whole grid would be another copy of it
-        above = plane > threshold
-        rows = above.any(axis=1)
-        present[2][z] = rows.any()
-        present[1] |= rows
-        present[0] |= above.any(axis=0)
-    if not present[2].any():
-        raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
-    spans = [np.flatnonzero(flags) for flags in present]
-    return tuple((int(span[0]), int(span[-1]) + 1) for span in spans)
+    in_plane = planes.max(axis=0)
+    projections = (in_plane.max(axis=0), in_plane.max(axis=1), np.array([plane.max() for plane in planes]))
+    box = []
+    for projection in projections:
+        span = np.flatnonzero(projection * volume.slope + volume.intercept > threshold)
+        if not len(span):
+            raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
+        box.append((int(span[0]), int(span[-1]) + 1))
+    return tuple(box)
 
 
-def _positions(offset: float, scale: float, count: int, start: int, stop: int) -> np.ndarray:
+def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarray:
     """Where the tensor's indices lie on the LPS grid.
 
     In float32 from the first voxel on, as `torch.nn.functional.interpolate` computes them: at voxel 400 its rounding
@@ -585,25 +450,50 @@ def _positions(offset: float, scale: float, count: int, start: int, stop: int) -
     return (np.float32(scale) * steps - np.float32(0.5) + half).astype(np.float64) + start
 
 
-def _linear_weights(positions: np.ndarray, start: int, stop: int) -> tuple[int, torch.Tensor]:
-    """Weights of linear interpolation at `positions` on the voxels start..stop-1.
+@dataclass(frozen=True, eq=False)
+class _Taps:
+    """Interpolation along one axis: output i is the sum over t of `weights[i, t]` times input `indices[i, t]`."""
 
-    Beyond the centre of a border voxel its value holds up to its edge; outside the edge all weights are 0.
+    indices: np.ndarray
+    weights: np.ndarray
 
-    Returns:
-        First voxel touched, and weights (positions, touched voxels) in float32.
+    @property
+    def touched(self) -> tuple[int, int]:
+        """Half-open range of the inputs that have a weight."""
+        used = self.indices[self.weights > 0]
+        return (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
+
+    def shifted(self, start: int) -> "_Taps":
+        """The same on an input that begins at `start`."""
+        return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
+
+    def interpolate(self, values: np.ndarray, axis: int) -> np.ndarray:
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        result = None
+        for indices, weights in zip(self.indices.T, self.weights.T, strict=True):
+            term = values.take(indices, axis)
+            term *= weights.reshape(shape)
+            result = term if result is None else np.add(result, term, out=result)
+        return result
+
+
+def _taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> _Taps:
+    """Weights at `positions` of the voxels start..stop-1, by a triangle that falls to 0 at `width` voxels.
+
+    Width 1 is linear interpolation. Beyond the centre of a border voxel its value holds up to its edge; outside the
+    edge all weights are 0.
     """
     inside = (positions > start - 0.5 - 1e-6) & (positions < stop - 0.5 + 1e-6)
-    clamped = positions.clip(start, stop - 1)
-    left = np.minimum(np.floor(clamped).astype(int), stop - 1)
-    right = np.minimum(left + 1, stop - 1)
-    first = int(left[inside].min()) if inside.any() else start
-    last = int(right[inside].max()) if inside.any() else start
-    weights = np.zeros((len(positions), last - first + 1), dtype=np.float32)
-    rows, fraction = np.flatnonzero(inside), clamped - left
-    np.add.at(weights, (rows, left[inside] - first), 1 - fraction[inside])
-    np.add.at(weights, (rows, right[inside] - first), fraction[inside])
-    return first, torch.from_numpy(weights)
+    centres = positions if width > 1 else positions.clip(start, stop - 1)
+    first = np.floor(centres - width).astype(int) + 1 if width > 1 else np.floor(centres).astype(int)
+    indices = first[:, None] + np.arange(math.ceil(2 * width) if width > 1 else 2)
+    weights = (1 - np.abs(indices - centres[:, None]) / width).clip(min=0)
+    weights[~inside] = 0
+    weights[(indices < start) | (indices >= stop)] = 0
+    total = weights.sum(axis=1, keepdims=True)
+    weights = np.divide(weights, total, out=weights, where=total > 0)
+    return _Taps(indices.clip(start, stop - 1), weights.astype(np.float32))
 
 
 def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
@@ -615,24 +505,21 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.nd
     Returns:
         float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
     """
-    values = torch.as_tensor(map).detach().cpu().float()
-    if tuple(values.shape) != geometry.size:
-        raise ValueError(f"The map has shape {tuple(values.shape)}, the geometry is of a tensor {geometry.size}.")
-    for lps in range(3):  # x, y, z; the last axis of `values` each time
+    values = torch.as_tensor(map).detach().cpu().float().numpy()
+    if values.shape != geometry.size:
+        raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
+    for lps, axis in ((0, 2), (1, 1), (2, 0)):  # of [z, y, x]
         length = geometry.shape[geometry.axes[lps]]
         positions = (np.arange(length) - geometry.offset[lps]) / geometry.scale[lps]
-        first, weights = _linear_weights(positions, 0, geometry.size[2 - lps])
-        values = values[..., first : first + weights.shape[1]] @ weights.T
-        values = values.movedim(-1, 0)
-    array = values.permute(2, 1, 0).numpy()  # the three moves leave (z, y, x)
-    array = array[tuple(slice(None, None, -1 if flip else 1) for flip in geometry.flips)]
+        values = _taps(positions, 0, geometry.size[axis]).interpolate(values, axis)
+    array = values.T[tuple(slice(None, None, -1 if flip else 1) for flip in geometry.flips)]
     return np.ascontiguousarray(array.transpose(np.argsort(geometry.axes))).reshape(geometry.shape)
 
 
 def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
     """Write a map on the tensor's grid as NIfTI (.nii or .nii.gz) with the shape and affine of the input file.
 
-    The file appears complete or not at all.
+    Where that states no grid, the map has the one under which it was read. The file appears complete or not at all.
     """
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
@@ -642,8 +529,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".map-", suffix=suffix, delete=False) as file:
-        temporary = Path(file.name)
+    temporary = path.with_name(f".map-{uuid.uuid4().hex[:8]}{suffix}")  # tempfile's are for the user's eyes alone
     try:
         nib.save(image, temporary)
         os.replace(temporary, path)
@@ -654,13 +540,19 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
 
 
 __all__ = [
+    "GIVEN",
+    "PREPROCESSING_VERSION",
+    "STATED",
     "CTGeometry",
     "CTGeometryError",
     "CTInputError",
     "CTIntensityError",
     "CTReadError",
     "CTVolume",
-    "read_ct",
+    "check_shape",
+    "lps_affine",
+    "lps_grid",
+    "make_volume",
     "resample",
     "save_map",
     "to_input_grid",

@@ -1,0 +1,320 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""NIfTI files and images, and the layouts of datasets that keep in tables what their headers leave out."""
+
+import ast
+import csv
+import gzip
+import io
+import math
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from .decoding_diffvp import MAX_BYTES, decode, read_bytes
+from .volume_diffvp import (
+    GIVEN,
+    MAX_HU_MINIMUM,
+    STATED,
+    CTGeometryError,
+    CTIntensityError,
+    CTReadError,
+    CTVolume,
+    check_shape,
+    lps_affine,
+    make_volume,
+)
+
+MAX_HEADER = 2**24  # bytes before the voxels, extensions included
+MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of one spacing
+
+CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
+RADGENOME = "RadGenome-ChestCT preprocessed: identity affine, read as 1 x 1 x 3 mm in LPS order"
+
+
+@dataclass(frozen=True)
+class CTMetadata:
+    """What a dataset's table says of a volume whose own header is blank (CT-RATE version 1).
+
+    Attributes:
+        slope, intercept: stored values to Hounsfield units.
+        spacing: mm along x, y, z.
+    """
+
+    slope: float
+    intercept: float
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def from_ct_rate(cls, row: Mapping[str, str]) -> "CTMetadata":
+        """From a row of CT-RATE's `{train,validation}_metadata.csv`.
+
+        Raises:
+            CTReadError: a column is missing or no number.
+            CTGeometryError: the scan lies otherwise than the array order of CT-RATE says (head first, supine axes).
+        """
+        source = row.get("VolumeName") or "metadata"
+        values = {}
+        for column in ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing", "ImageOrientationPatient"):
+            try:
+                values[column] = np.array(ast.literal_eval(row[column]), dtype=float)
+            except (KeyError, TypeError, ValueError, SyntaxError) as error:
+                raise CTReadError(source, column, repr(row.get(column)), "numbers, as in CT-RATE's table") from error
+        # Blank headers keep the array alone, whose order follows from these two columns.
+        if not np.array_equal(values["ImageOrientationPatient"], [1, 0, 0, 0, 1, 0]):
+            raise CTGeometryError(source, "ImageOrientationPatient", row["ImageOrientationPatient"], "[1,0,0,0,1,0]")
+        if row.get("PatientPosition") != "HFS":
+            raise CTGeometryError(source, "PatientPosition", repr(row.get("PatientPosition")), "HFS")
+        lengths = {"XYSpacing": (2,), "ImageOrientationPatient": (6,)}
+        for column, numbers in values.items():
+            if numbers.shape != lengths.get(column, ()):
+                raise CTReadError(source, column, repr(row[column]), "as many numbers as in CT-RATE's table")
+        x, y = values["XYSpacing"]
+        return cls(float(values["RescaleSlope"]), float(values["RescaleIntercept"]), (x, y, float(values["ZSpacing"])))
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`]."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "VolumeName" not in (reader.fieldnames or ()):
+                raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
+            return {row["VolumeName"]: row for row in reader}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CTReadError(Path(path).name, "content", "unreadable", "a CSV table in UTF-8") from error
+
+
+def read_nifti(
+    content: Path | bytes,
+    source: str,
+    spacing: tuple[float, float, float] | None = None,
+    allow_non_hu: bool = False,
+    metadata: CTMetadata | None = None,
+) -> CTVolume:
+    """A NIfTI file or its bytes: the header through nibabel, the voxels with the exact count that it promises."""
+    head = read_bytes(content, 4096 + 1024, source)
+    codec = "gzip" if head[:2] == b"\x1f\x8b" else None
+    if codec:
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(head)) as stream:
+                head = stream.read(540)
+        except (OSError, EOFError, zlib.error) as error:
+            raise CTReadError(source, "content", "a damaged gzip stream", "a NIfTI file") from error
+    header = _nifti_header(head, source)
+    dtype, shape = header.get_data_dtype(), header.get_data_shape()
+    check_shape(shape, source)
+    offset = float(header["vox_offset"])
+    if not (header.sizeof_hdr + 4 <= offset <= MAX_HEADER and offset.is_integer()):
+        raise CTReadError(source, "vox_offset", f"{offset:g}", f"{header.sizeof_hdr + 4} to {MAX_HEADER} bytes")
+    offset = int(offset)
+    raw = decode(content, 0, offset + math.prod(shape) * dtype.itemsize, codec, source)
+    array = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
+    return _from_header(header, array, source, spacing, allow_non_hu, metadata)
+
+
+def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
+    """The header in the first bytes of a file, NIfTI-1 or -2 in either byte order."""
+    orders = {struct.unpack(order + "i", head[:4])[0]: order for order in "<>"} if len(head) >= 4 else {}
+    if 540 in orders:
+        kind, length, magic = nib.Nifti2Header, 540, head[4:8] == b"n+2\0"
+    else:
+        kind, length, magic = nib.Nifti1Header, 348, head[344:348] == b"n+1\0"
+    if length not in orders or len(head) < length:
+        found = "cut off" if length in orders else sorted(orders) or "missing"
+        raise CTReadError(source, "sizeof_hdr", found, "348 or 540: a NIfTI header")
+    if not magic:
+        raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
+    # Without the extensions, which may be long, and without nibabel's own check, which repairs by guesses and prints.
+    header = kind(head[:length], orders[length], check=False)
+    try:
+        dtype = header.get_data_dtype()
+    except (nib.spatialimages.HeaderDataError, KeyError) as error:
+        raise CTIntensityError(source, "datatype", "unknown", "one of NIfTI's that nibabel reads") from error
+    if dtype.kind not in "iuf":
+        raise CTIntensityError(source, "datatype", dtype.name, "one real number per voxel")
+    if int(header["bitpix"]) != dtype.itemsize * 8:
+        raise CTReadError(source, "bitpix", int(header["bitpix"]), f"{dtype.itemsize * 8}, as of {dtype.name}")
+    return header
+
+
+def from_nibabel(
+    image: nib.spatialimages.SpatialImage,
+    source: str,
+    spacing: tuple[float, float, float] | None = None,
+    allow_non_hu: bool = False,
+    metadata: CTMetadata | None = None,
+) -> CTVolume:
+    """An image in memory or a lazy one of a file. Of a file, the voxels are read by this module."""
+    if not isinstance(image, nib.nifti1.Nifti1Pair):
+        raise CTReadError(source, "type", type(image).__name__, "a NIfTI image, whose header states left and right")
+    if image.get_data_dtype().kind not in "iuf":
+        raise CTIntensityError(source, "datatype", image.get_data_dtype().name, "one real number per voxel")
+    check_shape(image.shape, source)
+    header = image.header.copy()
+    if nib.is_proxy(image.dataobj):
+        array = _from_proxy(image.dataobj, source)
+        header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)
+    else:
+        array = np.asanyarray(image.dataobj)
+        header.set_slope_inter(1, 0)  # such an array is scaled already
+    return _from_header(header, array, source, spacing, allow_non_hu, metadata)
+
+
+def _from_proxy(proxy: nib.arrayproxy.ArrayProxy, source: str) -> np.ndarray:
+    """The stored voxels of an image that nibabel has not loaded yet."""
+    count = math.prod(proxy.shape)
+    expected = proxy.offset + count * proxy.dtype.itemsize
+    if isinstance(proxy.file_like, (str, os.PathLike)):
+        content = Path(proxy.file_like)
+    else:
+        try:
+            proxy.file_like.seek(0)
+            content = proxy.file_like.read(min(expected, MAX_BYTES) + 1)
+        except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
+            raise CTReadError(source, "content", "unreadable", "an open file that is not damaged") from error
+    codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
+    raw = decode(content, 0, expected, codec, source)
+    return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order="F")
+
+
+def _from_header(
+    header: nib.Nifti1Header,
+    array: np.ndarray,
+    source: str,
+    spacing: tuple[float, float, float] | None,
+    allow_non_hu: bool,
+    metadata: CTMetadata | None,
+) -> CTVolume:
+    """Decide what the stored values and the grid are, from the header, the voxels and what the caller adds."""
+    try:
+        slope, intercept = header.get_slope_inter()  # None for a slope of 0, or of NaN, which nibabel writes for it
+        if np.isinf(header["scl_slope"]):
+            raise CTIntensityError(source, "scl_slope", "infinite", "a finite number")
+    except nib.spatialimages.HeaderDataError as error:
+        raise CTIntensityError(source, "scl_slope and scl_inter", "not finite", "finite numbers") from error
+    slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+    affine = _stated_affine(header, source)
+    if affine is not None:
+        if spacing is not None:
+            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= here: the header states one")
+        if metadata is not None:
+            _compare(header, array, slope, intercept, metadata, source)
+        volume = make_volume(
+            array, affine, source, STATED, slope=slope, intercept=intercept, allow_non_hu=allow_non_hu
+        )
+        stated, zooms = np.linalg.norm(affine[:3, :3], axis=0), header["pixdim"][1:4]
+        if not np.allclose(stated, zooms, rtol=MAX_METADATA_DEVIATION):
+            found, expected = (" x ".join(f"{mm:.4g}" for mm in lengths) for lengths in (zooms, stated))
+            raise CTGeometryError(source, "pixdim", f"{found} mm", f"{expected} mm, as the sform says")
+        return volume
+    low = float(array.min()) * slope + intercept
+    if metadata is not None:
+        if spacing is not None:
+            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= beside metadata=, which states one")
+        if (slope, intercept) != (1, 0):
+            found = f"{slope:g} and {intercept:g}"
+            raise CTIntensityError(
+                source, "scl_slope and scl_inter", found, "1 and 0, for the metadata state a rescale"
+            )
+        if low < 0:
+            raise CTIntensityError(
+                source, "voxel minimum", f"{low:g} below a blank header",
+                "0 or above: raw values that the metadata's rescale applies to. These seem rescaled already",
+            )  # fmt: skip
+        return make_volume(
+            array, lps_affine(metadata.spacing, source), source,
+            f"{CT_RATE_V1} (slope {metadata.slope:g}, intercept {metadata.intercept:g})",
+            slope=metadata.slope, intercept=metadata.intercept, allow_non_hu=allow_non_hu,
+        )  # fmt: skip
+    if spacing is not None:
+        return make_volume(
+            array, lps_affine(spacing, source), source, GIVEN, slope=slope, intercept=intercept,
+            allow_non_hu=allow_non_hu,
+        )  # fmt: skip
+    if _is_radgenome(header, array, low):
+        return make_volume(
+            array, lps_affine((1, 1, 3), source), source, RADGENOME, slope=slope, intercept=intercept,
+            allow_non_hu=allow_non_hu,
+        )  # fmt: skip
+    raise CTGeometryError(
+        source, "grid", "not stated (qform and sform unset or an identity)",
+        "one that is: left and right are unknown without it. For version 1 of CT-RATE pass metadata=; if you know "
+        "that the array is in LPS order, pass spacing="
+    )  # fmt: skip
+
+
+def _stated_affine(header: nib.Nifti1Header, source: str) -> np.ndarray | None:
+    """The grid that the header states; `None` where it holds nothing but what an unset header holds."""
+    codes = {name: int(header[name]) for name in ("qform_code", "sform_code")}
+    for name, code in codes.items():
+        if not 0 <= code <= 5:
+            raise CTGeometryError(source, name, code, "0 to 5")
+    if not any(codes.values()):
+        return None
+    unit = int(header["xyzt_units"]) % 8
+    if unit not in (0, 2):
+        raise CTGeometryError(source, "xyzt_units", {1: "metres", 3: "microns"}.get(unit, unit), "mm, or unknown")
+    zooms = header["pixdim"][1:4]
+    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
+        found = " x ".join(f"{mm:g}" for mm in zooms)
+        raise CTGeometryError(source, "pixdim", found, "three finite numbers above 0")
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # as the standard says of it
+    try:
+        with np.errstate(invalid="ignore"):  # a NaN is refused with the whole affine
+            qform, qform_code = header.get_qform(coded=True)
+            sform, sform_code = header.get_sform(coded=True)
+    except (nib.spatialimages.HeaderDataError, ValueError) as error:
+        raise CTGeometryError(source, "qform", "invalid", "a rotation") from error
+    affine = sform if sform_code else qform
+    if qform_code and sform_code:
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.get_data_shape()[:3]], [1], indexing="ij"))
+        apart = float(np.abs((qform - sform) @ corners.reshape(4, -1)).max())
+        if not apart <= max(header.get_zooms()[:3]):
+            raise CTGeometryError(source, "qform and sform", f"up to {apart:.1f} mm apart", "one and the same grid")
+    unset = np.array_equal(np.abs(affine), np.eye(4))  # 1 mm, axes along the patient's, and the origin at exactly 0
+    return None if unset else affine
+
+
+def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata: CTMetadata, source: str) -> None:
+    """A header that states a grid against the dataset's table: the same spacing, and voxels that are HU already."""
+    low = float(array.min()) * slope + intercept
+    if low > MAX_HU_MINIMUM:
+        raise CTIntensityError(
+            source, "voxel minimum", f"{low:g} below a header that states a grid",
+            "Hounsfield units below such a header, or a blank header above raw values: the two disagree",
+        )  # fmt: skip
+    spacing = np.array(header.get_zooms()[:3], dtype=float)
+    if not np.allclose(sorted(spacing), sorted(metadata.spacing), rtol=MAX_METADATA_DEVIATION):
+        found = " x ".join(f"{mm:.4g}" for mm in spacing)
+        expected = " x ".join(f"{mm:.4g}" for mm in metadata.spacing)
+        raise CTGeometryError(source, "spacing", f"{found} mm", f"{expected} mm, as the metadata says")
+
+
+def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bool:
+    """Whether this is RadGenome-ChestCT's preprocessing: floats in HU below `np.eye(4)`, flat as slices of 3 mm are.
+
+    A chest of 1 mm slices is about as high as it is wide; one of 3 mm slices has a third as many.
+    """
+    sform, code = header.get_sform(coded=True)
+    x, y, z = array.shape[:3]
+    return bool(
+        code
+        and np.array_equal(sform, np.eye(4))
+        and array.dtype.kind == "f"
+        and low <= MAX_HU_MINIMUM
+        and 150 <= min(x, y)
+        and not (x == y and x % 128 == 0)  # a scanner's matrix, where RadGenome has cropped to the patient
+        and 3 * z <= 1.5 * max(x, y) + 150
+        and z <= 0.6 * min(x, y)
+    )
+
+
+__all__ = ["CT_RATE_V1", "RADGENOME", "CTMetadata", "from_nibabel", "load_metadata", "read_nifti"]

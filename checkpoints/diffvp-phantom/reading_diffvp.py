@@ -1,0 +1,162 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""A file or an object in, a validated CT out: [`read_ct`]. Everything else is refused by a [`CTInputError`].
+
+Sizes are checked before anything is allocated: a file that promises more voxels than it holds, or a small one that
+would inflate to gigabytes, is refused at once. Each format has a file of its own: `nifti_diffvp.py`,
+`nrrd_diffvp.py` (also MetaImage), `dicom_diffvp.py`.
+"""
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
+from .nrrd_diffvp import read_metaimage, read_nrrd
+from .volume_diffvp import (
+    GIVEN,
+    STATED,
+    CTGeometryError,
+    CTIntensityError,
+    CTReadError,
+    CTVolume,
+    check_shape,
+    lps_affine,
+    lps_grid,
+    make_volume,
+)
+
+
+def read_ct(
+    ct,
+    spacing: tuple[float, float, float] | None = None,
+    allow_non_hu: bool = False,
+    metadata: CTMetadata | None = None,
+    series: int | str | None = None,
+) -> CTVolume:
+    """Read and validate one CT.
+
+    Args:
+        ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
+            DICOM slices; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a
+            NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
+            posterior, z to superior (LPS)**, together with `spacing`.
+        spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
+            known to be in LPS order. Other files carry their own.
+        allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
+            as they are, so set a `hu_window` that fits them. The result is marked `is_hu=False`.
+        metadata: what the dataset's table says of a NIfTI file; used where the header is blank and the voxels are
+            raw, compared where the header states a grid, and refused where the two disagree.
+        series: which DICOM series of several: its number in the list that the refusal gives, or its UID.
+
+    Raises:
+        CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
+    """
+    given = {"spacing": spacing, "metadata": metadata, "series": series}
+    if isinstance(ct, CTVolume):
+        _refuse(ct.source, **given)
+        return ct
+    if isinstance(ct, torch.Tensor):
+        try:
+            ct = ct.detach().cpu()
+            ct = (ct.float() if ct.dtype == torch.bfloat16 else ct).numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
+            raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
+    if isinstance(ct, np.ndarray):
+        _refuse("array", metadata=metadata, series=series)
+        if np.ma.is_masked(ct):
+            raise CTReadError("array", "mask", "set in places", "a value in every voxel")
+        if spacing is None:
+            raise CTGeometryError("array", "spacing", "missing", "spacing=(x, y, z) in mm")
+        ct = np.asarray(ct)
+        return make_volume(ct, lps_affine(spacing, "array"), "array", GIVEN, allow_non_hu=allow_non_hu)
+    source = _source(ct)
+    options = {"spacing": spacing, "allow_non_hu": allow_non_hu, "metadata": metadata}
+    if isinstance(ct, dict) and set(ct) == {"path", "bytes"}:  # an undecoded `datasets.Nifti` value
+        path, content = ct["path"], ct["bytes"]
+        if not isinstance(path, (str, os.PathLike, type(None))) or not isinstance(content, (bytes, type(None))):
+            found = f"{type(path).__name__} and {type(content).__name__}"
+            raise CTReadError("datasets.Nifti value", "path and bytes", found, "str and bytes, or None for one")
+        if content is not None:
+            _refuse(source, series=series)
+            return read_nifti(content, Path(path).name if path else "NIfTI bytes", **options)
+        if path is None:
+            raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
+        return read_ct(path, spacing, allow_non_hu, metadata, series)
+    if isinstance(ct, nib.spatialimages.SpatialImage):
+        _refuse(source, series=series)
+        return from_nibabel(ct, source, **options)
+    if _is_simpleitk(ct):
+        _refuse(source, **given)
+        return _from_simpleitk(ct, source, allow_non_hu)
+    if not isinstance(ct, (str, os.PathLike)):
+        expected = "a path, a nibabel or SimpleITK image, a datasets.Nifti value or an array"
+        raise CTReadError("input", "type", type(ct).__name__, expected)
+    path = Path(ct)
+    # Of os.path, for these take a path that the system refuses (too long, with a zero byte) for one that is not there.
+    folder = os.path.isdir(path)
+    if ct == "" or not (folder or os.path.isfile(path)):
+        found = "not a regular file" if ct != "" and os.path.lexists(path) else "missing"
+        raise CTReadError(source, "path", found, "an existing file or a DICOM folder")
+    suffix = path.suffix.lower()
+    if folder or suffix == ".zip":
+        _refuse(source, spacing=spacing, metadata=metadata)
+        from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
+
+        return read_dicom(path, series=series, allow_non_hu=allow_non_hu)
+    _refuse(source, series=series)
+    if suffix == ".nii" or path.name.lower().endswith(".nii.gz"):
+        return read_nifti(path, source, **options)
+    _refuse(source, spacing=spacing, metadata=metadata)
+    if suffix in (".nrrd", ".nhdr"):
+        return read_nrrd(path, source, allow_non_hu)
+    if suffix in (".mha", ".mhd"):
+        return read_metaimage(path, source, allow_non_hu)
+    expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices"
+    raise CTReadError(source, "suffix", repr(path.suffix), expected)
+
+
+def _source(ct) -> str:
+    """A name for messages: the file's name without its folders, or the kind of object."""
+    if isinstance(ct, (str, os.PathLike)):
+        return Path(ct).name or str(ct)
+    if isinstance(ct, nib.spatialimages.SpatialImage):
+        return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
+    return "SimpleITK image" if _is_simpleitk(ct) else type(ct).__name__
+
+
+def _is_simpleitk(ct) -> bool:
+    """Without importing SimpleITK for this: who has such an image has imported it."""
+    return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
+
+
+def _refuse(source: str, **arguments) -> None:
+    """Refuse an argument that this kind of source cannot use, so that it does not go unheeded."""
+    for name, value in arguments.items():
+        if value is not None:
+            use = {
+                "spacing": "arrays and NIfTI files with a blank header",
+                "metadata": "NIfTI files",
+                "series": "DICOM",
+            }
+            raise CTReadError(source, name, repr(value), f"no {name}= here: it is for {use[name]}")
+
+
+def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:
+    import SimpleITK
+
+    kind = image.GetPixelIDTypeAsString()
+    if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind or "label" in kind:
+        raise CTIntensityError(source, "pixel type", kind, "one real number per voxel")
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    check_shape(image.GetSize(), source)
+    affine = lps_grid(np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing(), np.array(image.GetOrigin()))
+    array = SimpleITK.GetArrayFromImage(image).T
+    return make_volume(array, affine, source, STATED, allow_non_hu=allow_non_hu)
+
+
+__all__ = ["CTMetadata", "load_metadata", "read_ct"]
