@@ -47,7 +47,7 @@ def demo(
         written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
-    out.print("\nOn a scan of your own: [bold]diffvp report FILE[/bold]  (NIfTI, NRRD, MetaImage or a DICOM folder)")
+    out.print("\nOn a scan of your own: [bold]diffvp report FILE[/bold]  (NIfTI, NRRD, MetaImage, or a folder or .zip of DICOM slices)")
 
 
 @app.command()
