@@ -47,7 +47,9 @@ def demo(
         written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
-    out.print("\nOn a scan of your own: [bold]diffvp report FILE[/bold]  (NIfTI, NRRD, MetaImage, or a folder or .zip of DICOM slices)")
+    out.print(
+        "\nOn a scan of your own: [bold]diffvp report FILE[/bold]  (NIfTI, NRRD, MetaImage, DICOM folder or .zip)"
+    )
 
 
 @app.command()
