@@ -11,7 +11,6 @@ Stage 1 trains a 3D ResNet-18 on the 18 labels. Its backbone also becomes the fr
 trains resampler, deltas, prompt generator, projection, auxiliary head and LoRA.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from .checkpoint_diffvp import locate_base_model
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import TensorCache, VolumeCache, preprocessing, state_sha256
 from .data.lesions import CELL, lesion_cells, lesion_mask_path, token_targets
-from .data.pairing import pair_reference
+from .data.pairing import chance, pair_reference
 from .data.radgenome import Case, load_cases, normal_pool
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
@@ -394,11 +393,6 @@ def cached_features(
 
     entries = [cache.get(case.volume, lambda case=case: compute(case)) for case in track(cases, "Features")]
     return torch.stack([e["features"] for e in entries]), torch.stack([e["diagnosis_logits"] for e in entries])
-
-
-def chance(key: str) -> float:
-    """A number in [0, 1) that is a function of the key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 class ReportBatches:

@@ -8,7 +8,6 @@ columns, ids and files; they never hold the text of a report, not even where col
 """
 
 import csv
-import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ import numpy as np
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.reading_diffvp import CTMetadata
+
+from .pairing import chance
 
 SHOWN_PROBLEMS = 20
 # RadGenome's ten regions, and what it found no region for.
@@ -132,7 +133,7 @@ def split_by_patient(cases: Sequence[Case], fraction: float, seed: int) -> tuple
         raise ValueError(f"{len(patients)} patient(s): expected at least two, one for each side")
 
     def position(patient: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:8], "big") / 2**64
+        return chance(f"{seed}:{patient}")
 
     ordered = sorted(patients, key=position)
     count = sum(position(patient) < fraction for patient in ordered)

@@ -1,9 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Random pairing of a training case with a normal reference."""
+"""Draws that depend on a key alone, and the random pairing of a training case with a normal reference."""
 
 import hashlib
 from collections.abc import Sequence
+
+
+def chance(key: str) -> float:
+    """A number in [0, 1), uniform over keys and a function of the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def pair_reference(case: str, pool: Sequence[str], seed: int, epoch: int) -> str:
