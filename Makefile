@@ -36,7 +36,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -62,6 +62,9 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
 		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
+
+test-kills: $(DEV)  ## kill a training run 50 times and see that no checkpoint is lost
+	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py -k kill --timeout 1200
 
 fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)

@@ -158,18 +158,32 @@ def pool_build(
 def train(
     config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as seed=1")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the data; say what the run would take; train nothing.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Devices that the dry run reckons with.")] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s that one of them does on such a model, for the time.")
+    ] = None,
 ) -> None:
-    """Train a model in both stages."""
+    """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
     with _one_line_errors(ModuleNotFoundError):  # the extra `train` is not installed
         import yaml
 
-        from .train_accelerate import TrainingConfig, run
+        from .checkpoint_diffvp import DiffVPCheckpointError
+        from .train_accelerate import run
+        from .training.checkpoints import CheckpointError
+        from .training.config import TrainingConfig
+        from .training.report import BaseModelError
     with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    with _one_line_errors(), _listed_problems():
-        run(loaded)
+    with _one_line_errors(CheckpointError, BaseModelError, DiffVPCheckpointError), _listed_problems():
+        if dry_run:
+            _print_estimate(loaded, processes, tflops)
+        else:
+            run(loaded)
 
 
 @app.command()
@@ -192,6 +206,38 @@ def evaluate(
 
 def main() -> None:
     app()
+
+
+def _print_estimate(config, processes: int, tflops: float | None) -> None:
+    """What a training run would take, once its data is found to be in order."""
+    from .training.cohort import load_cohort
+    from .training.estimate import ASSUMED_WORDS, TOKENS_PER_WORD, estimate
+
+    cohort = None
+    if Path(config.data.root).exists():
+        cohort = load_cohort(config)
+        out.print(
+            f"Data: {len(cohort.diagnosis)} cases for the classifier, {len(cohort.report)} for the generator, "
+            f"{len(cohort.validation)} for validation, {len(cohort.pool)} normal references. No problems found."
+        )
+    else:
+        out.print(f"No data at {config.data.root}: 1,000 reports of {ASSUMED_WORDS} words are assumed.")
+    found = estimate(config, cohort, processes)
+    table = Table("", "", title="Report generation")
+    for name, count in found.parameters.items():
+        table.add_row(f"parameters, {name}", f"{count:,}")
+    for name, size in found.memory_gb.items():
+        table.add_row(f"memory of one device, {name}", f"{size:.2f} GB")
+    table.add_row("memory of one device, together", f"{sum(found.memory_gb.values()):.2f} GB")
+    table.add_row("samples per epoch", f"{found.samples:,}")
+    table.add_row(f"tokens per sample ({TOKENS_PER_WORD} a word)", f"{found.tokens_per_sample:,}")
+    table.add_row("work per epoch", f"{found.tflop_per_epoch:,.0f} TFLOP")
+    if tflops is not None:
+        hours = found.hours_per_epoch(tflops * processes)
+        table.add_row(f"time per epoch, {processes} x {tflops:g} TFLOP/s", f"{hours:.2f} h")
+    out.print(table)
+    if tflops is None:
+        out.print("For a time per epoch give --tflops: about 200 for an A100, 400 for an H100 in bfloat16.")
 
 
 def _phantom(path: Path, seed: int) -> tuple[Path, str]:

@@ -4,15 +4,26 @@
 
 import hashlib
 import json
+import logging
 import os
+import sqlite3
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from isal import isal_zlib
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import BatchFeature
 
+from ..reading_diffvp import read_ct
 from ..volume_diffvp import PREPROCESSING_VERSION
+from .cases import Case
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM = "crc32"  # of an entry's tensors, in the metadata of its safetensors header
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -29,34 +40,162 @@ def state_sha256(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_raw(tensor))
     return digest.hexdigest()
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class ContentHashes:
+    """
+    The SHA-256 of volumes, remembered between runs: to read a cohort of terabytes again, only to learn that nothing
+    has changed, would cost more than the features.
+
+    A file counts as unchanged while its size, inode and times of modification *and* of status change are: the kernel
+    sets the last on every write, and no program can set it back.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        Path(root).mkdir(parents=True, exist_ok=True)
+        self.database = Path(root) / "hashes.sqlite"
+        with self._connect() as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS files "
+                "(path TEXT PRIMARY KEY, size INT, inode INT, mtime INT, ctime INT, sha256 TEXT)"
+            )
+        connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        # Several processes write; each waits for the others. A connection does not survive a fork, so each use opens
+        # its own.
+        return sqlite3.connect(self.database, timeout=60)
+
+    def __call__(self, volume: str | os.PathLike | dict) -> str:
+        """The hash of a file, of the names and files of a folder, or of a `datasets` value {"path", "bytes"}.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        if isinstance(volume, dict):
+            if volume.get("bytes") is not None:
+                return hashlib.sha256(volume["bytes"]).hexdigest()
+            volume = volume["path"]
+        path = Path(volume)
+        if not path.is_dir():
+            return self._file(path)
+        digest = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\0".encode())
+        return digest.hexdigest()
+
+    def _file(self, path: Path) -> str:
+        path = path.resolve()
+        status = path.stat()
+        state = (status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        connection = self._connect()
+        try:
+            row = connection.execute(
+                "SELECT size, inode, mtime, ctime, sha256 FROM files WHERE path = ?", (str(path),)
+            ).fetchone()
+            if row is not None and row[:4] == state:
+                return row[4]
+            sha256 = file_sha256(path)
+            with connection:
+                connection.execute(
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", (str(path), *state, sha256)
+                )
+            return sha256
+        finally:
+            connection.close()
 
 
 class TensorCache:
     """
-    A folder of small safetensors files, one per key. A write is atomic, so that a killed run leaves no half entry.
+    A folder of small safetensors files, one per key.
+
+    A write goes to a file of its own name and is then renamed, so that a killed run leaves no half entry and several
+    processes can write the same one. Each entry carries a checksum of its tensors; one that does not match is thrown
+    away and computed anew.
 
     Args:
         root: the folder; made if absent.
-        recipe: what the entries depend on besides the file (preprocessing settings, weights' hash): part of the key.
+        recipe: what the entries depend on besides the volume (preprocessing settings, weights' hash): part of the key.
+
+    Attributes:
+        hits, misses, damaged: what `get` has found so far.
     """
 
     def __init__(self, root: str | os.PathLike, recipe: dict):
         self.root = Path(root)
         self.root.mkdir(parents=True, exist_ok=True)
         self.recipe = json.dumps(recipe, sort_keys=True)
+        self.hits = self.misses = self.damaged = 0
 
-    def get(self, file: str | os.PathLike, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of `file`, from the cache or from `compute()`."""
-        key = hashlib.sha256(f"{file_sha256(file)}{self.recipe}".encode()).hexdigest()
-        path = self.root / f"{key}.safetensors"
-        if not path.exists():
-            temporary = self.root / f"{key}.{os.getpid()}.tmp"
-            save_file({name: tensor.contiguous() for name, tensor in compute().items()}, temporary)
+    def path(self, digest: str) -> Path:
+        """Where the entry of the volume with this hash lies."""
+        return self.root / f"{hashlib.sha256(f'{digest}{self.recipe}'.encode()).hexdigest()}.safetensors"
+
+    def get(self, digest: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of the volume with this hash, from the cache or from `compute()`."""
+        path = self.path(digest)
+        entry = self._read(path)
+        if entry is not None:
+            self.hits += 1
+            return entry
+        self.misses += 1
+        entry = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+        # A name that no other process and no killed run before has taken.
+        temporary = self.root / f"{path.stem}.{uuid.uuid4().hex}.tmp"
+        try:
+            save_file(entry, temporary, metadata={CHECKSUM: _checksum(entry)})
             os.replace(temporary, path)
-        with safe_open(path, "pt") as entry:
-            return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 (not a mapping)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return entry
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                checksum = (file.metadata() or {}).get(CHECKSUM)
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError, UnicodeDecodeError):
+            entry = checksum = None
+        if entry is not None and checksum == _checksum(entry):
+            return entry
+        self.damaged += 1
+        logger.warning("The cache entry %s is damaged; it is computed anew.", path.name)
+        return None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the folder's entries on disk."""
+        return sum(entry.stat().st_size for entry in os.scandir(self.root) if entry.name.endswith(".safetensors"))
+
+    def summary(self) -> dict[str, float | int]:
+        """Hits, misses, damaged entries, the share of hits, and the size in MB."""
+        total = max(self.hits + self.misses, 1)
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "damaged": self.damaged,
+            "hit_rate": self.hits / total,
+            "size_mb": self.bytes / 1e6,
+        }
+
+
+def _checksum(entry: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of names, shapes, types and values: a flipped bit anywhere in an entry that still parses changes it."""
+    crc = 0
+    for name, tensor in sorted(entry.items()):
+        crc = isal_zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
+        crc = isal_zlib.crc32(_raw(tensor), crc)
+    return f"{crc:08x}"
 
 
 # What of an image processor decides the tensor of a volume.
@@ -76,17 +215,51 @@ def preprocessing(image_processor) -> dict:
     return {"version": PREPROCESSING_VERSION} | {key: getattr(image_processor, key) for key in PREPROCESSING}
 
 
+# What of a model's configuration decides the encoder's output, besides its weights.
+ENCODER = (
+    "encoder_block_channels",
+    "encoder_stride",
+    "encoder_max_pool",
+    "encoder_shortcut_type",
+    "image_size",
+)
+
+
+def encoder_recipe(model) -> dict:
+    """What the frozen encoder's output depends on, of any model that has a `vision_encoder`."""
+    return {
+        "encoder": state_sha256(model.vision_encoder),
+        "dtype": str(next(model.vision_encoder.parameters()).dtype),
+        **{key: getattr(model.config, key) for key in ENCODER},
+    }
+
+
 class VolumeCache:
-    """Preprocessed volumes, each computed once: `load(path)` gives (1, D, H, W) in float16, half a HU of resolution.
+    """Preprocessed volumes, each computed once: `load(case)` gives (1, D, H, W) in float16, half a HU of resolution.
 
     Args:
         root: folder of all caches; the volumes are in `volumes/`.
         image_processor: the [`DiffVPImageProcessor`] whose settings are part of the key.
+        spacing: mm along x, y, z of NIfTI files whose headers are blank and that no table describes (CTRG).
     """
 
-    def __init__(self, root: str | os.PathLike, image_processor):
-        self.image_processor = image_processor
-        self.cache = TensorCache(Path(root) / "volumes", preprocessing(image_processor))
+    def __init__(self, root: str | os.PathLike, image_processor, spacing: tuple[float, float, float] | None = None):
+        self.image_processor, self.spacing = image_processor, spacing
+        self.hashes = ContentHashes(root)
+        self.recipe = preprocessing(image_processor) | ({} if spacing is None else {"spacing": list(spacing)})
+        self.cache = TensorCache(Path(root) / "volumes", self.recipe)
 
-    def load(self, volume: str | os.PathLike) -> torch.Tensor:
-        return self.cache.get(volume, lambda: {"ct": self.image_processor(volume)["ct"][0].half()})["ct"]
+    def digest(self, case: Case) -> str:
+        """The hash of all that the tensor of a case comes from: its volume, and what its own header lacks."""
+        digest = self.hashes(case.volume)
+        return digest if case.metadata is None else hashlib.sha256(f"{digest}{case.metadata}".encode()).hexdigest()
+
+    def load(self, case: Case) -> torch.Tensor:
+        """The preprocessed volume of a case; errors as of [`read_ct`]."""
+        return self.cache.get(self.digest(case), lambda: {"ct": self.preprocess(case)["ct"][0].half()})["ct"]
+
+    def preprocess(self, case: Case) -> BatchFeature:
+        """What the image processor makes of a case, with what the header of its volume lacks."""
+        processor = self.image_processor
+        volume = read_ct(case.volume, self.spacing, processor.allow_non_hu, case.metadata)
+        return processor(volume)

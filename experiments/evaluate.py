@@ -20,7 +20,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cache import TensorCache, VolumeCache, file_sha256, preprocessing, state_sha256
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe, file_sha256
 from ..data.phantom_report import labels_from_report
 from ..data.radgenome import Case, load_cases, normal_pool
 from ..metrics.clinical_efficacy import classification_scores
@@ -58,15 +58,18 @@ def pooled_features(
     model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str
 ) -> np.ndarray:
     """Mean and maximum of the frozen voxel features, (cases, 2 C), computed once for each volume and encoder."""
-    recipe = {"preprocessing": preprocessing(volumes.image_processor), "encoder": state_sha256(model.vision_encoder)}
+    recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
     cache = TensorCache(volumes.cache.root.parent / "pooled", recipe)
 
     def compute(case: Case) -> dict[str, torch.Tensor]:
-        features = model.extract_features(volumes.load(case.volume)[None].float().to(model.device))[0]
+        features = model.extract_features(volumes.load(case)[None].float().to(model.device))[0]
         return {"pooled": torch.cat([features.mean(0), features.amax(0)]).cpu()}
 
-    cases = track(cases, f"Features, {name}")
-    return np.stack([cache.get(case.volume, lambda case=case: compute(case))["pooled"].numpy() for case in cases])
+    pooled = [
+        cache.get(volumes.digest(case), lambda case=case: compute(case))["pooled"]
+        for case in track(cases, f"Features, {name}")
+    ]
+    return torch.stack(pooled).numpy()
 
 
 def generate_reports(

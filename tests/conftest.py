@@ -168,3 +168,53 @@ def tiny_base_with_tokenizer(tokenizer, tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_cohort(tmp_path_factory):
+    """A phantom cohort of a few cases, small enough to train on in seconds."""
+    from diffvp.data.phantom_cohort import write_cohort
+
+    # Seven of these 26 are normal, two or more in each span below that pairs with them.
+    root = tmp_path_factory.mktemp("phantom")
+    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
+
+
+@pytest.fixture
+def settings(small_cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
+    """A YAML file for a run of seconds."""
+    import yaml
+
+    model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
+    epoch = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0}
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "seed": 0,
+        "data": {
+            "layout": "phantom",
+            "root": str(small_cohort),
+            "cache_dir": str(tmp_path / "cache"),
+            "diagnosis_cases": [0, 12],
+            "validation_cases": [12, 18],
+            "report_cases": [18, 26],
+        },
+        "image_processor": {"size": {"depth": 32, "height": 32, "width": 32}},
+        "base": {"name": str(tiny_base_with_tokenizer)},
+        "model": model,
+        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "diagnosis": {**epoch, "head_learning_rate": 1e-2},
+        "report": {**epoch, "lora_learning_rate": 1e-3, "max_report_tokens": 1500},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def stage_one(settings):
+    """A run whose first stage is done, as a YAML file."""
+    from diffvp.train_accelerate import run
+    from diffvp.training.config import TrainingConfig
+
+    run(TrainingConfig.load(settings, ["stage=diagnosis"]))
+    return settings

@@ -3,70 +3,31 @@
 """Both training stages on a phantom cohort of a few cases, and the pieces that they rest on."""
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModel, AutoProcessor
 
-from diffvp import train_accelerate
-from diffvp.data.cache import TensorCache
-from diffvp.data.cases import DatasetError
+from diffvp.data.cache import ContentHashes, TensorCache
+from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
 from diffvp.data.pairing import pair_reference
-from diffvp.data.phantom_cohort import write_cohort
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
-from diffvp.train_accelerate import (
-    DiagnosisObjective,
-    ReportBatches,
-    TrainingConfig,
-    augment,
-    best_thresholds,
-    build_generator,
-    run,
-)
+from diffvp.train_accelerate import build_generator, run
+from diffvp.training.config import TrainingConfig
+from diffvp.training.diagnosis import DiagnosisObjective, augment, best_thresholds
+from diffvp.training.loop import share
+from diffvp.training.report import ReportSplit
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    # Seven of these 26 are normal, two or more in each span below that pairs with them.
-    root = tmp_path_factory.mktemp("phantom")
-    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
-
-
-@pytest.fixture
-def settings(cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
-    """A YAML file for a run of seconds."""
-    model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
-    epoch = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0}
-    values = {
-        "output_dir": str(tmp_path / "run"),
-        "seed": 0,
-        "data": {
-            "root": str(cohort),
-            "cache_dir": str(tmp_path / "cache"),
-            "diagnosis_cases": [0, 12],
-            "validation_cases": [12, 18],
-            "report_cases": [18, 26],
-        },
-        "image_processor": {"size": {"depth": 32, "height": 32, "width": 32}},
-        "base": {"name": str(tiny_base_with_tokenizer)},
-        "model": model,
-        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
-        "diagnosis": {**epoch, "head_learning_rate": 1e-2},
-        "report": {**epoch, "lora_learning_rate": 1e-3, "max_report_tokens": 1500},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, cohort, tmp_path):
+def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, small_cohort, tmp_path):
     config = TrainingConfig.load(settings)
     run(config)
     log = [json.loads(line) for line in (tmp_path / "run/report.jsonl").read_text().splitlines()]
@@ -75,7 +36,7 @@ def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, cohort, 
     checkpoint = tmp_path / "run/model"
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    volume = sorted(cohort.rglob("*.nii.gz"))
+    volume = sorted(small_cohort.rglob("*.nii.gz"))
     inputs = processor(ct=str(volume[0]), reference=str(volume[1]))
     ids = model.generate(**inputs, max_new_tokens=5)
     assert torch.equal(ids, model.generate(inputs["ct"], inputs["reference"], max_new_tokens=5))
@@ -124,12 +85,12 @@ def test_cases_outside_the_split_are_named(settings):
 
 def test_overlapping_cases_are_refused(settings):
     with pytest.raises(ValueError, match="overlap at case 11"):
-        run(TrainingConfig.load(settings, ["data.validation_cases=[11,18]"]))
+        TrainingConfig.load(settings, ["data.validation_cases=[11,18]"])
 
 
-def test_several_processes_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(train_accelerate, "Accelerator", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(ValueError, match="launched in 2"):
+def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched, but accelerate sees 1"):
         run(TrainingConfig.load(settings))
 
 
@@ -147,18 +108,84 @@ def test_pairing_depends_on_seed_epoch_and_case_alone():
 
 def test_cache_is_keyed_by_content_and_recipe(tmp_path):
     file, calls = tmp_path / "scan", []
+    hashes = ContentHashes(tmp_path / "cache")
 
     def compute():
         calls.append(1)
         return {"x": torch.full((2,), float(len(calls)))}
 
+    def get(recipe):
+        return TensorCache(tmp_path / "cache", recipe).get(hashes(file), compute)["x"][0]
+
     file.write_bytes(b"one")
-    cache = TensorCache(tmp_path / "cache", {"size": 1})
-    assert cache.get(file, compute)["x"][0] == cache.get(file, compute)["x"][0] == 1
-    assert TensorCache(tmp_path / "cache", {"size": 2}).get(file, compute)["x"][0] == 2
+    assert get({"size": 1}) == get({"size": 1}) == 1
+    assert get({"size": 2}) == 2
+    # Of the same length, and with the former time of modification: only the content tells.
+    times = os.stat(file)
     file.write_bytes(b"two")
-    assert cache.get(file, compute)["x"][0] == 3
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert get({"size": 1}) == 3
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_damaged_entry_is_never_used(tmp_path):
+    cache = TensorCache(tmp_path, {})
+    entry = {"a": torch.arange(5.0), "b": torch.arange(3, dtype=torch.int32)}
+    path = cache.path("digest")
+    for _ in range(2):  # the second time from the file
+        stored = cache.get("digest", lambda: entry)
+    content = path.read_bytes()
+    assert torch.equal(stored["a"], entry["a"]) and (cache.hits, cache.misses, cache.damaged) == (1, 1, 0)
+    accepted = []
+    for position in range(len(content)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            found = cache.get("digest", lambda: {"recomputed": torch.zeros(1)})
+            if "recomputed" not in found and not (
+                set(found) == set(entry) and all(torch.equal(found[name], entry[name]) for name in entry)
+            ):
+                accepted.append((position, bit))
+    assert not accepted
+    assert cache.damaged > 2.5 * len(content), "only padding may change unnoticed"
+    path.write_bytes(content[:-1])
+    assert "recomputed" in cache.get("digest", lambda: {"recomputed": torch.zeros(1)})
+
+
+def test_a_folder_of_slices_has_the_hash_of_its_names_and_files(tmp_path):
+    hashes, folder = ContentHashes(tmp_path / "cache"), tmp_path / "series"
+    folder.mkdir()
+    (folder / "1.dcm").write_bytes(b"1")
+    (folder / "2.dcm").write_bytes(b"2")
+    first = hashes(folder)
+    assert hashes({"path": str(folder), "bytes": None}) == first == ContentHashes(tmp_path / "cache")(folder)
+    (folder / "2.dcm").rename(folder / "3.dcm")
+    renamed = hashes(folder)
+    (folder / "3.dcm").write_bytes(b"3")
+    assert len({first, renamed, hashes(folder), hashes({"path": "x", "bytes": b"3"})}) == 4
+
+
+def write_to_cache(root):
+    cache = TensorCache(root, {})
+    for key in range(40):
+        entry = cache.get(str(key), lambda key=key: {"x": torch.full((1000,), float(key))})
+        assert torch.equal(entry["x"], torch.full((1000,), float(key)))
+    hashes = ContentHashes(root)
+    for key in range(40):
+        hashes(cache.path(str(key)))
+
+
+def test_several_processes_write_one_cache(tmp_path):
+    workers = [
+        torch.multiprocessing.get_context("fork").Process(target=write_to_cache, args=(tmp_path,)) for _ in "1234"
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert len(list(tmp_path.glob("*.safetensors"))) == 40 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_lesion_cells_lie_where_the_tensor_shows_the_lesion(tmp_path):
@@ -190,12 +217,16 @@ def test_missing_or_foreign_lesion_masks_are_named(tmp_path):
 
 
 def test_augmentation_moves_lesions_with_the_volume():
-    cells = torch.zeros(6, 8, 8, 8, dtype=torch.int32)
-    cells[:, 2, 3, 5] = 1
-    volumes = cells.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)[:, None].float()
-    moved, moved_cells = augment(volumes, cells, np.random.default_rng(0))
-    assert torch.equal(torch.nn.functional.max_pool3d(moved, CELL)[:, 0] > 0.5, moved_cells != 0)
-    assert len({tuple(place.tolist()) for place in moved_cells.nonzero()[:, 1:]}) > 3, "every case moves by itself"
+    cells = torch.zeros(8, 8, 8, dtype=torch.int32)
+    cells[2, 3, 5] = 1
+    volume = cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)[None].float()
+    places = set()
+    for seed in range(6):
+        moved, moved_cells = augment(volume, cells, np.random.default_rng(seed))
+        assert torch.equal(torch.nn.functional.max_pool3d(moved[None], CELL)[0, 0] > 0.5, moved_cells != 0)
+        places.add(tuple(moved_cells.nonzero()[0].tolist()))
+    assert len(places) > 3
+    assert augment(volume, None, np.random.default_rng(0))[1] is None
 
 
 def test_lesions_teach_the_encoder_and_leave_no_trace_in_the_checkpoint(tiny_config):
@@ -232,22 +263,54 @@ def test_a_label_that_the_classifier_cannot_tell_is_not_said_of_everyone():
     assert thresholds[2] > 0.13 and max(thresholds[:2]) < 0.7
 
 
-def test_true_findings_are_drawn_by_case_and_epoch_alone(tokenizer, tiny_fields):
-    cases = [
-        SimpleNamespace(name=f"case_{k}", labels=np.eye(18, dtype=np.int8)[k % 18], report="x") for k in range(60)
-    ]
-    config = SimpleNamespace(seed=3, report=SimpleNamespace(max_report_tokens=9, batch_size=7))
+class FrozenFeatures:
+    """Stands in for the features of cases: their numbers do not matter here."""
+
+    def __init__(self, config):
+        self.model = SimpleNamespace(config=config)
+
+    def load(self, case):
+        return {"features": torch.zeros(8, 16), "diagnosis_logits": torch.zeros(18)}
+
+
+@pytest.fixture
+def processor(tokenizer, tiny_fields):
     size = dict(zip(("depth", "height", "width"), tiny_fields["image_size"], strict=True))
-    processor = DiffVPProcessor(DiffVPImageProcessor(size=size), tokenizer)
-    logits = torch.zeros(60, 18)
-    features = torch.zeros(60, 8, 16)
+    return DiffVPProcessor(DiffVPImageProcessor(size=size), tokenizer)
+
+
+def phantom_cases(count, **fields):
+    return [
+        Case(
+            f"case_{k}",
+            f"p{k}",
+            f"s{k}",
+            Path("x"),
+            "y" * (k % 7 + 1),
+            labels=np.eye(18, dtype=np.int8)[k % 18],
+            **fields,
+        )
+        for k in range(count)
+    ]
+
+
+def test_true_findings_are_drawn_by_case_and_epoch_alone(processor, tiny_config):
+    cases = phantom_cases(60)
 
     def drawn(share, size, epoch):
-        config.report.batch_size = size
-        batches = ReportBatches(cases, cases, features, logits, processor, config, true_findings=share)
+        split = ReportSplit(
+            cases,
+            cases,
+            FrozenFeatures(tiny_config),
+            processor,
+            max_tokens=9,
+            seed=3,
+            shuffle=True,
+            true_findings=share,
+        )
         given = {}
-        for indices in batches.epoch(epoch, shuffle=True):
-            batch = batches.batch(indices, epoch)
+        for indices in split.batches(epoch, size):
+            batch = split.collate([split.sample(index, epoch) for index in indices])
             for row, index in enumerate(indices):
                 known = bool(batch["diagnosis_logits"][row].abs().min() > 20)
                 assert not known or torch.equal(batch["diagnosis_logits"][row] > 0, batch["diagnosis_labels"][row] > 0)
@@ -258,3 +321,24 @@ def test_true_findings_are_drawn_by_case_and_epoch_alone(tokenizer, tiny_fields)
     assert first == drawn(0.5, 16, 0) != drawn(0.5, 7, 1)
     assert 15 < sum(first.values()) < 45
     assert not any(drawn(0.0, 7, 0).values()) and all(drawn(1.0, 7, 0).values())
+
+
+def test_no_reconstruction_of_a_scan_is_its_own_reference(processor, tiny_config):
+    cases = [Case(f"p_{k // 3}_a_{k % 3}", f"p{k // 3}", f"s{k // 3}", Path("x"), "y") for k in range(9)]
+    split = ReportSplit(cases, cases, FrozenFeatures(tiny_config), processor, max_tokens=9, seed=0, shuffle=True)
+    pairs = {
+        (cases[index].scan_id, split.reference(index, epoch).scan_id) for index in range(9) for epoch in range(20)
+    }
+    assert len(pairs) == 6 and all(target != reference for target, reference in pairs)
+
+
+def test_a_step_is_shared_out_without_loss_or_repetition():
+    for cases in range(1, 14):
+        for processes in (1, 2, 3, 4):
+            for size in (1, 2, 5):
+                step = np.arange(cases)
+                parts = [share(step, process, processes, size) for process in range(processes)]
+                assert len({len(part) for part in parts}) == 1, "each is an exchange among all"
+                counted = [index for part in parts for indices, counts in part if counts for index in indices]
+                assert sorted(counted) == step.tolist()
+                assert all(1 <= len(indices) <= size for part in parts for indices, _ in part)

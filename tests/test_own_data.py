@@ -1,0 +1,274 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Training on scans and reports of one's own, and on other base LLMs: from a folder to a checkpoint that loads."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from diffvp.cli import app
+from diffvp.data.cache import VolumeCache
+from diffvp.data.cases import DatasetError
+from diffvp.data.radgenome import load_phantom
+from diffvp.data.table import load_table
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.processing_diffvp import DiffVPProcessor
+from diffvp.train_accelerate import Features, load_start, run
+from diffvp.training.config import TrainingConfig
+from diffvp.training.report import BaseModelError, ReportSplit
+
+
+def write_table(folder, rows):
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "report"])
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def own(small_cohort, tmp_path):
+    """A folder of 24 scans, a table of two columns, and a list of those that are normal."""
+    folder = tmp_path / "my_scans"
+    folder.mkdir()
+    cases = load_phantom(small_cohort, "train")[:24]
+    for case in cases:
+        shutil.copy(case.volume, folder)
+    write_table(folder, [(case.volume.name, case.report) for case in cases])
+    (folder / "normal.txt").write_text("".join(f"{case.name}\n" for case in cases if not case.labels.any()))
+    return folder
+
+
+@pytest.fixture
+def start(stage_one, tmp_path):
+    """A checkpoint to go on from."""
+    run(TrainingConfig.load(stage_one, ["stage=report", "report.epochs=1"]))
+    return tmp_path / "run/model"
+
+
+@pytest.fixture
+def finetune(own, start, tmp_path, repository_root):
+    """The training file of the documentation, small."""
+    values = yaml.safe_load((repository_root / "configs/finetune.yaml").read_text())
+    values |= {"output_dir": str(tmp_path / "tuned"), "init_from": str(start)}
+    values["data"] |= {"root": str(own), "cache_dir": str(tmp_path / "cache"), "pool": str(own / "normal.txt")}
+    values["report"] |= {"epochs": 1, "max_report_tokens": 1500, "learning_rate": 1e-3}
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+LOAD = """
+import sys
+from transformers import AutoModel, AutoProcessor
+
+checkpoint, ct, reference = sys.argv[1:]
+model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+ids = model.generate(**processor(ct=ct, reference=reference), max_new_tokens=8)
+assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
+"""
+
+
+def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path):
+    runner = CliRunner()
+    command = ["pool", "build", own, "--layout", "table", "--ids", own / "normal.txt", "--output", own / "pool.txt"]
+    result = runner.invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    override = f"data.pool={own / 'pool.txt'}"
+    result = runner.invoke(app, ["train", str(finetune), "--dry-run", override])
+    assert result.exit_code == 0 and "No problems found" in result.output, result.output
+    assert not (tmp_path / "tuned").exists()
+    result = runner.invoke(app, ["train", str(finetune), override])
+    assert result.exit_code == 0, result.output
+    scans = sorted(own.glob("*.nii.gz"))
+    checkpoint = tmp_path / "tuned/model"
+    subprocess.run([sys.executable, "-c", LOAD, checkpoint, scans[0], scans[1]], check=True, cwd=tmp_path)
+    assert not (checkpoint / "references").exists(), "neither the start's nor patients' scans travel along"
+    samples = [json.loads(line) for line in (tmp_path / "tuned/samples/epoch-1.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and all(sample["report"] and "generated" in sample for sample in samples)
+    report = [str(word) for word in ("report", scans[0], "--reference", scans[1], "--checkpoint", checkpoint)]
+    result = runner.invoke(app, [*report, "--max-new-tokens", "8", "--output", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+
+
+def test_finetuning_changes_what_it_trains_and_nothing_else(finetune, start, tmp_path):
+    run(TrainingConfig.load(finetune))
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "tuned/model"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        # Reports alone teach nothing to the auxiliary head of eq. 11.
+        frozen = name.startswith(("vision_encoder.", "diagnosis.", "classification_head."))
+        changed = not torch.equal(value, after[name])
+        assert not (frozen and changed), name
+        assert frozen or changed or value.numel() < 50, name
+
+
+def problems(path, overrides=()):
+    with pytest.raises(DatasetError) as caught:
+        run(TrainingConfig.load(path, list(overrides)))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_all_that_is_wrong_is_said_before_training(own, finetune, tmp_path):
+    scans = sorted(own.glob("*.nii.gz"))
+    rows = list(csv.reader((own / "metadata.csv").read_text().splitlines()))[1:]
+    rows = [*rows, ("absent.nii.gz", "Lung: clear."), (scans[0].name, "again"), (rows[1][0] + "x", "")]
+    write_table(own, rows)
+    found = "\n".join(problems(finetune))
+    assert "row 26" in found and "row 27" in found and "row 28" in found
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_reports_that_do_not_fit_are_named_together(finetune, tmp_path):
+    found = problems(finetune, ["report.max_report_tokens=200"])
+    assert len(found) > 10 and all("at most 200, or report.truncate_reports: true" in text for text in found)
+    run(TrainingConfig.load(finetune, ["report.max_report_tokens=200", "report.truncate_reports=true"]))
+
+
+def test_a_pool_without_a_scan_on_the_training_side_is_refused(own, finetune):
+    (own / "normal.txt").write_text("")
+    [found] = problems(finetune)
+    assert "pool of references is empty" in found
+    first = sorted(own.glob("*.nii.gz"))[0].name.removesuffix(".nii.gz")
+    (own / "normal.txt").write_text(first + "\n")
+    [found] = problems(finetune, ["data.validation_fraction=0.05"])
+    assert "one scan" in found and "its own reference" in found
+    [found] = problems(finetune, ["data.pool=null"])
+    assert "pool of references is empty" in found, "there are no labels that would tell"
+
+
+def test_unreadable_volumes_are_listed_and_left_out_if_the_file_says_so(own, finetune, tmp_path):
+    scans = sorted(own.glob("*.nii.gz"))
+    normal = set((own / "normal.txt").read_text().split())
+    broken = [scan for scan in scans if scan.name.removesuffix(".nii.gz") not in normal][:2]
+    for scan in broken:
+        scan.write_bytes(scan.read_bytes()[:-1000])
+    found = problems(finetune)
+    assert len(found) == 2 and all(scan.name in text for scan, text in zip(broken, sorted(found), strict=True))
+    run(TrainingConfig.load(finetune, ["data.skip_unreadable=true"]))
+    listed = [json.loads(line) for line in (tmp_path / "tuned/skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in listed) == [scan.name.removesuffix(".nii.gz") for scan in broken]
+    assert all(row["row"] >= 2 for row in listed)
+    assert (tmp_path / "tuned/model/model.safetensors").is_file()
+
+
+def test_a_start_brings_its_own_parts(finetune):
+    with pytest.raises(ValueError, match="init_from brings its own, so leave out: lora"):
+        TrainingConfig.load(finetune, ["lora={r: 4}"])
+    with pytest.raises(ValueError, match="expected init_from, or also: image_processor, base, model, diagnosis"):
+        TrainingConfig.load(finetune, ["init_from=null"])
+    with pytest.raises(ValueError, match="either validation_fraction, or diagnosis_cases"):
+        TrainingConfig.load(finetune, ["data.report_cases=[0, 4]"])
+
+
+def test_cached_features_give_the_losses_of_the_volumes(own, start, finetune, tmp_path):
+    """The loss of a batch by way of the cache, twice, against the encoder run on the volumes within the batch."""
+    config = TrainingConfig.load(finetune)
+    model, processor = load_start(config)
+    model.train()
+    cases = load_table(own)[:4]
+    volumes = VolumeCache(tmp_path / "fresh", processor.image_processor)
+    features = Features(tmp_path / "fresh", volumes, model)
+    split = ReportSplit(cases, cases, features, processor, max_tokens=1500, seed=0, shuffle=False)
+    batch = split.collate([split.sample(index, 0) for index in range(4)])
+    cached = split.collate([split.sample(index, 0) for index in range(4)])
+    assert features.cache.misses == 4 and features.cache.hits >= 8
+    direct = {
+        "ct": torch.stack([volumes.load(case).float() for case in cases]),
+        "reference": torch.stack([volumes.load(split.reference(index, 0)).float() for index in range(4)]),
+        **{key: batch[key] for key in ("input_ids", "attention_mask", "labels")},
+    }
+    losses = [model(**inputs).loss.item() for inputs in (batch, cached, direct)]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], abs=1e-6)
+
+
+def test_features_are_those_of_file_settings_and_weights(own, start, finetune, tmp_path):
+    model, processor = load_start(TrainingConfig.load(finetune))
+    case = load_table(own)[0]
+
+    def misses(**settings):
+        for name, value in settings.items():
+            setattr(processor.image_processor, name, value)
+        features = Features(tmp_path / "c", VolumeCache(tmp_path / "c", processor.image_processor), model)
+        features.load(case)
+        return features.cache.misses
+
+    assert misses() == 1 and misses() == 0
+    assert misses(hu_window=(-900.0, 300.0)) == 1 and misses() == 0
+    with torch.no_grad():
+        model.vision_encoder.resnet.conv1.weight.flatten()[0] += 1e-3
+    assert misses() == 1 and misses() == 0
+    with torch.no_grad():
+        model.diagnosis.head.bias[0] += 1e-3
+    assert misses() == 1 and misses() == 0
+    shutil.copy(load_table(own)[1].volume, case.volume)
+    assert misses() == 1
+
+
+STORIES = Path(os.environ.get("DIFFVP_CHECK_DATA", "absent")) / "lm/stories260K"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs DIFFVP_CHECK_DATA with lm/stories260K")
+
+
+@needs_stories
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_llama_stays_as_it_was_and_out_of_the_checkpoint(stage_one, tmp_path, dtype):
+    values = yaml.safe_load(stage_one.read_text())
+    precision = "no" if dtype == "float32" else "bf16"
+    values["base"] = {
+        "name": str(STORIES),
+        "dtype": dtype,
+        "expected_config": {"vocab_size": 512, "model_type": "llama"},
+    }
+    values |= {"mixed_precision": precision, "stage": "report"}
+    values["report"] |= {
+        "max_report_tokens": 140,
+        "truncate_reports": True,
+        "epochs": 1,
+        "gradient_checkpointing": True,
+    }
+    values["model"] |= {"num_latents": 8}
+    path = tmp_path / "stories.yaml"
+    path.write_text(yaml.safe_dump(values))
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, and this one had another
+    run(TrainingConfig.load(path))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    checkpoint = tmp_path / "run/model"
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert not any(name.startswith("language_model.") for name in file.keys())  # noqa: SIM118
+    adapter = load_file(checkpoint / "adapter/adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    assert max(value.abs().max() for name, value in adapter.items() if "lora_B" in name) > 0, "it starts from 0"
+    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+    fresh = AutoModelForCausalLM.from_pretrained(STORIES, dtype=model.language_model.dtype).state_dict()
+    trained = model.language_model.state_dict()
+    for name, value in fresh.items():
+        module, _, kind = name.rpartition(".")
+        assert torch.equal(value, trained.get(name, trained.get(f"{module}.base_layer.{kind}"))), name
+    processor = DiffVPProcessor.from_pretrained(checkpoint)
+    scan = np.random.default_rng(0).normal(-500, 300, (40, 40, 40))
+    ids = model.generate(**processor(ct=scan, reference=scan, spacing=(5.0, 5.0, 5.0)), max_new_tokens=4)
+    assert ids.shape[0] == 1
+
+
+@needs_stories
+def test_another_base_than_expected_is_refused(stage_one, tmp_path):
+    values = yaml.safe_load(stage_one.read_text())
+    values["base"] = {"name": str(STORIES), "expected_config": {"vocab_size": 32000}}
+    path = tmp_path / "stories.yaml"
+    path.write_text(yaml.safe_dump(values | {"stage": "report"}))
+    with pytest.raises(BaseModelError, match="vocab_size=512; base.expected_config says 32000"):
+        run(TrainingConfig.load(path))

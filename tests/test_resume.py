@@ -1,0 +1,307 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Training that is interrupted, and training in two processes, against the run that is neither."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from diffvp.train_accelerate import run
+from diffvp.training.checkpoints import CheckpointError, Checkpoints, write_folder
+from diffvp.training.config import TrainingConfig
+from diffvp.training.loop import compare
+
+
+def trace(folder, stage="report"):
+    """Every number that was logged, but for the clock."""
+    lines = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def weights(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+SCRIPT = """
+from diffvp.train_accelerate import main
+
+main()
+"""
+
+
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+    *("--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"),
+)
+
+
+def start(settings, *overrides, **environment):
+    """A training run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(settings), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+FAST = ["report.epochs=3", "report.batch_size=2", "save_every_steps=1", "stage=report"]
+
+
+def test_an_interrupted_run_goes_on_bit_by_bit(stage_one, tmp_path):
+    torch.set_num_threads(1)
+    os.rename(tmp_path / "run", tmp_path / "interrupted")
+    subprocess.run(["cp", "-r", tmp_path / "interrupted", tmp_path / "whole"], check=True)
+    run(TrainingConfig.load(stage_one, [*FAST, f"output_dir={tmp_path / 'whole'}"]))
+    overrides = [*FAST, f"output_dir={tmp_path / 'interrupted'}"]
+    log = tmp_path / "interrupted/report.jsonl"
+    for number, after in ((signal.SIGTERM, 2), (signal.SIGINT, 6), (signal.SIGKILL, 9)):
+        process = start(stage_one, *overrides, f"num_workers={after % 3}")
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= after):
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
+        if number != signal.SIGKILL:
+            assert "The same command goes on from there" in output
+    run(TrainingConfig.load(stage_one, overrides))
+    assert trace(tmp_path / "interrupted") == trace(tmp_path / "whole")
+    one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "interrupted/model")
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_first_stage_goes_on_too(settings, tmp_path):
+    overrides = ["stage=diagnosis", "diagnosis.epochs=3", "diagnosis.batch_size=4", "save_every_steps=1"]
+    run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'whole'}"]))
+    checkpoints = Checkpoints(tmp_path / "whole/checkpoints/diagnosis", keep=9)
+    # As if it had been killed after its fifth step of nine.
+    run(TrainingConfig.load(settings, [*overrides, "keep_checkpoints=9"]))
+    ours = tmp_path / "run/checkpoints/diagnosis"
+    for step in Checkpoints(ours, 9).steps():
+        if step > 5:
+            subprocess.run(["rm", "-r", ours / f"step-{step:08d}"], check=True)
+    run(TrainingConfig.load(settings, overrides))
+    assert checkpoints.steps() and trace(tmp_path / "run", "diagnosis") == trace(tmp_path / "whole", "diagnosis")
+    one, other = weights(tmp_path / "whole/diagnosis"), weights(tmp_path / "run/diagnosis")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_other_settings_or_data_do_not_go_on(stage_one, tmp_path):
+    run(TrainingConfig.load(stage_one, FAST))
+    before = weights(tmp_path / "run/model")
+    for override, message in (
+        ("report.learning_rate=0.5", "report.learning_rate was 0.001, is 0.5"),
+        ("seed=1", "seed was 0, is 1"),
+        ("data.report_cases=[18,25]", r"data.report_cases was \[18, 26\], is \[18, 25\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(TrainingConfig.load(stage_one, [*FAST, override]))
+    run(TrainingConfig.load(stage_one, [*FAST, "save_every_steps=7", "num_workers=1"]))  # nothing of the result
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run/model").items())
+
+
+def test_differences_are_named_by_their_path():
+    assert compare({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": None}) == [
+        "a.c was 2, is 5",
+        "d was 3, is None",
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"weights": {"x": torch.full((9,), float(step))}}, {"step": step}, best=None)
+    damages = {
+        "weights.safetensors has another SHA-256": lambda f: f.write_bytes(f.read_bytes()[:-1] + b"?"),
+        "bytes; expected": lambda f: f.write_bytes(f.read_bytes()[:-1]),
+        "weights.safetensors is missing": lambda f: f.unlink(),
+    }
+    file = tmp_path / "c/step-00000003/weights.safetensors"
+    content = file.read_bytes()
+    for message, damage in damages.items():
+        file.write_bytes(content)
+        assert checkpoints.newest().step == 3
+        damage(file)
+        assert checkpoints.newest().step == 2
+        assert message in caplog.text
+        with pytest.raises(CheckpointError, match="step-00000003"):
+            checkpoints.load(3)
+    (tmp_path / "c/step-00000002/manifest.json").write_text("[]")
+    assert checkpoints.newest().step == 1
+    # The step is written again, and the damaged one with its name gives way.
+    checkpoints.save(3, {"weights": {"x": torch.zeros(2)}}, {}, best=None)
+    assert checkpoints.newest().step == 3
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 8):
+        checkpoints.save(step, {"weights": {"x": torch.zeros(1)}}, {}, best=3 if step >= 3 else None)
+    assert checkpoints.steps() == [3, 6, 7]
+    (tmp_path / ".unfinished-abc").mkdir()
+    os.rename(tmp_path / "step-00000006", tmp_path / ".former-step-00000006")
+    checkpoints.clean()
+    assert checkpoints.steps() == [3, 6, 7] and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    write_folder(target, lambda folder: (folder / "a").write_text("1"))
+
+    def fails(folder):
+        (folder / "a").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(target, fails)
+    assert (target / "a").read_text() == "1" and os.listdir(tmp_path) == ["model"]
+    write_folder(target, lambda folder: (folder / "b").write_text("3"))
+    assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["model"]
+
+
+KILLS = int(os.environ.get("DIFFVP_KILLS", "8"))  # `make test-kills` sets 50
+
+
+def train_in_a_fork(config):
+    """`run`, in a process that has imported everything already, so that kills fall into the training."""
+    process = torch.multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    process.start()
+    return process
+
+
+def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
+    """`kill -9` at random moments, writing, renaming and deleting included: every step is saved, and few are kept."""
+    torch.set_num_threads(1)
+    for name in ("whole", "killed"):
+        subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
+    overrides = ["report.epochs=40", "report.batch_size=2", "save_every_steps=1", "stage=report"]
+    whole = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'whole'}"])
+    killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])
+    checkpoints = Checkpoints(tmp_path / "killed/checkpoints/report", keep=2)
+    rng, newest, seconds, landed = random.Random(0), 0, 0.5, 0
+    for _ in range(KILLS):
+        process = train_in_a_fork(killed)
+        process.join(rng.uniform(0.0, seconds))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0), "it ended by an error of its own"
+        assert all(checkpoints.problem(step) is None for step in checkpoints.steps())
+        found = max(checkpoints.steps(), default=0)
+        assert found >= newest, "a checkpoint was lost"
+        landed += found > newest
+        # So that most kills let a few steps through, whatever the machine's speed.
+        seconds = min(30.0, seconds * (0.95 if found > newest else 1.3))
+        newest = found
+    assert landed >= KILLS // 4 and newest < 160, "the kills fell into the training"
+    for config in (killed, whole):
+        process = train_in_a_fork(config)
+        process.join()
+        assert process.exitcode == 0
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "killed/model")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert not list((tmp_path / "killed").rglob(".unfinished*"))
+
+
+# Two processes ------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_trace_of_one(stage_one, tmp_path):
+    """Five cases a step: the processes have three and two, and one sample at once."""
+    overrides = ["report.epochs=2", "report.batch_size=5", "stage=report"]
+    for name in ("one", "two"):
+        subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
+    run(TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'one'}"]))
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    subprocess.run(
+        [
+            *TORCHRUN,
+            *(script, stage_one, *overrides, f"output_dir={tmp_path / 'two'}", "report.micro_batch_size=1"),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert len(one) == len(two) > 4
+    for left, right in zip(one, two, strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
+    left, right = weights(tmp_path / "one/model"), weights(tmp_path / "two/model")
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from diffvp.train_accelerate import build_generator, save_model
+from diffvp.training.config import TrainingConfig
+
+shard, folder = sys.argv[2] == "sharded", Path(sys.argv[3])
+torch.manual_seed(0)
+model, _ = build_generator(TrainingConfig.load(sys.argv[1]))
+model.train()
+if shard:
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.language_model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-2)
+generator = torch.Generator().manual_seed(1)
+tokens, channels = torch.tensor(model.config.feature_grid).prod(), model.config.encoder_hidden_size
+for _ in range(3):
+    ids = torch.randint(5, 300, (2, 12), generator=generator)
+    features = torch.randn(2, 2, tokens, channels, generator=generator)
+    result = model(
+        ct_features=features[0],
+        reference_features=features[1],
+        diagnosis_logits=torch.randn(2, 18, generator=generator),
+        diagnosis_labels=torch.ones(2, 18),
+        input_ids=ids,
+        labels=ids,
+    )
+    result.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+state = get_model_state_dict(model, options=options) if shard else model.state_dict()
+if not shard or torch.distributed.get_rank() == 0:
+    save_model(model, folder, state)
+if shard:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_saves_the_checkpoint_of_a_whole_one(stage_one, tmp_path):
+    """FSDP2 over two processes; accelerate cannot launch it on CPU, so here PyTorch does."""
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    subprocess.run([sys.executable, script, stage_one, "whole", whole], env=environment, check=True)
+    subprocess.run([*TORCHRUN, script, stage_one, "sharded", sharded], env=environment, check=True)
+    assert sorted(map(str, whole.rglob("*.safetensors"))) and {
+        path.relative_to(whole) for path in whole.rglob("*")
+    } == {path.relative_to(sharded) for path in sharded.rglob("*")}
+    left, right = weights(whole), weights(sharded)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=1e-6, rtol=1e-5, msg=name)

@@ -1,0 +1,176 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of a run, and what is frozen about them: preprocessed volumes, encoder output, predicted findings."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import track
+
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe, state_sha256
+from ..data.cases import (
+    Case,
+    DatasetError,
+    Problem,
+    check_no_leak,
+    first_reconstructions,
+    raise_problems,
+    read_ids,
+    split_by_patient,
+)
+from ..data.load import load_dataset_cases
+from ..data.pool import load_pool, normal_pool
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..volume_diffvp import CTInputError
+from .config import DataSection, TrainingConfig
+
+
+@dataclass
+class Cohort:
+    """The cases of a run.
+
+    Attributes:
+        diagnosis, report: what the two stages train on.
+        validation: unseen by both; no patient of theirs is among them.
+        pool: normal references, of the training side. Validation is compared with them too, as a user's scans will be.
+    """
+
+    diagnosis: list[Case]
+    validation: list[Case]
+    report: list[Case]
+    pool: list[Case]
+
+    def everyone(self) -> list[Case]:
+        return list({case.name: case for case in self.diagnosis + self.validation + self.report}.values())
+
+    def without(self, names: set[str]) -> "Cohort":
+        def rest(cases: Iterable[Case]) -> list[Case]:
+            return [case for case in cases if case.name not in names]
+
+        return Cohort(rest(self.diagnosis), rest(self.validation), rest(self.report), rest(self.pool))
+
+    def sha256(self, stage: str) -> str:
+        """Of names, reports and labels: what, besides the settings, the weights of a stage depend on."""
+        digest = hashlib.sha256()
+        of_stage = {"diagnosis": (self.diagnosis,), "report": (self.report, self.pool)}[stage]
+        for cases in (self.validation, *of_stage):
+            for case in cases:
+                labels = "" if case.labels is None else case.labels.tolist()
+                digest.update(f"{case.name}\0{case.report}\0{labels}\0".encode())
+            digest.update(b"\1")
+        return digest.hexdigest()
+
+
+def load_cohort(config: TrainingConfig) -> Cohort:
+    """The cases that a training file names.
+
+    Raises:
+        DatasetError: all that is wrong with the dataset, its division or its pool.
+        ValueError: a span lies outside the split.
+    """
+    data = config.data
+    exclude = read_ids(data.exclude) if data.exclude else ()
+    cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
+    if data.reconstructions == "first":
+        cases = first_reconstructions(cases)
+    if data.validation_fraction is not None:
+        training, validation = split_by_patient(cases, data.validation_fraction, config.seed)
+        cohort = Cohort(training, validation, training, _pool(data, cases, training))
+    else:
+        spans = {name: _span(cases, getattr(data, name), name) for name in ("diagnosis_cases", "validation_cases")}
+        report = _span(cases, data.report_cases, "report_cases")
+        cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, _pool(data, cases, report))
+    check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
+    problems = []
+    if config.stage != "diagnosis":
+        problems += _pool_problems(cohort)
+    if config.stage != "report" and config.init_from is None:
+        unlabelled = [case for case in cohort.diagnosis + cohort.validation if case.labels is None]
+        if unlabelled:
+            expected = "all 18, or a checkpoint to go on from (init_from), which has its classifier"
+            problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
+    raise_problems(problems)
+    return cohort
+
+
+def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
+    """The cases at positions [start, stop) of the split."""
+    start, stop = span
+    if not 0 <= start < stop <= len(cases):
+        raise ValueError(f"data.{name} is [{start}, {stop}], but the split has {len(cases)} cases.")
+    return cases[start:stop]
+
+
+def _pool(data: DataSection, cases: list[Case], training: list[Case]) -> list[Case]:
+    """The references on the training side."""
+    members = normal_pool(cases) if data.pool is None else load_pool(data.pool, cases)
+    ours = {case.name for case in training}
+    return [case for case in members if case.name in ours]
+
+
+def _pool_problems(cohort: Cohort) -> list[Problem]:
+    if not cohort.pool:
+        expected = "at least one normal scan among the training cases; see `diffvp pool build` and data.pool"
+        return [Problem("dataset", None, "pool of references", "empty", expected)]
+    scans = {case.scan_id for case in cohort.pool}
+    if len(scans) == 1 and any(case.scan_id in scans for case in cohort.report):
+        expected = "a second normal scan: the one of the pool would be its own reference"
+        return [Problem("dataset", None, "pool of references", "one scan", expected, cohort.pool[0].name)]
+    return []
+
+
+class Features:
+    """Frozen encoder output and diagnosis logits of cases, each computed once and read from the cache thereafter.
+
+    Args:
+        root: folder of all caches; the features are in `features/`.
+    """
+
+    def __init__(self, root: str | Path, volumes: VolumeCache, model: DiffVPForConditionalGeneration):
+        self.volumes, self.model = volumes, model
+        recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
+        # CODEPATH: the ablation without diagnosis has no classifier.
+        if model.config.use_diagnosis:
+            recipe["diagnosis"] = state_sha256(model.diagnosis)
+        self.cache = TensorCache(Path(root) / "features", recipe)
+
+    def load(self, case: Case) -> dict[str, torch.Tensor]:
+        """`features` (N, C) and, of a model with a classifier, `diagnosis_logits` (labels,)."""
+        return self.cache.get(self.volumes.digest(case), lambda: self._compute(case))
+
+    @torch.no_grad()
+    def _compute(self, case: Case) -> dict[str, torch.Tensor]:
+        # In half precision, as the cache of volumes keeps them: a hit and a miss there give the same features.
+        ct = self.volumes.load(case)[None].float().to(self.model.device)
+        computed = {"features": self.model.extract_features(ct)[0]}
+        if self.model.config.use_diagnosis:
+            computed["diagnosis_logits"] = self.model.diagnose(ct)[0]
+        return computed
+
+
+def compute_all(
+    cases: list[Case], load: Callable[[Case], object], accelerator: Accelerator, description: str, skip: bool
+) -> list[Problem]:
+    """
+    `load` every case into a cache, each process its part; the volumes that could not be read.
+
+    Raises:
+        DatasetError: some could not be read, and `skip` is off. All others are in the cache by then.
+    """
+    problems = []
+    share = cases[accelerator.process_index :: accelerator.num_processes]
+    for case in track(share, description, disable=not accelerator.is_main_process):
+        try:
+            load(case)
+        except CTInputError as error:
+            problems.append(Problem(error.source, case.row, error.field, str(error.found), error.expected, case.name))
+    if accelerator.num_processes > 1:
+        problems = gather_object(problems)
+    if problems and not skip:
+        raise DatasetError(problems)
+    return problems

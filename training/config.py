@@ -1,0 +1,165 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a training run: one YAML file, checked field by field."""
+
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Settings that say where and how fast a run computes, not what: a run may go on with others. How many samples a device
+# takes at once changes sums in their last digit only.
+NOT_OF_THE_RESULT = {
+    **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
+    "data": {"root", "cache_dir"},
+    "diagnosis": {"micro_batch_size"},
+    "report": {"micro_batch_size", "samples"},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataSection(_Section):
+    """Where the cases lie, and which of them are for what.
+
+    Either `validation_fraction` divides the split by patient, and both stages train on the rest, as in the paper; or
+    the three spans of positions give each stage cases of its own.
+    """
+
+    layout: Literal["phantom", "radgenome", "ct-rate", "ctrg", "table"]
+    root: str
+    cache_dir: str
+    split: str | None = "train"  # null: all rows of a table
+    exclude: str | None = None  # a file of ids to leave out, one a line
+    pool: str | None = None  # a file of ids from `diffvp pool build`; null: the normal cases by their labels
+    reconstructions: Literal["first", "all"] = "first"  # of a scan, which share one report
+    spacing: tuple[float, float, float] | None = None  # mm along x, y, z, where neither header nor table has it
+    skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
+    validation_fraction: float | None = None
+    diagnosis_cases: tuple[int, int] | None = None
+    validation_cases: tuple[int, int] | None = None
+    report_cases: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _one_division(self) -> "DataSection":
+        spans = (self.diagnosis_cases, self.validation_cases, self.report_cases)
+        if (self.validation_fraction is None) != all(spans) or (self.validation_fraction is not None and any(spans)):
+            raise ValueError(
+                "expected either validation_fraction, or diagnosis_cases, validation_cases and report_cases"
+            )
+        if self.validation_fraction is None:
+            ordered = sorted(spans)
+            for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False):
+                if start < stop:
+                    # What is validated or prompted must be unseen by what trained on it.
+                    raise ValueError(f"diagnosis_cases, validation_cases and report_cases overlap at case {start}")
+        return self
+
+
+class BaseSection(_Section):
+    """The LLM: any `AutoModelForCausalLM`."""
+
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Fields of its config.json, for `--dry-run` without a download; compared with the real ones when it is loaded.
+    expected_config: dict | None = None
+
+
+class DiagnosisSection(_Section):
+    """Stage 1, the classifier."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # of an optimizer step, over all processes
+    micro_batch_size: int | None = Field(default=None, ge=1)  # at once on one device; null: its share of the batch
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    head_learning_rate: float
+    lesion_loss_weight: float = 0.0  # above 0: also learn where findings lie, from lesion masks (phantoms only)
+    patience: int | None = Field(default=None, ge=1)  # epochs without a better validation loss before it ends
+
+
+class ReportSection(_Section):
+    """Stage 2, report generation."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    lora_learning_rate: float
+    max_report_tokens: int = Field(ge=8)
+    truncate_reports: bool = False  # cut reports of more tokens; else they are refused before the run
+    true_findings: float = Field(default=0.0, ge=0, le=1)  # share of prompts that name true findings, not predictions
+    gradient_checkpointing: bool = False
+    patience: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
+
+
+class TrainingConfig(_Section):
+    """A training run; the YAML files under `configs/` explain the fields."""
+
+    output_dir: str
+    seed: int
+    stage: Literal["all", "diagnosis", "report"] = "all"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = Field(default=0, ge=0)  # processes that load batches, on each device
+    save_every_steps: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)  # besides the best one
+    log_with: list[Literal["tensorboard", "trackio"]] = []
+    data: DataSection
+    # Either a checkpoint to go on from, or what a new model is made of.
+    init_from: str | None = None
+    init_from_revision: str | None = None
+    image_processor: dict | None = None
+    base: BaseSection | None = None
+    model: dict | None = None
+    encoder_weights: str | None = None
+    lora: dict | None = None
+    diagnosis: DiagnosisSection | None = None
+    report: ReportSection
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "TrainingConfig":
+        made_of = {name: getattr(self, name) for name in ("image_processor", "base", "model", "diagnosis")}
+        if self.init_from is None:
+            missing = [name for name, value in made_of.items() if value is None]
+            if missing:
+                raise ValueError(f"expected init_from, or also: {', '.join(missing)}")
+        else:
+            made_of |= {"lora": self.lora, "encoder_weights": self.encoder_weights}
+            extra = [name for name, value in made_of.items() if value is not None]
+            if extra:
+                raise ValueError(f"init_from brings its own, so leave out: {', '.join(extra)}")
+            if self.stage == "diagnosis":
+                raise ValueError("stage: diagnosis; expected report, as init_from has its classifier")
+        return self
+
+    @classmethod
+    def load(cls, path: str, overrides: list[str] | None = None) -> "TrainingConfig":
+        """Read a YAML file; each override is `key=value` or `section.key=value`, the value in YAML."""
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+        for override in overrides or []:
+            dotted, separator, value = override.partition("=")
+            if not separator:
+                raise ValueError(f"Override {override!r} is not of the form key=value.")
+            *sections, key = dotted.split(".")
+            target = values
+            for section in sections:
+                target = target[section]
+            target[key] = yaml.safe_load(value)
+        return cls.model_validate(values)
+
+    def of_the_result(self, stage: str) -> dict:
+        """The settings that the weights of a stage depend on, as JSON values."""
+        values = self.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
+        for other in ("lora", "encoder_weights", "base", "report") if stage == "diagnosis" else ("diagnosis",):
+            del values[other]
+        return values

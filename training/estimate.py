@@ -1,0 +1,151 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""`diffvp train CONFIG --dry-run`: what a run would take, from models without weights (PyTorch's meta device)."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..checkpoint_diffvp import locate_adapter, locate_base_model
+from ..configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, DiffVPConfig
+from ..modeling_diffvp import BASE_PREFIX, DiffVPForConditionalGeneration
+from .cohort import Cohort
+from .config import TrainingConfig
+from .report import prompt_tokens
+
+QUANTIZED_BYTES = {"4bit": 0.55, "8bit": 1.05}  # of a weight, with its scales
+ADAM_BYTES = 8  # two moments in float32
+# Activations kept for the backward pass of one transformer layer with fused attention, in units of tokens x width x
+# bytes of a number (Korthikanti et al. 2022, without the attention matrix), and with checkpointing its input alone.
+LAYER_ACTIVATIONS, CHECKPOINT_ACTIVATIONS = 17, 1
+TOKENS_PER_WORD = 1.5  # of a report, LLaMA's tokenizer on radiology English; where no tokenizer is at hand
+ASSUMED_WORDS = 250  # of a report, where no data is
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Stage 2 of a run, on one device of several alike.
+
+    Attributes:
+        parameters: count by part; `trained` are those of the own modules and the adapter.
+        memory_gb: by part, of one device under DDP.
+        tokens_per_sample: prompt and report.
+        samples: of an epoch.
+        tflop_per_epoch: of the LLM, which nearly all of it is; frozen features are computed once.
+    """
+
+    parameters: dict[str, int]
+    memory_gb: dict[str, float]
+    tokens_per_sample: int
+    samples: int
+    tflop_per_epoch: float
+
+    def hours_per_epoch(self, tflops: float) -> float:
+        """With devices that together do so many TFLOP/s on this model (half of the nominal figure is good)."""
+        return self.tflop_per_epoch / tflops / 3600
+
+
+def make_meta_model(config: TrainingConfig) -> DiffVPForConditionalGeneration:
+    """The model of stage 2 without weights.
+
+    Raises:
+        OSError: the base's configuration is not at hand, and the training file has no `base.expected_config`.
+    """
+    model_config, lora = _of_start(config) if config.init_from else _of_parts(config)
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(model_config.text_config, dtype=_dtype(config))
+        model = DiffVPForConditionalGeneration(model_config, language_model=language_model)
+        if lora is not None:
+            language_model.add_adapter(lora)
+    return model
+
+
+def _of_start(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
+    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+    model_config = DiffVPConfig.from_pretrained(config.init_from, **options)
+    adapter = locate_adapter(config.init_from, **options) if model_config.has_adapter else None
+    if adapter is None:
+        return model_config, None
+    lora = LoraConfig.from_pretrained(adapter)
+    lora.inference_mode = False
+    return model_config, lora
+
+
+def _of_parts(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
+    base = config.base
+    if base.expected_config is not None:
+        text_config = AutoConfig.for_model(**base.expected_config)
+    else:
+        path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
+        options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
+        text_config = AutoConfig.from_pretrained(path, **options)
+    # Only their lengths count: two tokens a word.
+    prompt = {
+        "prefix": [0] * 4,
+        "labels": [[0] * (2 * len(label.split()) + 1) for label in DIAGNOSIS_LABELS],
+        "separator": [0],
+        "none": [0],
+        "suffix": [0, 0],
+    }
+    model_config = DiffVPConfig(
+        text_config=text_config,
+        base_model_name_or_path=base.name,
+        diagnosis_prompt_ids=prompt,
+        instruction_ids=[0] * (2 * len(DEFAULT_INSTRUCTION.split())),
+        **config.model,
+    )
+    return model_config, LoraConfig(task_type="CAUSAL_LM", **config.lora) if config.lora else None
+
+
+def _dtype(config: TrainingConfig) -> torch.dtype:
+    """Of the LLM; a checkpoint to go on from is loaded in float32."""
+    return torch.float32 if config.base is None else getattr(torch, config.base.dtype)
+
+
+def estimate(config: TrainingConfig, cohort: Cohort | None, processes: int = 1) -> Estimate:
+    """What stage 2 takes.
+
+    Args:
+        cohort: its cases; `None` for 1,000 of `ASSUMED_WORDS`.
+        processes: devices that share a step.
+    """
+    model = make_meta_model(config)
+    own = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(BASE_PREFIX))
+    lora = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n.startswith(BASE_PREFIX))
+    llm = sum(p.numel() for n, p in model.named_parameters() if n.startswith(BASE_PREFIX)) - lora
+    frozen = sum(p.numel() for n, p in model.named_parameters()) - llm - lora - own
+    words = [len(case.report.split()) for case in cohort.report] if cohort is not None else [ASSUMED_WORDS] * 1000
+    limit = config.report.max_report_tokens
+    reports = [min(limit, int(count * TOKENS_PER_WORD) + 1) for count in words]
+    prompt = prompt_tokens(model.config)
+    tokens = prompt + sum(reports) / len(reports)
+
+    section, text = config.report, model.config.text_config
+    batch = section.micro_batch_size or -(-section.batch_size // processes)
+    number = _dtype(config).itemsize
+    computed = number if config.mixed_precision == "no" else 2
+    weight = number
+    if config.base is not None and config.base.quantization is not None:
+        weight = QUANTIZED_BYTES[config.base.quantization]
+    longest = prompt + max(reports)
+    layers = CHECKPOINT_ACTIVATIONS * text.num_hidden_layers + LAYER_ACTIVATIONS
+    if not section.gradient_checkpointing:
+        layers = LAYER_ACTIVATIONS * text.num_hidden_layers
+    memory = {
+        "LLM": llm * weight,
+        "frozen encoder and classifier": frozen * number,
+        "trained weights, gradients, Adam": (own + lora) * (4 + 4 + ADAM_BYTES),
+        "activations of the longest batch": layers * batch * longest * text.hidden_size * computed,
+        "logits of its report": batch * max(reports) * text.vocab_size * (4 + 4 + computed),
+    }
+    # Frozen weights need no gradients: 2 N forward, 2 N backward; checkpointing runs the forward pass again.
+    flop = (6 if section.gradient_checkpointing else 4) * llm * tokens * len(reports)
+    return Estimate(
+        parameters={"LLM, frozen": llm, "LoRA": lora, "own modules": own, "frozen encoder and classifier": frozen},
+        memory_gb={name: size / 1e9 for name, size in memory.items()},
+        tokens_per_sample=round(tokens),
+        samples=len(reports),
+        tflop_per_epoch=flop / 1e12,
+    )

@@ -1,0 +1,463 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The training loop of both stages.
+
+Everything random is a function of the seed, the stage, the step and the case. Neither the number of processes, nor
+that of workers, nor an interruption changes what a run computes, up to the rounding of sums.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_cosine_schedule_with_warmup
+
+from .checkpoints import Checkpoint, CheckpointError, Checkpoints
+
+logger = logging.getLogger(__name__)
+
+CONSOLE_STEPS = 20  # between two lines on the console; the log file has every step
+CLIP = 1.0  # largest norm of the gradient
+
+
+class Split:
+    """The cases of one side, training or validation: an interface of both stages.
+
+    `sample(index, epoch)` is what a worker loads, `collate(samples)` makes a batch of it, and `losses(model, batch,
+    step)` the named losses of a batch, `loss` among them. Each is the batch's *part* of the mean over the cases of
+    the step, so that the sum over a step's batches, on whichever processes, is that mean.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batches(self, epoch: int, size: int) -> list[np.ndarray]:
+        """The case indices of each optimizer step of an epoch."""
+        raise NotImplementedError
+
+    def sample(self, index: int, epoch: int) -> dict:
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def losses(self, model: torch.nn.Module, batch: dict, step: np.ndarray) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class Stage:
+    """What the loop needs to know of a stage.
+
+    Attributes:
+        name: "diagnosis" or "report".
+        section: its section of the training file.
+        model: what `losses` is called with.
+        groups: parameter groups of AdamW.
+        training, validation: its cases.
+    """
+
+    name: str
+
+    def __init__(self, section, model: torch.nn.Module, groups: list[dict], training: Split, validation: Split):
+        self.section, self.model, self.groups = section, model, groups
+        self.training, self.validation = training, validation
+
+    def metrics(self, epoch: int) -> dict[str, float]:
+        """More about the model after an epoch, for the log."""
+        return {}
+
+
+class _Epoch(Dataset):
+    def __init__(self, split: Split, epoch: int):
+        self.split, self.epoch = split, epoch
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.split.sample(int(index), self.epoch)
+
+
+def share(step: np.ndarray, process: int, processes: int, size: int) -> list[tuple[list[int], bool]]:
+    """
+    The batches of one process in one step, each with whether it counts.
+
+    All processes take equally many, for each is an exchange among them; who has fewer cases repeats one that does not
+    count.
+    """
+    own = step[process::processes]
+    count = math.ceil(math.ceil(len(step) / processes) / size)
+    batches = [(own[start : start + size].tolist(), True) for start in range(0, len(own), size)]
+    return batches + [(step[:1].tolist(), False)] * (count - len(batches))
+
+
+@dataclass
+class Position:
+    """How far a stage has come."""
+
+    step: int = 0  # optimizer steps
+    epoch: int = 0
+    step_of_epoch: int = 0
+    best_loss: float = math.inf
+    best_step: int | None = None
+    epochs_since_best: int = 0
+    finished: bool = False
+
+    @classmethod
+    def of(cls, state: dict) -> "Position":
+        return cls(**{field.name: state["position"][field.name] for field in fields(cls)})
+
+
+class Interrupted(SystemExit):
+    """A run was asked to end, has saved, and can go on. Its code is the shell's for the signal."""
+
+
+class Signals:
+    """Within it, the first Ctrl-C or SIGTERM is noted in `received`; a second one ends the process as usual."""
+
+    def __enter__(self) -> "Signals":
+        self.received = 0
+        self.former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.former:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+
+class Log:
+    """One JSON line per event in a file; some of them on the console and with the trackers, too."""
+
+    def __init__(self, path: Path, accelerator: Accelerator):
+        self.path, self.accelerator = path, accelerator
+        self.start = time.monotonic()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after a step, from which the run goes on."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def __call__(self, *, step: int, console: bool = True, **values) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"step": step, "seconds": round(time.monotonic() - self.start, 1), **values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if console:
+            shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
+            logger.info("step %d  %s", step, "  ".join(f"{key} {value}" for key, value in shown.items()))
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log({f"{self.path.stem}/{key}": value for key, value in numbers.items()}, step=step)
+
+
+class Trainer:
+    """Trains a stage, or goes on where a run before has ended.
+
+    Args:
+        settings: what the result depends on; a checkpoint of other settings is refused.
+    """
+
+    def __init__(
+        self, stage: Stage, accelerator: Accelerator, checkpoints: Checkpoints, log: Log, config, settings: dict
+    ):
+        self.stage, self.accelerator, self.checkpoints, self.log = stage, accelerator, checkpoints, log
+        self.config, self.settings = config, settings
+        section, processes = stage.section, accelerator.num_processes
+        self.micro_batch_size = section.micro_batch_size or math.ceil(section.batch_size / processes)
+        self.accelerator.gradient_accumulation_steps = math.ceil(
+            math.ceil(section.batch_size / processes) / self.micro_batch_size
+        )
+        self.steps_per_epoch = len(stage.training.batches(0, section.batch_size))
+        total = section.epochs * self.steps_per_epoch
+        optimizer = torch.optim.AdamW(stage.groups, weight_decay=section.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, int(section.warmup_ratio * total), total)
+        self.position = Position()
+
+    # State: full tensors by name on every process, whether parameters are whole, replicated or sharded.
+
+    _options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+    def _state(self) -> dict[str, dict[str, torch.Tensor]]:
+        optimizer = get_optimizer_state_dict(self._module(), self._optimizer(), options=self._options)
+        # Empty on all processes but the main one, which writes.
+        moments = {
+            f"{kind}:{name}": value
+            for name, values in optimizer.get("state", {}).items()
+            for kind, value in values.items()
+        }
+        return {"weights": get_model_state_dict(self._module(), options=self._options), "optimizer": moments}
+
+    def _load_optimizer(self, moments: dict[str, torch.Tensor]) -> None:
+        # The groups are those of the training file; learning rates follow from the schedule.
+        optimizer = get_optimizer_state_dict(self._module(), self._optimizer(), options=self._options)
+        optimizer["state"] = {}
+        for key, value in moments.items():
+            kind, _, name = key.partition(":")
+            optimizer["state"].setdefault(name, {})[kind] = value
+        set_optimizer_state_dict(self._module(), self._optimizer(), optimizer, options=self._options)
+
+    def _module(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def resume(self) -> bool:
+        """Go on from the newest valid checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is of other settings or other data.
+        """
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
+            return False
+        differences = compare(checkpoint.state["settings"], self.settings)
+        if differences:
+            raise CheckpointError(
+                f"{self.checkpoints.folder} holds a run with other settings: {'; '.join(differences)}. "
+                "Choose another output_dir, or delete that folder."
+            )
+        self.load_weights(checkpoint)
+        self._load_optimizer(checkpoint.load("optimizer"))
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        for group, rate in zip(self._optimizer().param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.position = Position.of(checkpoint.state)
+        self.log.rewind(self.position.step)
+        return True
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        set_model_state_dict(self._module(), checkpoint.load("weights"), options=self._options)
+
+    def save(self) -> None:
+        tensors = self._state()  # all processes take part
+        if self.accelerator.is_main_process:
+            state = {
+                "position": asdict(self.position),
+                "scheduler": self.scheduler.state_dict(),
+                "settings": self.settings,
+            }
+            self.checkpoints.save(self.position.step, tensors, state, self.position.best_step)
+        self.accelerator.wait_for_everyone()
+
+    def fit(self) -> None:
+        """Train to the end, and leave the best weights in the model.
+
+        Raises:
+            Interrupted: after a Ctrl-C or SIGTERM, once the step is done and saved.
+        """
+        position, section = self.position, self.stage.section
+        with self._progress() as advance, Signals() as signals:
+            while not position.finished:
+                self._epoch(advance, signals)
+                losses = self._validate()
+                position.epoch, position.step_of_epoch = position.epoch + 1, 0
+                better = losses["validation_loss"] < position.best_loss
+                if better:
+                    position.best_loss, position.best_step = losses["validation_loss"], position.step
+                position.epochs_since_best = 0 if better else position.epochs_since_best + 1
+                bored = section.patience is not None and position.epochs_since_best >= section.patience
+                position.finished = position.epoch == section.epochs or bored
+                self.log(step=position.step, epoch=position.epoch, **losses, **self.stage.metrics(position.epoch))
+                self.save()
+                self._end_if_asked(signals, saved=True)
+        self.load_weights(self.checkpoints.load(position.best_step))
+
+    def _epoch(self, advance, signals: Signals) -> None:
+        position, section = self.position, self.stage.section
+        steps = self.stage.training.batches(position.epoch, section.batch_size)[position.step_of_epoch :]
+        loader = self._loader(self.stage.training, position.epoch, steps)
+        self.model.train()
+        for step, batches in zip(steps, loader, strict=True):
+            seed = f"{self.config.seed}:{self.stage.name}:{position.step}:{self.accelerator.process_index}"
+            set_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
+            losses = self._step(step, batches)
+            position.step += 1
+            position.step_of_epoch += 1
+            console = position.step % CONSOLE_STEPS == 0
+            rate = self.scheduler.get_last_lr()[0]
+            self.log(step=position.step, console=console, epoch=position.epoch + 1, **losses, learning_rate=rate)
+            advance(len(step))
+            last = position.step_of_epoch == self.steps_per_epoch
+            if not last:  # the end of an epoch is saved with what validation says of it
+                saved = position.step % self.config.save_every_steps == 0
+                if saved:
+                    self.save()
+                self._end_if_asked(signals, saved)
+
+    def _step(self, step: np.ndarray, batches: list[tuple[dict, bool]]) -> dict[str, float]:
+        """One optimizer step; the losses of all processes."""
+        sums: dict[str, float] = {}
+        accelerator = self.accelerator
+        # Backward passes are averaged over the processes and divided by the number of batches; here they are parts
+        # of a mean already.
+        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        extra = accelerator.gradient_accumulation_steps - len(batches)
+        for batch, counts in batches + [(batches[0][0], False)] * extra:
+            with accelerator.accumulate(self.model):
+                losses = self.stage.training.losses(self.model, _to(batch, accelerator.device), step)
+                accelerator.backward(losses["loss"] * (scale if counts else 0.0))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self._trainable(), CLIP)
+                self.optimizer.step()
+                if accelerator.sync_gradients:
+                    self.scheduler.step()
+                self.optimizer.zero_grad()
+            if counts:
+                _add(sums, losses)
+        return self._reduced(sums)
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.stage.groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Mean losses over the validation cases, named `validation_...`."""
+        split = self.stage.validation
+        steps = split.batches(0, self.stage.section.batch_size)
+        everything = np.concatenate(steps)
+        self.model.eval()
+        sums: dict[str, float] = {}
+        for batches in self._loader(split, 0, steps):
+            for batch, counts in batches:
+                losses = split.losses(self.model, _to(batch, self.accelerator.device), everything)
+                if counts:
+                    _add(sums, losses)
+        return {f"validation_{name}": value for name, value in self._reduced(sums).items()}
+
+    def _loader(self, split: Split, epoch: int, steps: list[np.ndarray]) -> Iterator[list[tuple[dict, bool]]]:
+        """For each step the batches of this process."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        plan = [share(step, process, processes, self.micro_batch_size) for step in steps]
+        loader = DataLoader(
+            _Epoch(split, epoch),
+            batch_sampler=[indices for batches in plan for indices, _ in batches],
+            num_workers=self.config.num_workers,
+            collate_fn=split.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        loaded = iter(loader)
+        for batches in plan:
+            yield [(next(loaded), counts) for _, counts in batches]
+
+    def _reduced(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes. A process whose batches do not count has all names but no values."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        names = sorted(self._names(sums))
+        values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+        total = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def _names(self, sums: dict[str, float]) -> set[str]:
+        from accelerate.utils import gather_object
+
+        return set(gather_object(sorted(sums)))
+
+    def _end_if_asked(self, signals: Signals, saved: bool) -> None:
+        received = signals.received
+        if self.accelerator.num_processes > 1:  # one of several may hear it first; all end at the same step
+            flag = torch.tensor([received], device=self.accelerator.device)
+            received = int(self.accelerator.gather(flag).max())
+        if not received:
+            return
+        if not saved:
+            self.save()
+        logger.warning(
+            "Interrupted after step %d, which is saved. The same command goes on from there.", self.position.step
+        )
+        raise Interrupted(128 + received)
+
+    @contextlib.contextmanager
+    def _progress(self):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        cases = len(self.stage.training)
+        this_epoch = self.stage.training.batches(self.position.epoch, self.stage.section.batch_size)
+        done = self.position.epoch * cases + sum(map(len, this_epoch[: self.position.step_of_epoch]))
+        with Progress(*columns, disable=not self.accelerator.is_main_process) as progress:
+            total = cases * self.stage.section.epochs
+            task = progress.add_task(self.stage.name.capitalize(), total=total, completed=done, rate="")
+
+            def advance(count: int) -> None:
+                speed = progress.tasks[task].speed
+                progress.update(task, advance=count, rate=f"{speed:.1f} samples/s" if speed else "")
+
+            yield advance
+
+
+def compare(before: dict, now: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries of JSON values, as "a.b was 1, is 2"."""
+    differences = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            differences += compare(old, new, f"{path}{key}.")
+        elif old != new:
+            differences.append(f"{path}{key} was {old}, is {new}")
+    return differences
+
+
+def by_length(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Random batches of cases of like length, so that little of a batch is padding."""
+    order = np.argsort(np.asarray(lengths) + rng.uniform(0, 30, len(lengths)), kind="stable")
+    batches = np.split(order, range(size, len(order), size))
+    return [batches[index] for index in rng.permutation(len(batches))]
+
+
+def in_order(cases: int, size: int) -> list[np.ndarray]:
+    order = np.arange(cases)
+    return np.split(order, range(size, cases, size))
+
+
+def _to(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _add(sums: dict[str, float], losses: dict[str, torch.Tensor]) -> None:
+    for name, value in losses.items():
+        sums[name] = sums.get(name, 0.0) + value.item()
