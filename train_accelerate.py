@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -48,13 +48,19 @@ logger = logging.getLogger(__name__)
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     Raises:
-        RuntimeError: several processes were launched that know nothing of each other, and would write the same files.
+        RuntimeError: several processes were launched that know nothing of each other, and would write the same files;
+            or by a launcher for DeepSpeed.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=list(config.log_with) or None,
         project_dir=config.output_dir,
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            "DeepSpeed keeps the optimizer's state in files of its own, which the checkpoints here do not cover. "
+            "configs/accelerate/fsdp2_zero2.yaml and fsdp2_zero3.yaml shard in the same way."
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(

@@ -28,6 +28,7 @@ from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.train_accelerate import Features, load_start, run
+from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
 from diffvp.training.report import BaseModelError, ReportSplit
 
@@ -164,6 +165,25 @@ def test_unreadable_volumes_are_listed_and_left_out_if_the_file_says_so(own, fin
     assert sorted(row["id"] for row in listed) == [scan.name.removesuffix(".nii.gz") for scan in broken]
     assert all(row["row"] >= 2 for row in listed)
     assert (tmp_path / "tuned/model/model.safetensors").is_file()
+
+
+def test_a_dataset_with_a_nifti_column(own, finetune, tmp_path):
+    os.rename(own / "metadata.csv", own / "table.csv")
+    lines = (own / "table.csv").read_text().replace("path,report", "file_name,report", 1)
+    (own / "metadata.csv").write_text(lines)
+    (own / "table.csv").unlink()
+    pool = (own / "normal.txt").rename(tmp_path / "normal.txt")  # beside the volumes it would be one of the files
+    # `datasets` makes splits of files called train_..., and would leave metadata.csv out of them.
+    files = f"{{train: {own}/**}}"
+    where = ["data.root=niftifolder", f"data.load_options={{data_files: {files}}}"]
+    overrides = ["data.layout=hub", "data.split=train", f"data.pool={pool}", *where]
+    cohort = load_cohort(TrainingConfig.load(finetune, overrides))
+    cases = cohort.everyone()
+    assert len(cases) == 24 and all(case.volume.is_file() for case in cases)
+    of_table = {case.name: case for case in load_table(own)}
+    for case in cases:
+        assert case.report == of_table[case.name].report
+        assert case.volume.read_bytes() == of_table[case.name].volume.read_bytes()
 
 
 def test_a_start_brings_its_own_parts(finetune):

@@ -3,8 +3,10 @@
 """The cases of a run, and what is frozen about them: preprocessed volumes, encoder output, predicted findings."""
 
 import hashlib
+import os
+import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from ..data.cases import (
 )
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, normal_pool
+from ..data.table import load_hub
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
@@ -75,7 +78,10 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     """
     data = config.data
     exclude = read_ids(data.exclude) if data.exclude else ()
-    cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
+    if data.layout == "hub":
+        cases = [case for case in fetch_hub(data) if case.name not in exclude]
+    else:
+        cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
     if data.reconstructions == "first":
         cases = first_reconstructions(cases)
     if data.validation_fraction is not None:
@@ -96,6 +102,26 @@ def load_cohort(config: TrainingConfig) -> Cohort:
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort
+
+
+def fetch_hub(data: DataSection) -> list[Case]:
+    """The cases of a dataset of `datasets`, streamed; each volume is kept under `cache_dir/hub`, by its content."""
+    folder = Path(data.cache_dir) / "hub"
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = []
+    for case in track(load_hub(data.root, data.split, **data.load_options), "Fetching"):
+        content = case.volume["bytes"]
+        if content is None:
+            cases.append(replace(case, volume=Path(case.volume["path"])))
+            continue
+        suffix = ".nii.gz" if content[:2] == b"\x1f\x8b" else ".nii"
+        path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
+        if not path.exists():
+            temporary = folder / f"{uuid.uuid4().hex}.tmp"
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        cases.append(replace(case, volume=path))
+    return cases
 
 
 def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:

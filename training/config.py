@@ -28,8 +28,9 @@ class DataSection(_Section):
     the three spans of positions give each stage cases of its own.
     """
 
-    layout: Literal["phantom", "radgenome", "ct-rate", "ctrg", "table"]
-    root: str
+    layout: Literal["phantom", "radgenome", "ct-rate", "ctrg", "table", "hub"]
+    root: str  # of "hub" the name of a dataset with a `Nifti` column
+    load_options: dict = {}  # of "hub", as `datasets.load_dataset` takes them: revision (pin it), data_dir, ...
     cache_dir: str
     split: str | None = "train"  # null: all rows of a table
     exclude: str | None = None  # a file of ids to leave out, one a line
