@@ -41,7 +41,6 @@ from .ct_rate import (
     read_label_rows,
     table_path,
 )
-from .pool import normal_pool
 
 # How peers' code calls the row without an anatomy.
 WHOLE_REPORT = ("nan", "whole", "whole scan")
@@ -183,9 +182,3 @@ def _read_disorders(
             problems.append(Problem(path.name, rows[name].number, "Disorders", "empty", expected, name))
         disorders[name] = str(value)
     return disorders
-
-
-# The name that the training loop and the evaluation know it by.
-load_cases = load_phantom
-
-__all__ = ["Case", "load_cases", "load_phantom", "load_radgenome", "normal_pool"]

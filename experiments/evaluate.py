@@ -21,8 +21,10 @@ from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, file_sha256
+from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
-from ..data.radgenome import Case, load_cases, normal_pool
+from ..data.pool import normal_pool
+from ..data.radgenome import load_phantom
 from ..metrics.clinical_efficacy import classification_scores
 from ..metrics.nlg import bleu, rouge_l, sentence_bleu
 from ..modeling_diffvp import DiffVPForConditionalGeneration
@@ -141,7 +143,7 @@ def evaluate(
     model, processor = load_checkpoint(str(checkpoint))
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor)
-    train, test = load_cases(data, "train"), load_cases(data, "valid")[:limit]
+    train, test = load_phantom(data, "train"), load_phantom(data, "valid")[:limit]
     if len(test) < 2:
         raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
     reports, probabilities = generate_reports(model, processor, test)

@@ -198,11 +198,11 @@ def test_phantom(run, tmp_path):
     options = ("--valid", 1, "--matrix", 48, "--no-masks", "--workers", 1)
     result = run("phantom", "cohort", "--train", 1, *options, "--seed", 7)
     assert result.exit_code == 0, result.output
-    from diffvp.data.radgenome import load_cases
+    from diffvp.data.radgenome import load_phantom
 
-    [case] = load_cases(tmp_path / "work" / "cohort", "train")
+    [case] = load_phantom(tmp_path / "work" / "cohort", "train")
     assert nib.load(case.volume).shape[:2] == (48, 48) and case.report
-    assert len(load_cases(tmp_path / "work" / "cohort", "valid")) == 1
+    assert len(load_phantom(tmp_path / "work" / "cohort", "valid")) == 1
     assert_one_line_error(run("phantom", "cohort", "--train", 1, *options, "--seed", 8), "cohort")
     assert run("phantom", "cohort", "--train", -1, *options).exit_code == 2
 

@@ -32,8 +32,8 @@ from diffvp.data.ct_rate import load_ct_rate
 from diffvp.data.ctrg import load_ctrg
 from diffvp.data.load import load_dataset_cases
 from diffvp.data.phantom_cohort import write_cohort
-from diffvp.data.pool import build_pool, load_pool, other_scans
-from diffvp.data.radgenome import load_cases, load_radgenome, normal_pool
+from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
+from diffvp.data.radgenome import load_phantom, load_radgenome
 from diffvp.data.table import hub_cases, load_hub, load_table
 from diffvp.nifti_diffvp import CTMetadata
 from diffvp.reading_diffvp import read_ct
@@ -449,7 +449,7 @@ def test_phantom_cases_hold_what_the_tables_say(cohort):
             return list(csv.DictReader(file))
 
     for split, long in (("train", "train"), ("valid", "validation")):
-        cases = load_cases(cohort, split)
+        cases = load_phantom(cohort, split)
         labels = rows(f"multi_abnormality_labels/{split}_predicted_labels.csv")
         reports = rows(f"radiology_text_reports/{long}_reports.csv")
         disorders = rows(f"radgenome_files/{long}_case_disorders.csv")
@@ -468,7 +468,7 @@ def test_phantom_cases_hold_what_the_tables_say(cohort):
 
 def test_phantom_reader_names_what_is_wrong(cohort, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'test'"):
-        load_cases(cohort, "test")
+        load_phantom(cohort, "test")
     for path in (cohort / "dataset").rglob("*.csv"):
         copy = tmp_path / path.relative_to(cohort)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -478,7 +478,7 @@ def test_phantom_reader_names_what_is_wrong(cohort, tmp_path):
     disorders.write_text("\n".join(disorders.read_text().splitlines()[:-1]) + "\n")
     labels = tmp_path / "dataset/multi_abnormality_labels/valid_predicted_labels.csv"
     replace_in(labels, ",0", ",2")
-    assert problems_of(load_cases, tmp_path, "valid") == [
+    assert problems_of(load_phantom, tmp_path, "valid") == [
         (labels.name, 2, "Medical material", "valid_1_a_1"),
         (disorders.name, None, "row", "valid_2_a_1"),
     ]
@@ -762,7 +762,7 @@ def test_contaminated_members_are_named():
 
 
 def test_phantom_reports_are_read_for_findings(cohort):
-    cases = load_cases(cohort, "train")
+    cases = load_phantom(cohort, "train")
     ill = next(case for case in cases if case.labels.any())
     unmarked = [make_case(case.name, report=case.report, volume=case.volume) for case in cases]
     [warning] = [w for w in build_pool(unmarked, layout="phantom", ids=[ill.name]).warnings if ill.name in w]
@@ -829,10 +829,10 @@ def test_pool_command(cohort, tmp_path):
     arguments = (cohort, "--layout", "phantom", "--split", "train", "--output", output)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    expected = normal_pool(load_cases(cohort, "train"))
+    expected = normal_pool(load_phantom(cohort, "train"))
     assert output.read_text().split() == [case.name for case in expected]
     assert f"{len(expected)} normal references by all 18 labels 0" in result.stdout
-    assert load_pool(output, load_cases(cohort, "train")) and read_ids(output) == [case.name for case in expected]
+    assert load_pool(output, load_phantom(cohort, "train")) and read_ids(output) == [case.name for case in expected]
     result = run(*arguments, "--json")
     document = json.loads(result.stdout)
     assert document["size"] == document["counts"]["scans"]["both"] == len(expected)

@@ -17,7 +17,8 @@ from diffvp.data import phantom_cohort
 from diffvp.data.phantom import FINDING_NETWORK, LOBES, Finding, _attributes, render_patient, sample_patient
 from diffvp.data.phantom_cohort import volume_path, write_cohort
 from diffvp.data.phantom_report import NORMAL, _wordings, labels_from_report, region_sentences, report_text
-from diffvp.data.radgenome import load_cases, normal_pool
+from diffvp.data.pool import normal_pool
+from diffvp.data.radgenome import load_phantom
 
 MATRIX = 112
 # Share of each label among CT-RATE's training scans that have at least one of the 18, counted in the published table.
@@ -279,7 +280,7 @@ def test_matrix_changes_the_sampling_but_not_the_patient():
 
 def test_layout_is_read_back(cohort):
     for split, count in (("train", 5), ("valid", 2)):
-        cases = load_cases(cohort, split)
+        cases = load_phantom(cohort, split)
         assert len(cases) == count
         for index, case in enumerate(cases):
             patient = sample_patient(4, index, split)
@@ -288,7 +289,7 @@ def test_layout_is_read_back(cohort):
             assert dict(zip(DIAGNOSIS_LABELS, case.labels.tolist(), strict=True)) == patient.labels
             assert case.report == report_text({name: [text] for name, text in case.region_sentences.items()})
             assert labels_from_report(case.report) == patient.labels
-    pool = normal_pool(load_cases(cohort, "train"))
+    pool = normal_pool(load_phantom(cohort, "train"))
     assert pool and [case.name for case in pool] == [
         sample_patient(4, index, "train").name for index in range(5) if not sample_patient(4, index, "train").findings
     ]
