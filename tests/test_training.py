@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor
 
 from diffvp.data.cache import ContentHashes, TensorCache
@@ -21,6 +23,7 @@ from diffvp.data.pairing import pair_reference
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import build_generator, run
+from diffvp.training.checkpoints import Checkpoints
 from diffvp.training.config import TrainingConfig
 from diffvp.training.diagnosis import DiagnosisObjective, augment, best_thresholds
 from diffvp.training.loop import share
@@ -67,6 +70,29 @@ def test_stage_two_starts_from_the_base_llm(settings, tmp_path):
     prompt, mask = model.diagnosis_prompt(torch.full((1, 18), -9.0))
     assert processor.tokenizer.decode(prompt[0]) == processor.tokenizer.decode(
         processor.tokenizer(processor.diagnosis_prompt([]), add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_curves_for_tensorboard(settings, tmp_path):
+    run(TrainingConfig.load(settings, ["stage=diagnosis", "diagnosis.epochs=1", "log_with=[tensorboard]"]))
+    reader = EventAccumulator(str(tmp_path / "run/diffvp"))
+    reader.Reload()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()[:-1]]
+    assert [point.value for point in reader.Scalars("diagnosis/loss")] == pytest.approx(losses)
+
+
+def test_it_ends_when_validation_no_longer_gets_better(settings, tmp_path):
+    overrides = ["stage=diagnosis", "diagnosis.epochs=40", "diagnosis.patience=2", "diagnosis.learning_rate=0.5"]
+    run(TrainingConfig.load(settings, overrides))
+    log = [json.loads(line) for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert 3 <= len(losses) < 40 and losses.index(min(losses)) == len(losses) - 3
+    best = Checkpoints(tmp_path / "run/checkpoints/diagnosis", 2)
+    kept = load_file(tmp_path / "run/diagnosis/model.safetensors")
+    step = 2 * (losses.index(min(losses)) + 1)
+    weights = best.load(step).load("weights")
+    assert all(
+        torch.equal(value, weights[f"model.{name}"]) for name, value in kept.items() if "num_batches" not in name
     )
 
 
