@@ -126,6 +126,9 @@ def pool_build(
     ids: Annotated[
         Path | None, typer.Option(help="Ids of normal scans, one a line, where the dataset does not tell them.")
     ] = None,
+    read_reports: Annotated[
+        bool, typer.Option("--read-reports", help="Let rules read the labels out of the reports where there are none.")
+    ] = False,
     exclude: Annotated[Path | None, typer.Option(help="Ids of cases to leave out, one a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
 ) -> None:
@@ -136,6 +139,11 @@ def pool_build(
         from .data.pool import build_pool
 
         cases = load_dataset_cases(layout, data, split, exclude=read_ids(exclude) if exclude else ())
+        if read_reports:
+            from .metrics.labelers import RuleLabeler
+            from .metrics.labelers.table import label_cases
+
+            cases = label_cases(cases, RuleLabeler())
         pool = build_pool(cases, layout=layout, ids=read_ids(ids) if ids else None)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(f"{case.name}\n" for case in pool.cases), encoding="utf-8")
@@ -184,6 +192,32 @@ def train(
             _print_estimate(loaded, processes, tflops)
         else:
             run(loaded)
+
+
+@app.command()
+def label(
+    reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids and one of reports.")],
+    output: Annotated[Path, typer.Option(help="CSV file for the ids and the 18 labels, 0 or 1.")],
+    report_column: Annotated[str, typer.Option(help="Its name in the table.")] = "report",
+    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
+    explain: Annotated[
+        Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
+    ] = None,
+    radbert: Annotated[
+        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+    ] = None,
+) -> None:
+    """Read the 18 findings out of chest CT reports in English."""
+    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+        from .metrics.labelers import RuleLabeler
+        from .metrics.labelers.radbert import RadBertError, RadBertLabeler
+        from .metrics.labelers.table import label_table
+    with _one_line_errors(ValueError, TypeError, RadBertError), _listed_problems():
+        labeler = RuleLabeler() if radbert is None else RadBertLabeler.from_pretrained(radbert)
+        columns = {"report_column": report_column, "id_column": id_column}
+        labels = label_table(reports, output, labeler, explanations=explain, **columns)
+    out.print(f"{len(labels):,} reports, {int(labels.sum()):,} findings: {output}", soft_wrap=True, markup=False)
+    out.print(f"Labeler: {labeler.signature}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -87,7 +87,10 @@ def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | 
     elif cases and all(case.labels is not None for case in cases):
         members, rule = first_reconstructions(normal_pool(cases)), RULE
     else:
-        expected = "one of: the 18 labels; a column `normal` in the table; a list of ids of normal scans (--ids)"
+        expected = (
+            "one of: the 18 labels; a column `normal` in the table; a list of ids of normal scans (--ids); reports "
+            "that rules may read (--read-reports)"
+        )
         raise DatasetError([Problem("dataset", None, "what says which scans are normal", "missing", expected)])
     if not members:
         raise DatasetError([Problem("dataset", None, "pool", f"empty by {rule}", "at least one normal scan")])

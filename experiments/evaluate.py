@@ -11,7 +11,6 @@ Findings are read from the text by the phantom's own sentence reader and compare
 
 import json
 import os
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,35 +24,23 @@ from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
 from ..data.pool import normal_pool
 from ..data.radgenome import load_phantom
-from ..metrics.clinical_efficacy import classification_scores
-from ..metrics.nlg import bleu, rouge_l, sentence_bleu
+from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
+from ..metrics.clinical_efficacy import averages, classification_scores, label_counts
+from ..metrics.nlg import score_reports
+from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
 
 BATCH_SIZE = 16
-BOOTSTRAP_SAMPLES = 1000
 
 
 def constant_normal_report(cases: list[Case]) -> str:
     """The most common wording of each region among the normal cases of the training split."""
-    counts = {region: Counter() for region in REGIONS}
-    normal = normal_pool(cases)
+    normal = [case.report for case in normal_pool(cases)]
     if not normal:
         raise ValueError("The training split has no normal case to take the constant report from.")
-    for case in normal:
-        for region, text in DiffVPProcessor.post_process(case.report).items():
-            counts[region][text] += 1
-    lines = [(region, counts[region].most_common(1)) for region in REGIONS]
-    return "\n".join(f"{region.capitalize()}: {texts[0][0]}" for region, texts in lines if texts)
-
-
-def nearest_reports(query: np.ndarray, keys: np.ndarray, cases: list[Case]) -> list[str]:
-    """For each row of `query` (queries, C), the report of the case whose row of `keys` (cases, C) is most alike."""
-    mean, scale = keys.mean(0), keys.std(0) + 1e-6
-    query, keys = (query - mean) / scale, (keys - mean) / scale
-    similarity = query @ keys.T / np.outer(np.linalg.norm(query, axis=1), np.linalg.norm(keys, axis=1))
-    return [cases[index].report for index in similarity.argmax(axis=1)]
+    return most_frequent_report_by_region(normal, DiffVPProcessor.post_process, REGIONS)
 
 
 def pooled_features(
@@ -93,15 +80,13 @@ def findings(reports: list[str]) -> np.ndarray:
     return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read])
 
 
-def micro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
-    return float(2 * (predicted & truth).sum() / max(predicted.sum() + truth.sum(), 1))
+def micro_f1(counts: np.ndarray) -> np.ndarray:
+    """(..., 3, labels), sums of `label_counts`, to (...)."""
+    return averages(counts)["micro"][..., 2]
 
 
-def bootstrap_interval(statistic, count: int, seed: int = 0) -> list[float]:
-    """95 % percentile interval of `statistic(indices)` over resampled cases."""
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_SAMPLES)]
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+def bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
 
 
 def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
@@ -112,15 +97,15 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
         "precision": micro["precision"],
         "recall": micro["recall"],
         "f1": micro["f1"],
-        "f1_interval": bootstrap_interval(lambda chosen: micro_f1(predicted[chosen], truth[chosen]), len(cases)),
+        "f1_interval": bounds(bootstrap_counts(label_counts(predicted, truth), micro_f1)),
     }
     if reports is not None:
-        references = [case.report for case in cases]
-        per_case = np.array([sentence_bleu(p, r) for p, r in zip(reports, references, strict=True)])
+        scores = score_reports(reports, [case.report for case in cases], meteor=False)
+        summary = scores.summary()
         result |= {
-            "bleu4": bleu(reports, references)["bleu4"],
-            "bleu4_interval": bootstrap_interval(lambda chosen: per_case[chosen].mean(), len(cases)),
-            "rougeL": rouge_l(reports, references)["rougeL"],
+            "bleu4": summary["bleu_4"],
+            "bleu4_interval": bounds(bootstrap_mean(scores.per_report["bleu_4"])),
+            "rougeL": summary["rouge_l"],
         }
     return result
 
@@ -152,7 +137,9 @@ def evaluate(
     shuffled = reports[1:] + reports[:1]
     normal = [constant_normal_report(train)] * len(test)
     nearest = nearest_reports(
-        pooled_features(model, volumes, test, "test"), pooled_features(model, volumes, train, "training"), train
+        pooled_features(model, volumes, test, "test"),
+        pooled_features(model, volumes, train, "training"),
+        [case.report for case in train],
     )
     classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
     systems = {
@@ -161,8 +148,10 @@ def evaluate(
         "nearest training report": score(nearest, findings(nearest), test),
         "DiffVP on another patient's scan": score(shuffled, findings(shuffled), test),
         "diagnosis classifier alone": score(None, classifier, test),
-        "every finding in every case": score(None, np.ones_like(classifier), test),
     }
+    guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
+    for name, guess in guesses.items():
+        systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
     truth = np.stack([case.labels for case in test]).astype(int)
     per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["labels"]
     result = {
@@ -172,7 +161,7 @@ def evaluate(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "cases": len(test),
         "training_cases": len(train),
-        "signatures": [bleu(reports[:1], [test[0].report])["signature"], rouge_l(["a"], ["a"])["signature"]],
+        "signatures": score_reports(reports[:1], [test[0].report], meteor=False).signature.split(),
         "systems": systems,
         "per_label": per_label,
         "predictions": [

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: what it prints, where, and how it fails. What it computes is tested where it is computed."""
 
+import csv
 import json
 import logging
 import pickle
@@ -205,6 +206,28 @@ def test_phantom(run, tmp_path):
     assert len(load_phantom(tmp_path / "work" / "cohort", "valid")) == 1
     assert_one_line_error(run("phantom", "cohort", "--train", 1, *options, "--seed", 8), "cohort")
     assert run("phantom", "cohort", "--train", -1, *options).exit_code == 2
+
+
+def test_label(run, tmp_path):
+    (tmp_path / "work/reports.csv").write_text(
+        "id,report\na,Lung: A nodule of 6 mm is seen. No pleural effusion.\nb,Heart size is increased.\nc,\n"
+    )
+    result = run("label", "reports.csv", "--output", "labels.csv", "--explain", "why.jsonl")
+    assert result.exit_code == 0 and "3 reports, 2 findings" in result.output and "rule-labeler" in result.output
+    rows = list(csv.DictReader((tmp_path / "work/labels.csv").read_text().splitlines()))
+    found = {row["id"]: [name for name, value in row.items() if value == "1"] for row in rows}
+    assert found == {"a": ["Lung nodule"], "b": ["Cardiomegaly"], "c": []}
+    hits = [json.loads(line) for line in (tmp_path / "work/why.jsonl").read_text().splitlines()]
+    assert {(hit["id"], hit["label"], hit["polarity"]) for hit in hits} == {
+        ("a", "Lung nodule", "positive"),
+        ("a", "Pleural effusion", "negated"),
+        ("b", "Cardiomegaly", "positive"),
+    }
+    (tmp_path / "work/reports.csv").write_text("id,text\na,x\na,y\n")
+    result = run("label", "reports.csv", "--output", "none.csv")
+    assert result.exit_code == 2 and "report" in result.output and not (tmp_path / "work/none.csv").exists()
+    result = run("label", "reports.csv", "--output", "none.csv", "--report-column", "text")
+    assert result.exit_code == 2 and "row 3" in result.output and "that of row 2 again" in result.output
 
 
 def test_train_reads_the_configuration(run, repository_root, tmp_path, monkeypatch):

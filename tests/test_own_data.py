@@ -106,6 +106,17 @@ def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_rules_tell_the_normal_scans_of_a_table_without_labels(own, finetune, tmp_path):
+    command = ["pool", "build", own, "--layout", "table", "--read-reports", "--output", tmp_path / "pool.txt"]
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "pool.txt").read_text() == (own / "normal.txt").read_text()
+    cohort = load_cohort(TrainingConfig.load(finetune, ["data.pool=null", "data.labeler=rules"]))
+    normal = set((own / "normal.txt").read_text().split())
+    assert cohort.pool and {case.name for case in cohort.pool} <= normal
+    assert all(case.labels is not None for case in cohort.everyone())
+
+
 def test_finetuning_changes_what_it_trains_and_nothing_else(finetune, start, tmp_path):
     run(TrainingConfig.load(finetune))
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "tuned/model"))

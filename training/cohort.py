@@ -28,6 +28,8 @@ from ..data.cases import (
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, normal_pool
 from ..data.table import load_hub
+from ..metrics.labelers import RuleLabeler
+from ..metrics.labelers.table import label_cases
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
@@ -82,6 +84,8 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         cases = [case for case in fetch_hub(data) if case.name not in exclude]
     else:
         cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
+    if data.labeler == "rules":
+        cases = label_cases(cases, RuleLabeler())
     if data.reconstructions == "first":
         cases = first_reconstructions(cases)
     if data.validation_fraction is not None:
@@ -98,7 +102,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     if config.stage != "report" and config.init_from is None:
         unlabelled = [case for case in cohort.diagnosis + cohort.validation if case.labels is None]
         if unlabelled:
-            expected = "all 18, or a checkpoint to go on from (init_from), which has its classifier"
+            expected = "all 18, or data.labeler: rules, or a checkpoint to go on from (init_from)"
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort

@@ -35,6 +35,7 @@ class DataSection(_Section):
     split: str | None = "train"  # null: all rows of a table
     exclude: str | None = None  # a file of ids to leave out, one a line
     pool: str | None = None  # a file of ids from `diffvp pool build`; null: the normal cases by their labels
+    labeler: Literal["rules"] | None = None  # reads the labels out of the reports of cases that have none
     reconstructions: Literal["first", "all"] = "first"  # of a scan, which share one report
     spacing: tuple[float, float, float] | None = None  # mm along x, y, z, where neither header nor table has it
     skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop

@@ -3,6 +3,7 @@
 """Stage 2: report generation, on frozen features and predicted findings."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from .config import BaseSection, ReportSection
 from .loop import Split, Stage, by_length, in_order
 
 CERTAIN = 30.0  # logit of a finding that is known
+# Few lengths of batches: tensor cores want multiples of 8, and oneDNN keeps a compiled product for each shape it has
+# seen (with every length its own, the process grew by gigabytes an hour).
+PAD_MULTIPLE = 16
 
 
 class BaseModelError(ValueError):
@@ -127,7 +131,8 @@ class ReportSplit(Split):
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         rows = [self.instruction + sample["report"] for sample in samples]
-        length, start = max(map(len, rows)), len(self.instruction)
+        length = math.ceil(max(map(len, rows)) / PAD_MULTIPLE) * PAD_MULTIPLE
+        start = len(self.instruction)
         input_ids = torch.full((len(rows), length), self.pad)
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, -100)

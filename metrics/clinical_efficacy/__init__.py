@@ -2,6 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agreement of the findings in generated and true reports."""
 
-from .scores import LabelScores, classification_scores
+from .scores import LabelScores, averages, classification_scores, crg, label_counts, per_report, precision_recall_f1
 
-__all__ = ["LabelScores", "classification_scores"]
+__all__ = [
+    "LabelScores",
+    "averages",
+    "classification_scores",
+    "crg",
+    "label_counts",
+    "per_report",
+    "precision_recall_f1",
+]

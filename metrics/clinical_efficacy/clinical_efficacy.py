@@ -8,7 +8,9 @@ import evaluate
 
 from .scores import classification_scores
 
-_DESCRIPTION = "Precision, recall and F1 of the findings in reports: micro, macro, weighted, samples and per label."
+_DESCRIPTION = (
+    "Precision, recall and F1 of the findings in reports: micro, macro, weighted, samples and per label; CRG."
+)
 
 _INPUTS = """
 Args:
@@ -18,7 +20,7 @@ Args:
     zero_division (float, 0 or 1): what an undefined ratio counts as; 0 unless told.
 Returns:
     micro, macro, weighted, samples (dict of precision, recall, f1, predicted, support), labels (the same by label
-    name) and signature (str): how they were computed.
+    name), crg (float, None where undefined) and signature (str): how they were computed.
 """
 
 

@@ -4,6 +4,9 @@
 
 The tables of the field mean different averages by "F1": CT report papers quote micro (Reg2RG, the paper), macro
 (CT-GRAPH, VLM3D), weighted or per-sample values. All four come out here, so that no reader has to guess.
+
+Everything but the per-sample average follows from counts that are summed over reports, so the functions take many such
+sums at once: a bootstrap is one call.
 """
 
 from collections.abc import Sequence
@@ -42,10 +45,94 @@ def _ratio(numerator: NDArray, denominator: NDArray, zero_division: float) -> ND
     return np.divide(numerator, denominator, out=np.full_like(numerator, zero_division), where=denominator != 0)
 
 
+def label_counts(predictions: ArrayLike, references: ArrayLike) -> NDArray[np.int64]:
+    """
+    What each report adds to the counts that the scores are made of.
+
+    Args:
+        predictions, references: (reports, labels) of 0 and 1, as in [`classification_scores`].
+
+    Returns:
+        (reports, 3, labels): findings that are in both reports, in the generated one, in the true one. Summed over
+        any reports, they are what [`averages`] and [`crg`] take.
+
+    Raises:
+        ValueError: the shapes differ, or a value is neither 0 nor 1.
+    """
+    predicted = _indicator_matrix("predictions", predictions)
+    actual = _indicator_matrix("references", references)
+    if predicted.shape != actual.shape:
+        raise ValueError(f"predictions have shape {predicted.shape}, references {actual.shape}")
+    return np.stack([predicted * actual, predicted, actual], axis=1)
+
+
+def precision_recall_f1(counts: ArrayLike, zero_division: float = 0.0) -> NDArray[np.float64]:
+    """(..., 3, labels), counts as of [`label_counts`], to (..., 3, labels): precision, recall and F1 of each label."""
+    hits, claims, facts = np.moveaxis(np.asarray(counts), -2, 0)
+    return np.stack(
+        [
+            _ratio(hits, claims, zero_division),
+            _ratio(hits, facts, zero_division),
+            _ratio(2 * hits, claims + facts, zero_division),
+        ],
+        axis=-2,
+    )
+
+
+def averages(counts: ArrayLike, zero_division: float = 0.0) -> dict[str, NDArray[np.float64]]:
+    """
+    The averages over labels, of many sums of counts at once.
+
+    Args:
+        counts: (..., 3, labels), sums over reports of what [`label_counts`] returns.
+
+    Returns:
+        `micro`, `macro` and `weighted`, each (..., 3): precision, recall, F1.
+    """
+    counts = np.asarray(counts)
+    per_label = precision_recall_f1(counts, zero_division)
+    support = counts[..., 2, :]
+    weighted = _ratio((per_label * support[..., None, :]).sum(-1), support.sum(-1)[..., None], zero_division)
+    return {
+        "micro": precision_recall_f1(counts.sum(-1, keepdims=True), zero_division)[..., 0],
+        "macro": per_label.mean(-1),
+        "weighted": weighted,  # no finding in any report: the weights sum to 0, so it is undefined
+    }
+
+
+def per_report(counts: ArrayLike, zero_division: float = 0.0) -> NDArray[np.float64]:
+    """(reports, 3, labels), counts as of [`label_counts`], to (reports, 3): `samples` is the mean of these."""
+    return precision_recall_f1(np.asarray(counts).sum(-1, keepdims=True), zero_division)[..., 0]
+
+
+def crg(counts: ArrayLike, reports: int) -> NDArray[np.float64]:
+    """
+    CRG of VLM3D, which weighs a finding by how rare findings are: 1 for perfect labels, 1/3 for all and for none.
+
+    With X cells (labels times reports) of which A are positive: r = (X - A) / 2A, U = (X - A) / 2, s = r TP - r FN -
+    FP, CRG = U / (2U - s).
+
+    Args:
+        counts: (..., 3, labels), sums over reports of what [`label_counts`] returns.
+        reports: how many reports were summed.
+
+    Returns:
+        (...); NaN where it is undefined: no cell is positive, or every one.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    cells = counts.shape[-1] * reports
+    hits, claims, facts = np.moveaxis(counts.sum(-1), -1, 0)
+    defined = (facts > 0) & (facts < cells)
+    weight = _ratio(cells - facts, 2 * facts, 0.0)
+    greatest = (cells - facts) / 2
+    score = weight * hits - weight * (facts - hits) - (claims - hits)
+    return np.where(defined, _ratio(greatest, 2 * greatest - score, 0.0), np.nan)
+
+
 def classification_scores(
     predictions: ArrayLike, references: ArrayLike, labels: Sequence[str], zero_division: float = 0.0
-) -> dict[str, LabelScores | dict[str, LabelScores] | str]:
-    """Precision, recall and F1 of 0/1 findings.
+) -> dict[str, LabelScores | dict[str, LabelScores] | float | None | str]:
+    """Precision, recall and F1 of 0/1 findings, and CRG.
 
     Args:
         predictions: (reports, labels), 1 where the generated report states the finding.
@@ -57,36 +144,21 @@ def classification_scores(
 
     Returns:
         `micro` (counts pooled), `macro` (mean over labels), `weighted` (mean over labels by support), `samples` (mean
-        over reports), `labels` (the same per label, by name) and `signature`.
+        over reports), `labels` (the same per label, by name), `crg` (a number; `None` where it is undefined, see
+        [`crg`]) and `signature`.
 
     Raises:
         ValueError: the shapes differ or do not fit `labels`, a value is neither 0 nor 1, or `zero_division` is not.
     """
-    predicted = _indicator_matrix("predictions", predictions)
-    actual = _indicator_matrix("references", references)
-    if predicted.shape != actual.shape:
-        raise ValueError(f"predictions have shape {predicted.shape}, references {actual.shape}")
-    if predicted.shape[1] != len(labels):
-        raise ValueError(f"the matrices have {predicted.shape[1]} columns, but there are {len(labels)} label names")
+    counts = label_counts(predictions, references)
+    if counts.shape[2] != len(labels):
+        raise ValueError(f"the matrices have {counts.shape[2]} columns, but there are {len(labels)} label names")
     if len(set(labels)) != len(labels):
         raise ValueError(f"label names must differ, got {list(labels)}")
     if zero_division not in (0, 1):
         raise ValueError(f"zero_division must be 0 or 1, got {zero_division}")
-
-    true_positives = predicted * actual
-
-    def triple(axis: int | None) -> NDArray[np.float64]:
-        """(3,) or (3, n): precision, recall and F1 with the counts summed over `axis`."""
-        hits, claims, facts = (matrix.sum(axis=axis) for matrix in (true_positives, predicted, actual))
-        return np.stack(
-            [
-                _ratio(hits, claims, zero_division),
-                _ratio(hits, facts, zero_division),
-                _ratio(2 * hits, claims + facts, zero_division),
-            ]
-        )
-
-    support, claimed = actual.sum(axis=0), predicted.sum(axis=0)
+    totals = counts.sum(axis=0)
+    _, claimed, support = totals
 
     def scores(values: NDArray[np.float64], count_predicted: int, count_actual: int) -> LabelScores:
         precision, recall, f1 = values.tolist()
@@ -94,22 +166,14 @@ def classification_scores(
             precision=precision, recall=recall, f1=f1, predicted=int(count_predicted), support=int(count_actual)
         )
 
-    per_label = triple(axis=0)
-    if support.any():
-        weighted = np.average(per_label, axis=1, weights=support)
-    else:
-        weighted = np.full(3, float(zero_division))  # no finding in any report: the weights sum to 0
-    averages = {
-        "micro": triple(axis=None),
-        "macro": per_label.mean(axis=1),
-        "weighted": weighted,
-        "samples": triple(axis=1).mean(axis=1),
-    }
+    by_label = precision_recall_f1(totals, zero_division)
+    by_average = averages(totals, zero_division) | {"samples": per_report(counts, zero_division).mean(axis=0)}
+    balanced = float(crg(totals, len(counts)))
     return {
-        **{name: scores(values, claimed.sum(), support.sum()) for name, values in averages.items()},
+        **{name: scores(values, claimed.sum(), support.sum()) for name, values in by_average.items()},
         "labels": {
-            label: scores(per_label[:, column], claimed[column], support[column])
-            for column, label in enumerate(labels)
+            label: scores(by_label[:, column], claimed[column], support[column]) for column, label in enumerate(labels)
         },
+        "crg": None if np.isnan(balanced) else balanced,
         "signature": f"clinical-efficacy|multi-label|labels:{len(labels)}|zero-division:{zero_division:g}",
     }

@@ -1,7 +1,43 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and ROUGE-L of generated reports."""
+"""BLEU, METEOR and ROUGE of generated reports: the paper's, over the corpus, and pycocoevalcap's.
 
-from .scores import bleu, bleu_signature, rouge_l, rouge_signature, sentence_bleu
+[`score_reports`] computes all of one scorer; [`region_scores`] sees the regions. Definitions: `docs/metrics.md`.
+"""
 
-__all__ = ["bleu", "bleu_signature", "rouge_l", "rouge_signature", "sentence_bleu"]
+from .bleu import bleu_counts, bleu_from_counts, bleu_signature, sentence_bleu
+from .coco import coco_bleu_counts, coco_bleu_from_counts, coco_rouge_per_report, coco_signature
+from .lexicon import LexiconError
+from .meteor import meteor_per_report, meteor_signature, meteor_tokens
+from .regions import canonical_report, region_scores, split_reg2rg
+from .rouge import common_subsequence_length, rouge_per_report, rouge_signature
+from .scores import BLEU_NAMES, ROUGE_NAMES, SCORERS, ReportScores, score_reports
+from .texts import check_pairs, clean_reg2rg
+
+__all__ = [
+    "BLEU_NAMES",
+    "ROUGE_NAMES",
+    "SCORERS",
+    "LexiconError",
+    "ReportScores",
+    "bleu_counts",
+    "bleu_from_counts",
+    "bleu_signature",
+    "canonical_report",
+    "check_pairs",
+    "clean_reg2rg",
+    "coco_bleu_counts",
+    "coco_bleu_from_counts",
+    "coco_rouge_per_report",
+    "coco_signature",
+    "common_subsequence_length",
+    "meteor_per_report",
+    "meteor_signature",
+    "meteor_tokens",
+    "region_scores",
+    "rouge_per_report",
+    "rouge_signature",
+    "score_reports",
+    "sentence_bleu",
+    "split_reg2rg",
+]

@@ -1,14 +1,26 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The `evaluate` module: `evaluate.load("metrics/nlg")`. The scores themselves are in scores.py."""
+# ruff: noqa: F401
+"""The `evaluate` module: `evaluate.load("metrics/nlg")`. The scores themselves are in the files beside it."""
 
-# One import a line, and `from .scores import` as it stands: evaluate finds a module's requirements line by line.
+# Every file of this folder is imported here, used or not, one a line and with nothing behind the import: evaluate
+# finds local imports line by line, takes a comment for an address, and does not look into the files for more.
 import datasets
 import evaluate
 
-from .scores import bleu, bleu_signature, rouge_l, rouge_signature
+from .bleu import bleu_signature
+from .coco import coco_signature
+from .lexicon import LexiconError
+from .meteor import meteor_signature
+from .regions import region_scores
+from .rouge import rouge_signature
+from .scores import score_reports
+from .texts import clean_reg2rg
 
-_DESCRIPTION = "BLEU-1 to BLEU-4 and ROUGE-L of generated radiology reports, per report and averaged over the reports."
+_DESCRIPTION = (
+    "BLEU-1 to BLEU-4, METEOR, ROUGE-1, ROUGE-2 and ROUGE-L of generated radiology reports: as means over reports "
+    "with their standard deviations, over the corpus, as pycocoevalcap's, and by region."
+)
 
 _CITATION = """\
 @inproceedings{papineni-etal-2002-bleu,
@@ -25,19 +37,35 @@ _CITATION = """\
   year = {2004},
   pages = {74--81},
 }
+@inproceedings{banerjee-lavie-2005-meteor,
+  title = {{METEOR}: An Automatic Metric for {MT} Evaluation with Improved Correlation with Human Judgments},
+  author = {Banerjee, Satanjeev and Lavie, Alon},
+  booktitle = {Proceedings of the {ACL} Workshop on Intrinsic and Extrinsic Evaluation Measures},
+  year = {2005},
+  pages = {65--72},
+}
 """
 
 _INPUTS = """
 Args:
     predictions (list of str): the generated reports.
     references (list of str): the true reports, one each.
+    scorer (str): "paper" (default; means over reports), "corpus" (BLEU over the corpus) or "coco" (pycocoevalcap's).
+    clean (str): "reg2rg" to take Reg2RG's region headings out and collapse spaces.
+    meteor (bool): False to do without METEOR, which needs WordNet and NLTK's Punkt model.
+    workers (int): processes for METEOR.
+    per_report (bool): True to have the score of each report as well.
+    split (callable) and regions (list of str): a report to {region: text}, and the regions in canonical order, to have
+        the scores with the regions in that order and by region as well.
 Returns:
-    bleu1, bleu2, bleu3, bleu4, rougeL (float, 0 to 1) and signature (str): how they were computed.
+    bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_1, rouge_2, rouge_l (float, 0 to 1, as far as the scorer has them),
+    the same with _std behind the name for means over reports, n (int) and signature (str): how they were computed.
+    per_report (dict of list of float); canonical_order (dict as above) and regions (dict of such dicts), on demand.
 """
 
 
 class NLG(evaluate.Metric):
-    """BLEU-1 to BLEU-4 and ROUGE-L; see `metrics/nlg/scores.py`."""
+    """BLEU, METEOR and ROUGE; see `metrics/nlg/scores.py`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -49,6 +77,26 @@ class NLG(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
-        signature = f"{bleu_signature()} {rouge_signature()}"
-        return {**bleu(predictions, references), **rouge_l(predictions, references), "signature": signature}
+    def _compute(
+        self,
+        predictions,
+        references,
+        scorer="paper",
+        clean=None,
+        meteor=True,
+        workers=1,
+        per_report=False,
+        split=None,
+        regions=None,
+    ):
+        if (split is None) != (regions is None):
+            raise ValueError("split and regions go together: give both or neither")
+        options = {"scorer": scorer, "clean": clean, "meteor": meteor, "workers": workers}
+        scores = score_reports(predictions, references, **options)
+        result = scores.summary()
+        if per_report:
+            result["per_report"] = {name: values.tolist() for name, values in scores.per_report.items()}
+        if split is not None:
+            views = region_scores(predictions, references, split, regions, **options)
+            result |= {"canonical_order": views["canonical_order"], "regions": views["regions"]}
+        return result

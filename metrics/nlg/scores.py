@@ -1,115 +1,110 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and ROUGE-L as the paper and Reg2RG report them, as plain functions.
-
-BLEU is the value of `evaluate.load("bleu")` with `smooth=True` on one report at a time, averaged over the reports.
-Corpus BLEU, pycocoevalcap's BLEU and sacrebleu's own sentence BLEU (whose smoothing differs) give other numbers on the
-same texts, by up to three points, so every result says in its signature how it was computed.
-"""
+"""All language scores of a set of reports, as one of three scorers computes them, with what a bootstrap needs."""
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+import numpy as np
+from numpy.typing import NDArray
 
-MAX_ORDER = 4
+from .bleu import MAX_ORDER, bleu_counts, bleu_from_counts, bleu_signature
+from .coco import coco_bleu_counts, coco_bleu_from_counts, coco_rouge_per_report, coco_signature
+from .meteor import meteor_per_report, meteor_signature
+from .rouge import rouge_per_report, rouge_signature
+from .texts import check_pairs, clean_reg2rg
 
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> Tokenizer13a:
-    return Tokenizer13a()
-
-
-def bleu_signature() -> str:
-    return f"bleu|per-sample-mean|order:1-{MAX_ORDER}|smooth:add1|case:mixed|tok:13a|sacrebleu:{version('sacrebleu')}"
+SCORERS = ("paper", "corpus", "coco")
+BLEU_NAMES = tuple(f"bleu_{order}" for order in range(1, MAX_ORDER + 1))
+ROUGE_NAMES = ("rouge_1", "rouge_2", "rouge_l")
 
 
-def rouge_signature() -> str:
-    return f"rougeL|per-sample-mean|fmeasure|stemmer:no|case:lower|rouge-score:{version('rouge-score')}"
-
-
-def _ngrams(tokens: list[str], order: int) -> Counter:
-    return Counter(tuple(tokens[start : start + order]) for start in range(len(tokens) - order + 1))
-
-
-def _bleu_up_to(prediction: list[str], reference: list[str], max_order: int) -> list[float]:
-    """BLEU-1 to BLEU-`max_order` of one tokenised report.
-
-    Every order's precision is (matches + 1) / (candidates + 1), the unigrams' too: that is the smoothing of
-    `evaluate`'s BLEU, not the one of Lin and Och, which leaves the unigrams alone.
+@dataclass(frozen=True)
+class ReportScores:
     """
-    if not reference:
-        raise ValueError("the reference has no tokens: BLEU is undefined without a reference length")
-    if not prediction:
-        # The brevity penalty exp(1 - reference length / 0) goes to 0; the formula itself would divide by zero.
-        return [0.0] * max_order
-    brevity = min(0.0, 1.0 - len(reference) / len(prediction))
-    scores = []
-    log_precisions = 0.0
-    for order in range(1, max_order + 1):
-        candidates = _ngrams(prediction, order)
-        matches = sum((candidates & _ngrams(reference, order)).values())
-        log_precisions += math.log((matches + 1) / (candidates.total() + 1))
-        scores.append(math.exp(log_precisions / order + brevity))
-    return scores
+    Scores of n reports, all between 0 and 1. No text has to be read again to score a resample of the reports.
+
+    Attributes:
+        per_report: by name, (n,): the scores that are a mean over reports. Their bootstrap resamples the values.
+        counts: (n, COUNTS), what each report adds to the corpus BLEU; `None` where BLEU is a mean over reports.
+        corpus_bleu: sums of `counts`, (..., COUNTS), to BLEU-1 to BLEU-4, (..., 4); `None` with `counts`.
+        signature: how each score was computed, one word a score.
+    """
+
+    per_report: dict[str, NDArray[np.float64]]
+    counts: NDArray[np.int64] | None
+    corpus_bleu: Callable[[NDArray], NDArray[np.float64]] | None
+    signature: str
+
+    @property
+    def n(self) -> int:
+        return len(next(iter(self.per_report.values())))
+
+    def summary(self) -> dict[str, float | int | str]:
+        """Each score under its name, the population's standard deviation of a mean under `NAME_std`, `n`, `signature`.
+
+        Sums are exact before they are rounded, so the order of the reports does not show in the last bit.
+        """
+        result: dict[str, float | int | str] = {}
+        if self.counts is not None:
+            bleu = self.corpus_bleu(self.counts.sum(axis=0))
+            result |= {name: float(value) for name, value in zip(BLEU_NAMES, bleu, strict=True)}
+        for name, values in self.per_report.items():
+            mean = math.fsum(values) / self.n
+            result[name] = mean
+            result[f"{name}_std"] = math.sqrt(math.fsum((values - mean) ** 2) / self.n)
+        return result | {"n": self.n, "signature": self.signature}
 
 
-def sentence_bleu(prediction: str, reference: str, max_order: int = MAX_ORDER) -> float:
-    """BLEU-`max_order` of one report, between 0 and 1.
+def score_reports(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    scorer: str = "paper",
+    clean: str | None = None,
+    meteor: bool = True,
+    workers: int = 1,
+) -> ReportScores:
+    """
+    Score generated reports against the true ones.
 
-    The +1 smoothing gives a report with no word in common a small score above 0. An empty prediction scores 0.
+    Args:
+        scorer: "paper" for the mean over reports of `evaluate`'s smoothed BLEU, METEOR and ROUGE, as the paper and
+            Reg2RG report them; "corpus" for the same with BLEU over the whole set at once (Reg2RG's "Overall");
+            "coco" for pycocoevalcap's corpus BLEU and ROUGE-L, which has no ROUGE-1, ROUGE-2 or METEOR here.
+        clean: "reg2rg" to prepare both texts by [`clean_reg2rg`]; `None` to score them as they are.
+        meteor: off, to do without METEOR where WordNet is not installed.
+        workers: processes for METEOR, which takes most of the time.
 
     Raises:
-        ValueError: the reference is empty, or `max_order` is below 1.
+        LexiconError: METEOR is wanted, but WordNet or the Punkt model is not installed.
+        TypeError, ValueError: see [`check_pairs`]; also for a `scorer` or `clean` that is not known.
     """
-    if max_order < 1:
-        raise ValueError(f"max_order must be at least 1, got {max_order}")
-    tokenize = _tokenizer()
-    return _bleu_up_to(tokenize(prediction).split(), tokenize(reference).split(), max_order)[-1]
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
+    if clean not in (None, "reg2rg"):
+        raise ValueError(f"clean must be 'reg2rg' or None, got {clean!r}")
+    predictions, references = check_pairs(predictions, references)
+    if clean == "reg2rg":
+        predictions, references = ([clean_reg2rg(text) for text in texts] for texts in (predictions, references))
+    prepared = f"prepared:{clean or 'no'}"
+    if scorer == "coco":
+        counts = coco_bleu_counts(predictions, references)
+        per_report = {"rouge_l": coco_rouge_per_report(predictions, references)}
+        return ReportScores(per_report, counts, coco_bleu_from_counts, f"{prepared} {coco_signature()}")
 
-
-def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions cannot be scored against {len(references)} references")
-    if not predictions:
-        raise ValueError("there are no reports to score: a mean over 0 reports is undefined")
-
-
-def bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
-    """BLEU-1 to BLEU-4 per report, averaged over the reports: keys `bleu1` to `bleu4` (0 to 1) and `signature`.
-
-    Raises:
-        ValueError: the two lists differ in length or are empty, or a reference is empty.
-    """
-    _check_pairs(predictions, references)
-    tokenize = _tokenizer()
-    totals = [0.0] * MAX_ORDER
-    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        try:
-            scores = _bleu_up_to(tokenize(prediction).split(), tokenize(reference).split(), MAX_ORDER)
-        except ValueError as error:
-            raise ValueError(f"report {index}: {error}") from error
-        totals = [total + score for total, score in zip(totals, scores, strict=True)]
-    means = {f"bleu{order}": total / len(predictions) for order, total in enumerate(totals, start=1)}
-    return {**means, "signature": bleu_signature()}
-
-
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
-    """ROUGE-L F-measure per report, averaged over the reports: keys `rougeL` (0 to 1) and `signature`.
-
-    A plain mean, not `evaluate`'s bootstrap aggregate, which moves in the fourth decimal from run to run.
-
-    Raises:
-        ValueError: the two lists differ in length or are empty.
-    """
-    _check_pairs(predictions, references)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    total = sum(
-        scorer.score(reference, prediction)["rougeL"].fmeasure
-        for prediction, reference in zip(predictions, references, strict=True)
-    )
-    return {"rougeL": total / len(predictions), "signature": rouge_signature()}
+    counts = bleu_counts(predictions, references)
+    per_report, signatures = {}, [prepared]
+    if scorer == "paper":
+        per_report |= zip(BLEU_NAMES, bleu_from_counts(counts).T, strict=True)
+        signatures.append(bleu_signature())
+    else:
+        signatures.append(bleu_signature("corpus"))
+    if meteor:
+        per_report["meteor"] = meteor_per_report(predictions, references, workers)
+        signatures.append(meteor_signature())
+    per_report |= zip(ROUGE_NAMES, rouge_per_report(predictions, references).T, strict=True)
+    signatures.append(rouge_signature())
+    corpus = (counts, bleu_from_counts) if scorer == "corpus" else (None, None)
+    return ReportScores(per_report, *corpus, " ".join(signatures))

@@ -1,0 +1,246 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of findings from the text of reports, against either of the truths that the field uses.
+
+- `truth:labeler`: the same labeler reads the generated and the true report (Reg2RG and the paper). What it misreads in
+  both counts as agreement.
+- `truth:csv`: a labeler reads the generated report, and a table such as CT-RATE's has the labels of the scan (VLM3D,
+  CT-GRAPH). What the labeler misreads counts against the generator.
+
+The two are different tests: of the same 1,564 scans of CT-RATE the first has 5,059 positive labels and the second
+5,358. The signature names the one that was used.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ...configuration_diffvp import DIAGNOSIS_LABELS
+from ...data.cases import Problem, by_name, check_labels, raise_problems, read_csv, shown, volume_name
+from ..statistics import LEVEL, RESAMPLES, Interval, bootstrap_counts, bootstrap_mean
+from .scores import averages, classification_scores, crg, label_counts, per_report
+
+ID_COLUMN = "VolumeName"  # CT-RATE's
+SCORES = ("precision", "recall", "f1")
+
+
+class Labeler(Protocol):
+    """Whatever finds the 18 labels in reports."""
+
+    def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
+        """(reports, 18) of 0 and 1, in the order of `DIAGNOSIS_LABELS`."""
+
+
+def read_label_table(
+    path: str | Path, *, id_column: str = ID_COLUMN, ignore: Sequence[str] = ()
+) -> dict[str, NDArray[np.int8]]:
+    """
+    Labels from a CSV file with a column of ids and one column a label, in whatever order.
+
+    Args:
+        path: such as CT-RATE's `valid_predicted_labels.csv`.
+        id_column: whose values name the rows; with or without ".nii.gz".
+        ignore: other columns that the table may have, such as that of the reports.
+
+    Returns:
+        {id without ".nii.gz": int8 (18,) in the order of `DIAGNOSIS_LABELS`}
+
+    Raises:
+        DatasetError: the file cannot be read, a column is missing, unknown or there twice, an id is empty or there
+            twice, or a label is neither 0 nor 1: all of them, by row (the header is row 1) and column.
+    """
+    path, problems = Path(path), []
+    known = {id_column, *DIAGNOSIS_LABELS, *ignore}
+
+    def check_columns(columns: list[str], problems: list[Problem]) -> None:
+        # A label that is misspelt, or of another label set, must not be passed over.
+        problems += [
+            Problem(path.name, 1, "header", f"{shown(column)}, unknown", "the id, the 18 labels, and none besides")
+            for column in columns
+            if column not in known
+        ]
+
+    rows = read_csv(path, (id_column, *DIAGNOSIS_LABELS), problems, check_columns=check_columns)
+    named = by_name(rows, id_column, path.name, lambda name: True, problems)
+    table = {
+        name: check_labels(row.values, path.name, row.number, name, problems) for name, row in (named or {}).items()
+    }
+    if named is not None and not table and not problems:
+        problems.append(Problem(path.name, None, "table", "empty", "a row for each report"))
+    raise_problems(problems)
+    return table
+
+
+def table_labels(table: Mapping[str, ArrayLike], ids: Sequence[str], name: str = "label table") -> NDArray[np.int8]:
+    """
+    The labels of reports, (reports, 18), found by id and never by the order of rows.
+
+    Args:
+        table: as [`read_label_table`] returns it. It may have more rows.
+        ids: of the reports, with or without ".nii.gz".
+        name: of the table, for the message.
+
+    Raises:
+        DatasetError: an id is not in the table, or is there twice in `ids`: all of them.
+        ValueError: there is no id.
+    """
+    if not ids:
+        raise ValueError("there is no id to look up labels for")
+    problems, seen = [], {}
+    for number, one in enumerate(map(volume_name, ids), start=1):
+        if one in seen:
+            problems.append(Problem("reports", number, "id", f"that of report {seen[one]} again", "each once", one))
+        elif one not in table:
+            problems.append(Problem(name, None, "row", "missing", f"one, as report {number} has this id", one))
+        seen.setdefault(one, number)
+    raise_problems(problems)
+    return np.stack([np.asarray(table[volume_name(one)]) for one in ids]).astype(np.int8)
+
+
+def label_reports(labeler: Labeler, reports: Sequence[str], name: str = "reports") -> NDArray[np.int8]:
+    """
+    The labels of reports, (reports, 18). An empty report is a report; a missing one (NaN, None) is not.
+
+    Raises:
+        TypeError: a report is not text.
+        ValueError: the labeler returns anything but 18 labels a report.
+    """
+    for index, report in enumerate(reports):
+        if not isinstance(report, str):
+            raise TypeError(f"{name}[{index}] is {type(report).__name__}: every report must be text")
+    labels = np.asarray(labeler.label_all(list(reports)))
+    expected = len(reports), len(DIAGNOSIS_LABELS)
+    if labels.shape != expected:
+        raise ValueError(f"{type(labeler).__name__}.label_all returned shape {labels.shape}, expected {expected}")
+    return labels
+
+
+def finding_scores(
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    *,
+    truth: str,
+    labeler: str | None = None,
+    zero_division: float = 0.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """
+    Scores of label matrices with their intervals.
+
+    Args:
+        predicted, actual: (reports, 18) of 0 and 1.
+        truth: where `actual` is from, for the signature: "labeler" or "csv", or "given".
+        labeler: its name, for the signature; `None` where none was used.
+        zero_division: see `classification_scores`.
+        resamples, seed: of the bootstrap over reports.
+
+    Returns:
+        what `classification_scores` returns, and `n` and `intervals`: {average: {"precision", "recall", "f1":
+        Interval}, "crg": Interval or `None` where it is undefined}; `None` for a single report, which has no interval.
+
+    Raises:
+        ValueError: see `classification_scores`.
+    """
+    scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS, zero_division)
+    counts = label_counts(predicted, actual)
+    scores["n"] = len(counts)
+    # A labeler's own signature has fields of its own; they stay together within this one.
+    scores["signature"] += f"|truth:{truth}|labeler:{(labeler or 'none').replace('|', ',')}"
+    scores["intervals"] = (
+        _intervals(counts, zero_division, resamples, seed, with_crg=scores["crg"] is not None)
+        if len(counts) > 1
+        else None
+    )
+    if scores["intervals"] is not None:
+        scores["signature"] += f"|interval:bootstrap-{LEVEL:g}-{resamples}-seed-{seed}"
+    return scores
+
+
+def score_against_reports(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    labeler: Labeler,
+    *,
+    labeler_name: str | None = None,
+    **options,
+) -> dict:
+    """
+    `truth:labeler`: one labeler reads the generated and the true reports, in the same order.
+
+    Args:
+        labeler_name: for the signature, best the labeler's own one; the name of its class unless told.
+        options: `zero_division`, `resamples` and `seed` of [`finding_scores`].
+
+    Raises:
+        TypeError: a report is not text.
+        ValueError: the lengths differ, or there are no reports.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"there are {len(predictions)} predictions and {len(references)} references")
+    predicted = label_reports(labeler, predictions, "predictions")
+    actual = label_reports(labeler, references, "references")
+    name = labeler_name or type(labeler).__name__
+    return finding_scores(predicted, actual, truth="labeler", labeler=name, **options)
+
+
+def score_against_table(
+    ids: Sequence[str],
+    predictions: Sequence[str],
+    table: Mapping[str, ArrayLike],
+    labeler: Labeler,
+    *,
+    labeler_name: str | None = None,
+    **options,
+) -> dict:
+    """
+    `truth:csv`: a labeler reads the generated reports, and the truth of each is the row of its id.
+
+    Args:
+        ids: of the reports, in their order.
+        table: as [`read_label_table`] returns it.
+        labeler_name, options: as of [`score_against_reports`].
+
+    Raises:
+        DatasetError: an id has no row, or is there twice.
+        TypeError: a report is not text.
+        ValueError: the lengths differ, or there are no reports.
+    """
+    if len(ids) != len(predictions):
+        raise ValueError(f"there are {len(ids)} ids and {len(predictions)} predictions")
+    actual = table_labels(table, ids)
+    predicted = label_reports(labeler, predictions, "predictions")
+    name = labeler_name or type(labeler).__name__
+    return finding_scores(predicted, actual, truth="csv", labeler=name, **options)
+
+
+def _intervals(
+    counts: NDArray[np.int64], zero_division: float, resamples: int, seed: int, with_crg: bool
+) -> dict[str, dict[str, Interval] | Interval | None]:
+    """Intervals of all averages and of CRG; `counts` as of `label_counts`."""
+    result = {}
+    for average in ("micro", "macro", "weighted"):
+        result[average] = {
+            score: bootstrap_counts(
+                counts,
+                # Bound now: a loop's variable has its last value by the time that a lambda is called.
+                lambda sums, average=average, column=column: averages(sums, zero_division)[average][..., column],
+                resamples=resamples,
+                seed=seed,
+            )
+            for column, score in enumerate(SCORES)
+        }
+    by_report = per_report(counts, zero_division)
+    result["samples"] = {
+        score: bootstrap_mean(by_report[:, column], resamples=resamples, seed=seed)
+        for column, score in enumerate(SCORES)
+    }
+    result["crg"] = (
+        bootstrap_counts(counts, lambda sums: crg(sums, len(counts)), resamples=resamples, seed=seed)
+        if with_crg
+        else None
+    )
+    return result

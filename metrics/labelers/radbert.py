@@ -1,0 +1,256 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+RadBERT, the text classifier of CT-CLIP that the field labels chest CT reports with: a RoBERTa encoder, and a linear
+layer with 18 outputs on its pooled first token.
+
+The weights (`RadBertClassifier.pth`, by CT-CLIP's authors) are not part of this project. They are converted once, into
+a folder of safetensors, configuration and tokenizer, and loaded from there; the pickle is read with
+`weights_only=True`:
+
+    python -m diffvp.metrics.labelers.radbert RadBertClassifier.pth ENCODER radbert
+
+`ENCODER` is zzxslp/RadBERT-RoBERTa-4m, a folder with its config.json and tokenizer files, or its name on the Hub.
+
+What is as published: the label order, sigmoid, the threshold of 0.5 (at least), and texts cut after 512 tokens, so
+that the end of a long report does not count; how many were cut is logged, and [`RadBertLabeler.token_counts`] tells.
+What is not: batches are padded to their longest report instead of 512 tokens, which the attention mask makes the same.
+The published code also asks the tokenizer for `do_lower_case`, an option of BERT's that RoBERTa's tokenizer does not
+have: case is kept, there as here.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig, RobertaModel
+
+from ...configuration_diffvp import DIAGNOSIS_LABELS
+from ...data.cache import file_sha256
+
+MAX_TOKENS = 512
+THRESHOLD = 0.5
+WEIGHTS_NAME = "model.safetensors"
+# A buffer of older transformers: the numbers 0, 1, 2, ..., which present versions make themselves.
+POSITION_IDS = "model.embeddings.position_ids"
+SHOWN_NAMES = 5
+
+logger = logging.getLogger(__name__)
+
+
+class RadBertError(RuntimeError):
+    """The weights, configuration or tokenizer are not those of RadBERT's classifier."""
+
+
+class RadBertClassifier(nn.Module):
+    """The network; its names are those of the published checkpoint."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__()
+        self.model = RobertaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, len(DIAGNOSIS_LABELS))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens) twice, to logits (batch, 18) in the order of `DIAGNOSIS_LABELS`."""
+        return self.classifier(self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+
+
+class RadBertLabeler:
+    """
+    Finds the 18 labels in reports.
+
+    Attributes:
+        signature: what the labels depend on, the digest of the weights included.
+    """
+
+    def __init__(
+        self,
+        model: RadBertClassifier,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str = "cpu",
+        batch_size: int = 32,
+        weights: str = "unnamed",
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.device = device
+        self.batch_size = batch_size
+        self.signature = (
+            f"radbert|labels:{len(DIAGNOSIS_LABELS)}|threshold:{THRESHOLD:g}|cut:{MAX_TOKENS}|weights:{weights}"
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, device: str = "cpu", batch_size: int = 32) -> "RadBertLabeler":
+        """
+        Load what [`convert_radbert`] wrote.
+
+        Raises:
+            RadBertError: a file is missing or damaged, or a weight is missing, unexpected or misshapen.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RadBertError(f"{folder} is not a folder: convert RadBertClassifier.pth first")
+        config, tokenizer = _read_encoder(folder)
+        if config.id2label != dict(enumerate(DIAGNOSIS_LABELS)):
+            raise RadBertError(f"{folder}: its labels are {list(config.id2label.values())}, expected the 18 in order")
+        try:
+            state = load_file(folder / WEIGHTS_NAME)
+        except (OSError, SafetensorError) as error:
+            raise RadBertError(f"{folder / WEIGHTS_NAME} cannot be read: {error}") from error
+        model = RadBertClassifier(config)
+        _check_state(state, model, WEIGHTS_NAME)
+        model.load_state_dict(state)
+        return cls(model, tokenizer, device, batch_size, weights=file_sha256(folder / WEIGHTS_NAME)[:12])
+
+    def token_counts(self, reports: Sequence[str]) -> NDArray[np.int64]:
+        """(reports,), tokens before any is cut, the first and last special one included. More than 512 are cut."""
+        _check_texts(reports)
+        if not reports:
+            return np.zeros(0, np.int64)
+        ids = self.tokenizer(list(reports), truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return np.array([len(one) for one in ids])
+
+    @torch.inference_mode()
+    def probabilities(self, reports: Sequence[str]) -> NDArray[np.float32]:
+        """
+        (reports, 18), sigmoid of the logits. Logs how many reports were cut.
+
+        Raises:
+            TypeError: a report is not text.
+        """
+        counts = self.token_counts(reports)
+        cut = int((counts > MAX_TOKENS).sum())
+        if cut:
+            logger.warning(
+                "%d of %d reports have more than %d tokens: what comes after does not count.",
+                cut,
+                len(reports),
+                MAX_TOKENS,
+            )
+        result = np.empty((len(reports), len(DIAGNOSIS_LABELS)), np.float32)
+        # Reports of like length together, so that little is padded. A batch may be of one report: nothing is squeezed.
+        order = np.argsort(counts, kind="stable")
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = self.tokenizer(
+                [reports[index] for index in chosen],
+                truncation=True,
+                max_length=MAX_TOKENS,
+                padding="longest",
+                return_tensors="pt",
+            ).to(self.device)
+            logits = self.model(batch["input_ids"], batch["attention_mask"])
+            result[chosen] = logits.float().sigmoid().cpu().numpy()
+        return result
+
+    def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
+        """(reports, 18) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; otherwise as [`probabilities`]."""
+        return (self.probabilities(reports) >= THRESHOLD).astype(np.int8)
+
+
+def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, target: str | os.PathLike) -> Path:
+    """
+    Write RadBERT's classifier as a folder of safetensors, configuration and tokenizer.
+
+    Args:
+        source: `RadBertClassifier.pth`, weights by name: `model.*` and `classifier.*`.
+        encoder: folder or Hub name with the encoder's config.json and tokenizer; its weights are not read.
+        target: folder to write; it must not exist.
+
+    Raises:
+        RadBertError: `source` holds anything but tensors, or not those of this network; `encoder` does not fit; or
+            `target` exists.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise RadBertError(f"{target} exists already: name a new folder")
+    config, tokenizer = _read_encoder(encoder)
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RadBertError(f"{source.name} cannot be read as weights: {error}") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise RadBertError(f"{source.name} holds no weights by name: expected model.* and classifier.*")
+    state = {name: tensor.contiguous().clone() for name, tensor in loaded.items() if name != POSITION_IDS}
+    with torch.device("meta"):
+        _check_state(state, RadBertClassifier(config), source.name)
+    config.architectures = [RadBertClassifier.__name__]
+    config.id2label = dict(enumerate(DIAGNOSIS_LABELS))
+    config.label2id = {label: index for index, label in enumerate(DIAGNOSIS_LABELS)}
+
+    # Whole or not at all: written beside it, then renamed.
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, target)
+    return target
+
+
+def _read_encoder(source: str | os.PathLike) -> tuple[RobertaConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer, which have to fit each other."""
+    try:
+        config = AutoConfig.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise RadBertError(f"{source} has no configuration and tokenizer of RadBERT's encoder: {error}") from error
+    if not isinstance(config, RobertaConfig):
+        raise RadBertError(f"{source} is of the type {config.model_type}, expected roberta")
+    longest = config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts positions from there
+    if longest < MAX_TOKENS:
+        raise RadBertError(f"{source} takes {longest} tokens, expected {MAX_TOKENS}")
+    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+        raise RadBertError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}, the "
+            f"configuration says {config.vocab_size} and {config.pad_token_id}"
+        )
+    return config, tokenizer
+
+
+def _check_state(state: Mapping[str, torch.Tensor], model: nn.Module, name: str) -> None:
+    expected = model.state_dict()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(state.keys() & expected.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    for problem, keys in (
+        ("missing", sorted(expected.keys() - state.keys())),
+        ("unexpected", sorted(state.keys() - expected.keys())),
+        ("of another shape", shapes),
+    ):
+        if keys:
+            more = ", ..." if len(keys) > SHOWN_NAMES else ""
+            raise RadBertError(
+                f"{name} is not RadBERT's classifier: {len(keys)} weight(s) {problem}: "
+                f"{', '.join(keys[:SHOWN_NAMES])}{more}"
+            )
+
+
+def _check_texts(reports: Sequence[str]) -> None:
+    for index, report in enumerate(reports):
+        if not isinstance(report, str):
+            raise TypeError(f"reports[{index}] is {type(report).__name__}: every report must be text")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="RadBertClassifier.pth")
+    parser.add_argument("encoder", help="folder or Hub name of zzxslp/RadBERT-RoBERTa-4m")
+    parser.add_argument("target", help="folder to write")
+    arguments = parser.parse_args()
+    convert_radbert(arguments.source, arguments.encoder, arguments.target)

@@ -1,0 +1,308 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""A labeler of chest CT reports that is nothing but rules: no weights, and a reason for every label.
+
+- The rules stand in rules.yaml: words that name a finding, where it must lie, and how a report denies things.
+- A report is read sentence by sentence, and no sentence knows of another: order and repetition change nothing.
+- Negation reaches as far as its clause: "no effusion was seen, and a nodule is seen" has a nodule.
+- A finding that the report only suspects counts as found, as it did for the annotators of CT-RATE; `Hit.polarity`
+  tells the difference.
+"""
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ...configuration_diffvp import DIAGNOSIS_LABELS
+
+RULES_FILE = Path(__file__).with_name("rules.yaml")
+COUNTED = ("positive", "uncertain")  # the polarities that set a label
+
+# One character for one, so that a span in the folded text is a span in the report. "İ" is the only letter whose
+# lower case is longer than itself.
+_FOLD = str.maketrans("İ“”„«»‘’–—‐‑−\u00a0\u2009\u202f", 'I"""""\'\'-----   ')
+
+_SENTENCE_END = re.compile(
+    r"""(?<!\d\d\.\d\d)[.!]+(?=\s|$|["•·])  # a point at the end of a word: not in "9.5 mm", nor in "16.03. 2020"
+      | (?<=[a-z)\]])\.(?=[A-Z])            # "... was observed.The liver ..."
+      | \?(?=\s+[A-Z])                      # not in "(cyst?, abscess?)"
+      | [;"•·。]                            # quotation marks and bullets surround the items of an impression
+      | \n(?=\s*(?:\n|[-*]\s|\d+[.)]\s|[A-Z]))  # not where a line was only wrapped
+    """,
+    re.VERBOSE,
+)
+# The verb of a main clause, which that of ", the largest of which is 5 mm," is not.
+_VERB = re.compile(r"\b(?<!\bwhich )(?<!\bthat )(?:is|are|was|were|has|have|had)\b")
+_CONNECTOR = re.compile(r",? (?:and|but|while|whereas|however|although) |, ")
+_QUESTION = re.compile(r"[^()?]{0,40}\?")
+_TERM = re.compile(r"<([a-z]+)>")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One place in a report that names a finding.
+
+    Args:
+        label: the finding, one of the 18.
+        rule: the name of the rule in rules.yaml.
+        sentence: the sentence that it stands in, as the report has it.
+        span: where the words stand: `report[span[0] : span[1]]`.
+        polarity: "positive", "uncertain", "negated" or "past"; the first two set the label.
+        cue: the words that make it uncertain, negated or past; empty for a positive one.
+    """
+
+    label: str
+    rule: str
+    sentence: str
+    span: tuple[int, int]
+    polarity: str
+    cue: str = ""
+
+    @property
+    def counts(self) -> bool:
+        return self.polarity in COUNTED
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of rules.yaml, compiled. The head of that file says what the fields mean."""
+
+    label: str
+    name: str
+    find: re.Pattern
+    sites: frozenset[str] | None
+    unless: re.Pattern | None
+    examples: tuple[str, ...]
+    counterexamples: tuple[str, ...]
+
+
+def _any_of(patterns: str | Sequence[str]) -> str:
+    return "|".join(f"(?:{pattern})" for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+class _Language:
+    """How reports deny, doubt and look back, and the words for places: the first two sections of rules.yaml."""
+
+    def __init__(self, language: Mapping[str, list[str]], sites: Mapping[str, list[str]]):
+        patterns = {name: re.compile(_any_of(cues)) for name, cues in language.items()}
+        self.before = patterns["negation before"]
+        self.after = patterns["negation after"]
+        self.scope_end = patterns["negation ends at"]
+        self.no_denial = patterns["no negation"]
+        self.doubt = patterns["doubt"]
+        self.past = patterns["past"]
+        self.present = patterns["present"]
+        self.history = patterns["history before"]
+        places = "|".join(f"(?P<{name}>{_any_of(words)})" for name, words in sites.items())
+        self.sites = re.compile(rf"\b(?:{places})")
+
+
+class _Sentence:
+    """A sentence in lower case, with its clauses, places and denials, worked out when a rule asks for them."""
+
+    def __init__(self, text: str, start: int, language: _Language):
+        self.text, self.start, self.language = text, start, language
+
+    @cached_property
+    def _bounds(self) -> list[tuple[int, int]]:
+        """Where clauses end, as (first, strongest) of the commas and "and"s between one verb and the next.
+
+        "No nodule was seen in the right, the left or the middle lobe, effusion and atelectasis were seen" leaves open
+        which it is. A denial ends at the first, for what follows is a list of places at best. A statement goes on to
+        the strongest, so that it keeps its places: ", and" outdoes a comma, that outdoes "and", the later one counts.
+        """
+        verbs = [match.span() for match in _VERB.finditer(self.text)]
+        bounds = []
+        for (_, end), (following, _) in zip(verbs, verbs[1:], strict=False):
+            if gap := list(_CONNECTOR.finditer(self.text, end, following)):
+                strongest = max(gap, key=lambda match: (match[0][0] == ",", match[0] not in ", ", match.start()))
+                bounds.append((gap[0].start(), strongest.start()))
+        return bounds
+
+    @cached_property
+    def clauses(self) -> list[tuple[int, int]]:
+        """(start, end) of the clauses for statements."""
+        inner = [strongest for _, strongest in self._bounds]
+        return list(zip([0, *inner], [*inner, len(self.text)], strict=True))
+
+    def _denial_clause(self, position: int) -> tuple[int, int]:
+        start = max((first for first, _ in self._bounds if first <= position), default=0)
+        return start, min((first for first, _ in self._bounds if first > position), default=len(self.text))
+
+    @cached_property
+    def _sites(self) -> list[tuple[int, int, str]]:
+        return [(match.start(), match.end(), match.lastgroup) for match in self.language.sites.finditer(self.text)]
+
+    def site(self, start: int, end: int, clause: tuple[int, int]) -> str:
+        """Where the finding at `start:end` lies: the place in or right before its words, next after, or before."""
+        inside = [site for site in self._sites if site[0] >= clause[0] and site[1] <= clause[1]]
+        for first, last, name in inside:
+            if first < end and last >= start - 1:
+                return name
+        after = [name for first, _, name in inside if first >= end]
+        before = [name for _, last, name in inside if last < start]
+        return after[0] if after else before[-1] if before else "unnamed"
+
+    @cached_property
+    def _denials(self) -> list[tuple[int, int, str, str]]:
+        """The parts of the sentence that are denied or past: (start, end, polarity, the words that say so)."""
+        language, text = self.language, self.text
+        harmless = [match.span() for match in language.no_denial.finditer(text)]
+        found = []
+        for match in language.before.finditer(text):
+            _, end = self._denial_clause(match.start())
+            stop = language.scope_end.search(text, match.end(), end)
+            # "No increase in effusion" leaves the effusion in place, but "no increase in thickness" denies thickening:
+            # here the denial goes no further than its own words.
+            ends = [last for first, last in harmless if first <= match.start() < last]
+            found.append((match.end(), min([stop.start() if stop else end, *ends]), "negated", match[0]))
+        for match in language.after.finditer(text):
+            if not any(first <= match.start() < last for first, last in harmless):
+                found.append((self._denial_clause(match.start())[0], match.start(), "negated", match[0]))
+        for match in language.history.finditer(text):
+            comma = text.find(",", match.end())
+            found.append((match.end(), comma if comma >= 0 else len(text), "past", match[0]))
+        past = language.past.search(text)
+        if past and not language.present.search(text):
+            found.append((past.start(), len(text), "past", past[0]))
+        return found
+
+    def polarity(self, start: int, end: int, clause: tuple[int, int]) -> tuple[str, str]:
+        """(polarity, cue) of the finding at `start:end`."""
+        for first, last, polarity, cue in self._denials:
+            if first <= start < last:
+                return polarity, cue.strip()
+        doubt = self.language.doubt.search(self.text, *clause) or _QUESTION.match(self.text, end)
+        return ("uncertain", doubt[0].strip()) if doubt else ("positive", "")
+
+
+class RuleLabeler:
+    """
+    Reads the 18 findings out of chest CT reports.
+
+    ```python
+    >>> labeler = RuleLabeler()
+    >>> [label for label, value in labeler.label("No effusion. A 4 mm nodule in the right lung.").items() if value]
+    ['Lung nodule']
+    ```
+
+    `signature` names the rules by a hash over rules.yaml and this file.
+
+    Args:
+        path: another file of rules in the format of rules.yaml.
+
+    Raises:
+        ValueError: the file's labels are not the 18.
+    """
+
+    def __init__(self, path: str | PathLike = RULES_FILE):
+        content = Path(path).read_bytes()
+        document = yaml.safe_load(content)
+        if difference := set(document["labels"]) ^ set(DIAGNOSIS_LABELS):
+            raise ValueError(f"{path} must have rules for exactly the 18 labels; these differ: {sorted(difference)}")
+        terms = {name: f"(?:{_any_of(patterns)})" for name, patterns in document["terms"].items()}
+        self._language = _Language(document["language"], document["sites"])
+        self._words = {label: document["labels"][label]["words"] for label in DIAGNOSIS_LABELS}
+        self._rules = {
+            label: [self._rule(label, entry, terms) for entry in document["labels"][label]["rules"]]
+            for label in DIAGNOSIS_LABELS
+        }
+        self.rules = tuple(rule for rules in self._rules.values() for rule in rules)
+        digest = hashlib.sha256(content + Path(__file__).read_bytes()).hexdigest()
+        self.signature = f"rule-labeler|labels:{len(DIAGNOSIS_LABELS)}|uncertain:positive|rules:{digest[:12]}"
+
+    @staticmethod
+    def _rule(label: str, entry: Mapping, terms: Mapping[str, str]) -> Rule:
+        def compiled(patterns: str | Sequence[str]) -> re.Pattern:
+            return re.compile(_TERM.sub(lambda match: terms[match[1]], _any_of(patterns)))
+
+        return Rule(
+            label=label,
+            name=entry["name"],
+            find=compiled(entry["find"]),
+            sites=frozenset(entry["sites"]) if "sites" in entry else None,
+            unless=compiled(entry["unless"]) if "unless" in entry else None,
+            examples=tuple(entry["examples"]),
+            counterexamples=tuple(entry.get("not", ())),
+        )
+
+    def _mentions(self, report: str) -> Iterator[tuple[_Sentence, str]]:
+        """The sentences that have one of a label's words, each with that label."""
+        if not isinstance(report, str):
+            raise TypeError(f"A report must be a str, got {type(report).__name__}")
+        text = report.translate(_FOLD)
+        lower = text.lower()
+        ends = [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+        mentioned: dict[int, dict[str, None]] = {}
+        for label, words in self._words.items():
+            for word in words:
+                at = lower.find(word)
+                while at >= 0:
+                    row = bisect_right(ends, at)
+                    mentioned.setdefault(row, {})[label] = None
+                    at = lower.find(word, ends[row])
+        for row in sorted(mentioned):
+            start = ends[row - 1] if row else 0
+            sentence = _Sentence(lower[start : ends[row]], start, self._language)
+            for label in mentioned[row]:
+                yield sentence, label
+
+    def _hits(self, sentence: _Sentence, label: str) -> Iterator[tuple[Rule, int, int, str, str]]:
+        """(rule, start, end, polarity, cue) of each mention of `label`; places count from the sentence's start."""
+        for rule in self._rules[label]:
+            for clause in sentence.clauses:
+                for match in rule.find.finditer(sentence.text, *clause):
+                    start, end = match.span()
+                    if rule.unless and rule.unless.search(sentence.text, *clause):
+                        continue
+                    if rule.sites is None or sentence.site(start, end, clause) in rule.sites:
+                        yield rule, start, end, *sentence.polarity(start, end, clause)
+
+    def label(self, report: str) -> dict[str, int]:
+        """The 18 labels by name in the order of `DIAGNOSIS_LABELS`: 1 where the report states or suspects a finding.
+
+        Raises:
+            TypeError: `report` is not a str (the NaN of a table with gaps, say). An empty one has no finding.
+        """
+        found = dict.fromkeys(DIAGNOSIS_LABELS, 0)
+        for sentence, label in self._mentions(report):
+            if not found[label]:
+                found[label] = int(any(polarity in COUNTED for *_, polarity, _ in self._hits(sentence, label)))
+        return found
+
+    def explain(self, report: str) -> list[Hit]:
+        """Every mention of a finding in the order of the text, those that do not count included.
+
+        Raises:
+            TypeError: `report` is not a str.
+        """
+        hits = []
+        for sentence, label in self._mentions(report):
+            whole = report[sentence.start : sentence.start + len(sentence.text)].strip()
+            for rule, start, end, polarity, cue in self._hits(sentence, label):
+                span = (sentence.start + start, sentence.start + end)
+                hits.append(Hit(label, rule.name, whole, span, polarity, cue))
+        return sorted(hits, key=lambda hit: hit.span)
+
+    def label_all(self, reports: Iterable[str]) -> NDArray[np.int8]:
+        """(reports, 18) in {0, 1}, the columns in the order of `DIAGNOSIS_LABELS`.
+
+        Raises:
+            TypeError: a report is not a str; the message says which.
+        """
+        rows = []
+        for row, report in enumerate(reports):
+            try:
+                rows.append(list(self.label(report).values()))
+            except TypeError as error:
+                raise TypeError(f"reports[{row}]: {error}") from error
+        return np.array(rows, dtype=np.int8).reshape(-1, len(DIAGNOSIS_LABELS))

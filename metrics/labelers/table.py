@@ -1,0 +1,89 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Label a table of reports: what `diffvp label` does."""
+
+import csv
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...configuration_diffvp import DIAGNOSIS_LABELS
+from ...data.cases import Case, DatasetError, Problem, raise_problems, read_csv
+from ..clinical_efficacy import Labeler, label_reports
+from .rules import RuleLabeler
+
+
+def label_table(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    labeler: Labeler,
+    *,
+    report_column: str = "report",
+    id_column: str = "id",
+    explanations: str | os.PathLike | None = None,
+) -> np.ndarray:
+    """
+    Read the 18 findings out of every report of a CSV file; writes the ids and a column of 0 and 1 a label.
+
+    Args:
+        explanations: also write, as JSON lines, each place that a rule has found, with its span in the report and why
+            it does or does not set the label. Only a [`RuleLabeler`] can say so. It holds sentences of the reports.
+
+    Returns:
+        int8 (reports, 18).
+
+    Raises:
+        DatasetError: a column is missing, an id is empty or there twice, or there are no rows.
+        ValueError: explanations of a labeler that has none.
+    """
+    if explanations is not None and not isinstance(labeler, RuleLabeler):
+        raise ValueError("explanations are those of rules; expected the rule labeler")
+    source, problems = Path(source), []
+    rows = read_csv(source, [id_column, report_column], problems) or []
+    seen: dict[str, int] = {}
+    for row in rows:
+        name = str(row.values[id_column] or "").strip()
+        if not name:
+            problems.append(Problem(source.name, row.number, id_column, "empty", "an id"))
+        elif name in seen:
+            found = f"that of row {seen[name]} again"
+            problems.append(Problem(source.name, row.number, id_column, found, "one row each", name))
+        seen.setdefault(name, row.number)
+    raise_problems(problems)
+    if not rows:
+        raise DatasetError([Problem(source.name, None, "rows", "none", "at least one report")])
+    names = [str(row.values[id_column]).strip() for row in rows]
+    reports = [str(row.values[report_column] or "") for row in rows]
+    labels = label_reports(labeler, reports)
+    values = [[name, *row] for name, row in zip(names, labels.tolist(), strict=True)]
+    _write(Path(output), [[id_column, *DIAGNOSIS_LABELS], *values])
+    if explanations is not None:
+        lines = [
+            json.dumps({id_column: name, **asdict(hit)}, ensure_ascii=False)
+            for name, report in zip(names, reports, strict=True)
+            for hit in labeler.explain(report)
+        ]
+        temporary = Path(explanations).with_name(f".{Path(explanations).name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, explanations)
+    return labels
+
+
+def label_cases(cases: list[Case], labeler: Labeler) -> list[Case]:
+    """The cases with labels that a labeler reads out of their reports, where their dataset has none."""
+    missing = [case for case in cases if case.labels is None]
+    if not missing:
+        return cases
+    read = dict(zip((case.name for case in missing), label_reports(labeler, [c.report for c in missing]), strict=True))
+    return [replace(case, labels=read[case.name]) if case.labels is None else case for case in cases]
+
+
+def _write(path: Path, rows: list[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(temporary, path)

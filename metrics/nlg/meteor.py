@@ -1,0 +1,105 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""METEOR as `evaluate.load("meteor")` computes it: NLTK's, with WordNet, on the tokens of `word_tokenize`.
+
+The scale is NLTK's own. The Java program of most captioning papers (METEOR 1.5) tokenises, weights and matches in
+another way, and its numbers are far lower: the two must not stand in one column. NLTK looks for synonyms of the
+words' stems, so it finds those of "ill" but not those of "large", whose stem is "larg".
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from importlib.metadata import version
+
+import numpy as np
+from nltk.stem.porter import PorterStemmer
+from nltk.tokenize.destructive import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+from nltk.translate.meteor_score import single_meteor_score
+from numpy.typing import NDArray
+
+from .lexicon import WordNet, load_punkt, load_wordnet
+from .texts import check_pairs
+
+ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # evaluate's and NLTK's defaults; named for the signature
+
+
+class _Stemmer:
+    """Porter's stemmer with a memory: reports use few words, and METEOR stems each of them again."""
+
+    def __init__(self):
+        self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+
+
+# Loaded once a process, on first use: reading WordNet takes half a second.
+@lru_cache(maxsize=1)
+def _wordnet() -> WordNet:
+    return load_wordnet()
+
+
+@lru_cache(maxsize=1)
+def _punkt() -> PunktSentenceTokenizer:
+    return load_punkt()
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> _Stemmer:
+    return _Stemmer()
+
+
+def meteor_signature() -> str:
+    """Raises LexiconError without WordNet, whose version is part of it."""
+    return (
+        f"meteor|per-sample-mean|alpha:{ALPHA:g}|beta:{BETA:g}|gamma:{GAMMA:g}|case:lower|tok:punkt_tab+treebank"
+        f"|stemmer:porter|wordnet:{_wordnet().version}|nltk:{version('nltk')}"
+    )
+
+
+def meteor_tokens(text: str) -> list[str]:
+    """The tokens of `nltk.word_tokenize`: a full stop is a token of its own only where a sentence ends.
+
+    Raises:
+        LexiconError: the Punkt model is not installed.
+    """
+    words = NLTKWordTokenizer()
+    return [word for sentence in _punkt().tokenize(text) for word in words.tokenize(sentence)]
+
+
+def _score(prediction: str, reference: str) -> float:
+    return single_meteor_score(
+        meteor_tokens(reference),
+        meteor_tokens(prediction),
+        stemmer=_stemmer(),
+        wordnet=_wordnet(),
+        alpha=ALPHA,
+        beta=BETA,
+        gamma=GAMMA,
+    )
+
+
+def meteor_per_report(predictions: Sequence[str], references: Sequence[str], workers: int = 1) -> NDArray[np.float64]:
+    """METEOR, (reports,). An empty prediction scores 0.
+
+    Identical texts of m tokens score 1 - 0.5 / m^3, not 1: one chunk of matches still counts as a fragment.
+
+    Args:
+        workers: processes to share the reports between; the values do not depend on it.
+
+    Raises:
+        LexiconError: WordNet or the Punkt model is not installed. The message says how to get them.
+        TypeError, ValueError: see [`check_pairs`]; also where `workers` is below 1.
+    """
+    predictions, references = check_pairs(predictions, references)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    # Here and not first in a worker: a missing file is this process's error, and forked workers share what is loaded.
+    _wordnet(), _punkt()
+    if workers == 1:
+        scores = [_score(*pair) for pair in zip(predictions, references, strict=True)]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            chunk = math.ceil(len(predictions) / (4 * workers))
+            scores = list(pool.map(_score, predictions, references, chunksize=chunk))
+    return np.array(scores, dtype=np.float64)

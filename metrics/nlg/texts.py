@@ -1,0 +1,34 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""What every score of texts starts with: a check of the pairs, and the paper's preparation."""
+
+import re
+from collections.abc import Sequence
+
+
+def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Both lists, if they can be scored against each other. A prediction may be empty; a reference may not.
+
+    Raises:
+        TypeError: a text is not a str (NaN for an empty cell, say), or a single str was given for a list.
+        ValueError: the two lists differ in length or are empty, or a reference is blank.
+    """
+    for name, texts in (("predictions", predictions), ("references", references)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name} must be a list of texts, got one text")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}[{index}] must be a text, got {text!r} ({type(text).__name__})")
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions cannot be scored against {len(references)} references")
+    if len(predictions) == 0:
+        raise ValueError("there are no reports to score: a mean over 0 reports is undefined")
+    for index, reference in enumerate(references):
+        if not reference.strip():
+            raise ValueError(f"references[{index}] is empty: nothing can be scored against it")
+    return list(predictions), list(references)
+
+
+def clean_reg2rg(text: str) -> str:
+    """A report as Reg2RG and the paper score it: without "The region 3 is heart: ", spaces collapsed, case kept."""
+    return " ".join(re.sub(r"The region \d+ is [^:]+: ", "", text).split())

@@ -1,0 +1,316 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The rule labeler: language by language rule, then agreement with the hand-set labels where they are at hand."""
+
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.experiments import labeler as experiment
+from diffvp.metrics.clinical_efficacy import classification_scores
+from diffvp.metrics.labelers import RuleLabeler
+from diffvp.metrics.labelers.rules import RULES_FILE
+
+LABELER = RuleLabeler()
+EXAMPLES = [(rule, text) for rule in LABELER.rules for text in rule.examples]
+COUNTEREXAMPLES = [(rule, text) for rule in LABELER.rules for text in rule.counterexamples]
+SENTENCES = [text for _, text in EXAMPLES + COUNTEREXAMPLES] + ["Trachea is open.", "No abnormality was detected."]
+# The labeler with all its filters for speed switched off: every sentence with a space is looked at.
+SLOW = RuleLabeler()
+SLOW._words = dict.fromkeys(DIAGNOSIS_LABELS, [" "])
+
+
+def found(report: str) -> set[str]:
+    return {label for label, value in LABELER.label(report).items() if value}
+
+
+@pytest.mark.parametrize(("rule", "text"), EXAMPLES, ids=lambda value: getattr(value, "name", None))
+def test_examples_of_the_rules(rule, text):
+    hits = [hit for hit in LABELER.explain(text) if (hit.label, hit.rule) == (rule.label, rule.name)]
+    assert any(hit.counts for hit in hits)
+    assert rule.label in found(text)
+
+
+@pytest.mark.parametrize(("rule", "text"), COUNTEREXAMPLES, ids=lambda value: getattr(value, "name", None))
+def test_counterexamples_of_the_rules(rule, text):
+    assert rule.label not in found(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        # denied before, after, in lists and in questions of one word
+        ("No pleural effusion or thickening.", set()),
+        ("No pleural or pericardial effusion, consolidation, or nodule.", set()),
+        ("Consolidation, ground glass opacity and effusion are not observed.", set()),
+        ("Neither effusion nor consolidation is seen.", set()),
+        ("Pleural effusion: none.", set()),
+        ("Pleural effusion: present.", {"Pleural effusion"}),
+        ("There isn't any pleural effusion.", set()),
+        ("Pleural effusion or thickening wasn't observed.", set()),
+        ("The lungs are clear without consolidation, effusion or nodule.", set()),
+        ("Lungs are free of nodules.", set()),
+        ("Heart is not enlarged.", set()),
+        ("Heart size is normal, without pericardial effusion.", set()),
+        # the denial ends with its clause
+        ("No pleural effusion, but there is pericardial effusion.", {"Pericardial effusion"}),
+        ("Pericardial effusion was not observed, pleural effusion is observed on the right.", {"Pleural effusion"}),
+        ("No nodule was detected in the lungs, and effusion is observed.", {"Pleural effusion"}),
+        ("No nodule except for a calcified nodule in the left lung.", {"Lung nodule"}),
+        ("Effusion is not seen on the left but is present on the right.", {"Pleural effusion"}),
+        ("Pleural effusion was observed on the right and not observed on the left.", {"Pleural effusion"}),
+        ("A few lymph nodes are observed, and no enlarged lymph nodes are detected.", {"Lymphadenopathy"}),
+        # what looks like a denial and is none
+        ("There is no increase in pleural effusion.", {"Pleural effusion"}),
+        ("No significant change in the size of the nodules in the right lung.", {"Lung nodule"}),
+        ("Nodules are not enlarged compared with the previous examination.", {"Lung nodule"}),
+        ("No increase in wall thickness in the esophagus.", set()),
+        ("A pleural effusion cannot be excluded.", {"Pleural effusion"}),
+        ("Mediastinal lymph nodes whose short axis does not exceed 1 cm.", {"Lymphadenopathy"}),
+        # history
+        ("The previously described consolidation has completely resolved.", set()),
+        ("Nodule is no longer seen in the right lung.", set()),
+        ("In the previous examination, a nodule was observed in the right lung.", set()),
+        (
+            "In the previous examination a nodule was seen, which is stable in the current examination.",
+            {"Lung nodule"},
+        ),
+        ("The lung nodule, which was not observed in the previous examination, is 5 mm.", {"Lung nodule"}),
+        ("The nodules observed in the previous examination are not observed now.", set()),
+        ("The pleural effusion on the right has decreased.", {"Pleural effusion"}),
+        ("With a history of atelectasis, emphysema is observed.", {"Emphysema"}),
+        # places
+        ("Thyroid nodule.", set()),
+        ("A 2 cm nodule in the left adrenal gland.", set()),
+        ("Nodules in the liver and emphysema in both lungs.", {"Emphysema"}),
+        ("Aortic valve calcification.", set()),
+        ("Small amount of fluid in the right pleural space.", {"Pleural effusion"}),
+        ("Calcified plaques in the pleura.", set()),
+        # headings, items of an impression, no blank after the point, a wrapped line
+        ("LUNGS: 4 mm nodule.\nPLEURA: no effusion.", {"Lung nodule"}),
+        ('Trachea is open. " Hiatal hernia " Atelectasis in both lungs', {"Hiatal hernia", "Atelectasis"}),
+        ("• Emphysema • No nodule", {"Emphysema"}),
+        ("No consolidation.Atelectasis is observed.", {"Atelectasis"}),
+        ("No pleural\neffusion.", set()),
+        ("Compared with 16.03. 2020 the nodule of 9.5 mm in the right lung is stable.", {"Lung nodule"}),
+        ("No acute finding. Lungs are clear!", set()),
+    ],
+)
+def test_language(text, labels):
+    assert found(text) == labels
+
+
+def test_explains_every_mention():
+    report = "Heart size is normal. No effusion was seen. Atelectasis? In the left lung, a 4 mm nodule is observed."
+    denied, doubtful, stated = LABELER.explain(report)
+    assert (denied.label, denied.polarity, denied.cue, denied.counts) == ("Pleural effusion", "negated", "no", False)
+    assert (doubtful.label, doubtful.polarity, doubtful.counts) == ("Atelectasis", "uncertain", True)
+    assert (stated.rule, stated.polarity, stated.cue) == ("nodule", "positive", "")
+    assert stated.sentence == "In the left lung, a 4 mm nodule is observed."
+    assert report[slice(*stated.span)] == "nodule"
+
+
+@pytest.mark.parametrize(
+    "text", ["Suspected atelectasis.", "Findings may represent atelectasis.", "Possible atelectasis.", "Atelectasis?"]
+)
+def test_doubt_counts_and_is_marked(text):
+    [hit] = LABELER.explain(text)
+    assert hit.polarity == "uncertain" and hit.cue
+    assert found(text) == {"Atelectasis"}
+
+
+def test_a_question_about_the_cause_is_no_doubt():
+    [hit] = LABELER.explain("A mosaic attenuation pattern is observed (small airway disease?).")
+    assert hit.polarity == "positive"
+
+
+def test_spans_survive_unicode():
+    report = "İki akciğer: “İ” ﬁ 肺 – nodules in the right lung。No effusion."
+    assert [report[slice(*hit.span)] for hit in LABELER.explain(report)] == ["nodules", "effusion"]
+    assert found("Ground‑glass opacities in both lungs.") == {"Lung opacity"}
+    assert found("There isn’t any pleural effusion.") == set()
+
+
+def test_long_report():
+    normal = "Trachea and both main bronchi are open and no occlusive pathology was detected. " * 400
+    report = normal + "Pleural effusion is observed on the right. " + normal
+    assert len(report.split()) > 10_000
+    assert found(report) == {"Pleural effusion"}
+
+
+def test_empty_and_unusable_reports():
+    assert found("") == found(" \n") == set()
+    assert LABELER.explain("") == []
+    with pytest.raises(TypeError, match="must be a str, got NoneType"):
+        LABELER.label(None)
+    with pytest.raises(TypeError, match="must be a str, got float"):
+        LABELER.explain(float("nan"))
+    with pytest.raises(TypeError, match=r"reports\[1\]: .* got bytes"):
+        LABELER.label_all(["Emphysema.", b"Emphysema."])
+
+
+def test_label_all_is_label_row_by_row():
+    matrix = LABELER.label_all(SENTENCES)
+    assert matrix.dtype == np.int8 and matrix.shape == (len(SENTENCES), 18)
+    assert matrix.tolist() == [[LABELER.label(text)[label] for label in DIAGNOSIS_LABELS] for text in SENTENCES]
+    assert LABELER.label_all([]).shape == (0, 18)
+
+
+def test_every_label_can_be_found():
+    assert LABELER.label_all(SENTENCES).any(axis=0).all()
+    assert tuple(LABELER.label("")) == DIAGNOSIS_LABELS
+
+
+def test_signature_changes_with_the_rules(tmp_path):
+    changed = tmp_path / "rules.yaml"
+    changed.write_bytes(RULES_FILE.read_bytes() + b"# a comment\n")
+    assert RuleLabeler().signature == LABELER.signature != RuleLabeler(changed).signature
+
+
+def test_rules_must_be_of_the_18_labels(tmp_path):
+    document = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
+    document["labels"]["Emphysaema"] = document["labels"].pop("Emphysema")
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"differ: \['Emphysaema', 'Emphysema'\]"):
+        RuleLabeler(path)
+
+
+def test_the_filter_by_words_loses_nothing():
+    assert (LABELER.label_all(SENTENCES) == SLOW.label_all(SENTENCES)).all()
+
+
+@given(st.lists(st.sampled_from(SENTENCES), max_size=8), st.randoms(use_true_random=False))
+def test_order_and_repetition_change_nothing(sentences, rng):
+    labels = found(" ".join(sentences))
+    assert labels == set().union(*map(found, sentences))
+    shuffled = sentences + sentences[:3]
+    rng.shuffle(shuffled)
+    assert found(" ".join(shuffled)) == labels
+
+
+@given(st.lists(st.sampled_from(SENTENCES) | st.text(max_size=30), max_size=8).map(" ".join))
+def test_spans_point_to_the_text(report):
+    hits = LABELER.explain(report)
+    for hit in hits:
+        start, end = hit.span
+        assert 0 <= start < end <= len(report)
+        assert report[start:end] in hit.sentence and hit.sentence in report
+    assert found(report) == {hit.label for hit in hits if hit.counts}
+
+
+def test_split_keeps_identical_reports_together():
+    texts = [f"Report {number}." for number in range(700)]
+    texts += [f"Report  {number}.\n" for number in range(100)]  # the same words
+    development, test = experiment.split_rows(texts)
+    assert (len(development), len(test)) == (500, 300)
+    assert sorted(development + test) == list(range(800))
+    apart = [number for number in range(100) if (number in development) != (700 + number in development)]
+    assert len(apart) <= 1  # one pair may lie on the border
+
+
+def test_bootstrap_is_about_the_score():
+    rng = np.random.default_rng(1)
+    actual = rng.integers(0, 2, (200, 18))
+    predicted = np.where(rng.random(actual.shape) < 0.9, actual, 1 - actual)
+    scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
+    samples = experiment.bootstrap(predicted, actual)
+    for name in ("micro", "macro"):
+        point = [scores[name][part] for part in ("precision", "recall", "f1")]
+        np.testing.assert_allclose(samples[name].mean(axis=0), point, atol=0.005)
+    perfect = experiment.bootstrap(actual, actual)
+    assert (perfect["labels"] == 1).all()
+
+
+def test_experiment(tmp_path, monkeypatch):
+    """The whole command on made-up reports: reproducible, and no word of a report in its results."""
+    monkeypatch.setattr(experiment, "DEVELOPMENT_REPORTS", 60)
+    rng, path = random.Random(0), tmp_path / "reports.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["AccessionNo", "report_text", *DIAGNOSIS_LABELS])
+        for number in range(90):
+            labels = [rng.randint(0, 1) for _ in DIAGNOSIS_LABELS]
+            text = f"Secretword {number}. " + " ".join(
+                next(example for rule, example in EXAMPLES if rule.label == label)
+                for label, value in zip(DIAGNOSIS_LABELS, labels, strict=True)
+                if value
+            )
+            writer.writerow([f"case_{number}", text, *labels])
+    missed = experiment.read_reports(path)
+    rows = experiment.split_rows(missed.texts)[1]
+    disagreements = np.argwhere(LABELER.label_all(missed.part(rows).texts) != missed.part(rows).labels)
+    noise = tmp_path / "noise.yaml"
+    entries = [
+        {"id": missed.ids[rows[row]], "label": DIAGNOSIS_LABELS[column], "reason": "a reason"}
+        for row, column in disagreements[:1].tolist()
+    ]
+    noise.write_text(yaml.safe_dump(entries), encoding="utf-8")
+    monkeypatch.setattr(experiment, "NOISE_FILE", noise)
+
+    page = experiment.evaluate(path, tmp_path / "out").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "labeler.json").read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert result["test"]["rules"]["n"] == 30 and result["development"]["rules"]["n"] == 60
+    assert result["signature"] == LABELER.signature and LABELER.signature in page
+    low, high = result["test"]["rules"]["micro"]["f1_ci"]
+    assert low <= result["test"]["rules"]["micro"]["f1"] <= high
+    assert result["noise"]["corrected"]["micro"] >= result["test"]["rules"]["micro"]["f1"]
+    assert "Secretword" not in page + text and "is observed" not in page + text
+
+    experiment.evaluate(path, tmp_path / "development", development_only=True)
+    assert "test" not in json.loads((tmp_path / "development" / "labeler.json").read_text(encoding="utf-8"))
+
+    noise.write_text(yaml.safe_dump([{"id": "case_x", "label": "Emphysema", "reason": ""}]), encoding="utf-8")
+    with pytest.raises(ValueError, match="case_x is not in the test part"):
+        experiment.evaluate(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a", "text", *"0" * 17, "2"], "labels must be 0 or 1, got {'Interlobular septal thickening': '2'}"),
+        (["b", "text", *"0" * 18], "1 ids more than once"),
+    ],
+)
+def test_unusable_tables(tmp_path, row, message):
+    path = tmp_path / "reports.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["AccessionNo", "report_text", *DIAGNOSIS_LABELS], ["b", "text", *"0" * 18], row])
+    with pytest.raises(ValueError, match=message):
+        experiment.read_reports(path)
+    path.write_text("AccessionNo,report_text\nb,text\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="lacks the columns .*Arterial wall calcification"):
+        experiment.read_reports(path)
+
+
+# Against the hand-set labels. The test part is scored by the experiment alone, never here.
+
+
+@pytest.fixture(scope="module")
+def development(check_data):
+    data = experiment.read_reports(check_data / "reports" / "ctclip_train.csv")
+    return data.part(experiment.split_rows(data.texts)[0])
+
+
+def test_the_split_is_fixed(check_data):
+    data = experiment.read_reports(check_data / "reports" / "ctclip_train.csv")
+    development, test = (data.part(rows) for rows in experiment.split_rows(data.texts))
+    assert (len(development), len(test)) == (500, 300)
+    assert development.ids_sha256() == "d91319f0005d1efaac7254bf960977465345550e42f59615d7249920d52b1646"
+    assert test.ids_sha256() == "d74dfb16cde6012f0b632f017c4c46f3b5b19ad4f42a49b318fda9b33040da0a"
+
+
+def test_agreement_on_the_development_part(development):
+    labels = LABELER.label_all(development.texts)
+    scores = classification_scores(labels, development.labels, DIAGNOSIS_LABELS)
+    assert scores["micro"]["f1"] >= 0.955 and scores["macro"]["f1"] >= 0.955
+    assert min(values["f1"] for values in scores["labels"].values()) >= 0.9
+    assert (SLOW.label_all(development.texts) == labels).all()
