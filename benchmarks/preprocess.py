@@ -181,7 +181,7 @@ def interleaved(path: Path, names: list[str], rounds: int) -> dict[str, dict[str
     for name in names:
         PIPELINES[name](path)  # imports, page cache
     for turn in track(range(rounds), path.name):
-        # In another order each time: who comes behind a pipeline that leaves much memory behind has the pages to fault.
+        # In another order each time: behind a pipeline that gives much memory back, the next has its pages to fault.
         for name in np.random.default_rng(turn).permutation(names).tolist():
             start = time.perf_counter()
             PIPELINES[name](path)
