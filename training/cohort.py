@@ -28,8 +28,6 @@ from ..data.cases import (
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, normal_pool
 from ..data.table import load_hub
-from ..metrics.labelers import RuleLabeler
-from ..metrics.labelers.table import label_cases
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
@@ -85,6 +83,10 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     else:
         cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
     if data.labeler == "rules":
+        # Of the extra `metrics`, which training does without otherwise.
+        from ..metrics.labelers import RuleLabeler
+        from ..metrics.labelers.table import label_cases
+
         cases = label_cases(cases, RuleLabeler())
     if data.reconstructions == "first":
         cases = first_reconstructions(cases)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cases import Case, DatasetError, Problem, raise_problems, read_csv
-from ..clinical_efficacy import Labeler, label_reports
+from ..clinical_efficacy.reports import Labeler, label_reports
 from .rules import RuleLabeler
 
 
