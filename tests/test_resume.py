@@ -188,7 +188,11 @@ def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
     whole = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'whole'}"])
     killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])
     checkpoints = Checkpoints(tmp_path / "killed/checkpoints/report", keep=2)
-    rng, newest, seconds, landed = random.Random(0), 0, 0.5, 0
+    begun = time.monotonic()
+    process = train_in_a_fork(whole)
+    process.join()
+    assert process.exitcode == 0
+    rng, newest, seconds, landed = random.Random(0), 0, (time.monotonic() - begun) / 3, 0
     for _ in range(KILLS):
         process = train_in_a_fork(killed)
         process.join(rng.uniform(0.0, seconds))
@@ -200,13 +204,12 @@ def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
         assert found >= newest, "a checkpoint was lost"
         landed += found > newest
         # So that most kills let a few steps through, whatever the machine's speed.
-        seconds = min(30.0, seconds * (0.95 if found > newest else 1.3))
+        seconds *= 0.9 if found > newest else 1.2
         newest = found
-    assert landed >= KILLS // 4 and newest < 160, "the kills fell into the training"
-    for config in (killed, whole):
-        process = train_in_a_fork(config)
-        process.join()
-        assert process.exitcode == 0
+    assert landed >= KILLS // 4, "the kills fell into the training"
+    process = train_in_a_fork(killed)
+    process.join()
+    assert process.exitcode == 0
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
     one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "killed/model")
     assert all(torch.equal(value, other[name]) for name, value in one.items())
