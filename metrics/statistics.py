@@ -345,22 +345,32 @@ def _vector(name: str, values: ArrayLike | Sequence[float], at_least: int) -> ND
 
 
 def _two_sides(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both vectors, without what equal scores differ by when they were summed in another order.
-
-    Rounding errors would rank as differences in Wilcoxon's test, and make a variance out of nothing in the t-tests.
-    """
+    """Both vectors, without what equal scores differ by when they were summed in another order."""
     first, second = _vector("first", first, at_least=2), _vector("second", second, at_least=2)
-    scale = max(np.abs(first).max(), np.abs(second).max()) or 1.0
-    return tuple(np.round(side / scale, ROUNDING_DIGITS) * scale for side in (first, second))
+    scale = _scale(first, second)
+    return _rounded(first, scale), _rounded(second, scale)
 
 
 def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """First minus second by case, equal differences to the last bit."""
-    first, second = _two_sides(first, second)
+    first, second = _vector("first", first, at_least=2), _vector("second", second, at_least=2)
     if len(first) != len(second):
         raise ValueError(f"first has {len(first)} values, second {len(second)}: a paired test takes the same cases")
-    scale = max(np.abs(first).max(), np.abs(second).max()) or 1.0
-    return np.round((first - second) / scale, ROUNDING_DIGITS) * scale
+    # Rounded once: sides that were rounded before give equal differences that lie on both sides of a half.
+    return _rounded(first - second, _scale(first, second))
+
+
+def _scale(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    return max(np.abs(first).max(), np.abs(second).max()) or 1.0
+
+
+def _rounded(values: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
+    """
+    `values` to [`ROUNDING_DIGITS`] digits of `scale`.
+
+    Rounding errors would rank as differences in Wilcoxon's test, and make a variance out of nothing in the t-tests.
+    """
+    return np.round(values / scale, ROUNDING_DIGITS) * scale
 
 
 def _counts(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -215,6 +215,7 @@ def test_welch_agrees_with_its_formula(first, second):
 
 @settings(deadline=None, max_examples=60)
 @given(pairs=st.lists(st.tuples(st.integers(-64, 64), st.integers(-64, 64)), min_size=2, max_size=8))
+@example(pairs=[(0, 52), (7, 8), (-28, -29)])  # rounding the sides before the differences broke a tie
 def test_paired_tests_agree_with_scipy(pairs):
     first, second = np.array(pairs).T / 64
     differences = first - second
