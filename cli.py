@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
+EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
 app = typer.Typer(
@@ -238,6 +239,44 @@ def evaluate(
     out.print(page.read_text(encoding="utf-8"), markup=False)
 
 
+@app.command()
+def experiment(
+    names: Annotated[
+        list[str], typer.Argument(help="Tables and figures of the paper, such as table4, and KEY=VALUE.")
+    ],
+    study: Annotated[Path, typer.Option(help="What they are made on.")] = EXPERIMENTS / "phantom.yaml",
+    runs: Annotated[Path, typer.Option(help="Folder of the models and reports; what is there is used.")] = Path(
+        "runs"
+    ),
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("experiments/results"),
+    seed: Annotated[list[int] | None, typer.Option(help="Instead of the table's seeds, for a trial.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = os.cpu_count() or 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, and list the models to train.")] = False,
+) -> None:
+    """Make tables and figures of the paper anew: train what they need, write the reports, score them."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("diffvp").setLevel(logging.INFO)
+    with _one_line_errors(ModuleNotFoundError):  # an extra is not installed
+        import yaml
+
+        from .experiments.page import write_page
+        from .experiments.study import Study
+        from .experiments.tables import planned_runs, run_experiment
+        from .reporting import EXPECTED_ERRORS
+        from .training.checkpoints import CheckpointError
+    overrides = [name for name in names if "=" in name]
+    with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
+        loaded = Study.load(study, overrides)
+    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+        for name in (name for name in names if "=" not in name):
+            if dry_run:
+                _print_plan(name, planned_runs(name, loaded, runs, seed))
+                continue
+            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers)
+            page = write_page(result.parent)
+            out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
+
+
 def main() -> None:
     app()
 
@@ -272,6 +311,14 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
     out.print(table)
     if tflops is None:
         out.print("For a time per epoch give --tflops: about 200 for an A100, 400 for an H100 in bfloat16.")
+
+
+def _print_plan(name: str, runs) -> None:
+    """The models that an experiment takes, and which of them are there."""
+    table = Table("model", "seed", "", title=name)
+    for run, trained in runs:
+        table.add_row(run.variant.name, str(run.seed), "trained" if trained else "to train")
+    out.print(table)
 
 
 def _phantom(path: Path, seed: int) -> tuple[Path, str]:

@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from .checkpoint_diffvp import locate_base_model
 from .configuration_diffvp import DiffVPConfig
@@ -194,30 +194,56 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
     processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
-    model = DiffVPForConditionalGeneration.from_base(
-        base.name,
-        base_model_revision=base.revision,
-        base_model_gguf_file=base.gguf_file,
-        lora_config=LoraConfig(task_type="CAUSAL_LM", **config.lora) if config.lora else None,
-        config={
-            **config.model,
-            "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer),
-            "instruction": processor.instruction,
-            "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
-        },
-        dtype=getattr(torch, base.dtype),
-        **quantization(base),
-    )
-    check_base(model.language_model.config, base.expected_config)
+    fields = {
+        **config.model,
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer),
+        "instruction": processor.instruction,
+        "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
+    }
+    if base.from_scratch is not None:
+        model = build_from_scratch(base.from_scratch, tokenizer, fields)
+    else:
+        model = DiffVPForConditionalGeneration.from_base(
+            base.name,
+            base_model_revision=base.revision,
+            base_model_gguf_file=base.gguf_file,
+            lora_config=LoraConfig(task_type="CAUSAL_LM", **config.lora) if config.lora else None,
+            config=fields,
+            dtype=getattr(torch, base.dtype),
+            **quantization(base),
+        )
+        check_base(model.language_model.config, base.expected_config)
     if model.config.use_diagnosis or config.encoder_weights is None:
-        classifier = DiffVPForDiagnosis.from_pretrained(Path(config.output_dir) / "diagnosis").classifier
+        encoder, classifier = load_classifier(config.classifier or Path(config.output_dir) / "diagnosis")
     if model.config.use_diagnosis:
         model.diagnosis.load_state_dict(classifier.state_dict())
     if config.encoder_weights is None:
-        model.vision_encoder.load_state_dict(classifier.vision_encoder.state_dict())
+        model.vision_encoder.load_state_dict(encoder.state_dict())
     else:
         model.vision_encoder.load_state_dict(load_file(config.encoder_weights))
     return model, processor
+
+
+def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForConditionalGeneration:
+    """A model around a decoder of random weights, all of which are trained; its checkpoints hold them."""
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = {"model_type": "llama", "vocab_size": len(tokenizer), **tokens, **decoder}
+    model = DiffVPForConditionalGeneration(DiffVPConfig(text_config=text_config, **fields))
+    model.language_model.requires_grad_(True)
+    model.generation_config = GenerationConfig(**tokens)
+    return model.eval()
+
+
+def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model."""
+    config = DiffVPConfig.from_pretrained(folder)
+    if config.architectures == ["DiffVPForDiagnosis"]:
+        classifier = DiffVPForDiagnosis.from_pretrained(folder).classifier
+        return classifier.vision_encoder, classifier
+    model = DiffVPForConditionalGeneration.from_pretrained(folder)
+    if model.diagnosis is None:
+        raise ValueError(f"{folder} has no classifier (use_diagnosis is false)")
+    return model.vision_encoder, model.diagnosis
 
 
 def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
@@ -254,7 +280,7 @@ def run(config: TrainingConfig) -> None:
     cohort = load_cohort(config)
     if config.log_with:
         accelerator.init_trackers("diffvp", config={"seed": config.seed, "output_dir": config.output_dir})
-    if config.stage in ("all", "diagnosis") and config.init_from is None:
+    if config.stage in ("all", "diagnosis") and config.init_from is None:  # `classifier` goes with stage: report
         train_diagnosis(config, accelerator, cohort)
     if config.stage in ("all", "report"):
         train_report(config, accelerator, cohort)

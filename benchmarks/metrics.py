@@ -20,7 +20,7 @@ import numpy as np
 
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
-from diffvp.metrics.clinical_efficacy import score_against_reports
+from diffvp.metrics.clinical_efficacy.reports import score_against_reports
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
 from diffvp.metrics.statistics import bootstrap_mean

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.special import erf
 
 from diffvp.configuration_diffvp import DiffVPConfig
@@ -259,8 +260,11 @@ def test_shortcut_a_equals_monai(module_config):
         ({}, 4),
         ({"use_global_delta": False}, 4),
         ({"use_local_delta": False}, 4),
+        ({"local_delta_weights": "uniform"}, 4),
         ({"difference_level": "pixel"}, 4),
+        ({"difference_level": "target"}, 4),
         ({"difference_level": "none"}, 0),
+        ({"difference_level": "none", "visual_tokens": "linear"}, 0),
         ({"use_diagnosis": False}, 4),
         ({"num_prefix_tokens": 32}, 32),
         ({"position_embedding": "none"}, 4),
@@ -276,11 +280,47 @@ def test_every_ablation_is_a_config_value(make_model, scans, changes, prefix):
     hook.remove()
     config = model.config
     diagnosis = model.diagnosis_prompt(output.diagnosis_logits)[0].shape[1] if config.use_diagnosis else 0
-    assert lengths == [prefix + config.num_latents + diagnosis + len(config.instruction_ids)]
+    visual = math.prod(config.feature_grid) if config.visual_tokens == "linear" else config.num_latents
+    assert lengths == [prefix + visual + diagnosis + len(config.instruction_ids)]
     output.loss.backward()
     without_gradient = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not [n for n in without_gradient if "classification_head" in n or "resampler" in n], without_gradient
     assert model.generate(*scans, max_new_tokens=3).shape == (2, 3)
+
+
+def test_a_prompt_of_the_target_alone_has_all_parameters_and_no_reference(make_model, scans):
+    """The control of equal compute."""
+    ours, control = make_model(), make_model(difference_level="target")
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in control.named_parameters()}
+    target, reference = scans
+    expected = control(target, reference)
+    assert torch.equal(control(target, -reference).logits, expected.logits)
+    assert not torch.equal(ours(target, -reference).logits, ours(target, reference).logits)
+    v = array(expected.latents)
+    delta, w = zip(*(local_delta(tokens, 0 * tokens, control.config.difference_epsilon) for tokens in v), strict=True)
+    np.testing.assert_allclose(array(expected.difference_weights), w, rtol=1e-4)
+    got = control.local_delta(expected.latents, torch.zeros_like(expected.latents))[0]
+    np.testing.assert_allclose(array(got), delta, rtol=1e-3, atol=1e-5)
+
+
+def test_uniform_weights_are_a_plain_subtraction(module_config, pair):
+    module_config.local_delta_weights = "uniform"
+    delta, weights = DiffVPLocalDelta(module_config)(*pair)
+    v, r = (array(tokens) for tokens in pair)
+    np.testing.assert_allclose(array(delta), (v - r).mean(1), rtol=1e-4, atol=1e-6)
+    expected = np.stack([local_delta(a, b, module_config.difference_epsilon)[1] for a, b in zip(v, r, strict=True)])
+    np.testing.assert_allclose(array(weights), expected, rtol=1e-4)
+
+
+def test_linear_visual_tokens_are_the_voxel_tokens(make_model, scans):
+    model = make_model(visual_tokens="linear", difference_level="none")
+    features = model.extract_features(scans[0])
+    assert torch.equal(model.encode(scans[0]), features)
+    cached = model(ct_features=features, diagnosis_logits=model.diagnose(scans[0]))
+    assert torch.equal(cached.logits, model(*scans).logits)
+    assert not model.difference_map(*scans).any() and model.difference_map(*scans).shape == scans[0][:, 0].shape
+    with pytest.raises(StrictDataclassClassValidationError, match='visual_tokens is "linear", but difference'):
+        make_model(visual_tokens="linear")
 
 
 def test_cached_features_stand_in_for_the_volumes(make_model, scans):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a training run: one YAML file, checked field by field."""
 
+import os
 from typing import Literal
 
 import yaml
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # takes at once changes sums in their last digit only.
 NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
+    "classifier": True,  # its weights are, by their digest
     "data": {"root", "cache_dir"},
     "diagnosis": {"micro_batch_size"},
     "report": {"micro_batch_size", "samples"},
@@ -68,6 +70,8 @@ class BaseSection(_Section):
     gguf_file: str | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Fields of a LlamaConfig: a decoder of random weights, all of which are trained, with the tokenizer of `name`.
+    from_scratch: dict | None = None
     # Fields of its config.json, for `--dry-run` without a download; compared with the real ones when it is loaded.
     expected_config: dict | None = None
 
@@ -123,19 +127,27 @@ class TrainingConfig(_Section):
     base: BaseSection | None = None
     model: dict | None = None
     encoder_weights: str | None = None
+    # A checkpoint whose classifier and encoder are taken, instead of those of a first stage of this run.
+    classifier: str | None = None
     lora: dict | None = None
     diagnosis: DiagnosisSection | None = None
     report: ReportSection
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
-        made_of = {name: getattr(self, name) for name in ("image_processor", "base", "model", "diagnosis")}
+        made_of = {name: getattr(self, name) for name in ("image_processor", "base", "model")}
+        if self.classifier is None:
+            made_of["diagnosis"] = self.diagnosis
+        elif self.stage != "report":
+            raise ValueError(f"stage: {self.stage}; expected report, as `classifier` stands for the first stage")
+        if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
+            raise ValueError("base.from_scratch trains all weights; expected neither lora nor base.quantization")
         if self.init_from is None:
             missing = [name for name, value in made_of.items() if value is None]
             if missing:
                 raise ValueError(f"expected init_from, or also: {', '.join(missing)}")
         else:
-            made_of |= {"lora": self.lora, "encoder_weights": self.encoder_weights}
+            made_of |= {name: getattr(self, name) for name in ("lora", "encoder_weights", "classifier", "diagnosis")}
             extra = [name for name, value in made_of.items() if value is not None]
             if extra:
                 raise ValueError(f"init_from brings its own, so leave out: {', '.join(extra)}")
@@ -145,19 +157,8 @@ class TrainingConfig(_Section):
 
     @classmethod
     def load(cls, path: str, overrides: list[str] | None = None) -> "TrainingConfig":
-        """Read a YAML file; each override is `key=value` or `section.key=value`, the value in YAML."""
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-        for override in overrides or []:
-            dotted, separator, value = override.partition("=")
-            if not separator:
-                raise ValueError(f"Override {override!r} is not of the form key=value.")
-            *sections, key = dotted.split(".")
-            target = values
-            for section in sections:
-                target = target[section]
-            target[key] = yaml.safe_load(value)
-        return cls.model_validate(values)
+        """Read a YAML file; see [`read_settings`]."""
+        return cls.model_validate(read_settings(path, overrides))
 
     def of_the_result(self, stage: str) -> dict:
         """The settings that the weights of a stage depend on, as JSON values."""
@@ -165,3 +166,30 @@ class TrainingConfig(_Section):
         for other in ("lora", "encoder_weights", "base", "report") if stage == "diagnosis" else ("diagnosis",):
             del values[other]
         return values
+
+
+def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -> dict:
+    """
+    The values of a YAML file; each override is `key=value` or `section.key=value`, the value in YAML.
+
+    Raises:
+        ValueError: an override is of another form, or names a section that is none.
+    """
+    with open(path, encoding="utf-8") as file:
+        values = yaml.safe_load(file)
+    for override in overrides or []:
+        dotted, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"Override {override!r} is not of the form key=value.")
+        set_value(values, dotted, yaml.safe_load(value))
+    return values
+
+
+def set_value(values: dict, dotted: str, value: object) -> None:
+    """Set `section.key` of nested settings; a section that is not there yet begins empty."""
+    *sections, key = dotted.split(".")
+    for section in sections:
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ValueError(f"{dotted}: {section} is {values[section]!r}; expected a section")
+        values = values[section]
+    values[key] = value

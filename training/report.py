@@ -236,7 +236,7 @@ def check_reports(
 
 def prompt_tokens(config) -> int:
     """The most that may stand before a report: difference prompt, visual tokens, all findings, instruction."""
-    count = config.num_latents + len(config.instruction_ids)
+    count = config.num_visual_tokens + len(config.instruction_ids)
     if config.difference_level != "none":
         count += config.num_prefix_tokens
     if config.use_diagnosis:

@@ -15,6 +15,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every hyper-parameter of DiffVP, validated, with the reason for each choice on which the paper is silent."""
 
+import math
 from dataclasses import fields
 from typing import Literal
 
@@ -94,14 +95,17 @@ class DiffVPConfig(PreTrainedConfig):
             (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
         instruction (`str`): the default instruction.
         instruction_ids (`list[int]`, *optional*): the default instruction, formatted and tokenised.
+        visual_tokens (`"resampler"` or `"linear"`): V of eq. 3, or every voxel token mapped to the LLM as it is.
         num_latents (`int`): K, the number of latent tokens of a volume.
         latent_size (`int`): d, their width.
         resampler_layers, resampler_heads (`int`): depth and heads of the Q-Former-style resampler.
         position_embedding (`"sincos"` or `"none"`): 3D position added to the keys of the resampler. The paper is
             silent; without one, cross-attention could not tell left from right.
-        difference_level (`"latent"`, `"pixel"` or `"none"`): where the difference is taken; `"pixel"` is the variant
-            of Fig. 5b, `"none"` the baseline without a difference prompt.
+        difference_level (`"latent"`, `"pixel"`, `"target"` or `"none"`): where the difference is taken. `"pixel"` is
+            the variant of Fig. 5b, `"none"` the baseline without a difference prompt. `"target"` takes the difference
+            to zeros: a prompt of the same length, parameters and work that knows no reference.
         use_global_delta, use_local_delta (`bool`): the two operators of the hierarchical difference extractor.
+        local_delta_weights (`"distance"` or `"uniform"`): w of eq. 6, or 1 / K, a plain subtraction.
         global_delta_layers, global_delta_heads (`int`): size of the Transformer of eq. 4.
         use_side_embedding (`bool`): mark the tokens of target and reference with a learned embedding before eq. 4.
             Without it the two are exchangeable and the sign of the global difference is lost.
@@ -139,6 +143,7 @@ class DiffVPConfig(PreTrainedConfig):
     instruction_ids: list[int] | None = None
 
     # Resampler (eq. 3)
+    visual_tokens: Literal["resampler", "linear"] = "resampler"
     num_latents: int = 32
     latent_size: int = 768
     resampler_layers: int = 2
@@ -146,9 +151,10 @@ class DiffVPConfig(PreTrainedConfig):
     position_embedding: Literal["sincos", "none"] = "sincos"
 
     # Hierarchical difference extractor (eq. 4-7)
-    difference_level: Literal["latent", "pixel", "none"] = "latent"
+    difference_level: Literal["latent", "pixel", "target", "none"] = "latent"
     use_global_delta: bool = True
     use_local_delta: bool = True
+    local_delta_weights: Literal["distance", "uniform"] = "distance"
     global_delta_layers: int = 1
     global_delta_heads: int = 8
     use_side_embedding: bool = True
@@ -199,6 +205,16 @@ class DiffVPConfig(PreTrainedConfig):
         return tuple(grid)
 
     @property
+    def visual_size(self) -> int:
+        """Width of a visual token before its projection to the LLM: d, or C without a resampler."""
+        return self.latent_size if self.visual_tokens == "resampler" else self.encoder_hidden_size
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual tokens of a volume in the LLM input: K, or N without a resampler."""
+        return self.num_latents if self.visual_tokens == "resampler" else math.prod(self.feature_grid)
+
+    @property
     def num_labels_diagnosis(self) -> int:
         """Number of diagnoses."""
         return len(self.diagnosis_labels)
@@ -236,6 +252,11 @@ class DiffVPConfig(PreTrainedConfig):
             )
         if len(set(self.diagnosis_labels)) != len(self.diagnosis_labels) or not self.diagnosis_labels:
             raise ValueError(f"diagnosis_labels must be distinct and not empty, got {self.diagnosis_labels}.")
+        if self.difference_level != "none" and self.visual_tokens == "linear":
+            raise ValueError(
+                f'visual_tokens is "linear", but difference_level is "{self.difference_level}": differences are taken '
+                'between the latents of the resampler. Expected difference_level="none".'
+            )
         if self.difference_level != "none" and self.num_delta_vectors == 0:
             raise ValueError(
                 'use_global_delta and use_local_delta are both off: set difference_level="none" for the baseline '

@@ -13,7 +13,7 @@ from .volume_diffvp import CTReadError
 
 MAX_BYTES = 2**32  # of voxels: 16-bit slices of 1024 x 1024 over two metres at 1 mm
 MAX_COMPRESSION = 200  # a chest CT deflates to a half or, with much padding, to a tenth; bombs to a thousandth
-CHUNK = 2**20  # bytes of a compressed file in memory at a time
+CHUNK = 2**18  # bytes of a compressed file in memory at a time; what comes out still fits into the cache
 # After the first member, mostly the only one: each member's end copies the rest of its piece, and block gzip (bgzip)
 # has thousands of members, of up to this size.
 SMALL_CHUNK = 2**16

@@ -182,9 +182,10 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         self.vision_encoder = DiffVPVisionEncoder(config)
         # CODEPATH: the paper's model has a classifier; without it is an ablation.
         self.diagnosis = DiffVPDiagnosisClassifier(config) if config.use_diagnosis else None
-        self.resampler = DiffVPResampler(config)
-        self.visual_projection = nn.Linear(config.latent_size, config.text_config.hidden_size)
-        self.classification_head = nn.Linear(config.latent_size, config.num_labels_diagnosis)
+        # CODEPATH: the paper's model resamples; every voxel token through one linear map is what it is compared with.
+        self.resampler = DiffVPResampler(config) if config.visual_tokens == "resampler" else None
+        self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
+        self.classification_head = nn.Linear(config.visual_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
         self.global_delta = self.prompt_generator = None
         # CODEPATH: "none" is the baseline without a difference prompt, use_global_delta=False one of the ablations.
@@ -231,19 +232,28 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
 
     def encode(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
         """V of eq. 3: one of `ct` (batch, 1, D, H, W) and `ct_features` (batch, N, C) → (batch, K, d)."""
-        return self.resampler(self._features("ct", ct, ct_features))[0]
+        return self._visual_tokens(self._features("ct", ct, ct_features))[0]
 
     def _features(self, name: str, volume: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
         if (volume is None) == (features is None):
             raise ValueError(f"Give exactly one of `{name}` and `{name}_features`.")
         return self.extract_features(volume) if features is None else features.to(self.device)
 
+    def _visual_tokens(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Voxel features (batch, N, C) → visual tokens, and the attention (batch, K, N) of a resampler."""
+        # CODEPATH: as in __init__
+        if self.resampler is None:
+            return features.to(self.visual_projection.weight.dtype), None
+        return self.resampler(features)
+
     def _latents(self, ct, reference, ct_features, reference_features):
         """Latents of the target and the pair whose difference is taken, each (batch, K, d), and the attention."""
-        latents, attention = self.resampler(self._features("ct", ct, ct_features))
+        latents, attention = self._visual_tokens(self._features("ct", ct, ct_features))
         level = self.config.difference_level
         if level == "none":
             return latents, None, (latents, latents), attention
+        if level == "target":
+            return latents, None, (latents, torch.zeros_like(latents)), attention
         if level == "pixel":
             if ct is None or reference is None:
                 raise ValueError('difference_level="pixel" subtracts volumes: give `ct` and `reference`.')
@@ -266,6 +276,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         """
         with torch.no_grad():
             _, _, (latents, other), attention = self._latents(ct, reference, ct_features, reference_features)
+            if attention is None:  # without a resampler, and so without a difference
+                return latents.new_zeros(latents.shape[0], *self.config.image_size, dtype=torch.float32)
             distances = (latents.float() - other.float()).square().sum(dim=-1)
             tokens = torch.einsum("bk,bkn->bn", distances, attention.float())
             grid = tokens.unflatten(-1, self.config.feature_grid)[:, None]

@@ -224,18 +224,24 @@ class DiffVPGlobalDelta(nn.Module):
 
 
 class DiffVPLocalDelta(nn.Module):
-    """Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5-7. No parameters."""
+    """
+    Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5-7. No parameters.
+
+    With `local_delta_weights="uniform"` the difference is a plain mean; w is still given, as the token importance.
+    """
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
         self.epsilon = config.difference_epsilon
+        self.uniform = config.local_delta_weights == "uniform"
 
     def forward(self, latents: torch.Tensor, reference_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """V, V_r (batch, K, d) → Δ_l (batch, d) in the latents' dtype, w (batch, K) in float32."""
         difference = latents.float() - reference_latents.float()
         distances = difference.square().sum(dim=-1)
         weights = distances / (distances.sum(dim=-1, keepdim=True) + self.epsilon)
-        delta = (weights[..., None] * difference).sum(dim=1)
+        # CODEPATH: the paper weighs by distance; the plain mean is what it is compared with.
+        delta = difference.mean(dim=1) if self.uniform else (weights[..., None] * difference).sum(dim=1)
         return delta.to(latents.dtype), weights
 
 

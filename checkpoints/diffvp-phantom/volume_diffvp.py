@@ -259,7 +259,9 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
 
 def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
     """Whether the voxels are Hounsfield units; an error where they are not and the caller did not allow it."""
-    stored = float(array.min()), float(array.max())  # NaN goes through
+    # A plane at a time, which is still in the processor's cache when it is read again. NaN goes through.
+    extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
+    stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
     low, high = (value * slope + intercept for value in stored)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
@@ -428,8 +430,11 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
     By maximum projections: a mask of the whole grid would be another copy of it.
     """
     planes = volume.array.T
-    in_plane = planes.max(axis=0)
-    projections = (in_plane.max(axis=0), in_plane.max(axis=1), np.array([plane.max() for plane in planes]))
+    in_plane, along_z = planes[0].copy(), []
+    for plane in planes:  # each is still in the processor's cache when it is read again
+        np.maximum(in_plane, plane, out=in_plane)
+        along_z.append(plane.max())
+    projections = (in_plane.max(axis=0), in_plane.max(axis=1), np.array(along_z))
     box = []
     for projection in projections:
         span = np.flatnonzero(projection * volume.slope + volume.intercept > threshold)

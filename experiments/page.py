@@ -1,0 +1,141 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The page of results, made from the JSON files of the experiments and from nothing else."""
+
+import json
+import os
+from pathlib import Path
+
+from .scores import FINDINGS
+
+SHORT = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "micro-F1",
+}
+
+
+def write_page(results: Path) -> Path:
+    """`results/STUDY/*.json` → `results/STUDY/RESULTS.md`."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    documents.sort(key=_order)
+    study = documents[0]["study"]
+    lines = [f"# Results: {study['name']}", "", study["title"], ""]
+    lines += _answer(documents)
+    lines += [
+        "Scores are between 0 and 1. A score is the mean over its seeds (behind ± their standard deviation, where "
+        "there are several), with the 95 % bootstrap interval over cases in brackets. **The paper's numbers stand in "
+        "tables of their own; its authors measured them on patients, and the two do not compare.**",
+        "",
+    ]
+    for document in documents:
+        lines += _section(document)
+    page = results / "RESULTS.md"
+    temporary = page.with_name(f".{page.name}")
+    temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    os.replace(temporary, page)
+    return page
+
+
+def _order(document: dict) -> tuple:
+    """Tables by number, then figures, then our own."""
+    name = document["experiment"]
+    digits = "".join(character for character in name if character.isdigit())
+    kind = 0 if name.startswith("table") else 1 if name.startswith("fig") else 2
+    return kind, int(digits or 0), name
+
+
+def _answer(documents: list[dict]) -> list[str]:
+    """Whether the full model is better than its equal-compute control: what the paper stands or falls by."""
+    for document in documents:
+        for comparison in document["comparisons"]:
+            if (comparison["first"], comparison["second"]) != ("DiffVP", "equal compute"):
+                continue
+            f1 = comparison["metrics"]["f1"]
+            seeds = len(next(row["seeds"] for row in document["rows"] if row["name"] == "DiffVP"))
+            low, high = f1["interval"]
+            if "p_seeds" not in f1:
+                continue
+            better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
+            verdict = "Yes" if better else "Not shown"
+            return [
+                f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
+                f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
+                f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
+                f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {_p(f1['p_seeds'])}).",
+                "",
+            ]
+    return [
+        "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
+        "",
+    ]
+
+
+def _section(document: dict) -> list[str]:
+    lines = [f"## {document['title']}", "", document["about"], "", f"`{document['command']}`", ""]
+    metrics = document["metrics"]
+    head = ["", "seeds", *(SHORT[metric] for metric in metrics)]
+    lines += _table(head, [_row(row, metrics) for row in document["rows"] + document["baselines"]])
+    paper = [row for row in document["rows"] if row["paper"]]
+    if paper:
+        shown = [metric for metric in metrics if any(metric in row["paper"] for row in paper)]
+        head = ["The paper's, on RadGenome-ChestCT", *(SHORT[metric] for metric in shown)]
+        rows = [[row["name"], *(_paper(row["paper"], metric) for metric in shown)] for row in paper]
+        lines += ["", *_table(head, rows)]
+    if document["paper_note"]:
+        lines += ["", f"Of the paper: {document['paper_note']}"]
+    if document["comparisons"]:
+        head = ["difference", *(SHORT[metric] for metric in metrics)]
+        lines += ["", *_table(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
+        lines += ["", "p: Welch's t-test over seeds, where there are several; pc: paired bootstrap over cases; both",
+                  "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
+    abouts = {row["variant"]: row["about"] for row in document["rows"]}
+    lines += ["", *(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]
+    lines += [f"{document['cases']} cases. Findings: {document['reader']}. `{document['signature']}`", ""]
+    return lines
+
+
+def _row(row: dict, metrics: list[str]) -> list[str]:
+    seeds = row.get("seeds")
+    return [row["name"], "-" if seeds is None else str(len(seeds)), *(_score(row["scores"], m) for m in metrics)]
+
+
+def _score(scores: dict, metric: str) -> str:
+    if metric not in scores:
+        return "no text"
+    score = scores[metric]
+    spread = "" if score["std"] is None else f" ± {score['std']:.3f}"
+    low, high = score["interval"]
+    return f"{score['mean']:.3f}{spread} ({low:.3f}–{high:.3f})"
+
+
+def _paper(values: dict, metric: str) -> str:
+    if metric not in values:
+        return "-"
+    return f"{values[metric]:.3f}" if metric in FINDINGS else f"{values[metric]:.2f}"
+
+
+def _comparison(entry: dict, metrics: list[str]) -> list[str]:
+    cells = []
+    for metric in metrics:
+        of = entry["metrics"][metric]
+        p = f"p {_p(of['p_seeds_holm'])}, " if "p_seeds_holm" in of else ""
+        cells.append(f"{of['difference']:+.3f} ({of['interval'][0]:+.3f} to {of['interval'][1]:+.3f}; "
+                     f"{p}pc {_p(of['p_cases_holm'])})")  # fmt: skip
+    return [f"{entry['first']} less {entry['second']}", *cells]
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,72 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Which normal references a test case is compared with under a test condition. All draws depend on names alone."""
+
+from collections.abc import Callable, Sequence
+
+from ..data.cases import Case
+from ..data.pairing import chance
+from ..data.pool import is_normal, other_scans
+from .study import Condition
+
+
+def reference_pool(
+    cases: Sequence[Case], condition: Condition, seed: int, foreign: Sequence[Case] = ()
+) -> dict[str, Case]:
+    """
+    The pool of a condition, by name.
+
+    A share of it is replaced, not added, so that pools of one size are compared.
+
+    Args:
+        cases: of the test split: its normal scans are the pool, its abnormal ones what contaminates it.
+        foreign: normal scans of another scanner.
+
+    Raises:
+        ValueError: there are fewer such scans than the condition asks for.
+    """
+
+    def drawn(candidates: Sequence[Case], count: int, what: str) -> list[Case]:
+        if count > len(candidates):
+            raise ValueError(f"The condition {condition.name} takes {count} {what} scans; there are {len(candidates)}")
+        return sorted(candidates, key=lambda case: chance(f"{seed}:{what}:{case.name}"))[:count]
+
+    normal = [case for case in cases if is_normal(case)]
+    size = len(normal) if condition.pool_size is None else condition.pool_size
+    abnormal, others = round(condition.abnormal * size), round(condition.foreign * size)
+    pool = drawn(normal, size - abnormal - others, "normal")
+    pool += drawn([case for case in cases if not is_normal(case)], abnormal, "abnormal")
+    pool += drawn(foreign, others, "foreign")
+    return {case.name: case for case in pool}
+
+
+def choose_references(
+    cases: Sequence[Case],
+    pool: dict[str, Case],
+    condition: Condition,
+    seed: int,
+    distance: Callable[[Case, Case], float],
+) -> dict[str, list[Case]]:
+    """
+    The references of each case, by its name; a scan is never its own.
+
+    Args:
+        distance: between the features of two cases, where the nearest is asked for.
+
+    Raises:
+        ValueError: the pool has too few other scans for a case.
+    """
+    chosen = {}
+    for case in cases:
+        candidates = other_scans(case, list(pool.values()))
+        if len(candidates) < condition.references:
+            raise ValueError(
+                f"{case.name} has {len(candidates)} reference(s) in a pool of {len(pool)}; the condition "
+                f"{condition.name} takes {condition.references}"
+            )
+        if condition.choice == "nearest":
+            order = sorted(candidates, key=lambda name: (distance(case, pool[name]), name))
+        else:
+            order = sorted(candidates, key=lambda name: chance(f"{seed}:{case.name}:{name}"))
+        chosen[case.name] = [pool[name] for name in order[: condition.references]]
+    return chosen

@@ -1,0 +1,206 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The models of a study and their reports on its test cases: each made once, whatever tables it stands in.
+
+    RUNS/STUDY/VARIANT/seed-21/           a training run, which `diffvp train` could go on with
+    RUNS/STUDY/VARIANT/seed-21/reports/random.json
+
+Both go on where they were interrupted, and are refused if their settings are not those that are asked for.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from ..data.cache import VolumeCache, file_sha256
+from ..data.cases import Case, first_reconstructions
+from ..data.load import load_dataset_cases
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..processing_diffvp import DiffVPProcessor
+from ..train_accelerate import run as run_training
+from ..training.cohort import Features
+from ..training.config import TrainingConfig
+from ..training.loop import compare
+from .references import choose_references, reference_pool
+from .study import Condition, Study, Variant
+
+
+class RunError(ValueError):
+    """What lies in a folder of runs was made with other settings, or by other weights."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of a study. `folder` is the output of its training."""
+
+    study: Study
+    variant: Variant
+    key: str  # of the variant
+    seed: int
+    folder: Path
+
+    @property
+    def config(self) -> TrainingConfig:
+        return self.study.training_config(self.variant, self.seed, self.folder)
+
+    def train(self) -> None:
+        """Train the model, or go on with it. One that is finished stays as it is.
+
+        Raises:
+            RunError: it was trained with other settings.
+        """
+        settings = self.folder / "settings.json"
+        wanted = self.config.of_the_result("report")
+        if settings.is_file():
+            differences = compare(json.loads(settings.read_text(encoding="utf-8")), wanted)
+            if differences:
+                raise RunError(
+                    f"{self.folder} holds a run with other settings: {'; '.join(differences)}. Delete it, or choose "
+                    "another folder of runs."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(settings, wanted)
+        if not (self.folder / "model").is_dir():
+            run_training(self.config)
+
+    def load(self) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
+        """The trained model, LoRA merged."""
+        model = DiffVPForConditionalGeneration.from_pretrained(self.folder / "model")
+        model.merge_adapter()
+        return model, DiffVPProcessor.from_pretrained(self.folder / "model")
+
+    def weights(self) -> dict[str, str]:
+        """Digests of the trained weights, by file."""
+        root = self.folder / "model"
+        return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
+
+
+class HeldOut:
+    """The test cases of a study, and their references."""
+
+    def __init__(self, study: Study):
+        data = TrainingConfig.model_validate({**study.training, "seed": 0, "output_dir": ""}).data
+        cases = load_dataset_cases(data.layout, data.root, study.test.split)
+        if data.reconstructions == "first":
+            cases = first_reconstructions(cases)
+        self.cases = cases[: study.test.cases]
+        self.foreign = []
+        if study.foreign is not None:
+            self.foreign = load_dataset_cases(study.foreign.layout, study.foreign.root, study.foreign.split)
+
+    def references(self, condition: Condition, seed: int, features: Features) -> dict[str, list[Case]]:
+        draw = seed if condition.draw is None else condition.draw
+        pool = reference_pool(self.cases, condition, draw, self.foreign)
+        pooled: dict[str, torch.Tensor] = {}
+
+        def summary(case: Case) -> torch.Tensor:
+            if case.name not in pooled:
+                pooled[case.name] = features.load(case)["features"].float().mean(0)
+            return pooled[case.name]
+
+        def distance(case: Case, other: Case) -> float:
+            return float((summary(case) - summary(other)).norm())
+
+        return choose_references(self.cases, pool, condition, draw, distance)
+
+
+def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
+    """The reports of a trained model on the test cases under a condition, from its file or made now."""
+    path = run.folder / "reports" / f"{condition.name}.json"
+    made_by = {
+        "weights": run.weights(),
+        "condition": condition.model_dump(),
+        "cases": [case.name for case in test.cases],
+        "max_new_tokens": run.study.test.max_new_tokens,
+    }
+    if path.is_file():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        differences = compare(document["made_by"], made_by)
+        if differences:
+            raise RunError(f"{path} was made otherwise: {'; '.join(differences)}. Delete it.")
+        return document
+    model, processor = run.load()
+    data = run.config.data
+    volumes = VolumeCache(data.cache_dir, processor.image_processor, data.spacing)
+    features = Features(data.cache_dir, volumes, model)
+    references = test.references(condition, run.seed, features)
+    rows = []
+    for cases in track(batches(test.cases, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
+        inputs = model_inputs(model, features, cases, [references[case.name] for case in cases])
+        with changed_prompt(model, condition.prompt):
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=run.study.test.max_new_tokens)
+        texts = processor.batch_decode(ids, skip_special_tokens=True)
+        rows += [
+            {"id": case.name, "references": [r.name for r in references[case.name]], "report": text.strip()}
+            for case, text in zip(cases, texts, strict=True)
+        ]
+    document = {"made_by": made_by, "reports": rows}
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, document)
+    return document
+
+
+def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
+    """Batches of at most `size` and at least two cases: in one of one, no patient could get another's prompt."""
+    count = -(-len(cases) // size)
+    return [[cases[index] for index in part] for part in np.array_split(np.arange(len(cases)), count)]
+
+
+def model_inputs(
+    model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
+) -> dict[str, torch.Tensor]:
+    """What `generate` takes, from the caches. Of several references, the features (or voxels) are averaged."""
+    frozen = [features.load(case) for case in cases]
+    inputs = {}
+    # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
+    if model.config.difference_level == "pixel":
+        volumes = features.volumes
+        inputs["ct"] = torch.stack([volumes.load(case).float() for case in cases])
+        inputs["reference"] = torch.stack(
+            [torch.stack([volumes.load(case).float() for case in of]).mean(0) for of in references]
+        )
+    else:
+        inputs["ct_features"] = torch.stack([entry["features"] for entry in frozen])
+        inputs["reference_features"] = torch.stack(
+            [torch.stack([features.load(case)["features"] for case in of]).mean(0) for of in references]
+        )
+    if model.config.use_diagnosis:
+        inputs["diagnosis_logits"] = torch.stack([entry["diagnosis_logits"] for entry in frozen])
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterator[None]:
+    """Within it, the difference prompt of a batch is another patient's ("shuffled"), or zeros ("zeroed").
+
+    Raises:
+        ValueError: the model has no difference prompt.
+    """
+    if prompt == "own":
+        yield
+        return
+    if model.prompt_generator is None:
+        raise ValueError(f"This model has no difference prompt, which is to be {prompt}")
+
+    def change(module, inputs, own: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(own) if prompt == "zeroed" else own.roll(1, dims=0)
+
+    hook = model.prompt_generator.register_forward_hook(change)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def write_json(path: Path, document: dict) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,140 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""From the reports of runs to the numbers of a table: means over seeds, intervals over cases, tests."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..data.cases import Case
+from ..data.phantom_report import labels_from_report
+from ..metrics.clinical_efficacy import averages, label_counts
+from ..metrics.nlg import score_reports
+from ..metrics.statistics import (
+    bootstrap_counts,
+    bootstrap_mean,
+    holm,
+    mean_std,
+    paired_bootstrap,
+    paired_bootstrap_counts,
+    welch_test,
+)
+
+FINDINGS = ("precision", "recall", "f1")
+LANGUAGE = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
+READER = "phantom: the sentences of the phantom's own report writer, read back"
+
+Reader = Callable[[str], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class SystemScores:
+    """
+    Scores of one set of reports.
+
+    Attributes:
+        per_report: language scores by name, (cases,).
+        counts: (cases, 3, labels), see `label_counts`; of all labels.
+        signature: how the language scores were computed.
+    """
+
+    per_report: dict[str, NDArray]
+    counts: NDArray
+    signature: str
+
+    def value(self, metric: str) -> float:
+        if metric in FINDINGS:
+            return float(micro(self.counts.sum(0), metric))
+        return float(self.per_report[metric].mean())
+
+
+def micro(counts: NDArray, metric: str) -> NDArray:
+    """Sums of `label_counts`, (..., 3, labels), to a micro-averaged score, (...)."""
+    return averages(counts)["micro"][..., FINDINGS.index(metric)]
+
+
+def read_findings(reports: Sequence[str], reader: Reader) -> NDArray:
+    """(reports, labels) of 0 and 1."""
+    return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in map(reader, reports)])
+
+
+def score_system(
+    reports: Sequence[str], cases: Sequence[Case], *, reader: Reader = labels_from_report, workers: int = 1
+) -> SystemScores:
+    """Score reports against those of the cases, and their findings against the cases' labels.
+
+    Raises:
+        LexiconError: METEOR's data are not installed.
+    """
+    truth = np.stack([case.labels for case in cases]).astype(int)
+    scores = score_reports(reports, [case.report for case in cases], workers=workers)
+    return SystemScores(scores.per_report, label_counts(read_findings(reports, reader), truth), scores.signature)
+
+
+def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:
+    """Of labels without a text."""
+    truth = np.stack([case.labels for case in cases]).astype(int)
+    return SystemScores({}, label_counts(predicted.astype(int), truth), "")
+
+
+def row_summary(seeds: dict[int, SystemScores], metrics: Sequence[str]) -> dict[str, dict]:
+    """
+    Each metric of a row: its value by seed, their mean and standard deviation, and the 95 % interval over cases of the
+    mean over seeds. A bootstrap draws cases, with the reports of all seeds for each.
+    """
+    summary = {}
+    systems = list(seeds.values())
+    for metric in metrics:
+        if metric not in FINDINGS and not systems[0].per_report:
+            continue  # labels without a text
+        values = [system.value(metric) for system in systems]
+        if metric in FINDINGS:
+            # (cases, seeds, 3, labels)
+            counts = np.stack([system.counts for system in systems], axis=1)
+            interval = bootstrap_counts(counts, lambda sums, m=metric: micro(sums, m).mean(-1))
+        else:
+            interval = bootstrap_mean(np.mean([system.per_report[metric] for system in systems], axis=0))
+        spread = mean_std(values) if len(values) > 1 else None
+        summary[metric] = {
+            "by_seed": dict(zip(map(str, seeds), values, strict=True)),
+            "mean": float(np.mean(values)),
+            "std": None if spread is None else spread.std,
+            "interval": [interval.low, interval.high],
+        }
+    return summary
+
+
+def compare_rows(first: dict[int, SystemScores], second: dict[int, SystemScores], metrics: Sequence[str]) -> dict:
+    """
+    The first row less the second, metric by metric: Welch's two-sided t-test over seeds, as the paper's Table 5, and a
+    bootstrap over cases, which says whether other patients would show it, too. `holm` corrects over the metrics.
+    """
+    result = {}
+    for metric in metrics:
+        values = [[system.value(metric) for system in side.values()] for side in (first, second)]
+        entry = {"difference": float(np.mean(values[0]) - np.mean(values[1]))}
+        if min(map(len, values)) > 1:
+            entry["p_seeds"] = welch_test(*values).p_value
+        entry |= _over_cases(first, second, metric)
+        result[metric] = entry
+    for name in ("p_seeds", "p_cases"):
+        tested = [metric for metric in metrics if name in result[metric]]
+        corrected = holm([result[metric][name] for metric in tested]) if tested else []
+        for metric, value in zip(tested, corrected, strict=True):
+            result[metric][f"{name}_holm"] = float(value)
+    return result
+
+
+def _over_cases(first: dict[int, SystemScores], second: dict[int, SystemScores], metric: str) -> dict:
+    sides = [list(side.values()) for side in (first, second)]
+    if metric not in FINDINGS:
+        means = [np.mean([system.per_report[metric] for system in side], axis=0) for side in sides]
+        comparison = paired_bootstrap(*means)
+    else:
+        seeds = min(map(len, sides))  # of as many runs on either side, in one array
+        counts = [np.stack([system.counts for system in side[:seeds]], axis=1) for side in sides]
+        comparison = paired_bootstrap_counts(*counts, lambda sums: micro(sums, metric).mean(-1))
+    return {"p_cases": comparison.p_value, "interval": [comparison.interval.low, comparison.interval.high]}

@@ -1,0 +1,190 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run an experiment: train what its table names, write the reports, score them, and make the page anew.
+
+    diffvp experiment table4
+    diffvp experiment table4 --study experiments/radgenome.yaml training.data.root=/data/RadGenome-ChestCT
+
+Everything that is made once (models, reports) lies below the folder of runs and is used by every table.
+"""
+
+import datetime
+import json
+import logging
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.cache import VolumeCache
+from ..data.cases import Case
+from ..data.load import load_dataset_cases
+from ..metrics.baselines import label_baselines, nearest_reports
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..processing_diffvp import DiffVPProcessor
+from ..training.cohort import Features, load_cohort
+from .evaluate import constant_normal_report
+from .runs import HeldOut, Run, make_reports, write_json
+from .scores import FINDINGS, READER, SystemScores, compare_rows, row_summary, score_labels, score_system
+from .study import Study, Table, TableRow, Variant, load_table, load_variants
+
+logger = logging.getLogger(__name__)
+
+
+def run_experiment(
+    name: str, study: Study, runs: Path, output: Path, *, seeds: list[int] | None = None, workers: int = 1
+) -> Path:
+    """
+    Make a table or figure with all that it needs; writes `output/STUDY/NAME.json` and returns it.
+
+    Args:
+        seeds: instead of the table's own, for a trial.
+        workers: processes for METEOR.
+
+    Raises:
+        ValueError: there is no such experiment.
+        RunError: the folder of runs holds others of these names.
+        DatasetError: all that is wrong with the data.
+    """
+    variants = load_variants()
+    table = load_table(name, variants)
+    test = HeldOut(study)
+    systems: dict[str, dict[int, SystemScores]] = {}
+    provenance = {}
+    for row in table.rows:
+        systems[row.name] = {}
+        for run in runs_of_row(study, variants, table, row, runs, seeds):
+            run.train()
+            document = make_reports(run, test, row.condition)
+            provenance[f"{row.name}, seed {run.seed}"] = document["made_by"]["weights"]
+            systems[row.name][run.seed] = cached_scores(run, document, test.cases, row.condition.name, workers)
+    first = next(runs_of_row(study, variants, table, table.rows[0], runs, seeds))
+    result = {
+        "experiment": Path(name).stem,
+        "title": table.title,
+        "about": table.about,
+        "kind": table.kind,
+        "command": f"diffvp experiment {name}",
+        "study": {"name": study.name, "title": study.title},
+        "cases": len(test.cases),
+        "reader": READER,
+        "signature": next(iter(systems[table.rows[0].name].values())).signature,
+        "metrics": table.metrics,
+        "rows": [
+            {
+                "name": row.name,
+                "variant": row.variant,
+                "about": variants[row.variant].about,
+                "condition": row.condition.model_dump(exclude_defaults=True),
+                "seeds": sorted(systems[row.name]),
+                "scores": row_summary(systems[row.name], table.metrics),
+                "paper": row.paper,
+            }
+            for row in table.rows
+        ],
+        "baselines": baselines(study, test, first, table.metrics, workers),
+        "comparisons": [
+            {"first": a, "second": b, "metrics": compare_rows(systems[a], systems[b], table.metrics)}
+            for a, b in table.compare
+        ],
+        "paper_note": table.paper_note,
+        "provenance": {"weights": provenance, **machine()},
+    }
+    path = output / study.name / f"{Path(name).stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return path
+
+
+def planned_runs(name: str, study: Study, runs: Path, seeds: list[int] | None) -> list[tuple[Run, bool]]:
+    """The models that an experiment takes, each with whether it is trained already.
+
+    Raises:
+        DatasetError: all that is wrong with the data.
+    """
+    variants = load_variants()
+    table = load_table(name, variants)
+    HeldOut(study)
+    planned = {run.folder: run for row in table.rows for run in runs_of_row(study, variants, table, row, runs, seeds)}
+    for run in planned.values():
+        load_cohort(run.config)
+    return [(run, (run.folder / "model").is_dir()) for run in planned.values()]
+
+
+def runs_of_row(
+    study: Study, variants: dict[str, Variant], table: Table, row: TableRow, runs: Path, seeds: list[int] | None
+):
+    """The runs of a row, one a seed."""
+    for seed in seeds or row.seeds or table.seeds:
+        folder = runs / study.name / row.variant / f"seed-{seed}"
+        yield Run(study, variants[row.variant], row.variant, seed, folder)
+
+
+def cached_scores(run: Run, document: dict, cases: list[Case], name: str, workers: int) -> SystemScores:
+    """Scores of a set of reports, kept beside it: METEOR takes seconds, and a row may stand in several tables."""
+    path = run.folder / "reports" / f"{name}.npz"
+    reports = run.folder / "reports" / f"{name}.json"
+    if path.is_file() and path.stat().st_mtime_ns >= reports.stat().st_mtime_ns:
+        with np.load(path, allow_pickle=False) as stored:
+            per_report = {key: stored[key] for key in stored.files if key not in ("counts", "signature")}
+            return SystemScores(per_report, stored["counts"], str(stored["signature"]))
+    scores = score_system([row["report"] for row in document["reports"]], cases, workers=workers)
+    temporary = path.with_name(f".{path.name}")
+    with open(temporary, "wb") as file:
+        np.savez(file, counts=scores.counts, signature=np.array(scores.signature), **scores.per_report)
+    os.replace(temporary, path)
+    return scores
+
+
+def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers: int) -> list[dict]:
+    """What a model has to beat, each made from the training split alone; the same for every table of a study."""
+    path = run.folder.parents[1] / "baselines.json"
+    names = [case.name for case in test.cases]
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["cases"] == names:
+            return [
+                {**row, "scores": {metric: row["scores"][metric] for metric in metrics if metric in row["scores"]}}
+                for row in stored["rows"]
+            ]
+    config = run.config
+    train = load_dataset_cases(config.data.layout, config.data.root, config.data.split)
+    model = DiffVPForConditionalGeneration.from_pretrained(run.folder / "model")
+    processor = DiffVPProcessor.from_pretrained(run.folder / "model")
+    volumes = VolumeCache(config.data.cache_dir, processor.image_processor, config.data.spacing)
+    features = Features(config.data.cache_dir, volumes, model)
+
+    def pooled(cases: list[Case]) -> np.ndarray:
+        loaded = (features.load(case)["features"].float() for case in cases)
+        return torch.stack([torch.cat([of.mean(0), of.amax(0)]) for of in loaded]).numpy()
+
+    texts = {
+        "constant normal report": [constant_normal_report(train)] * len(test.cases),
+        "nearest training report": nearest_reports(pooled(test.cases), pooled(train), [case.report for case in train]),
+    }
+    everything = [*FINDINGS, "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l"]
+    rows = [
+        {"name": name, "scores": row_summary({0: score_system(reports, test.cases, workers=workers)}, everything)}
+        for name, reports in texts.items()
+    ]
+    guesses = label_baselines(len(test.cases), np.stack([case.labels for case in train]))
+    rows += [
+        {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test.cases)}, everything)}
+        for name, guess in guesses.items()
+    ]
+    write_json(path, {"cases": names, "rows": rows})
+    return baselines(study, test, run, metrics, workers)
+
+
+def machine() -> dict:
+    """Where and when a result was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "monai")},
+    }

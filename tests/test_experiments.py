@@ -1,0 +1,307 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments: what is trained, compared and written, on a cohort of a few cases; and the files that describe them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+from sklearn.metrics import f1_score, precision_score
+from typer.testing import CliRunner
+
+from diffvp.cli import app
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from diffvp.data.phantom_report import labels_from_report
+from diffvp.data.pool import is_normal
+from diffvp.data.radgenome import load_phantom
+from diffvp.experiments.page import write_page
+from diffvp.experiments.references import choose_references, reference_pool
+from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
+from diffvp.experiments.scores import compare_rows, read_findings, row_summary, score_labels, score_system
+from diffvp.experiments.study import FOLDER, Condition, Study, Variant, load_table, load_variants, table_names
+from diffvp.experiments.tables import run_experiment
+from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
+
+TABLE = {
+    "title": "A table",
+    "about": "About it.",
+    "seeds": [1, 2],
+    "metrics": ["bleu_4", "rouge_l", "f1"],
+    "rows": [
+        {"name": "DiffVP", "variant": "diffvp", "paper": {"f1": 0.421}},
+        {"name": "equal compute", "variant": "target"},
+        {"name": "prompt of zeros", "variant": "diffvp", "seeds": [1], "condition": {"prompt": "zeroed"}},
+    ],
+    "compare": [["DiffVP", "equal compute"]],
+}
+
+
+@pytest.fixture
+def study(stage_one, tmp_path):
+    """A study whose models train in seconds, on a classifier that is trained already."""
+    values = yaml.safe_load(stage_one.read_text())
+    classifier = f"{values.pop('output_dir')}/diagnosis"
+    del values["seed"], values["diagnosis"]
+    values |= {"stage": "report", "classifier": classifier}
+    values["report"] |= {"epochs": 1}
+    document = {
+        "name": "small",
+        "title": "A few phantoms.",
+        "training": values,
+        "test": {"split": "train", "cases": 18, "batch_size": 8, "max_new_tokens": 12},
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(TABLE))
+    return str(path)
+
+
+@pytest.fixture
+def cases(small_cohort):
+    return load_phantom(small_cohort, "train")
+
+
+def needs_wordnet():
+    try:
+        load_wordnet()
+    except LexiconError as error:
+        pytest.skip(str(error))
+
+
+# The files
+
+
+def test_every_table_and_variant_of_the_project_is_one_that_can_be_made():
+    variants, study = load_variants(), Study.load(FOLDER / "phantom.yaml")
+    assert {"table1", "table3", "table4", "table5", "table6", "table7", "table8", "table10", "fig5b"} <= set(
+        table_names()
+    )
+    for name in table_names():
+        load_table(name, variants)
+    for variant in variants.values():
+        config = study.training_config(variant, 21, "x")
+        DiffVPConfig(**config.model)
+        assert (config.lora is None) == (variant.name in ("frozen LLM, linear mapper", "decoder from scratch"))
+
+
+def test_only_what_a_variant_names_is_otherwise():
+    study = Study.load(FOLDER / "phantom.yaml")
+    full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
+    assert target["model"].pop("difference_level") == "target" and target == full
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
+        ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
+        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "names of their own"),
+        ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
+    ],
+)
+def test_mistakes_in_a_table_are_named(tmp_path, change, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(TABLE | change))
+    with pytest.raises(ValueError, match=message):
+        load_table(str(path), load_variants())
+
+
+def test_a_table_that_does_not_exist_is_answered_with_those_that_do():
+    with pytest.raises(ValueError, match="no experiment 'table99'; expected one of .*table4"):
+        load_table("table99", load_variants())
+
+
+# References at test time
+
+
+def test_a_share_of_the_pool_is_replaced(cases):
+    normal = {case.name for case in cases if is_normal(case)}
+    foreign = [replace(case, name=f"foreign_{case.name}") for case in cases if is_normal(case)]
+    for condition, counts in (
+        (Condition(), (7, 0, 0)),
+        (Condition(pool_size=4), (4, 0, 0)),
+        (Condition(pool_size=4, abnormal=0.5), (2, 2, 0)),
+        (Condition(foreign=1.0), (0, 0, 7)),
+        (Condition(pool_size=6, abnormal=1 / 3, foreign=0.5), (1, 2, 3)),
+    ):
+        pool = reference_pool(cases, condition, 0, foreign)
+        foreigners = {name for name in pool if name.startswith("foreign_")}
+        ours = set(pool) & normal
+        assert (len(ours), len(set(pool) - normal - foreigners), len(foreigners)) == counts, condition
+        assert list(pool) == list(reference_pool(cases, condition, 0, foreign))
+        assert all(name == case.name for name, case in pool.items())
+    pools = {tuple(reference_pool(cases, Condition(pool_size=2), seed)) for seed in range(20)}
+    assert len(pools) > 5
+    with pytest.raises(ValueError, match="takes 8 normal scans; there are 7"):
+        reference_pool(cases, Condition(pool_size=8), 0)
+    with pytest.raises(ValueError, match="takes 7 foreign scans; there are 0"):
+        reference_pool(cases, Condition(foreign=1.0), 0)
+
+
+def test_references_are_drawn_by_name_and_never_ones_own(cases):
+    pool = reference_pool(cases, Condition(), 0)
+    chosen = choose_references(cases, pool, Condition(references=3), 5, None)
+    assert all(len({r.name for r in of}) == 3 and case not in [r.name for r in of] for case, of in chosen.items())
+    backwards = choose_references(cases[::-1], dict(reversed(pool.items())), Condition(references=3), 5, None)
+    assert {case: [r.name for r in of] for case, of in backwards.items()} == {
+        case: [r.name for r in of] for case, of in chosen.items()
+    }
+    assert len({of[0].name for of in chosen.values()}) > 3
+    nearest = choose_references(
+        cases, pool, Condition(choice="nearest"), 5, lambda case, other: abs(case.row - other.row)
+    )
+    for case in cases:
+        others = [other for other in pool.values() if other.name != case.name]
+        assert abs(nearest[case.name][0].row - case.row) == min(abs(other.row - case.row) for other in others)
+    alone = dict(list(pool.items())[:1])
+    with pytest.raises(ValueError, match="has 0 reference"):
+        choose_references([next(iter(alone.values()))], alone, Condition(), 0, None)
+
+
+@pytest.mark.parametrize("count", [2, 3, 17, 32, 33, 65])
+def test_no_batch_is_of_one(count):
+    parts = batches(list(range(count)), 16)
+    assert sum(parts, []) == list(range(count)) and all(2 <= len(part) <= 16 for part in parts)
+
+
+def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
+    model = make_model()
+    own = model.prompt_generator(*(torch.randn(2, model.config.latent_size) for _ in range(2)))
+    prompts = []
+    model.prompt_generator.register_forward_hook(lambda module, inputs, prompt: prompts.append(prompt))
+    plain = model(*scans).logits
+    for prompt in ("own", "shuffled", "zeroed"):
+        with changed_prompt(model, prompt):
+            logits = model(*scans).logits
+        assert torch.equal(logits, plain) == (prompt == "own")
+    assert torch.equal(model(*scans).logits, plain), "the change ends with its block"
+    assert own.shape == prompts[0].shape
+    swapped = [scan.flip(0) for scan in scans]
+    with changed_prompt(model, "shuffled"):
+        embeddings, *_ = model._prepare(*scans, None, None, None, None, None)
+    expected, *_ = model._prepare(*swapped, None, None, None, None, None)
+    length = model.config.num_prefix_tokens
+    assert torch.equal(embeddings[:, :length], expected[:, :length])
+    with (
+        pytest.raises(ValueError, match="no difference prompt"),
+        changed_prompt(make_model(difference_level="none"), "zeroed"),
+    ):
+        pass
+
+
+# Scores
+
+
+def test_scores_agree_with_scikit_learn_and_scipy(cases):
+    needs_wordnet()
+    rng = np.random.default_rng(0)
+    truth = np.stack([case.labels for case in cases])
+    reports = [case.report for case in cases]
+    assert (read_findings(reports, labels_from_report) == truth).all()
+    shuffled = [reports[index] for index in rng.permutation(len(reports))]
+    scores = score_system(shuffled, cases)
+    predicted = truth[[reports.index(report) for report in shuffled]]
+    assert scores.value("f1") == pytest.approx(f1_score(truth, predicted, average="micro"))
+    assert scores.value("precision") == pytest.approx(precision_score(truth, predicted, average="micro"))
+    assert score_system(reports, cases).value("f1") == 1 and score_system(reports, cases).value("bleu_4") == 1
+
+    systems = [{seed: score_labels(rng.random(truth.shape) < p, cases) for seed in range(4)} for p in (0.3, 0.6)]
+    summary = row_summary(systems[0], ["f1", "bleu_4"])
+    values = [system.value("f1") for system in systems[0].values()]
+    assert summary["f1"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["f1"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert summary["f1"]["interval"][0] < summary["f1"]["mean"] < summary["f1"]["interval"][1]
+    assert "bleu_4" not in summary, "labels without a text have no BLEU"
+    result = compare_rows(*systems, ["f1", "recall"])
+    other = [system.value("f1") for system in systems[1].values()]
+    assert result["f1"]["p_seeds"] == pytest.approx(stats.ttest_ind(values, other, equal_var=False).pvalue, rel=1e-6)
+    assert result["f1"]["difference"] == pytest.approx(np.mean(values) - np.mean(other))
+    low, high = result["recall"]["interval"]
+    assert low < result["recall"]["difference"] < high < 0
+    tested = [result[metric]["p_seeds"] for metric in ("f1", "recall")]
+    assert max(result[m]["p_seeds_holm"] for m in ("f1", "recall")) == pytest.approx(max(max(tested), 2 * min(tested)))
+
+
+# The whole
+
+
+def test_an_experiment_is_made_once_and_the_same_again(study, table, tmp_path):
+    needs_wordnet()
+    loaded = Study.load(study)
+    result = run_experiment(table, loaded, tmp_path / "runs", tmp_path / "results")
+    document = json.loads(result.read_text())
+    assert [row["seeds"] for row in document["rows"]] == [[1, 2], [1, 2], [1]]
+    assert document["cases"] == 18 and document["rows"][0]["paper"] == {"f1": 0.421}
+    assert {row["name"] for row in document["baselines"]} >= {"constant normal report", "nearest training report"}
+    reports = json.loads((tmp_path / "runs/small/diffvp/seed-1/reports/random.json").read_text())["reports"]
+    normal = {case.name for case in load_phantom(loaded.training["data"]["root"], "train")[:18] if is_normal(case)}
+    assert all(set(row["references"]) <= normal - {row["id"]} for row in reports)
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    again = json.loads(run_experiment(table, loaded, tmp_path / "runs", tmp_path / "results").read_text())
+    assert again == document
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    elsewhere = run_experiment(table, loaded, tmp_path / "other", tmp_path / "other-results")
+    assert json.loads(elsewhere.read_text()) == document, "from nothing the same numbers"
+
+    page = write_page(result.parent).read_text()
+    f1 = document["rows"][0]["scores"]["f1"]
+    assert f"{f1['mean']:.3f} ± {f1['std']:.3f}" in page and "| DiffVP | 0.421 |" in page
+    assert "Is the benefit of the difference prompt real" in page.splitlines()[4]
+    for row in document["rows"] + document["baselines"]:
+        assert f"| {row['name']} |" in page
+
+    other = Study.load(study, ["training.report.learning_rate=0.5"])
+    with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
+        run_experiment(table, other, tmp_path / "runs", tmp_path / "results")
+
+
+def test_reports_of_other_weights_are_refused(study, tmp_path):
+    run = Run(Study.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x")
+    run.train()
+    test = HeldOut(run.study)
+    make_reports(run, test, Condition())
+    path = run.folder / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(RunError, match="model.safetensors was"):
+        make_reports(run, test, Condition())
+
+
+@pytest.mark.parametrize("key", ["linear", "scratch", "pixel", "subtraction", "baseline"])
+def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
+    values = yaml.safe_load(study.read_text())
+    variant = load_variants()[key]
+    if key == "scratch":
+        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
+        variant = variant.model_copy(update={"settings": variant.settings | {"base.from_scratch": small}})
+    run = Run(Study.model_validate(values), variant, key, 1, tmp_path / key)
+    run.train()
+    reports = make_reports(run, HeldOut(run.study), Condition())["reports"]
+    assert len(reports) == 18 and all(isinstance(row["report"], str) for row in reports)
+    model, _ = run.load()
+    assert model.config.use_diagnosis == (key == "pixel")
+    if key == "scratch":
+        assert model.config.base_model_name_or_path is None and model.language_model.config.hidden_size == 16
+    assert DIAGNOSIS_LABELS == tuple(model.config.diagnosis_labels)
+
+
+def test_the_command_says_what_it_would_train_and_what_is_wrong(study, table, tmp_path):
+    command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path / "runs")]
+    plan = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert plan.exit_code == 0 and plan.output.count("to train") == 4, plan.output
+    assert not (tmp_path / "runs").exists()
+    wrong = CliRunner().invoke(app, [*command, "training.report.epoch=3", "--dry-run"])
+    assert wrong.exit_code == 2 and "report.epoch" in wrong.output
+    unknown = CliRunner().invoke(app, ["experiment", "table99", "--study", str(study)])
+    assert unknown.exit_code == 2 and "table4" in unknown.output
