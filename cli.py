@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
-EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
 app = typer.Typer(
@@ -222,6 +221,43 @@ def label(
 
 
 @app.command()
+def score(
+    reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids, of generated and of true reports.")],
+    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
+    prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
+    reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
+    ] = None,
+    training: Annotated[
+        Path | None, typer.Option(help="CSV file of training reports, for the constant report and the prevalences.")
+    ] = None,
+    training_column: Annotated[str, typer.Option(help="Its name in the table of training reports.")] = "report",
+    scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
+    regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
+    radbert: Annotated[
+        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
+    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+        from .metrics.labelers import RuleLabeler
+        from .metrics.labelers.radbert import RadBertError, RadBertLabeler
+        from .metrics.nlg import LexiconError
+        from .metrics.report_table import score_table, table_page
+    with _one_line_errors(ValueError, TypeError, RadBertError, LexiconError), _listed_problems():
+        document = score_table(
+            reports, RuleLabeler() if radbert is None else RadBertLabeler.from_pretrained(radbert),
+            id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
+            labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
+            workers=workers,
+        )  # fmt: skip
+    typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
+
+
+@app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Folder of a phantom cohort; its `valid` split is the test set.")],
     output: Annotated[Path, typer.Option(help="Folder of the results.")],
@@ -244,7 +280,7 @@ def experiment(
     names: Annotated[
         list[str], typer.Argument(help="Tables and figures of the paper, such as table4, and KEY=VALUE.")
     ],
-    study: Annotated[Path, typer.Option(help="What they are made on.")] = EXPERIMENTS / "phantom.yaml",
+    study: Annotated[Path, typer.Option(help="What they are made on.")] = Path("configs/study_phantom.yaml"),
     runs: Annotated[Path, typer.Option(help="Folder of the models and reports; what is there is used.")] = Path(
         "runs"
     ),

@@ -30,7 +30,13 @@ import torch.nn.functional as F
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
-from .checkpoint_diffvp import ADAPTER_SUBFOLDER, WEIGHTS_NAME, DiffVPCheckpointError, locate_base_model
+from .checkpoint_diffvp import (
+    ADAPTER_SUBFOLDER,
+    WEIGHTS_NAME,
+    DiffVPCheckpointError,
+    check_checkpoint_name,
+    locate_base_model,
+)
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
 from .figures import draw_figure
@@ -98,7 +104,11 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kw
     Args:
         device: where the model computes; `None` takes a GPU if there is one.
         hub_kwargs: the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
     """
+    check_checkpoint_name(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs).to(device)

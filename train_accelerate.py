@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig
 
-from .checkpoint_diffvp import locate_base_model
+from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
@@ -236,6 +236,7 @@ def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForCondi
 
 def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model."""
+    check_checkpoint_name(folder)
     config = DiffVPConfig.from_pretrained(folder)
     if config.architectures == ["DiffVPForDiagnosis"]:
         classifier = DiffVPForDiagnosis.from_pretrained(folder).classifier
@@ -248,6 +249,7 @@ def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Modul
 
 def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
     """The checkpoint to go on from. Its references stay behind: they are not of the domain that it is trained for."""
+    check_checkpoint_name(config.init_from)
     options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
     model = DiffVPForConditionalGeneration.from_pretrained(config.init_from, is_trainable=True, **options)
     processor = DiffVPProcessor.from_pretrained(config.init_from, **options)

@@ -3,7 +3,7 @@
 """
 What a study is made of: YAML files, checked field by field.
 
-- a *study* (`phantom.yaml`, `radgenome.yaml`): the data, the training of the full model, the test set;
+- a *study* (`configs/study_phantom.yaml`): the data, the training of the full model, the test set;
 - `variants.yaml`: by name, what another model has instead, and how far it stands for a published system;
 - a *table* (`table4.yaml`, ...): which variants, seeds and test conditions stand in it, and what is compared.
 """
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..training.config import TrainingConfig, read_settings, set_value
 
 FOLDER = Path(__file__).parent
+NO_TABLES = ("variants", "labeler_noise")  # other files of this folder
 
 
 class _Section(BaseModel):
@@ -137,8 +138,8 @@ def load_table(name: str, variants: dict[str, Variant]) -> Table:
     Raises:
         ValueError: there is none of that name, or it names a variant that does not exist.
     """
-    path = Path(name) if name.endswith(".yaml") else FOLDER / "tables" / f"{name}.yaml"
-    if not path.is_file():
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if path.stem not in table_names() and not (name.endswith(".yaml") and path.is_file()):
         raise ValueError(f"There is no experiment {name!r}; expected one of {', '.join(table_names())}")
     with open(path, encoding="utf-8") as file:
         table = Table.model_validate(yaml.safe_load(file))
@@ -149,4 +150,4 @@ def load_table(name: str, variants: dict[str, Variant]) -> Table:
 
 
 def table_names() -> list[str]:
-    return sorted(path.stem for path in (FOLDER / "tables").glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in NO_TABLES)

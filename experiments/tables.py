@@ -4,7 +4,7 @@
 Run an experiment: train what its table names, write the reports, score them, and make the page anew.
 
     diffvp experiment table4
-    diffvp experiment table4 --study experiments/radgenome.yaml training.data.root=/data/RadGenome-ChestCT
+    diffvp experiment table4 --study configs/study_radgenome.yaml training.data.root=/data/RadGenome-ChestCT
 
 Everything that is made once (models, reports) lies below the folder of runs and is used by every table.
 """

@@ -178,7 +178,8 @@ def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeyp
     monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
     assert_one_line_error(run("report", scan), "ReportError", "not-there", "--checkpoint")
     assert_one_line_error(run("demo"), "ReportError", "not-there", "--checkpoint")
-    assert_one_line_error(run("report", scan, "--checkpoint", tmp_path / "nowhere"), "OSError", "nowhere")
+    gone = tmp_path / "nowhere"
+    assert_one_line_error(run("report", scan, "--checkpoint", gone), "DiffVPCheckpointError", "no such folder", "Hub")
     (checkpoint / "references" / "normal.nii.gz").rename(tmp_path / "aside.nii.gz")
     try:
         assert_one_line_error(run("report", scan, "--checkpoint", checkpoint), "ReferencePoolError", "missing")

@@ -22,7 +22,7 @@ from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
 from diffvp.experiments.scores import compare_rows, read_findings, row_summary, score_labels, score_system
-from diffvp.experiments.study import FOLDER, Condition, Study, Variant, load_table, load_variants, table_names
+from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import run_experiment
 from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
 
@@ -81,8 +81,8 @@ def needs_wordnet():
 # The files
 
 
-def test_every_table_and_variant_of_the_project_is_one_that_can_be_made():
-    variants, study = load_variants(), Study.load(FOLDER / "phantom.yaml")
+def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(repository_root):
+    variants, study = load_variants(), Study.load(repository_root / "configs/study_phantom.yaml")
     assert {"table1", "table3", "table4", "table5", "table6", "table7", "table8", "table10", "fig5b"} <= set(
         table_names()
     )
@@ -94,8 +94,8 @@ def test_every_table_and_variant_of_the_project_is_one_that_can_be_made():
         assert (config.lora is None) == (variant.name in ("frozen LLM, linear mapper", "decoder from scratch"))
 
 
-def test_only_what_a_variant_names_is_otherwise():
-    study = Study.load(FOLDER / "phantom.yaml")
+def test_only_what_a_variant_names_is_otherwise(repository_root):
+    study = Study.load(repository_root / "configs/study_phantom.yaml")
     full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
     assert target["model"].pop("difference_level") == "target" and target == full
 

@@ -1,11 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the base LLM comes from, and strict loading of a checkpoint's own weights. Used by `modeling_diffvp` only."""
+"""Where the base LLM comes from, and strict loading of a checkpoint's own weights."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +21,20 @@ PYPI_SCHEME = "pypi:"
 
 class DiffVPCheckpointError(RuntimeError):
     """A checkpoint, or the base LLM it names, does not fit the configuration."""
+
+
+def check_checkpoint_name(name: str | os.PathLike) -> None:
+    """
+    Raises:
+        DiffVPCheckpointError: `name` is no folder, and cannot be the id of a Hub repository either: a path mistyped.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        expected = "a folder with a checkpoint, or the id of a Hub repository"
+        raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
 
 
 def locate_base_model(name: str, revision: str | None = None, gguf_file: str | None = None) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from .bleu import bleu_counts, bleu_from_counts, bleu_signature, sentence_bleu
 from .coco import coco_bleu_counts, coco_bleu_from_counts, coco_rouge_per_report, coco_signature
 from .lexicon import LexiconError
 from .meteor import meteor_per_report, meteor_signature, meteor_tokens
-from .regions import canonical_report, region_scores, split_reg2rg
+from .regions import canonical_report, region_scores, region_views, split_reg2rg
 from .rouge import common_subsequence_length, rouge_per_report, rouge_signature
 from .scores import BLEU_NAMES, ROUGE_NAMES, SCORERS, ReportScores, score_reports
 from .texts import check_pairs, clean_reg2rg
@@ -35,6 +35,7 @@ __all__ = [
     "meteor_signature",
     "meteor_tokens",
     "region_scores",
+    "region_views",
     "rouge_per_report",
     "rouge_signature",
     "score_reports",

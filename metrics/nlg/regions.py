@@ -8,6 +8,7 @@ How much of a score is order shows between the report as written and in canonica
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from .scores import score_reports
 from .texts import check_pairs
@@ -72,16 +73,44 @@ def region_scores(
     Raises:
         LexiconError, TypeError, ValueError: see [`score_reports`].
     """
-    predictions, references = check_pairs(predictions, references)
-    options = {"scorer": scorer, "meteor": meteor, "workers": workers}
-    as_written = score_reports(predictions, references, clean=clean, **options).summary()
-    written, expected = ([split(text) for text in texts] for texts in (predictions, references))
-    ordered = [[canonical_report(parts, regions, clean is None) for parts in side] for side in (written, expected)]
-    result: dict[str, dict] = {
-        "as_written": as_written,
-        "canonical_order": score_reports(*ordered, clean=clean, **options).summary(),
-        "regions": {},
+    options = {"scorer": scorer, "clean": clean, "meteor": meteor, "workers": workers}
+    views = region_views(predictions, references, split, regions, headings=clean is None)
+    result = {
+        name: score_reports(*views[name].pairs, **options).summary() for name in ("as_written", "canonical_order")
     }
+    result["regions"] = {}
+    for region in regions:
+        view = views[region]
+        scores = score_reports(*view.pairs, **options).summary() if view.pairs[0] else {"n": 0}
+        result["regions"][region] = {**scores, "missing": view.missing, "extra": view.extra}
+    return result
+
+
+class View(NamedTuple):
+    """Predictions and references to score, and for a region: how many lack it, and have it beyond the reference."""
+
+    pairs: tuple[list[str], list[str]]
+    missing: int = 0
+    extra: int = 0
+
+
+def region_views(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    split: Callable[[str], Mapping[str, str]],
+    regions: Sequence[str],
+    *,
+    headings: bool = True,
+) -> dict[str, View]:
+    """What [`region_scores`] scores, by name: "as_written", "canonical_order", and each region.
+
+    Raises:
+        TypeError, ValueError: see [`check_pairs`].
+    """
+    predictions, references = check_pairs(predictions, references)
+    written, expected = ([split(text) for text in texts] for texts in (predictions, references))
+    ordered = tuple([canonical_report(parts, regions, headings) for parts in side] for side in (written, expected))
+    views = {"as_written": View((predictions, references)), "canonical_order": View(ordered)}
     for region in regions:
         pairs = [
             (ours.get(region, ""), theirs[region])
@@ -89,7 +118,9 @@ def region_scores(
             if region in theirs
         ]
         extra = sum(region in ours and region not in theirs for ours, theirs in zip(written, expected, strict=True))
-        scores = score_reports(*zip(*pairs, strict=True), clean=clean, **options).summary() if pairs else {"n": 0}
-        missing = sum(not ours for ours, _ in pairs)
-        result["regions"][region] = {**scores, "missing": missing, "extra": extra}
-    return result
+        views[region] = View(
+            ([ours for ours, _ in pairs], [theirs for _, theirs in pairs]),
+            sum(not ours for ours, _ in pairs),
+            extra,
+        )
+    return views

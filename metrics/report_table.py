@@ -1,0 +1,216 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Score a table of generated reports, with intervals and baselines: what `diffvp score` does."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..data.cases import DatasetError, Problem, is_missing, raise_problems, read_csv, volume_name
+from ..processing_diffvp import DiffVPProcessor
+from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
+from .clinical_efficacy.reports import Labeler, finding_scores, label_reports, read_label_table, table_labels
+from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
+from .statistics import Interval, bootstrap_counts, bootstrap_mean
+
+SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
+    "diffvp": DiffVPProcessor.post_process,
+    "reg2rg": split_reg2rg,
+}
+FINDINGS = tuple(f"{average} {score}" for average in ("micro", "macro") for score in ("precision", "recall", "f1"))
+
+
+def score_table(
+    source: str | os.PathLike,
+    labeler: Labeler,
+    *,
+    id_column: str = "id",
+    prediction_column: str = "prediction",
+    reference_column: str = "reference",
+    labels: str | os.PathLike | None = None,
+    training: str | os.PathLike | None = None,
+    training_column: str = "report",
+    scorer: str = "paper",
+    regions: str | None = None,
+    workers: int = 1,
+) -> dict:
+    """
+    All scores of a CSV file of generated and true reports.
+
+    Args:
+        labeler: reads the findings out of the generated reports and, without `labels`, out of the true ones.
+        labels: a CSV file with the true labels by id, as `read_label_table` takes it.
+        training: a CSV file of training reports: the constant normal report and the prevalences are taken from it.
+        scorer: see [`score_reports`].
+        regions: also score by region; "diffvp" for reports with "Heart: ..." on a line for each region, "reg2rg" for
+            "The region 3 is heart: ...", whose headings the scores then leave out as Reg2RG's do.
+
+    Returns:
+        `n`; `signatures`; `systems`: {name: {score: {"value", "interval"}}}; `views`, of the same form with `n`,
+        `missing` and `extra`, where there are regions.
+
+    Raises:
+        DatasetError: a column is missing, an id is empty or there twice, a true report is empty, a label is missing.
+        LexiconError: METEOR's data are not installed.
+        ValueError: an option is not one of those known.
+    """
+    if regions is not None and regions not in SPLITTERS:
+        raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
+    ids, predictions, references = _read_pairs(Path(source), id_column, prediction_column, reference_column)
+    clean = "reg2rg" if regions == "reg2rg" else None
+    options = {"scorer": scorer, "clean": clean, "workers": workers}
+    truth = "labeler" if labels is None else "csv"
+    if labels is None:
+        actual = label_reports(labeler, references, "references")
+    else:
+        actual = table_labels(read_label_table(labels), ids)
+
+    def found(predicted: np.ndarray, name: str | None) -> dict:
+        return finding_scores(predicted, actual, truth=truth, labeler=name)
+
+    texts, guesses = {"predictions": predictions}, {}
+    if training is None:
+        none_seen = np.zeros((1, len(DIAGNOSIS_LABELS)), np.int8)
+        guesses = {name: label_baselines(len(ids), none_seen)[name] for name in ("all-positive", "all-negative")}
+    else:
+        reports = _read_training(Path(training), training_column)
+        trained = label_reports(labeler, reports, "training reports")
+        texts["constant normal report"] = [_constant(reports, trained, regions)] * len(ids)
+        guesses = label_baselines(len(ids), trained)
+    systems, signatures = {}, []
+    for name, written in texts.items():
+        scores = score_reports(written, references, **options)
+        of_findings = found(label_reports(labeler, written, name), labeler.signature)
+        systems[name] = _language(scores) | _findings(of_findings)
+        signatures = [*scores.signature.split(), of_findings["signature"]]
+    for name, guess in guesses.items():
+        systems[f"labels alone, {name}"] = _findings(found(guess, None))
+    document = {"n": len(ids), "signatures": signatures, "systems": systems}
+    if regions is not None:
+        views = region_views(predictions, references, SPLITTERS[regions], REGIONS, headings=clean is None)
+        document["views"] = {
+            name: {
+                "n": len(view.pairs[0]),
+                "missing": view.missing,
+                "extra": view.extra,
+                "scores": _language(score_reports(*view.pairs, **options)) if view.pairs[0] else {},
+            }
+            for name, view in views.items()
+        }
+    return document
+
+
+def table_page(document: dict) -> str:
+    """The document as Markdown: a row a system, each score with its interval."""
+    systems = document["systems"]
+    columns = list(systems["predictions"])
+    lines = [f"{document['n']} reports; 95 % bootstrap intervals over reports.", ""]
+    lines += _rows(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
+    if "constant normal report" not in systems:
+        lines += ["", "Without training reports there is no constant normal report to compare with."]
+    if "views" in document:
+        columns = list(document["views"]["as_written"]["scores"])
+        rows = [
+            [
+                name,
+                str(view["n"]),
+                str(view["missing"]),
+                str(view["extra"]),
+                *(_cell(view["scores"], c) for c in columns),
+            ]
+            for name, view in document["views"].items()
+        ]
+        lines += ["", *_rows(["predictions, by region", "n", "missing", "extra", *columns], rows)]
+    return "\n".join([*lines, "", *(f"`{signature}`" for signature in document["signatures"]), ""])
+
+
+def _read_pairs(path: Path, id_column: str, prediction_column: str, reference_column: str):
+    problems: list[Problem] = []
+    rows = read_csv(path, [id_column, prediction_column, reference_column], problems) or []
+    seen: dict[str, int] = {}
+    for row in rows:
+        name = volume_name(row.values[id_column])
+        if not name:
+            problems.append(Problem(path.name, row.number, id_column, "empty", "an id"))
+        elif name in seen:
+            problems.append(
+                Problem(path.name, row.number, id_column, f"that of row {seen[name]} again", "one row each", name)
+            )
+        seen.setdefault(name, row.number)
+        # An empty prediction is what a model may write, and scores 0; without a true report nothing can be scored.
+        if is_missing(row.values[reference_column]) or not str(row.values[reference_column]).strip():
+            problems.append(Problem(path.name, row.number, reference_column, "empty", "the true report", name))
+    if not rows and not problems:
+        problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
+    raise_problems(problems)
+    columns = (id_column, prediction_column, reference_column)
+    return tuple([str(row.values[column] or "") for row in rows] for column in columns)
+
+
+def _read_training(path: Path, column: str) -> list[str]:
+    problems: list[Problem] = []
+    rows = read_csv(path, [column], problems) or []
+    raise_problems(problems)
+    reports = [str(row.values[column] or "") for row in rows]
+    if not any(report.strip() for report in reports):
+        raise DatasetError([Problem(path.name, None, column, "empty in all rows", "training reports")])
+    return [report for report in reports if report.strip()]
+
+
+def _constant(reports: Sequence[str], labels: np.ndarray, regions: str | None) -> str:
+    """The most frequent normal report of training; by region where reports are divided so."""
+    normal = [report for report, found in zip(reports, labels, strict=True) if not found.any()]
+    if not normal:
+        expected = "one in which the labeler finds nothing, to take the constant normal report from"
+        raise DatasetError([Problem("training reports", None, "normal reports", "none", expected)])
+    if regions == "diffvp":
+        return most_frequent_report_by_region(normal, SPLITTERS[regions], REGIONS)
+    return most_frequent_report(normal)
+
+
+def _language(scores: ReportScores) -> dict[str, dict]:
+    several = scores.n > 1
+    values = {}
+    if scores.counts is not None:
+        total = scores.corpus_bleu(scores.counts.sum(axis=0))
+        for order, name in enumerate(BLEU_NAMES):
+            interval = (
+                bootstrap_counts(scores.counts, lambda sums, n=order: scores.corpus_bleu(sums)[..., n])
+                if several
+                else None
+            )
+            values[name] = _value(float(total[order]), interval)
+    for name, of in scores.per_report.items():
+        values[name] = _value(float(of.mean()), bootstrap_mean(of) if several else None)
+    return values
+
+
+def _findings(scores: dict) -> dict[str, dict]:
+    intervals = scores["intervals"]
+    values = {}
+    for column in FINDINGS:
+        average, score = column.split()
+        values[column] = _value(scores[average][score], None if intervals is None else intervals[average][score])
+    if scores["crg"] is not None:  # undefined where no report, or every one, has a finding
+        values["CRG"] = _value(scores["crg"], None if intervals is None else intervals["crg"])
+    return values
+
+
+def _value(value: float, interval: Interval | None) -> dict:
+    """A single report has no interval."""
+    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
+
+
+def _cell(scores: dict[str, dict], column: str) -> str:
+    if column not in scores:
+        return "-"
+    of = scores[column]
+    bounds = "" if of["interval"] is None else f" ({of['interval'][0]:.3f}–{of['interval'][1]:.3f})"
+    return f"{of['value']:.3f}{bounds}"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
