@@ -252,7 +252,7 @@ def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, 
     check_checkpoint_name(config.init_from)
     options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
     model = DiffVPForConditionalGeneration.from_pretrained(config.init_from, is_trainable=True, **options)
-    processor = DiffVPProcessor.from_pretrained(config.init_from, **options)
+    processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
     processor.reference_pool = None
     return model, processor
 

@@ -74,7 +74,7 @@ class Run:
         """The trained model, LoRA merged."""
         model = DiffVPForConditionalGeneration.from_pretrained(self.folder / "model")
         model.merge_adapter()
-        return model, DiffVPProcessor.from_pretrained(self.folder / "model")
+        return model, DiffVPProcessor.from_pretrained(self.folder / "model", trust_remote_code=False)
 
     def weights(self) -> dict[str, str]:
         """Digests of the trained weights, by file."""

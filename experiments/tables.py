@@ -154,7 +154,7 @@ def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers
     config = run.config
     train = load_dataset_cases(config.data.layout, config.data.root, config.data.split)
     model = DiffVPForConditionalGeneration.from_pretrained(run.folder / "model")
-    processor = DiffVPProcessor.from_pretrained(run.folder / "model")
+    processor = DiffVPProcessor.from_pretrained(run.folder / "model", trust_remote_code=False)
     volumes = VolumeCache(config.data.cache_dir, processor.image_processor, config.data.spacing)
     features = Features(config.data.cache_dir, volumes, model)
 

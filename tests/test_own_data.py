@@ -84,7 +84,9 @@ assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
 """
 
 
-def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path):
+def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)  # transformers would, before it runs a checkpoint's own code
     runner = CliRunner()
     command = ["pool", "build", own, "--layout", "table", "--ids", own / "normal.txt", "--output", own / "pool.txt"]
     result = runner.invoke(app, [str(word) for word in command])
@@ -104,6 +106,7 @@ def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path):
     report = [str(word) for word in ("report", scans[0], "--reference", scans[1], "--checkpoint", checkpoint)]
     result = runner.invoke(app, [*report, "--max-new-tokens", "8", "--output", str(tmp_path / "report")])
     assert result.exit_code == 0, result.output
+    assert not asked
 
 
 def test_rules_tell_the_normal_scans_of_a_table_without_labels(own, finetune, tmp_path):
