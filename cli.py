@@ -107,13 +107,16 @@ def phantom(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     matrix: Annotated[int, typer.Option(min=32, help="Pixels per row and column of each slice.")] = 144,
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Region and lesion masks.")] = True,
+    scanner: Annotated[str, typer.Option(help="a, or b: the same patients in another hospital.")] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
 ) -> None:
     """Make the phantom cohort: synthetic chest CT with 18 findings and the reports that follow from them."""
     from .data.phantom_cohort import write_cohort
 
     with _one_line_errors(ValueError):
-        write_cohort(folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, workers=workers)
+        write_cohort(
+            folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, scanner=scanner, workers=workers
+        )
     out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True, markup=False)
 
 
@@ -306,7 +309,9 @@ def experiment(
     with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
-                _print_plan(name, planned_runs(name, loaded, runs, seed))
+                plan = planned_runs(name, loaded, runs, seed)
+                _print_plan(name, plan)
+                _print_estimate(plan[0][0].config, processes=1, tflops=None)
                 continue
             result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers)
             page = write_page(result.parent)
@@ -350,11 +355,12 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
 
 
 def _print_plan(name: str, runs) -> None:
-    """The models that an experiment takes, and which of them are there."""
+    """The models that an experiment takes, and which of them are there; what the first takes follows."""
     table = Table("model", "seed", "", title=name)
     for run, trained in runs:
         table.add_row(run.variant.name, str(run.seed), "trained" if trained else "to train")
     out.print(table)
+    out.print(f"The first of them, {runs[0][0].variant.name}:", markup=False)
 
 
 def _phantom(path: Path, seed: int) -> tuple[Path, str]:

@@ -30,6 +30,38 @@ def lesion_cells(path: Path, geometry) -> torch.Tensor:
     Raises:
         DatasetError: there is no such mask, or its shape is not that of the volume.
     """
+    return torch.from_numpy(_gathered(_lps_codes(path, geometry), geometry, CELL))
+
+
+def lesion_voxels(path: Path, geometry) -> torch.Tensor:
+    """
+    Bit-coded lesions by voxel of the tensor: int32 (depth, height, width). Bit i is set where the centre of the voxel
+    lies in finding `DIAGNOSIS_LABELS[i]`, and where the centre of a voxel of the mask that does lies in the voxel: the
+    first leaves no gaps where the tensor's grid is the finer one, the second loses no thin lesion where it is coarser.
+
+    Arguments and errors as of [`lesion_cells`].
+    """
+    codes = _lps_codes(path, geometry)
+    voxels = _gathered(codes, geometry, 1)
+    outputs, inputs = [], []
+    for axis in range(3):
+        centres = geometry.offset[axis] + geometry.scale[axis] * np.arange(geometry.size[2 - axis])
+        nearest = np.floor(centres + 0.5).astype(int)
+        inside = (nearest >= 0) & (nearest < codes.shape[axis])
+        outputs.append(np.flatnonzero(inside))
+        inputs.append(nearest[inside])
+    voxels[np.ix_(*outputs[::-1])] |= codes[np.ix_(*inputs)].T.astype(np.int32)
+    return torch.from_numpy(voxels)
+
+
+def token_targets(cells: torch.Tensor, grid: tuple[int, int, int], labels: int) -> torch.Tensor:
+    """Bit-coded cells (batch, d, h, w) → whether each finding lies in each voxel token, float (batch, N, labels)."""
+    bits = torch.stack([(cells >> bit) & 1 for bit in range(labels)], dim=1).float()
+    return torch.nn.functional.adaptive_max_pool3d(bits, grid).flatten(2).transpose(1, 2)
+
+
+def _lps_codes(path: Path, geometry) -> np.ndarray:
+    """The mask in the axis order of the volume, [x, y, z]."""
     if not path.is_file():
         raise DatasetError([Problem(path.name, None, "lesion mask", "missing", "a cohort made with masks")])
     codes = np.asarray(nib.load(path).dataobj)
@@ -37,20 +69,18 @@ def lesion_cells(path: Path, geometry) -> torch.Tensor:
         expected = f"{tuple(geometry.shape)}, as the volume has"
         raise DatasetError([Problem(path.name, None, "shape", f"{codes.shape}", expected)])
     codes = codes.transpose(geometry.axes)
-    codes = np.flip(codes, [axis for axis, flip in enumerate(geometry.flips) if flip])
+    return np.flip(codes, [axis for axis, flip in enumerate(geometry.flips) if flip])
+
+
+def _gathered(codes: np.ndarray, geometry, cell: int) -> np.ndarray:
+    """What lies in each cell of so many voxels of the tensor, int32 [z, y, x]."""
     found = np.nonzero(codes)
     cells, inside = [], np.ones(len(found[0]), dtype=bool)
     for axis in range(3):  # x, y, z are width, height, depth of the tensor
         voxel = np.floor((found[axis] - geometry.offset[axis]) / geometry.scale[axis] + 0.5).astype(int)
         inside &= (voxel >= 0) & (voxel < geometry.size[2 - axis])
-        cells.append(voxel // CELL)
-    grid = np.zeros([size // CELL for size in geometry.size], np.int32)
-    x, y, z = (cell[inside] for cell in cells)
+        cells.append(voxel // cell)
+    grid = np.zeros([size // cell for size in geometry.size], np.int32)
+    x, y, z = (index[inside] for index in cells)
     np.bitwise_or.at(grid, (z, y, x), codes[found][inside].astype(np.int32))
-    return torch.from_numpy(grid)
-
-
-def token_targets(cells: torch.Tensor, grid: tuple[int, int, int], labels: int) -> torch.Tensor:
-    """Bit-coded cells (batch, d, h, w) → whether each finding lies in each voxel token, float (batch, N, labels)."""
-    bits = torch.stack([(cells >> bit) & 1 for bit in range(labels)], dim=1).float()
-    return torch.nn.functional.adaptive_max_pool3d(bits, grid).flatten(2).transpose(1, 2)
+    return grid

@@ -23,12 +23,13 @@ import numpy as np
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 
-from .phantom import RENDERING, PhantomPatient, PhantomScan, render_patient, sample_patient
+from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
 
 # CT-RATE and RadGenome-ChestCT call the second split "valid" in some names and "validation" in others.
 LONG_NAME = {"train": "train", "valid": "validation"}
 VOLUME_FOLDER = {"train": "train_fixed", "valid": "valid_fixed"}
+MODEL_NAME = {"a": "DiffVP phantom", "b": "DiffVP phantom, scanner b"}
 METADATA_COLUMNS = (
     "VolumeName",
     "Manufacturer",
@@ -59,6 +60,7 @@ def write_cohort(
     seed: int = 0,
     matrix: int = 144,
     masks: bool = True,
+    scanner: str = "a",
     workers: int = 2,
     progress: bool = True,
 ) -> Path:
@@ -71,11 +73,13 @@ def write_cohort(
         seed: Cohort seed; the same seed and matrix give the same bytes.
         matrix: Pixels per row and column of each slice.
         masks: Also write the ten region masks and the lesion masks.
+        scanner: "a" or "b": the same patients in another hospital; see [`on_scanner`].
         workers: Processes that render.
         progress: Show a progress bar on stderr.
 
     Raises:
-        ValueError: If a count is negative, or `root` holds a cohort of another seed or matrix.
+        ValueError: If a count is negative, there is no such scanner, or `root` holds a cohort of another seed, matrix
+            or scanner.
     """
     root = Path(root)
     counts = {"train": train, "valid": valid}
@@ -84,22 +88,25 @@ def write_cohort(
             raise ValueError(f"{split}={count}: expected a number of cases >= 0")
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
-    _check_settings(root, seed, matrix)
-    jobs = [(root, seed, split, index, matrix, masks) for split, count in counts.items() for index in range(count)]
-    facts: dict[tuple[str, int], dict] = {}
-    for fact in _progress(_run(jobs, workers), len(jobs), progress):
-        facts[fact["split"], fact["index"]] = fact
-    for split, count in counts.items():
-        patients = [sample_patient(seed, index, split) for index in range(count)]
-        _write_tables(root, split, patients, [facts[split, index] for index in range(count)])
-    patients = [sample_patient(seed, index, split) for split, count in counts.items() for index in range(count)]
-    lines = "".join(json.dumps(patient.to_dict(), sort_keys=True) + "\n" for patient in patients)
+    patients = {
+        split: [on_scanner(sample_patient(seed, index, split), scanner) for index in range(count)]
+        for split, count in counts.items()
+    }
+    everyone = [patient for of_split in patients.values() for patient in of_split]
+    _check_settings(root, seed, matrix, scanner)
+    jobs = [(root, patient, matrix, masks) for patient in everyone]
+    facts = {fact["name"]: fact for fact in _progress(_run(jobs, workers), len(jobs), progress)}
+    for split, of_split in patients.items():
+        _write_tables(root, split, of_split, [facts[patient.name] for patient in of_split])
+    lines = "".join(json.dumps(patient.to_dict(), sort_keys=True) + "\n" for patient in everyone)
     _write(root / "phantom" / "patients.jsonl", lines.encode())
     return root
 
 
-def _check_settings(root: Path, seed: int, matrix: int) -> None:
+def _check_settings(root: Path, seed: int, matrix: int, scanner: str) -> None:
     path, settings = root / "phantom" / "cohort.json", {"seed": seed, "matrix": matrix, "rendering": RENDERING}
+    if scanner != "a":  # the settings of cohorts from before there was another do not name it
+        settings["scanner"] = scanner
     if path.exists():
         found = json.loads(path.read_text())
         if found != settings:
@@ -140,10 +147,9 @@ def volume_path(root: Path, name: str) -> Path:
 
 
 def _write_case(job: tuple) -> dict:
-    root, seed, split, index, matrix, with_masks = job
-    patient = sample_patient(seed, index, split)
+    root, patient, matrix, with_masks = job
     path = volume_path(root, patient.name)
-    mask_folder = root / "dataset" / f"{split}_region_mask" / f"seg_{patient.name}"
+    mask_folder = root / "dataset" / f"{patient.split}_region_mask" / f"seg_{patient.name}"
     lesion_path = root / "phantom" / "lesion_mask" / f"{patient.name}.nii.gz"
     # The volume is written last, so that its presence means that the case is complete.
     complete = path.exists() and (lesion_path.exists() or not with_masks)
@@ -156,8 +162,7 @@ def _write_case(job: tuple) -> dict:
         _write_nifti(path, scan.hu, scan.affine)
     header = nib.load(path).header
     return {
-        "split": split,
-        "index": index,
+        "name": patient.name,
         "shape": [int(n) for n in header.get_data_shape()],
         "spacing": [round(float(s), 6) for s in header.get_zooms()],
     }
@@ -214,7 +219,7 @@ def _write_tables(root: Path, split: str, patients: list[PhantomPatient], facts:
                 volume,
                 "DiffVP phantom",
                 "synthetic thorax",
-                "DiffVP phantom",
+                MODEL_NAME[patient.scanner],
                 patient.sex,
                 f"{patient.age:03d}Y",
                 round(sx * columns, 2),

@@ -25,7 +25,7 @@ from ..data.phantom_report import labels_from_report
 from ..data.pool import normal_pool
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
-from ..metrics.clinical_efficacy import averages, classification_scores, label_counts
+from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
 from ..metrics.nlg import score_reports
 from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
@@ -33,6 +33,7 @@ from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
 
 BATCH_SIZE = 16
+LABELS_SIGNATURE = "clinical-efficacy|micro|labels:18|truth:cohort|reader:phantom_report.labels_from_report"
 
 
 def constant_normal_report(cases: list[Case]) -> str:
@@ -80,34 +81,35 @@ def findings(reports: list[str]) -> np.ndarray:
     return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read])
 
 
-def micro_f1(counts: np.ndarray) -> np.ndarray:
-    """(..., 3, labels), sums of `label_counts`, to (...)."""
-    return averages(counts)["micro"][..., 2]
-
-
 def bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
 
 def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
-    """Micro-F1 of the findings and, for text, BLEU-4 and ROUGE-L, each with a 95 % interval over cases."""
+    """Precision, recall and micro-F1 of the findings and, for text, BLEU-4 and ROUGE-L, with intervals over cases."""
     truth = np.stack([case.labels for case in cases]).astype(int)
-    micro = classification_scores(predicted, truth, DIAGNOSIS_LABELS)["micro"]
-    result = {
-        "precision": micro["precision"],
-        "recall": micro["recall"],
-        "f1": micro["f1"],
-        "f1_interval": bounds(bootstrap_counts(label_counts(predicted, truth), micro_f1)),
-    }
+    counts = label_counts(predicted, truth)
+    result = {}
+    for column, name in enumerate(("precision", "recall", "f1")):
+        interval = bootstrap_counts(counts, lambda sums, column=column: averages(sums)["micro"][..., column])
+        result |= {name: interval.estimate, f"{name}_interval": bounds(interval)}
     if reports is not None:
         scores = score_reports(reports, [case.report for case in cases], meteor=False)
-        summary = scores.summary()
-        result |= {
-            "bleu4": summary["bleu_4"],
-            "bleu4_interval": bounds(bootstrap_mean(scores.per_report["bleu_4"])),
-            "rougeL": summary["rouge_l"],
-        }
+        for name, metric in (("bleu4", "bleu_4"), ("rougeL", "rouge_l")):
+            interval = bootstrap_mean(scores.per_report[metric])
+            result |= {name: interval.estimate, f"{name}_interval": bounds(interval)}
     return result
+
+
+def score_labels(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
+    """Precision, recall and F1 of each label, with the interval of its F1 over cases."""
+    truth = np.stack([case.labels for case in cases]).astype(int)
+    scores = classification_scores(predicted, truth, DIAGNOSIS_LABELS)["labels"]
+    counts = label_counts(predicted, truth)
+    for index, label in enumerate(DIAGNOSIS_LABELS):
+        interval = bootstrap_counts(counts[..., index], lambda sums: precision_recall_f1(sums[..., None])[..., 2, 0])
+        scores[label]["f1_interval"] = bounds(interval)
+    return scores
 
 
 def evaluate(
@@ -152,8 +154,7 @@ def evaluate(
     guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
-    truth = np.stack([case.labels for case in test]).astype(int)
-    per_label = classification_scores(findings(reports), truth, DIAGNOSIS_LABELS)["labels"]
+    per_label = score_labels(findings(reports), test)
     result = {
         "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
         + ("" if limit is None else f" --limit {limit}"),
@@ -161,7 +162,10 @@ def evaluate(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "cases": len(test),
         "training_cases": len(train),
-        "signatures": score_reports(reports[:1], [test[0].report], meteor=False).signature.split(),
+        "signatures": [
+            *score_reports(reports[:1], [test[0].report], meteor=False).signature.split(),
+            LABELS_SIGNATURE,
+        ],
         "systems": systems,
         "per_label": per_label,
         "predictions": [
@@ -188,10 +192,6 @@ def weights_sha256(checkpoint: str | os.PathLike) -> dict[str, str]:
 
 def _page(result: dict) -> str:
     """The results as Markdown."""
-
-    def interval(values: list[float] | None) -> str:
-        return "" if values is None else f" ({values[0]:.3f}–{values[1]:.3f})"
-
     lines = [
         f"# {result['checkpoint']['name']} on unseen phantoms",
         "",
@@ -203,16 +203,19 @@ def _page(result: dict) -> str:
         "| system | precision | recall | micro-F1 | BLEU-4 | ROUGE-L |",
         "|---|---|---|---|---|---|",
     ]
-    for name, s in result["systems"].items():
-        text = (
-            f"{s['bleu4']:.3f}{interval(s['bleu4_interval'])} | {s['rougeL']:.3f}"
-            if "bleu4" in s
-            else "no text | no text"
-        )
-        f1 = f"{s['f1']:.3f}{interval(s['f1_interval'])}"
-        lines.append(f"| {name} | {s['precision']:.3f} | {s['recall']:.3f} | {f1} | {text} |")
+    for name, scores in result["systems"].items():
+        columns = ("precision", "recall", "f1", "bleu4", "rougeL")
+        lines.append(f"| {name} | " + " | ".join(_cell(scores, column) for column in columns) + " |")
     lines += ["", "Findings of the generated reports, by label:", ""]
     lines += ["| label | cases | precision | recall | F1 |", "|---|---|---|---|---|"]
-    for label, s in result["per_label"].items():
-        lines.append(f"| {label} | {s['support']} | {s['precision']:.3f} | {s['recall']:.3f} | {s['f1']:.3f} |")
+    for label, scores in result["per_label"].items():
+        precision, recall = scores["precision"], scores["recall"]
+        lines.append(f"| {label} | {scores['support']} | {precision:.3f} | {recall:.3f} | {_cell(scores, 'f1')} |")
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])
+
+
+def _cell(scores: dict, column: str) -> str:
+    if column not in scores:
+        return "no text"
+    low, high = scores[f"{column}_interval"]
+    return f"{scores[column]:.3f} ({low:.3f}–{high:.3f})"

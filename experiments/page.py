@@ -99,7 +99,7 @@ def _section(document: dict) -> list[str]:
                   "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
     abouts = {row["variant"]: row["about"] for row in document["rows"]}
     lines += ["", *(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]
-    lines += [f"{document['cases']} cases. Findings: {document['reader']}. `{document['signature']}`", ""]
+    lines += [f"{document['cases']} cases. " + " ".join(f"`{word}`" for word in document["signature"].split()), ""]
     return lines
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the reports of runs to the numbers of a table: means over seeds, intervals over cases, tests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
 from ..metrics.clinical_efficacy import averages, label_counts
+from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.nlg import score_reports
 from ..metrics.statistics import (
     bootstrap_counts,
@@ -25,9 +26,30 @@ from ..metrics.statistics import (
 
 FINDINGS = ("precision", "recall", "f1")
 LANGUAGE = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
-READER = "phantom: the sentences of the phantom's own report writer, read back"
 
-Reader = Callable[[str], dict[str, int]]
+
+class PhantomReader:
+    """Reads the sentences of the phantom's own report writer back: exact, where a report is written as they are."""
+
+    signature = "phantom-reader"
+
+    def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
+        """(reports, 18) of 0 and 1."""
+        read = [labels_from_report(report) for report in reports]
+        return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read], np.int8)
+
+
+def load_labeler(name: str) -> Labeler:
+    """The labeler of a study: "phantom", "rules", or the folder of a converted RadBERT."""
+    if name == "phantom":
+        return PhantomReader()
+    if name == "rules":
+        from ..metrics.labelers import RuleLabeler
+
+        return RuleLabeler()
+    from ..metrics.labelers.radbert import RadBertLabeler
+
+    return RadBertLabeler.from_pretrained(name)
 
 
 @dataclass(frozen=True)
@@ -56,14 +78,7 @@ def micro(counts: NDArray, metric: str) -> NDArray:
     return averages(counts)["micro"][..., FINDINGS.index(metric)]
 
 
-def read_findings(reports: Sequence[str], reader: Reader) -> NDArray:
-    """(reports, labels) of 0 and 1."""
-    return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in map(reader, reports)])
-
-
-def score_system(
-    reports: Sequence[str], cases: Sequence[Case], *, reader: Reader = labels_from_report, workers: int = 1
-) -> SystemScores:
+def score_system(reports: Sequence[str], cases: Sequence[Case], labeler: Labeler, workers: int = 1) -> SystemScores:
     """Score reports against those of the cases, and their findings against the cases' labels.
 
     Raises:
@@ -71,7 +86,9 @@ def score_system(
     """
     truth = np.stack([case.labels for case in cases]).astype(int)
     scores = score_reports(reports, [case.report for case in cases], workers=workers)
-    return SystemScores(scores.per_report, label_counts(read_findings(reports, reader), truth), scores.signature)
+    counts = label_counts(label_reports(labeler, reports), truth)
+    signature = f"{scores.signature} clinical-efficacy|truth:dataset|labeler:{labeler.signature.replace('|', ',')}"
+    return SystemScores(scores.per_report, counts, signature)
 
 
 def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:

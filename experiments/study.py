@@ -3,7 +3,7 @@
 """
 What a study is made of: YAML files, checked field by field.
 
-- a *study* (`configs/study_phantom.yaml`): the data, the training of the full model, the test set;
+- a *study* (`configs/study_*.yaml`): the data, the training of the full model, the test set;
 - `variants.yaml`: by name, what another model has instead, and how far it stands for a published system;
 - a *table* (`table4.yaml`, ...): which variants, seeds and test conditions stand in it, and what is compared.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..training.config import TrainingConfig, read_settings, set_value
+from ..training.config import TrainingConfig, override, read_settings, set_value
 
 FOLDER = Path(__file__).parent
 NO_TABLES = ("variants", "labeler_noise")  # other files of this folder
@@ -30,6 +30,7 @@ class HeldOutSection(_Section):
     """The test cases: a split that no training uses, and its own normal references, as in the paper."""
 
     split: str
+    labeler: str  # reads findings out of reports: "phantom", "rules", or the folder of a converted RadBERT
     cases: int | None = Field(default=None, ge=2)  # only the first so many
     batch_size: int = Field(default=16, ge=2)  # reports that are generated at once
     max_new_tokens: int = Field(ge=1)
@@ -44,7 +45,11 @@ class ForeignSection(_Section):
 
 
 class Study(_Section):
-    """Data, training and test of all experiments; `training` is a training file without `output_dir` and `seed`."""
+    """Data, training and test of all experiments.
+
+    `training` holds the settings of the full model's training file. In YAML it is that file's path, from the study's
+    folder, and `settings` what is otherwise, by dotted names.
+    """
 
     name: str
     title: str
@@ -54,8 +59,21 @@ class Study(_Section):
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: list[str] | None = None) -> "Study":
-        """Read a study; overrides as of `diffvp train`, such as `training.data.root=/data/phantom`."""
-        study = cls.model_validate(read_settings(path, overrides))
+        """
+        Read a study; overrides as of `diffvp train`, such as `training.data.root=/data/phantom`.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another kind.
+        """
+        values = read_settings(path)
+        if not isinstance(values.get("training"), str):
+            raise ValueError(f"{Path(path).name}: training is {values.get('training')!r}; expected a training file")
+        training = read_settings(Path(path).parent / values["training"])
+        for dotted, value in (values.pop("settings", None) or {}).items():
+            set_value(training, dotted, value)
+        values["training"] = {key: value for key, value in training.items() if key not in ("output_dir", "seed")}
+        override(values, overrides or [])
+        study = cls.model_validate(values)
         study.training_config(Variant(name="", about=""), seed=0, output_dir="")  # a typo shows before hours of work
         return study
 

@@ -29,7 +29,7 @@ from ..processing_diffvp import DiffVPProcessor
 from ..training.cohort import Features, load_cohort
 from .evaluate import constant_normal_report
 from .runs import HeldOut, Run, make_reports, write_json
-from .scores import FINDINGS, READER, SystemScores, compare_rows, row_summary, score_labels, score_system
+from .scores import FINDINGS, SystemScores, compare_rows, load_labeler, row_summary, score_labels, score_system
 from .study import Study, Table, TableRow, Variant, load_table, load_variants
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,6 @@ def run_experiment(
         "command": f"diffvp experiment {name}",
         "study": {"name": study.name, "title": study.title},
         "cases": len(test.cases),
-        "reader": READER,
         "signature": next(iter(systems[table.rows[0].name].values())).signature,
         "metrics": table.metrics,
         "rows": [
@@ -101,17 +100,18 @@ def run_experiment(
 
 
 def planned_runs(name: str, study: Study, runs: Path, seeds: list[int] | None) -> list[tuple[Run, bool]]:
-    """The models that an experiment takes, each with whether it is trained already.
+    """The models that an experiment takes, each with whether it is trained already. Data that are there are checked.
 
     Raises:
         DatasetError: all that is wrong with the data.
     """
     variants = load_variants()
     table = load_table(name, variants)
-    HeldOut(study)
     planned = {run.folder: run for row in table.rows for run in runs_of_row(study, variants, table, row, runs, seeds)}
-    for run in planned.values():
-        load_cohort(run.config)
+    if Path(study.training["data"]["root"]).exists():
+        HeldOut(study)
+        for run in planned.values():
+            load_cohort(run.config)
     return [(run, (run.folder / "model").is_dir()) for run in planned.values()]
 
 
@@ -132,7 +132,8 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
         with np.load(path, allow_pickle=False) as stored:
             per_report = {key: stored[key] for key in stored.files if key not in ("counts", "signature")}
             return SystemScores(per_report, stored["counts"], str(stored["signature"]))
-    scores = score_system([row["report"] for row in document["reports"]], cases, workers=workers)
+    labeler = load_labeler(run.study.test.labeler)
+    scores = score_system([row["report"] for row in document["reports"]], cases, labeler, workers)
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "wb") as file:
         np.savez(file, counts=scores.counts, signature=np.array(scores.signature), **scores.per_report)
@@ -166,9 +167,10 @@ def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers
         "constant normal report": [constant_normal_report(train)] * len(test.cases),
         "nearest training report": nearest_reports(pooled(test.cases), pooled(train), [case.report for case in train]),
     }
+    labeler = load_labeler(study.test.labeler)
     everything = [*FINDINGS, "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l"]
     rows = [
-        {"name": name, "scores": row_summary({0: score_system(reports, test.cases, workers=workers)}, everything)}
+        {"name": name, "scores": row_summary({0: score_system(reports, test.cases, labeler, workers)}, everything)}
         for name, reports in texts.items()
     ]
     guesses = label_baselines(len(test.cases), np.stack([case.labels for case in train]))

@@ -1,6 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 import os
+import shutil
 
 # Before any import that reads them: the hub and evaluate fix these at import time. The tests never need the network,
 # and a test that would reach for it has to fail here too, not only on a machine without one.
@@ -180,41 +181,56 @@ def small_cohort(tmp_path_factory):
     return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
 
 
-@pytest.fixture
-def settings(small_cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
-    """A YAML file for a run of seconds."""
+def write_settings(folder: Path, cohort: Path, base: Path, tiny_fields: dict) -> Path:
+    """A YAML file in `folder` for a run of seconds below it."""
     import yaml
 
     model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
     epoch = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0}
     values = {
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
         "seed": 0,
         "data": {
             "layout": "phantom",
-            "root": str(small_cohort),
-            "cache_dir": str(tmp_path / "cache"),
+            "root": str(cohort),
+            "cache_dir": str(folder / "cache"),
             "diagnosis_cases": [0, 12],
             "validation_cases": [12, 18],
             "report_cases": [18, 26],
         },
         "image_processor": {"size": {"depth": 32, "height": 32, "width": 32}},
-        "base": {"name": str(tiny_base_with_tokenizer)},
+        "base": {"name": str(base)},
         "model": model,
         "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
         "diagnosis": {**epoch, "head_learning_rate": 1e-2},
         "report": {**epoch, "lora_learning_rate": 1e-3, "max_report_tokens": 1500},
     }
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @pytest.fixture
-def stage_one(settings):
-    """A run whose first stage is done, as a YAML file."""
+def settings(small_cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
+    """A YAML file for a run of seconds."""
+    return write_settings(tmp_path, small_cohort, tiny_base_with_tokenizer, tiny_fields)
+
+
+@pytest.fixture(scope="session")
+def first_stage(small_cohort, tiny_base_with_tokenizer, tiny_fields, tmp_path_factory):
+    """The folder of a run whose first stage is done. Copy what is to be changed."""
     from diffvp.train_accelerate import run
     from diffvp.training.config import TrainingConfig
 
-    run(TrainingConfig.load(settings, ["stage=diagnosis"]))
+    folder = tmp_path_factory.mktemp("first-stage")
+    path = write_settings(folder, small_cohort, tiny_base_with_tokenizer, tiny_fields)
+    run(TrainingConfig.load(path, ["stage=diagnosis"]))
+    return folder
+
+
+@pytest.fixture
+def stage_one(settings, first_stage, tmp_path):
+    """A run of one's own whose first stage is done, as a YAML file."""
+    for name in ("run", "cache"):
+        shutil.copytree(first_stage / name, tmp_path / name)
     return settings

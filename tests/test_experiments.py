@@ -2,26 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiments: what is trained, compared and written, on a cohort of a few cases; and the files that describe them."""
 
+import csv
 import json
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from scipy import stats
 from sklearn.metrics import f1_score, precision_score
 from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from diffvp.data.phantom_report import labels_from_report
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
 from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
-from diffvp.experiments.scores import compare_rows, read_findings, row_summary, score_labels, score_system
+from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import run_experiment
 from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
@@ -40,21 +42,22 @@ TABLE = {
 }
 
 
-@pytest.fixture
-def study(stage_one, tmp_path):
+@pytest.fixture(scope="module")
+def study(first_stage, tmp_path_factory):
     """A study whose models train in seconds, on a classifier that is trained already."""
-    values = yaml.safe_load(stage_one.read_text())
-    classifier = f"{values.pop('output_dir')}/diagnosis"
-    del values["seed"], values["diagnosis"]
-    values |= {"stage": "report", "classifier": classifier}
-    values["report"] |= {"epochs": 1}
     document = {
         "name": "small",
         "title": "A few phantoms.",
-        "training": values,
-        "test": {"split": "train", "cases": 18, "batch_size": 8, "max_new_tokens": 12},
+        "training": str(first_stage / "config.yaml"),
+        "settings": {
+            "stage": "report",
+            "classifier": str(first_stage / "run/diagnosis"),
+            "data.cache_dir": str(tmp_path_factory.mktemp("cache")),
+            "report.epochs": 1,
+        },
+        "test": {"split": "train", "labeler": "phantom", "cases": 18, "batch_size": 8, "max_new_tokens": 12},
     }
-    path = tmp_path / "small.yaml"
+    path = tmp_path_factory.mktemp("study") / "small.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
 
@@ -207,13 +210,16 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases):
     rng = np.random.default_rng(0)
     truth = np.stack([case.labels for case in cases])
     reports = [case.report for case in cases]
-    assert (read_findings(reports, labels_from_report) == truth).all()
+    assert (PhantomReader().label_all(reports) == truth).all()
     shuffled = [reports[index] for index in rng.permutation(len(reports))]
-    scores = score_system(shuffled, cases)
+    scores = score_system(shuffled, cases, PhantomReader())
     predicted = truth[[reports.index(report) for report in shuffled]]
     assert scores.value("f1") == pytest.approx(f1_score(truth, predicted, average="micro"))
     assert scores.value("precision") == pytest.approx(precision_score(truth, predicted, average="micro"))
-    assert score_system(reports, cases).value("f1") == 1 and score_system(reports, cases).value("bleu_4") == 1
+    assert (
+        score_system(reports, cases, PhantomReader()).value("f1") == 1
+        and score_system(reports, cases, PhantomReader()).value("bleu_4") == 1
+    )
 
     systems = [{seed: score_labels(rng.random(truth.shape) < p, cases) for seed in range(4)} for p in (0.3, 0.6)]
     summary = row_summary(systems[0], ["f1", "bleu_4"])
@@ -251,8 +257,12 @@ def test_an_experiment_is_made_once_and_the_same_again(study, table, tmp_path):
     again = json.loads(run_experiment(table, loaded, tmp_path / "runs", tmp_path / "results").read_text())
     assert again == document
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
-    elsewhere = run_experiment(table, loaded, tmp_path / "other", tmp_path / "other-results")
-    assert json.loads(elsewhere.read_text()) == document, "from nothing the same numbers"
+    one = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
+    elsewhere = run_experiment(table, one, tmp_path / "other", tmp_path / "other-results", seeds=[1])
+    rows = zip(json.loads(elsewhere.read_text())["rows"], document["rows"], strict=True)
+    for row, expected in rows:
+        for metric, score in row["scores"].items():
+            assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"], "from nothing the same numbers"
 
     page = write_page(result.parent).read_text()
     f1 = document["rows"][0]["scores"]["f1"]
@@ -279,13 +289,12 @@ def test_reports_of_other_weights_are_refused(study, tmp_path):
 
 @pytest.mark.parametrize("key", ["linear", "scratch", "pixel", "subtraction", "baseline"])
 def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
-    values = yaml.safe_load(study.read_text())
     variant = load_variants()[key]
     if key == "scratch":
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
         variant = variant.model_copy(update={"settings": variant.settings | {"base.from_scratch": small}})
-    run = Run(Study.model_validate(values), variant, key, 1, tmp_path / key)
+    run = Run(Study.load(study), variant, key, 1, tmp_path / key)
     run.train()
     reports = make_reports(run, HeldOut(run.study), Condition())["reports"]
     assert len(reports) == 18 and all(isinstance(row["report"], str) for row in reports)
@@ -305,3 +314,80 @@ def test_the_command_says_what_it_would_train_and_what_is_wrong(study, table, tm
     assert wrong.exit_code == 2 and "report.epoch" in wrong.output
     unknown = CliRunner().invoke(app, ["experiment", "table99", "--study", str(study)])
     assert unknown.exit_code == 2 and "table4" in unknown.output
+
+
+# The study on RadGenome-ChestCT
+
+
+@pytest.fixture(scope="module")
+def radgenome(small_cohort, tmp_path_factory):
+    """Twenty phantoms in the layout of RadGenome-ChestCT, 14 for training and 6 for the test, three of them normal."""
+    root = tmp_path_factory.mktemp("radgenome")
+    cases = load_phantom(small_cohort, "train")
+    normal, ill = ([case for case in cases if is_normal(case) == wanted] for wanted in (True, False))
+    for split, long, chosen in (
+        ("train", "train", normal[3:7] + ill[3:13]),
+        ("valid", "validation", normal[:3] + ill[:3]),
+    ):
+        regions, disorders, labels = [], [], []
+        for number, case in enumerate(chosen, start=1):
+            name = f"{split}_{number}_a_1.nii.gz"
+            hu = np.asarray(nib.load(case.volume).dataobj)
+            grid = np.ix_(*(np.arange(size) * of // size for size, of in zip((160, 150, 40), hu.shape, strict=True)))
+            path = root / f"dataset/{split}_preprocessed/{split}_{number}/{split}_{number}a/{name}"
+            path.parent.mkdir(parents=True)
+            nib.save(nib.Nifti1Image(hu[grid].astype(np.float32), np.eye(4)), path)
+            regions += [(name, "", case.report), *((name, *of) for of in case.region_sentences.items())]
+            disorders.append((name, "no findings" if is_normal(case) else "a finding"))
+            labels.append((name, *case.labels))
+        for path, columns, rows in (
+            (f"radgenome_files/{long}_region_report.csv", ("Volumename", "Anatomy", "Sentence"), regions),
+            (f"radgenome_files/{long}_case_disorders.csv", ("Volumename", "Disorders"), disorders),
+            (f"multi_abnormality_labels/{split}_predicted_labels.csv", ("VolumeName", *DIAGNOSIS_LABELS), labels),
+        ):
+            (root / "dataset" / path).parent.mkdir(exist_ok=True)
+            with open(root / "dataset" / path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([columns, *rows])
+    return root
+
+
+def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
+    radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, tmp_path
+):
+    needs_wordnet()
+    AcceleratorState._reset_state(reset_partial_state=True)  # this study computes in bfloat16, the others do not
+    small = yaml.safe_load((first_stage / "config.yaml").read_text())
+    overrides = {
+        "training.data.root": str(radgenome),
+        "training.data.cache_dir": str(tmp_path / "cache"),
+        "training.classifier": str(first_stage / "run/diagnosis"),
+        "training.base": small["base"],
+        "training.model": small["model"],
+        "training.lora": small["lora"],
+        "training.image_processor": small["image_processor"],
+        "training.report.epochs": 1,
+        "training.num_workers": 0,
+        "training.log_with": [],
+        "test.max_new_tokens": 8,
+    }
+    path = repository_root / "configs/study_radgenome.yaml"
+    command = ["experiment", table, "--study", str(path), "--seed", "1", "--runs", str(tmp_path / "runs")]
+    command += [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    plan = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert plan.exit_code == 0 and plan.output.count("to train") == 2, plan.output
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "results"), "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "results/radgenome/mine.json").read_text())
+    assert document["cases"] == 6 and "labeler:rule-labeler" in document["signature"]
+    reports = json.loads((tmp_path / "runs/radgenome/diffvp/seed-1/reports/random.json").read_text())["reports"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert {name for row in reports for name in row["references"]} <= {f"valid_{number}_a_1" for number in (1, 2, 3)}
+
+
+def test_the_paper_settings_can_be_planned_without_the_data(repository_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(repository_root)
+    command = ["experiment", "table4", "--study", "configs/study_radgenome.yaml", "--dry-run"]
+    plan = CliRunner().invoke(app, [*command, "--runs", str(tmp_path)])
+    assert plan.exit_code == 0, plan.output
+    assert "No data at RadGenome-ChestCT" in plan.output and plan.output.count("to train") == 30
+    assert "parameters" in plan.output

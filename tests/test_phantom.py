@@ -14,8 +14,18 @@ from scipy import ndimage
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.data import phantom_cohort
-from diffvp.data.phantom import FINDING_NETWORK, LOBES, Finding, _attributes, render_patient, sample_patient
+from diffvp.data.phantom import (
+    FINDING_NETWORK,
+    LOBES,
+    Anatomy,
+    Finding,
+    _attributes,
+    on_scanner,
+    render_patient,
+    sample_patient,
+)
 from diffvp.data.phantom_cohort import volume_path, write_cohort
+from diffvp.data.phantom_geometry import Geometry
 from diffvp.data.phantom_report import NORMAL, _wordings, labels_from_report, region_sentences, report_text
 from diffvp.data.pool import normal_pool
 from diffvp.data.radgenome import load_phantom
@@ -273,6 +283,105 @@ def test_matrix_changes_the_sampling_but_not_the_patient():
     np.testing.assert_allclose(centre_mm(a, coarse), centre_mm(b, fine), atol=2.0)
     volume = [mask.sum() * np.prod(scan.spacing) for mask, scan in ((a, coarse), (b, fine))]
     assert volume[0] == pytest.approx(volume[1], rel=0.1)
+
+
+# The second scanner --------------------------------------------------------------------------------------------------
+
+# What depends on how a patient is scanned; all else about the anatomy is the patient.
+OF_THE_SCAN = {"below", "roll", "shift_x", "shift_y", "blood_hu", "liver_hu", "bone_hu", "fat_hu", "noise"}
+
+
+def test_another_scanner_keeps_the_patient_and_changes_the_scan():
+    patients = [sample_patient(0, index, "train") for index in range(300)]
+    assert all(on_scanner(patient, "a") is patient for patient in patients)
+    others = [on_scanner(patient, "b") for patient in patients]
+    assert others[:5] == [on_scanner(sample_patient(0, index, "train"), "b") for index in range(5)]
+    body = [field.name for field in dataclasses.fields(Anatomy) if field.name not in OF_THE_SCAN]
+    for patient, other in zip(patients, others, strict=True):
+        assert (other.findings, other.sex, other.age) == (patient.findings, patient.sex, patient.age)
+        assert report_text(region_sentences(other)) == report_text(region_sentences(patient))
+        assert all(getattr(other.anatomy, name) == getattr(patient.anatomy, name) for name in body)
+        assert (patient.name, other.name) == (f"train_{patient.index + 1}_a_1", f"train_{patient.index + 1}_b_1")
+        assert other.slice_mm < patient.slice_mm and other.fov_mm > patient.fov_mm
+    for share, group in ((0.3, patients), (0.8, others)):
+        contrast = np.array([patient.phase == "contrast" for patient in group])
+        blood = np.array([patient.anatomy.blood_hu for patient in group])
+        assert contrast.mean() == pytest.approx(share, abs=0.08) and blood[contrast].min() > blood[~contrast].max()
+
+
+def test_findings_lie_in_the_same_place_of_the_body_on_either_scanner():
+    nodule = draw("Lung nodule", 1, count=1, size_mm=24, lobe="left lower lobe")
+    patient = only(sample_patient(0, 3, "train"), nodule)
+    places, sizes = [], []
+    for scanned in (patient, on_scanner(patient, "b")):
+        scan = render(scanned)
+        mask = scan.lesions["Lung nodule"]
+        places.append(np.stack(Geometry(scanned).to_anatomy(*centre_mm(mask, scan))))
+        sizes.append(2 * (3 * mask.sum() * np.prod(scan.spacing) / 4 / np.pi) ** (1 / 3))
+    np.testing.assert_allclose(*places, atol=1.5)
+    assert sizes == pytest.approx([24, 24], abs=1.5)
+
+
+def test_a_scanner_reads_air_and_water_as_it_is_calibrated():
+    patient = only(sample_patient(0, 1, "train"))
+    scan = render(patient)
+    other = render(dataclasses.replace(patient, air_hu=-980.0, water_hu=10.0))
+    np.testing.assert_array_equal(scan.regions["lung"], other.regions["lung"])
+    for region in ("lung", "heart"):
+        inner = ndimage.binary_erosion(scan.regions[region], iterations=3)
+        # A line through (-1000, -980) and (0, 10); medians of whole HU.
+        assert np.median(other.hu[inner]) == pytest.approx(10 + 0.99 * np.median(scan.hu[inner]), abs=1)
+    for corner in (other.hu[:6, :6], other.hu[-6:, -6:]):
+        assert corner.max() <= -1000
+
+
+def test_the_second_scanner_shows_in_the_image():
+    patient = only(sample_patient(0, 1, "train"))
+    scan, other = render(patient), render(on_scanner(patient, "b"))
+    depth = [volume.hu.shape[2] * volume.spacing[2] for volume in (scan, other)]
+    assert other.hu.shape[2] > scan.hu.shape[2] and depth[0] - 30 < depth[1] < depth[0]
+    assert centre_mm(other.regions["heart"], other)[1] > centre_mm(scan.regions["heart"], scan)[1] + 5  # table down
+    for corner in (other.hu[:6, :6], other.hu[-6:, :6], other.hu[:6, -6:], other.hu[-6:, -6:]):
+        assert corner.max() <= -1000
+    assert all(mask.any() for mask in other.regions.values())
+
+
+def test_no_third_scanner_and_no_scanner_twice():
+    patient = sample_patient(0, 0, "train")
+    with pytest.raises(ValueError, match="scanner='c': expected one of a, b"):
+        on_scanner(patient, "c")
+    with pytest.raises(ValueError, match="train_1_b_1 is on scanner 'b' already"):
+        on_scanner(on_scanner(patient, "b"), "b")
+
+
+def test_a_cohort_of_the_second_scanner_is_read_back_and_mixes_with_no_other(cohort, tmp_path):
+    arguments = {"train": 0, "valid": 2, "seed": 4, "matrix": 64, "workers": 1, "progress": False}
+    write_cohort(tmp_path, scanner="b", **arguments)
+    cases, first = load_phantom(tmp_path, "valid"), load_phantom(cohort, "valid")
+    assert [case.name for case in cases] == ["valid_1_b_1", "valid_2_b_1"]
+    for case, other in zip(cases, first, strict=True):
+        assert case.report == other.report and (case.labels == other.labels).all()
+        assert case.patient_id == other.patient_id and case.scan_id != other.scan_id
+        image = nib.load(case.volume)
+        patient = on_scanner(sample_patient(4, int(case.name.split("_")[1]) - 1, "valid"), "b")
+        np.testing.assert_array_equal(np.asarray(image.dataobj), render_patient(patient, matrix=64).hu)
+        assert nib.load(tmp_path / f"phantom/lesion_mask/{case.name}.nii.gz").shape == image.shape
+    records = [json.loads(line) for line in (tmp_path / "phantom/patients.jsonl").read_text().splitlines()]
+    assert [record["scanner"] for record in records] == ["b", "b"] and records[0]["air_hu"] > -1000
+    with (tmp_path / "dataset/metadata/validation_metadata.csv").open() as handle:
+        assert next(csv.DictReader(handle))["ManufacturerModelName"] == "DiffVP phantom, scanner b"
+    with pytest.raises(ValueError, match="'scanner': 'b'.*choose another folder"):
+        write_cohort(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="asked for.*'scanner': 'b'"):
+        write_cohort(cohort, scanner="b", **arguments)
+
+
+def test_the_first_scanner_is_named_nowhere(cohort):
+    """Cohorts from before there was a second one go on, and get the same bytes."""
+    assert (cohort / "phantom/cohort.json").read_text() == '{"matrix": 64, "rendering": 2, "seed": 4}\n'
+    fields = {"name", "seed", "index", "split", "sex", "age", "phase", "kernel", "slice_mm", "fov_mm", "anatomy"}
+    for line in (cohort / "phantom/patients.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == fields | {"findings"}
 
 
 # Dataset -------------------------------------------------------------------------------------------------------------

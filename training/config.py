@@ -169,20 +169,25 @@ class TrainingConfig(_Section):
 
 
 def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -> dict:
+    """The values of a YAML file, with [`override`]."""
+    with open(path, encoding="utf-8") as file:
+        values = yaml.safe_load(file)
+    override(values, overrides or [])
+    return values
+
+
+def override(values: dict, overrides: list[str]) -> None:
     """
-    The values of a YAML file; each override is `key=value` or `section.key=value`, the value in YAML.
+    Set nested settings; each override is `key=value` or `section.key=value`, the value in YAML.
 
     Raises:
         ValueError: an override is of another form, or names a section that is none.
     """
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file)
-    for override in overrides or []:
-        dotted, separator, value = override.partition("=")
+    for one in overrides:
+        dotted, separator, value = one.partition("=")
         if not separator:
-            raise ValueError(f"Override {override!r} is not of the form key=value.")
+            raise ValueError(f"Override {one!r} is not of the form key=value.")
         set_value(values, dotted, yaml.safe_load(value))
-    return values
 
 
 def set_value(values: dict, dotted: str, value: object) -> None:

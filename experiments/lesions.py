@@ -1,0 +1,191 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a report says of each finding of the phantom: whether it names it, by the finding's size, and whether side, lobe
+and size are right where it does. No dataset of patients knows the size of every finding.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..data.cases import DatasetError, Problem
+from ..data.phantom import LOBES, SEVERITIES, Finding
+from ..data.phantom_report import labels_from_report
+
+# Where bins begin, in mm: of a nodule at 9, above which guidelines want it followed up sooner, of pericardial effusion
+# at 10 and 20, from which on it is called moderate and large, of the others so that each bin has about a third of the
+# cases. Nothing is smaller than the first number: see `data/phantom.py`.
+BINS_MM = {
+    "Lung nodule": (6, 9, 16),
+    "Consolidation": (28, 40, 55),
+    "Pleural effusion": (10, 20, 35),
+    "Pericardial effusion": (8, 10, 20),
+    "Lymphadenopathy": (12, 16, 21),
+    "Hiatal hernia": (30, 40, 55),
+}
+SIZE_TOLERANCE = 0.25  # of the true size
+
+# As `labels_from_report` takes a report apart.
+_SENTENCE = re.compile(r"[.;\n]+(?=\s|$)|\n")
+_MILLIMETRES = re.compile(r"(\d+(?:\.\d+)?) ?mm\b")
+_BOTH_LOBES = re.compile(r"\bboth (upper|lower) lobes\b")
+_BOTH_SIDES = re.compile(r"\b(?:both|bilateral)\b")
+_SIDE = re.compile(r"\b(right|left)\b")
+
+
+def read_patients(root: str | Path) -> dict[str, list[Finding]]:
+    """The findings of each case of a phantom cohort, by its name.
+
+    Raises:
+        DatasetError: there is no such list, or a line of it is not of a patient.
+    """
+    path = Path(root) / "phantom" / "patients.jsonl"
+    if not path.is_file():
+        raise DatasetError([Problem(path.name, None, "file", "missing", "that of a phantom cohort, in phantom/")])
+    findings = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            patient = json.loads(line)
+            findings[patient["name"]] = [Finding(**finding) for finding in patient["findings"]]
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "JSON with name, and findings of label and attributes"
+            raise DatasetError([Problem(path.name, number, "line", type(error).__name__, expected)]) from error
+    return findings
+
+
+# Truth --------------------------------------------------------------------------------------------------------------
+
+
+def size_mm(finding: Finding) -> float | None:
+    """The length that its report states; `None` where it states none."""
+    lengths = [value for key, value in finding.attributes.items() if key.endswith("_mm")]
+    return float(lengths[0]) if lengths else None
+
+
+def size_bin(finding: Finding) -> str | None:
+    """ "9-15 mm", or a severity; `None` of a finding that has neither.
+
+    Raises:
+        ValueError: it has a length, but no bin for it.
+    """
+    size = size_mm(finding)
+    if size is None:
+        return finding.attributes.get("severity")
+    starts = BINS_MM.get(finding.label, ())
+    reached = [index for index, start in enumerate(starts) if size >= start]
+    if not reached:
+        raise ValueError(f"{finding.label} of {size:g} mm: no bin; expected one of those that begin at {starts} mm")
+    return _bin_names(starts)[reached[-1]]
+
+
+def _bin_names(starts: Sequence[int]) -> list[str]:
+    names = [f"{start}-{following - 1} mm" for start, following in zip(starts, starts[1:], strict=False)]
+    return [*names, f"from {starts[-1]} mm"]
+
+
+def true_place(finding: Finding) -> frozenset[str]:
+    """The lobes of a finding, or else its sides ("right", "left"); empty where its report names neither."""
+    attributes = finding.attributes
+    if finding.label == "Medical material":  # of some kinds of it the sentence names the vein, not the side
+        return frozenset()
+    if "lobe" in attributes:
+        return frozenset([attributes["lobe"]])
+    if "lobes" in attributes:
+        return frozenset(attributes["lobes"])
+    side = attributes.get("side")
+    return frozenset(("right", "left") if side == "both" else () if side is None else (side,))
+
+
+# Reports ------------------------------------------------------------------------------------------------------------
+
+
+def sentences_about(report: str, label: str) -> list[str]:
+    """The sentences of a report that state a finding, in small letters."""
+    return [part for part in _SENTENCE.split(report.lower()) if labels_from_report(part)[label]]
+
+
+def named_lobes(sentence: str) -> frozenset[str]:
+    named = {lobe for lobe in LOBES if lobe in sentence}
+    for level in _BOTH_LOBES.findall(sentence):
+        named |= {f"right {level} lobe", f"left {level} lobe"}
+    return frozenset(named)
+
+
+def named_sides(sentence: str) -> frozenset[str]:
+    return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
+
+
+def place_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
+    """Whether the sentences together name all lobes (or sides) of the finding and no other."""
+    truth = true_place(finding)
+    read = named_lobes if truth <= set(LOBES) else named_sides
+    return frozenset().union(*map(read, sentences)) == truth
+
+
+def size_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
+    """Whether the sentences state a length, and each that they state is within a quarter of the true one."""
+    truth = size_mm(finding)
+    stated = [float(number) for sentence in sentences for number in _MILLIMETRES.findall(sentence)]
+    return bool(stated) and all(abs(number - truth) <= SIZE_TOLERANCE * truth for number in stated)
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def score_findings(findings: Mapping[str, Sequence[Finding]], reports: Mapping[str, str]) -> dict:
+    """
+    Args:
+        findings: of each case by its name, as [`read_patients`] gives them; those of cases without a report do not
+            count.
+        reports: predicted, by the name of the case.
+
+    Returns:
+        "by_size": {label: {bin: {"cases", "found"}}} of the findings that have a length or a severity, bins from small
+        to large, without empty ones; "details": {label: {"found", "with_place", "place_right", "with_size",
+        "size_right"}} of the findings that were named; "counts" of "reports", "findings", "sized" ones (those of
+        `by_size`) and "found".
+
+    Raises:
+        ValueError: nothing is known about the case of a report.
+    """
+    unknown = sorted(set(reports) - set(findings))
+    if unknown:
+        raise ValueError(f"{len(unknown)} report(s) of cases without known findings, such as {unknown[0]}")
+    by_size: dict[str, dict[str, dict[str, int]]] = {}
+    details: dict[str, dict[str, int]] = {}
+    counts = {"reports": len(reports), "findings": 0, "sized": 0, "found": 0}
+    for name, report in reports.items():
+        for finding in findings[name]:
+            sentences = sentences_about(report, finding.label)
+            counts["findings"] += 1
+            counts["found"] += bool(sentences)
+            size = size_bin(finding)
+            if size is not None:
+                counts["sized"] += 1
+                of_bin = by_size.setdefault(finding.label, {}).setdefault(size, {"cases": 0, "found": 0})
+                of_bin["cases"] += 1
+                of_bin["found"] += bool(sentences)
+            if sentences:
+                _add_details(details, finding, sentences)
+    ordered = {
+        label: {size: bins[size] for size in _bin_order(label) if size in bins} for label, bins in by_size.items()
+    }
+    return {"by_size": ordered, "details": details, "counts": counts}
+
+
+def _bin_order(label: str) -> Sequence[str]:
+    return _bin_names(BINS_MM[label]) if label in BINS_MM else SEVERITIES
+
+
+def _add_details(details: dict[str, dict[str, int]], finding: Finding, sentences: Sequence[str]) -> None:
+    empty = dict.fromkeys(("found", "with_place", "place_right", "with_size", "size_right"), 0)
+    row = details.setdefault(finding.label, empty)
+    row["found"] += 1
+    if true_place(finding):
+        row["with_place"] += 1
+        row["place_right"] += place_is_right(finding, sentences)
+    if size_mm(finding) is not None:
+        row["with_size"] += 1
+        row["size_right"] += size_is_right(finding, sentences)

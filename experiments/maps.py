@@ -1,0 +1,571 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where difference maps point, scored against the true lesions of the phantom; token importance; Fig. 4a and 5a.
+
+All of it is on the grid of the model's tensor, (depth, height, width). Where several voxels of a map have the value
+that decides, a score is its expected value under a random choice among them: a map that is the same everywhere scores
+what chance does, and never a hit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from rich.progress import track
+from scipy import ndimage, special, stats
+
+from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..data.cache import VolumeCache
+from ..data.cases import Case
+from ..data.lesions import lesion_mask_path, lesion_voxels
+from ..data.pairing import chance
+from ..data.pool import is_normal, other_scans
+from ..figures import COLORS, EDGES, OPACITY, plane
+from ..metrics.statistics import bootstrap_counts, bootstrap_mean, holm, paired_bootstrap
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..reporting import BODY_LEVEL, RESEARCH_USE
+from ..training.cohort import Features
+
+# How far a maximum may lie from the lesion that it points at: two tensor voxels of the phantom's grid in depth, and
+# what a reader scrolling to it would still call there.
+TOLERANCE_MM = 10.0
+TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phantom encoder's voxel tokens
+# Standard deviation of the Gaussian by which a pixel subtraction is also shown smoothed: single voxels of noise and of
+# edges that do not match would else decide where its maximum lies.
+SMOOTHING_MM = 10.0
+TOP_TOKENS = 8  # of Fig. 4a
+SCORES = ("pointing", "pointing_body", "auroc")
+MARGIN = 4  # voxels of air that a figure shows around the body
+
+
+# Scores of one map --------------------------------------------------------------------------------------------------
+
+
+def body_voxels(volume: NDArray) -> NDArray[np.bool_]:
+    """What the skin encloses in each axial plane of a volume in [-1, 1].
+
+    Not `figures.body_mask`, which takes what is thinner than 9 voxels for the scanner's table: at the spacing of the
+    tensor that is the chest wall.
+    """
+    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > BODY_LEVEL])
+
+
+def dilated(mask: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float) -> NDArray[np.bool_]:
+    """What lies at most so far from a mask that is not empty; `spacing` in mm (depth, height, width)."""
+    return ndimage.distance_transform_edt(~mask, sampling=spacing) <= tolerance_mm
+
+
+def pointing(values: NDArray, target: NDArray[np.bool_]) -> float:
+    """Whether the largest of the values lies in the target; of several that are largest, the share that does."""
+    return float(target[values == values.max()].mean())
+
+
+def auroc(values: NDArray, positive: NDArray[np.bool_]) -> float:
+    """The chance that a value in the target is larger than one outside it, ties counting half.
+
+    Raises:
+        ValueError: all values are in the target, or none is.
+    """
+    inside = int(positive.sum())
+    outside = positive.size - inside
+    if not inside or not outside:
+        raise ValueError(f"{inside} voxels in the target and {outside} outside it: expected some on either side")
+    ranks = stats.rankdata(values)
+    return float((ranks[positive].sum() - inside * (inside + 1) / 2) / (inside * outside))
+
+
+def reaches_top(values: NDArray, target: NDArray[np.bool_], percent: float) -> float:
+    """Whether the target holds one of the largest `percent` of the values (at least one value).
+
+    Where more values are equal to the smallest of those than there is room for, the probability that it does when that
+    room is filled at random.
+    """
+    room = max(1, round(percent / 100 * values.size))
+    limit = np.partition(values, values.size - room)[values.size - room]
+    if (values[target] > limit).any():
+        return 1.0
+    room -= int((values > limit).sum())
+    tied = values == limit
+    others, all_tied = int((tied & ~target).sum()), int(tied.sum())
+    if others < room:
+        return 1.0
+    # None of the target's: C(others, room) / C(all tied, room).
+    missed = special.gammaln(others + 1) - special.gammaln(others - room + 1)
+    missed -= special.gammaln(all_tied + 1) - special.gammaln(all_tied - room + 1)
+    return float(1 - np.exp(missed))
+
+
+@dataclass(frozen=True)
+class MapScores:
+    """
+    Scores of one map.
+
+    Attributes:
+        pointing: whether its maximum lies in a lesion or within the tolerance of one.
+        pointing_body: the same for its maximum inside the body.
+        auroc: of lesion against the rest of the body.
+        reached: by label, whether the lesion holds one of the map's top voxels of the body.
+    """
+
+    pointing: float
+    pointing_body: float
+    auroc: float
+    reached: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """
+    The lesions of a case; arrays are (depth, height, width).
+
+    Attributes:
+        lesions: by label, the voxels of a finding inside the body; none is empty.
+        near: the voxels that lie in a lesion, or within the tolerance of one.
+        body: the voxels inside the body.
+        spacing: mm (depth, height, width).
+    """
+
+    lesions: dict[str, NDArray[np.bool_]]
+    near: NDArray[np.bool_]
+    body: NDArray[np.bool_]
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: NDArray[np.int32],
+        body: NDArray[np.bool_],
+        spacing: tuple[float, float, float],
+        tolerance_mm: float = TOLERANCE_MM,
+    ) -> "Truth":
+        """Of bit-coded lesions (see [`lesion_voxels`]), some of which lie in the body."""
+        lesions = {label: ((codes >> bit) & 1 == 1) & body for bit, label in enumerate(DIAGNOSIS_LABELS)}
+        lesions = {label: mask for label, mask in lesions.items() if mask.any()}
+        return cls(lesions, dilated(codes != 0, spacing, tolerance_mm), body, spacing)
+
+
+def score_map(difference: NDArray, truth: Truth, top_percent: float = TOP_PERCENT) -> MapScores:
+    """
+    Raises:
+        ValueError: the map is not on the grid of the lesions, or a value of it is not finite.
+    """
+    if difference.shape != truth.body.shape:
+        raise ValueError(f"the map has shape {difference.shape}, the lesions {truth.body.shape}: expected one grid")
+    if not np.isfinite(difference).all():
+        raise ValueError("the map has values that are not finite")
+    values = difference[truth.body]
+    inside = {label: mask[truth.body] for label, mask in truth.lesions.items()}
+    return MapScores(
+        pointing=pointing(difference, truth.near),
+        pointing_body=pointing(values, truth.near[truth.body]),
+        auroc=auroc(values, np.any(list(inside.values()), axis=0)),
+        reached={label: reaches_top(values, mask, top_percent) for label, mask in inside.items()},
+    )
+
+
+def score_ball(truth: Truth, top_percent: float = TOP_PERCENT) -> MapScores:
+    """
+    Chance in one piece: a ball as large as the map's top voxels, its centre anywhere in the body.
+
+    As many voxels scattered at random reach almost every lesion; those of a smooth map lie together.
+    """
+    flat = score_map(np.zeros(truth.body.shape, np.float32), truth, top_percent)
+    volume = top_percent / 100 * truth.body.sum() * np.prod(truth.spacing)
+    radius = float((3 * volume / (4 * np.pi)) ** (1 / 3))
+    reached = {
+        label: float(dilated(mask, truth.spacing, radius)[truth.body].mean()) for label, mask in truth.lesions.items()
+    }
+    return replace(flat, reached=reached)
+
+
+# Scores of a model --------------------------------------------------------------------------------------------------
+
+
+def difference_map(
+    model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
+) -> NDArray[np.float32]:
+    """The model's map of a case (depth, height, width), from the caches."""
+    # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
+    if model.config.difference_level == "pixel":
+        volumes = [features.volumes.load(of)[None].float().to(model.device) for of in (case, reference)]
+        return model.difference_map(*volumes)[0].float().cpu().numpy()
+    frozen = [features.load(of)["features"][None] for of in (case, reference)]
+    return model.difference_map(ct_features=frozen[0], reference_features=frozen[1])[0].float().cpu().numpy()
+
+
+def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> dict[str, Case]:
+    """For each case another reference than its own, drawn from those of all cases by names alone.
+
+    Raises:
+        ValueError: there is no other reference for a case.
+    """
+    known = {reference.name: reference for reference in references.values()}
+    chosen = {}
+    for case in cases:
+        own = references[case.name]
+        names = [name for name in other_scans(case, list(known.values())) if known[name].scan_id != own.scan_id]
+        if not names:
+            raise ValueError(f"{case.name} has one reference, {own.name}, among {len(known)}: expected another")
+        chosen[case.name] = known[min(names, key=lambda name, case=case: chance(f"other:{case.name}:{name}"))]
+    return chosen
+
+
+def score_maps(
+    model: DiffVPForConditionalGeneration,
+    features: Features,
+    volumes: VolumeCache,
+    lesion_root: str | Path,
+    cases: Sequence[Case],
+    references: Mapping[str, Case],
+    *,
+    tolerance_mm: float = TOLERANCE_MM,
+    top_percent: float = TOP_PERCENT,
+    smoothing_mm: float = SMOOTHING_MM,
+) -> dict:
+    """
+    Score the model's difference maps of the cases with findings, beside what they have to beat.
+
+    The maps that are scored:
+
+    - "latent": of the case and its reference (of a pixel-level model, its own map, not the subtraction below);
+    - "latent, another reference": what of it does not hang on the reference that was drawn;
+    - "latent, another patient": of the next case and its reference, scored against this one's lesions: what a map owes
+      to where lesions mostly are. It is as smooth as the first, which chance is not;
+    - "pixel": |target - reference|, voxel by voxel of the model's tensors, as they are compared in the model;
+    - "pixel, smoothed": the same after a Gaussian;
+    - "chance": a map that is the same everywhere, so that its top voxels are scattered over the body;
+    - "chance, in one piece": see [`score_ball`]. It differs in the sensitivity alone.
+
+    Args:
+        lesion_root: the phantom cohort that the cases are of, with its masks.
+        references: the reference of each case, by its name.
+
+    Returns:
+        For each map the scores of [`MapScores`] as means over cases with 95 % intervals, "above_chance" (pointing in
+        the body less what chance has on the same lesions), "sensitivity" by label and of "all" findings (the share
+        whose lesion holds one of the top voxels), and paired comparisons of the first map with each other one.
+
+    Raises:
+        ValueError: fewer than two cases have a lesion in the tensor, or the references are too few.
+        DatasetError: a lesion mask is missing or of another shape.
+    """
+    targets = [case for case in cases if not is_normal(case)]
+    others = other_references(targets, references)
+    scores: dict[str, list[MapScores]] = {}
+    scored, outside = [], []
+    for index, case in enumerate(track(targets, "Difference maps")):
+        geometry = volumes.preprocess(case)["geometry"][0]
+        codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
+        target, reference = (volumes.load(of)[0].float().numpy() for of in (case, references[case.name]))
+        body = body_voxels(target)
+        if not codes[body].any():
+            outside.append(case.name)
+            continue
+        scored.append(case.name)
+        following = targets[(index + 1) % len(targets)]
+        subtraction = np.abs(target - reference)
+        sigma = [smoothing_mm / mm for mm in geometry.tensor_spacing]
+        maps = {
+            "latent": difference_map(model, features, case, references[case.name]),
+            "latent, another reference": difference_map(model, features, case, others[case.name]),
+            "latent, another patient": difference_map(model, features, following, references[following.name]),
+            "pixel": subtraction,
+            "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
+            "chance": np.zeros_like(subtraction),
+        }
+        truth = Truth.from_codes(codes, body, geometry.tensor_spacing, tolerance_mm)
+        of_case = {name: score_map(values, truth, top_percent) for name, values in maps.items()}
+        of_case["chance, in one piece"] = score_ball(truth, top_percent)
+        for name, of_map in of_case.items():
+            scores.setdefault(name, []).append(of_map)
+    if len(scored) < 2:
+        raise ValueError(f"{len(scored)} of {len(cases)} case(s) have a lesion in the tensor: this takes at least 2")
+    return {
+        "cases": len(scored),
+        "without_lesion_in_tensor": outside,
+        "tolerance_mm": tolerance_mm,
+        "top_percent": top_percent,
+        "smoothing_mm": smoothing_mm,
+        "maps": {name: summary(of_map, scores["chance"]) for name, of_map in scores.items()},
+        "comparisons": compare_maps(scores, "latent"),
+        "per_case": {
+            case: {name: {score: getattr(of_map[row], score) for score in SCORES} for name, of_map in scores.items()}
+            for row, case in enumerate(scored)
+        },
+    }
+
+
+def summary(scores: Sequence[MapScores], by_chance: Sequence[MapScores]) -> dict:
+    """Means over cases with their intervals; sensitivity by label, and of all findings together."""
+    columns = {name: np.array([getattr(of_case, name) for of_case in scores]) for name in SCORES}
+    columns["above_chance"] = columns["pointing_body"] - [of_case.pointing_body for of_case in by_chance]
+    result = {name: mean_and_interval(values) for name, values in columns.items()}
+    by_label = {
+        label: [of_case.reached[label] for of_case in scores if label in of_case.reached] for label in DIAGNOSIS_LABELS
+    }
+    sensitivity = {
+        label: {"findings": len(values), **mean_and_interval(values)} for label, values in by_label.items() if values
+    }
+    # A case has several findings: its sums are drawn, not the findings for themselves.
+    sums = np.array([[sum(of_case.reached.values()), len(of_case.reached)] for of_case in scores])
+    interval = bootstrap_counts(sums, lambda drawn: drawn[..., 0] / drawn[..., 1])
+    sensitivity["all"] = {
+        "findings": int(sums[:, 1].sum()),
+        "mean": interval.estimate,
+        "interval": [interval.low, interval.high],
+    }
+    return result | {"sensitivity": sensitivity}
+
+
+def mean_and_interval(values: Sequence[float]) -> dict:
+    """`interval` is `None` of a single value."""
+    if len(values) < 2:
+        return {"mean": float(values[0]), "interval": None}
+    interval = bootstrap_mean(values)
+    return {"mean": interval.estimate, "interval": [interval.low, interval.high]}
+
+
+def compare_maps(scores: Mapping[str, Sequence[MapScores]], first: str) -> list[dict]:
+    """One map less each other one, case by case; `p_cases_holm` corrects over all of these comparisons."""
+    entries = []
+    for second in scores:
+        if second in (first, "chance, in one piece"):  # which is chance, in these metrics
+            continue
+        metrics = {}
+        for name in ("pointing_body", "auroc"):
+            sides = [[getattr(of_case, name) for of_case in scores[side]] for side in (first, second)]
+            comparison = paired_bootstrap(*sides)
+            metrics[name] = {
+                "difference": comparison.difference,
+                "interval": [comparison.interval.low, comparison.interval.high],
+                "p_cases": comparison.p_value,
+            }
+        entries.append({"first": first, "second": second, "metrics": metrics})
+    tests = [metric for entry in entries for metric in entry["metrics"].values()]
+    for test, corrected in zip(tests, holm([test["p_cases"] for test in tests]), strict=True):
+        test["p_cases_holm"] = float(corrected)
+    return entries
+
+
+# Token importance, Fig. 4a ------------------------------------------------------------------------------------------
+
+
+def token_weights(
+    model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
+) -> tuple[NDArray, NDArray]:
+    """
+    The importance of each token (K,), w of eq. 6, and the share of each token in the squared norm of all (K,), which
+    knows no reference: the baseline.
+
+    Raises:
+        ValueError: the model compares no latents.
+    """
+    if model.config.difference_level != "latent":
+        raise ValueError(f'difference_level is "{model.config.difference_level}": token importance is of "latent"')
+    with torch.no_grad():
+        latents, other = (model.encode(ct_features=features.load(of)["features"][None]) for of in (case, reference))
+        weights = model.local_delta(latents, other)[1][0]
+        norms = latents[0].float().square().sum(-1)
+        return weights.cpu().numpy(), (norms / norms.sum()).cpu().numpy()
+
+
+def importance_statistics(weights: NDArray, top: int = TOP_TOKENS) -> dict:
+    """
+    Args:
+        weights: (cases, K), each row a distribution.
+
+    Returns:
+        "top_mass": what the `top` largest hold, mean over cases with its interval; "sorted": the mean over cases of
+        the largest, the second largest, ... (K,).
+    """
+    ordered = -np.sort(-np.asarray(weights, dtype=np.float64), axis=1)
+    return {
+        "cases": len(ordered),
+        "top_mass": mean_and_interval(ordered[:, :top].sum(axis=1)),
+        "sorted": ordered.mean(axis=0).tolist(),
+    }
+
+
+def score_importance(
+    model: DiffVPForConditionalGeneration,
+    features: Features,
+    cases: Sequence[Case],
+    references: Mapping[str, Case],
+    *,
+    top: int = TOP_TOKENS,
+) -> dict:
+    """
+    Token importance of abnormal and of normal targets, against the share in the norm and against uniform weights.
+
+    Raises:
+        ValueError: the model compares no latents, or there is no case.
+    """
+    groups = {
+        "abnormal": [case for case in cases if not is_normal(case)],
+        "normal": [case for case in cases if is_normal(case)],
+    }
+    result = {}
+    for name, group in groups.items():
+        if group:
+            rows = [token_weights(model, features, case, references[case.name]) for case in group]
+            weights, norms = (np.stack(side) for side in zip(*rows, strict=True))
+            result[name] = {
+                "difference": importance_statistics(weights, top),
+                "norm": importance_statistics(norms, top),
+            }
+    if not result:
+        raise ValueError("token importance of no case: expected at least 1")
+    tokens = model.config.num_latents
+    return {"top": top, "tokens": tokens, "uniform_top_mass": min(top, tokens) / tokens, "targets": result}
+
+
+def draw_importance(path: str | Path, result: dict) -> None:
+    """Fig. 4a as PNG: mean importance of the tokens of a case, the largest first; `result` of [`score_importance`]."""
+    figure = Figure((7, 4.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    ranks = np.arange(1, result["tokens"] + 1)
+    colors = {"abnormal": "tab:blue", "normal": "tab:green"}
+    for name, of_group in result["targets"].items():
+        for kind, style, label in (("difference", "-", "difference"), ("norm", ":", "norm alone")):
+            statistics = of_group[kind]
+            text = f"{label}, {name} targets: top {result['top']} hold {statistics['top_mass']['mean']:.0%}"
+            axes.plot(ranks, statistics["sorted"], style, color=colors[name], marker=".", label=text)
+    text = f"uniform: top {result['top']} hold {result['uniform_top_mass']:.0%}"
+    axes.axhline(1 / result["tokens"], color="tab:orange", linestyle="--", label=text)
+    axes.set_xlabel("token of a case, by its importance")
+    axes.set_ylabel("share of the importance")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="png")
+
+
+# Difference maps, Fig. 5a -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MapExample:
+    """
+    A row of Fig. 5a; volumes are (depth, height, width).
+
+    Attributes:
+        title: the case and its findings.
+        shown: the finding through which the axial plane goes.
+        index: of that plane.
+        lesions: of all findings; `lesion`: of the one that is shown.
+    """
+
+    title: str
+    shown: str
+    index: int
+    target: NDArray
+    reference: NDArray
+    difference: NDArray
+    lesions: NDArray[np.bool_]
+    lesion: NDArray[np.bool_]
+    spacing: tuple[float, float, float]
+
+
+def map_example(
+    model: DiffVPForConditionalGeneration,
+    features: Features,
+    volumes: VolumeCache,
+    lesion_root: str | Path,
+    case: Case,
+    reference: Case,
+) -> MapExample:
+    """
+    The map of a case, in the axial plane that cuts most of its smallest finding: the truth decides, not the map.
+
+    Raises:
+        ValueError: the case has no lesion in the tensor.
+    """
+    geometry = volumes.preprocess(case)["geometry"][0]
+    codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
+    lesions = {label: (codes >> bit) & 1 == 1 for bit, label in enumerate(DIAGNOSIS_LABELS)}
+    sizes = {label: int(mask.sum()) for label, mask in lesions.items() if mask.any()}
+    if not sizes:
+        raise ValueError(f"{case.name} has no lesion in the tensor: expected a case with a finding")
+    shown = min(sizes, key=sizes.get)
+    return MapExample(
+        title=f"{case.name}: {', '.join(sizes)}",
+        shown=shown,
+        index=int(lesions[shown].sum(axis=(1, 2)).argmax()),
+        target=volumes.load(case)[0].float().numpy(),
+        reference=volumes.load(reference)[0].float().numpy(),
+        difference=difference_map(model, features, case, reference),
+        lesions=codes != 0,
+        lesion=lesions[shown],
+        spacing=geometry.tensor_spacing,
+    )
+
+
+def draw_maps(path: str | Path, examples: Sequence[MapExample]) -> None:
+    """
+    Fig. 5a as PNG, a case in each row: target, reference, difference map over the target, true lesions outlined (the
+    one that chose the plane in green, the others in blue), and pixel subtraction. Axial planes, seen from the feet:
+    the patient's right is on the left.
+
+    Both maps are drawn between their least and their largest value in the whole body, not in the plane.
+    """
+    titles = ("target", "normal reference", "difference map", "true lesions", "pixel subtraction")
+    figure = Figure((13, 2.2 * len(examples) + 0.6), dpi=110, facecolor="black", layout="constrained")
+    FigureCanvasAgg(figure)  # the object itself: pyplot's global state would outlive the experiment
+    rows = figure.subplots(len(examples), len(titles), squeeze=False)
+    for panel, title in zip(rows[0], titles, strict=True):
+        panel.set_title(title, color="white", fontsize=11)
+    for panels, example in zip(rows, examples, strict=True):
+        images = _axial_images(example)
+        backgrounds = [images[name] for name in ("target", "reference", "target", "target")]
+        for panel, image in zip(panels, [*backgrounds, images["subtraction"]], strict=True):
+            low, colors = (0, COLORS) if panel is panels[-1] else (-1, "gray")
+            _, height, width = example.spacing
+            panel.imshow(image, cmap=colors, vmin=low, vmax=1, aspect=height / width)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+        # The root: what is half as large as the maximum shows, too.
+        opacity = OPACITY * np.sqrt(images["difference"]) * images["body"]
+        panels[2].imshow(images["difference"], cmap=COLORS, vmin=0, vmax=1, aspect=height / width, alpha=opacity)
+        for name, color in (("lesions", "cyan"), ("lesion", "lime")):
+            panels[3].contour(images[name], levels=[0.5], colors=color, linewidths=0.8)
+        for letter, (x, y) in zip(EDGES["axial"], ((0.03, 0.5), (0.97, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):
+            text = panels[0].text(x, y, letter, transform=panels[0].transAxes, color="white", ha="center", va="center")
+            text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        panels[0].set_ylabel(f"plane {example.index}: {example.shown}", color="white", fontsize=8)
+        panels[2].set_xlabel(example.title, color="white", fontsize=8)
+    figure.supxlabel(f"Synthetic phantoms. {RESEARCH_USE}", color="white", fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def _axial_images(example: MapExample) -> dict[str, NDArray]:
+    """What a row shows, cut to the bodies; both maps between 0 and 1."""
+    body = body_voxels(example.target)
+    volumes = {
+        "target": example.target,
+        "reference": example.reference,
+        "difference": _scaled(example.difference, body),
+        "subtraction": _scaled(np.abs(example.target - example.reference), body),
+        "lesions": example.lesions,
+        "lesion": example.lesion,
+        "body": body,
+    }
+    images = {name: plane(volume, "axial", example.index) for name, volume in volumes.items()}
+    shown = images["body"] | plane(body_voxels(example.reference), "axial", example.index)
+    box = []
+    for axis in (1, 0):
+        span = np.flatnonzero(shown.any(axis=axis))
+        box.append(slice(max(int(span[0]) - MARGIN, 0), int(span[-1]) + 1 + MARGIN))
+    return {name: image[tuple(box)] for name, image in images.items()}
+
+
+def _scaled(values: NDArray, body: NDArray[np.bool_]) -> NDArray:
+    low, high = values[body].min(), values[body].max()
+    return np.clip((values - low) / ((high - low) or 1.0), 0, 1)
