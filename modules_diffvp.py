@@ -94,6 +94,20 @@ def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: to
     return F.pad(code, (0, width - code.shape[-1]))
 
 
+def locality_bias(grid: tuple[int, int, int], latents: int, width: float, device: torch.device) -> torch.Tensor:
+    """
+    Log of a Gaussian of each voxel token's distance to each latent's own place, (latents, prod(grid)) in float32.
+
+    The places are those of the R3 sequence, which fills the unit cube evenly for any number of latents.
+    """
+    plastic = 1.2207440846057596  # the root of x⁴ = x + 1
+    steps = torch.tensor([plastic**-1, plastic**-2, plastic**-3], device=device, dtype=torch.float64)
+    places = (0.5 + torch.arange(1, latents + 1, device=device)[:, None] * steps) % 1
+    axes = [(torch.arange(size, device=device, dtype=torch.float64) + 0.5) / size for size in grid]
+    voxels = torch.stack([position.flatten() for position in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+    return (-torch.cdist(places, voxels).square() / (2 * width**2)).float()
+
+
 class DiffVPAttention(nn.Module):
     """Multi-head attention of latents to keys; eager, because the difference map needs the weights."""
 
@@ -106,15 +120,19 @@ class DiffVPAttention(nn.Module):
         self.o_proj = nn.Linear(config.latent_size, config.latent_size)
 
     def forward(
-        self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, K, d), (batch, N, key), (batch, N, key) → output (batch, K, d), weights (batch, heads, K, N)."""
+        """(batch, K, d), (batch, N, key), (batch, N, key) → output (batch, K, d), weights (batch, heads, K, N).
+
+        `bias` (K, N) is added to the scores.
+        """
         batch, queries, width = hidden.shape
         query = self.q_proj(hidden).view(batch, queries, self.num_heads, -1).transpose(1, 2)
         key = self.k_proj(keys).view(batch, keys.shape[1], self.num_heads, -1).transpose(1, 2)
         value = self.v_proj(values).view(batch, values.shape[1], self.num_heads, -1).transpose(1, 2)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        weights = scores.float().softmax(dim=-1).to(value.dtype)
+        scores = scores.float() if bias is None else scores.float() + bias
+        weights = scores.softmax(dim=-1).to(value.dtype)
         output = (weights @ value).transpose(1, 2).reshape(batch, queries, width)
         return self.o_proj(output), weights
 
@@ -144,11 +162,11 @@ class DiffVPResamplerLayer(GradientCheckpointingLayer):
         self.mlp = DiffVPMLP(config)
 
     def forward(
-        self, latents: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, latents: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.self_attention_norm(latents)
         latents = latents + self.self_attention(normed, normed, normed)[0]
-        attended, weights = self.cross_attention(self.cross_attention_norm(latents), keys, values)
+        attended, weights = self.cross_attention(self.cross_attention_norm(latents), keys, values, bias)
         latents = latents + attended
         return latents + self.mlp(self.mlp_norm(latents)), weights
 
@@ -160,6 +178,7 @@ class DiffVPResampler(nn.Module):
         super().__init__()
         self.grid = config.feature_grid
         self.position_embedding = config.position_embedding
+        self.locality = config.latent_locality
         self.initializer_range = config.initializer_range
         self.queries = nn.Parameter(torch.empty(config.num_latents, config.latent_size))
         self.feature_norm = nn.LayerNorm(config.encoder_hidden_size)
@@ -178,9 +197,13 @@ class DiffVPResampler(nn.Module):
         if self.position_embedding == "sincos":
             position = sincos_position_embedding(self.grid, features.shape[-1], features.device)
             keys = values + position.to(values.dtype)
+        bias = None
+        # CODEPATH: the paper names no such prior; with it a latent stays with a region.
+        if self.locality is not None:
+            bias = locality_bias(self.grid, len(self.queries), self.locality, features.device)
         latents = self.queries.expand(features.shape[0], -1, -1)
         for layer in self.layers:
-            latents, weights = layer(latents, keys, values)
+            latents, weights = layer(latents, keys, values, bias)
         return self.norm(latents), weights.mean(dim=1)
 
 

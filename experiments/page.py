@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from .figures import figure_lines, p_value, table_lines
 from .scores import FINDINGS
 
 SHORT = {
@@ -56,7 +57,7 @@ def _order(document: dict) -> tuple:
 def _answer(documents: list[dict]) -> list[str]:
     """Whether the full model is better than its equal-compute control: what the paper stands or falls by."""
     for document in documents:
-        for comparison in document["comparisons"]:
+        for comparison in document.get("comparisons", ()):
             if (comparison["first"], comparison["second"]) != ("DiffVP", "equal compute"):
                 continue
             f1 = comparison["metrics"]["f1"]
@@ -70,7 +71,7 @@ def _answer(documents: list[dict]) -> list[str]:
                 f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
                 f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
                 f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
-                f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {_p(f1['p_seeds'])}).",
+                f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
                 "",
             ]
     return [
@@ -81,20 +82,22 @@ def _answer(documents: list[dict]) -> list[str]:
 
 def _section(document: dict) -> list[str]:
     lines = [f"## {document['title']}", "", document["about"], "", f"`{document['command']}`", ""]
+    if document["kind"] != "scores":
+        return [*lines, *figure_lines(document)]
     metrics = document["metrics"]
     head = ["", "seeds", *(SHORT[metric] for metric in metrics)]
-    lines += _table(head, [_row(row, metrics) for row in document["rows"] + document["baselines"]])
+    lines += table_lines(head, [_row(row, metrics) for row in document["rows"] + document["baselines"]])
     paper = [row for row in document["rows"] if row["paper"]]
     if paper:
         shown = [metric for metric in metrics if any(metric in row["paper"] for row in paper)]
         head = ["The paper's, on RadGenome-ChestCT", *(SHORT[metric] for metric in shown)]
         rows = [[row["name"], *(_paper(row["paper"], metric) for metric in shown)] for row in paper]
-        lines += ["", *_table(head, rows)]
+        lines += ["", *table_lines(head, rows)]
     if document["paper_note"]:
         lines += ["", f"Of the paper: {document['paper_note']}"]
     if document["comparisons"]:
         head = ["difference", *(SHORT[metric] for metric in metrics)]
-        lines += ["", *_table(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
+        lines += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
         lines += ["", "p: Welch's t-test over seeds, where there are several; pc: paired bootstrap over cases; both",
                   "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
     abouts = {row["variant"]: row["about"] for row in document["rows"]}
@@ -127,15 +130,7 @@ def _comparison(entry: dict, metrics: list[str]) -> list[str]:
     cells = []
     for metric in metrics:
         of = entry["metrics"][metric]
-        p = f"p {_p(of['p_seeds_holm'])}, " if "p_seeds_holm" in of else ""
+        p = f"p {p_value(of['p_seeds_holm'])}, " if "p_seeds_holm" in of else ""
         cells.append(f"{of['difference']:+.3f} ({of['interval'][0]:+.3f} to {of['interval'][1]:+.3f}; "
-                     f"{p}pc {_p(of['p_cases_holm'])})")  # fmt: skip
+                     f"{p}pc {p_value(of['p_cases_holm'])})")  # fmt: skip
     return [f"{entry['first']} less {entry['second']}", *cells]
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

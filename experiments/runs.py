@@ -87,6 +87,7 @@ class HeldOut:
 
     def __init__(self, study: Study):
         data = TrainingConfig.model_validate({**study.training, "seed": 0, "output_dir": ""}).data
+        self.root = data.root
         cases = load_dataset_cases(data.layout, data.root, study.test.split)
         if data.reconstructions == "first":
             cases = first_reconstructions(cases)

@@ -28,6 +28,7 @@ from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..training.cohort import Features, load_cohort
 from .evaluate import constant_normal_report
+from .figures import figure_content
 from .runs import HeldOut, Run, make_reports, write_json
 from .scores import FINDINGS, SystemScores, compare_rows, load_labeler, row_summary, score_labels, score_system
 from .study import Study, Table, TableRow, Variant, load_table, load_variants
@@ -53,6 +54,9 @@ def run_experiment(
     variants = load_variants()
     table = load_table(name, variants)
     test = HeldOut(study)
+    path = output / study.name / f"{Path(name).stem}.json"
+    first_runs: dict[str, Run] = {}
+    first_reports: dict[str, dict] = {}
     systems: dict[str, dict[int, SystemScores]] = {}
     provenance = {}
     for row in table.rows:
@@ -60,9 +64,12 @@ def run_experiment(
         for run in runs_of_row(study, variants, table, row, runs, seeds):
             run.train()
             document = make_reports(run, test, row.condition)
+            first_runs.setdefault(row.name, run)
+            first_reports.setdefault(row.name, document)
             provenance[f"{row.name}, seed {run.seed}"] = document["made_by"]["weights"]
-            systems[row.name][run.seed] = cached_scores(run, document, test.cases, row.condition.name, workers)
-    first = next(runs_of_row(study, variants, table, table.rows[0], runs, seeds))
+            if table.kind == "scores":
+                scores = cached_scores(run, document, test.cases, row.condition.name, workers)
+                systems[row.name][run.seed] = scores
     result = {
         "experiment": Path(name).stem,
         "title": table.title,
@@ -71,30 +78,35 @@ def run_experiment(
         "command": f"diffvp experiment {name}",
         "study": {"name": study.name, "title": study.title},
         "cases": len(test.cases),
-        "signature": next(iter(systems[table.rows[0].name].values())).signature,
-        "metrics": table.metrics,
         "rows": [
             {
                 "name": row.name,
                 "variant": row.variant,
                 "about": variants[row.variant].about,
                 "condition": row.condition.model_dump(exclude_defaults=True),
-                "seeds": sorted(systems[row.name]),
-                "scores": row_summary(systems[row.name], table.metrics),
+                "seeds": seeds or row.seeds or table.seeds,
                 "paper": row.paper,
             }
             for row in table.rows
         ],
-        "baselines": baselines(study, test, first, table.metrics, workers),
-        "comparisons": [
-            {"first": a, "second": b, "metrics": compare_rows(systems[a], systems[b], table.metrics)}
-            for a, b in table.compare
-        ],
         "paper_note": table.paper_note,
         "provenance": {"weights": provenance, **machine()},
     }
-    path = output / study.name / f"{Path(name).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if table.kind == "scores":
+        for row in result["rows"]:
+            row["scores"] = row_summary(systems[row["name"]], table.metrics)
+        result |= {
+            "metrics": table.metrics,
+            "signature": next(iter(systems[table.rows[0].name].values())).signature,
+            "baselines": baselines(study, test, first_runs[table.rows[0].name], table.metrics, workers),
+            "comparisons": [
+                {"first": a, "second": b, "metrics": compare_rows(systems[a], systems[b], table.metrics)}
+                for a, b in table.compare
+            ],
+        }
+    else:
+        result |= figure_content(table, first_runs, first_reports, test, path.with_suffix(".png"))
     write_json(path, result)
     return path
 

@@ -62,11 +62,19 @@ def study(first_stage, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def table(tmp_path):
-    path = tmp_path / "mine.yaml"
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables") / "mine.yaml"
     path.write_text(yaml.safe_dump(TABLE))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(study, table, tmp_path_factory):
+    """The study, its folder of runs, and the result of the table."""
+    needs_wordnet()
+    runs, loaded = tmp_path_factory.mktemp("runs"), Study.load(study)
+    return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture
@@ -241,29 +249,15 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases):
 # The whole
 
 
-def test_an_experiment_is_made_once_and_the_same_again(study, table, tmp_path):
-    needs_wordnet()
-    loaded = Study.load(study)
-    result = run_experiment(table, loaded, tmp_path / "runs", tmp_path / "results")
+def test_an_experiment_says_what_was_measured(made):
+    loaded, runs, result = made
     document = json.loads(result.read_text())
     assert [row["seeds"] for row in document["rows"]] == [[1, 2], [1, 2], [1]]
     assert document["cases"] == 18 and document["rows"][0]["paper"] == {"f1": 0.421}
     assert {row["name"] for row in document["baselines"]} >= {"constant normal report", "nearest training report"}
-    reports = json.loads((tmp_path / "runs/small/diffvp/seed-1/reports/random.json").read_text())["reports"]
+    reports = json.loads((runs / "small/diffvp/seed-1/reports/random.json").read_text())["reports"]
     normal = {case.name for case in load_phantom(loaded.training["data"]["root"], "train")[:18] if is_normal(case)}
     assert all(set(row["references"]) <= normal - {row["id"]} for row in reports)
-
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
-    again = json.loads(run_experiment(table, loaded, tmp_path / "runs", tmp_path / "results").read_text())
-    assert again == document
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
-    one = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
-    elsewhere = run_experiment(table, one, tmp_path / "other", tmp_path / "other-results", seeds=[1])
-    rows = zip(json.loads(elsewhere.read_text())["rows"], document["rows"], strict=True)
-    for row, expected in rows:
-        for metric, score in row["scores"].items():
-            assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"], "from nothing the same numbers"
-
     page = write_page(result.parent).read_text()
     f1 = document["rows"][0]["scores"]["f1"]
     assert f"{f1['mean']:.3f} ± {f1['std']:.3f}" in page and "| DiffVP | 0.421 |" in page
@@ -271,9 +265,51 @@ def test_an_experiment_is_made_once_and_the_same_again(study, table, tmp_path):
     for row in document["rows"] + document["baselines"]:
         assert f"| {row['name']} |" in page
 
+
+def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
+    loaded, runs, result = made
+    document = json.loads(result.read_text())
+    written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    again = run_experiment(table, loaded, runs, tmp_path / "again")
+    assert json.loads(again.read_text()) == document
+    assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    elsewhere = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
+    from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1])
+    for row, expected in zip(json.loads(from_nothing.read_text())["rows"], document["rows"], strict=True):
+        for metric, score in row["scores"].items():
+            assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"]
     other = Study.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
-        run_experiment(table, other, tmp_path / "runs", tmp_path / "results")
+        run_experiment(table, other, runs, tmp_path / "results")
+
+
+@pytest.mark.parametrize("kind", ["importance", "lesions", "cases"])
+def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
+    loaded, runs, _ = made
+    tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
+    ill = sum(not is_normal(case) for case in tested)
+    rows = [{"name": "ours", "variant": "diffvp"}]
+    rows += [] if kind == "importance" else [{"name": "control", "variant": "target"}]
+    figure = {"title": "A figure", "about": "About it.", "kind": kind, "seeds": [1], "rows": rows}
+    figure["compare"] = [["ours", "control"]] if kind == "lesions" else []
+    path = tmp_path / "fig.yaml"
+    path.write_text(yaml.safe_dump(figure))
+    result = run_experiment(str(path), loaded, runs, tmp_path / "results")
+    document, page = json.loads(result.read_text()), write_page(result.parent).read_text()
+    if kind == "importance":
+        assert (result.parent / document["picture"]).stat().st_size > 1000 and document["picture"] in page
+        assert document["figure"]["ours"]["targets"]["abnormal"]["difference"]["cases"] == ill
+    elif kind == "lesions":
+        findings = sum(case.labels.sum() for case in tested)
+        assert document["figure"]["control"]["counts"]["findings"] == findings
+        for of in document["wins"][0]["details"].values():
+            assert of["wins"] + of["losses"] + of["ties"] == ill
+        assert "| ours against control | localization |" in page
+    else:
+        assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
+            document["figure"]
+        )
+        assert document["figure"][0]["true"] in page
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):

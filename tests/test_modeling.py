@@ -204,6 +204,21 @@ def test_only_the_side_embedding_tells_target_from_reference(module_config, pair
     torch.testing.assert_close(module(*pair), module(*reversed(pair)), atol=1e-5, rtol=1e-5)
 
 
+def test_each_latent_prefers_a_place_of_its_own(module_config):
+    """With features that are the same everywhere, nothing but the place is left to attend to."""
+    module_config.position_embedding, module_config.latent_locality = "none", 0.2
+    module = randomise(DiffVPResampler(module_config))
+    grid, count = module_config.feature_grid, module_config.num_latents
+    _, weights = module(torch.ones(1, math.prod(grid), module_config.encoder_hidden_size))
+    voxels = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in grid), indexing="ij"), -1).reshape(-1, 3)
+    g = 1.2207440846057596
+    assert g**4 == pytest.approx(g + 1)
+    for k in range(count):
+        place = np.array([(0.5 + (k + 1) / g**axis) % 1 for axis in (1, 2, 3)])
+        expected = np.exp(-((voxels - place) ** 2).sum(-1) / (2 * 0.2**2))
+        np.testing.assert_allclose(array(weights)[0, k], expected / expected.sum(), rtol=1e-4, atol=1e-7)
+
+
 def test_position_embedding_tells_left_from_right(module_config):
     grid = module_config.feature_grid
     code = sincos_position_embedding(grid, 48, "cpu").reshape(*grid, 48)
@@ -268,6 +283,7 @@ def test_shortcut_a_equals_monai(module_config):
         ({"use_diagnosis": False}, 4),
         ({"num_prefix_tokens": 32}, 32),
         ({"position_embedding": "none"}, 4),
+        ({"latent_locality": 0.2}, 4),
     ],
 )
 def test_every_ablation_is_a_config_value(make_model, scans, changes, prefix):

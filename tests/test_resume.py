@@ -59,7 +59,6 @@ FAST = ["report.epochs=3", "report.batch_size=2", "save_every_steps=1", "stage=r
 
 
 def test_an_interrupted_run_goes_on_bit_by_bit(stage_one, tmp_path):
-    torch.set_num_threads(1)
     os.rename(tmp_path / "run", tmp_path / "interrupted")
     subprocess.run(["cp", "-r", tmp_path / "interrupted", tmp_path / "whole"], check=True)
     run(TrainingConfig.load(stage_one, [*FAST, f"output_dir={tmp_path / 'whole'}"]))
@@ -181,7 +180,6 @@ def train_in_a_fork(config):
 
 def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
     """`kill -9` at random moments, writing, renaming and deleting included: every step is saved, and few are kept."""
-    torch.set_num_threads(1)
     for name in ("whole", "killed"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
     epochs = 5 * KILLS  # of 4 steps

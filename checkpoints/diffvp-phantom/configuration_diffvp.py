@@ -101,6 +101,9 @@ class DiffVPConfig(PreTrainedConfig):
         resampler_layers, resampler_heads (`int`): depth and heads of the Q-Former-style resampler.
         position_embedding (`"sincos"` or `"none"`): 3D position added to the keys of the resampler. The paper is
             silent; without one, cross-attention could not tell left from right.
+        latent_locality (`float`, *optional*): width of a Gaussian around a place of its own that each latent token
+            prefers, as a fraction of the axes. Without it (the paper names none) nothing keeps the queries apart, and
+            on few cases they come to attend alike: then v_i - r_i says what differs but not where.
         difference_level (`"latent"`, `"pixel"`, `"target"` or `"none"`): where the difference is taken. `"pixel"` is
             the variant of Fig. 5b, `"none"` the baseline without a difference prompt. `"target"` takes the difference
             to zeros: a prompt of the same length, parameters and work that knows no reference.
@@ -149,6 +152,7 @@ class DiffVPConfig(PreTrainedConfig):
     resampler_layers: int = 2
     resampler_heads: int = 8
     position_embedding: Literal["sincos", "none"] = "sincos"
+    latent_locality: float | None = None
 
     # Hierarchical difference extractor (eq. 4-7)
     difference_level: Literal["latent", "pixel", "target", "none"] = "latent"
@@ -264,6 +268,8 @@ class DiffVPConfig(PreTrainedConfig):
             )
         if self.base_model_gguf_file is not None and self.base_model_name_or_path is None:
             raise ValueError("base_model_gguf_file is set but base_model_name_or_path is not.")
+        if self.latent_locality is not None and self.latent_locality <= 0:
+            raise ValueError(f"latent_locality must be None or positive, got {self.latent_locality}.")
         if self.difference_epsilon <= 0:
             raise ValueError(f"difference_epsilon must be positive, got {self.difference_epsilon}.")
 

@@ -1,0 +1,228 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of the paper from the runs of a table: what stands in its JSON beside the rows, and the pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.cache import VolumeCache
+from ..data.pool import is_normal
+from ..metrics.statistics import paired_bootstrap
+from ..training.cohort import Features
+from .lesions import read_patients, score_findings
+from .maps import draw_importance, draw_maps, map_example, score_importance, score_maps
+from .runs import HeldOut, Run
+from .study import Table
+
+SHOWN = 4  # cases in a picture or beside each other
+DETAILS = {
+    "sensitivity": "findings that are named",
+    "localization": "findings named with the right lobes or sides",
+    "quantification": "findings named with a size within a quarter of the true one",
+}
+
+
+def figure_content(
+    table: Table, runs: Mapping[str, Run], reports: Mapping[str, dict], test: HeldOut, picture: Path
+) -> dict:
+    """
+    What a figure shows, by the kind of its table, under "figure".
+
+    Args:
+        runs: the first run of each row, by the row's name.
+        reports: its reports, as `make_reports` returns them.
+        picture: the PNG to draw, for the kinds that have one.
+    """
+    if table.kind == "lesions":
+        return {"figure": lesion_content(reports, test), "wins": wins(table, reports, test)}
+    if table.kind == "cases":
+        return {"figure": case_content(reports, test)}
+    content = {}
+    conditions = {row.name: row.condition for row in table.rows}
+    for name, run in runs.items():
+        model, processor = run.load()
+        data = run.config.data
+        volumes = VolumeCache(data.cache_dir, processor.image_processor, data.spacing)
+        features = Features(data.cache_dir, volumes, model)
+        chosen = test.references(conditions[name], run.seed, features)
+        references = {case: of[0] for case, of in chosen.items()}
+        if table.kind == "importance":
+            content[name] = score_importance(model, features, test.cases, references)
+            continue
+        content[name] = score_maps(model, features, volumes, data.root, test.cases, references)
+        if name == table.rows[0].name:
+            cases = example_cases(test)
+            parts = (model, features, volumes, data.root)
+            draw_maps(picture, [map_example(*parts, case, references[case.name]) for case in cases])
+    if table.kind == "importance":
+        draw_importance(picture, content[table.rows[0].name])
+    return {"figure": content, "picture": picture.name}
+
+
+def example_cases(test: HeldOut) -> list:
+    """The first test cases with one to three findings: chosen before anything was seen of their reports or maps."""
+    patients = read_patients(test.root)
+    few = [case for case in test.cases if not is_normal(case) and len(patients[case.name]) <= 3]
+    return few[:SHOWN]
+
+
+def lesion_content(reports: Mapping[str, dict], test: HeldOut) -> dict:
+    """Findings named, by size and in detail, for each row."""
+    patients = read_patients(test.root)
+    content = {}
+    for name, document in reports.items():
+        texts = {row["id"]: row["report"] for row in document["reports"]}
+        content[name] = score_findings(patients, texts)
+    return content
+
+
+def detail_scores(document: dict, test: HeldOut) -> dict[str, np.ndarray]:
+    """For each abnormal case how many of its findings are right, by [`DETAILS`]: (cases,)."""
+    patients = read_patients(test.root)
+    columns = {name: [] for name in DETAILS}
+    for row in document["reports"]:
+        if not patients[row["id"]]:
+            continue
+        scores = score_findings(patients, {row["id"]: row["report"]})
+        sums = {key: sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right")}
+        columns["sensitivity"].append(scores["counts"]["found"])
+        columns["localization"].append(sums["place_right"])
+        columns["quantification"].append(sums["size_right"])
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def wins(table: Table, reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
+    """
+    Case by case, whose report has more of its findings right: the paper's Fig. 4b asked a language model, here the
+    truth is known. "rate" is wins / (wins + losses).
+    """
+    entries = []
+    for first, second in table.compare:
+        sides = [detail_scores(reports[name], test) for name in (first, second)]
+        entry = {"first": first, "second": second, "details": {}}
+        for name in DETAILS:
+            difference = sides[0][name] - sides[1][name]
+            won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+            entry["details"][name] = {
+                "wins": won,
+                "losses": lost,
+                "ties": int((difference == 0).sum()),
+                "rate": won / (won + lost) if won + lost else None,
+                "p_cases": paired_bootstrap(sides[0][name], sides[1][name]).p_value,
+            }
+        entries.append(entry)
+    return entries
+
+
+def case_content(reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
+    """A few cases with the reports of all rows."""
+    texts = {name: {row["id"]: row["report"] for row in of["reports"]} for name, of in reports.items()}
+    return [
+        {"id": case.name, "true": case.report, **{name: of[case.name] for name, of in texts.items()}}
+        for case in example_cases(test)
+    ]
+
+
+def figure_lines(document: dict) -> list[str]:
+    """The part of the page."""
+    if document["kind"] == "cases":
+        return _case_lines(document["figure"])
+    if document["kind"] == "lesions":
+        return _lesion_lines(document["figure"]) + _win_lines(document["wins"])
+    lines = [f"![{document['title']}]({document['picture']})", ""]
+    return lines + (_map_lines if document["kind"] == "maps" else _importance_lines)(document["figure"])
+
+
+def _with_interval(of: Mapping) -> str:
+    low, high = of["interval"] or (of["mean"], of["mean"])
+    return f"{of['mean']:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _map_lines(content: Mapping[str, dict]) -> list[str]:
+    rows = []
+    for name, scores in content.items():
+        for kind, of in scores["maps"].items():
+            columns = [of[key] for key in ("pointing_body", "auroc")] + [of["sensitivity"]["all"]]
+            rows.append([name, kind, str(scores["cases"]), *map(_with_interval, columns)])
+    first = next(iter(content.values()))
+    head = ["model", "map", "cases", "pointing", "AUROC", f"findings reached by the top {first['top_percent']:g} %"]
+    note = (
+        f"Pointing: the map's maximum in the body lies in a lesion or within {first['tolerance_mm']:g} mm of one. "
+        "AUROC: lesion against the rest of the body. Intervals over cases."
+    )
+    tests = [
+        [name, entry["second"], *(f"{of['difference']:+.3f} (p {p_value(of['p_cases_holm'])})"
+                                  for of in (entry["metrics"][key] for key in ("pointing_body", "auroc")))]
+        for name, scores in content.items()
+        for entry in scores["comparisons"]
+    ]  # fmt: skip
+    head_tests = ["model", "its map less", "pointing", "AUROC"]
+    return [*table_lines(head, rows), "", note, "", *table_lines(head_tests, tests), ""]
+
+
+def _importance_lines(content: Mapping[str, dict]) -> list[str]:
+    rows = [
+        [name, target, str(of[kind]["cases"]), kind, _with_interval(of[kind]["top_mass"])]
+        for name, scores in content.items()
+        for target, of in scores["targets"].items()
+        for kind in ("difference", "norm")
+    ]
+    first = next(iter(content.values()))
+    head = ["model", "targets", "cases", "importance by", f"mass of the top {first['top']} of {first['tokens']}"]
+    note = f"Uniform weights hold {first['uniform_top_mass']:.3f}. The paper's top 8 tokens hold 45 %."
+    return [*table_lines(head, rows), "", note, ""]
+
+
+def _lesion_lines(content: Mapping[str, dict]) -> list[str]:
+    names = list(content)
+    sizes = [(label, size) for label, bins in content[names[0]]["by_size"].items() for size in bins]
+    rows = []
+    for label, size in sizes:
+        cells = [content[name]["by_size"][label][size] for name in names]
+        rows.append([label, size, str(cells[0]["cases"]), *(f"{of['found'] / of['cases']:.2f}" for of in cells)])
+    details = []
+    for name in names:
+        of = content[name]["details"].values()
+        sums = {key: sum(row[key] for row in of) for key in ("with_place", "place_right", "with_size", "size_right")}
+        counts = content[name]["counts"]
+        details.append([
+            name, f"{counts['found']} of {counts['findings']}", f"{sums['place_right']} of {sums['with_place']}",
+            f"{sums['size_right']} of {sums['with_size']}",
+        ])  # fmt: skip
+    head = ["", "findings named", "of these, right lobes or sides", "of these, size within a quarter"]
+    by_size = table_lines(["finding", "size", "cases", *(f"found, {name}" for name in names)], rows)
+    return [*table_lines(head, details), "", *by_size, ""]
+
+
+def _win_lines(entries: Sequence[dict]) -> list[str]:
+    rows = [
+        [f"{entry['first']} against {entry['second']}", name, str(of["wins"]), str(of["losses"]), str(of["ties"]),
+         "-" if of["rate"] is None else f"{of['rate']:.2f}", p_value(of["p_cases"])]
+        for entry in entries
+        for name, of in entry["details"].items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    note = "; ".join(f"{name}: {about}" for name, about in DETAILS.items())
+    return [*table_lines(["", "", "wins", "losses", "ties", "win rate", "p"], rows), "", f"{note}.", ""]
+
+
+def _case_lines(cases: Sequence[dict]) -> list[str]:
+    lines = []
+    for case in cases:
+        lines += [f"### {case['id']}", ""]
+        for name, report in case.items():
+            if name != "id":
+                lines += [f"**{name}**", "", "```", report, "```", ""]
+    return lines
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def p_value(value: float) -> str:
+    """For a table."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
