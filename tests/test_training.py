@@ -4,6 +4,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +81,30 @@ def test_curves_for_tensorboard(settings, tmp_path):
     reader.Reload()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()[:-1]]
     assert [point.value for point in reader.Scalars("diagnosis/loss")] == pytest.approx(losses)
+
+
+TRACKIO = """
+import json, sys
+from diffvp.train_accelerate import run
+from diffvp.training.config import TrainingConfig
+
+run(TrainingConfig.load(sys.argv[1], ["stage=diagnosis", "diagnosis.epochs=1", "log_with=[trackio]"]))
+from trackio import Api, SQLiteStorage
+
+[name] = [run.name for run in Api().runs("diffvp")]
+rows = SQLiteStorage.get_logs("diffvp", name)
+json.dump([row["diagnosis/loss"] for row in rows if "diagnosis/loss" in row], open("curve.json", "w"))
+"""
+
+
+def test_curves_for_trackio(settings, tmp_path):
+    """In a process of its own: trackio keeps threads and a folder for the whole process."""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-c", TRACKIO, str(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()[:-1]]
+    assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(losses)
 
 
 def test_it_ends_when_validation_no_longer_gets_better(settings, tmp_path):
