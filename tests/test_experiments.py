@@ -13,13 +13,14 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from scipy import stats
-from sklearn.metrics import f1_score, precision_score
+from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
+from diffvp.experiments import evaluate
 from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
@@ -244,6 +245,35 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases):
     assert low < result["recall"]["difference"] < high < 0
     tested = [result[metric]["p_seeds"] for metric in ("f1", "recall")]
     assert max(result[m]["p_seeds_holm"] for m in ("f1", "recall")) == pytest.approx(max(max(tested), 2 * min(tested)))
+
+
+def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
+    """Of `diffvp evaluate`."""
+    rng = np.random.default_rng(0)
+    truth = np.stack([case.labels for case in cases])
+    predicted = np.where(rng.random(truth.shape) < 0.2, 1 - truth, truth)
+    scores = evaluate.score([case.report for case in cases], predicted, cases)
+    for name, function in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert scores[name] == pytest.approx(function(truth, predicted, average="micro"))
+        assert scores[f"{name}_interval"][0] < scores[name] < scores[f"{name}_interval"][1]
+    assert scores["bleu4"] == scores["rougeL"] == 1
+    labels = evaluate.score_labels(predicted, cases)
+    expected = f1_score(truth, predicted, average=None, zero_division=0)
+    assert [labels[label]["f1"] for label in DIAGNOSIS_LABELS] == pytest.approx(expected)
+    for label in labels.values():
+        assert label["f1_interval"][0] <= label["f1"] <= label["f1_interval"][1]
+    page = evaluate._page(
+        {
+            "checkpoint": {"name": "x", "sha256": {"model.safetensors": "0" * 64}},
+            "cases": len(cases),
+            "command": "diffvp evaluate",
+            "systems": {"DiffVP": scores, "labels alone": evaluate.score(None, predicted, cases)},
+            "per_label": labels,
+            "signatures": ["signature"],
+        }
+    )
+    [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
+    assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
 
 # The whole
