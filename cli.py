@@ -318,6 +318,34 @@ def experiment(
             out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder with card, results and licence.")],
+    repo: Annotated[str, typer.Argument(help="Id on the Hub, NAME/MODEL; made if it is not there.")],
+    revision: Annotated[str | None, typer.Option(help="Branch (default: main); made if it is not there.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Name for the commit, such as v1.0.0.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every file; upload nothing.")] = False,
+) -> None:
+    """Check a checkpoint, all of it, and upload it to the Hub in one commit."""
+    _quiet()
+    from .hub.push import PushError, check_checkpoint
+    from .hub.push import push as upload
+
+    with _listed_problems(PushError):
+        files = check_checkpoint(folder)
+        table = Table("file", "bytes", "what it is")
+        for file in files:
+            table.add_row(file.path, f"{file.size:,}", file.kind)
+        out.print(table)
+        out.print(f"{len(files)} files, {sum(file.size for file in files):,} bytes")
+        if dry_run:
+            return
+        pushed = upload(folder, repo, revision=revision, tag=tag, private=private)
+    out.print(f"Uploaded as commit {pushed.commit}. To load exactly this:\n", soft_wrap=True, markup=False)
+    out.print(pushed.how_to_load(), soft_wrap=True, markup=False, highlight=False)
+
+
 def main() -> None:
     app()
 
@@ -461,13 +489,13 @@ def _one_line_errors(*expected: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _listed_problems() -> Iterator[None]:
-    """Print what is wrong with a dataset, a line each, and exit with status 2."""
+def _listed_problems(*expected: type[Exception]) -> Iterator[None]:
+    """Print what is wrong with a dataset or a checkpoint, a line each, and exit with status 2."""
     from .data.cases import DatasetError
 
     try:
         yield
-    except DatasetError as error:
+    except (DatasetError, *expected) as error:
         err.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 

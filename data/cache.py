@@ -35,6 +35,12 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
+    """Digests of a checkpoint's weights, by file."""
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
+
+
 def state_sha256(module: torch.nn.Module) -> str:
     """Hex SHA-256 of a module's parameters and buffers."""
     digest = hashlib.sha256()

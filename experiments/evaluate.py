@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cache import TensorCache, VolumeCache, encoder_recipe, file_sha256
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
 from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
 from ..data.pool import normal_pool
@@ -31,6 +31,7 @@ from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
+from .lesions import read_patients, score_findings
 
 BATCH_SIZE = 16
 LABELS_SIGNATURE = "clinical-efficacy|micro|labels:18|truth:cohort|reader:phantom_report.labels_from_report"
@@ -155,6 +156,7 @@ def evaluate(
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
     per_label = score_labels(findings(reports), test)
+    patients, texts = read_patients(data), {case.name: report for case, report in zip(test, reports, strict=True)}
     result = {
         "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
         + ("" if limit is None else f" --limit {limit}"),
@@ -168,6 +170,11 @@ def evaluate(
         ],
         "systems": systems,
         "per_label": per_label,
+        "lesion_sizes": {
+            f"{label}, {size}": counts
+            for label, bins in score_findings(patients, texts)["by_size"].items()
+            for size, counts in bins.items()
+        },
         "predictions": [
             {"name": case.name, "reference": case.report, "prediction": report}
             for case, report in zip(test, reports, strict=True)
@@ -182,12 +189,6 @@ def evaluate(
     for file in texts:
         os.replace(output / f".{file}", output / file)
     return output / f"{name}_checkpoint.md"
-
-
-def weights_sha256(checkpoint: str | os.PathLike) -> dict[str, str]:
-    """Digests of a checkpoint's weights, by file."""
-    root = Path(checkpoint)
-    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
 def _page(result: dict) -> str:

