@@ -23,6 +23,7 @@ TESTS_ON_TRANSFORMERS := \
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+AXE := .venv/axe/package/axe.min.js
 
 # Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
 CORE := $(VENV)/.installed-core
@@ -37,7 +38,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-space fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -66,6 +67,14 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 
 test-kills: $(DEV)  ## kill a training run 50 times and see that no checkpoint is lost
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py -k kill --timeout 1200
+
+test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromium, and npm for axe-core)
+	$(BIN)/python -m pip install --quiet --editable ".[app,browser]"
+	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
+
+$(AXE):
+	@mkdir -p .venv/axe
+	cd .venv/axe && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz
 
 fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)

@@ -318,6 +318,22 @@ def experiment(
             out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
 
 
+@app.command("app")
+def serve_page(
+    checkpoint: Checkpoint = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+) -> None:
+    """Serve the page: scans, difference map and a report that is written as you watch."""
+    with _one_line_errors(ModuleNotFoundError):  # the extra `app` is not installed
+        from .hub.space.page import serve
+        from .reporting import EXPECTED_ERRORS
+    _quiet()
+    out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
+    with _one_line_errors(*EXPECTED_ERRORS):
+        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port)
+
+
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder with card, results and licence.")],

@@ -1,0 +1,11 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point of a Space: the page, with the checkpoint that DIFFVP_CHECKPOINT names."""
+
+import os
+
+from diffvp.cli import SHIPPED_CHECKPOINT
+from diffvp.hub.space.page import serve
+
+if __name__ == "__main__":
+    serve(os.environ.get("DIFFVP_CHECKPOINT", str(SHIPPED_CHECKPOINT)), "0.0.0.0", 7860)

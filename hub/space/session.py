@@ -1,0 +1,368 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a visitor's run is: a scan and a reference in; slices, map, findings and a report that comes word by word out.
+
+There is no page in it: `viewer.py` shows it, and tests run it alone. A [`Desk`] is what all visitors share, a
+[`Study`] is what one of them looks at. Of an uploaded file nothing stays but what is shown: the file itself is deleted
+as soon as it has been read, and a study's own files when it is closed.
+"""
+
+import contextlib
+import copy
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from ... import reporting
+from ...data.cache import preprocessing
+from ...data.phantom import render_patient, sample_patient
+from ...data.phantom_report import region_sentences, report_text
+from ...figures import body_mask, peak
+from ...pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, describe_findings
+from ...reading_diffvp import read_ct
+from ...references_diffvp import ReferencePoolError
+from ...reporting import DIFFERENCE_MAP, REPORT_JSON, REPORT_TEXT, RESEARCH_USE, compare_findings
+from ...volume_diffvp import CTGeometry, CTReadError
+
+# A chest CT of 512 x 512 x 600 has 300 MB before compression.
+MAX_FILE_BYTES = 512 * 2**20
+SUFFIXES = (".nii", ".nii.gz", ".zip")
+
+# Phantoms of a stream of their own: in no split and in no pool.
+SAMPLE_SPLIT = "space"
+SAMPLE_SEEDS = (3, 12, 1, 10)  # effusion, heart and vessels, emphysema, nothing
+
+# What is shown is sampled from the scan itself over the box that the model saw, in a window wider than the model's.
+DISPLAY_SPACING = 1.5  # mm
+DISPLAY_HU = (-1024.0, 1600.0)
+TISSUE_HU = -520.0  # a voxel above it is tissue
+
+LARGEST = "Largest difference"  # where the slices go when no finding is chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """
+    A scan as the model takes it and as the page shows it. The file that it came from may be gone.
+
+    Attributes:
+        tensor: (1, 1, depth, height, width) in [-1, 1].
+        features: of the frozen encoder, (1, N, C).
+        geometry: the way back to the file's grid, with the digest of the content.
+        hu: HU of the same box on a finer grid, int16 (depth, height, width).
+        spacing: mm of that grid, (depth, height, width).
+    """
+
+    tensor: torch.Tensor
+    features: torch.Tensor
+    geometry: CTGeometry
+    hu: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A phantom on disk: its name on the page and its true report."""
+
+    name: str
+    path: Path
+    truth: str
+
+
+class Desk:
+    """
+    A loaded checkpoint, its references and the sample phantoms.
+
+    Args:
+        checkpoint: folder or Hub id.
+        folder: where samples and the files of studies lie; whoever made it deletes it.
+
+    Raises:
+        DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
+    """
+
+    def __init__(self, checkpoint: str, folder: Path):
+        self.model, self.processor = reporting.load_checkpoint(checkpoint)
+        self.folder = Path(folder)
+        self.sample_names = {f"Phantom {number}": seed for number, seed in enumerate(SAMPLE_SEEDS, 1)}
+        self.sample = lru_cache(maxsize=None)(self._render)
+        # As many as a pool that travels with a checkpoint has; of a larger one, those that were used last.
+        self.reference = lru_cache(maxsize=8)(self._read_reference)
+        self._signatures: dict[str, torch.Tensor] = {}
+
+    def _render(self, name: str) -> Sample:
+        patient = sample_patient(self.sample_names[name], 0, SAMPLE_SPLIT)
+        rendered = render_patient(patient)
+        path = self.folder / f"{name.lower().replace(' ', '_')}.nii.gz"
+        nib.save(nib.Nifti1Image(rendered.hu, rendered.affine), path)
+        return Sample(name, path, report_text(region_sentences(patient)))
+
+    def receive(self, path: str | Path) -> Scan:
+        """Read an uploaded file and delete it, whether or not it could be read.
+
+        Raises:
+            CTInputError: it is too large, of another kind, or not a usable chest CT.
+        """
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                found, expected = f"{size / 2**20:,.0f} MB", f"at most {MAX_FILE_BYTES / 2**20:,.0f} MB"
+                raise CTReadError(path.name, "file size", found, expected)
+            if not path.name.lower().endswith(SUFFIXES):
+                raise CTReadError(path.name, "suffix", repr(path.suffix), ".nii, .nii.gz or a .zip of DICOM slices")
+            return self.read(path)
+        finally:
+            path.unlink()
+            with contextlib.suppress(OSError):  # the folder that was made for it, unless it holds more
+                path.parent.rmdir()
+
+    def read(self, path: Path) -> Scan:
+        """Read and encode a scan."""
+        volume = read_ct(path)
+        processor = self.processor.image_processor
+        inputs = processor(volume, digest=True)
+        geometry = inputs["geometry"][0]
+        box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
+        size = [max(round(mm / DISPLAY_SPACING), 16) for mm in box]
+        fixed = processor.target_spacing is not None
+        spacing = [mm / n for mm, n in zip(box, size, strict=True)]
+        shown = processor(volume, size=size, target_spacing=spacing if fixed else None, hu_window=DISPLAY_HU)
+        low, high = DISPLAY_HU
+        hu = (shown["ct"][0, 0] + 1) * ((high - low) / 2) + low
+        features = self.model.extract_features(inputs["ct"])
+        return Scan(inputs["ct"], features, geometry, hu.round().short().numpy(), shown["geometry"][0].tensor_spacing)
+
+    def _read_reference(self, name: str) -> Scan:
+        pool = self._pool()
+        scan = self.read(pool.fetch(next(entry for entry in pool.entries if entry["id"] == name)))
+        self._signatures[name] = scan.features.mean(dim=1)
+        return scan
+
+    def _pool(self):
+        if self.processor.reference_pool is None:
+            raise ReferencePoolError("This checkpoint has no normal references: give one of your own.")
+        return self.processor.reference_pool
+
+    def random_reference(self, scan: Scan, seed: int) -> str:
+        """Id of the reference that the processor, too, would draw for this scan and seed."""
+        ranked = (entry["id"] for entry in self._pool().ranked(seed, scan.geometry.sha256))
+        return self._first_other(scan, ranked)
+
+    def nearest_reference(self, scan: Scan) -> str:
+        """Id of the reference whose mean features are closest to the scan's."""
+        names = [entry["id"] for entry in self._pool().entries]
+        for name in names:
+            if name not in self._signatures:
+                self.reference(name)
+        own = scan.features.mean(dim=1)
+        return self._first_other(scan, sorted(names, key=lambda name: float(torch.dist(self._signatures[name], own))))
+
+    def _first_other(self, scan: Scan, names) -> str:
+        """A scan is never its own reference."""
+        for name in names:
+            if self.reference(name).geometry.sha256 != scan.geometry.sha256:
+                return name
+        raise ReferencePoolError("The scan is the only one of the reference pool: give a reference of your own.")
+
+
+class Study:
+    """
+    A scan beside a reference: what can be shown at once, and the report, which [`stream`] writes.
+
+    Args:
+        reference_name: id in the pool; `None` for a file of the visitor's, whose name may name a patient.
+        seed: with which the reference was drawn; `None` if it was chosen.
+        truth: the true report of a phantom.
+
+    Attributes:
+        difference: the map on the grid that is shown; 0 is its smallest and 1 its largest value inside the body.
+        body: the inside of the body, on the same grid.
+        findings: each diagnosis with its probability, threshold, and whether it is positive.
+        places: slices (depth, height, width) of the map's peak: of the whole map, and for each finding of the map
+            weighted with where the classifier sees it.
+        text: the report as far as it is written.
+        document: what report.json holds; `None` until the report is complete.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        scan: Scan,
+        reference: Scan,
+        *,
+        reference_name: str | None = None,
+        seed: int | None = None,
+        truth: str | None = None,
+    ):
+        self.desk, self.scan, self.reference = desk, scan, reference
+        self.reference_name, self.seed, self.truth = reference_name or GIVEN_REFERENCE, seed, truth
+        self.text, self.document = "", None
+        self._stopped = threading.Event()
+        self._folder = tempfile.TemporaryDirectory(prefix="study-", dir=desk.folder)
+        model = desk.model
+        self._inputs = {"ct_features": scan.features, "reference_features": reference.features}
+        if model.config.difference_level == "pixel":  # it needs the volumes
+            self._inputs = {"ct": scan.tensor, "reference": reference.tensor}
+        self._map = model.difference_map(**self._inputs)[0].float().cpu()
+        self._logits, evidence = None, None
+        if model.diagnosis is not None:
+            with torch.no_grad():
+                self._logits, voxel_logits = model.diagnosis(scan.tensor.to(model.device))
+            evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
+        self.findings = [] if self._logits is None else describe_findings(model.config, self._logits)[0]
+        self.body = body_mask(scan.hu, TISSUE_HU)
+        shown = _interpolate(self._map, scan.hu.shape)
+        low, high = shown[self.body].min(), shown[self.body].max()
+        self.difference = ((shown - low) / ((high - low) or 1.0)).clip(0, 1)
+        self.places = self._find_places(evidence)
+
+    @property
+    def positive(self) -> list[dict]:
+        """The findings that the report is prompted with, the most probable first."""
+        return sorted((one for one in self.findings if one["positive"]), key=lambda one: -one["probability"])
+
+    def _find_places(self, evidence: torch.Tensor | None) -> dict[str, tuple[int, int, int]]:
+        coarse = self._map.shape
+        body = torch.from_numpy(self.body).float()[None, None]
+        body = F.adaptive_max_pool3d(body, coarse)[0, 0].numpy() > 0  # so that a small one does not fall through
+        maps = {LARGEST: self._map.numpy()}
+        for one in self.positive:
+            index = [finding["label"] for finding in self.findings].index(one["label"])
+            maps[one["label"]] = maps[LARGEST] * _interpolate(evidence[index], coarse)
+        return {name: self._shown_voxel(peak(values, body), coarse) for name, values in maps.items()}
+
+    def _shown_voxel(self, place: tuple[int, int, int], coarse: tuple[int, int, int]) -> tuple[int, int, int]:
+        """A voxel of the body on the grid that is shown, in the middle of those that a coarser one holds."""
+        axes = list(zip(place, coarse, self.body.shape, strict=True))
+        cell = tuple(slice(index * n // size, -(-(index + 1) * n // size)) for index, size, n in axes)
+        inside = np.argwhere(self.body[cell])
+        middle = inside[len(inside) // 2]
+        return tuple(int(part.start + offset) for part, offset in zip(cell, middle, strict=True))
+
+    def stop(self) -> None:
+        """Let [`stream`] end after the word that it is at."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Stop, and delete the study's files."""
+        self.stop()
+        self._folder.cleanup()
+
+    def stream(self) -> Iterator[str]:
+        """Write the report, greedily; yields it as far as it is written.
+
+        It ends without a `document` where [`stop`] was called.
+        """
+        model, processor = self.desk.model, self.desk.processor
+        streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        decoding = copy.deepcopy(model.generation_config)
+        decoding.update(
+            do_sample=False, num_beams=1, max_new_tokens=model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+        )
+        prompt = processor(text=processor.instruction).to(model.device)
+
+        def write() -> torch.Tensor:
+            try:
+                return model.generate(
+                    **self._inputs,
+                    **prompt,
+                    diagnosis_logits=self._logits,
+                    generation_config=decoding,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Stopped(self._stopped)]),
+                )[0]
+            except BaseException:
+                streamer.end()  # else the reader would wait for ever
+                raise
+
+        written = ""
+        with ThreadPoolExecutor(1) as thread:
+            tokens = thread.submit(write)
+            try:
+                for piece in streamer:
+                    written += piece
+                    self.text = written.strip()
+                    yield self.text
+            except GeneratorExit:  # the visitor has left
+                self.stop()
+                raise
+        if self._stopped.is_set():
+            tokens.result()  # raises what was raised there
+            return
+        self.document = self._describe(tokens.result(), decoding)
+
+    def write_files(self) -> list[Path]:
+        """report.txt, report.json and the map on the grid of the visitor's file; they go when the study is closed."""
+        folder = Path(self._folder.name)
+        text, document = folder / REPORT_TEXT, folder / REPORT_JSON
+        text.write_text(reporting._page(self.document), encoding="utf-8")
+        document.write_text(json.dumps(self.document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return [
+            text, document, self.desk.processor.save_map(folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
+        ]  # fmt: skip
+
+    def _describe(self, tokens: torch.Tensor, decoding) -> dict:
+        """The same document as that of `diffvp report`."""
+        model, processor = self.desk.model, self.desk.processor
+        ends = torch.tensor(decoding.eos_token_id, device=tokens.device)
+        warnings = {
+            f"The report is cut off after {len(tokens)} tokens.": not torch.isin(tokens[-1], ends).any(),
+            "This model takes no difference: the map is empty.": model.config.difference_level == "none",
+        }
+        document = {
+            "statement": RESEARCH_USE,
+            "intended_domain": model.config.intended_domain,
+            "warnings": [warning for warning, applies in warnings.items() if applies],
+            "report": processor.post_process(self.text),
+            "text": self.text,
+            "findings": self.findings,
+            "provenance": {
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "checkpoint": reporting._checkpoint(model, {}),
+                "base_model": reporting._base_model(model, {}),
+                "scan": reporting._scan(self.scan.geometry),
+                "reference": {
+                    "id": self.reference_name,
+                    "sampled": self.seed is not None,
+                    "seed": self.seed,
+                    **reporting._scan(self.reference.geometry),
+                },
+                "preprocessing": preprocessing(processor.image_processor),
+                "decoding": {
+                    "instruction": processor.instruction,
+                    "generation_config": reporting._public_fields(decoding.to_diff_dict()),
+                    "new_tokens": len(tokens),
+                },
+                "versions": reporting._versions(),
+            },
+        }
+        if self.truth is not None:
+            truth = {"report": processor.post_process(self.truth), "text": self.truth}
+            document["truth"] = truth | compare_findings(self.text, self.truth)
+        return json.loads(json.dumps(document))  # as it will be read: tuples are lists
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+def _interpolate(values: torch.Tensor, size: tuple[int, int, int]) -> np.ndarray:
+    return F.interpolate(values[None, None], size=size, mode="trilinear", align_corners=False)[0, 0].numpy()
