@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
@@ -41,12 +42,12 @@ from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
 from .figures import draw_figure
 from .modeling_diffvp import DiffVPForConditionalGeneration
+from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
-from .volume_diffvp import GIVEN, STATED, CTInputError
+from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError
 
-RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
 DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
 REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE}
@@ -54,10 +55,6 @@ REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE}
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
 CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
-
-# The longest phantom report has 400 tokens. Used where neither caller nor checkpoint sets a limit: transformers' own
-# default would stop after 20.
-MAX_NEW_TOKENS = 512
 
 # The figure is sampled from the scan itself, not from the model's coarser tensor.
 FIGURE_SPACING = 1.5  # mm
@@ -160,8 +157,7 @@ def write_report(
     output = Path(output_dir).absolute()
     _check_output(output)
     on_step("Hashing the weights")
-    checkpoint = _checkpoint(model, hub_kwargs or {})
-    base_model = _base_model(model, hub_kwargs or {})
+    made_by = identify_model(model, hub_kwargs or {})
 
     on_step("Reading the scan and its reference")
     options = {"allow_non_hu": allow_non_hu, "hu_window": hu_window, "foreground_hu": foreground_hu}
@@ -174,9 +170,9 @@ def write_report(
         is_array = isinstance(reference, (np.ndarray, torch.Tensor))
         given = read_ct(reference, spacing if is_array else None, allow_non_hu)
     inputs = processor(ct=ct, reference=given, reference_seed=reference_seed, **options)
-    geometry, reference_geometry = inputs.geometry[0], inputs.reference_geometry[0]
+    geometry = inputs.geometry[0]
     sampled = reference is None
-    reference_name = inputs.reference_ids[0] if sampled else "given by the user"
+    reference_name = inputs.reference_ids[0] if sampled else GIVEN_REFERENCE
 
     on_step("Encoding")
     inputs = inputs.to(model.device)
@@ -187,53 +183,23 @@ def write_report(
     difference = model.difference_map(**scans)[0].float().cpu()
 
     on_step("Writing the report")
-    decoding = copy.deepcopy(model.generation_config)
-    limits = (max_new_tokens, decoding.max_new_tokens, MAX_NEW_TOKENS)
-    decoding.update(do_sample=False, num_beams=1, max_new_tokens=next(n for n in limits if n is not None))
+    decoding = greedy(model, max_new_tokens)
     tokens = model.generate(**scans, **inputs, diagnosis_logits=logits, generation_config=decoding)[0]
     text = processor.decode(tokens, skip_special_tokens=True).strip()
 
-    ends = decoding.eos_token_id if isinstance(decoding.eos_token_id, list) else [decoding.eos_token_id]
-    warnings = {
-        "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
-            geometry.is_hu and reference_geometry.is_hu
-        ),
-        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in ends,
-        "This model takes no difference: the map is empty.": model.config.difference_level == "none",
-        f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
-        and not geometry.layout.startswith("DICOM"),
-    }
-    image_processor = processor.image_processor
-    document = {
-        "statement": RESEARCH_USE,
-        "intended_domain": model.config.intended_domain,
-        "warnings": [warning for warning, applies in warnings.items() if applies],
-        "report": processor.post_process(text),
-        "text": text,
-        "findings": _findings(model, logits),
-        "provenance": {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "checkpoint": checkpoint,
-            "base_model": base_model,
-            "scan": _scan(geometry),
-            "reference": {
-                "id": reference_name,
-                "sampled": sampled,
-                "seed": reference_seed if sampled else None,
-                **_scan(reference_geometry),
-            },
-            "preprocessing": preprocessing(image_processor) | options,
-            "decoding": {
-                "instruction": processor.instruction,
-                "generation_config": _public_fields(decoding.to_diff_dict()),
-                "new_tokens": len(tokens),
-            },
-            "versions": _versions(),
-        },
-    }
-    if truth is not None:
-        document["truth"] = {"report": processor.post_process(truth), "text": truth} | compare_findings(text, truth)
-    document = json.loads(json.dumps(document))  # as it will be read: tuples are lists
+    document = describe_report(
+        model,
+        processor,
+        text,
+        tokens,
+        decoding=decoding,
+        logits=logits,
+        geometries=(geometry, inputs.reference_geometry[0]),
+        reference=(reference_name, reference_seed if sampled else None),
+        made_by=made_by,
+        options=options,
+        truth=truth,
+    )
 
     on_step("Drawing the figure")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -244,10 +210,10 @@ def write_report(
         if sampled:
             pool = processor.reference_pool
             given = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
-        own = {"allow_non_hu": allow_non_hu} if reference_geometry.is_hu and not geometry.is_hu else options
-        drawing = _sample_for_figure(image_processor, ((ct, options), (given, own)), geometry, difference)
+        own = {"allow_non_hu": allow_non_hu} if inputs.reference_geometry[0].is_hu and not geometry.is_hu else options
+        drawing = _sample_for_figure(processor.image_processor, ((ct, options), (given, own)), geometry, difference)
         draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
-        (stage / REPORT_TEXT).write_text(_page(document), encoding="utf-8")
+        (stage / REPORT_TEXT).write_text(report_page(document), encoding="utf-8")
         (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if truth is not None:
             (stage / TRUE_REPORT).write_text(truth + "\n", encoding="utf-8")
@@ -255,6 +221,78 @@ def write_report(
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # after `_publish` it is gone
     return Report(output, text, document["report"], document["findings"], document)
+
+
+def greedy(model, max_new_tokens: int | None = None) -> GenerationConfig:
+    """The model's generation config for greedy decoding, with the limit of the caller, of the checkpoint, or ours."""
+    decoding = copy.deepcopy(model.generation_config)
+    limits = (max_new_tokens, decoding.max_new_tokens, MAX_NEW_TOKENS)
+    decoding.update(do_sample=False, num_beams=1, max_new_tokens=next(n for n in limits if n is not None))
+    return decoding
+
+
+def describe_report(
+    model,
+    processor,
+    text: str,
+    tokens: torch.Tensor,
+    *,
+    decoding: GenerationConfig,
+    logits: torch.Tensor | None,
+    geometries: tuple[CTGeometry, CTGeometry],
+    reference: tuple[str, int | None],
+    made_by: dict,
+    options: dict | None = None,
+    truth: str | None = None,
+) -> dict:
+    """
+    What report.json holds, as it will be read.
+
+    Args:
+        text, tokens: what was generated, with `decoding`.
+        logits: of the classifier, (1, labels).
+        geometries: of the scan and of the reference.
+        reference: its name, and the seed with which it was sampled; `None` if it was chosen.
+        made_by: from [`identify_model`].
+        options: of the preprocessing, that were not the checkpoint's.
+        truth: the true report of a phantom.
+    """
+    geometry, reference_geometry = geometries
+    name, seed = reference
+    ends = decoding.eos_token_id if isinstance(decoding.eos_token_id, list) else [decoding.eos_token_id]
+    warnings = {
+        "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
+            geometry.is_hu and reference_geometry.is_hu
+        ),
+        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in ends,
+        "This model takes no difference: the map is empty.": model.config.difference_level == "none",
+        f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
+        and not geometry.layout.startswith("DICOM"),
+    }
+    document = {
+        "statement": RESEARCH_USE,
+        "intended_domain": model.config.intended_domain,
+        "warnings": [warning for warning, applies in warnings.items() if applies],
+        "report": processor.post_process(text),
+        "text": text,
+        "findings": [] if logits is None else describe_findings(model.config, logits)[0],
+        "provenance": {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **made_by,
+            "scan": _scan(geometry),
+            "reference": {"id": name, "sampled": seed is not None, "seed": seed, **_scan(reference_geometry)},
+            "preprocessing": preprocessing(processor.image_processor) | (options or {}),
+            "decoding": {
+                "instruction": processor.instruction,
+                "generation_config": _public_fields(decoding.to_diff_dict()),
+                "new_tokens": len(tokens),
+            },
+            "versions": _versions(),
+        },
+    }
+    if truth is not None:
+        document["truth"] = {"report": processor.post_process(truth), "text": truth} | compare_findings(text, truth)
+    return json.loads(json.dumps(document))  # tuples are lists
 
 
 def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
@@ -265,19 +303,6 @@ def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
         "missed": [label for label in true if true[label] and not written[label]],
         "false": [label for label in true if written[label] and not true[label]],
     }
-
-
-def _findings(model, logits: torch.Tensor | None) -> list[dict]:
-    if logits is None:
-        return []
-    labels, thresholds = model.config.diagnosis_labels, model.config.diagnosis_threshold
-    if not isinstance(thresholds, list):
-        thresholds = [thresholds] * len(labels)
-    probabilities = logits[0].float().sigmoid().tolist()
-    return [
-        {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
-        for label, value, threshold in zip(labels, probabilities, thresholds, strict=True)
-    ]
 
 
 def _scan(geometry) -> dict:
@@ -292,6 +317,16 @@ def _scan(geometry) -> dict:
         "tensor_spacing_mm": list(geometry.tensor_spacing),
         "tensor_affine": geometry.tensor_affine.tolist(),
     }
+
+
+def identify_model(model, hub_kwargs: dict) -> dict:
+    """
+    "checkpoint" and "base_model": what a report was written by.
+
+    Raises:
+        ReportError: the model was not loaded from a checkpoint, or it is no longer there.
+    """
+    return {"checkpoint": _checkpoint(model, hub_kwargs), "base_model": _base_model(model, hub_kwargs)}
 
 
 def _checkpoint(model, hub_kwargs: dict) -> dict:
@@ -369,7 +404,7 @@ def _versions() -> dict[str, str]:
     return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _page(document: dict) -> str:
+def report_page(document: dict) -> str:
     """report.txt: statements first, so that no excerpt of the file starts without them."""
     reference = document["provenance"]["reference"]
     sampled = f" (sampled, seed {reference['seed']})" if reference["sampled"] else ""
@@ -387,14 +422,19 @@ def _captions(document: dict) -> dict[str, str]:
     return {"title": f"Reference: {entry['id']}{sampled}", "footer": f"{RESEARCH_USE}\n{_domain(document)}"}
 
 
-def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
-    """Both scans and the map, sampled finely over the box that the model saw."""
+def display_grid(image_processor, geometry: CTGeometry) -> dict:
+    """`size` and `target_spacing` of a finer grid over the box that the model saw, to look at."""
     box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
     size = [max(round(mm / FIGURE_SPACING), 16) for mm in box]
     fixed = image_processor.target_spacing is not None
-    grid = {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
+    return {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
+
+
+def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
+    """Both scans and the map, sampled finely over the box that the model saw."""
+    grid = display_grid(image_processor, geometry)
     sampled = [image_processor(scan, **options | grid) for scan, options in scans]
-    values = F.interpolate(difference[None, None], size=size, mode="trilinear", align_corners=False)
+    values = F.interpolate(difference[None, None], size=grid["size"], mode="trilinear", align_corners=False)
     spacings = [features["geometry"][0].tensor_spacing for features in sampled]
     return {
         "volumes": [volume[0, 0].numpy() for volume in (*(features["ct"] for features in sampled), values)],

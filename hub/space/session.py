@@ -9,14 +9,12 @@ as soon as it has been read, and a study's own files when it is closed.
 """
 
 import contextlib
-import copy
 import json
 import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,15 +24,23 @@ import torch
 import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from ... import reporting
-from ...data.cache import preprocessing
 from ...data.phantom import render_patient, sample_patient
 from ...data.phantom_report import region_sentences, report_text
 from ...figures import body_mask, peak
-from ...pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, describe_findings
+from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
-from ...reporting import DIFFERENCE_MAP, REPORT_JSON, REPORT_TEXT, RESEARCH_USE, compare_findings
+from ...reporting import (
+    DIFFERENCE_MAP,
+    REPORT_JSON,
+    REPORT_TEXT,
+    describe_report,
+    display_grid,
+    greedy,
+    identify_model,
+    load_checkpoint,
+    report_page,
+)
 from ...volume_diffvp import CTGeometry, CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.
@@ -46,7 +52,6 @@ SAMPLE_SPLIT = "space"
 SAMPLE_SEEDS = (3, 12, 1, 10)  # effusion, heart and vessels, emphysema, nothing
 
 # What is shown is sampled from the scan itself over the box that the model saw, in a window wider than the model's.
-DISPLAY_SPACING = 1.5  # mm
 DISPLAY_HU = (-1024.0, 1600.0)
 TISSUE_HU = -520.0  # a voxel above it is tissue
 
@@ -95,7 +100,7 @@ class Desk:
     """
 
     def __init__(self, checkpoint: str, folder: Path):
-        self.model, self.processor = reporting.load_checkpoint(checkpoint)
+        self.model, self.processor = load_checkpoint(checkpoint)
         self.folder = Path(folder)
         self.sample_names = {f"Phantom {number}": seed for number, seed in enumerate(SAMPLE_SEEDS, 1)}
         self.sample = lru_cache(maxsize=None)(self._render)
@@ -136,11 +141,7 @@ class Desk:
         processor = self.processor.image_processor
         inputs = processor(volume, digest=True)
         geometry = inputs["geometry"][0]
-        box = [size * mm for size, mm in zip(geometry.size, geometry.tensor_spacing, strict=True)]
-        size = [max(round(mm / DISPLAY_SPACING), 16) for mm in box]
-        fixed = processor.target_spacing is not None
-        spacing = [mm / n for mm, n in zip(box, size, strict=True)]
-        shown = processor(volume, size=size, target_spacing=spacing if fixed else None, hu_window=DISPLAY_HU)
+        shown = processor(volume, hu_window=DISPLAY_HU, **display_grid(processor, geometry))
         low, high = DISPLAY_HU
         hu = (shown["ct"][0, 0] + 1) * ((high - low) / 2) + low
         features = self.model.extract_features(inputs["ct"])
@@ -269,10 +270,7 @@ class Study:
         """
         model, processor = self.desk.model, self.desk.processor
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        decoding = copy.deepcopy(model.generation_config)
-        decoding.update(
-            do_sample=False, num_beams=1, max_new_tokens=model.generation_config.max_new_tokens or MAX_NEW_TOKENS
-        )
+        decoding = greedy(model)
         prompt = processor(text=processor.instruction).to(model.device)
 
         def write() -> torch.Tensor:
@@ -303,57 +301,28 @@ class Study:
         if self._stopped.is_set():
             tokens.result()  # raises what was raised there
             return
-        self.document = self._describe(tokens.result(), decoding)
+        self.document = describe_report(
+            model,
+            processor,
+            self.text,
+            tokens.result(),
+            decoding=decoding,
+            logits=self._logits,
+            geometries=(self.scan.geometry, self.reference.geometry),
+            reference=(self.reference_name, self.seed),
+            made_by=identify_model(model, {}),
+            truth=self.truth,
+        )
 
     def write_files(self) -> list[Path]:
         """report.txt, report.json and the map on the grid of the visitor's file; they go when the study is closed."""
         folder = Path(self._folder.name)
         text, document = folder / REPORT_TEXT, folder / REPORT_JSON
-        text.write_text(reporting._page(self.document), encoding="utf-8")
+        text.write_text(report_page(self.document), encoding="utf-8")
         document.write_text(json.dumps(self.document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return [
             text, document, self.desk.processor.save_map(folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
         ]  # fmt: skip
-
-    def _describe(self, tokens: torch.Tensor, decoding) -> dict:
-        """The same document as that of `diffvp report`."""
-        model, processor = self.desk.model, self.desk.processor
-        ends = torch.tensor(decoding.eos_token_id, device=tokens.device)
-        warnings = {
-            f"The report is cut off after {len(tokens)} tokens.": not torch.isin(tokens[-1], ends).any(),
-            "This model takes no difference: the map is empty.": model.config.difference_level == "none",
-        }
-        document = {
-            "statement": RESEARCH_USE,
-            "intended_domain": model.config.intended_domain,
-            "warnings": [warning for warning, applies in warnings.items() if applies],
-            "report": processor.post_process(self.text),
-            "text": self.text,
-            "findings": self.findings,
-            "provenance": {
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "checkpoint": reporting._checkpoint(model, {}),
-                "base_model": reporting._base_model(model, {}),
-                "scan": reporting._scan(self.scan.geometry),
-                "reference": {
-                    "id": self.reference_name,
-                    "sampled": self.seed is not None,
-                    "seed": self.seed,
-                    **reporting._scan(self.reference.geometry),
-                },
-                "preprocessing": preprocessing(processor.image_processor),
-                "decoding": {
-                    "instruction": processor.instruction,
-                    "generation_config": reporting._public_fields(decoding.to_diff_dict()),
-                    "new_tokens": len(tokens),
-                },
-                "versions": reporting._versions(),
-            },
-        }
-        if self.truth is not None:
-            truth = {"report": processor.post_process(self.truth), "text": self.truth}
-            document["truth"] = truth | compare_findings(self.text, self.truth)
-        return json.loads(json.dumps(document))  # as it will be read: tuples are lists
 
 
 class _Stopped(StoppingCriteria):
