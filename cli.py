@@ -411,14 +411,12 @@ def _phantom(path: Path, seed: int) -> tuple[Path, str]:
     """Write the scan of a phantom patient; its path and its true report."""
     import nibabel as nib
 
-    from .data.phantom import render_patient, sample_patient
-    from .data.phantom_report import region_sentences, report_text
+    from .data.phantom_cohort import single_phantom
 
-    patient = sample_patient(seed, 0, "demo")
-    scan = render_patient(patient)
+    scan, truth = single_phantom(seed, "demo")
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(scan.hu, scan.affine), path)
-    return path, report_text(region_sentences(patient))
+    nib.save(scan, path)
+    return path, truth
 
 
 def _metadata(table: Path, volume: str):

@@ -76,6 +76,12 @@ class DiffVPVisionEncoder(nn.Module):
         return hidden.flatten(2).transpose(1, 2)
 
 
+def voxel_positions(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Centres of the voxel tokens as fractions of the axes (depth, height, width), (prod(grid), 3) in float32."""
+    axes = [(torch.arange(size, device=device) + 0.5) / size for size in grid]
+    return torch.stack([position.flatten() for position in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+
+
 def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: torch.device) -> torch.Tensor:
     """
     Fixed 3D sine-cosine position embedding, (prod(grid), width) in float32.
@@ -85,10 +91,9 @@ def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: to
     """
     per_axis = width // 6 * 2
     frequencies = math.pi * 2.0 ** torch.linspace(0, math.log2(max(grid)), per_axis // 2, device=device)
-    axes = [(torch.arange(size, device=device) + 0.5) / size for size in grid]
     codes = []
-    for position in torch.meshgrid(*axes, indexing="ij"):
-        angle = position.flatten()[:, None] * frequencies
+    for position in voxel_positions(grid, device).unbind(dim=-1):
+        angle = position[:, None] * frequencies
         codes += [angle.sin(), angle.cos()]
     code = torch.cat(codes, dim=-1)
     return F.pad(code, (0, width - code.shape[-1]))
@@ -103,9 +108,8 @@ def locality_bias(grid: tuple[int, int, int], latents: int, width: float, device
     plastic = 1.2207440846057596  # the root of x⁴ = x + 1
     steps = torch.tensor([plastic**-1, plastic**-2, plastic**-3], device=device, dtype=torch.float64)
     places = (0.5 + torch.arange(1, latents + 1, device=device)[:, None] * steps) % 1
-    axes = [(torch.arange(size, device=device, dtype=torch.float64) + 0.5) / size for size in grid]
-    voxels = torch.stack([position.flatten() for position in torch.meshgrid(*axes, indexing="ij")], dim=-1)
-    return (-torch.cdist(places, voxels).square() / (2 * width**2)).float()
+    offsets = places.float()[:, None] - voxel_positions(grid, device)
+    return -offsets.square().sum(dim=-1) / (2 * width**2)
 
 
 class DiffVPAttention(nn.Module):

@@ -168,6 +168,13 @@ def _write_case(job: tuple) -> dict:
     }
 
 
+def single_phantom(seed: int, split: str) -> tuple[nib.Nifti1Image, str]:
+    """The scan of the first patient of a split that may have no other, and its true report."""
+    patient = sample_patient(seed, 0, split)
+    scan = render_patient(patient)
+    return nib.Nifti1Image(scan.hu, scan.affine), report_text(region_sentences(patient))
+
+
 def encode_lesions(scan: PhantomScan) -> np.ndarray:
     """Lesion masks in one uint32 volume: bit i is set where finding `DIAGNOSIS_LABELS[i]` is (they may overlap)."""
     code = np.zeros(scan.hu.shape, np.uint32, order="F")

@@ -17,14 +17,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
-from ..data.phantom import render_patient, sample_patient
-from ..data.phantom_report import region_sentences, report_text
+from ..data.phantom_cohort import single_phantom
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..references_diffvp import REFERENCE_FOLDER
 from ..reporting import compare_findings, load_checkpoint
@@ -160,10 +158,8 @@ def describe_weights(path: Path, folder: Path) -> dict:
 def demo(folder: Path) -> dict:
     """The report of `make demo`'s patient and how it compares with the true one."""
     model, processor = load_checkpoint(str(folder), device="cpu")
-    patient = sample_patient(0, 0, "demo")
-    scan = render_patient(patient)
-    written = DiffVPPipeline(model=model, processor=processor, device="cpu")(nib.Nifti1Image(scan.hu, scan.affine))
-    truth = report_text(region_sentences(patient))
+    scan, truth = single_phantom(0, "demo")
+    written = DiffVPPipeline(model=model, processor=processor, device="cpu")(scan)
     return written | {"truth": truth, "findings": compare_findings(written["report"], truth)}
 
 

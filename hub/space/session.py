@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from ...data.phantom import render_patient, sample_patient
-from ...data.phantom_report import region_sentences, report_text
+from ...data.phantom_cohort import single_phantom
 from ...figures import body_mask, peak
 from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
@@ -109,11 +108,10 @@ class Desk:
         self._signatures: dict[str, torch.Tensor] = {}
 
     def _render(self, name: str) -> Sample:
-        patient = sample_patient(self.sample_names[name], 0, SAMPLE_SPLIT)
-        rendered = render_patient(patient)
+        scan, truth = single_phantom(self.sample_names[name], SAMPLE_SPLIT)
         path = self.folder / f"{name.lower().replace(' ', '_')}.nii.gz"
-        nib.save(nib.Nifti1Image(rendered.hu, rendered.affine), path)
-        return Sample(name, path, report_text(region_sentences(patient)))
+        nib.save(scan, path)
+        return Sample(name, path, truth)
 
     def receive(self, path: str | Path) -> Scan:
         """Read an uploaded file and delete it, whether or not it could be read.
