@@ -212,11 +212,11 @@ def label(
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
     with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
-        from .metrics.labelers import RuleLabeler
-        from .metrics.labelers.radbert import RadBertError, RadBertLabeler
+        from .metrics.labelers import load_labeler
+        from .metrics.labelers.radbert import RadBertError
         from .metrics.labelers.table import label_table
     with _one_line_errors(ValueError, TypeError, RadBertError), _listed_problems():
-        labeler = RuleLabeler() if radbert is None else RadBertLabeler.from_pretrained(radbert)
+        labeler = load_labeler(radbert)
         columns = {"report_column": report_column, "id_column": id_column}
         labels = label_table(reports, output, labeler, explanations=explain, **columns)
     out.print(f"{len(labels):,} reports, {int(labels.sum()):,} findings: {output}", soft_wrap=True, markup=False)
@@ -246,13 +246,13 @@ def score(
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
     with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
-        from .metrics.labelers import RuleLabeler
-        from .metrics.labelers.radbert import RadBertError, RadBertLabeler
+        from .metrics.labelers import load_labeler
+        from .metrics.labelers.radbert import RadBertError
         from .metrics.nlg import LexiconError
         from .metrics.report_table import score_table, table_page
     with _one_line_errors(ValueError, TypeError, RadBertError, LexiconError), _listed_problems():
         document = score_table(
-            reports, RuleLabeler() if radbert is None else RadBertLabeler.from_pretrained(radbert),
+            reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
             labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
             workers=workers,

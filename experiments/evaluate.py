@@ -21,17 +21,18 @@ from rich.progress import track
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
 from ..data.cases import Case
-from ..data.phantom_report import labels_from_report
 from ..data.pool import normal_pool
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
-from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
+from ..metrics.clinical_efficacy import classification_scores, label_counts, precision_recall_f1
+from ..metrics.markdown import with_interval
 from ..metrics.nlg import score_reports
 from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
 from .lesions import read_patients, score_findings
+from .scores import FINDINGS, PhantomReader, micro
 
 BATCH_SIZE = 16
 LABELS_SIGNATURE = "clinical-efficacy|micro|labels:18|truth:cohort|reader:phantom_report.labels_from_report"
@@ -76,12 +77,6 @@ def generate_reports(
     return reports, np.concatenate(probabilities)
 
 
-def findings(reports: list[str]) -> np.ndarray:
-    """(reports, labels) in {0, 1}, read from the text."""
-    read = [labels_from_report(report) for report in reports]
-    return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read])
-
-
 def bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
 
@@ -91,8 +86,8 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
     truth = np.stack([case.labels for case in cases]).astype(int)
     counts = label_counts(predicted, truth)
     result = {}
-    for column, name in enumerate(("precision", "recall", "f1")):
-        interval = bootstrap_counts(counts, lambda sums, column=column: averages(sums)["micro"][..., column])
+    for name in FINDINGS:
+        interval = bootstrap_counts(counts, lambda sums, name=name: micro(sums, name))
         result |= {name: interval.estimate, f"{name}_interval": bounds(interval)}
     if reports is not None:
         scores = score_reports(reports, [case.report for case in cases], meteor=False)
@@ -132,6 +127,7 @@ def evaluate(
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor)
     train, test = load_phantom(data, "train"), load_phantom(data, "valid")[:limit]
+    patients = read_patients(data)
     if len(test) < 2:
         raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
     reports, probabilities = generate_reports(model, processor, test)
@@ -145,18 +141,20 @@ def evaluate(
         [case.report for case in train],
     )
     classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
-    systems = {
-        "DiffVP": score(reports, findings(reports), test),
-        "constant normal report": score(normal, findings(normal), test),
-        "nearest training report": score(nearest, findings(nearest), test),
-        "DiffVP on another patient's scan": score(shuffled, findings(shuffled), test),
-        "diagnosis classifier alone": score(None, classifier, test),
+    reader = PhantomReader()
+    texts = {
+        "DiffVP": reports,
+        "constant normal report": normal,
+        "nearest training report": nearest,
+        "DiffVP on another patient's scan": shuffled,
     }
+    systems = {name: score(written, reader.label_all(written), test) for name, written in texts.items()}
+    systems["diagnosis classifier alone"] = score(None, classifier, test)
     guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
-    per_label = score_labels(findings(reports), test)
-    patients, texts = read_patients(data), {case.name: report for case, report in zip(test, reports, strict=True)}
+    per_label = score_labels(reader.label_all(reports), test)
+    named = {case.name: report for case, report in zip(test, reports, strict=True)}
     result = {
         "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
         + ("" if limit is None else f" --limit {limit}"),
@@ -172,7 +170,7 @@ def evaluate(
         "per_label": per_label,
         "lesion_sizes": {
             f"{label}, {size}": counts
-            for label, bins in score_findings(patients, texts)["by_size"].items()
+            for label, bins in score_findings(patients, named)["by_size"].items()
             for size, counts in bins.items()
         },
         "predictions": [
@@ -216,7 +214,4 @@ def _page(result: dict) -> str:
 
 
 def _cell(scores: dict, column: str) -> str:
-    if column not in scores:
-        return "no text"
-    low, high = scores[f"{column}_interval"]
-    return f"{scores[column]:.3f} ({low:.3f}–{high:.3f})"
+    return with_interval(scores[column], scores[f"{column}_interval"]) if column in scores else "no text"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.cache import VolumeCache
 from ..data.pool import is_normal
+from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import paired_bootstrap
-from ..training.cohort import Features
-from .lesions import read_patients, score_findings
+from .lesions import score_findings
 from .maps import draw_importance, draw_maps, map_example, score_importance, score_maps
 from .runs import HeldOut, Run
 from .study import Table
@@ -36,26 +35,23 @@ def figure_content(
         picture: the PNG to draw, for the kinds that have one.
     """
     if table.kind == "lesions":
-        return {"figure": lesion_content(reports, test), "wins": wins(table, reports, test)}
+        return {"figure": lesion_content(reports, test), "wins": wins(table.compare, reports, test)}
     if table.kind == "cases":
         return {"figure": case_content(reports, test)}
     content = {}
     conditions = {row.name: row.condition for row in table.rows}
     for name, run in runs.items():
         model, processor = run.load()
-        data = run.config.data
-        volumes = VolumeCache(data.cache_dir, processor.image_processor, data.spacing)
-        features = Features(data.cache_dir, volumes, model)
+        features = run.features(model, processor)
         chosen = test.references(conditions[name], run.seed, features)
         references = {case: of[0] for case, of in chosen.items()}
         if table.kind == "importance":
             content[name] = score_importance(model, features, test.cases, references)
             continue
-        content[name] = score_maps(model, features, volumes, data.root, test.cases, references)
+        parts = (model, features, features.volumes, test.root)
+        content[name] = score_maps(*parts, test.cases, references)
         if name == table.rows[0].name:
-            cases = example_cases(test)
-            parts = (model, features, volumes, data.root)
-            draw_maps(picture, [map_example(*parts, case, references[case.name]) for case in cases])
+            draw_maps(picture, [map_example(*parts, case, references[case.name]) for case in example_cases(test)])
     if table.kind == "importance":
         draw_importance(picture, content[table.rows[0].name])
     return {"figure": content, "picture": picture.name}
@@ -63,29 +59,25 @@ def figure_content(
 
 def example_cases(test: HeldOut) -> list:
     """The first test cases with one to three findings: chosen before anything was seen of their reports or maps."""
-    patients = read_patients(test.root)
-    few = [case for case in test.cases if not is_normal(case) and len(patients[case.name]) <= 3]
+    few = [case for case in test.cases if not is_normal(case) and len(test.patients[case.name]) <= 3]
     return few[:SHOWN]
 
 
 def lesion_content(reports: Mapping[str, dict], test: HeldOut) -> dict:
     """Findings named, by size and in detail, for each row."""
-    patients = read_patients(test.root)
-    content = {}
-    for name, document in reports.items():
-        texts = {row["id"]: row["report"] for row in document["reports"]}
-        content[name] = score_findings(patients, texts)
-    return content
+    return {
+        name: score_findings(test.patients, {row["id"]: row["report"] for row in document["reports"]})
+        for name, document in reports.items()
+    }
 
 
 def detail_scores(document: dict, test: HeldOut) -> dict[str, np.ndarray]:
     """For each abnormal case how many of its findings are right, by [`DETAILS`]: (cases,)."""
-    patients = read_patients(test.root)
     columns = {name: [] for name in DETAILS}
     for row in document["reports"]:
-        if not patients[row["id"]]:
+        if not test.patients[row["id"]]:
             continue
-        scores = score_findings(patients, {row["id"]: row["report"]})
+        scores = score_findings(test.patients, {row["id"]: row["report"]})
         sums = {key: sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right")}
         columns["sensitivity"].append(scores["counts"]["found"])
         columns["localization"].append(sums["place_right"])
@@ -93,14 +85,16 @@ def detail_scores(document: dict, test: HeldOut) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in columns.items()}
 
 
-def wins(table: Table, reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
+def wins(pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
     """
     Case by case, whose report has more of its findings right: the paper's Fig. 4b asked a language model, here the
     truth is known. "rate" is wins / (wins + losses).
     """
+    compared = {name for pair in pairs for name in pair}
+    details = {name: detail_scores(document, test) for name, document in reports.items() if name in compared}
     entries = []
-    for first, second in table.compare:
-        sides = [detail_scores(reports[name], test) for name in (first, second)]
+    for first, second in pairs:
+        sides = details[first], details[second]
         entry = {"first": first, "second": second, "details": {}}
         for name in DETAILS:
             difference = sides[0][name] - sides[1][name]
@@ -135,9 +129,8 @@ def figure_lines(document: dict) -> list[str]:
     return lines + (_map_lines if document["kind"] == "maps" else _importance_lines)(document["figure"])
 
 
-def _with_interval(of: Mapping) -> str:
-    low, high = of["interval"] or (of["mean"], of["mean"])
-    return f"{of['mean']:.3f} ({low:.3f}–{high:.3f})"
+def _mean(of: Mapping) -> str:
+    return with_interval(of["mean"], of["interval"])
 
 
 def _map_lines(content: Mapping[str, dict]) -> list[str]:
@@ -145,7 +138,7 @@ def _map_lines(content: Mapping[str, dict]) -> list[str]:
     for name, scores in content.items():
         for kind, of in scores["maps"].items():
             columns = [of[key] for key in ("pointing_body", "auroc")] + [of["sensitivity"]["all"]]
-            rows.append([name, kind, str(scores["cases"]), *map(_with_interval, columns)])
+            rows.append([name, kind, str(scores["cases"]), *map(_mean, columns)])
     first = next(iter(content.values()))
     head = ["model", "map", "cases", "pointing", "AUROC", f"findings reached by the top {first['top_percent']:g} %"]
     note = (
@@ -164,7 +157,7 @@ def _map_lines(content: Mapping[str, dict]) -> list[str]:
 
 def _importance_lines(content: Mapping[str, dict]) -> list[str]:
     rows = [
-        [name, target, str(of[kind]["cases"]), kind, _with_interval(of[kind]["top_mass"])]
+        [name, target, str(of[kind]["cases"]), kind, _mean(of[kind]["top_mass"])]
         for name, scores in content.items()
         for target, of in scores["targets"].items()
         for kind in ("difference", "norm")
@@ -217,10 +210,6 @@ def _case_lines(cases: Sequence[dict]) -> list[str]:
             if name != "id":
                 lines += [f"**{name}**", "", "```", report, "```", ""]
     return lines
-
-
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def p_value(value: float) -> str:

@@ -3,10 +3,11 @@
 """The page of results, made from the JSON files of the experiments and from nothing else."""
 
 import json
-import os
 from pathlib import Path
 
-from .figures import figure_lines, p_value, table_lines
+from ..metrics.markdown import table_lines
+from .figures import figure_lines, p_value
+from .runs import write_text
 from .scores import FINDINGS
 
 SHORT = {
@@ -40,9 +41,7 @@ def write_page(results: Path) -> Path:
     for document in documents:
         lines += _section(document)
     page = results / "RESULTS.md"
-    temporary = page.with_name(f".{page.name}")
-    temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    os.replace(temporary, page)
+    write_text(page, "\n".join(lines).rstrip() + "\n")
     return page
 
 

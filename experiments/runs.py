@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features
-from ..training.config import TrainingConfig
+from ..training.config import DataSection, TrainingConfig
 from ..training.loop import compare
+from .lesions import Finding, read_patients
 from .references import choose_references, reference_pool
 from .study import Condition, Study, Variant
 
@@ -77,18 +79,28 @@ class Run:
         model.merge_adapter()
         return model, DiffVPProcessor.from_pretrained(self.folder / "model", trust_remote_code=False)
 
+    def features(self, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor) -> Features:
+        """Frozen features by way of the caches of the training."""
+        data = self.config.data
+        return Features(data.cache_dir, VolumeCache(data.cache_dir, processor.image_processor, data.spacing), model)
+
 
 class HeldOut:
     """The test cases of a study, and their references."""
 
     def __init__(self, study: Study):
-        data = TrainingConfig.model_validate({**study.training, "seed": 0, "output_dir": ""}).data
+        data = DataSection.model_validate(study.training["data"])
         self.root = data.root
         cases = load_dataset_cases(data.layout, data.root, study.test.split)
         if data.reconstructions == "first":
             cases = first_reconstructions(cases)
         self.cases = cases[: study.test.cases]
         self.foreign = study.foreign
+
+    @cached_property
+    def patients(self) -> dict[str, list[Finding]]:
+        """The findings of each case of a phantom cohort."""
+        return read_patients(self.root)
 
     def references(self, condition: Condition, seed: int, features: Features) -> dict[str, list[Case]]:
         """The references of each case.
@@ -131,9 +143,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
             raise RunError(f"{path} was made otherwise: {'; '.join(differences)}. Delete it.")
         return document
     model, processor = run.load()
-    data = run.config.data
-    volumes = VolumeCache(data.cache_dir, processor.image_processor, data.spacing)
-    features = Features(data.cache_dir, volumes, model)
+    features = run.features(model, processor)
     references = test.references(condition, run.seed, features)
     rows = []
     for cases in track(batches(test.cases, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
@@ -204,7 +214,11 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
 
 
 def write_json(path: Path, document: dict) -> None:
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """The file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

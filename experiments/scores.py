@@ -13,6 +13,7 @@ from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
 from ..metrics.clinical_efficacy import averages, label_counts
 from ..metrics.clinical_efficacy.reports import Labeler, label_reports
+from ..metrics.labelers import load_labeler
 from ..metrics.nlg import score_reports
 from ..metrics.statistics import (
     bootstrap_counts,
@@ -39,17 +40,14 @@ class PhantomReader:
         return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read], np.int8)
 
 
-def load_labeler(name: str) -> Labeler:
+def study_labeler(name: str) -> Labeler:
     """The labeler of a study: "phantom", "rules", or the folder of a converted RadBERT."""
-    if name == "phantom":
-        return PhantomReader()
-    if name == "rules":
-        from ..metrics.labelers import RuleLabeler
+    return PhantomReader() if name == "phantom" else load_labeler(None if name == "rules" else name)
 
-        return RuleLabeler()
-    from ..metrics.labelers.radbert import RadBertLabeler
 
-    return RadBertLabeler.from_pretrained(name)
+def findings_signature(labeler: Labeler) -> str:
+    """Of findings that a labeler reads, against the labels of the dataset."""
+    return f"clinical-efficacy|truth:dataset|labeler:{labeler.signature.replace('|', ',')}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class SystemScores:
     Attributes:
         per_report: language scores by name, (cases,).
         counts: (cases, 3, labels), see `label_counts`; of all labels.
-        signature: how the language scores were computed.
+        signature: how the scores were computed.
     """
 
     per_report: dict[str, NDArray]
@@ -87,8 +85,7 @@ def score_system(reports: Sequence[str], cases: Sequence[Case], labeler: Labeler
     truth = np.stack([case.labels for case in cases]).astype(int)
     scores = score_reports(reports, [case.report for case in cases], workers=workers)
     counts = label_counts(label_reports(labeler, reports), truth)
-    signature = f"{scores.signature} clinical-efficacy|truth:dataset|labeler:{labeler.signature.replace('|', ',')}"
-    return SystemScores(scores.per_report, counts, signature)
+    return SystemScores(scores.per_report, counts, f"{scores.signature} {findings_signature(labeler)}")
 
 
 def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:

@@ -11,7 +11,6 @@ Everything that is made once (models, reports) lies below the folder of runs and
 
 import datetime
 import json
-import logging
 import os
 import platform
 from importlib.metadata import version
@@ -20,20 +19,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.cache import VolumeCache
 from ..data.cases import Case
 from ..data.load import load_dataset_cases
 from ..metrics.baselines import label_baselines, nearest_reports
-from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..processing_diffvp import DiffVPProcessor
-from ..training.cohort import Features, load_cohort
-from .evaluate import constant_normal_report
+from ..metrics.clinical_efficacy.reports import Labeler
+from ..training.cohort import load_cohort
+from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
 from .runs import HeldOut, Run, make_reports, write_json
-from .scores import FINDINGS, SystemScores, compare_rows, load_labeler, row_summary, score_labels, score_system
+from .scores import (
+    FINDINGS,
+    LANGUAGE,
+    SystemScores,
+    compare_rows,
+    findings_signature,
+    row_summary,
+    score_labels,
+    score_system,
+    study_labeler,
+)
 from .study import Study, Table, TableRow, Variant, load_table, load_variants
-
-logger = logging.getLogger(__name__)
 
 
 def run_experiment(
@@ -122,7 +127,9 @@ def planned_runs(name: str, study: Study, runs: Path, seeds: list[int] | None) -
     planned = {run.folder: run for row in table.rows for run in runs_of_row(study, variants, table, row, runs, seeds)}
     if Path(study.training["data"]["root"]).exists():
         HeldOut(study)
-        for run in planned.values():
+        # Most variants read the same data: each division of it is checked once.
+        divisions = {(run.seed, run.config.data.model_dump_json()): run for run in planned.values()}
+        for run in divisions.values():
             load_cohort(run.config)
     return [(run, (run.folder / "model").is_dir()) for run in planned.values()]
 
@@ -140,11 +147,13 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
     """Scores of a set of reports, kept beside it: METEOR takes seconds, and a row may stand in several tables."""
     path = run.folder / "reports" / f"{name}.npz"
     reports = run.folder / "reports" / f"{name}.json"
+    labeler = study_labeler(run.study.test.labeler)
     if path.is_file() and path.stat().st_mtime_ns >= reports.stat().st_mtime_ns:
         with np.load(path, allow_pickle=False) as stored:
-            per_report = {key: stored[key] for key in stored.files if key not in ("counts", "signature")}
-            return SystemScores(per_report, stored["counts"], str(stored["signature"]))
-    labeler = load_labeler(run.study.test.labeler)
+            signature = str(stored["signature"])
+            if signature.endswith(findings_signature(labeler)):
+                per_report = {key: stored[key] for key in stored.files if key not in ("counts", "signature")}
+                return SystemScores(per_report, stored["counts"], signature)
     scores = score_system([row["report"] for row in document["reports"]], cases, labeler, workers)
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "wb") as file:
@@ -156,42 +165,45 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
 def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers: int) -> list[dict]:
     """What a model has to beat, each made from the training split alone; the same for every table of a study."""
     path = run.folder.parents[1] / "baselines.json"
-    names = [case.name for case in test.cases]
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["cases"] == names:
-            return [
-                {**row, "scores": {metric: row["scores"][metric] for metric in metrics if metric in row["scores"]}}
-                for row in stored["rows"]
-            ]
-    config = run.config
-    train = load_dataset_cases(config.data.layout, config.data.root, config.data.split)
-    model = DiffVPForConditionalGeneration.from_pretrained(run.folder / "model")
-    processor = DiffVPProcessor.from_pretrained(run.folder / "model", trust_remote_code=False)
-    volumes = VolumeCache(config.data.cache_dir, processor.image_processor, config.data.spacing)
-    features = Features(config.data.cache_dir, volumes, model)
+    labeler = study_labeler(study.test.labeler)
+    made_by = {
+        "cases": [case.name for case in test.cases],
+        "training": study.training,
+        "signature": findings_signature(labeler),
+    }
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if stored is None or stored["made_by"] != made_by:
+        stored = {"made_by": made_by, "rows": make_baselines(test, run, labeler, workers)}
+        write_json(path, stored)
+    return [
+        {**row, "scores": {metric: row["scores"][metric] for metric in metrics if metric in row["scores"]}}
+        for row in stored["rows"]
+    ]
 
-    def pooled(cases: list[Case]) -> np.ndarray:
-        loaded = (features.load(case)["features"].float() for case in cases)
-        return torch.stack([torch.cat([of.mean(0), of.amax(0)]) for of in loaded]).numpy()
 
+def make_baselines(test: HeldOut, run: Run, labeler: Labeler, workers: int) -> list[dict]:
+    """All scores of the baselines; `run` is of any model, for they share the encoder."""
+    data = run.config.data
+    train = load_dataset_cases(data.layout, data.root, data.split)
+    model, processor = run.load()
+    volumes = run.features(model, processor).volumes
+    test_features, train_features = (
+        pooled_features(model, volumes, cases, name) for cases, name in ((test.cases, "test"), (train, "training"))
+    )
     texts = {
         "constant normal report": [constant_normal_report(train)] * len(test.cases),
-        "nearest training report": nearest_reports(pooled(test.cases), pooled(train), [case.report for case in train]),
+        "nearest training report": nearest_reports(test_features, train_features, [case.report for case in train]),
     }
-    labeler = load_labeler(study.test.labeler)
-    everything = [*FINDINGS, "bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l"]
+    everything = [*FINDINGS, *LANGUAGE]
     rows = [
         {"name": name, "scores": row_summary({0: score_system(reports, test.cases, labeler, workers)}, everything)}
         for name, reports in texts.items()
     ]
     guesses = label_baselines(len(test.cases), np.stack([case.labels for case in train]))
-    rows += [
+    return rows + [
         {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test.cases)}, everything)}
         for name, guess in guesses.items()
     ]
-    write_json(path, {"cases": names, "rows": rows})
-    return baselines(study, test, run, metrics, workers)
 
 
 def machine() -> dict:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cases import DatasetError, Problem, is_missing, raise_problems, read_csv, volume_name
+from ..data.cases import DatasetError, Problem, by_name, is_missing, raise_problems, read_csv
 from ..processing_diffvp import DiffVPProcessor
 from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
 from .clinical_efficacy.reports import Labeler, finding_scores, label_reports, read_label_table, table_labels
+from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .statistics import Interval, bootstrap_counts, bootstrap_mean
 
@@ -108,7 +109,7 @@ def table_page(document: dict) -> str:
     systems = document["systems"]
     columns = list(systems["predictions"])
     lines = [f"{document['n']} reports; 95 % bootstrap intervals over reports.", ""]
-    lines += _rows(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
+    lines += table_lines(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
     if "constant normal report" not in systems:
         lines += ["", "Without training reports there is no constant normal report to compare with."]
     if "views" in document:
@@ -123,31 +124,28 @@ def table_page(document: dict) -> str:
             ]
             for name, view in document["views"].items()
         ]
-        lines += ["", *_rows(["predictions, by region", "n", "missing", "extra", *columns], rows)]
+        lines += ["", *table_lines(["predictions, by region", "n", "missing", "extra", *columns], rows)]
     return "\n".join([*lines, "", *(f"`{signature}`" for signature in document["signatures"]), ""])
 
 
-def _read_pairs(path: Path, id_column: str, prediction_column: str, reference_column: str):
+def _read_pairs(
+    path: Path, id_column: str, prediction_column: str, reference_column: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Ids, generated and true reports."""
     problems: list[Problem] = []
-    rows = read_csv(path, [id_column, prediction_column, reference_column], problems) or []
-    seen: dict[str, int] = {}
-    for row in rows:
-        name = volume_name(row.values[id_column])
-        if not name:
-            problems.append(Problem(path.name, row.number, id_column, "empty", "an id"))
-        elif name in seen:
-            problems.append(
-                Problem(path.name, row.number, id_column, f"that of row {seen[name]} again", "one row each", name)
-            )
-        seen.setdefault(name, row.number)
+    rows = read_csv(path, [id_column, prediction_column, reference_column], problems)
+    named = by_name(rows, id_column, path.name, lambda name: True, problems) or {}
+    for name, row in named.items():
         # An empty prediction is what a model may write, and scores 0; without a true report nothing can be scored.
         if is_missing(row.values[reference_column]) or not str(row.values[reference_column]).strip():
             problems.append(Problem(path.name, row.number, reference_column, "empty", "the true report", name))
-    if not rows and not problems:
+    if not named and not problems:
         problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
     raise_problems(problems)
-    columns = (id_column, prediction_column, reference_column)
-    return tuple([str(row.values[column] or "") for row in rows] for column in columns)
+    predictions, references = (
+        [str(row.values[column] or "") for row in named.values()] for column in (prediction_column, reference_column)
+    )
+    return list(named), predictions, references
 
 
 def _read_training(path: Path, column: str) -> list[str]:
@@ -205,12 +203,4 @@ def _value(value: float, interval: Interval | None) -> dict:
 
 
 def _cell(scores: dict[str, dict], column: str) -> str:
-    if column not in scores:
-        return "-"
-    of = scores[column]
-    bounds = "" if of["interval"] is None else f" ({of['interval'][0]:.3f}–{of['interval'][1]:.3f})"
-    return f"{of['value']:.3f}{bounds}"
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return with_interval(*scores[column].values()) if column in scores else "-"

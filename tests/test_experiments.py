@@ -313,6 +313,18 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
         run_experiment(table, other, runs, tmp_path / "results")
 
 
+def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
+    _, runs, result = made
+    ours = json.loads(result.read_text())
+    other = Study.load(study, ["test.labeler=rules"])
+    document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
+    assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
+    stored = json.loads((runs / "small/baselines.json").read_text())
+    assert "labeler:rule-labeler" in stored["made_by"]["signature"]
+    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    assert json.loads(again.read_text()) == ours
+
+
 @pytest.mark.parametrize("kind", ["importance", "lesions", "cases"])
 def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     loaded, runs, _ = made

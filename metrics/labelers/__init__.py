@@ -2,6 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelers: what reads the 18 findings out of the text of a report."""
 
+import os
+
 from .rules import Hit, RuleLabeler
 
-__all__ = ["Hit", "RuleLabeler"]
+
+def load_labeler(radbert: str | os.PathLike | None = None):
+    """The rules, or RadBERT from the folder of a converted classifier.
+
+    Raises:
+        RadBertError: the folder holds no such classifier.
+    """
+    if radbert is None:
+        return RuleLabeler()
+    from .radbert import RadBertLabeler  # imports transformers, which the rules do without
+
+    return RadBertLabeler.from_pretrained(radbert)
+
+
+__all__ = ["Hit", "RuleLabeler", "load_labeler"]

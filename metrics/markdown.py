@@ -1,0 +1,14 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of scores as Markdown."""
+
+from collections.abc import Sequence
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def with_interval(value: float, bounds: Sequence[float] | None) -> str:
+    """ "0.545 (0.517–0.574)"; of a single case there is no interval."""
+    return f"{value:.3f}" if bounds is None else f"{value:.3f} ({bounds[0]:.3f}–{bounds[1]:.3f})"
