@@ -23,7 +23,7 @@ TESTS_ON_TRANSFORMERS := \
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
-AXE := .venv/axe/package/axe.min.js
+AXE := $(VENV)/axe/package/axe.min.js
 
 # Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
 CORE := $(VENV)/.installed-core
@@ -73,8 +73,8 @@ test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromiu
 	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
 
 $(AXE):
-	@mkdir -p .venv/axe
-	cd .venv/axe && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz
+	@mkdir -p $(VENV)/axe
+	cd $(VENV)/axe && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz
 
 fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)
