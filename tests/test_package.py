@@ -1,11 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -113,6 +114,46 @@ def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, r
 def test_wheel_carries_the_licence(wheel_members):
     names = {PurePosixPath(member).name for member in wheel_members if ".dist-info/licenses/" in member}
     assert names == {"LICENSE", "NOTICE"}
+
+
+CORE = ("cli", "reporting", "data.phantom_cohort", "hub.push", "references_diffvp")  # what the small install runs
+OPTIONAL = {"datasets"}  # imported where a value of it was given, so that it is there
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[<>=!~;\[ ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_what_the_small_install_imports_it_also_installs(repository_root):
+    """Of the modules behind `diffvp demo`, `report`, `phantom` and `push`, lazy imports of the package left out."""
+    declared = {_distribution(line) for line in requires("diffvp") if "extra ==" not in line}
+    distributions = packages_distributions()
+    waiting, seen, missing = [f"diffvp.{name}" for name in CORE], set(), {}
+    while waiting:
+        name = waiting.pop()
+        path = repository_root.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not path.is_file():
+            continue
+        seen.add(name)
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                above = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*above, *([node.module] if node.module else [])])
+                imported = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                continue
+            waiting += [one for one in imported if one.startswith("diffvp")]
+            tops = {one.split(".")[0] for one in imported} - {"diffvp"} - sys.stdlib_module_names - OPTIONAL
+            for top in tops:
+                if not set(map(_distribution, distributions[top])) & declared:
+                    missing.setdefault(top, set()).add(path.name)
+    assert "diffvp.data.phantom_geometry" in seen and "diffvp.modeling_diffvp" in seen
+    assert not missing
 
 
 def test_links_between_pages_lead_somewhere(repository_root):
