@@ -381,19 +381,25 @@ def resample(
     low, high = hu_window
     result = np.zeros(tuple(size), np.float32)
     windowed: dict[int, np.ndarray] = {}  # planes that the next slice of the tensor may need again
+    spare = []  # arrays of those that none needs any more: fresh memory would cost more than what is written to it
+    mixed, term = (np.empty(planes.shape[1:], np.float32) for _ in range(2))
+    rows, row_term = (np.empty((size[1], planes.shape[2]), np.float32) for _ in range(2))
     for depth, (indices, weights) in enumerate(zip(z.indices, z.weights, strict=True)):
         touched = [(int(k), weight) for k, weight in zip(indices, weights, strict=True) if weight]
         if not touched:
             continue
         first = min(k for k, _ in touched)
-        windowed = {k: plane for k, plane in windowed.items() if k >= first}
-        mixed = None
-        for k, weight in touched:
+        for k in [k for k in windowed if k < first]:
+            spare.append(windowed.pop(k))
+        for number, (k, weight) in enumerate(touched):
             if k not in windowed:
-                windowed[k] = _window(planes[k], volume, low, high)
-            term = windowed[k] * weight
-            mixed = term if mixed is None else np.add(mixed, term, out=mixed)
-        result[depth] = x.interpolate(y.interpolate(mixed, axis=0), axis=1)
+                windowed[k] = spare.pop() if spare else np.empty(planes.shape[1:], np.float32)
+                _window(planes[k], volume, low, high, windowed[k])
+            np.multiply(windowed[k], weight, out=term if number else mixed)
+            if number:
+                mixed += term
+        y.interpolate(mixed, 0, rows, row_term)
+        result[depth] = x.interpolate(rows, 1)
     # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
     result *= np.float32(2 / (high - low))
     result -= 1
@@ -415,33 +421,41 @@ def resample(
     return tensor, geometry
 
 
-def _window(plane: np.ndarray, volume: CTVolume, low: float, high: float) -> np.ndarray:
-    """A float32 copy of a plane in HU above `low`, clipped to the window."""
-    values = np.array(plane, dtype=np.float32, order="C")
+def _window(plane: np.ndarray, volume: CTVolume, low: float, high: float, values: np.ndarray) -> None:
+    """Write a plane in HU above `low`, clipped to the window, into `values` (float32)."""
+    np.copyto(values, plane, casting="same_kind")
     if volume.slope != 1:
         values *= np.float32(volume.slope)
     values += np.float32(volume.intercept - low)
-    return np.clip(values, 0, np.float32(high - low), out=values)
+    np.clip(values, 0, np.float32(high - low), out=values)
 
 
 def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int], ...]:
     """Half-open bounding box per axis of the voxels above the threshold.
 
-    By maximum projections: a mask of the whole grid would be another copy of it.
+    Most scans have some at every border. So a few planes are looked at whole, and of the others what lies outside the
+    box of those.
     """
-    planes = volume.array.T
-    in_plane, along_z = planes[0].copy(), []
-    for plane in planes:  # each is still in the processor's cache when it is read again
-        np.maximum(in_plane, plane, out=in_plane)
-        along_z.append(plane.max())
-    projections = (in_plane.max(axis=0), in_plane.max(axis=1), np.array(along_z))
-    box = []
-    for projection in projections:
-        span = np.flatnonzero(projection * volume.slope + volume.intercept > threshold)
-        if not len(span):
-            raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
-        box.append((int(span[0]), int(span[-1]) + 1))
-    return tuple(box)
+    planes = volume.array.T  # [z, y, x]
+
+    def above(values):
+        return values * volume.slope + volume.intercept > threshold
+
+    def span(projection: np.ndarray) -> tuple[int, int]:
+        [indices] = np.nonzero(above(projection))
+        return int(indices[0]), int(indices[-1]) + 1
+
+    depths = range(len(planes))
+    first = next((z for z in depths if above(planes[z].max())), None)
+    if first is None:
+        raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
+    last = next(z for z in reversed(depths) if above(planes[z].max()))
+    planes = planes[first : last + 1]
+    highest = planes[::16].max(axis=0)
+    (top, bottom), (left, right) = span(highest.max(axis=1)), span(highest.max(axis=0))
+    for outside in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
+        highest[outside] = planes[(slice(None), *np.index_exp[outside])].max(axis=0)
+    return span(highest.max(axis=0)), span(highest.max(axis=1)), (first, last + 1)
 
 
 def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarray:
@@ -472,14 +486,20 @@ class _Taps:
         """The same on an input that begins at `start`."""
         return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
 
-    def interpolate(self, values: np.ndarray, axis: int) -> np.ndarray:
+    def interpolate(
+        self, values: np.ndarray, axis: int, result: np.ndarray | None = None, term: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The outputs along an axis. `result` and `term`: arrays of their shape to work in, if there are any."""
         shape = [1] * values.ndim
         shape[axis] = -1
-        result = None
-        for indices, weights in zip(self.indices.T, self.weights.T, strict=True):
-            term = values.take(indices, axis)
-            term *= weights.reshape(shape)
-            result = term if result is None else np.add(result, term, out=result)
+        for number, (indices, weights) in enumerate(zip(self.indices.T, self.weights.T, strict=True)):
+            # "clip" for speed: no index lies outside.
+            taken = values.take(indices, axis, out=term if number else result, mode="clip")
+            taken *= weights.reshape(shape)
+            if number:
+                result += taken
+            else:
+                result = taken
         return result
 
 

@@ -155,6 +155,25 @@ def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more
             inflate(packed, expected, "bytes")
 
 
+def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
+    """Scans of several sizes, of which a caller keeps some, whole or a view of a view, each with its own voxels."""
+    rng, kept = np.random.default_rng(0), []
+    for turn in range(200):
+        content = rng.bytes(int(rng.integers(1, 400_000)))
+        result = inflate([members(content, 100_000)], len(content), "bytes")
+        kept.append((np.frombuffer(result, np.uint8)[len(content) // 3 :][::2], content[len(content) // 3 :][::2]))
+        del result
+        assert all(view.tobytes() == true for view, true in kept), turn
+        if rng.random() < 0.6:
+            kept.pop(int(rng.integers(len(kept))))
+
+
+def test_a_scan_that_nobody_holds_gives_its_memory_to_the_next():
+    packed = members(bytes(300_000), 300_000)
+    first = inflate([packed], 300_000, "bytes").ctypes.data
+    assert inflate([packed], 300_000, "bytes").ctypes.data == first
+
+
 def test_thousands_of_gzip_members_take_linear_time():
     """bgzip writes members of up to 64 KB; each of them must not copy the rest of the file."""
     content = np.random.default_rng(0).bytes(2**22)

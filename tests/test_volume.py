@@ -6,12 +6,15 @@ import gzip
 import itertools
 import json
 import pickle
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from diffvp.reading_diffvp import CTMetadata, read_ct
@@ -21,6 +24,7 @@ from diffvp.volume_diffvp import (
     CTInputError,
     CTIntensityError,
     CTReadError,
+    _foreground_box,
     resample,
     save_map,
     to_input_grid,
@@ -81,6 +85,20 @@ def test_equals_monai_with_one_interpolation(tmp_path, codes, crop):
     tensor, _ = resample(read_ct(path), size, crop_foreground=crop)
     assert tensor.dtype == torch.float32 and tensor.shape == (1, *size)
     assert (tensor - monai_tensor(path, size, crop)).abs().max() <= 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([(1.0, 0.0), (2.0, -24.0)]))
+def test_foreground_box_is_that_of_the_mask(seed, count, rescale):
+    """A few voxels of patient anywhere, also in planes between those that are looked at whole."""
+    rng, shape, (slope, intercept) = np.random.default_rng(seed), (11, 9, 40), rescale
+    array = np.full(shape, -1000, np.int16)
+    for _ in range(count):
+        array[tuple(rng.integers(shape))] = 40
+    volume = SimpleNamespace(array=array, slope=slope, intercept=intercept, source="array")
+    inside = np.argwhere(array * slope + intercept > -900)
+    expected = tuple(zip(inside.min(0).tolist(), (inside.max(0) + 1).tolist(), strict=True))
+    assert _foreground_box(volume, -900.0) == expected
 
 
 def test_equals_monai_far_from_the_origin(tmp_path):
