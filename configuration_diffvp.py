@@ -95,6 +95,8 @@ class DiffVPConfig(PreTrainedConfig):
         encoder_max_pool (`bool`): keep the max-pooling after the first convolution, as ResNet and MedicalNet do.
         encoder_shortcut_type (`"A"` or `"B"`): `"A"` fits MedicalNet's ResNet-18 weights.
         use_diagnosis (`bool`): put the frozen classifier's findings into the LLM input (D of eq. 9).
+        share_encoder (`bool`): the classifier reads the features of the visual encoder, which was trained with it.
+            `False`: it has an encoder of its own, and every scan is encoded twice.
         diagnosis_threshold (`float` or `list[float]`): a finding with at least this probability enters the diagnosis
             prompt; one value for all labels or one per label.
         diagnosis_prompt_ids (`dict`, *optional*): the diagnosis prompt's fragments as token ids of the base LLM's
@@ -146,6 +148,7 @@ class DiffVPConfig(PreTrainedConfig):
 
     # Text around the report
     use_diagnosis: bool = True
+    share_encoder: bool = False
     diagnosis_labels: list[str] | tuple[str, ...] = DIAGNOSIS_LABELS
     diagnosis_threshold: float | list[float] = 0.5
     diagnosis_prompt_ids: dict | None = None

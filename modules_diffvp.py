@@ -289,11 +289,16 @@ class DiffVPPromptGenerator(nn.Module):
 
 
 class DiffVPDiagnosisClassifier(nn.Module):
-    """3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D)."""
+    """
+    3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D).
 
-    def __init__(self, config: DiffVPConfig):
+    Args:
+        own_encoder: without one it has `classify` alone, on the features of another module's encoder.
+    """
+
+    def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
         super().__init__()
-        self.vision_encoder = DiffVPVisionEncoder(config)
+        self.vision_encoder = DiffVPVisionEncoder(config) if own_encoder else None
         self.head = nn.Linear(config.encoder_hidden_size, config.num_labels_diagnosis)
 
     def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

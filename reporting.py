@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -40,6 +40,7 @@ from .checkpoint_diffvp import (
 )
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
+from .engines import Engine, EngineError, TransformersEngine, end_tokens
 from .figures import draw_figure
 from .modeling_diffvp import DiffVPForConditionalGeneration
 from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings
@@ -66,7 +67,7 @@ class ReportError(ValueError):
 
 
 # What the caller can cause and repair, with messages that say how.
-EXPECTED_ERRORS = (CTInputError, ReferencePoolError, DiffVPCheckpointError, ReportError)
+EXPECTED_ERRORS = (CTInputError, ReferencePoolError, DiffVPCheckpointError, EngineError, ReportError)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def write_report(
     foreground_hu: float | None = None,
     max_new_tokens: int | None = None,
     truth: str | None = None,
+    engine: Engine | None = None,
     hub_kwargs: dict | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Report:
@@ -146,6 +148,7 @@ def write_report(
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
+        engine: what decodes; `None` is the model's own `generate`, see [`load_engine`].
         hub_kwargs: `revision`, `cache_dir` or `token` with which the checkpoint was loaded from the Hub.
         on_step: is told what begins.
 
@@ -177,14 +180,16 @@ def write_report(
     on_step("Encoding")
     inputs = inputs.to(model.device)
     scans = {"ct": inputs.pop("ct"), "reference": inputs.pop("reference")}
-    logits = None if model.diagnosis is None else model.diagnose(scans["ct"])
+    target = scans["ct"]
     if model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
         scans = {f"{name}_features": model.extract_features(volume) for name, volume in scans.items()}
+    logits = None if model.diagnosis is None else model.diagnose(target, scans.get("ct_features"))
     difference = model.difference_map(**scans)[0].float().cpu()
 
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
-    tokens = model.generate(**scans, **inputs, diagnosis_logits=logits, generation_config=decoding)[0]
+    engine = TransformersEngine(model) if engine is None else engine
+    [tokens] = engine.generate(model.embed_prompt(**scans, **inputs, diagnosis_logits=logits), decoding)
     text = processor.decode(tokens, skip_special_tokens=True).strip()
 
     document = describe_report(
@@ -193,6 +198,7 @@ def write_report(
         text,
         tokens,
         decoding=decoding,
+        engine=engine.name,
         logits=logits,
         geometries=(geometry, inputs.reference_geometry[0]),
         reference=(reference_name, reference_seed if sampled else None),
@@ -235,9 +241,10 @@ def describe_report(
     model,
     processor,
     text: str,
-    tokens: torch.Tensor,
+    tokens: Sequence[int],
     *,
     decoding: GenerationConfig,
+    engine: str,
     logits: torch.Tensor | None,
     geometries: tuple[CTGeometry, CTGeometry],
     reference: tuple[str, int | None],
@@ -249,7 +256,7 @@ def describe_report(
     What report.json holds, as it will be read.
 
     Args:
-        text, tokens: what was generated, with `decoding`.
+        text, tokens: what was generated, with `decoding`, by `engine`.
         logits: of the classifier, (1, labels).
         geometries: of the scan and of the reference.
         reference: its name, and the seed with which it was sampled; `None` if it was chosen.
@@ -259,12 +266,11 @@ def describe_report(
     """
     geometry, reference_geometry = geometries
     name, seed = reference
-    ends = decoding.eos_token_id if isinstance(decoding.eos_token_id, list) else [decoding.eos_token_id]
     warnings = {
         "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
             geometry.is_hu and reference_geometry.is_hu
         ),
-        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in ends,
+        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in end_tokens(decoding),
         "This model takes no difference: the map is empty.": model.config.difference_level == "none",
         f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
         and not geometry.layout.startswith("DICOM"),
@@ -283,11 +289,12 @@ def describe_report(
             "reference": {"id": name, "sampled": seed is not None, "seed": seed, **_scan(reference_geometry)},
             "preprocessing": preprocessing(processor.image_processor) | (options or {}),
             "decoding": {
+                "engine": engine,
                 "instruction": processor.instruction,
-                "generation_config": _public_fields(decoding.to_diff_dict()),
+                "generation_config": public_fields(decoding.to_diff_dict()),
                 "new_tokens": len(tokens),
             },
-            "versions": _versions(),
+            "versions": library_versions(),
         },
     }
     if truth is not None:
@@ -394,12 +401,12 @@ def _sha256_once(path: Path, modified: int, size: int) -> str:
     return file_sha256(path)
 
 
-def _public_fields(values: dict) -> dict:
+def public_fields(values: dict) -> dict:
     """The settings of a generation config, without its book-keeping."""
     return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     packages = ("torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "numpy")
     return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 

@@ -200,6 +200,8 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         "instruction": processor.instruction,
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
+    # Both from the first stage: the classifier then needs no encoder of its own.
+    fields.setdefault("share_encoder", config.encoder_weights is None)
     if base.from_scratch is not None:
         model = build_from_scratch(base.from_scratch, tokenizer, fields)
     else:
@@ -216,6 +218,8 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     if model.config.use_diagnosis or config.encoder_weights is None:
         encoder, classifier = load_classifier(config.classifier or Path(config.output_dir) / "diagnosis")
     if model.config.use_diagnosis:
+        if model.config.share_encoder:
+            classifier.vision_encoder = None
         model.diagnosis.load_state_dict(classifier.state_dict())
     if config.encoder_weights is None:
         model.vision_encoder.load_state_dict(encoder.state_dict())
@@ -244,6 +248,8 @@ def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Modul
     model = DiffVPForConditionalGeneration.from_pretrained(folder)
     if model.diagnosis is None:
         raise ValueError(f"{folder} has no classifier (use_diagnosis is false)")
+    if model.config.share_encoder:
+        model.diagnosis.vision_encoder = model.vision_encoder
     return model.vision_encoder, model.diagnosis
 
 

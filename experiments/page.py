@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..metrics.markdown import table_lines
 from .figures import figure_lines, p_value
-from .runs import write_text
+from .runs import write_bytes
 from .scores import FINDINGS
 
 SHORT = {
@@ -41,7 +41,7 @@ def write_page(results: Path) -> Path:
     for document in documents:
         lines += _section(document)
     page = results / "RESULTS.md"
-    write_text(page, "\n".join(lines).rstrip() + "\n")
+    write_bytes(page, ("\n".join(lines).rstrip() + "\n").encode())
     return page
 
 

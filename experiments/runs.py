@@ -2,30 +2,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of a study and their reports on its test cases: each made once, whatever tables it stands in.
 
-    RUNS/STUDY/VARIANT/seed-21/           a training run, which `diffvp train` could go on with
-    RUNS/STUDY/VARIANT/seed-21/reports/random.json
+    RUNS/STUDY/VARIANT/seed-21/                                 a training run, which `diffvp train` could go on with
+    RESULTS/STUDY/reports/VARIANT/seed-21/random.json.gz        what it wrote on the test cases
 
-Both go on where they were interrupted, and are refused if their settings are not those that are asked for.
+Both go on where they were interrupted, and are refused if their settings are not those that are asked for. The reports
+are part of the results: where they are, a table is made from them, and no model is trained.
 """
 
 import contextlib
+import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 
-from ..data.cache import VolumeCache, weights_sha256
+from ..data.cache import VolumeCache, state_sha256, weights_sha256
 from ..data.cases import Case, first_reconstructions
 from ..data.load import load_dataset_cases
 from ..data.pool import is_normal
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
+from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features
 from ..training.config import DataSection, TrainingConfig
@@ -41,13 +45,14 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a study. `folder` is the output of its training."""
+    """A model of a study. `folder` is the output of its training, `reports` holds what it writes."""
 
     study: Study
     variant: Variant
     key: str  # of the variant
     seed: int
     folder: Path
+    reports: Path
 
     @property
     def config(self) -> TrainingConfig:
@@ -73,8 +78,14 @@ class Run:
         if not (self.folder / "model").is_dir():
             run_training(self.config)
 
+    @property
+    def made(self) -> bool:
+        """Whether the model or its reports are there."""
+        return (self.folder / "model").is_dir() or self.reports.is_dir()
+
     def load(self) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
-        """The trained model, LoRA merged."""
+        """The trained model, LoRA merged; it is trained now where that has not been done."""
+        self.train()
         model = DiffVPForConditionalGeneration.from_pretrained(self.folder / "model")
         model.merge_adapter()
         return model, DiffVPProcessor.from_pretrained(self.folder / "model", trust_remote_code=False)
@@ -96,6 +107,14 @@ class HeldOut:
             cases = first_reconstructions(cases)
         self.cases = cases[: study.test.cases]
         self.foreign = study.foreign
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of names, reports and labels."""
+        digest = hashlib.sha256()
+        for case in self.cases:
+            digest.update(f"{case.name}\0{case.report}\0{case.labels.tolist()}\0".encode())
+        return digest.hexdigest()
 
     @cached_property
     def patients(self) -> dict[str, list[Finding]]:
@@ -128,17 +147,24 @@ class HeldOut:
 
 
 def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
-    """The reports of a trained model on the test cases under a condition, from its file or made now."""
-    path = run.folder / "reports" / f"{condition.name}.json"
+    """The reports of a model on the test cases under a condition, from their file or made now.
+
+    Raises:
+        RunError: those in the file are of other settings, cases or weights.
+    """
+    path = run.reports / f"{condition.name}.json.gz"
     made_by = {
-        "weights": weights_sha256(run.folder / "model"),
+        "settings": run.config.of_the_result("report"),
+        "frozen": frozen_sha256(run.study.training.get("classifier")),
         "condition": condition.model_dump(),
-        "cases": [case.name for case in test.cases],
+        "cases": test.sha256,
         "max_new_tokens": run.study.test.max_new_tokens,
     }
     if path.is_file():
-        document = json.loads(path.read_text(encoding="utf-8"))
-        differences = compare(document["made_by"], made_by)
+        document = json.loads(gzip.decompress(path.read_bytes()))
+        if (run.folder / "model").is_dir():
+            made_by["weights"] = weights_sha256(run.folder / "model")
+        differences = compare({key: document["made_by"][key] for key in made_by}, made_by)
         if differences:
             raise RunError(f"{path} was made otherwise: {'; '.join(differences)}. Delete it.")
         return document
@@ -155,10 +181,19 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
             {"id": case.name, "references": [r.name for r in references[case.name]], "report": text.strip()}
             for case, text in zip(cases, texts, strict=True)
         ]
+    made_by["weights"] = weights_sha256(run.folder / "model")
     document = {"made_by": made_by, "reports": rows}
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, gzip.compress(json_text(document).encode(), mtime=0))
     return document
+
+
+@cache
+def frozen_sha256(classifier: str | None) -> dict[str, str]:
+    """Digests of what the models of a study share; empty where each trains its own, which its settings describe."""
+    if classifier is None:
+        return {}
+    return dict(zip(("encoder", "classifier"), map(state_sha256, load_classifier(classifier)), strict=True))
 
 
 def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
@@ -213,12 +248,16 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         hook.remove()
 
 
+def json_text(document: dict) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, document: dict) -> None:
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_bytes(path, json_text(document).encode())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)

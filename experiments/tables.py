@@ -9,21 +9,29 @@ Run an experiment: train what its table names, write the reports, score them, an
 Everything that is made once (models, reports) lies below the folder of runs and is used by every table.
 """
 
+import contextlib
 import datetime
 import json
+import logging
+import multiprocessing
 import os
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from ..data.cases import Case
 from ..data.load import load_dataset_cases
 from ..metrics.baselines import label_baselines, nearest_reports
 from ..metrics.clinical_efficacy.reports import Labeler
+from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
+from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
 from .runs import HeldOut, Run, make_reports, write_json
@@ -38,11 +46,18 @@ from .scores import (
     score_system,
     study_labeler,
 )
-from .study import Study, Table, TableRow, Variant, load_table, load_variants
+from .study import Condition, Study, Table, TableRow, Variant, load_table, load_variants
 
 
 def run_experiment(
-    name: str, study: Study, runs: Path, output: Path, *, seeds: list[int] | None = None, workers: int = 1
+    name: str,
+    study: Study,
+    runs: Path,
+    output: Path,
+    *,
+    seeds: list[int] | None = None,
+    workers: int = 1,
+    jobs: int = 1,
 ) -> Path:
     """
     Make a table or figure with all that it needs; writes `output/STUDY/NAME.json` and returns it.
@@ -50,6 +65,7 @@ def run_experiment(
     Args:
         seeds: instead of the table's own, for a trial.
         workers: processes for METEOR.
+        jobs: models that are trained at once, each in a process with its part of the cores.
 
     Raises:
         ValueError: there is no such experiment.
@@ -59,6 +75,8 @@ def run_experiment(
     variants = load_variants()
     table = load_table(name, variants)
     test = HeldOut(study)
+    if jobs > 1:
+        make_at_once(list(runs_of_table(study, variants, table, runs, output, seeds)), jobs)
     path = output / study.name / f"{Path(name).stem}.json"
     first_runs: dict[str, Run] = {}
     first_reports: dict[str, dict] = {}
@@ -66,8 +84,7 @@ def run_experiment(
     provenance = {}
     for row in table.rows:
         systems[row.name] = {}
-        for run in runs_of_row(study, variants, table, row, runs, seeds):
-            run.train()
+        for run in runs_of_row(study, variants, table, row, runs, output, seeds):
             document = make_reports(run, test, row.condition)
             first_runs.setdefault(row.name, run)
             first_reports.setdefault(row.name, document)
@@ -116,37 +133,96 @@ def run_experiment(
     return path
 
 
-def planned_runs(name: str, study: Study, runs: Path, seeds: list[int] | None) -> list[tuple[Run, bool]]:
-    """The models that an experiment takes, each with whether it is trained already. Data that are there are checked.
+def planned_runs(name: str, study: Study, runs: Path, output: Path, seeds: list[int] | None) -> list[tuple[Run, bool]]:
+    """The models of an experiment, each with whether it or its reports are there. Data that are there are checked.
 
     Raises:
         DatasetError: all that is wrong with the data.
     """
     variants = load_variants()
     table = load_table(name, variants)
-    planned = {run.folder: run for row in table.rows for run in runs_of_row(study, variants, table, row, runs, seeds)}
+    planned = {run.folder: run for run, _ in runs_of_table(study, variants, table, runs, output, seeds)}
     if Path(study.training["data"]["root"]).exists():
         HeldOut(study)
         # Most variants read the same data: each division of it is checked once.
         divisions = {(run.seed, run.config.data.model_dump_json()): run for run in planned.values()}
         for run in divisions.values():
             load_cohort(run.config)
-    return [(run, (run.folder / "model").is_dir()) for run in planned.values()]
+    return [(run, run.made) for run in planned.values()]
 
 
 def runs_of_row(
-    study: Study, variants: dict[str, Variant], table: Table, row: TableRow, runs: Path, seeds: list[int] | None
-):
+    study: Study,
+    variants: dict[str, Variant],
+    table: Table,
+    row: TableRow,
+    runs: Path,
+    output: Path,
+    seeds: list[int] | None,
+) -> Iterator[Run]:
     """The runs of a row, one a seed."""
     for seed in seeds or row.seeds or table.seeds:
-        folder = runs / study.name / row.variant / f"seed-{seed}"
-        yield Run(study, variants[row.variant], row.variant, seed, folder)
+        name = Path(row.variant) / f"seed-{seed}"
+        folders = runs / study.name / name, output / study.name / "reports" / name
+        yield Run(study, variants[row.variant], row.variant, seed, *folders)
+
+
+def runs_of_table(study, variants, table, runs, output, seeds) -> Iterator[tuple[Run, Condition]]:
+    """Every set of reports of a table, a run under a condition."""
+    for row in table.rows:
+        for run in runs_of_row(study, variants, table, row, runs, output, seeds):
+            yield run, row.condition
+
+
+def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
+    """Make all reports, those of a run in one process; what it says goes to `log.txt` in the folder of the run."""
+    conditions: dict[Path, tuple[Run, list[Condition]]] = {}
+    for run, condition in wanted:
+        if not (run.reports / f"{condition.name}.json.gz").is_file():
+            conditions.setdefault(run.folder, (run, []))[1].append(condition)
+    threads = max(1, torch.get_num_threads() // jobs)
+    # "spawn": a fork of a process in which torch has started threads can hang.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # Else all of them would begin with the features of the same case.
+        first = [run for run, _ in conditions.values()][:1]
+        for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
+            pass
+        futures = [pool.submit(_make_reports, run, of, threads) for run, of in conditions.values()]
+        for future in track(as_completed(futures), "Models", total=len(futures)):
+            future.result()
+
+
+def _fill_caches(run: Run, part: int, parts: int, threads: int) -> None:
+    """A part of the frozen features of the training and test cases."""
+    torch.set_num_threads(threads)
+    config = run.config
+    cohort = load_cohort(config)
+    model, processor = build_generator(config)
+    features = run.features(model, processor)
+    for case in [*cohort.everyone(), *HeldOut(run.study).cases][part::parts]:
+        with contextlib.suppress(CTInputError):  # training says what becomes of it
+            features.load(case)
+
+
+def _make_reports(run: Run, conditions: list[Condition], threads: int) -> None:
+    torch.set_num_threads(threads)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        open(run.folder / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        logging.basicConfig(format="%(message)s", stream=log, force=True)
+        logging.getLogger("diffvp").setLevel(logging.INFO)
+        test = HeldOut(run.study)
+        for condition in conditions:
+            make_reports(run, test, condition)
 
 
 def cached_scores(run: Run, document: dict, cases: list[Case], name: str, workers: int) -> SystemScores:
-    """Scores of a set of reports, kept beside it: METEOR takes seconds, and a row may stand in several tables."""
-    path = run.folder / "reports" / f"{name}.npz"
-    reports = run.folder / "reports" / f"{name}.json"
+    """Scores of a set of reports, kept with the run: METEOR takes seconds, and a row may stand in several tables."""
+    path = run.folder / "scores" / f"{name}.npz"
+    reports = run.reports / f"{name}.json.gz"
     labeler = study_labeler(run.study.test.labeler)
     if path.is_file() and path.stat().st_mtime_ns >= reports.stat().st_mtime_ns:
         with np.load(path, allow_pickle=False) as stored:
@@ -155,6 +231,7 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
                 per_report = {key: stored[key] for key in stored.files if key not in ("counts", "signature")}
                 return SystemScores(per_report, stored["counts"], signature)
     scores = score_system([row["report"] for row in document["reports"]], cases, labeler, workers)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "wb") as file:
         np.savez(file, counts=scores.counts, signature=np.array(scores.signature), **scores.per_report)
@@ -164,7 +241,7 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
 
 def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers: int) -> list[dict]:
     """What a model has to beat, each made from the training split alone; the same for every table of a study."""
-    path = run.folder.parents[1] / "baselines.json"
+    path = run.reports.parents[1] / "baselines.json"
     labeler = study_labeler(study.test.labeler)
     made_by = {
         "cases": [case.name for case in test.cases],

@@ -3,6 +3,7 @@
 """Experiments: what is trained, compared and written, on a cohort of a few cases; and the files that describe them."""
 
 import csv
+import gzip
 import json
 from dataclasses import replace
 
@@ -279,13 +280,17 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
 # The whole
 
 
+def read_reports(path):
+    return json.loads(gzip.decompress(path.read_bytes()))["reports"]
+
+
 def test_an_experiment_says_what_was_measured(made):
-    loaded, runs, result = made
+    loaded, _, result = made
     document = json.loads(result.read_text())
     assert [row["seeds"] for row in document["rows"]] == [[1, 2], [1, 2], [1]]
     assert document["cases"] == 18 and document["rows"][0]["paper"] == {"f1": 0.421}
     assert {row["name"] for row in document["baselines"]} >= {"constant normal report", "nearest training report"}
-    reports = json.loads((runs / "small/diffvp/seed-1/reports/random.json").read_text())["reports"]
+    reports = read_reports(result.parent / "reports/diffvp/seed-1/random.json.gz")
     normal = {case.name for case in load_phantom(loaded.training["data"]["root"], "train")[:18] if is_normal(case)}
     assert all(set(row["references"]) <= normal - {row["id"]} for row in reports)
     page = write_page(result.parent).read_text()
@@ -303,8 +308,12 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     again = run_experiment(table, loaded, runs, tmp_path / "again")
     assert json.loads(again.read_text()) == document
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
+    assert json.loads(from_reports.read_text()) == document
+    assert not list(tmp_path.rglob("*.safetensors")), "no model is trained where its reports are"
     elsewhere = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
-    from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1])
+    from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1], jobs=2)
+    assert (tmp_path / "runs/small/target/seed-1/log.txt").stat().st_size > 0
     for row, expected in zip(json.loads(from_nothing.read_text())["rows"], document["rows"], strict=True):
         for metric, score in row["scores"].items():
             assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"]
@@ -319,7 +328,7 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     other = Study.load(study, ["test.labeler=rules"])
     document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
     assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
-    stored = json.loads((runs / "small/baselines.json").read_text())
+    stored = json.loads((tmp_path / "results/small/reports/baselines.json").read_text())
     assert "labeler:rule-labeler" in stored["made_by"]["signature"]
     again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text()) == ours
@@ -355,8 +364,7 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):
-    run = Run(Study.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x")
-    run.train()
+    run = Run(Study.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x", tmp_path / "reports")
     test = HeldOut(run.study)
     make_reports(run, test, Condition())
     path = run.folder / "model/model.safetensors"
@@ -372,8 +380,7 @@ def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
         variant = variant.model_copy(update={"settings": variant.settings | {"base.from_scratch": small}})
-    run = Run(Study.load(study), variant, key, 1, tmp_path / key)
-    run.train()
+    run = Run(Study.load(study), variant, key, 1, tmp_path / key, tmp_path / "reports")
     reports = make_reports(run, HeldOut(run.study), Condition())["reports"]
     assert len(reports) == 18 and all(isinstance(row["report"], str) for row in reports)
     model, _ = run.load()
@@ -457,7 +464,7 @@ def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "results/radgenome/mine.json").read_text())
     assert document["cases"] == 6 and "labeler:rule-labeler" in document["signature"]
-    reports = json.loads((tmp_path / "runs/radgenome/diffvp/seed-1/reports/random.json").read_text())["reports"]
+    reports = read_reports(tmp_path / "results/radgenome/reports/diffvp/seed-1/random.json.gz")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {name for row in reports for name in row["references"]} <= {f"valid_{number}_a_1" for number in (1, 2, 3)}
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.special import erf
 
 from diffvp.configuration_diffvp import DiffVPConfig
-from diffvp.modeling_diffvp import DiffVPForDiagnosis
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
     DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
@@ -354,6 +354,30 @@ def test_cached_features_stand_in_for_the_volumes(make_model, scans):
         model.difference_map(*scans), model.difference_map(ct_features=features, reference_features=reference_features)
     )
     assert torch.equal(model.encode(scans[0]), expected.latents)
+
+
+@pytest.mark.parametrize("level", ["latent", "pixel"])
+def test_a_shared_encoder_encodes_a_scan_once_and_changes_nothing(make_model, scans, level, tmp_path):
+    own, shared = make_model(difference_level=level), make_model(difference_level=level, share_encoder=True)
+    own.diagnosis.vision_encoder.load_state_dict(own.vision_encoder.state_dict())
+    missing = shared.load_state_dict(own.state_dict(), strict=False)
+    assert not missing.missing_keys and all(key.startswith("diagnosis.vision") for key in missing.unexpected_keys)
+    expected = own(*scans)
+    encoded = []
+    shared.vision_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    got = shared(*scans)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.diagnosis_logits, expected.diagnosis_logits)
+    assert len(encoded) == (3 if level == "pixel" else 2)
+    features = shared.extract_features(scans[0])
+    assert torch.equal(shared.diagnose(ct_features=features), expected.diagnosis_logits)
+    assert torch.equal(own.diagnose(scans[0], features), expected.diagnosis_logits)
+    if level == "latent":
+        cached = shared(ct_features=features, reference_features=shared.extract_features(scans[1]))
+        assert torch.equal(cached.logits, expected.logits)
+    shared.save_pretrained(tmp_path)
+    loaded = DiffVPForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.diagnosis.vision_encoder is None and torch.equal(loaded(*scans).logits, expected.logits)
 
 
 def test_wrong_inputs_are_named(make_model, scans):

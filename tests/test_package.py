@@ -116,7 +116,14 @@ def test_wheel_carries_the_licence(wheel_members):
     assert names == {"LICENSE", "NOTICE"}
 
 
-CORE = ("cli", "reporting", "data.phantom_cohort", "hub.push", "references_diffvp")  # what the small install runs
+CORE = (
+    "cli",
+    "reporting",
+    "data.phantom_cohort",
+    "hub.batch",
+    "hub.push",
+    "references_diffvp",
+)  # what the small install runs
 OPTIONAL = {"datasets"}  # imported where a value of it was given, so that it is there
 
 

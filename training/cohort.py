@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -159,30 +160,35 @@ def _pool_problems(cohort: Cohort) -> list[Problem]:
 class Features:
     """Frozen encoder output and diagnosis logits of cases, each computed once and read from the cache thereafter.
 
+    They lie apart: models with and without a classifier, or with another one, share the encoder's output.
+
     Args:
-        root: folder of all caches; the features are in `features/`.
+        root: folder of all caches; these are in `features/` and `diagnosis/`.
     """
 
     def __init__(self, root: str | Path, volumes: VolumeCache, model: DiffVPForConditionalGeneration):
         self.volumes, self.model = volumes, model
         recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
+        self.cache = TensorCache(Path(root) / "features", recipe)
+        self.logits = None
         # CODEPATH: the ablation without diagnosis has no classifier.
         if model.config.use_diagnosis:
-            recipe["diagnosis"] = state_sha256(model.diagnosis)
-        self.cache = TensorCache(Path(root) / "features", recipe)
+            self.logits = TensorCache(Path(root) / "diagnosis", recipe | {"diagnosis": state_sha256(model.diagnosis)})
 
     def load(self, case: Case) -> dict[str, torch.Tensor]:
         """`features` (N, C) and, of a model with a classifier, `diagnosis_logits` (labels,)."""
-        return self.cache.get(self.volumes.digest(case), lambda: self._compute(case))
+        digest, model = self.volumes.digest(case), self.model
 
-    @torch.no_grad()
-    def _compute(self, case: Case) -> dict[str, torch.Tensor]:
-        # In half precision, as the cache of volumes keeps them: a hit and a miss there give the same features.
-        ct = self.volumes.load(case)[None].float().to(self.model.device)
-        computed = {"features": self.model.extract_features(ct)[0]}
-        if self.model.config.use_diagnosis:
-            computed["diagnosis_logits"] = self.model.diagnose(ct)[0]
-        return computed
+        @torch.no_grad()
+        def compute(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+            # In half precision, as the cache of volumes keeps them: a hit and a miss there give the same features.
+            return {name: function(self.volumes.load(case)[None].float().to(model.device))[0]}
+
+        frozen = self.cache.get(digest, lambda: compute("features", model.extract_features))
+        if self.logits is not None:
+            diagnose = partial(model.diagnose, ct_features=frozen["features"][None])
+            frozen |= self.logits.get(digest, lambda: compute("diagnosis_logits", diagnose))
+        return frozen
 
 
 def compute_all(

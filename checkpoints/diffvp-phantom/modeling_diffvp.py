@@ -182,7 +182,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_encoder = DiffVPVisionEncoder(config)
         # CODEPATH: the paper's model has a classifier; without it is an ablation.
-        self.diagnosis = DiffVPDiagnosisClassifier(config) if config.use_diagnosis else None
+        own_encoder = not config.share_encoder
+        self.diagnosis = DiffVPDiagnosisClassifier(config, own_encoder) if config.use_diagnosis else None
         # CODEPATH: the paper's model resamples; every voxel token through one linear map is what it is compared with.
         self.resampler = DiffVPResampler(config) if config.visual_tokens == "resampler" else None
         self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
@@ -224,12 +225,29 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         with torch.no_grad():
             return self.vision_encoder(ct.to(self.device))
 
-    def diagnose(self, ct: torch.Tensor) -> torch.Tensor:
-        """Volume log-odds of the frozen classifier, (batch, labels). What `diagnosis_logits=` takes."""
+    def diagnose(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Volume log-odds of the frozen classifier, (batch, labels). What `diagnosis_logits=` takes.
+
+        `ct_features` spare the encoding of `ct`, if the classifier shares the encoder (`config.share_encoder`); else
+        they are not looked at.
+        """
+        return self.diagnose_voxels(ct, ct_features)[0]
+
+    def diagnose_voxels(
+        self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `diagnose`, with the voxel logits (batch, N, labels) from which its result is pooled."""
         if self.diagnosis is None:
             raise ValueError("This model was configured with use_diagnosis=False and has no classifier.")
         with torch.no_grad():
-            return self.diagnosis(ct.to(self.device))[0]
+            # CODEPATH: the paper's classifier has an encoder of its own.
+            if self.config.share_encoder:
+                features = self.extract_features(ct) if ct_features is None else ct_features.to(self.device)
+                return self.diagnosis.classify(features)
+            if ct is None:
+                raise ValueError("The classifier has an encoder of its own (share_encoder=False): give `ct`.")
+            return self.diagnosis(ct.to(self.device))
 
     def encode(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
         """V of eq. 3: one of `ct` (batch, 1, D, H, W) and `ct_features` (batch, N, C) → (batch, K, d)."""
@@ -333,6 +351,9 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         self, ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
         """Eq. 9: embeddings and mask of [P ; W V ; diagnosis ; text], and what was computed on the way."""
+        # CODEPATH: as in `diagnose`; and the pixel-level difference needs the volume.
+        if self.config.share_encoder and self.config.difference_level != "pixel":
+            ct, ct_features = None, self._features("ct", ct, ct_features)
         latents, reference_latents, pair, _ = self._latents(ct, reference, ct_features, reference_features)
         local_delta, weights = self.local_delta(*pair)
         embed = self.get_input_embeddings()
@@ -355,9 +376,9 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         # CODEPATH: as in __init__
         if self.config.use_diagnosis:
             if diagnosis_logits is None:
-                if ct is None:
+                if ct is None and not self.config.share_encoder:
                     raise ValueError("`ct_features` instead of `ct` needs `diagnosis_logits` too (see `diagnose`).")
-                diagnosis_logits = self.diagnose(ct)
+                diagnosis_logits = self.diagnose(ct, ct_features)
             ids, mask = self.diagnosis_prompt(diagnosis_logits)
             parts.append(embed(ids))
             masks.append(mask)
@@ -434,6 +455,27 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
             attentions=decoded.attentions,
             **computed,
         )
+
+    @torch.no_grad()
+    def embed_prompt(
+        self,
+        ct: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        ct_features: torch.Tensor | None = None,
+        reference_features: torch.Tensor | None = None,
+        diagnosis_logits: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Eq. 9 up to the report, for engines that decode from embeddings: of each scan its whole prompt, `(length, h)`,
+        without padding. Arguments as in `forward`.
+        """
+        embeddings, mask, _ = self._prepare(
+            ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
+        )
+        return [row[kept] for row, kept in zip(embeddings, mask.bool(), strict=True)]
 
     @torch.no_grad()
     def generate(

@@ -99,9 +99,10 @@ class DiffVPPipeline(Pipeline):
 
     def _forward(self, inputs: dict, **generate_kwargs) -> dict:
         scans = {"ct": inputs["ct"], "reference": inputs["reference"]}
-        logits = None if self.model.diagnosis is None else self.model.diagnose(scans["ct"])
         if self.model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
             scans = {f"{name}_features": self.model.extract_features(volume) for name, volume in scans.items()}
+        has_classifier = self.model.diagnosis is not None
+        logits = self.model.diagnose(inputs["ct"], scans.get("ct_features")) if has_classifier else None
         if self.model.generation_config.max_new_tokens is None:
             generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
         tokens = self.model.generate(

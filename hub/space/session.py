@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from ...data.phantom_cohort import single_phantom
+from ...engines import TransformersEngine
 from ...figures import body_mask, peak
 from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
@@ -219,8 +220,7 @@ class Study:
         self._map = model.difference_map(**self._inputs)[0].float().cpu()
         self._logits, evidence = None, None
         if model.diagnosis is not None:
-            with torch.no_grad():
-                self._logits, voxel_logits = model.diagnosis(scan.tensor.to(model.device))
+            self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
             evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
         self.findings = [] if self._logits is None else describe_findings(model.config, self._logits)[0]
         self.body = body_mask(scan.hu, TISSUE_HU)
@@ -305,6 +305,7 @@ class Study:
             self.text,
             tokens.result(),
             decoding=decoding,
+            engine=TransformersEngine(model).name,
             logits=self._logits,
             geometries=(self.scan.geometry, self.reference.geometry),
             reference=(self.reference_name, self.seed),

@@ -1,0 +1,372 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Reports of many scans (`diffvp batch`), on one machine here and on many in `batch_ray.py`.
+
+    reports.jsonl           line 1: what writes the reports; then a line for each scan
+    reports.failed.jsonl    scans that could not be read in the last run, and why
+
+A run that was interrupted goes on where it was, by either of the two. Scans appear in these files by the names that
+the caller gave them, and nowhere else.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import BatchFeature
+
+from ..data.cache import preprocessing
+from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
+from ..data.table import PATH_COLUMNS
+from ..engines import end_tokens, load_engine
+from ..pipeline_diffvp import RESEARCH_USE, describe_findings
+from ..references_diffvp import ReferencePoolError
+from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
+from ..volume_diffvp import CTInputError
+
+# Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
+# 1,024 voxel tokens each takes 2 MB.
+KEPT_REFERENCES = 2048
+
+
+class BatchError(ValueError):
+    """The output is no file of reports, or was begun with other settings."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan by its name in the output."""
+
+    id: str
+    path: Path
+
+
+def list_scans(source: str | os.PathLike) -> list[Scan]:
+    """
+    The scans of a folder, at any depth, or of a list: a text file with a path in each line, or a .csv file with a
+    column `path` (or `file_name`) and, if the paths are not to be the names, one `id`.
+
+    Paths are relative to the list. Of DICOM, a folder holds .zip files; folders of slices have to be listed.
+
+    Raises:
+        DatasetError: all that is wrong with the list. Whether its files can be read, only reading them tells.
+    """
+    source, problems = Path(source).absolute(), []
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES))
+        if not files:
+            expected = f"one of {', '.join(SCAN_SUFFIXES)}, or a list of DICOM folders"
+            raise DatasetError([Problem(source.name, None, "folder", "without a scan", expected)])
+        return [Scan(path.relative_to(source).as_posix(), path) for path in files]
+    scans, rows = [], {}
+    for number, name, path in _listed(source, problems):
+        if not path:
+            problems.append(Problem(source.name, number, "path", "empty", "the path of a scan"))
+        elif name in rows:
+            found = f"{shown(name)}, as in row {rows[name]}"
+            problems.append(Problem(source.name, number, "id", found, "one row each"))
+        rows.setdefault(name, number)
+        scans.append(Scan(name, source.parent / path))
+    if not (scans or problems):
+        problems.append(Problem(source.name, None, "list", "empty", "paths of scans"))
+    raise_problems(problems)
+    return scans
+
+
+def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
+    """Row, name and path of each scan of a list."""
+    if source.suffix != ".csv":
+        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if path := line.strip():
+                yield number, path, path
+        return
+    rows = read_csv(source, (), problems) or []
+    column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
+    if rows and column is None:
+        problems.append(Problem(source.name, 1, "header", "without path or file_name", "one of them"))
+        return
+    for number, values in rows:
+        path = values[column].strip()
+        yield number, (values.get("id") or path).strip(), path
+
+
+class ReportWriter:
+    """
+    A checkpoint that writes reports of batches of scans: encoder, references and engine.
+
+    A reference is encoded once, however many scans are compared with it. A scan is encoded by itself, so that its
+    prompt does not depend on the batch.
+
+    Args:
+        checkpoint: folder or Hub id.
+        engine: see [`load_engine`].
+        reference_seed: of the choice of references.
+        max_new_tokens: where to stop; the default is the checkpoint's.
+        hub_kwargs: of the Hub, such as `revision`.
+        engine_options: see [`VLLMEngine`].
+
+    Attributes:
+        header: what writes the reports; the first line of their file.
+
+    Raises:
+        DiffVPCheckpointError, EngineError: it cannot be loaded.
+        ReferencePoolError: it has no references.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        engine: str = "transformers",
+        *,
+        reference_seed: int = 0,
+        max_new_tokens: int | None = None,
+        hub_kwargs: dict | None = None,
+        engine_options: dict | None = None,
+    ):
+        hub_kwargs = hub_kwargs or {}
+        self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
+        if self.processor.reference_pool is None:
+            raise ReferencePoolError("This checkpoint has no normal references: put some into references/ of its own.")
+        made_by = identify_model(self.model, hub_kwargs)
+        self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
+        self.decoding = greedy(self.model, max_new_tokens)
+        self.reference_seed = reference_seed
+        settings = {
+            **made_by,
+            "reference_seed": reference_seed,
+            "preprocessing": preprocessing(self.processor.image_processor),
+            "decoding": {
+                "engine": self.engine.name,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "instruction": self.processor.instruction,
+                "generation_config": public_fields(self.decoding.to_diff_dict()),
+            },
+        }
+        self.header = {
+            "statement": RESEARCH_USE,
+            "intended_domain": self.model.config.intended_domain,
+            "settings": json.loads(json.dumps(settings)),  # as it will be read: tuples are lists
+            "versions": library_versions(),
+        }
+        self._stamp = {
+            "checkpoint": {key: made_by["checkpoint"][key] for key in ("name", "commit")},
+            "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "statement": RESEARCH_USE,
+        }
+        self._instruction = dict(self.processor(text=self.processor.instruction).to(self.model.device))
+        self._pool = {entry["id"]: entry for entry in self.processor.reference_pool.entries}
+        self._reference = lru_cache(KEPT_REFERENCES)(self._encode_reference)
+
+    def read(self, scans: Sequence[Scan], workers: int) -> Iterator[tuple[str, BatchFeature | CTInputError]]:
+        """Name and features of each scan, or the error that refused it; see [`DiffVPImageProcessor.stream`]."""
+        features = self.processor.image_processor.stream((scan.path for scan in scans), workers, digest=True)
+        yield from zip((scan.id for scan in scans), features, strict=True)
+
+    def write(self, batch: Iterable[tuple[str, BatchFeature | CTInputError]]) -> tuple[list[dict], list[dict]]:
+        """The records of a batch of what [`read`] yields, and those of its failures."""
+        prompts, drafts, failures = [], [], []
+        for name, features in batch:
+            if isinstance(features, CTInputError):
+                failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
+                continue
+            prompt, draft = self._prompt(features)
+            prompts.append(prompt)
+            drafts.append({"id": name, **draft})
+        written = self.engine.generate(prompts, self.decoding) if prompts else []
+        return [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)], failures
+
+    def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
+        """The prompt of a scan, (length, h), and what is known of it before its report is written."""
+        [geometry] = features["geometry"]
+        scan = self._encode(features["ct"])
+        reference, inputs = self._choose_reference(geometry.sha256)
+        logits = None if self.model.diagnosis is None else self.model.diagnose(features["ct"])
+        [prompt] = self.model.embed_prompt(
+            **{f"ct{kind}": value for kind, value in scan.items()},
+            **{f"reference{kind}": value for kind, value in inputs.items()},
+            **self._instruction,
+            diagnosis_logits=logits,
+        )
+        findings = [] if logits is None else describe_findings(self.model.config, logits)[0]
+        return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+
+    def _finish(self, draft: dict, tokens: list[int]) -> dict:
+        text = self.processor.decode(tokens, skip_special_tokens=True).strip()
+        return {
+            "id": draft["id"],
+            "sha256": draft["sha256"],
+            "report": text,
+            "regions": self.processor.post_process(text),
+            "findings": draft["findings"],
+            "reference": draft["reference"],
+            "complete": tokens[-1] in end_tokens(self.decoding),
+            **self._stamp,
+        }
+
+    def _encode(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A volume (1, 1, D, H, W) as the model takes it: by its features where they suffice."""
+        if self.model.config.difference_level == "pixel":
+            return {"": volume.to(self.model.device)}
+        return {"_features": self.model.extract_features(volume)}
+
+    def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """Digest and encoding of a reference."""
+        path = self.processor.reference_pool.fetch(self._pool[name])
+        features = self.processor.image_processor(path, digest=True)
+        return features["geometry"][0].sha256, self._encode(features["ct"])
+
+    def _choose_reference(self, sha256: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """The reference that the processor, too, draws for a scan: never the scan itself."""
+        for entry in self.processor.reference_pool.ranked(self.reference_seed, sha256):
+            digest, encoded = self._reference(entry["id"])
+            if digest != sha256:
+                return entry["id"], encoded
+        raise ReferencePoolError("A scan is the only one of the reference pool.")
+
+
+class ReportFile:
+    """
+    A file of reports, and beside it one of failures, to which one run at a time adds.
+
+    Attributes:
+        done: names of the scans whose reports it holds.
+        failed: how many scans failed in this run.
+
+    Raises:
+        BatchError: there is a file that is none of reports.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.failures = self.path.with_name(f"{self.path.stem}.failed.jsonl")
+        self.done: set[str] = set()
+        self.failed = 0
+        self._header, self._whole, self._files = None, 0, ()
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n") and self._header is not None:
+                    break  # half a record: the run that wrote it was killed
+                try:
+                    entry = json.loads(line)
+                    if number == 1:
+                        self._header = {"settings": entry["settings"]}
+                    else:
+                        self.done.add(entry["id"])
+                except (ValueError, KeyError, TypeError) as error:
+                    expected = "what diffvp batch writes; choose another output"
+                    raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
+                self._whole += len(line)
+        if self._header is None:
+            raise BatchError(f"{self.path.name} is empty; expected what diffvp batch writes, or no file.")
+
+    def begin(self, header: dict) -> None:
+        """Go on with the file, or begin it.
+
+        Raises:
+            BatchError: it was begun with other settings.
+        """
+        if self._header is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stage = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
+            stage.write_text(_line(header), encoding="utf-8")
+            self._whole = stage.stat().st_size
+            os.replace(stage, self.path)  # so that no file has half a header
+            self._header = header
+        others = _differences(self._header["settings"], header["settings"])
+        if others:
+            raise BatchError(
+                f"{self.path.name} was begun with other settings: {'; '.join(others)}. Choose another output."
+            )
+        if not self._files:
+            with self.path.open("r+b") as file:
+                file.truncate(self._whole)
+            self._files = (self.path.open("a", encoding="utf-8"), self.failures.open("w", encoding="utf-8"))
+
+    def add(self, records: Sequence[dict], failures: Sequence[dict]) -> None:
+        """Write records and failures of a batch; they are on the disk when this returns."""
+        for file, lines in zip(self._files, (records, failures), strict=True):
+            file.writelines(map(_line, lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update(record["id"] for record in records)
+        self.failed += len(failures)
+
+    def __enter__(self) -> "ReportFile":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for file in self._files:
+            file.close()
+
+
+def write_reports(
+    scans: Sequence[Scan],
+    output: str | os.PathLike,
+    writer: ReportWriter,
+    *,
+    batch_size: int,
+    workers: int,
+    on_progress: Callable[[ReportFile], None] = lambda file: None,
+) -> ReportFile:
+    """
+    Write the reports of all scans that `output` does not hold yet. While a batch is decoded, the next is read.
+
+    Args:
+        batch_size: scans that are decoded together.
+        workers: threads that read.
+        on_progress: is told after each batch.
+
+    Raises:
+        BatchError: `output` is no file of reports, or was begun with other settings.
+    """
+    with ReportFile(output) as file:
+        file.begin(writer.header)
+        on_progress(file)
+        waiting = [scan for scan in scans if scan.id not in file.done]
+        for batch in _ahead(_batches(writer.read(waiting, workers), batch_size)):
+            file.add(*writer.write(batch))
+            on_progress(file)
+    return file
+
+
+def _batches(items: Iterator, size: int) -> Iterator[list]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """Each item, while a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _differences(before: dict, now: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries of JSON values."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key} was {old}, is {new}")
+    return found
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry) + "\n"  # in ASCII, so that a name that is not UTF-8 can be written, too

@@ -1,0 +1,284 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of many scans: those that one scan at a time would get, each once, whatever happens on the way."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffvp import cli, reporting
+from diffvp.data.cases import DatasetError
+from diffvp.engines import EngineError, TransformersEngine, load_engine
+from diffvp.hub import batch
+from diffvp.hub.batch import BatchError, ReportWriter, list_scans, write_reports
+from diffvp.reporting import greedy, load_checkpoint, write_report
+
+from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
+
+SCANS = 5
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factory):
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+        return write_checkpoint(folder, tiny_base_with_tokenizer, tokenizer, tiny_fields, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def writer(checkpoint):
+    return ReportWriter(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """A folder of scans, two of them broken."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, SCANS)
+    return folder
+
+
+def write(cohort, output, writer, **options):
+    return write_reports(list_scans(cohort), output, writer, **{"batch_size": 2, "workers": 2} | options)
+
+
+def names(path) -> list[str]:
+    return [entry["id"] for entry in read_lines(path)[1:]]
+
+
+# Engines
+
+
+def test_engine_writes_what_the_model_generates(make_model, scans):
+    """Prompts of different lengths, for the diagnoses differ: each as if it were alone, up to its end."""
+    model = make_model(diagnosis_threshold=0.5)
+    logits = torch.full((2, 18), -3.0)
+    logits[1, 4:9] = 3.0
+    prompts = model.embed_prompt(*scans, diagnosis_logits=logits)
+    assert len({len(prompt) for prompt in prompts}) == 2 and prompts[0].shape[1] == 32
+    model.generation_config.update(max_new_tokens=12, eos_token_id=2, pad_token_id=0)
+    written = TransformersEngine(model).generate(prompts, greedy(model))
+    for row in range(2):
+        ct, reference = (volume[row : row + 1] for volume in scans)
+        alone = model.generate(ct, reference, diagnosis_logits=logits[row : row + 1], do_sample=False)
+        assert written[row] == alone[0].tolist()
+
+
+def test_engine_ends_where_a_report_ends(make_model, scans):
+    model = make_model()
+    prompts = model.embed_prompt(*scans)
+    [first, _] = TransformersEngine(model).generate(prompts, greedy(model, 12))
+    decoding = greedy(model, 12)
+    decoding.update(eos_token_id=[first[3], 95], pad_token_id=0)
+    ended, _ = TransformersEngine(model).generate(prompts, decoding)
+    assert ended == first[: first.index(first[3]) + 1]
+
+
+def test_engines_that_are_not_there(make_model, tokenizer):
+    with pytest.raises(EngineError, match="engine is 'none'; expected transformers or vllm"):
+        load_engine("none", make_model(), tokenizer)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(EngineError, match="not installed"):
+            load_engine("vllm", make_model(), tokenizer)
+
+
+# Lists of scans
+
+
+def test_lists_of_scans(tmp_path):
+    for name in ("b.nii.gz", "deep/a.NII", "deep/c.mha"):
+        write_box(tmp_path / "scans" / name.replace(".mha", ".nii"), seed=0)
+    (tmp_path / "scans" / "notes.txt").write_text("no scan")
+    assert [scan.id for scan in list_scans(tmp_path / "scans")] == ["b.nii.gz", "deep/a.NII", "deep/c.nii"]
+    (tmp_path / "list.txt").write_text("scans/b.nii.gz\n\n/elsewhere/dicom\n")
+    [first, second] = list_scans(tmp_path / "list.txt")
+    assert first.id == "scans/b.nii.gz" and first.path == tmp_path / "scans/b.nii.gz"
+    assert second.id == "/elsewhere/dicom" == str(second.path)
+    (tmp_path / "list.csv").write_text("id,path\none,scans/b.nii.gz\n,scans/deep/a.NII\n")
+    assert [scan.id for scan in list_scans(tmp_path / "list.csv")] == ["one", "scans/deep/a.NII"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", "a.nii\nb.nii\na.nii\n", "row 3: id is 'a.nii', as in row 1; expected one row each"),
+        ("list.csv", "id,file\na,b.nii\n", "row 1: header is without path or file_name"),
+        ("list.csv", "id,path\na,\n", "row 2: path is empty"),
+        ("list.csv", "path\n", "list is empty"),
+        ("list.txt", "\n", "list is empty"),
+    ],
+)
+def test_lists_with_problems(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        list_scans(tmp_path / name)
+
+
+def test_folder_without_scans(tmp_path):
+    with pytest.raises(DatasetError, match="without a scan; expected one of .nii.gz"):
+        list_scans(tmp_path)
+
+
+# Reports
+
+
+def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "draw_figure", lambda path, *volumes, **options: path.write_bytes(b""))
+    file = write(cohort, tmp_path / "reports.jsonl", writer)
+    header, *records = read_lines(tmp_path / "reports.jsonl")
+    assert len(records) == len(file.done) == SCANS and file.failed == 2
+    assert header["settings"]["checkpoint"]["sha256"]["model.safetensors"]
+    assert header["settings"]["decoding"]["engine"].startswith("transformers ")
+    for record in records:
+        single = write_report(*load_checkpoint(checkpoint), cohort / record["id"], tmp_path / "single").document
+        assert record["report"] == single["text"] and record["regions"] == single["report"]
+        assert record["findings"] == single["findings"]
+        assert record["sha256"] == single["provenance"]["scan"]["sha256"]
+        assert record["reference"] == single["provenance"]["reference"]["id"]
+        assert record["complete"] is (not any("cut off" in warning for warning in single["warnings"]))
+        assert record["statement"] == single["statement"]
+        assert record["checkpoint"] == {"name": "tiny", "commit": None}
+    failures = read_lines(tmp_path / "reports.failed.jsonl")
+    assert [failure["id"] for failure in failures] == ["ward 0/broken.nii.gz", "ward 1/half.nii.gz"]
+    assert all(failure["error"] == "CTReadError" and "expected" in failure["message"] for failure in failures)
+
+
+def test_a_reference_is_encoded_once(cohort, checkpoint, tmp_path, monkeypatch):
+    writer = ReportWriter(checkpoint)
+    encoded = []
+    extract = writer.model.extract_features
+    monkeypatch.setattr(writer.model, "extract_features", lambda ct: encoded.append(ct) or extract(ct))
+    write(cohort, tmp_path / "reports.jsonl", writer)
+    references = {record["reference"] for record in read_lines(tmp_path / "reports.jsonl")[1:]}
+    assert len(encoded) == SCANS + len(references)
+
+
+@pytest.mark.parametrize("changes", [{"difference_level": "pixel"}, {"use_diagnosis": False}])
+def test_other_models(make_checkpoint, cohort, tmp_path, changes):
+    writer = ReportWriter(make_checkpoint(**changes), max_new_tokens=3)
+    write(cohort, tmp_path / "reports.jsonl", writer)
+    assert len(names(tmp_path / "reports.jsonl")) == SCANS
+
+
+def test_a_scan_is_never_its_own_reference(checkpoint, writer, tmp_path):
+    for path in (checkpoint / "references").glob("*.nii.gz"):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        (tmp_path / "scans" / path.name).write_bytes(path.read_bytes())
+    write(tmp_path / "scans", tmp_path / "reports.jsonl", writer)
+    records = read_lines(tmp_path / "reports.jsonl")[1:]
+    assert len(records) == 3 and all(record["id"] != f"{record['reference']}.nii.gz" for record in records)
+
+
+# Interruptions
+
+
+def test_goes_on_without_repeating(cohort, writer, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    write(cohort, output, writer)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while it wrote the third record
+    file = write(cohort, output, writer)
+    assert sorted(output.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert output.read_bytes().startswith(b"".join(lines[:3]))
+    assert len(file.done) == SCANS and file.failed == 2, "failures are tried again"
+    before = output.read_bytes()
+    write(cohort, output, writer)
+    assert output.read_bytes() == before
+
+
+def test_interrupted_between_batches(cohort, checkpoint, tmp_path, monkeypatch):
+    output, written, whole = tmp_path / "reports.jsonl", [], ReportWriter.write
+
+    def interrupted(self, scans):
+        if written:
+            raise KeyboardInterrupt
+        written.append(scans)
+        return whole(self, scans)
+
+    monkeypatch.setattr(ReportWriter, "write", interrupted)
+    arguments = ["batch", str(cohort), "--output", str(output), "--checkpoint", str(checkpoint), "--batch-size", "3"]
+    stopped = CliRunner().invoke(cli.app, arguments)
+    assert stopped.exit_code == 130 and "The same command goes on" in stopped.output
+    assert 0 < len(names(output)) <= 3
+    monkeypatch.undo()
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0 and f"{SCANS} reports" in done.stdout
+    assert len(names(output)) == len(set(names(output))) == SCANS
+
+
+def test_other_settings_are_refused(cohort, checkpoint, writer, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    write(cohort, output, writer)
+    before = output.read_bytes()
+    other = ReportWriter(checkpoint, reference_seed=1, max_new_tokens=4)
+    with pytest.raises(BatchError, match="reference_seed was 0, is 1; .*max_new_tokens was 9, is 4"):
+        write(cohort, output, other)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"id,report\n", b'{"id": 1}\n', b"\x1f\x8b\x00", b'{"settings": {}}\n[]\n'])
+def test_a_file_of_something_else_is_left_alone(cohort, writer, tmp_path, content):
+    output = tmp_path / "notes.jsonl"
+    output.write_bytes(content)
+    with pytest.raises(BatchError, match="notes.jsonl"):
+        write(cohort, output, writer)
+    assert output.read_bytes() == content
+
+
+def test_a_defect_ends_the_run(cohort, writer, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(batch, "describe_findings", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        write(cohort, tmp_path / "reports.jsonl", writer)
+
+
+# The command
+
+
+def test_command_names_scans_in_its_files_alone(cohort, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    output = tmp_path / "reports.jsonl"
+    (tmp_path / "list.csv").write_text(
+        "id,path\n" + "".join(f"case {row},{scan.path}\n" for row, scan in enumerate(list_scans(cohort)))
+    )
+    arguments = ["batch", tmp_path / "list.csv", "--output", output, "--checkpoint", checkpoint, "--workers", 1]
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert f"{SCANS} reports: {output}" in result.stdout
+    assert f"2 scans could not be read: {tmp_path / 'reports.failed.jsonl'}" in result.stdout
+    assert "Research use only" in result.stderr and "7/7" in result.stderr
+    assert "ward" not in result.output and "scan_1" not in result.output and "case 1" not in result.output
+    assert str(cohort) not in output.read_text()
+
+
+def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(cli.app, ["batch", *map(str, arguments)])
+
+    output = tmp_path / "reports.jsonl"
+    result = run(cohort, "--checkpoint", checkpoint, "--output", output, "--engine", "other")
+    assert result.exit_code == 2 and "expected transformers or vllm" in result.stderr and not output.exists()
+    output.write_text("mine\n")
+    result = run(cohort, "--checkpoint", checkpoint, "--output", output)
+    assert result.exit_code == 2 and "choose another output" in " ".join(result.stderr.split())
+    result = run(tmp_path / "absent.txt", "--checkpoint", checkpoint)
+    assert result.exit_code == 2 and "FileNotFoundError" in result.stderr
+    (checkpoint / "references").rename(tmp_path / "aside")
+    try:
+        result = run(cohort, "--checkpoint", checkpoint, "--output", tmp_path / "other.jsonl")
+        assert result.exit_code == 2 and "no normal references" in " ".join(result.stderr.split())
+    finally:
+        os.rename(tmp_path / "aside", checkpoint / "references")

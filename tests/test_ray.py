@@ -1,0 +1,111 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline on a cluster of one machine. Run by `make test-ray`, in an environment of its own."""
+
+import os
+import threading
+
+import pytest
+
+pytest.importorskip("ray", reason="ray is not installed: make test-ray makes an environment that has it")
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import psutil
+import ray
+
+from diffvp.hub import batch
+from diffvp.hub.batch import BatchError, ReportWriter, list_scans
+from diffvp.hub.batch_ray import Resources, write_reports
+
+from .batch_samples import read_lines, write_checkpoint, write_cohort
+
+SCANS, BROKEN = 50, {"ward 0/broken.nii.gz", "ward 1/half.nii.gz"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return write_checkpoint(folder, tiny_base_with_tokenizer, tokenizer, tiny_fields)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, SCANS)
+    return folder
+
+
+def write(scans, output, checkpoint, **options):
+    resources = Resources(readers=1, engines=1, gpus=0)
+    defaults = {"batch_size": 8, "resources": resources, "engine": "transformers"}
+    return write_reports(scans, output, checkpoint=checkpoint, **defaults | options)
+
+
+def kill(name: str) -> bool:
+    """Kill one of this cluster's processes that run the task or actor; whether there was one."""
+    for process in psutil.Process().children(recursive=True):
+        if name in " ".join(process.cmdline()):
+            process.kill()
+            return True
+    return False
+
+
+@pytest.mark.timeout(600)
+def test_finishes_past_broken_scans_and_killed_processes(cohort, checkpoint, tmp_path):
+    output, killed, over = tmp_path / "reports.jsonl", set(), threading.Event()
+
+    def kill_reader():
+        while not over.wait(0.02):
+            if kill("read_scan"):
+                killed.add("read_scan")
+                return
+
+    def kill_actor(file):
+        if len(file.done) >= 8 and "ReportActor" not in killed and kill("ReportActor"):
+            killed.add("ReportActor")
+
+    thread = threading.Thread(target=kill_reader)
+    thread.start()
+    try:
+        file = write(list_scans(cohort), output, checkpoint, on_progress=kill_actor)
+    finally:
+        over.set()
+        thread.join()
+    assert killed == {"read_scan", "ReportActor"}
+    records = read_lines(output)[1:]
+    assert len(records) == len({record["id"] for record in records}) == len(file.done) == SCANS
+    failures = read_lines(tmp_path / "reports.failed.jsonl")
+    assert {failure["id"] for failure in failures} == BROKEN and len(failures) == file.failed == 2
+
+    # One machine goes on with the file, and writes the same reports.
+    writer = ReportWriter(checkpoint)
+    batch.write_reports(list_scans(cohort), output, writer, batch_size=8, workers=1)
+    assert read_lines(output)[1:] == records
+    batch.write_reports(list_scans(cohort), tmp_path / "alone.jsonl", writer, batch_size=8, workers=1)
+    alone = {record["id"]: record for record in read_lines(tmp_path / "alone.jsonl")[1:]}
+    assert {record["id"]: record for record in records} == alone
+
+
+@pytest.mark.timeout(600)
+def test_goes_on_without_repeating(cohort, checkpoint, tmp_path):
+    output, scans = tmp_path / "reports.jsonl", list_scans(cohort)
+    write(scans[:12], output, checkpoint)
+    begun = output.read_bytes()
+    with output.open("ab") as file:
+        file.write(b'{"id": "half a rec')  # as a driver leaves it that is killed
+    write(scans[:24], output, checkpoint)
+    assert output.read_bytes().startswith(begun)
+    names = [record["id"] for record in read_lines(output)[1:]]
+    assert sorted(names) == sorted({scan.id for scan in scans[:24]} - BROKEN)
+    before = output.read_bytes()
+    with pytest.raises(BatchError, match="reference_seed was 0, is 1"):
+        write(scans, output, checkpoint, reference_seed=1)
+    assert output.read_bytes() == before
