@@ -90,22 +90,20 @@ class VLLMEngine:
         self._vllm = vllm
         self.name = f"vllm {vllm.__version__}"
         model.merge_adapter()
-        language_model = model.language_model
+        dtype = str(model.language_model.dtype).removeprefix("torch.")
         with tempfile.TemporaryDirectory(prefix="diffvp-") as folder:
-            # Else transformers would undo on the LLM's weights what it renamed when it loaded PEFT's.
-            language_model.save_pretrained(folder, save_original_format=False)
+            # Else transformers would undo, on the LLM's weights, the renaming that it did when it loaded PEFT's.
+            model.language_model.save_pretrained(folder, save_original_format=False)
             tokenizer.save_pretrained(folder)
+            _keep_embeddings(model)  # before vLLM asks how much memory is free
             self.llm = vllm.LLM(
                 model=folder,
-                dtype=str(language_model.dtype).removeprefix("torch."),
+                dtype=dtype,
                 generation_config="vllm",  # nothing but what `generate` is told
                 enable_prompt_embeds=True,
                 enable_prefix_caching=False,
                 **options,
             )
-        embeddings = copy.deepcopy(model.get_input_embeddings())
-        language_model.to("meta")
-        model.set_input_embeddings(embeddings)
 
     def generate(self, prompts: Sequence[torch.Tensor], decoding: GenerationConfig) -> list[list[int]]:
         """
@@ -149,10 +147,19 @@ def load_engine(name: str, model, tokenizer, **options) -> Engine:
     raise EngineError(f"engine is {name!r}; expected transformers or vllm.")
 
 
+def _keep_embeddings(model) -> None:
+    """Free the LLM's weights but the embeddings of its tokens."""
+    embeddings = copy.deepcopy(model.get_input_embeddings())
+    model.language_model.to("meta")
+    model.set_input_embeddings(embeddings)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def end_tokens(decoding: GenerationConfig) -> list[int]:
-    """The tokens that end a report."""
+    """The tokens that end a report; an LLM may have several, or none."""
     ends = decoding.eos_token_id
-    return list(ends) if isinstance(ends, list) else [ends]
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

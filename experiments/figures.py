@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of the paper from the runs of a table: what stands in its JSON beside the rows, and the pictures."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.pool import is_normal
+from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.markdown import table_lines, with_interval
-from ..metrics.statistics import paired_bootstrap
+from ..metrics.statistics import bootstrap_mean, paired_bootstrap
 from .lesions import score_findings
 from .maps import draw_importance, draw_maps, map_example, score_importance, score_maps
 from .runs import HeldOut, Run
@@ -24,7 +27,12 @@ DETAILS = {
 
 
 def figure_content(
-    table: Table, runs: Mapping[str, Run], reports: Mapping[str, dict], test: HeldOut, picture: Path
+    table: Table,
+    runs: Mapping[str, Run],
+    reports: Mapping[str, dict],
+    test: HeldOut,
+    labeler: Labeler,
+    picture: Path,
 ) -> dict:
     """
     What a figure shows, by the kind of its table, under "figure".
@@ -32,12 +40,15 @@ def figure_content(
     Args:
         runs: the first run of each row, by the row's name.
         reports: its reports, as `make_reports` returns them.
+        labeler: reads the findings of reports, for the kinds that compare them.
         picture: the PNG to draw, for the kinds that have one.
     """
     if table.kind == "lesions":
         return {"figure": lesion_content(reports, test), "wins": wins(table.compare, reports, test)}
     if table.kind == "cases":
         return {"figure": case_content(reports, test)}
+    if table.kind == "stability":
+        return {"figure": stability([of["reports"] for of in reports.values()], labeler)}
     content = {}
     conditions = {row.name: row.condition for row in table.rows}
     for name, run in runs.items():
@@ -110,6 +121,43 @@ def wins(pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: He
     return entries
 
 
+def stability(draws: Sequence[Sequence[dict]], labeler: Labeler) -> dict:
+    """
+    How much the reports of one model depend on which reference was drawn.
+
+    Args:
+        draws: the reports of the same cases, once for each draw.
+
+    Returns:
+        of all pairs of draws, means over cases with their interval: "identical" reports; the same set of "findings";
+        the "overlap" of the two sets, |both| / |either|, 1 where both are empty. "changed": pairs with another
+        reference; "flips": by label, the share of cases of whose reports some name it and some do not.
+    """
+    texts = [[row["report"] for row in rows] for rows in draws]
+    named = np.stack([label_reports(labeler, of) for of in texts]).astype(bool)  # (draws, cases, labels)
+    pairs = list(itertools.combinations(range(len(draws)), 2))
+    either = np.stack([(named[a] | named[b]).sum(-1) for a, b in pairs])
+    both = np.stack([(named[a] & named[b]).sum(-1) for a, b in pairs])
+    identical = [[one == other for one, other in zip(texts[a], texts[b], strict=True)] for a, b in pairs]
+    changed = [
+        [one["references"] != other["references"] for one, other in zip(draws[a], draws[b], strict=True)]
+        for a, b in pairs
+    ]
+    measures = {
+        "identical": np.array(identical),
+        "findings": either == both,
+        "overlap": np.where(either, both / np.maximum(either, 1), 1.0),
+    }
+    content = {"draws": len(draws), "cases": named.shape[1], "changed": float(np.mean(changed))}
+    for name, values in measures.items():
+        of_case = values.mean(axis=0)
+        interval = bootstrap_mean(of_case)
+        content[name] = {"mean": interval.estimate, "interval": [interval.low, interval.high]}
+    flips = named.any(axis=0) & ~named.all(axis=0)
+    content["flips"] = dict(zip(DIAGNOSIS_LABELS, flips.mean(axis=0).tolist(), strict=True))
+    return content
+
+
 def case_content(reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
     """A few cases with the reports of all rows."""
     texts = {name: {row["id"]: row["report"] for row in of["reports"]} for name, of in reports.items()}
@@ -123,6 +171,8 @@ def figure_lines(document: dict) -> list[str]:
     """The part of the page."""
     if document["kind"] == "cases":
         return _case_lines(document["figure"])
+    if document["kind"] == "stability":
+        return _stability_lines(document["figure"])
     if document["kind"] == "lesions":
         return _lesion_lines(document["figure"]) + _win_lines(document["wins"])
     lines = [f"![{document['title']}]({document['picture']})", ""]
@@ -200,6 +250,22 @@ def _win_lines(entries: Sequence[dict]) -> list[str]:
         return []
     note = "; ".join(f"{name}: {about}" for name, about in DETAILS.items())
     return [*table_lines(["", "", "wins", "losses", "ties", "win rate", "p"], rows), "", f"{note}.", ""]
+
+
+def _stability_lines(content: Mapping) -> list[str]:
+    rows = [
+        ["the same report", _mean(content["identical"])],
+        ["the same findings", _mean(content["findings"])],
+        ["overlap of the findings", _mean(content["overlap"])],
+    ]
+    note = (
+        f"Of {content['draws']} draws, all pairs; in {content['changed']:.0%} of them a case had another reference. "
+        "Intervals over cases."
+    )
+    often = sorted(content["flips"].items(), key=lambda item: -item[1])[:5]
+    flips = ", ".join(f"{label} {share:.1%}" for label, share in often if share)
+    names = f"Most often named in some reports of a case and not in others: {flips or 'none'}."
+    return [*table_lines(["two reports of one scan", "mean over cases"], rows), "", note, names, ""]
 
 
 def _case_lines(cases: Sequence[dict]) -> list[str]:

@@ -128,7 +128,8 @@ def run_experiment(
             ],
         }
     else:
-        result |= figure_content(table, first_runs, first_reports, test, path.with_suffix(".png"))
+        labeler = study_labeler(study.test.labeler)
+        result |= figure_content(table, first_runs, first_reports, test, labeler, path.with_suffix(".png"))
     write_json(path, result)
     return path
 

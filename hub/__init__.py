@@ -1,3 +1,3 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Preparing checkpoints for others."""
+"""Checkpoints for others, and reports of many scans."""

@@ -3,7 +3,7 @@
 """
 `diffvp batch` on many machines, as a pipeline of Ray Data. Needs the extra `ray`.
 
-    python -m diffvp.hub.batch_ray scans.csv --output reports.jsonl --engine vllm --engines 4 --gpus 1
+    python -m diffvp.hub.batch_ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --readers 40
 
 1. Tasks on CPUs read and resample the scans: `--readers` of them at a time, on whichever node has a core.
 2. Actors, one for each GPU, encode and decode them; each holds the model, its engine and the references that it has
@@ -15,7 +15,7 @@ In flight are at most `--readers` tasks of a few scans and two batches for each 
 task of a process or node that dies is run again, and an actor started anew, as often as it takes: so does Ray Data.
 Since one process alone writes, no report is there twice; what it had not written when it dies, the next run does.
 
-Scans, list and checkpoint must be where each node finds them under the same path, or the checkpoint be on the Hub.
+Each node must find the scans, and a checkpoint that is not on the Hub, under the same path.
 """
 
 import argparse

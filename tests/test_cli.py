@@ -187,6 +187,11 @@ def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeyp
         (tmp_path / "aside.nii.gz").rename(checkpoint / "references" / "normal.nii.gz")
 
 
+def test_engine_that_is_not_there(run, scan, checkpoint):
+    result = run("report", scan, "--checkpoint", checkpoint, "--engine", "other")
+    assert_one_line_error(result, "EngineError", "'other'", "transformers or vllm")
+
+
 def test_a_defect_keeps_its_traceback(run, scan, checkpoint, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")

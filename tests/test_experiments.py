@@ -22,6 +22,7 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
 from diffvp.experiments import evaluate
+from diffvp.experiments.figures import stability
 from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
@@ -277,6 +278,34 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
 
+def test_stability_counts_what_changes_with_the_reference():
+    class Reader:
+        signature = "words"
+
+        def label_all(self, reports):
+            return np.array([[label in report for label in DIAGNOSIS_LABELS] for report in reports], np.int8)
+
+    def draw(*rows):
+        return [{"references": [reference], "report": report} for reference, report in rows]
+
+    first, second = DIAGNOSIS_LABELS[:2]
+    content = stability(
+        [
+            draw(("a", f"{first} and {second}"), ("a", "nothing"), ("a", first)),
+            draw(("b", f"{second} and {first}"), ("a", "nothing"), ("b", second)),
+            draw(("c", first), ("a", "nothing"), ("c", f"{first} and {second}")),
+        ],
+        Reader(),
+    )
+    assert content["draws"] == content["cases"] == 3 and content["changed"] == pytest.approx(2 / 3)
+    assert content["identical"]["mean"] == pytest.approx(1 / 3)
+    assert content["findings"]["mean"] == pytest.approx((1 / 3 + 1 + 0) / 3)
+    assert content["overlap"]["mean"] == pytest.approx(((1 + 0.5 + 0.5) / 3 + 1 + (0 + 0.5 + 0.5) / 3) / 3)
+    assert content["flips"][first] == pytest.approx(1 / 3) and content["flips"][second] == pytest.approx(2 / 3)
+    low, high = content["overlap"]["interval"]
+    assert low < content["overlap"]["mean"] < high
+
+
 # The whole
 
 
@@ -334,13 +363,14 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     assert json.loads(again.read_text()) == ours
 
 
-@pytest.mark.parametrize("kind", ["importance", "lesions", "cases"])
+@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability"])
 def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     loaded, runs, _ = made
     tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
     ill = sum(not is_normal(case) for case in tested)
     rows = [{"name": "ours", "variant": "diffvp"}]
-    rows += [] if kind == "importance" else [{"name": "control", "variant": "target"}]
+    control = {"variant": "diffvp", "condition": {"draw": 9}} if kind == "stability" else {"variant": "target"}
+    rows += [] if kind == "importance" else [{"name": "control", **control}]
     figure = {"title": "A figure", "about": "About it.", "kind": kind, "seeds": [1], "rows": rows}
     figure["compare"] = [["ours", "control"]] if kind == "lesions" else []
     path = tmp_path / "fig.yaml"
@@ -356,6 +386,9 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         for of in document["wins"][0]["details"].values():
             assert of["wins"] + of["losses"] + of["ties"] == ill
         assert "| ours against control | localization |" in page
+    elif kind == "stability":
+        assert document["figure"]["draws"] == 2 and 0.5 < document["figure"]["changed"] <= 1
+        assert "| the same findings |" in page
     else:
         assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
             document["figure"]
