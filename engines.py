@@ -67,9 +67,9 @@ class VLLMEngine:
     """
     vLLM in this process, on the merged LLM.
 
-    LoRA is merged into the model first: vLLM's own LoRA beside prompts of embeddings reads beyond them
-    (vllm-project/vllm#51122). Prefixes are not cached, for the keys of that cache do not hold what the embeddings are
-    (vllm-project/vllm#56655).
+    LoRA is merged into the model first: beside prompts of embeddings, vLLM's own LoRA crashes
+    (vllm-project/vllm#51122). Prefixes are not cached: a prompt begins with what differs between two scans, so that no
+    other begins with it, and the cache has confused prompts with embeddings in them (vllm-project/vllm#56655).
 
     Args:
         model, tokenizer: of a checkpoint. Of the model's LLM only the embeddings of tokens are kept, for vLLM has the

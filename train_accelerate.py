@@ -36,7 +36,7 @@ from .data.cases import raise_problems
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
-from .training.cohort import Cohort, Features, compute_all, load_cohort
+from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
 from .training.diagnosis import DiagnosisStage, Lesions, best_thresholds, micro_f1
 from .training.loop import Log, Stage, Trainer
@@ -122,7 +122,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     raise_problems(check_reports(cohort, processor, config.report, model))
     model.to(accelerator.device)  # before the caches, which it computes
     volumes = make_volumes(config, processor.image_processor)
-    features = Features(config.data.cache_dir, volumes, model)
+    features = make_features(config.data, volumes, model)
     needed = {case.name: case for case in cohort.report + cohort.validation + cohort.pool}
     cohort = without_unreadable(cohort, list(needed.values()), features.load, config, accelerator, "Features")
     logger.info("Features: %s", json.dumps(features.cache.summary()))

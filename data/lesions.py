@@ -30,7 +30,7 @@ def lesion_cells(path: Path, geometry) -> torch.Tensor:
     Raises:
         DatasetError: there is no such mask, or its shape is not that of the volume.
     """
-    return torch.from_numpy(_gathered(_lps_codes(path, geometry), geometry, CELL))
+    return torch.from_numpy(_gathered(lps_mask(path, geometry, "lesion mask"), geometry, CELL))
 
 
 def lesion_voxels(path: Path, geometry) -> torch.Tensor:
@@ -41,7 +41,7 @@ def lesion_voxels(path: Path, geometry) -> torch.Tensor:
 
     Arguments and errors as of [`lesion_cells`].
     """
-    codes = _lps_codes(path, geometry)
+    codes = lps_mask(path, geometry, "lesion mask")
     voxels = _gathered(codes, geometry, 1)
     outputs, inputs = [], []
     for axis in range(3):
@@ -60,10 +60,18 @@ def token_targets(cells: torch.Tensor, grid: tuple[int, int, int], labels: int) 
     return torch.nn.functional.adaptive_max_pool3d(bits, grid).flatten(2).transpose(1, 2)
 
 
-def _lps_codes(path: Path, geometry) -> np.ndarray:
-    """The mask in the axis order of the volume, [x, y, z]."""
+def lps_mask(path: Path, geometry, what: str) -> np.ndarray:
+    """
+    A mask on the grid of the file, in the axis order of the volume, [x, y, z].
+
+    Args:
+        what: its name in the error.
+
+    Raises:
+        DatasetError: there is no such mask, or its shape is not that of the volume.
+    """
     if not path.is_file():
-        raise DatasetError([Problem(path.name, None, "lesion mask", "missing", "a cohort made with masks")])
+        raise DatasetError([Problem(path.name, None, what, "missing", "a cohort with masks")])
     codes = np.asarray(nib.load(path).dataobj)
     if codes.shape != tuple(geometry.shape):
         expected = f"{tuple(geometry.shape)}, as the volume has"
@@ -74,13 +82,18 @@ def _lps_codes(path: Path, geometry) -> np.ndarray:
 
 def _gathered(codes: np.ndarray, geometry, cell: int) -> np.ndarray:
     """What lies in each cell of so many voxels of the tensor, int32 [z, y, x]."""
-    found = np.nonzero(codes)
-    cells, inside = [], np.ones(len(found[0]), dtype=bool)
+    voxels, values = voxel_indices(codes, geometry)
+    grid = np.zeros([size // cell for size in geometry.size], np.int32)
+    np.bitwise_or.at(grid, tuple(index // cell for index in voxels), values.astype(np.int32))
+    return grid
+
+
+def voxel_indices(mask: np.ndarray, geometry) -> tuple[list[np.ndarray], np.ndarray]:
+    """Of a mask [x, y, z], the voxels that are set and lie in the tensor: indices z, y, x there, and their values."""
+    found = np.nonzero(mask)
+    voxels, inside = [], np.ones(len(found[0]), dtype=bool)
     for axis in range(3):  # x, y, z are width, height, depth of the tensor
         voxel = np.floor((found[axis] - geometry.offset[axis]) / geometry.scale[axis] + 0.5).astype(int)
         inside &= (voxel >= 0) & (voxel < geometry.size[2 - axis])
-        cells.append(voxel // cell)
-    grid = np.zeros([size // cell for size in geometry.size], np.int32)
-    x, y, z = (index[inside] for index in cells)
-    np.bitwise_or.at(grid, (z, y, x), codes[found][inside].astype(np.int32))
-    return grid
+        voxels.append(voxel)
+    return [index[inside] for index in reversed(voxels)], mask[found][inside]

@@ -31,7 +31,7 @@ from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
-from ..training.cohort import Features
+from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
 from ..training.loop import compare
 from .lesions import Finding, read_patients
@@ -93,7 +93,7 @@ class Run:
     def features(self, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor) -> Features:
         """Frozen features by way of the caches of the training."""
         data = self.config.data
-        return Features(data.cache_dir, VolumeCache(data.cache_dir, processor.image_processor, data.spacing), model)
+        return make_features(data, VolumeCache(data.cache_dir, processor.image_processor, data.spacing), model)
 
 
 class HeldOut:

@@ -189,7 +189,9 @@ class ReportWriter:
         [geometry] = features["geometry"]
         scan = self._encode(features["ct"])
         reference, inputs = self._choose_reference(geometry.sha256)
-        logits = None if self.model.diagnosis is None else self.model.diagnose(features["ct"])
+        logits = None
+        if self.model.diagnosis is not None:
+            logits = self.model.diagnose(features["ct"], scan.get("_features"))
         [prompt] = self.model.embed_prompt(
             **{f"ct{kind}": value for kind, value in scan.items()},
             **{f"reference{kind}": value for kind, value in inputs.items()},

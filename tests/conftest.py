@@ -180,7 +180,7 @@ def small_cohort(tmp_path_factory):
 
     # Seven of these 26 are normal, two or more in each span below that pairs with them.
     root = tmp_path_factory.mktemp("phantom")
-    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=False, workers=1, progress=False)
+    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=True, workers=1, progress=False)
 
 
 def write_settings(folder: Path, cohort: Path, base: Path, tiny_fields: dict) -> Path:

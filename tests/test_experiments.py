@@ -406,7 +406,7 @@ def test_reports_of_other_weights_are_refused(study, tmp_path):
         make_reports(run, test, Condition())
 
 
-@pytest.mark.parametrize("key", ["linear", "scratch", "pixel", "subtraction", "baseline"])
+@pytest.mark.parametrize("key", ["linear", "regions", "scratch", "pixel", "subtraction", "baseline"])
 def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
     variant = load_variants()[key]
     if key == "scratch":

@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor
 
-from diffvp.data.cache import ContentHashes, TensorCache
+from diffvp.configuration_diffvp import REGIONS
+from diffvp.data.cache import ContentHashes, TensorCache, VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
 from diffvp.data.pairing import pair_reference
+from diffvp.data.radgenome import load_phantom
+from diffvp.data.regions import RegionMasks, region_mask_path
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import build_generator, run
@@ -266,6 +269,28 @@ def test_missing_or_foreign_lesion_masks_are_named(tmp_path):
         lesion_cells(tmp_path / "mask.nii.gz", geometry)
     with pytest.raises(DatasetError, match="none.nii.gz: lesion mask is missing"):
         lesion_cells(tmp_path / "none.nii.gz", geometry)
+
+
+def test_region_tokens_lie_where_the_regions_do(small_cohort, tmp_path):
+    """The mean position of a region's tokens, in world coordinates, against the centre of mass of its mask."""
+    processor = DiffVPImageProcessor(size=(32, 32, 32), target_spacing=(12.0, 14.0, 14.0), foreground_hu=-500.0)
+    volumes = VolumeCache(tmp_path, processor)
+    case, grid = load_phantom(small_cohort, "train")[3], (8, 8, 8)
+    masks = RegionMasks(small_cohort, tmp_path, volumes, grid)
+    shares = masks.load(case)
+    assert shares.shape == (10, 512) and torch.allclose(shares.sum(1), torch.ones(10))
+    centres = torch.stack(torch.meshgrid(*[torch.arange(8.0) * 4 + 1.5] * 3, indexing="ij"), dim=-1).reshape(-1, 3)
+    pooled = masks.pool(case, centres)
+    assert pooled.shape == (11, 3) and torch.allclose(pooled[10], torch.full((3,), 15.5))
+    geometry = volumes.preprocess(case)["geometry"][0]
+    found = nib.affines.apply_affine(geometry.tensor_affine, pooled[:10].numpy())
+    for region, place in zip(REGIONS, found, strict=True):
+        mask = nib.load(region_mask_path(small_cohort, case.name, region))
+        expected = nib.affines.apply_affine(mask.affine, np.argwhere(np.asarray(mask.dataobj)).mean(0))
+        # A token is 48 x 56 x 56 mm, and a region as small as one lies where that one does.
+        assert np.abs(place - expected).max() < (28 if region in ("thyroid", "esophagus") else 15), region
+    with pytest.raises(DatasetError, match="abdomen.nii.gz: region mask is missing"):
+        RegionMasks(tmp_path, tmp_path, volumes, grid).load(case)
 
 
 def test_augmentation_moves_lesions_with_the_volume():

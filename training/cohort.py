@@ -28,6 +28,7 @@ from ..data.cases import (
 )
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, normal_pool
+from ..data.regions import RegionMasks
 from ..data.table import load_hub
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..volume_diffvp import CTInputError
@@ -164,10 +165,17 @@ class Features:
 
     Args:
         root: folder of all caches; these are in `features/` and `diagnosis/`.
+        regions: average the features in each region instead of giving one of each voxel token.
     """
 
-    def __init__(self, root: str | Path, volumes: VolumeCache, model: DiffVPForConditionalGeneration):
-        self.volumes, self.model = volumes, model
+    def __init__(
+        self,
+        root: str | Path,
+        volumes: VolumeCache,
+        model: DiffVPForConditionalGeneration,
+        regions: RegionMasks | None = None,
+    ):
+        self.volumes, self.model, self.regions = volumes, model, regions
         recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
         self.cache = TensorCache(Path(root) / "features", recipe)
         self.logits = None
@@ -176,7 +184,7 @@ class Features:
             self.logits = TensorCache(Path(root) / "diagnosis", recipe | {"diagnosis": state_sha256(model.diagnosis)})
 
     def load(self, case: Case) -> dict[str, torch.Tensor]:
-        """`features` (N, C) and, of a model with a classifier, `diagnosis_logits` (labels,)."""
+        """`features` (N, C), of regions (11, C), and, of a model with a classifier, `diagnosis_logits` (labels,)."""
         digest, model = self.volumes.digest(case), self.model
 
         @torch.no_grad()
@@ -188,7 +196,17 @@ class Features:
         if self.logits is not None:
             diagnose = partial(model.diagnose, ct_features=frozen["features"][None])
             frozen |= self.logits.get(digest, lambda: compute("diagnosis_logits", diagnose))
+        if self.regions is not None:
+            frozen["features"] = self.regions.pool(case, frozen["features"])
         return frozen
+
+
+def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
+    """The frozen features that a training file asks for."""
+    regions = None
+    if data.region_tokens:
+        regions = RegionMasks(data.root, data.cache_dir, volumes, model.config.feature_grid)
+    return Features(data.cache_dir, volumes, model, regions)
 
 
 def compute_all(

@@ -40,6 +40,9 @@ class DataSection(_Section):
     labeler: Literal["rules"] | None = None  # reads the labels out of the reports of cases that have none
     reconstructions: Literal["first", "all"] = "first"  # of a scan, which share one report
     spacing: tuple[float, float, float] | None = None  # mm along x, y, z, where neither header nor table has it
+    # Encoder output averaged within the dataset's masks of the regions, instead of voxel tokens: what Reg2RG does.
+    # Such a model reads `ct_features` alone. (Null, not false: runs from before there was this have no such setting.)
+    region_tokens: Literal[True] | None = None
     skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
     validation_fraction: float | None = None
     diagnosis_cases: tuple[int, int] | None = None
@@ -142,6 +145,10 @@ class TrainingConfig(_Section):
             raise ValueError(f"stage: {self.stage}; expected report, as `classifier` stands for the first stage")
         if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
             raise ValueError("base.from_scratch trains all weights; expected neither lora nor base.quantization")
+        if self.data.region_tokens and (self.model or {}).get("visual_tokens") != "linear":
+            raise ValueError(
+                "data.region_tokens are mapped to the LLM as they are; expected model.visual_tokens: linear"
+            )
         if self.init_from is None:
             missing = [name for name, value in made_of.items() if value is None]
             if missing:
