@@ -189,8 +189,12 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
         for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
             pass
         futures = [pool.submit(_make_reports, run, of, threads) for run, of in conditions.values()]
-        for future in track(as_completed(futures), "Models", total=len(futures)):
-            future.result()
+        try:
+            for future in track(as_completed(futures), "Models", total=len(futures)):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that are under way go on to their end
+            raise
 
 
 def _fill_caches(run: Run, part: int, parts: int, threads: int) -> None:
