@@ -181,8 +181,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
     def __init__(self, config: DiffVPConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_encoder = DiffVPVisionEncoder(config)
-        # CODEPATH: the paper's model has a classifier; without it is an ablation.
         own_encoder = not config.share_encoder
+        # CODEPATH: the paper's model has a classifier; without it is an ablation.
         self.diagnosis = DiffVPDiagnosisClassifier(config, own_encoder) if config.use_diagnosis else None
         # CODEPATH: the paper's model resamples; every voxel token through one linear map is what it is compared with.
         self.resampler = DiffVPResampler(config) if config.visual_tokens == "resampler" else None
