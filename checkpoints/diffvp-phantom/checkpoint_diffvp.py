@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the base LLM comes from, and strict loading of a checkpoint's own weights."""
 
+import contextlib
+import functools
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 WEIGHTS_NAME = "model.safetensors"
@@ -76,16 +80,34 @@ def load_base_model(name: str, revision: str | None = None, gguf_file: str | Non
         return AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", **kwargs)
     if "quantization_config" in kwargs:
         raise DiffVPCheckpointError(f"A GGUF base ({name}) is dequantised on load and cannot be quantised again.")
-    loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, **kwargs)
+    with _gguf_read_once():
+        loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, **kwargs)
     # transformers marks a model read from GGUF as quantised although its weights are plain tensors, and then refuses
     # to save it: move the weights into an ordinary model of the same config.
     config = loaded.config
     del config.quantization_config
     config._name_or_path = name
-    model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     return model.to(loaded.device).eval()
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses a GGUF file twice, and makes the table of its names anew for each module of the LLM: 8 s of
+    14 for one of 135 M parameters."""
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def locate_adapter(name: str, **hub_kwargs) -> str | None:
