@@ -51,7 +51,9 @@ def body_mask(volume: np.ndarray, level: float) -> np.ndarray:
     """
     tissue = torch.from_numpy(volume > level).float()[:, None]
     for sign in (-1, 1):  # an opening: shrunk, then grown
-        tissue = sign * F.max_pool2d(sign * tissue, TABLE, stride=1, padding=TABLE // 2)
+        for kernel in ((TABLE, 1), (1, TABLE)):  # row by column, which is the same
+            padding = [size // 2 for size in kernel]
+            tissue = sign * F.max_pool2d(sign * tissue, kernel, stride=1, padding=padding)
     tissue = tissue[:, 0].numpy() > 0
     inside = np.ones_like(tissue)
     for axis in (1, 2):
