@@ -239,18 +239,18 @@ def test_features_are_those_of_file_settings_and_weights(own, start, finetune, t
             setattr(processor.image_processor, name, value)
         features = Features(tmp_path / "c", VolumeCache(tmp_path / "c", processor.image_processor), model)
         features.load(case)
-        return features.cache.misses
+        return features.cache.misses, features.logits.misses
 
-    assert misses() == 1 and misses() == 0
-    assert misses(hu_window=(-900.0, 300.0)) == 1 and misses() == 0
+    assert misses() == (1, 1) and misses() == (0, 0)
+    assert misses(hu_window=(-900.0, 300.0)) == (1, 1) and misses() == (0, 0)
     with torch.no_grad():
         model.vision_encoder.resnet.conv1.weight.flatten()[0] += 1e-3
-    assert misses() == 1 and misses() == 0
+    assert misses() == (1, 1) and misses() == (0, 0)
     with torch.no_grad():
         model.diagnosis.head.bias[0] += 1e-3
-    assert misses() == 1 and misses() == 0
+    assert misses() == (0, 1) and misses() == (0, 0), "another classifier reads the same features"
     shutil.copy(load_table(own)[1].volume, case.volume)
-    assert misses() == 1
+    assert misses() == (1, 1)
 
 
 STORIES = Path(os.environ.get("DIFFVP_CHECK_DATA", "absent")) / "lm/stories260K"
