@@ -59,7 +59,7 @@ class ReportActor:
         self.writer = ReportWriter(**options)
 
     def __call__(self, batch: dict) -> dict:
-        scans = [pickle.loads(scan) for scan in batch["scan"]]
+        scans = [pickle.loads(scan) for scan in batch["scan"]]  # of `read_scan`, and of nobody outside the pipeline
         records, failures = self.writer.write(zip(batch["id"].tolist(), scans, strict=True))
         return {"result": [json.dumps({"header": self.writer.header, "records": records, "failures": failures})]}
 
