@@ -41,6 +41,18 @@ def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
+def compare(before: dict, now: dict, path: str = "") -> list[str]:
+    """What differs between two nested dictionaries of JSON values, as "a.b was 1, is 2"."""
+    differences = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            differences += compare(old, new, f"{path}{key}.")
+        elif old != new:
+            differences.append(f"{path}{key} was {old}, is {new}")
+    return differences
+
+
 def state_sha256(module: torch.nn.Module) -> str:
     """Hex SHA-256 of a module's parameters and buffers."""
     digest = hashlib.sha256()

@@ -69,6 +69,12 @@ class Case:
     row: int = 0
     metadata: CTMetadata | None = None
 
+    @property
+    def identity(self) -> bytes:
+        """Name, report and labels: what a digest of cases is taken of."""
+        labels = "" if self.labels is None else self.labels.tolist()
+        return f"{self.name}\0{self.report}\0{labels}\0".encode()
+
 
 @dataclass(frozen=True)
 class Problem:

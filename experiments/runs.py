@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from ..data.cache import VolumeCache, state_sha256, weights_sha256
+from ..data.cache import VolumeCache, compare, state_sha256, weights_sha256
 from ..data.cases import Case, first_reconstructions
 from ..data.load import load_dataset_cases
 from ..data.pool import is_normal
@@ -33,7 +33,6 @@ from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
-from ..training.loop import compare
 from .lesions import Finding, read_patients
 from .references import choose_references, reference_pool
 from .study import Condition, Study, Variant
@@ -113,7 +112,7 @@ class HeldOut:
         """Of names, reports and labels."""
         digest = hashlib.sha256()
         for case in self.cases:
-            digest.update(f"{case.name}\0{case.report}\0{case.labels.tolist()}\0".encode())
+            digest.update(case.identity)
         return digest.hexdigest()
 
     @cached_property

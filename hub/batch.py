@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
-from ..data.cache import preprocessing
+from ..data.cache import compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.table import PATH_COLUMNS
 from ..engines import end_tokens, load_engine
@@ -287,7 +287,7 @@ class ReportFile:
             self._whole = stage.stat().st_size
             os.replace(stage, self.path)  # so that no file has half a header
             self._header = header
-        others = _differences(self._header["settings"], header["settings"])
+        others = compare(self._header["settings"], header["settings"])
         if others:
             raise BatchError(
                 f"{self.path.name} was begun with other settings: {'; '.join(others)}. Choose another output."
@@ -356,18 +356,6 @@ def _ahead(items: Iterator) -> Iterator:
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
-
-
-def _differences(before: dict, now: dict, path: str = "") -> list[str]:
-    """What differs between two nested dictionaries of JSON values."""
-    found = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{path}{key}.")
-        elif old != new:
-            found.append(f"{path}{key} was {old}, is {new}")
-    return found
 
 
 def _line(entry: dict) -> str:

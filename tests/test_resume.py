@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from diffvp.data.cache import compare
 from diffvp.train_accelerate import run
 from diffvp.training.checkpoints import CheckpointError, Checkpoints, write_folder
 from diffvp.training.config import TrainingConfig
-from diffvp.training.loop import compare
 
 
 def trace(folder, stage="report"):

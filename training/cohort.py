@@ -65,8 +65,7 @@ class Cohort:
         of_stage = {"diagnosis": (self.diagnosis,), "report": (self.report, self.pool)}[stage]
         for cases in (self.validation, *of_stage):
             for case in cases:
-                labels = "" if case.labels is None else case.labels.tolist()
-                digest.update(f"{case.name}\0{case.report}\0{labels}\0".encode())
+                digest.update(case.identity)
             digest.update(b"\1")
         return digest.hexdigest()
 

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
+from ..data.cache import compare
 from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
@@ -428,18 +429,6 @@ class Trainer:
                 progress.update(task, advance=count, rate=f"{speed:.1f} samples/s" if speed else "")
 
             yield advance
-
-
-def compare(before: dict, now: dict, path: str = "") -> list[str]:
-    """What differs between two nested dictionaries of JSON values, as "a.b was 1, is 2"."""
-    differences = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            differences += compare(old, new, f"{path}{key}.")
-        elif old != new:
-            differences.append(f"{path}{key} was {old}, is {new}")
-    return differences
 
 
 def by_length(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list[np.ndarray]:
