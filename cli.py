@@ -16,6 +16,8 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
+from . import __version__
+
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
@@ -33,6 +35,21 @@ Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default:
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
 Engine = Annotated[str, typer.Option(help="What decodes: transformers, or vllm (docs/scaling.md).")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"diffvp {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -3,12 +3,14 @@
 """Bad input is refused by an error that names the field, fast, in little memory, and without a word on stderr."""
 
 import gzip
+import io
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
+from diffvp import decoding_diffvp
 from diffvp.decoding_diffvp import inflate
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTInputError, CTReadError, resample, to_input_grid
@@ -141,18 +144,36 @@ def test_mutated_text_headers(data, name):
     st.integers(1, 500),
     st.integers(0, 40),
     st.integers(-3, 3),
-    st.integers(1, 5000),
+    st.sampled_from(["gzip", "zlib"]),
+    st.integers(20, 500),
 )
-def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, size):
+def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, codec, chunk):
     """However the file is cut into chunks."""
-    packed = members(content, length) + bytes(padding)
-    packed = [packed[at : at + size] for at in range(0, len(packed), size)]
+    packed = (members(content, length) if codec == "gzip" else zlib.compress(content)) + bytes(padding)
     expected = len(content) + more
-    if more == 0:
-        assert inflate(packed, expected, "bytes").tobytes() == content
-    elif expected >= 0:
-        with pytest.raises(CTReadError, match="voxel data"):
-            inflate(packed, expected, "bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding_diffvp, "CHUNK", chunk)
+        if more == 0:
+            assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content
+        elif expected >= 0:
+            with pytest.raises(CTReadError, match="voxel data"):
+                inflate(io.BytesIO(packed), expected, codec, "bytes")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib"])
+def test_inflate_refuses_every_cut_every_flipped_checksum_and_every_byte_behind(codec):
+    content = np.random.default_rng(0).bytes(300)
+    packed = (gzip if codec == "gzip" else zlib).compress(content)
+    assert inflate(io.BytesIO(packed + bytes(9)), len(content), codec, "bytes").tobytes() == content
+    for cut in range(1, len(packed)):
+        with pytest.raises(CTReadError, match="truncated"):
+            inflate(io.BytesIO(packed[:cut]), len(content), codec, "bytes")
+    checksum = bytearray(packed)
+    checksum[-5] ^= 1
+    name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # of a second member
+    for damaged in (bytes(checksum), packed + b"x", packed + bytes(9) + b"x", packed + name):
+        with pytest.raises(CTReadError, match="damaged|truncated"):  # a byte could be the first of another member
+            inflate(io.BytesIO(damaged), len(content), codec, "bytes")
 
 
 def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
@@ -160,7 +181,7 @@ def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
     rng, kept = np.random.default_rng(0), []
     for turn in range(200):
         content = rng.bytes(int(rng.integers(1, 400_000)))
-        result = inflate([members(content, 100_000)], len(content), "bytes")
+        result = inflate(io.BytesIO(members(content, 100_000)), len(content), "gzip", "bytes")
         kept.append((np.frombuffer(result, np.uint8)[len(content) // 3 :][::2], content[len(content) // 3 :][::2]))
         del result
         assert all(view.tobytes() == true for view, true in kept), turn
@@ -170,15 +191,15 @@ def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
 
 def test_a_scan_that_nobody_holds_gives_its_memory_to_the_next():
     packed = members(bytes(300_000), 300_000)
-    first = inflate([packed], 300_000, "bytes").ctypes.data
-    assert inflate([packed], 300_000, "bytes").ctypes.data == first
+    first = inflate(io.BytesIO(packed), 300_000, "gzip", "bytes").ctypes.data
+    assert inflate(io.BytesIO(packed), 300_000, "gzip", "bytes").ctypes.data == first
 
 
 def test_thousands_of_gzip_members_take_linear_time():
     """bgzip writes members of up to 64 KB; each of them must not copy the rest of the file."""
     content = np.random.default_rng(0).bytes(2**22)
     packed = b"".join([members(content, 2**10), gzip.compress(b"") * 20000])
-    assert inflate([packed], len(content), "bytes").tobytes() == content
+    assert inflate(io.BytesIO(packed), len(content), "gzip", "bytes").tobytes() == content
 
 
 # Any grid leads back to the input's own.

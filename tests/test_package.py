@@ -34,6 +34,13 @@ def test_versions_agree():
     assert version("diffvp") == diffvp.__version__
 
 
+def test_the_command_says_its_version(tmp_path):
+    run = subprocess.run(
+        [Path(sys.executable).parent / "diffvp", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.split() == ["diffvp", diffvp.__version__]
+
+
 def test_help_is_quick_and_lists_the_commands(tmp_path):
     # The goal is below a second; the bound leaves room for a busy machine, and still fails when the command imports
     # torch and MONAI (7 s) just to print its help.
