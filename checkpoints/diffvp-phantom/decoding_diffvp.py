@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exactly the bytes that a header promises, from a file that may be compressed: no more are allocated or given out."""
 
+import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from functools import partial
+from gzip import BadGzipFile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from isal import isal_zlib
@@ -15,10 +18,7 @@ from .volume_diffvp import CTReadError
 
 MAX_BYTES = 2**32  # of voxels: 16-bit slices of 1024 x 1024 over two metres at 1 mm
 MAX_COMPRESSION = 200  # a chest CT deflates to a half or, with much padding, to a tenth; bombs to a thousandth
-CHUNK = 2**15  # bytes of a compressed file in memory at a time; what comes out still fits into the cache
-# After the first member, mostly the only one: each member's end copies the rest of its piece, and block gzip (bgzip)
-# has thousands of members, of up to this size.
-SMALL_CHUNK = 2**14
+CHUNK = 2**17  # bytes of a compressed file in memory at a time
 MAX_KEPT = 2**29  # bytes that a thread keeps for its next scan
 
 
@@ -62,66 +62,64 @@ def decode(content: Path | bytes, start: int, expected: int, codec: str | None, 
         if expected > MAX_COMPRESSION * length:
             found = f"{expected // max(1, length)} to 1"
             raise CTReadError(source, "compression", found, f"at most {MAX_COMPRESSION} to 1, as of any CT")
-        return inflate(_chunks(content, start), expected, source, wbits=31 if codec == "gzip" else 15)
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+            file.seek(start)
+            return inflate(file, expected, codec, source)
     except OSError as error:
         raise CTReadError(source, "content", "unreadable", "a file that may be read") from error
 
 
-def _chunks(content: Path | bytes, start: int) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        for at in range(start, len(content), CHUNK):
-            yield content[at : at + CHUNK]
-        return
-    with open(content, "rb") as file:
-        file.seek(start)
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def inflate(chunks: Iterator[bytes], expected: int, source: str, wbits: int = 31) -> np.ndarray:
-    """A gzip stream of one or more members that holds exactly `expected` bytes, checksums verified.
-
-    gzip allows zeros after the last member.
+def inflate(file: BinaryIO, expected: int, codec: str, source: str) -> np.ndarray:
+    """A compressed stream that holds exactly `expected` bytes, checksums verified, and nothing but zeros behind it.
 
     Args:
-        wbits: 31 for gzip, 15 for zlib.
+        codec: "gzip", of one or more members, or "zlib".
 
     Raises:
         CTReadError: truncated, damaged, shorter or longer.
     """
-    result, filled = _memory(expected), 0
-    stream, padding, step = None, False, CHUNK
+    result = _memory(expected)
     try:
-        for chunk in chunks:
-            taken = 0
-            while taken < len(chunk):
-                piece = memoryview(chunk)[taken : taken + step]
-                padding = padding or (stream is None and step == SMALL_CHUNK and not piece[0])
-                if padding:
-                    if any(piece):
-                        raise CTReadError(source, "voxel data", "followed by other bytes", "nothing after its stream")
-                    taken += len(piece)
-                    continue
-                if stream is None:
-                    stream = isal_zlib.decompressobj(wbits=wbits)
-                inflated = stream.decompress(piece, max_length=expected - filled + 1)
-                if filled + len(inflated) > expected:
-                    found = "longer than promised"
-                    raise CTReadError(source, "voxel data", found, f"{expected} bytes with the header")
-                result[filled : filled + len(inflated)] = np.frombuffer(inflated, np.uint8)
-                filled += len(inflated)
-                taken += len(piece) - len(stream.unused_data)
-                if stream.eof:
-                    stream, step = None, SMALL_CHUNK
-    except isal_zlib.error as error:
+        filled = (_inflate_gzip if codec == "gzip" else _inflate_zlib)(file, result)
+    except EOFError as error:
+        raise CTReadError(source, "voxel data", "truncated", f"{expected} bytes with the header") from error
+    except (isal_zlib.error, BadGzipFile, OverflowError) as error:  # the last: a header longer than CHUNK
         raise CTReadError(
-            source, "voxel data", "a damaged compressed stream", "one that passes its checksum"
+            source, "voxel data", "a damaged compressed stream", "one that passes its checksum, and nothing after it"
         ) from error
-    if stream is not None:
-        raise CTReadError(source, "voxel data", "truncated", f"{expected} bytes with the header")
+    if filled > expected:
+        raise CTReadError(source, "voxel data", "longer than promised", f"{expected} bytes with the header")
     if filled < expected:
         raise CTReadError(source, "voxel data", f"{filled} bytes", f"{expected} bytes, as the header promises")
     return result
+
+
+def _inflate_gzip(file: BinaryIO, result: np.ndarray) -> int:
+    """Fill `result`; how many bytes there were, one too many where there were more.
+
+    The reader behind `igzip.open` inflates right into `result` and lets other threads run meanwhile. `igzip.open`
+    itself would hand out copies.
+    """
+    reader, filled = isal_zlib._GzipReader(file, CHUNK), 0
+    while filled < len(result) and (count := reader.readinto(result[filled:])):
+        filled += count
+    return filled + len(reader.read(1))  # which also verifies the last checksum and what lies behind it
+
+
+def _inflate_zlib(file: BinaryIO, result: np.ndarray) -> int:
+    """As `_inflate_gzip`."""
+    stream, filled = isal_zlib.decompressobj(), 0
+    while not stream.eof:
+        if not (chunk := file.read(CHUNK)):
+            raise EOFError
+        inflated = stream.decompress(chunk, max_length=len(result) - filled + 1)
+        if filled + len(inflated) > len(result):
+            return filled + len(inflated)
+        result[filled : filled + len(inflated)] = np.frombuffer(inflated, np.uint8)
+        filled += len(inflated)
+    if any(rest.strip(b"\0") for rest in (stream.unused_data, *iter(partial(file.read, CHUNK), b""))):
+        raise isal_zlib.error("Other bytes after the stream")
+    return filled
 
 
 class _Kept(threading.local):
