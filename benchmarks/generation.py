@@ -63,19 +63,8 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
-def share_encoder(model) -> None:
-    """Let the classifier read the features of the visual encoder, whose weights are its own encoder's."""
-    if model.config.share_encoder:
-        return
-    own, other = (module.state_dict() for module in (model.diagnosis.vision_encoder, model.vision_encoder))
-    if any(not torch.equal(own[name], other[name]) for name in other):
-        raise ValueError("The classifier has an encoder of other weights, which cannot be shared")
-    model.diagnosis.vision_encoder, model.config.share_encoder = None, True
-
-
 def vision(model, ct: torch.Tensor, reference: torch.Tensor, max_new_tokens: int, rounds: int) -> dict:
     """Encoding a scan for its report, with the reference's features from a cache and without."""
-    share_encoder(model)
     cached = model.extract_features(reference)
 
     def encode(reference_features=None) -> dict[str, torch.Tensor]:
@@ -184,7 +173,7 @@ def page(results: dict) -> str:
     lines += [
         "",
         f"- Encoding for a report with the reference's features cached, over both encoded: {vision['ratio']:.2f}; "
-        f"same tokens: {_yes(vision['same_tokens'])}. The classifier shares the encoder here (`share_encoder`).",
+        f"same tokens: {_yes(vision['same_tokens'])}.",
         "- Time of a report with a pool of so many encoded references, over a pool of one: "
         + ", ".join(f"{int(name):,}: {value:.3f}" for name, value in pools["ratio"].items()) + ".",
         f"- Tokens per second of `model.generate` over the bare LLM's on the same embeddings: "
