@@ -33,6 +33,17 @@ def scan(tmp_path_factory):
     return path
 
 
+def test_loading_warns_of_nothing():
+    """In a process of its own, as a script of a user sees it. Progress bars are no warnings."""
+    code = f"from diffvp.reporting import load_checkpoint; load_checkpoint({str(SHIPPED_CHECKPOINT)!r})"
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    lines = [line for line in run.stdout.splitlines() + run.stderr.splitlines() if line.strip() and "%|" not in line]
+    assert lines == []
+
+
 def test_files(repository_root):
     files = [path for path in SHIPPED_CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 20e6

@@ -29,7 +29,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
@@ -517,7 +517,11 @@ class DiffVPProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # By class: AutoImageProcessor would ask for trust_remote_code, although this code is already running.
         image_processor = DiffVPImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        # The tokenizer's file says its class. Without a config AutoTokenizer would ask the model's, for whose type it
+        # knows none, and warn of it.
+        tokenizer = cls._load_tokenizer_from_pretrained(
+            "tokenizer", pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs
+        )
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
