@@ -73,7 +73,7 @@ def inflate(file: BinaryIO, expected: int, codec: str, source: str) -> np.ndarra
     """A compressed stream that holds exactly `expected` bytes, checksums verified, and nothing but zeros behind it.
 
     Args:
-        codec: "gzip", of one or more members, or "zlib".
+        codec: "gzip", of one or more members (with nothing but zeros between them), or "zlib".
 
     Raises:
         CTReadError: truncated, damaged, shorter or longer.
@@ -110,9 +110,11 @@ def _inflate_zlib(file: BinaryIO, result: np.ndarray) -> int:
     """As `_inflate_gzip`."""
     stream, filled = isal_zlib.decompressobj(), 0
     while not stream.eof:
-        if not (chunk := file.read(CHUNK)):
+        chunk = stream.unconsumed_tail or file.read(CHUNK)
+        # In pieces: what comes out of a chunk may be a thousand times as large. The last may come of no further input.
+        inflated = stream.decompress(chunk, max_length=min(CHUNK, len(result) - filled + 1))
+        if not (chunk or inflated or stream.eof):
             raise EOFError
-        inflated = stream.decompress(chunk, max_length=len(result) - filled + 1)
         if filled + len(inflated) > len(result):
             return filled + len(inflated)
         result[filled : filled + len(inflated)] = np.frombuffer(inflated, np.uint8)

@@ -520,7 +520,7 @@ class DiffVPProcessor(ProcessorMixin):
         # The tokenizer's file says its class. Without a config AutoTokenizer would ask the model's, for whose type it
         # knows none, and warn of it.
         tokenizer = cls._load_tokenizer_from_pretrained(
-            "tokenizer", pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs
+            "tokenizer", pretrained_model_name_or_path, **{"config": PreTrainedConfig()} | kwargs
         )
         return [image_processor, tokenizer]
 

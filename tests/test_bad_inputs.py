@@ -161,19 +161,36 @@ def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
-def test_inflate_refuses_every_cut_every_flipped_checksum_and_every_byte_behind(codec):
+def test_inflate_refuses_every_cut_false_checksums_and_other_bytes_behind(codec):
     content = np.random.default_rng(0).bytes(300)
     packed = (gzip if codec == "gzip" else zlib).compress(content)
     assert inflate(io.BytesIO(packed + bytes(9)), len(content), codec, "bytes").tobytes() == content
     for cut in range(1, len(packed)):
         with pytest.raises(CTReadError, match="truncated"):
             inflate(io.BytesIO(packed[:cut]), len(content), codec, "bytes")
-    checksum = bytearray(packed)
-    checksum[-5] ^= 1
     name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # of a second member
-    for damaged in (bytes(checksum), packed + b"x", packed + bytes(9) + b"x", packed + name):
-        with pytest.raises(CTReadError, match="damaged|truncated"):  # a byte could be the first of another member
+    bad = [packed + bytes(9) + b"other bytes", packed + name]
+    for position in range(-8 if codec == "gzip" else -4, 0):  # checksum and, of gzip, length
+        flipped = bytearray(packed)
+        flipped[position] ^= 1
+        bad.append(bytes(flipped))
+    for damaged in bad:
+        with pytest.raises(CTReadError, match="damaged"):
             inflate(io.BytesIO(damaged), len(content), codec, "bytes")
+    with pytest.raises(CTReadError, match="damaged|truncated"):  # it could be the first byte of another member
+        inflate(io.BytesIO(packed + b"x"), len(content), codec, "bytes")
+
+
+@pytest.mark.parametrize("chunk", [20, 21, 64, 127, 1000])
+@pytest.mark.parametrize("codec", ["gzip", "zlib"])
+def test_inflate_of_what_compresses_a_thousandfold(monkeypatch, codec, chunk):
+    monkeypatch.setattr(decoding_diffvp, "CHUNK", chunk)
+    for length in (1, 257, 258, 259, 20_000, 100_003):
+        packed = (gzip if codec == "gzip" else zlib).compress(bytes(length))
+        assert inflate(io.BytesIO(packed), length, codec, "bytes").tobytes() == bytes(length)
+        for cut in range(1, len(packed)):
+            with pytest.raises(CTReadError, match="truncated"):
+                inflate(io.BytesIO(packed[:cut]), length, codec, "bytes")
 
 
 def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
@@ -195,8 +212,8 @@ def test_a_scan_that_nobody_holds_gives_its_memory_to_the_next():
     assert inflate(io.BytesIO(packed), 300_000, "gzip", "bytes").ctypes.data == first
 
 
-def test_thousands_of_gzip_members_take_linear_time():
-    """bgzip writes members of up to 64 KB; each of them must not copy the rest of the file."""
+def test_thousands_of_gzip_members():
+    """bgzip writes members of up to 64 KB, and ends with an empty one."""
     content = np.random.default_rng(0).bytes(2**22)
     packed = b"".join([members(content, 2**10), gzip.compress(b"") * 20000])
     assert inflate(io.BytesIO(packed), len(content), "gzip", "bytes").tobytes() == content
