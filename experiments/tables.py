@@ -16,8 +16,8 @@ import logging
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
 from importlib.metadata import version
 from pathlib import Path
 
@@ -188,13 +188,28 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
         first = [run for run, _ in conditions.values()][:1]
         for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
             pass
-        futures = [pool.submit(_make_reports, run, of, threads) for run, of in conditions.values()]
+        tasks = [(_make_reports, run, of, threads) for run, of in conditions.values()]
         try:
-            for future in track(as_completed(futures), "Models", total=len(futures)):
+            for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
                 future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # those that are under way go on to their end
+        except KeyboardInterrupt:  # of the terminal, which has told the workers too: they save and end
             raise
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # what they train goes on from its last checkpoint
+            raise
+
+
+def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Future]:
+    """The results of tasks (function and arguments) as they come. A task is handed to the pool when a worker is free
+    for it: what a process pool has been given, its workers begin even when they have been asked to end."""
+    under_way: set[Future] = set()
+    for task in tasks:
+        if len(under_way) == jobs:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            yield from done
+        under_way.add(pool.submit(*task))
+    yield from as_completed(under_way)
 
 
 def _fill_caches(run: Run, part: int, parts: int, threads: int) -> None:

@@ -5,6 +5,8 @@
 import csv
 import gzip
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import nibabel as nib
@@ -28,7 +30,7 @@ from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
-from diffvp.experiments.tables import run_experiment
+from diffvp.experiments.tables import completed, run_experiment
 from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
 
 TABLE = {
@@ -349,6 +351,27 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     other = Study.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
         run_experiment(table, other, runs, tmp_path / "results")
+
+
+def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
+    """So nothing is begun after the first that fails, such as one that was asked to end."""
+    begun = []
+
+    def task(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02 * (number % 3))
+        if number == 4:
+            raise KeyboardInterrupt
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        tasks = [(task, number) for number in range(20)]
+        results = [future.result() for future in completed(pool, tasks[:4], 2)]
+        assert sorted(results) == begun == [0, 1, 2, 3]
+        with pytest.raises(KeyboardInterrupt):
+            for future in completed(pool, tasks, 2):
+                future.result()
+    assert begun[4:] == [*range(6)] or begun[4:] == [*range(5)], "one may be under way beside the one that ends"
 
 
 def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
