@@ -192,9 +192,7 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
         try:
             for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
                 future.result()
-        except KeyboardInterrupt:  # of the terminal, which has told the workers too: they save and end
-            raise
-        except BaseException:
+        except (Exception, SystemExit):  # no Ctrl-C: of that the terminal tells the workers too, and they save and end
             for worker in multiprocessing.active_children():
                 worker.terminate()  # what they train goes on from its last checkpoint
             raise
