@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..data.cases import Case
 from ..data.pool import is_normal
 from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import bootstrap_mean, paired_bootstrap
+from ..training.cohort import load_cohort
+from .information import information_lines, score_information
 from .lesions import score_findings
 from .maps import draw_importance, draw_maps, map_example, score_importance, score_maps
+from .references import choose_references
 from .runs import HeldOut, Run
-from .study import Table
+from .study import Condition, Table
 
 SHOWN = 4  # cases in a picture or beside each other
 DETAILS = {
@@ -56,6 +60,9 @@ def figure_content(
         features = run.features(model, processor)
         chosen = test.references(conditions[name], run.seed, features)
         references = {case: of[0] for case, of in chosen.items()}
+        if table.kind == "information":
+            content[name] = score_information(model, features, training_references(run), (test.cases, references))
+            continue
         if table.kind == "importance":
             content[name] = score_importance(model, features, test.cases, references)
             continue
@@ -63,12 +70,22 @@ def figure_content(
         content[name] = score_maps(*parts, test.cases, references)
         if name == table.rows[0].name:
             draw_maps(picture, [map_example(*parts, case, references[case.name]) for case in example_cases(test)])
+    if table.kind == "information":
+        return {"figure": content}
     if table.kind == "importance":
         draw_importance(picture, content[table.rows[0].name])
     return {"figure": content, "picture": picture.name}
 
 
-def example_cases(test: HeldOut) -> list:
+def training_references(run: Run) -> tuple[list[Case], dict[str, Case]]:
+    """The cases that a model learnt to report, and by name a reference of each from the pool it learnt with."""
+    cohort = load_cohort(run.config)
+    pool = {case.name: case for case in cohort.pool}
+    drawn = choose_references(cohort.report, pool, Condition(), run.seed)
+    return cohort.report, {case: of[0] for case, of in drawn.items()}
+
+
+def example_cases(test: HeldOut) -> list[Case]:
     """The first test cases with one to three findings: chosen before anything was seen of their reports or maps."""
     few = [case for case in test.cases if not is_normal(case) and len(test.patients[case.name]) <= 3]
     return few[:SHOWN]
@@ -175,6 +192,8 @@ def figure_lines(document: dict) -> list[str]:
         return _stability_lines(document["figure"])
     if document["kind"] == "lesions":
         return _lesion_lines(document["figure"]) + _win_lines(document["wins"])
+    if document["kind"] == "information":
+        return information_lines(document["figure"])
     lines = [f"![{document['title']}]({document['picture']})", ""]
     return lines + (_map_lines if document["kind"] == "maps" else _importance_lines)(document["figure"])
 

@@ -45,13 +45,13 @@ def choose_references(
     pool: dict[str, Case],
     condition: Condition,
     seed: int,
-    distance: Callable[[Case, Case], float],
+    distance: Callable[[Case, Case], float] | None = None,
 ) -> dict[str, list[Case]]:
     """
     The references of each case, by its name; a scan is never its own.
 
     Args:
-        distance: between the features of two cases, where the nearest is asked for.
+        distance: between the features of two cases; needed where the nearest is asked for.
 
     Raises:
         ValueError: the pool has too few other scans for a case.

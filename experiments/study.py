@@ -126,7 +126,7 @@ class Table(_Section):
 
     title: str
     about: str
-    kind: Literal["scores", "maps", "importance", "lesions", "cases", "stability"] = "scores"
+    kind: Literal["scores", "maps", "importance", "lesions", "cases", "stability", "information"] = "scores"
     seeds: list[int]
     rows: list[TableRow]
     metrics: list[str] = []

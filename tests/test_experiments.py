@@ -395,7 +395,7 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     assert json.loads(again.read_text()) == ours
 
 
-@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability"])
+@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information"])
 def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     loaded, runs, _ = made
     tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
@@ -421,6 +421,10 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     elif kind == "stability":
         assert document["figure"]["draws"] == 2 and 0.5 < document["figure"]["changed"] <= 1
         assert "| the same findings |" in page
+    elif kind == "information":
+        ours, control = document["figure"]["ours"], document["figure"]["control"]
+        assert sum(ours["variance"].values()) == pytest.approx(1) and "variance" not in control
+        assert ours["test_cases"] == len(tested) and "| control | visual tokens |" in page
     else:
         assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
             document["figure"]

@@ -1,0 +1,201 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a model's prompts know of the findings, and of the reference.
+
+- [`probe`]: can a logistic regression read the findings from a part of the input? What none can, no LLM will write.
+- [`variance_shares`]: does the difference prompt change with the reference at all, and is that change the same for
+  all patients, or a comparison?
+- [`latent_overlap`]: do the latent tokens look at different places, and differ from the reference in different ways?
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ..data.cases import Case
+from ..data.pool import is_normal
+from ..metrics.markdown import table_lines, with_interval
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..training.cohort import Features
+from .scores import row_summary, score_labels
+
+COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
+PATIENTS, REFERENCES = 40, 10  # of the analysis of variance
+
+
+@torch.no_grad()
+def prompt_parts(
+    model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
+) -> dict[str, NDArray[np.float32]]:
+    """What is known of a case on the way to the LLM, each a vector: the last two are embeddings that it is given."""
+    own, other = (features.load(of) for of in (case, reference))
+    inputs = {
+        "ct_features": own["features"][None],
+        "reference_features": other["features"][None],
+        "diagnosis_logits": own["diagnosis_logits"][None],
+    }
+    (embeddings,) = model.embed_prompt(**{name: value.to(model.device) for name, value in inputs.items()})
+    parts = {
+        "encoder's output, mean": inputs["ct_features"].float().mean(dim=1),
+        "reference's encoder output, mean": inputs["reference_features"].float().mean(dim=1),
+        "predicted findings": inputs["diagnosis_logits"],
+    }
+    prefix = 0 if model.prompt_generator is None else model.config.num_prefix_tokens
+    if prefix:
+        parts["difference prompt"] = embeddings[:prefix]
+    parts["visual tokens"] = embeddings[prefix : prefix + model.config.num_latents]
+    return {name: values.float().flatten().cpu().numpy() for name, values in parts.items()}
+
+
+def probe(train: NDArray, train_labels: NDArray, test: NDArray, test_labels: NDArray, cases: Sequence[Case]) -> dict:
+    """
+    Findings read from vectors: regressions learn on training cases and are scored on test cases.
+
+    Args:
+        train, test: (cases, width).
+        train_labels, test_labels: (cases, 18) of 0 and 1.
+        cases: of the test.
+
+    Returns:
+        "auroc": mean over the labels of which the test has both kinds of cases. "f1": micro-F1 of what is likelier
+        than not, with its interval over cases.
+    """
+    reader = make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *train.shape), random_state=0), StandardScaler())
+    train, test = reader.fit_transform(train), reader.transform(test)
+    likely = np.zeros(test_labels.shape)
+    areas = []
+    for label in range(test_labels.shape[1]):
+        truth = train_labels[:, label]
+        if np.bincount(truth, minlength=2).min() < 2:  # of each kind at least one for either fold
+            continue
+        regression = LogisticRegressionCV(
+            Cs=[1e-4, 1e-3, 1e-2, 1e-1], cv=2, scoring="neg_log_loss", l1_ratios=(0,), use_legacy_attributes=False
+        )
+        likely[:, label] = regression.fit(train, truth).predict_proba(test)[:, 1]
+        if 0 < test_labels[:, label].sum() < len(test):
+            areas.append(roc_auc_score(test_labels[:, label], likely[:, label]))
+    f1 = row_summary({0: score_labels((likely > 0.5).astype(np.int8), cases)}, ["f1"])["f1"]
+    return {"auroc": float(np.mean(areas)), "labels": len(areas), "f1": {key: f1[key] for key in ("mean", "interval")}}
+
+
+def variance_shares(values: NDArray) -> dict[str, float]:
+    """
+    Two-way analysis of variance of vectors without replicates.
+
+    Args:
+        values: (patients, references, width), of each patient beside each reference.
+
+    Returns:
+        The shares of "patient", "reference" and "interaction" in the sum of squares around the mean of all.
+
+    Raises:
+        ValueError: the vectors are all the same.
+    """
+    centred = values - values.mean(axis=(0, 1))
+    of_patient, of_reference = centred.mean(axis=1, keepdims=True), centred.mean(axis=0, keepdims=True)
+    parts = {
+        "patient": np.broadcast_to(of_patient, values.shape),
+        "reference": np.broadcast_to(of_reference, values.shape),
+        "interaction": centred - of_patient - of_reference,
+    }
+    total = float(np.square(centred).sum())
+    if not total:
+        raise ValueError("the prompt is the same for all patients and references")
+    return {name: float(np.square(part).sum()) / total for name, part in parts.items()}
+
+
+@torch.no_grad()
+def latent_overlap(
+    model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Mapping[str, Case]
+) -> dict[str, float]:
+    """
+    Means over cases and pairs of latent tokens: the "attention" that two share, Σ min(a_i, a_j), 1 where they look at
+    the same voxels; and the cosine of their "difference" from the reference, v_i − r_i.
+    """
+    shared, cosines = [], []
+    for case in cases:
+        own, other = (features.load(of)["features"][None].to(model.device) for of in (case, references[case.name]))
+        (latents, attention), (reference_latents, _) = model.resampler(own), model.resampler(other)
+        pairs = np.array(list(itertools.combinations(range(latents.shape[1]), 2))).T
+        weights = attention[0].float().cpu().numpy()
+        shared.append(np.minimum(*weights[pairs]).sum(axis=-1).mean())
+        difference = (latents - reference_latents)[0].float()
+        unit = (difference / difference.norm(dim=-1, keepdim=True)).cpu().numpy()
+        cosines.append(np.multiply(*unit[pairs]).sum(axis=-1).mean())
+    return {"attention": float(np.mean(shared)), "difference": float(np.mean(cosines))}
+
+
+def score_information(
+    model: DiffVPForConditionalGeneration,
+    features: Features,
+    training: tuple[Sequence[Case], Mapping[str, Case]],
+    test: tuple[Sequence[Case], Mapping[str, Case]],
+) -> dict:
+    """
+    All of it for one model.
+
+    Args:
+        training, test: cases and, by name, the reference of each.
+
+    Raises:
+        ValueError: there is no case with findings, or no reference, for the analysis of variance.
+    """
+    sides = []
+    for name, (cases, references) in (("training", training), ("test", test)):
+        parts = [
+            prompt_parts(model, features, case, references[case.name])
+            for case in track(cases, f"Prompts of the {name} cases")
+        ]
+        labels = np.stack([case.labels for case in cases]).astype(int)
+        sides.append(({part: np.stack([of[part] for of in parts]) for part in parts[0]}, labels))
+    (train, train_labels), (held_out, test_labels) = sides
+    probes = {
+        part: probe(train[part], train_labels, held_out[part], test_labels, test[0])
+        for part in track(train, "Reading the findings")
+    }
+    content = {"training_cases": len(training[0]), "test_cases": len(test[0]), "probes": probes}
+    # CODEPATH: of another level nothing is compared with a reference.
+    if model.config.difference_level == "latent":
+        pool = list({case.scan_id: case for case in test[1].values()}.values())[:REFERENCES]
+        patients = [case for case in test[0] if not is_normal(case)][:PATIENTS]
+        prompts = [
+            [prompt_parts(model, features, case, other)["difference prompt"] for other in pool] for case in patients
+        ]
+        content["variance"] = variance_shares(np.array(prompts, dtype=np.float64))
+        content["overlap"] = latent_overlap(model, features, patients, test[1])
+    return content
+
+
+def information_lines(content: Mapping[str, dict]) -> list[str]:
+    """The part of the page."""
+    rows = [
+        [name, part, f"{of['auroc']:.3f}", with_interval(of["f1"]["mean"], of["f1"]["interval"])]
+        for name, model in content.items()
+        for part, of in model["probes"].items()
+    ]
+    first = next(iter(content.values()))
+    note = (
+        f"Logistic regressions on at most {COMPONENTS} principal components, learnt from {first['training_cases']} "
+        f"training cases; of {first['test_cases']} test cases the mean AUROC of the labels, and micro-F1 of what is "
+        "likelier than not. A reference is drawn at random: of the patient it can say nothing (0.5), and every part "
+        "made from both can at best keep what the scan says."
+    )
+    compared = {name: model for name, model in content.items() if "variance" in model}
+    shares = [
+        [name, *(f"{model['variance'][key]:.1%}" for key in ("patient", "reference", "interaction")),
+         *(f"{model['overlap'][key]:.2f}" for key in ("attention", "difference"))]
+        for name, model in compared.items()
+    ]  # fmt: skip
+    head = ["difference prompt of", "variance by patient", "by reference", "by both together",
+            "attention that two latents share", "cosine of their differences"]  # fmt: skip
+    return [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]

@@ -1,0 +1,104 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""What prompts know: probes, analysis of variance, overlap of latents, on values whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffvp.data.radgenome import load_phantom
+from diffvp.experiments.information import latent_overlap, probe, prompt_parts, variance_shares
+
+
+class Kept(dict):
+    """Features of cases by name."""
+
+    def load(self, case):
+        return self[case.name]
+
+
+@pytest.fixture
+def cases(small_cohort):
+    return load_phantom(small_cohort, "train")
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else(cases):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((400, 18)) < 0.4).astype(int)
+    train, test = labels[:300], labels[300:]
+    tested = [cases[index % len(cases)] for index in range(len(test))]
+    told = labels @ rng.normal(size=(18, 40)) + rng.normal(0, 0.1, (400, 40))
+    found = probe(told[:300], train, told[300:], test, tested)
+    assert found["auroc"] > 0.99 and found["labels"] == 18
+    nothing = probe(rng.normal(size=(300, 40)), train, rng.normal(size=(100, 40)), test, tested)
+    assert 0.44 < nothing["auroc"] < 0.56
+
+
+@given(seed=st.integers(0, 2**16), scales=st.tuples(*[st.floats(0.1, 10)] * 3))
+@settings(max_examples=30, deadline=None)
+def test_variance_is_split_as_it_was_made(seed, scales):
+    rng = np.random.default_rng(seed)
+    patient, reference = rng.normal(size=(5, 1, 4)), rng.normal(size=(1, 3, 4))
+    both = rng.normal(size=(5, 3, 4))
+    # Main effects without a mean, and an interaction without main effects: then the three are orthogonal.
+    patient -= patient.mean(axis=0)
+    reference -= reference.mean(axis=1)
+    both = both - both.mean(axis=0, keepdims=True) - both.mean(axis=1, keepdims=True) + both.mean(axis=(0, 1))
+    parts = [
+        scale * np.broadcast_to(part, (5, 3, 4))
+        for scale, part in zip(scales, (patient, reference, both), strict=True)
+    ]
+    squares = [np.square(part).sum() for part in parts]
+    shares = variance_shares(7.0 + sum(parts))
+    assert list(shares) == ["patient", "reference", "interaction"]
+    np.testing.assert_allclose(list(shares.values()), np.array(squares) / sum(squares), rtol=1e-9, atol=1e-12)
+
+
+def test_prompts_that_are_all_the_same_have_no_shares():
+    with pytest.raises(ValueError, match="the same"):
+        variance_shares(np.ones((3, 2, 4)))
+
+
+def test_a_part_of_the_prompt_is_what_the_llm_is_given(make_model, cases):
+    model = make_model().eval()
+    grid = int(np.prod(model.config.feature_grid))
+    generator = torch.Generator().manual_seed(0)
+    kept = Kept(
+        {
+            case.name: {
+                "features": torch.randn(grid, model.config.encoder_hidden_size, generator=generator),
+                "diagnosis_logits": torch.randn(18, generator=generator),
+            }
+            for case in cases[:3]
+        }
+    )
+    first, second, third = cases[:3]
+    parts, others = (prompt_parts(model, kept, first, reference) for reference in (second, third))
+    own, other = (kept.load(case)["features"][None] for case in (first, second))
+    with torch.no_grad():
+        pair = model.encode(ct_features=own), model.encode(ct_features=other)
+        prompt = model.prompt_generator(model.global_delta(*pair), model.local_delta(*pair)[0])
+        visual = model.visual_projection(pair[0])
+    np.testing.assert_allclose(parts["difference prompt"], prompt.flatten(), atol=1e-6)
+    np.testing.assert_allclose(parts["visual tokens"], visual.flatten(), atol=1e-6)
+    # Another reference changes what is made of it, and nothing else.
+    changed = {name for name in parts if not np.array_equal(parts[name], others[name])}
+    assert changed == {"difference prompt", "reference's encoder output, mean"}
+
+
+@pytest.mark.parametrize("locality", [None, 0.05])
+def test_latents_with_a_place_share_less_attention(make_model, cases, locality):
+    model = make_model(latent_locality=locality).eval()
+    grid = int(np.prod(model.config.feature_grid))
+    generator = torch.Generator().manual_seed(0)
+    shape = grid, model.config.encoder_hidden_size
+    kept = Kept({case.name: {"features": torch.randn(shape, generator=generator)} for case in cases[:2]})
+    overlap = latent_overlap(model, kept, cases[:1], {cases[0].name: cases[1]})
+    # Queries of random weights prefer no place: all look everywhere.
+    assert (overlap["attention"] > 0.9) == (locality is None)
+    own, other = (model.encode(ct_features=kept.load(case)["features"][None])[0] for case in cases[:2])
+    unit = torch.nn.functional.normalize((own - other).detach(), dim=-1)
+    cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+    assert overlap["difference"] == pytest.approx(float(cosines.mean()), abs=1e-5)
