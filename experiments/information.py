@@ -27,34 +27,37 @@ from ..data.pool import is_normal
 from ..metrics.markdown import table_lines, with_interval
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..training.cohort import Features
+from .runs import model_inputs
 from .scores import row_summary, score_labels
 
 COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
+BATCH = 32
 PATIENTS, REFERENCES = 40, 10  # of the analysis of variance
 
 
-@torch.no_grad()
 def prompt_parts(
-    model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
+    model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[Case]
 ) -> dict[str, NDArray[np.float32]]:
-    """What is known of a case on the way to the LLM, each a vector: the last two are embeddings that it is given."""
-    own, other = (features.load(of) for of in (case, reference))
-    inputs = {
-        "ct_features": own["features"][None],
-        "reference_features": other["features"][None],
-        "diagnosis_logits": own["diagnosis_logits"][None],
-    }
-    (embeddings,) = model.embed_prompt(**{name: value.to(model.device) for name, value in inputs.items()})
-    parts = {
-        "encoder's output, mean": inputs["ct_features"].float().mean(dim=1),
-        "reference's encoder output, mean": inputs["reference_features"].float().mean(dim=1),
-        "predicted findings": inputs["diagnosis_logits"],
-    }
+    """What is known of each case on the way to the LLM, (cases, width): the last are embeddings that it is given."""
     prefix = 0 if model.prompt_generator is None else model.config.num_prefix_tokens
-    if prefix:
-        parts["difference prompt"] = embeddings[:prefix]
-    parts["visual tokens"] = embeddings[prefix : prefix + model.config.num_latents]
-    return {name: values.float().flatten().cpu().numpy() for name, values in parts.items()}
+    parts: dict[str, list[NDArray]] = {}
+    for start in range(0, len(cases), BATCH):
+        chosen = slice(start, start + BATCH)
+        inputs = model_inputs(model, features, cases[chosen], [[of] for of in references[chosen]])
+        embeddings = torch.stack(
+            [prompt[: prefix + model.config.num_latents] for prompt in model.embed_prompt(**inputs)]
+        )
+        of_batch = {
+            "encoder's output, mean": inputs["ct_features"].float().mean(dim=1),
+            "reference's encoder output, mean": inputs["reference_features"].float().mean(dim=1),
+            "predicted findings": inputs.get("diagnosis_logits"),
+            "difference prompt": embeddings[:, :prefix] if prefix else None,
+            "visual tokens": embeddings[:, prefix:],
+        }
+        for name, values in of_batch.items():
+            if values is not None:
+                parts.setdefault(name, []).append(values.float().flatten(1).cpu().numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def probe(train: NDArray, train_labels: NDArray, test: NDArray, test_labels: NDArray, cases: Sequence[Case]) -> dict:
@@ -151,13 +154,9 @@ def score_information(
         ValueError: there is no case with findings, or no reference, for the analysis of variance.
     """
     sides = []
-    for name, (cases, references) in (("training", training), ("test", test)):
-        parts = [
-            prompt_parts(model, features, case, references[case.name])
-            for case in track(cases, f"Prompts of the {name} cases")
-        ]
-        labels = np.stack([case.labels for case in cases]).astype(int)
-        sides.append(({part: np.stack([of[part] for of in parts]) for part in parts[0]}, labels))
+    for cases, references in (training, test):
+        parts = prompt_parts(model, features, cases, [references[case.name] for case in cases])
+        sides.append((parts, np.stack([case.labels for case in cases]).astype(int)))
     (train, train_labels), (held_out, test_labels) = sides
     probes = {
         part: probe(train[part], train_labels, held_out[part], test_labels, test[0])
@@ -168,9 +167,7 @@ def score_information(
     if model.config.difference_level == "latent":
         pool = list({case.scan_id: case for case in test[1].values()}.values())[:REFERENCES]
         patients = [case for case in test[0] if not is_normal(case)][:PATIENTS]
-        prompts = [
-            [prompt_parts(model, features, case, other)["difference prompt"] for other in pool] for case in patients
-        ]
+        prompts = [prompt_parts(model, features, [case] * len(pool), pool)["difference prompt"] for case in patients]
         content["variance"] = variance_shares(np.array(prompts, dtype=np.float64))
         content["overlap"] = latent_overlap(model, features, patients, test[1])
     return content

@@ -61,30 +61,32 @@ def test_prompts_that_are_all_the_same_have_no_shares():
         variance_shares(np.ones((3, 2, 4)))
 
 
-def test_a_part_of_the_prompt_is_what_the_llm_is_given(make_model, cases):
-    model = make_model().eval()
+@pytest.mark.parametrize("use_diagnosis", [True, False])
+def test_a_part_of_the_prompt_is_what_the_llm_is_given(make_model, cases, use_diagnosis):
+    model = make_model(use_diagnosis=use_diagnosis).eval()
     grid = int(np.prod(model.config.feature_grid))
     generator = torch.Generator().manual_seed(0)
     kept = Kept(
         {
             case.name: {
                 "features": torch.randn(grid, model.config.encoder_hidden_size, generator=generator),
-                "diagnosis_logits": torch.randn(18, generator=generator),
+                **({"diagnosis_logits": torch.randn(18, generator=generator)} if use_diagnosis else {}),
             }
             for case in cases[:3]
         }
     )
     first, second, third = cases[:3]
-    parts, others = (prompt_parts(model, kept, first, reference) for reference in (second, third))
+    parts, others = (prompt_parts(model, kept, [first, first], pair) for pair in ([second, third], [third, third]))
     own, other = (kept.load(case)["features"][None] for case in (first, second))
     with torch.no_grad():
         pair = model.encode(ct_features=own), model.encode(ct_features=other)
         prompt = model.prompt_generator(model.global_delta(*pair), model.local_delta(*pair)[0])
         visual = model.visual_projection(pair[0])
-    np.testing.assert_allclose(parts["difference prompt"], prompt.flatten(), atol=1e-6)
-    np.testing.assert_allclose(parts["visual tokens"], visual.flatten(), atol=1e-6)
+    np.testing.assert_allclose(parts["difference prompt"][0], prompt.flatten(), atol=1e-6)
+    np.testing.assert_allclose(parts["visual tokens"][0], visual.flatten(), atol=1e-6)
+    assert ("predicted findings" in parts) == use_diagnosis
     # Another reference changes what is made of it, and nothing else.
-    changed = {name for name in parts if not np.array_equal(parts[name], others[name])}
+    changed = {name for name in parts if not np.array_equal(parts[name][0], others[name][0])}
     assert changed == {"difference prompt", "reference's encoder output, mean"}
 
 
