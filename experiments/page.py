@@ -72,11 +72,24 @@ def _answer(documents: list[dict]) -> list[str]:
                 f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
                 f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
                 "",
+                *_order_of_rows(document["rows"]),
             ]
     return [
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
         "",
     ]
+
+
+def _order_of_rows(rows: list[dict]) -> list[str]:
+    """Whether the rows that the paper has too stand in its order; nothing of fewer than three."""
+    rows = [row for row in rows if "f1" in row["paper"]]
+    if len(rows) < 3:
+        return []
+    ours = sorted(rows, key=lambda row: row["scores"]["f1"]["mean"])
+    paper = sorted(rows, key=lambda row: row["paper"]["f1"])
+    same = "is the paper's" if ours == paper else f"is not the paper's ({' < '.join(row['name'] for row in paper)})"
+    order = " < ".join(f"{row['name']} {row['scores']['f1']['mean']:.3f}" for row in ours)
+    return [f"The order of the components' micro-F1 {same}: {order}.", ""]
 
 
 def _section(document: dict) -> list[str]:

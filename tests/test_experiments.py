@@ -331,6 +331,20 @@ def test_an_experiment_says_what_was_measured(made):
         assert f"| {row['name']} |" in page
 
 
+@pytest.mark.parametrize(("ours", "verdict"), [((0.1, 0.2, 0.3), "is the paper's"), ((0.1, 0.3, 0.2), "is not the")])
+def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tmp_path, ours, verdict):
+    document = json.loads(made[2].read_text())
+    first = document["rows"][0]
+    for name, paper, f1 in zip("abc", (0.159, 0.256, 0.421), ours, strict=True):
+        scores = first["scores"] | {"f1": first["scores"]["f1"] | {"mean": f1}}
+        document["rows"].append(first | {"name": name, "paper": {"f1": paper}, "scores": scores})
+    del document["rows"][0]["paper"]["f1"]
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    order = write_page(tmp_path).read_text().splitlines()[6]
+    assert verdict in order and ("(a < b < c)" in order) == (verdict == "is not the")
+    assert ("a 0.100 < b 0.200 < c 0.300" in order) == (verdict == "is the paper's")
+
+
 def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
     loaded, runs, result = made
     document = json.loads(result.read_text())
