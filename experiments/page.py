@@ -31,7 +31,7 @@ def write_page(results: Path) -> Path:
     documents.sort(key=_order)
     study = documents[0]["study"]
     lines = [f"# Results: {study['name']}", "", study["title"], ""]
-    lines += _answer(documents)
+    lines += _answer(documents) + _observations(documents)
     lines += [
         "Scores are between 0 and 1. A score is the mean over its seeds (behind ± their standard deviation, where "
         "there are several), with the 95 % bootstrap interval over cases in brackets. **The paper's numbers stand in "
@@ -78,6 +78,30 @@ def _answer(documents: list[dict]) -> list[str]:
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
         "",
     ]
+
+
+def _observations(documents: list[dict]) -> list[str]:
+    """Of the first model of an experiment, what bears on the answer."""
+    figures = {document["kind"]: next(iter(document["figure"].values())) for document in documents
+               if document["kind"] in ("information", "maps")}  # fmt: skip
+    sentences = []
+    if "variance" in figures.get("information", ()):
+        shares = figures["information"]["variance"]
+        sentences.append(
+            f"Of the variance of its difference prompt {shares['patient']:.1%} hangs on the patient alone, "
+            f"{shares['reference']:.1%} on the reference alone, and {shares['interaction']:.1%} on both together."
+        )
+    if "maps" in figures:
+        words = {
+            "latent": "",
+            "latent, another patient": " of another patient's map",
+            "pixel": " of subtracted voxels",
+            "chance": " by chance",
+        }
+        hit = {name: figures["maps"]["maps"][name]["pointing_body"]["mean"] for name in words}
+        shares = ", ".join(f"{hit[name]:.0%}{said}" for name, said in words.items())
+        sentences.append(f"The maximum of a difference map lies on a lesion in {shares}.")
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def _order_of_rows(rows: list[dict]) -> list[str]:

@@ -409,7 +409,7 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     assert json.loads(again.read_text()) == ours
 
 
-@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information"])
+@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information", "maps"])
 def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     loaded, runs, _ = made
     tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
@@ -439,6 +439,11 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         ours, control = document["figure"]["ours"], document["figure"]["control"]
         assert sum(ours["variance"].values()) == pytest.approx(1) and "variance" not in control
         assert ours["test_cases"] == len(tested) and "| control | visual tokens |" in page
+        assert f"{ours['variance']['patient']:.1%} hangs on the patient alone" in page.splitlines()[6]
+    elif kind == "maps":
+        pointing = document["figure"]["ours"]["maps"]["pixel"]["pointing_body"]["mean"]
+        assert f"{pointing:.0%} of subtracted voxels" in page.splitlines()[6]
+        assert (result.parent / document["picture"]).stat().st_size > 1000
     else:
         assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
             document["figure"]
