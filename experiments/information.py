@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -81,9 +82,8 @@ def probe(train: NDArray, train_labels: NDArray, test: NDArray, test_labels: NDA
         truth = train_labels[:, label]
         if np.bincount(truth, minlength=2).min() < 2:  # of each kind at least one for either fold
             continue
-        regression = LogisticRegressionCV(
-            Cs=[1e-4, 1e-3, 1e-2, 1e-1], cv=2, scoring="neg_log_loss", l1_ratios=(0,), use_legacy_attributes=False
-        )
+        strengths = {"C": [1e-4, 1e-3, 1e-2, 1e-1]}
+        regression = GridSearchCV(LogisticRegression(), strengths, cv=2, scoring="neg_log_loss")
         likely[:, label] = regression.fit(train, truth).predict_proba(test)[:, 1]
         if 0 < test_labels[:, label].sum() < len(test):
             areas.append(roc_auc_score(test_labels[:, label], likely[:, label]))
