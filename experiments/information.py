@@ -61,19 +61,19 @@ def prompt_parts(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def probe(train: NDArray, train_labels: NDArray, test: NDArray, test_labels: NDArray, cases: Sequence[Case]) -> dict:
+def probe(train: NDArray, train_cases: Sequence[Case], test: NDArray, test_cases: Sequence[Case]) -> dict:
     """
     Findings read from vectors: regressions learn on training cases and are scored on test cases.
 
     Args:
         train, test: (cases, width).
-        train_labels, test_labels: (cases, 18) of 0 and 1.
-        cases: of the test.
+        train_cases, test_cases: whose vectors they are; their labels are learnt and scored.
 
     Returns:
         "auroc": mean over the labels of which the test has both kinds of cases. "f1": micro-F1 of what is likelier
         than not, with its interval over cases.
     """
+    train_labels, test_labels = (np.stack([case.labels for case in of]) for of in (train_cases, test_cases))
     reader = make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *train.shape), random_state=0), StandardScaler())
     train, test = reader.fit_transform(train), reader.transform(test)
     likely = np.zeros(test_labels.shape)
@@ -87,7 +87,7 @@ def probe(train: NDArray, train_labels: NDArray, test: NDArray, test_labels: NDA
         likely[:, label] = regression.fit(train, truth).predict_proba(test)[:, 1]
         if 0 < test_labels[:, label].sum() < len(test):
             areas.append(roc_auc_score(test_labels[:, label], likely[:, label]))
-    f1 = row_summary({0: score_labels((likely > 0.5).astype(np.int8), cases)}, ["f1"])["f1"]
+    f1 = row_summary({0: score_labels((likely > 0.5).astype(np.int8), test_cases)}, ["f1"])["f1"]
     return {"auroc": float(np.mean(areas)), "labels": len(areas), "f1": {key: f1[key] for key in ("mean", "interval")}}
 
 
@@ -149,18 +149,13 @@ def score_information(
 
     Args:
         training, test: cases and, by name, the reference of each.
-
-    Raises:
-        ValueError: there is no case with findings, or no reference, for the analysis of variance.
     """
-    sides = []
-    for cases, references in (training, test):
-        parts = prompt_parts(model, features, cases, [references[case.name] for case in cases])
-        sides.append((parts, np.stack([case.labels for case in cases]).astype(int)))
-    (train, train_labels), (held_out, test_labels) = sides
+    train, held_out = (
+        prompt_parts(model, features, cases, [references[case.name] for case in cases])
+        for cases, references in (training, test)
+    )
     probes = {
-        part: probe(train[part], train_labels, held_out[part], test_labels, test[0])
-        for part in track(train, "Reading the findings")
+        part: probe(train[part], training[0], held_out[part], test[0]) for part in track(train, "Reading the findings")
     }
     content = {"training_cases": len(training[0]), "test_cases": len(test[0]), "probes": probes}
     # CODEPATH: of another level nothing is compared with a reference.
