@@ -149,7 +149,15 @@ def score_information(
 
     Args:
         training, test: cases and, by name, the reference of each.
+
+    Raises:
+        ValueError: the model subtracts voxels, so that it has no features of a reference; or no test case is abnormal.
     """
+    if model.config.difference_level == "pixel":
+        raise ValueError("difference_level is 'pixel': expected a model that encodes scan and reference by themselves")
+    patients = [case for case in test[0] if not is_normal(case)][:PATIENTS]
+    if not patients:
+        raise ValueError(f"None of the {len(test[0])} test cases is abnormal: there is no finding to read")
     train, held_out = (
         prompt_parts(model, features, cases, [references[case.name] for case in cases])
         for cases, references in (training, test)
@@ -161,7 +169,6 @@ def score_information(
     # CODEPATH: of another level nothing is compared with a reference.
     if model.config.difference_level == "latent":
         pool = list({case.scan_id: case for case in test[1].values()}.values())[:REFERENCES]
-        patients = [case for case in test[0] if not is_normal(case)][:PATIENTS]
         prompts = [prompt_parts(model, features, [case] * len(pool), pool)["difference prompt"] for case in patients]
         content["variance"] = variance_shares(np.array(prompts, dtype=np.float64))
         content["overlap"] = latent_overlap(model, features, patients, test[1])

@@ -105,15 +105,23 @@ class HeldOut:
         if data.reconstructions == "first":
             cases = first_reconstructions(cases)
         self.cases = cases[: study.test.cases]
-        self.foreign = study.foreign
+        self.study = study
 
     @cached_property
-    def sha256(self) -> str:
-        """Of names, reports and labels."""
-        digest = hashlib.sha256()
-        for case in self.cases:
-            digest.update(case.identity)
-        return digest.hexdigest()
+    def foreign(self) -> list[Case]:
+        """The cases of another scanner; a cohort that only some conditions need.
+
+        Raises:
+            ValueError: the study has none.
+        """
+        section = self.study.foreign
+        if section is None:
+            raise ValueError(f"The study {self.study.name} has no section foreign; this condition takes scans of it")
+        return load_dataset_cases(section.layout, section.root, section.split)
+
+    def cases_of(self, patients: str) -> list[Case]:
+        """Who is tested: the study's own cases, or "foreign" ones."""
+        return self.cases if patients == "own" else self.foreign[: self.study.test.cases]
 
     @cached_property
     def patients(self) -> dict[str, list[Finding]]:
@@ -127,10 +135,7 @@ class HeldOut:
             ValueError: the condition takes scans that the study does not have.
         """
         draw = seed if condition.draw is None else condition.draw
-        foreign = []
-        if condition.foreign and self.foreign is not None:  # another cohort, which only this condition needs
-            every = load_dataset_cases(self.foreign.layout, self.foreign.root, self.foreign.split)
-            foreign = [case for case in every if is_normal(case)]
+        foreign = [case for case in self.foreign if is_normal(case)] if condition.foreign else []
         pool = reference_pool(self.cases, condition, draw, foreign)
         pooled: dict[str, torch.Tensor] = {}
 
@@ -142,7 +147,7 @@ class HeldOut:
         def distance(case: Case, other: Case) -> float:
             return float((summary(case) - summary(other)).norm())
 
-        return choose_references(self.cases, pool, condition, draw, distance)
+        return choose_references(self.cases_of(condition.patients), pool, condition, draw, distance)
 
 
 def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
@@ -152,18 +157,22 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
         RunError: those in the file are of other settings, cases or weights.
     """
     path = run.reports / f"{condition.name}.json.gz"
+    tested = test.cases_of(condition.patients)
     made_by = {
         "settings": run.config.of_the_result("report"),
         "frozen": frozen_sha256(run.study.training.get("classifier")),
         "condition": condition.model_dump(),
-        "cases": test.sha256,
+        "cases": cases_sha256(tested),
         "max_new_tokens": run.study.test.max_new_tokens,
     }
     if path.is_file():
         document = json.loads(gzip.decompress(path.read_bytes()))
         if (run.folder / "model").is_dir():
             made_by["weights"] = weights_sha256(run.folder / "model")
-        differences = compare({key: document["made_by"][key] for key in made_by}, made_by)
+        stored = {key: document["made_by"][key] for key in made_by}
+        # Older reports have fewer fields.
+        stored["condition"] = Condition.model_validate(stored["condition"]).model_dump()
+        differences = compare(stored, made_by)
         if differences:
             raise RunError(f"{path} was made otherwise: {'; '.join(differences)}. Delete it.")
         return document
@@ -171,7 +180,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     features = run.features(model, processor)
     references = test.references(condition, run.seed, features)
     rows = []
-    for cases in track(batches(test.cases, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
+    for cases in track(batches(tested, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
         inputs = model_inputs(model, features, cases, [references[case.name] for case in cases])
         with changed_prompt(model, condition.prompt):
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=run.study.test.max_new_tokens)
@@ -185,6 +194,14 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, gzip.compress(json_text(document).encode(), mtime=0))
     return document
+
+
+def cases_sha256(cases: Sequence[Case]) -> str:
+    """Of names, reports and labels."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(case.identity)
+    return digest.hexdigest()
 
 
 @cache

@@ -37,7 +37,7 @@ class HeldOutSection(_Section):
 
 
 class ForeignSection(_Section):
-    """Normal references of another scanner, for tables 8 and 9."""
+    """Another scanner: its normal references for tables 8 and 9, its patients for `scanner`."""
 
     layout: str
     root: str
@@ -94,8 +94,9 @@ class Variant(_Section):
 
 
 class Condition(_Section):
-    """How references are chosen at test time. The defaults are the paper's: at random from all normal scans."""
+    """Who is tested and how references are chosen. The defaults are the paper's: at random from all normal scans."""
 
+    patients: Literal["own", "foreign"] = "own"  # the study's test cases, or those of another scanner
     pool_size: int | None = Field(default=None, ge=1)  # only so many of the normal scans
     abnormal: float = Field(default=0.0, ge=0, le=1)  # share of the pool that is replaced by abnormal scans
     foreign: float = Field(default=0.0, ge=0, le=1)  # share that is replaced by normal scans of another scanner
@@ -134,13 +135,18 @@ class Table(_Section):
     paper_note: str = ""
 
     @model_validator(mode="after")
-    def _known_rows(self) -> "Table":
+    def _rows_compare(self) -> "Table":
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise ValueError(f"rows must have names of their own, got {names}")
         unknown = {name for pair in self.compare for name in pair} - set(names)
         if unknown:
             raise ValueError(f"compare names {sorted(unknown)}; expected names of rows: {names}")
+        patients = {row.condition.patients for row in self.rows}
+        if len(patients) > 1:
+            raise ValueError("rows must be of the same patients: comparisons are paired, and so are the baselines")
+        if patients == {"foreign"} and self.kind != "scores":
+            raise ValueError(f"patients: foreign is for a table of scores, not for {self.kind}")
         return self
 
 

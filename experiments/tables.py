@@ -78,6 +78,8 @@ def run_experiment(
     if jobs > 1:
         make_at_once(list(runs_of_table(study, variants, table, runs, output, seeds)), jobs)
     path = output / study.name / f"{Path(name).stem}.json"
+    patients = table.rows[0].condition.patients  # those of all rows
+    cases = test.cases_of(patients)
     first_runs: dict[str, Run] = {}
     first_reports: dict[str, dict] = {}
     systems: dict[str, dict[int, SystemScores]] = {}
@@ -90,7 +92,7 @@ def run_experiment(
             first_reports.setdefault(row.name, document)
             provenance[f"{row.name}, seed {run.seed}"] = document["made_by"]["weights"]
             if table.kind == "scores":
-                scores = cached_scores(run, document, test.cases, row.condition.name, workers)
+                scores = cached_scores(run, document, cases, row.condition.name, workers)
                 systems[row.name][run.seed] = scores
     result = {
         "experiment": Path(name).stem,
@@ -99,7 +101,7 @@ def run_experiment(
         "kind": table.kind,
         "command": f"diffvp experiment {name}",
         "study": {"name": study.name, "title": study.title},
-        "cases": len(test.cases),
+        "cases": len(cases),
         "rows": [
             {
                 "name": row.name,
@@ -121,7 +123,7 @@ def run_experiment(
         result |= {
             "metrics": table.metrics,
             "signature": next(iter(systems[table.rows[0].name].values())).signature,
-            "baselines": baselines(study, test, first_runs[table.rows[0].name], table.metrics, workers),
+            "baselines": baselines(study, test, patients, first_runs[table.rows[0].name], table.metrics, workers),
             "comparisons": [
                 {"first": a, "second": b, "metrics": compare_rows(systems[a], systems[b], table.metrics)}
                 for a, b in table.compare
@@ -257,18 +259,19 @@ def cached_scores(run: Run, document: dict, cases: list[Case], name: str, worker
     return scores
 
 
-def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers: int) -> list[dict]:
-    """What a model has to beat, each made from the training split alone; the same for every table of a study."""
-    path = run.reports.parents[1] / "baselines.json"
+def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: list[str], workers: int) -> list[dict]:
+    """What a model has to beat, each made from the training split alone; one file for the tables of these patients."""
+    path = run.reports.parents[1] / f"baselines-{patients}.json"
+    cases = test.cases_of(patients)
     labeler = study_labeler(study.test.labeler)
     made_by = {
-        "cases": [case.name for case in test.cases],
+        "cases": [case.name for case in cases],
         "training": study.training,
         "signature": findings_signature(labeler),
     }
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if stored is None or stored["made_by"] != made_by:
-        stored = {"made_by": made_by, "rows": make_baselines(test, run, labeler, workers)}
+        stored = {"made_by": made_by, "rows": make_baselines(cases, run, labeler, workers)}
         write_json(path, stored)
     return [
         {**row, "scores": {metric: row["scores"][metric] for metric in metrics if metric in row["scores"]}}
@@ -276,27 +279,27 @@ def baselines(study: Study, test: HeldOut, run: Run, metrics: list[str], workers
     ]
 
 
-def make_baselines(test: HeldOut, run: Run, labeler: Labeler, workers: int) -> list[dict]:
+def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -> list[dict]:
     """All scores of the baselines; `run` is of any model, for they share the encoder."""
     data = run.config.data
     train = load_dataset_cases(data.layout, data.root, data.split)
     model, processor = run.load()
     volumes = run.features(model, processor).volumes
     test_features, train_features = (
-        pooled_features(model, volumes, cases, name) for cases, name in ((test.cases, "test"), (train, "training"))
+        pooled_features(model, volumes, cases, name) for cases, name in ((test, "test"), (train, "training"))
     )
     texts = {
-        "constant normal report": [constant_normal_report(train)] * len(test.cases),
+        "constant normal report": [constant_normal_report(train)] * len(test),
         "nearest training report": nearest_reports(test_features, train_features, [case.report for case in train]),
     }
     everything = [*FINDINGS, *LANGUAGE]
     rows = [
-        {"name": name, "scores": row_summary({0: score_system(reports, test.cases, labeler, workers)}, everything)}
+        {"name": name, "scores": row_summary({0: score_system(reports, test, labeler, workers)}, everything)}
         for name, reports in texts.items()
     ]
-    guesses = label_baselines(len(test.cases), np.stack([case.labels for case in train]))
+    guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
     return rows + [
-        {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test.cases)}, everything)}
+        {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test)}, everything)}
         for name, guess in guesses.items()
     ]
 

@@ -5,6 +5,7 @@
 import csv
 import gzip
 import json
+import shutil
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
 from diffvp.experiments import evaluate
@@ -44,6 +46,11 @@ TABLE = {
     ],
     "compare": [["DiffVP", "equal compute"]],
 }
+
+FOREIGNERS = [
+    {"name": "theirs", "variant": "diffvp", "condition": {"patients": "foreign", "foreign": 1.0, "pool_size": 2}},
+    {"name": "ours", "variant": "diffvp", "condition": {"patients": "foreign"}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +129,8 @@ def test_only_what_a_variant_names_is_otherwise(repository_root):
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
         ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "names of their own"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
+        ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
+        ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
     ],
 )
 def test_mistakes_in_a_table_are_named(tmp_path, change, message):
@@ -366,6 +375,40 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
         run_experiment(table, other, runs, tmp_path / "results")
 
 
+def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
+    """They are tested on the models of the study, beside references of either scanner."""
+    _, runs, _ = made
+    root = write_cohort(tmp_path_factory.mktemp("b"), train=0, valid=8, seed=13, matrix=48, workers=1, progress=False)
+    path = tmp_path / "foreigners.yaml"
+    path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
+    with pytest.raises(ValueError, match="small has no section foreign"):
+        run_experiment(str(path), Study.load(study), runs, tmp_path / "results")
+    loaded = Study.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
+    document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())
+    foreign = {case.name: case for case in load_phantom(root, "valid")}
+    own = {case.name for case in HeldOut(loaded).cases}
+    assert document["cases"] == len(foreign) and {row["name"] for row in document["baselines"]} != set()
+    for name, pool in (("patients_foreign-pool_size_2-foreign_1.0", set(foreign)), ("patients_foreign", own)):
+        folder = tmp_path / "results/small/reports/diffvp/seed-1"
+        reports = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))["reports"]
+        assert [row["id"] for row in reports] == list(foreign)
+        assert {of for row in reports for of in row["references"]} <= pool
+
+
+def test_reports_from_before_a_condition_had_a_field_are_still_theirs(made, table, tmp_path):
+    loaded, runs, result = made
+    shutil.copytree(result.parent / "reports", tmp_path / "small/reports")
+    path = tmp_path / "small/reports/diffvp/seed-1/random.json.gz"
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    del document["made_by"]["condition"]["patients"]
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    assert json.loads(run_experiment(table, loaded, runs, tmp_path).read_text()) == json.loads(result.read_text())
+    document["made_by"]["condition"]["abnormal"] = 0.5
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    with pytest.raises(RunError, match="condition.abnormal was 0.5, is 0.0"):
+        run_experiment(table, loaded, runs, tmp_path)
+
+
 class InlinePool(Executor):
     """Runs a task as soon as it is given one, as a free worker does."""
 
@@ -403,7 +446,7 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     other = Study.load(study, ["test.labeler=rules"])
     document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
     assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
-    stored = json.loads((tmp_path / "results/small/reports/baselines.json").read_text())
+    stored = json.loads((tmp_path / "results/small/reports/baselines-own.json").read_text())
     assert "labeler:rule-labeler" in stored["made_by"]["signature"]
     again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text()) == ours

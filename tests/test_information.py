@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments.information import latent_overlap, probe, prompt_parts, variance_shares
+from diffvp.experiments.information import latent_overlap, probe, prompt_parts, score_information, variance_shares
 
 
 class Kept(dict):
@@ -106,3 +107,12 @@ def test_latents_with_a_place_share_less_attention(make_model, cases, locality):
     unit = torch.nn.functional.normalize((own - other).detach(), dim=-1)
     cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
     assert overlap["difference"] == pytest.approx(float(cosines.mean()), abs=1e-5)
+
+
+def test_what_has_no_answer_is_refused(make_model, cases):
+    references = {case.name: cases[0] for case in cases}
+    with pytest.raises(ValueError, match="difference_level is 'pixel'"):
+        score_information(make_model(difference_level="pixel"), Kept(), (cases, references), (cases, references))
+    normal = [case for case in cases if is_normal(case)]
+    with pytest.raises(ValueError, match="None of the 7 test cases is abnormal"):
+        score_information(make_model(), Kept(), (cases, references), (normal, references))
