@@ -34,7 +34,7 @@ from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
-from .runs import HeldOut, Run, make_reports, write_json
+from .runs import HeldOut, Run, cases_sha256, make_reports, write_json
 from .scores import (
     FINDINGS,
     LANGUAGE,
@@ -265,7 +265,7 @@ def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: lis
     cases = test.cases_of(patients)
     labeler = study_labeler(study.test.labeler)
     made_by = {
-        "cases": [case.name for case in cases],
+        "cases": cases_sha256(cases),
         "training": study.training,
         "signature": findings_signature(labeler),
     }

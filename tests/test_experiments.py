@@ -28,7 +28,7 @@ from diffvp.experiments import evaluate
 from diffvp.experiments.figures import stability
 from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
-from diffvp.experiments.runs import HeldOut, Run, RunError, batches, changed_prompt, make_reports
+from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import completed, run_experiment
@@ -387,7 +387,9 @@ def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
     document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())
     foreign = {case.name: case for case in load_phantom(root, "valid")}
     own = {case.name for case in HeldOut(loaded).cases}
-    assert document["cases"] == len(foreign) and {row["name"] for row in document["baselines"]} != set()
+    assert document["cases"] == len(foreign) and document["baselines"]
+    stored = json.loads((tmp_path / "results/small/reports/baselines-foreign.json").read_text())
+    assert stored["made_by"]["cases"] == cases_sha256(list(foreign.values()))  # phantoms of another seed share names
     for name, pool in (("patients_foreign-pool_size_2-foreign_1.0", set(foreign)), ("patients_foreign", own)):
         folder = tmp_path / "results/small/reports/diffvp/seed-1"
         reports = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))["reports"]
