@@ -34,7 +34,7 @@ from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
-from .runs import HeldOut, Run, cases_sha256, make_reports, write_json
+from .runs import HeldOut, Run, cases_sha256, frozen_sha256, make_reports, write_json
 from .scores import (
     FINDINGS,
     LANGUAGE,
@@ -186,8 +186,8 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     # "spawn": a fork of a process in which torch has started threads can hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # Else all of them would begin with the features of the same case.
-        first = [run for run, _ in conditions.values()][:1]
+        # Else all of them would begin with the features of the same case. (Without a classifier each trains its own.)
+        first = [run for run, _ in conditions.values() if run.config.classifier is not None][:1]
         for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
             pass
         tasks = [(_make_reports, run, of, threads) for run, of in conditions.values()]
@@ -265,8 +265,9 @@ def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: lis
     cases = test.cases_of(patients)
     labeler = study_labeler(study.test.labeler)
     made_by = {
+        "settings": study.training_config(Variant(name="", about=""), run.seed, "").of_the_result("report"),
+        "frozen": frozen_sha256(study.training.get("classifier")),
         "cases": cases_sha256(cases),
-        "training": study.training,
         "signature": findings_signature(labeler),
     }
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -280,10 +281,10 @@ def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: lis
 
 
 def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -> list[dict]:
-    """All scores of the baselines; `run` is of any model, for they share the encoder."""
+    """All scores of the baselines; `run` is of any model, for they share the encoder: none is trained for it."""
     data = run.config.data
     train = load_dataset_cases(data.layout, data.root, data.split)
-    model, processor = run.load()
+    model, processor = run.load() if run.config.classifier is None else build_generator(run.config)
     volumes = run.features(model, processor).volumes
     test_features, train_features = (
         pooled_features(model, volumes, cases, name) for cases, name in ((test, "test"), (train, "training"))

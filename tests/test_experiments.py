@@ -361,8 +361,11 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     again = run_experiment(table, loaded, runs, tmp_path / "again")
     assert json.loads(again.read_text()) == document
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
+    baselines = result.parent / "reports/baselines-own.json"
+    assert loaded.training["data"]["root"] not in baselines.read_text(), "another's data lie elsewhere"
+    baselines.unlink()
     from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
-    assert json.loads(from_reports.read_text()) == document
+    assert json.loads(from_reports.read_text()) == document and baselines.is_file()
     assert not list(tmp_path.rglob("*.safetensors")), "no model is trained where its reports are"
     elsewhere = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
     from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1], jobs=2)
