@@ -281,7 +281,7 @@ def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: lis
 
 
 def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -> list[dict]:
-    """All scores of the baselines; `run` is of any model, for they share the encoder: none is trained for it."""
+    """All scores of the baselines; `run` is of any model. None is trained, if the study's classifier is given."""
     data = run.config.data
     train = load_dataset_cases(data.layout, data.root, data.split)
     model, processor = run.load() if run.config.classifier is None else build_generator(run.config)
