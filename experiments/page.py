@@ -73,6 +73,7 @@ def _answer(documents: list[dict]) -> list[str]:
                 f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
                 "",
                 *_order_of_rows(document["rows"]),
+                *_beside_the_nearest_report(document),
             ]
     return [
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
@@ -114,6 +115,18 @@ def _order_of_rows(rows: list[dict]) -> list[str]:
     same = "is the paper's" if ours == paper else f"is not the paper's ({' < '.join(row['name'] for row in paper)})"
     order = " < ".join(f"{row['name']} {row['scores']['f1']['mean']:.3f}" for row in ours)
     return [f"The order of the components' micro-F1 {same}: {order}.", ""]
+
+
+def _beside_the_nearest_report(document: dict) -> list[str]:
+    """Which rows are above what no model is needed for."""
+    nearest = next(row for row in document["baselines"] if row["name"] == "nearest training report")
+    least = nearest["scores"]["f1"]["mean"]
+    above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]
+    return [
+        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}; above it "
+        f"{'are: ' + ', '.join(above) if above else 'is none of the rows'}.",
+        "",
+    ]
 
 
 def _section(document: dict) -> list[str]:

@@ -354,6 +354,17 @@ def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tm
     assert ("a 0.100 < b 0.200 < c 0.300" in order) == (verdict == "is the paper's")
 
 
+@pytest.mark.parametrize(("least", "words"), [(0.0, "above it are: DiffVP"), (1.0, "above it is none of the rows")])
+def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, least, words):
+    document = json.loads(made[2].read_text())
+    document["rows"][0]["scores"]["f1"]["mean"] = 0.5
+    for row in document["baselines"]:
+        if row["name"] == "nearest training report":
+            row["scores"]["f1"]["mean"] = least
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    assert f"gives a micro-F1 of {least:.3f}; {words}" in write_page(tmp_path).read_text()
+
+
 def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
     loaded, runs, result = made
     document = json.loads(result.read_text())
