@@ -196,7 +196,7 @@ def difference_map(
     if model.config.difference_level == "pixel":
         volumes = [features.volumes.load(of)[None].float().to(model.device) for of in (case, reference)]
         return model.difference_map(*volumes)[0].float().cpu().numpy()
-    frozen = [features.load(of)["features"][None] for of in (case, reference)]
+    frozen = [features.load(of)["features"][None].to(model.device) for of in (case, reference)]
     return model.difference_map(ct_features=frozen[0], reference_features=frozen[1])[0].float().cpu().numpy()
 
 
@@ -370,7 +370,8 @@ def token_weights(
     if model.config.difference_level != "latent":
         raise ValueError(f'difference_level is "{model.config.difference_level}": token importance is of "latent"')
     with torch.no_grad():
-        latents, other = (model.encode(ct_features=features.load(of)["features"][None]) for of in (case, reference))
+        frozen = [features.load(of)["features"][None].to(model.device) for of in (case, reference)]
+        latents, other = (model.encode(ct_features=of) for of in frozen)
         weights = model.local_delta(latents, other)[1][0]
         norms = latents[0].float().square().sum(-1)
         return weights.cpu().numpy(), (norms / norms.sum()).cpu().numpy()

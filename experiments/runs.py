@@ -10,13 +10,16 @@ are part of the results: where they are, a table is made from them, and no model
 """
 
 import contextlib
+import datetime
 import gzip
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from ..data.load import load_dataset_cases
 from ..data.pool import is_normal
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
+from ..reporting import load_checkpoint
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
@@ -83,11 +87,11 @@ class Run:
         return (self.folder / "model").is_dir() or self.reports.is_dir()
 
     def load(self) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
-        """The trained model, LoRA merged; it is trained now where that has not been done."""
+        """The trained model, LoRA merged, on a GPU if there is one; it is trained now where that has not been done."""
         self.train()
-        model = DiffVPForConditionalGeneration.from_pretrained(self.folder / "model")
+        model, processor = load_checkpoint(self.folder / "model")
         model.merge_adapter()
-        return model, DiffVPProcessor.from_pretrained(self.folder / "model", trust_remote_code=False)
+        return model, processor
 
     def features(self, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor) -> Features:
         """Frozen features by way of the caches of the training."""
@@ -190,7 +194,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
             for case, text in zip(cases, texts, strict=True)
         ]
     made_by["weights"] = weights_sha256(run.folder / "model")
-    document = {"made_by": made_by, "reports": rows}
+    document = {"made_by": made_by, "made_on": machine(), "reports": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, gzip.compress(json_text(document).encode(), mtime=0))
     return document
@@ -262,6 +266,16 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         yield
     finally:
         hook.remove()
+
+
+def machine() -> dict:
+    """Where and when a result was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "monai")},
+    }
 
 
 def json_text(document: dict) -> str:

@@ -10,15 +10,12 @@ Everything that is made once (models, reports) lies below the folder of runs and
 """
 
 import contextlib
-import datetime
 import json
 import logging
 import multiprocessing
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +31,7 @@ from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
-from .runs import HeldOut, Run, cases_sha256, frozen_sha256, make_reports, write_json
+from .runs import HeldOut, Run, cases_sha256, frozen_sha256, machine, make_reports, write_json
 from .scores import (
     FINDINGS,
     LANGUAGE,
@@ -303,13 +300,3 @@ def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -
         {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test)}, everything)}
         for name, guess in guesses.items()
     ]
-
-
-def machine() -> dict:
-    """Where and when a result was made."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "monai")},
-    }
