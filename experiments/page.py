@@ -72,6 +72,7 @@ def _answer(documents: list[dict]) -> list[str]:
                 f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
                 f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
                 "",
+                *_replication(documents),
                 *_order_of_rows(document["rows"]),
                 *_beside_the_nearest_report(document),
             ]
@@ -79,6 +80,20 @@ def _answer(documents: list[dict]) -> list[str]:
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
         "",
     ]
+
+
+def _replication(documents: list[dict]) -> list[str]:
+    """The same on new seeds."""
+    for document in documents:
+        if document["experiment"] == "replication":
+            f1 = document["comparisons"][0]["metrics"]["f1"]
+            low, high = f1["interval"]
+            return [
+                f"On {len(document['rows'][0]['seeds'])} new seeds, named before any of them was trained, it is "
+                f"{f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_value(f1['p_seeds'])}).",
+                "",
+            ]
+    return []
 
 
 def _observations(documents: list[dict]) -> list[str]:

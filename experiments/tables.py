@@ -262,7 +262,7 @@ def baselines(study: Study, test: HeldOut, patients: str, run: Run, metrics: lis
     cases = test.cases_of(patients)
     labeler = study_labeler(study.test.labeler)
     made_by = {
-        "settings": study.training_config(Variant(name="", about=""), run.seed, "").of_the_result("report"),
+        "settings": study.training_config(Variant(name="", about=""), seed=0, output_dir="").of_the_result("report"),
         "frozen": frozen_sha256(study.training.get("classifier")),
         "cases": cases_sha256(cases),
         "signature": findings_signature(labeler),

@@ -24,7 +24,7 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments import evaluate
+from diffvp.experiments import evaluate, tables
 from diffvp.experiments.figures import stability
 from diffvp.experiments.page import write_page
 from diffvp.experiments.references import choose_references, reference_pool
@@ -454,6 +454,31 @@ def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
         for future in completed(InlinePool(), tasks, 2):
             future.result()
     assert begun == [0, 1, 2, 3, 4, 5], "the sixth was under way beside the one that ended"
+
+
+def test_the_page_says_what_new_seeds_say(made, tmp_path):
+    document = json.loads(made[2].read_text())
+    [comparison] = [of for of in document["comparisons"] if of["second"] == "equal compute"][:1]
+    first = dict(zip(("difference", "interval", "p_seeds"), (0.017, [0.004, 0.03], 0.281), strict=True))
+    again = dict(zip(("difference", "interval", "p_seeds"), (-0.003, [-0.012, 0.007], 0.851), strict=True))
+    for name, f1 in (("table4", first), ("replication", again)):
+        metrics = comparison["metrics"] | {"f1": comparison["metrics"]["f1"] | f1}
+        changed = {"experiment": name, "comparisons": [comparison | {"metrics": metrics}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document | changed))
+    page = write_page(tmp_path).read_text()
+    assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
+    assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+
+
+def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp_path, monkeypatch):
+    """They know no seed, and their features take minutes."""
+    _, runs, result = made
+    stored = tmp_path / "results/small/reports"
+    shutil.copytree(result.parent / "reports", stored)
+    monkeypatch.setattr(tables, "make_baselines", lambda *_: pytest.fail("they were made already"))
+    before = (stored / "baselines-own.json").read_bytes()
+    run_experiment(table, Study.load(study), runs, tmp_path / "results", seeds=[2])
+    assert (stored / "baselines-own.json").read_bytes() == before
 
 
 def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
