@@ -164,6 +164,9 @@ def _section(document: dict) -> list[str]:
         lines += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
         lines += ["", "p: Welch's t-test over seeds, where there are several; pc: paired bootstrap over cases; both",
                   "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
+    for device, names in document["provenance"].get("devices", {}).items():
+        if device != "cpu":
+            lines += ["", f"Written on a GPU ({device}): {'; '.join(names)}."]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}
     lines += ["", *(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]
     lines += [f"{document['cases']} cases. " + " ".join(f"`{word}`" for word in document["signature"].split()), ""]

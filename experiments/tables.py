@@ -81,6 +81,7 @@ def run_experiment(
     first_reports: dict[str, dict] = {}
     systems: dict[str, dict[int, SystemScores]] = {}
     provenance = {}
+    devices: dict[str, set[str]] = {}
     for row in table.rows:
         systems[row.name] = {}
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
@@ -88,6 +89,8 @@ def run_experiment(
             first_runs.setdefault(row.name, run)
             first_reports.setdefault(row.name, document)
             provenance[f"{row.name}, seed {run.seed}"] = document["made_by"]["weights"]
+            if "made_on" in document:  # older reports do not say
+                devices.setdefault(document["made_on"]["device"], set()).add(row.name)
             if table.kind == "scores":
                 scores = cached_scores(run, document, cases, row.condition.name, workers)
                 systems[row.name][run.seed] = scores
@@ -111,7 +114,11 @@ def run_experiment(
             for row in table.rows
         ],
         "paper_note": table.paper_note,
-        "provenance": {"weights": provenance, **machine()},
+        "provenance": {
+            "weights": provenance,
+            "devices": {device: sorted(names) for device, names in devices.items()},
+            **machine(),
+        },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     if table.kind == "scores":

@@ -470,6 +470,25 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
     assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
 
 
+def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
+    """Their sums are rounded otherwise, so the same command on a CPU does not give them to the last word."""
+    _, runs, result = made
+    stored = tmp_path / "results/small/reports"
+    shutil.copytree(result.parent / "reports", stored)
+    path = stored / "target/seed-2/random.json.gz"
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    assert document["made_on"]["device"] == "cpu" and document["made_on"]["versions"]["torch"] == torch.__version__
+    document["made_on"]["device"] = "NVIDIA H200"
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    older = stored / "target/seed-1/random.json.gz"  # from before it was noted
+    document = json.loads(gzip.decompress(older.read_bytes()))
+    del document["made_on"]
+    older.write_bytes(gzip.compress(json.dumps(document).encode()))
+    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    assert json.loads(again.read_text())["provenance"]["devices"]["NVIDIA H200"] == ["equal compute"]
+    assert "Written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
+
+
 def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp_path, monkeypatch):
     """They know no seed, and their features take minutes."""
     _, runs, result = made
