@@ -61,7 +61,9 @@ def figure_content(
         chosen = test.references(conditions[name], run.seed, features)
         references = {case: of[0] for case, of in chosen.items()}
         if table.kind == "information":
-            content[name] = score_information(model, features, training_references(run), (test.cases, references))
+            held_out = (test.cases, references)
+            written = labeler.label_all([row["report"] for row in reports[name]["reports"]])
+            content[name] = score_information(model, features, training_references(run), held_out, written)
             continue
         if table.kind == "importance":
             content[name] = score_importance(model, features, test.cases, references)

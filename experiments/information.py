@@ -7,6 +7,7 @@ What a model's prompts know of the findings, and of the reference.
 - [`variance_shares`]: does the difference prompt change with the reference at all, and is that change the same for
   all patients, or a comparison?
 - [`latent_overlap`]: do the latent tokens look at different places, and differ from the reference in different ways?
+- [`prompt_following`]: are the findings that the diagnosis prompt names those that the report has?
 """
 
 import itertools
@@ -25,11 +26,12 @@ from sklearn.preprocessing import StandardScaler
 
 from ..data.cases import Case
 from ..data.pool import is_normal
+from ..metrics.clinical_efficacy import label_counts
 from ..metrics.markdown import table_lines, with_interval
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..training.cohort import Features
 from .runs import model_inputs
-from .scores import row_summary, score_labels
+from .scores import micro, row_summary, score_labels
 
 COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
 BATCH = 32
@@ -138,17 +140,40 @@ def latent_overlap(
     return {"attention": float(np.mean(shared)), "difference": float(np.mean(cosines))}
 
 
+def prompt_following(told: NDArray[np.bool_], truth: NDArray[np.bool_], written: NDArray[np.bool_]) -> dict:
+    """
+    How often the report has a finding, by whether the diagnosis prompt names it and whether it is there. Were it only
+    what the prompt says, the true ones would be written as often as the false; who looks at the scan tells them apart.
+
+    Args:
+        told, truth, written: (cases, labels), in the prompt, of the case, in the report.
+
+    Returns:
+        "told, true", ..., "not told, false": the share that is written of how many; null of none. "f1": micro-F1 of
+        what the prompt names.
+    """
+    shares = {}
+    for name, named in (("told", told), ("not told", ~told)):
+        for kind, there in (("true", truth), ("false", ~truth)):
+            of = written[named & there]
+            shares[f"{name}, {kind}"] = {"count": of.size, "written": float(of.mean()) if of.size else None}
+    counts = label_counts(told.astype(np.int8), truth.astype(np.int8)).sum(axis=0)
+    return {"shares": shares, "f1": float(micro(counts, "f1"))}
+
+
 def score_information(
     model: DiffVPForConditionalGeneration,
     features: Features,
     training: tuple[Sequence[Case], Mapping[str, Case]],
     test: tuple[Sequence[Case], Mapping[str, Case]],
+    written: NDArray[np.int8],
 ) -> dict:
     """
     All of it for one model.
 
     Args:
         training, test: cases and, by name, the reference of each.
+        written: (test cases, labels), the findings of the reports.
 
     Raises:
         ValueError: the model subtracts voxels, so that it has no features of a reference; or no test case is abnormal.
@@ -166,6 +191,12 @@ def score_information(
         part: probe(train[part], training[0], held_out[part], test[0]) for part in track(train, "Reading the findings")
     }
     content = {"training_cases": len(training[0]), "test_cases": len(test[0]), "probes": probes}
+    # CODEPATH: the ablation without diagnosis is told nothing.
+    if model.config.use_diagnosis:
+        probabilities = 1 / (1 + np.exp(-held_out["predicted findings"]))
+        truth = np.stack([case.labels for case in test[0]]).astype(bool)
+        told = probabilities >= np.array(model.config.diagnosis_threshold)
+        content["prompt"] = prompt_following(told, truth, written.astype(bool))
     # CODEPATH: of another level nothing is compared with a reference.
     if model.config.difference_level == "latent":
         pool = list({case.scan_id: case for case in test[1].values()}.values())[:REFERENCES]
@@ -197,4 +228,17 @@ def information_lines(content: Mapping[str, dict]) -> list[str]:
     ]  # fmt: skip
     head = ["difference prompt of", "variance by patient", "by reference", "by both together",
             "attention that two latents share", "cosine of their differences"]  # fmt: skip
-    return [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]
+    lines = [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]
+    told = {name: model["prompt"] for name, model in content.items() if "prompt" in model}
+    if told:
+        head = ["written, of findings that are", *next(iter(told.values()))["shares"], "micro-F1 of the prompt"]
+        rows = [
+            [name, *(_share(of) for of in model["shares"].values()), f"{model['f1']:.3f}"]
+            for name, model in told.items()
+        ]
+        lines += [*table_lines(head, rows), "", "Told: named by the diagnosis prompt, that is, by the classifier.", ""]
+    return lines
+
+
+def _share(of: dict) -> str:
+    return "none" if of["written"] is None else f"{of['written']:.1%} of {of['count']}"

@@ -107,6 +107,14 @@ def _observations(documents: list[dict]) -> list[str]:
             f"Of the variance of its difference prompt {shares['patient']:.1%} hangs on the patient alone, "
             f"{shares['reference']:.1%} on the reference alone, and {shares['interaction']:.1%} on both together."
         )
+    if "prompt" in figures.get("information", ()):
+        share = {name: of["written"] for name, of in figures["information"]["prompt"]["shares"].items()}
+        if None not in share.values():
+            sentences.append(
+                f"Of the findings that its diagnosis prompt names, its report has {share['told, true']:.0%} of the "
+                f"true and {share['told, false']:.0%} of the false ones; of the others {share['not told, true']:.0%} "
+                f"of the true and {share['not told, false']:.0%} of the false."
+            )
     if "maps" in figures:
         words = {
             "latent": "",

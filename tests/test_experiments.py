@@ -542,6 +542,8 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         ours, control = document["figure"]["ours"], document["figure"]["control"]
         assert sum(ours["variance"].values()) == pytest.approx(1) and "variance" not in control
         assert ours["test_cases"] == len(tested) and "| control | visual tokens |" in page
+        told = ours["prompt"]["shares"].values()
+        assert sum(of["count"] for of in told) == 18 * len(tested) and "micro-F1 of the prompt" in page
         assert f"{ours['variance']['patient']:.1%} hangs on the patient alone" in page.splitlines()[6]
     elif kind == "maps":
         pointing = document["figure"]["ours"]["maps"]["pixel"]["pointing_body"]["mean"]

@@ -9,10 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments.information import latent_overlap, probe, prompt_parts, score_information, variance_shares
+from diffvp.experiments.information import (
+    latent_overlap,
+    probe,
+    prompt_following,
+    prompt_parts,
+    score_information,
+    variance_shares,
+)
 
 
 class Kept(dict):
@@ -109,10 +117,25 @@ def test_latents_with_a_place_share_less_attention(make_model, cases, locality):
     assert overlap["difference"] == pytest.approx(float(cosines.mean()), abs=1e-5)
 
 
+def test_who_copies_the_prompt_writes_true_and_false_findings_alike():
+    rng = np.random.default_rng(0)
+    truth, told = rng.random((500, 18)) < 0.2, rng.random((500, 18)) < 0.3
+    copied = prompt_following(told, truth, told & (rng.random(told.shape) < 0.6))
+    shares = {name: of["written"] for name, of in copied["shares"].items()}
+    assert shares["told, true"] == pytest.approx(0.6, abs=0.05)
+    assert shares["told, false"] == pytest.approx(0.6, abs=0.05)
+    assert shares["not told, true"] == shares["not told, false"] == 0
+    assert copied["f1"] == pytest.approx(f1_score(truth, told, average="micro"))
+    seen = prompt_following(told, truth, truth)["shares"]
+    assert [of["written"] for of in seen.values()] == [1, 0, 1, 0]
+    assert sum(of["count"] for of in seen.values()) == truth.size
+    assert prompt_following(~truth & False, truth, truth)["shares"]["told, true"] == {"count": 0, "written": None}
+
+
 def test_what_has_no_answer_is_refused(make_model, cases):
-    references = {case.name: cases[0] for case in cases}
+    references, labels = {case.name: cases[0] for case in cases}, np.stack([case.labels for case in cases])
     with pytest.raises(ValueError, match="difference_level is 'pixel'"):
-        score_information(make_model(difference_level="pixel"), Kept(), (cases, references), (cases, references))
+        score_information(make_model(difference_level="pixel"), Kept(), *[(cases, references)] * 2, labels)
     normal = [case for case in cases if is_normal(case)]
     with pytest.raises(ValueError, match="None of the 7 test cases is abnormal"):
-        score_information(make_model(), Kept(), (cases, references), (normal, references))
+        score_information(make_model(), Kept(), (cases, references), (normal, references), labels)
