@@ -299,7 +299,7 @@ def volumes(tmp_path_factory):
 class Oracle:
     """A model whose features are a map, which it gives back: the target's true lesions, and half as much around."""
 
-    config = SimpleNamespace(difference_level="latent")
+    config, device = SimpleNamespace(difference_level="latent"), torch.device("cpu")
 
     def __init__(self, root, volumes, mirror=False):
         self.root, self.volumes, self.mirror = root, volumes, mirror
