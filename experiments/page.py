@@ -87,6 +87,8 @@ def _replication(documents: list[dict]) -> list[str]:
     for document in documents:
         if document["experiment"] == "replication":
             f1 = document["comparisons"][0]["metrics"]["f1"]
+            if "p_seeds" not in f1:  # a trial with one seed
+                continue
             low, high = f1["interval"]
             return [
                 f"On {len(document['rows'][0]['seeds'])} new seeds, named before any of them was trained, it is "

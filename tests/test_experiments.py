@@ -468,6 +468,9 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
     page = write_page(tmp_path).read_text()
     assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
     assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+    del metrics["f1"]["p_seeds"]  # a trial with one seed
+    (tmp_path / "replication.json").write_text(json.dumps(document | changed))
+    assert "named before any of them" not in write_page(tmp_path).read_text()
 
 
 def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
