@@ -26,12 +26,12 @@ from sklearn.preprocessing import StandardScaler
 
 from ..data.cases import Case
 from ..data.pool import is_normal
-from ..metrics.clinical_efficacy import label_counts
 from ..metrics.markdown import table_lines, with_interval
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..training.cohort import Features
+from ..training.diagnosis import micro_f1
 from .runs import model_inputs
-from .scores import micro, row_summary, score_labels
+from .scores import row_summary, score_labels
 
 COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
 BATCH = 32
@@ -157,8 +157,7 @@ def prompt_following(told: NDArray[np.bool_], truth: NDArray[np.bool_], written:
         for kind, there in (("true", truth), ("false", ~truth)):
             of = written[named & there]
             shares[f"{name}, {kind}"] = {"count": of.size, "written": float(of.mean()) if of.size else None}
-    counts = label_counts(told.astype(np.int8), truth.astype(np.int8)).sum(axis=0)
-    return {"shares": shares, "f1": float(micro(counts, "f1"))}
+    return {"shares": shares, "f1": micro_f1(told, truth)}
 
 
 def score_information(
