@@ -56,39 +56,43 @@ def _order(document: dict) -> tuple:
 def _answer(documents: list[dict]) -> list[str]:
     """Whether the full model is better than its equal-compute control: what the paper stands or falls by."""
     for document in documents:
-        for comparison in document.get("comparisons", ()):
-            if (comparison["first"], comparison["second"]) != ("DiffVP", "equal compute"):
-                continue
-            f1 = comparison["metrics"]["f1"]
-            seeds = len(next(row["seeds"] for row in document["rows"] if row["name"] == "DiffVP"))
-            low, high = f1["interval"]
-            if "p_seeds" not in f1:
-                continue
-            better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
-            verdict = "Yes" if better else "Not shown"
-            return [
-                f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
-                f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
-                f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
-                f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
-                "",
-                *_replication(documents),
-                *_order_of_rows(document["rows"]),
-                *_beside_the_nearest_report(document),
-            ]
+        f1 = _f1_at_equal_compute(document)
+        if f1 is None:
+            continue
+        seeds = len(next(row["seeds"] for row in document["rows"] if row["name"] == "DiffVP"))
+        low, high = f1["interval"]
+        better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
+        verdict = "Yes" if better else "Not shown"
+        return [
+            f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
+            f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
+            f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
+            f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
+            "",
+            *_replication(documents),
+            *_order_of_rows(document["rows"]),
+            *_beside_the_nearest_report(document),
+        ]
     return [
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
         "",
     ]
 
 
+def _f1_at_equal_compute(document: dict) -> dict | None:
+    """The comparison of micro-F1, where an experiment makes it over several seeds."""
+    for comparison in document.get("comparisons", ()):
+        if (comparison["first"], comparison["second"]) == ("DiffVP", "equal compute"):
+            f1 = comparison["metrics"]["f1"]
+            return f1 if "p_seeds" in f1 else None
+    return None
+
+
 def _replication(documents: list[dict]) -> list[str]:
     """The same on new seeds."""
     for document in documents:
-        if document["experiment"] == "replication":
-            f1 = document["comparisons"][0]["metrics"]["f1"]
-            if "p_seeds" not in f1:  # a trial with one seed
-                continue
+        f1 = _f1_at_equal_compute(document)
+        if document["experiment"] == "replication" and f1 is not None:
             low, high = f1["interval"]
             return [
                 f"On {len(document['rows'][0]['seeds'])} new seeds, named before any of them was trained, it is "
