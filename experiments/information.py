@@ -30,7 +30,7 @@ from ..metrics.markdown import table_lines, with_interval
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..training.cohort import Features
 from ..training.diagnosis import micro_f1
-from .runs import model_inputs
+from .runs import model_inputs, scan_inputs
 from .scores import row_summary, score_labels
 
 COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
@@ -129,7 +129,7 @@ def latent_overlap(
     """
     shared, cosines = [], []
     for case in cases:
-        own, other = (features.load(of)["features"][None].to(model.device) for of in (case, references[case.name]))
+        own, other = scan_inputs(model, features, [case], [[references[case.name]]]).values()
         (latents, attention), (reference_latents, _) = model.resampler(own), model.resampler(other)
         pairs = np.array(list(itertools.combinations(range(latents.shape[1]), 2))).T
         weights = attention[0].float().cpu().numpy()

@@ -32,6 +32,7 @@ from ..metrics.statistics import bootstrap_counts, bootstrap_mean, holm, paired_
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..reporting import BODY_LEVEL, RESEARCH_USE
 from ..training.cohort import Features
+from .runs import scan_inputs
 
 # How far a maximum may lie from the lesion that it points at: two tensor voxels of the phantom's grid in depth, and
 # what a reader scrolling to it would still call there.
@@ -192,12 +193,7 @@ def difference_map(
     model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
 ) -> NDArray[np.float32]:
     """The model's map of a case (depth, height, width), from the caches."""
-    # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
-    if model.config.difference_level == "pixel":
-        volumes = [features.volumes.load(of)[None].float().to(model.device) for of in (case, reference)]
-        return model.difference_map(*volumes)[0].float().cpu().numpy()
-    frozen = [features.load(of)["features"][None].to(model.device) for of in (case, reference)]
-    return model.difference_map(ct_features=frozen[0], reference_features=frozen[1])[0].float().cpu().numpy()
+    return model.difference_map(**scan_inputs(model, features, [case], [[reference]]))[0].float().cpu().numpy()
 
 
 def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> dict[str, Case]:
@@ -370,8 +366,8 @@ def token_weights(
     if model.config.difference_level != "latent":
         raise ValueError(f'difference_level is "{model.config.difference_level}": token importance is of "latent"')
     with torch.no_grad():
-        frozen = [features.load(of)["features"][None].to(model.device) for of in (case, reference)]
-        latents, other = (model.encode(ct_features=of) for of in frozen)
+        compared = scan_inputs(model, features, [case], [[reference]])
+        latents, other = (model.encode(ct_features=of) for of in compared.values())
         weights = model.local_delta(latents, other)[1][0]
         norms = latents[0].float().square().sum(-1)
         return weights.cpu().numpy(), (norms / norms.sum()).cpu().numpy()

@@ -226,23 +226,25 @@ def model_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
     """What `generate` takes, from the caches. Of several references, the features (or voxels) are averaged."""
-    frozen = [features.load(case) for case in cases]
-    inputs = {}
+    inputs = scan_inputs(model, features, cases, references)
+    if model.config.use_diagnosis:
+        logits = torch.stack([features.load(case)["diagnosis_logits"] for case in cases])
+        inputs["diagnosis_logits"] = logits.to(model.device)
+    return inputs
+
+
+def scan_inputs(
+    model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
+) -> dict[str, torch.Tensor]:
+    """Scans and references alone: what is compared."""
     # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
     if model.config.difference_level == "pixel":
-        volumes = features.volumes
-        inputs["ct"] = torch.stack([volumes.load(case).float() for case in cases])
-        inputs["reference"] = torch.stack(
-            [torch.stack([volumes.load(case).float() for case in of]).mean(0) for of in references]
-        )
+        names, load = ("ct", "reference"), lambda case: features.volumes.load(case).float()
     else:
-        inputs["ct_features"] = torch.stack([entry["features"] for entry in frozen])
-        inputs["reference_features"] = torch.stack(
-            [torch.stack([features.load(case)["features"] for case in of]).mean(0) for of in references]
-        )
-    if model.config.use_diagnosis:
-        inputs["diagnosis_logits"] = torch.stack([entry["diagnosis_logits"] for entry in frozen])
-    return {name: value.to(model.device) for name, value in inputs.items()}
+        names, load = ("ct_features", "reference_features"), lambda case: features.load(case)["features"]
+    scans = torch.stack([load(case) for case in cases])
+    compared = torch.stack([torch.stack([load(case) for case in of]).mean(0) for of in references])
+    return {name: value.to(model.device) for name, value in zip(names, (scans, compared), strict=True)}
 
 
 @contextlib.contextmanager
