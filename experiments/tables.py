@@ -14,6 +14,8 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
 from pathlib import Path
@@ -190,18 +192,22 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     # "spawn": a fork of a process in which torch has started threads can hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # Else all of them would begin with the features of the same case. (Without a classifier each trains its own.)
-        first = [run for run, _ in conditions.values() if run.config.classifier is not None][:1]
-        for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
-            pass
-        tasks = [(_make_reports, run, of, threads) for run, of in conditions.values()]
+        former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # else it tells no worker
         try:
+            # Else all of them would begin with the features of the same case. (Without a classifier each trains its
+            # own.)
+            first = [run for run, _ in conditions.values() if run.config.classifier is not None][:1]
+            for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
+                pass
+            tasks = [(_make_reports, run, of, threads) for run, of in conditions.values()]
             for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
                 future.result()
         except (Exception, SystemExit):  # no Ctrl-C: of that the terminal tells the workers too, and they save and end
             for worker in multiprocessing.active_children():
                 worker.terminate()  # what they train goes on from its last checkpoint
             raise
+        finally:
+            signal.signal(signal.SIGTERM, former)
 
 
 def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Future]:

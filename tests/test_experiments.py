@@ -5,7 +5,12 @@
 import csv
 import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 
@@ -454,6 +459,24 @@ def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
         for future in completed(InlinePool(), tasks, 2):
             future.result()
     assert begun == [0, 1, 2, 3, 4, 5], "the sixth was under way beside the one that ended"
+
+
+def test_who_asks_an_experiment_to_end_ends_its_workers(study, table, tmp_path):
+    """Else they would train on, seen by nobody; what they have is saved."""
+    settings = ["training.report.epochs=1000", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}"]
+    command = [sys.executable, "-m", "diffvp.cli", "experiment", table, f"--study={study}", *settings, "--jobs=2"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    logs = [tmp_path / f"runs/small/diffvp/seed-{seed}/report.jsonl" for seed in (1, 2)]
+    while process.poll() is None and not all(log.is_file() and log.stat().st_size for log in logs):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    try:
+        output = process.communicate(timeout=60)[0]  # ends when the last that can write to it has ended
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 128 + signal.SIGTERM, output.decode()
+    assert all(list((log.parent / "checkpoints").rglob("*.safetensors")) for log in logs)
 
 
 def test_the_page_says_what_new_seeds_say(made, tmp_path):
