@@ -464,10 +464,10 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
 
 
 def _print_plan(name: str, runs) -> None:
-    """The models that an experiment takes, and which of them are there; what the first takes follows."""
+    """The models that an experiment takes, and what is left to do for them; what the first takes follows."""
     table = Table("model", "seed", "", title=name)
-    for run, made in runs:
-        table.add_row(run.variant.name, str(run.seed), "made" if made else "to train")
+    for run, left in runs:
+        table.add_row(run.variant.name, str(run.seed), left)
     out.print(table)
     out.print(f"The first of them, {runs[0][0].variant.name}:", markup=False)
 

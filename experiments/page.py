@@ -95,8 +95,8 @@ def _replication(documents: list[dict]) -> list[str]:
         if document["experiment"] == "replication" and f1 is not None:
             low, high = f1["interval"]
             return [
-                f"On {len(document['rows'][0]['seeds'])} new seeds, named before any of them was trained, it is "
-                f"{f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_value(f1['p_seeds'])}).",
+                f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), named before any of them was "
+                f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_value(f1['p_seeds'])}).",
                 "",
             ]
     return []
@@ -104,8 +104,8 @@ def _replication(documents: list[dict]) -> list[str]:
 
 def _observations(documents: list[dict]) -> list[str]:
     """Of the first model of an experiment, what bears on the answer."""
-    figures = {document["kind"]: next(iter(document["figure"].values())) for document in documents
-               if document["kind"] in ("information", "maps")}  # fmt: skip
+    documents = [document for document in documents if document["kind"] in ("information", "maps")]
+    figures = {document["kind"]: next(iter(document["figure"].values())) for document in documents}
     sentences = []
     if "variance" in figures.get("information", ()):
         shares = figures["information"]["variance"]
@@ -131,7 +131,10 @@ def _observations(documents: list[dict]) -> list[str]:
         hit = {name: figures["maps"]["maps"][name]["pointing_body"]["mean"] for name in words}
         shares = ", ".join(f"{hit[name]:.0%}{said}" for name, said in words.items())
         sentences.append(f"The maximum of a difference map lies on a lesion in {shares}.")
-    return [" ".join(sentences), ""] if sentences else []
+    if not sentences:
+        return []
+    first = documents[0]["rows"][0]
+    return [f"One model, {first['name']} of seed {first['seeds'][0]}: {' '.join(sentences)}", ""]
 
 
 def _order_of_rows(rows: list[dict]) -> list[str]:
@@ -152,8 +155,8 @@ def _beside_the_nearest_report(document: dict) -> list[str]:
     least = nearest["scores"]["f1"]["mean"]
     above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]
     return [
-        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}; above it "
-        f"{'are: ' + ', '.join(above) if above else 'is none of the rows'}.",
+        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}; of the rows of "
+        f"`{document['experiment']}`, above it {'are: ' + ', '.join(above) if above else 'is none'}.",
         "",
     ]
 
@@ -161,7 +164,7 @@ def _beside_the_nearest_report(document: dict) -> list[str]:
 def _section(document: dict) -> list[str]:
     lines = [f"## {document['title']}", "", document["about"], "", f"`{document['command']}`", ""]
     if document["kind"] != "scores":
-        return [*lines, *figure_lines(document)]
+        return [*lines, *figure_lines(document), *_device_lines(document)]
     metrics = document["metrics"]
     head = ["", "seeds", *(SHORT[metric] for metric in metrics)]
     lines += table_lines(head, [_row(row, metrics) for row in document["rows"] + document["baselines"]])
@@ -178,13 +181,18 @@ def _section(document: dict) -> list[str]:
         lines += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
         lines += ["", "p: Welch's t-test over seeds, where there are several; pc: paired bootstrap over cases; both",
                   "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
-    for device, names in document["provenance"].get("devices", {}).items():
-        if device != "cpu":
-            lines += ["", f"Written on a GPU ({device}): {'; '.join(names)}."]
+    lines += ["", *_device_lines(document)]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}
-    lines += ["", *(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]
+    lines += [*(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]
     lines += [f"{document['cases']} cases. " + " ".join(f"`{word}`" for word in document["signature"].split()), ""]
     return lines
+
+
+def _device_lines(document: dict) -> list[str]:
+    """Whose reports no CPU wrote."""
+    devices = document["provenance"].get("devices", {})
+    return [line for device, names in devices.items() if device != "cpu"
+            for line in (f"Written on a GPU ({device}): {'; '.join(names)}.", "")]  # fmt: skip
 
 
 def _row(row: dict, metrics: list[str]) -> list[str]:

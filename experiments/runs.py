@@ -78,13 +78,17 @@ class Run:
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(settings, wanted)
-        if not (self.folder / "model").is_dir():
+        if not self.trained:
             run_training(self.config)
 
     @property
-    def made(self) -> bool:
-        """Whether the model or its reports are there."""
-        return (self.folder / "model").is_dir() or self.reports.is_dir()
+    def trained(self) -> bool:
+        """Whether the model is there."""
+        return (self.folder / "model").is_dir()
+
+    def reports_under(self, condition: Condition) -> Path:
+        """The file of the reports under a condition, which may be yet to make."""
+        return self.reports / f"{condition.name}.json.gz"
 
     def load(self) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
         """The trained model, LoRA merged, on a GPU if there is one; it is trained now where that has not been done."""
@@ -160,7 +164,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     Raises:
         RunError: those in the file are of other settings, cases or weights.
     """
-    path = run.reports / f"{condition.name}.json.gz"
+    path = run.reports_under(condition)
     tested = test.cases_of(condition.patients)
     made_by = {
         "settings": run.config.of_the_result("report"),
@@ -171,14 +175,16 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     }
     if path.is_file():
         document = json.loads(gzip.decompress(path.read_bytes()))
-        if (run.folder / "model").is_dir():
+        if run.trained:
             made_by["weights"] = weights_sha256(run.folder / "model")
         stored = {key: document["made_by"][key] for key in made_by}
         # Older reports have fewer fields.
         stored["condition"] = Condition.model_validate(stored["condition"]).model_dump()
         differences = compare(stored, made_by)
         if differences:
-            raise RunError(f"{path} was made otherwise: {'; '.join(differences)}. Delete it.")
+            raise RunError(
+                f"{path} was made otherwise: {'; '.join(differences)}. Delete it, or choose another folder of results."
+            )
         return document
     model, processor = run.load()
     features = run.features(model, processor)

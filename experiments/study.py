@@ -134,6 +134,15 @@ class Table(_Section):
     compare: list[tuple[str, str]] = []  # names of rows whose difference is tested
     paper_note: str = ""
 
+    @property
+    def needs_models(self) -> bool:
+        """Whether it looks into models: their reports, made elsewhere, are not enough."""
+        return self.kind in ("maps", "importance", "information")
+
+    @property
+    def needs_reports(self) -> bool:
+        return self.kind not in ("maps", "importance")
+
     @model_validator(mode="after")
     def _rows_compare(self) -> "Table":
         names = [row.name for row in self.rows]

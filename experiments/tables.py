@@ -33,7 +33,7 @@ from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
-from .runs import HeldOut, Run, cases_sha256, frozen_sha256, machine, make_reports, write_json
+from .runs import HeldOut, Run, cases_sha256, frozen_sha256, machine, make_reports, weights_sha256, write_json
 from .scores import (
     FINDINGS,
     LANGUAGE,
@@ -74,8 +74,11 @@ def run_experiment(
     variants = load_variants()
     table = load_table(name, variants)
     test = HeldOut(study)
+    planned = runs_of_table(study, variants, table, runs, output, seeds)
     if jobs > 1:
-        make_at_once(list(runs_of_table(study, variants, table, runs, output, seeds)), jobs)
+        make_at_once(table, planned, jobs)
+    for run, conditions in planned:
+        make_run(table, run, conditions, test)
     path = output / study.name / f"{Path(name).stem}.json"
     patients = table.rows[0].condition.patients  # those of all rows
     cases = test.cases_of(patients)
@@ -87,14 +90,17 @@ def run_experiment(
     for row in table.rows:
         systems[row.name] = {}
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
-            document = make_reports(run, test, row.condition)
             first_runs.setdefault(row.name, run)
+            if not table.needs_reports:
+                provenance[f"{row.name}, seed {run.seed}"] = weights_sha256(run.folder / "model")
+                continue
+            document = make_reports(run, test, row.condition)
             first_reports.setdefault(row.name, document)
             provenance[f"{row.name}, seed {run.seed}"] = document["made_by"]["weights"]
             if "made_on" in document:  # older reports do not say
                 devices.setdefault(document["made_on"]["device"], set()).add(row.name)
             if table.kind == "scores":
-                scores = cached_scores(run, document, cases, row.condition.name, workers)
+                scores = cached_scores(run, document, cases, row.condition, workers)
                 systems[row.name][run.seed] = scores
     result = {
         "experiment": Path(name).stem,
@@ -142,22 +148,22 @@ def run_experiment(
     return path
 
 
-def planned_runs(name: str, study: Study, runs: Path, output: Path, seeds: list[int] | None) -> list[tuple[Run, bool]]:
-    """The models of an experiment, each with whether it or its reports are there. Data that are there are checked.
+def planned_runs(name: str, study: Study, runs: Path, output: Path, seeds: list[int] | None) -> list[tuple[Run, str]]:
+    """The models of an experiment, each with what is left of it. Data that are there are checked.
 
     Raises:
         DatasetError: all that is wrong with the data.
     """
     variants = load_variants()
     table = load_table(name, variants)
-    planned = {run.folder: run for run, _ in runs_of_table(study, variants, table, runs, output, seeds)}
+    planned = runs_of_table(study, variants, table, runs, output, seeds)
     if Path(study.training["data"]["root"]).exists():
         HeldOut(study)
         # Most variants read the same data: each division of it is checked once.
-        divisions = {(run.seed, run.config.data.model_dump_json()): run for run in planned.values()}
+        divisions = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
         for run in divisions.values():
             load_cohort(run.config)
-    return [(run, run.made) for run in planned.values()]
+    return [(run, what_is_left(table, run, conditions)) for run, conditions in planned]
 
 
 def runs_of_row(
@@ -176,19 +182,36 @@ def runs_of_row(
         yield Run(study, variants[row.variant], row.variant, seed, *folders)
 
 
-def runs_of_table(study, variants, table, runs, output, seeds) -> Iterator[tuple[Run, Condition]]:
-    """Every set of reports of a table, a run under a condition."""
+def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run, list[Condition]]]:
+    """The runs of a table, each once, with all conditions of it."""
+    conditions: dict[Path, tuple[Run, list[Condition]]] = {}
     for row in table.rows:
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
-            yield run, row.condition
+            conditions.setdefault(run.folder, (run, []))[1].append(row.condition)
+    return list(conditions.values())
 
 
-def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
-    """Make all reports, those of a run in one process; what it says goes to `log.txt` in the folder of the run."""
-    conditions: dict[Path, tuple[Run, list[Condition]]] = {}
-    for run, condition in wanted:
-        if not (run.reports / f"{condition.name}.json.gz").is_file():
-            conditions.setdefault(run.folder, (run, []))[1].append(condition)
+def what_is_left(table: Table, run: Run, conditions: list[Condition]) -> str:
+    """What a table has to do for a run: "to train", "to write" its reports, or nothing, if it is "made"."""
+    lacks_reports = table.needs_reports and not all(run.reports_under(of).is_file() for of in conditions)
+    if run.trained:
+        return "to write" if lacks_reports else "made"
+    return "to train" if lacks_reports or table.needs_models else "made"
+
+
+def make_run(table: Table, run: Run, conditions: list[Condition], test: HeldOut) -> None:
+    """Make what is left for a run. All its reports are of one model: those that are there are compared with it."""
+    if what_is_left(table, run, conditions) == "made":
+        return
+    run.train()
+    if table.needs_reports:
+        for condition in conditions:
+            make_reports(run, test, condition)
+
+
+def make_at_once(table: Table, runs: list[tuple[Run, list[Condition]]], jobs: int) -> None:
+    """Make what is left, that of a run in one process; what it says goes to `log.txt` in the folder of the run."""
+    left = [(run, conditions) for run, conditions in runs if what_is_left(table, run, conditions) != "made"]
     threads = max(1, torch.get_num_threads() // jobs)
     # "spawn": a fork of a process in which torch has started threads can hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -196,10 +219,11 @@ def make_at_once(wanted: list[tuple[Run, Condition]], jobs: int) -> None:
         try:
             # Else all of them would begin with the features of the same case. (Without a classifier each trains its
             # own.)
-            first = [run for run, _ in conditions.values() if run.config.classifier is not None][:1]
-            for _ in pool.map(_fill_caches, first * jobs, range(jobs), [jobs] * jobs, [threads] * jobs):
-                pass
-            tasks = [(_make_reports, run, of, threads) for run, of in conditions.values()]
+            shared = [(run, of) for run, of in left if run.config.classifier is not None]
+            if shared:
+                for future in [pool.submit(_fill_caches, shared, part, jobs, threads) for part in range(jobs)]:
+                    future.result()
+            tasks = [(_make_in_worker, table, run, conditions, threads) for run, conditions in left]
             for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
                 future.result()
         except (Exception, SystemExit):  # no Ctrl-C: of that the terminal tells the workers too, and they save and end
@@ -222,19 +246,23 @@ def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Fut
     yield from as_completed(under_way)
 
 
-def _fill_caches(run: Run, part: int, parts: int, threads: int) -> None:
-    """A part of the frozen features of the training and test cases."""
+def _fill_caches(runs: list[tuple[Run, list[Condition]]], part: int, parts: int, threads: int) -> None:
+    """A part of the frozen features that the runs take: of their test cases, and of the training where it is left."""
     torch.set_num_threads(threads)
-    config = run.config
-    cohort = load_cohort(config)
-    model, processor = build_generator(config)
+    run, test = runs[0][0], HeldOut(runs[0][0].study)
+    cases = list(test.cases)
+    if any(condition.foreign or condition.patients == "foreign" for _, of in runs for condition in of):
+        cases += test.foreign
+    if not all(run.trained for run, _ in runs):
+        cases += load_cohort(run.config).everyone()
+    model, processor = build_generator(run.config)
     features = run.features(model, processor)
-    for case in [*cohort.everyone(), *HeldOut(run.study).cases][part::parts]:
+    for case in cases[part::parts]:
         with contextlib.suppress(CTInputError):  # training says what becomes of it
             features.load(case)
 
 
-def _make_reports(run: Run, conditions: list[Condition], threads: int) -> None:
+def _make_in_worker(table: Table, run: Run, conditions: list[Condition], threads: int) -> None:
     torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -244,15 +272,13 @@ def _make_reports(run: Run, conditions: list[Condition], threads: int) -> None:
     ):
         logging.basicConfig(format="%(message)s", stream=log, force=True)
         logging.getLogger("diffvp").setLevel(logging.INFO)
-        test = HeldOut(run.study)
-        for condition in conditions:
-            make_reports(run, test, condition)
+        make_run(table, run, conditions, HeldOut(run.study))
 
 
-def cached_scores(run: Run, document: dict, cases: list[Case], name: str, workers: int) -> SystemScores:
+def cached_scores(run: Run, document: dict, cases: list[Case], condition: Condition, workers: int) -> SystemScores:
     """Scores of a set of reports, kept with the run: METEOR takes seconds, and a row may stand in several tables."""
-    path = run.folder / "scores" / f"{name}.npz"
-    reports = run.reports / f"{name}.json.gz"
+    path = run.folder / "scores" / f"{condition.name}.npz"
+    reports = run.reports_under(condition)
     labeler = study_labeler(run.study.test.labeler)
     if path.is_file() and path.stat().st_mtime_ns >= reports.stat().st_mtime_ns:
         with np.load(path, allow_pickle=False) as stored:

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -36,7 +37,7 @@ from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
-from diffvp.experiments.tables import completed, run_experiment
+from diffvp.experiments.tables import completed, planned_runs, run_experiment
 from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
 
 TABLE = {
@@ -359,15 +360,15 @@ def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tm
     assert ("a 0.100 < b 0.200 < c 0.300" in order) == (verdict == "is the paper's")
 
 
-@pytest.mark.parametrize(("least", "words"), [(0.0, "above it are: DiffVP"), (1.0, "above it is none of the rows")])
+@pytest.mark.parametrize(("least", "words"), [(0.0, "above it are: DiffVP"), (1.0, "above it is none")])
 def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, least, words):
     document = json.loads(made[2].read_text())
-    document["rows"][0]["scores"]["f1"]["mean"] = 0.5
+    document["experiment"], document["rows"][0]["scores"]["f1"]["mean"] = "mine", 0.5
     for row in document["baselines"]:
         if row["name"] == "nearest training report":
             row["scores"]["f1"]["mean"] = least
     (tmp_path / "mine.json").write_text(json.dumps(document))
-    assert f"gives a micro-F1 of {least:.3f}; {words}" in write_page(tmp_path).read_text()
+    assert f"gives a micro-F1 of {least:.3f}; of the rows of `mine`, {words}" in write_page(tmp_path).read_text()
 
 
 def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
@@ -392,6 +393,49 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     other = Study.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
         run_experiment(table, other, runs, tmp_path / "results")
+
+
+def test_the_plan_says_what_is_left(made, table, tmp_path):
+    """Reports are enough for a table of scores, not for what looks into a model."""
+    loaded, runs, result = made
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump(TABLE | {"rows": [*TABLE["rows"], TABLE["rows"][2] | {
+        "name": "another", "seeds": [2]}]}))  # fmt: skip
+    inside = tmp_path / "inside.yaml"
+    inside.write_text(
+        yaml.safe_dump(TABLE | {"kind": "importance", "seeds": [1], "rows": TABLE["rows"][:1], "compare": []})
+    )
+
+    def left(name, folder: str) -> list[str]:
+        return [left for _, left in planned_runs(str(name), loaded, Path(folder), result.parents[1], None)]
+
+    assert left(table, runs) == left(table, tmp_path) == ["made"] * 4
+    assert left(more, runs) == ["made", "to write", "made", "made"]
+    assert left(more, tmp_path) == ["made", "to train", "made", "made"]
+    assert (left(inside, runs), left(inside, tmp_path)) == (["made"], ["to train"])
+
+
+def test_what_looks_into_models_trains_them_at_once_and_writes_nothing(study, tmp_path):
+    path = tmp_path / "inside.yaml"
+    row = {"name": "ours", "variant": "diffvp"}
+    path.write_text(yaml.safe_dump(TABLE | {"kind": "importance", "seeds": [1], "rows": [row], "compare": []}))
+    result = run_experiment(str(path), Study.load(study), tmp_path / "runs", tmp_path / "results", jobs=2)
+    assert (tmp_path / "runs/small/diffvp/seed-1/log.txt").stat().st_size > 0
+    assert not (result.parent / "reports").exists() and result.with_suffix(".png").is_file()
+    assert list(json.loads(result.read_text())["provenance"]["weights"]) == ["ours, seed 1"]
+
+
+def test_reports_of_two_models_do_not_stand_in_one_row(made, table, tmp_path):
+    """Where a condition is new, the model is trained, and the reports that are there have to be its own."""
+    loaded, _, result = made
+    shutil.copytree(result.parent / "reports", tmp_path / "small/reports")
+    (tmp_path / "small/reports/diffvp/seed-1/prompt_zeroed.json.gz").unlink()
+    path = tmp_path / "small/reports/diffvp/seed-1/random.json.gz"
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    document["made_by"]["weights"] = "of another machine"
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    with pytest.raises(RunError, match="weights was of another machine.*another folder of results"):
+        run_experiment(table, loaded, tmp_path / "runs", tmp_path, seeds=[1])
 
 
 def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
@@ -580,6 +624,9 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
             document["figure"]
         )
         assert document["figure"][0]["true"] in page
+    document["provenance"]["devices"] = {"NVIDIA H200": ["control"]}
+    result.write_text(json.dumps(document))
+    assert "Written on a GPU (NVIDIA H200): control." in write_page(result.parent).read_text()
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):
