@@ -179,8 +179,11 @@ def _section(document: dict) -> list[str]:
     if document["comparisons"]:
         head = ["difference", *(SHORT[metric] for metric in metrics)]
         lines += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
-        lines += ["", "p: Welch's t-test over seeds, where there are several; pc: paired bootstrap over cases; both",
-                  "two-sided and corrected over the metrics of the line (Holm)."]  # fmt: skip
+        lines += [
+            "",
+            "p: t-test over seeds, where there are several: Welch's, or paired if both rows are of the same models;",
+            "pc: paired bootstrap over cases; both two-sided and corrected over the metrics of the line (Holm).",
+        ]
     lines += ["", *_device_lines(document)]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}
     lines += [*(f"- `{variant}`: {about}." for variant, about in abouts.items()), ""]

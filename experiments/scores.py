@@ -22,6 +22,7 @@ from ..metrics.statistics import (
     mean_std,
     paired_bootstrap,
     paired_bootstrap_counts,
+    paired_t_test,
     welch_test,
 )
 
@@ -121,17 +122,27 @@ def row_summary(seeds: dict[int, SystemScores], metrics: Sequence[str]) -> dict[
     return summary
 
 
-def compare_rows(first: dict[int, SystemScores], second: dict[int, SystemScores], metrics: Sequence[str]) -> dict:
+def compare_rows(
+    first: dict[int, SystemScores],
+    second: dict[int, SystemScores],
+    metrics: Sequence[str],
+    *,
+    same_models: bool = False,
+) -> dict:
     """
     The first row less the second, metric by metric: Welch's two-sided t-test over seeds, as the paper's Table 5, and a
     bootstrap over cases, which says whether other patients would show it, too. `holm` corrects over the metrics.
+
+    Args:
+        same_models: both rows are of the same models, seed by seed, under two conditions: the t-test is paired.
     """
+    test = paired_t_test if same_models else welch_test
     result = {}
     for metric in metrics:
         values = [[system.value(metric) for system in side.values()] for side in (first, second)]
         entry = {"difference": float(np.mean(values[0]) - np.mean(values[1]))}
         if min(map(len, values)) > 1:
-            entry["p_seeds"] = welch_test(*values).p_value
+            entry["p_seeds"] = test(*values).p_value
         entry |= _over_cases(first, second, metric)
         result[metric] = entry
     for name in ("p_seeds", "p_cases"):

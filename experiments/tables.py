@@ -136,16 +136,21 @@ def run_experiment(
             "metrics": table.metrics,
             "signature": next(iter(systems[table.rows[0].name].values())).signature,
             "baselines": baselines(study, test, patients, first_runs[table.rows[0].name], table.metrics, workers),
-            "comparisons": [
-                {"first": a, "second": b, "metrics": compare_rows(systems[a], systems[b], table.metrics)}
-                for a, b in table.compare
-            ],
+            "comparisons": [compared(table, systems, *pair) for pair in table.compare],
         }
     else:
         labeler = study_labeler(study.test.labeler)
         result |= figure_content(table, first_runs, first_reports, test, labeler, path.with_suffix(".png"))
     write_json(path, result)
     return path
+
+
+def compared(table: Table, systems: dict[str, dict[int, SystemScores]], first: str, second: str) -> dict:
+    """Two rows of a table."""
+    variants = {row.name: row.variant for row in table.rows}
+    same = variants[first] == variants[second] and list(systems[first]) == list(systems[second])
+    metrics = compare_rows(systems[first], systems[second], table.metrics, same_models=same)
+    return {"first": first, "second": second, "same_models": same, "metrics": metrics}
 
 
 def planned_runs(name: str, study: Study, runs: Path, output: Path, seeds: list[int] | None) -> list[tuple[Run, str]]:

@@ -259,6 +259,8 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases):
     other = [system.value("f1") for system in systems[1].values()]
     assert result["f1"]["p_seeds"] == pytest.approx(stats.ttest_ind(values, other, equal_var=False).pvalue, rel=1e-6)
     assert result["f1"]["difference"] == pytest.approx(np.mean(values) - np.mean(other))
+    paired = compare_rows(*systems, ["f1"], same_models=True)
+    assert paired["f1"]["p_seeds"] == pytest.approx(stats.ttest_rel(values, other).pvalue, rel=1e-6)
     low, high = result["recall"]["interval"]
     assert low < result["recall"]["difference"] < high < 0
     tested = [result[metric]["p_seeds"] for metric in ("f1", "recall")]
@@ -440,7 +442,8 @@ def test_reports_of_two_models_do_not_stand_in_one_row(made, table, tmp_path):
 
 def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
     """They are tested on the models of the study, beside references of either scanner."""
-    _, runs, _ = made
+    _, runs, result = made
+    of_two_models = json.loads(result.read_text())["comparisons"][0]
     root = write_cohort(tmp_path_factory.mktemp("b"), train=0, valid=8, seed=13, matrix=48, workers=1, progress=False)
     path = tmp_path / "foreigners.yaml"
     path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
@@ -451,6 +454,7 @@ def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
     foreign = {case.name: case for case in load_phantom(root, "valid")}
     own = {case.name for case in HeldOut(loaded).cases}
     assert document["cases"] == len(foreign) and document["baselines"]
+    assert document["comparisons"][0]["same_models"] and not of_two_models["same_models"]
     stored = json.loads((tmp_path / "results/small/reports/baselines-foreign.json").read_text())
     assert stored["made_by"]["cases"] == cases_sha256(list(foreign.values()))  # phantoms of another seed share names
     for name, pool in (("patients_foreign-pool_size_2-foreign_1.0", set(foreign)), ("patients_foreign", own)):
