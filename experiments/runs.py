@@ -231,7 +231,7 @@ def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
 def model_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
-    """What `generate` takes, from the caches. Of several references, the features (or voxels) are averaged."""
+    """What `generate` takes, from the caches."""
     inputs = scan_inputs(model, features, cases, references)
     if model.config.use_diagnosis:
         logits = torch.stack([features.load(case)["diagnosis_logits"] for case in cases])
@@ -242,7 +242,7 @@ def model_inputs(
 def scan_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
-    """Scans and references alone: what is compared."""
+    """Scans and references alone, from the caches: what is compared. Several references are averaged."""
     # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
     if model.config.difference_level == "pixel":
         names, load = ("ct", "reference"), lambda case: features.volumes.load(case).float()
