@@ -214,10 +214,11 @@ class Study:
         self._stopped = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="study-", dir=desk.folder)
         model = desk.model
-        self._inputs = {"ct_features": scan.features, "reference_features": reference.features}
-        if model.config.difference_level == "pixel":  # it needs the volumes
-            self._inputs = {"ct": scan.tensor, "reference": reference.tensor}
-        self._map = model.difference_map(**self._inputs)[0].float().cpu()
+        with torch.no_grad():
+            self._comparison = model.compare(
+                scan.tensor, reference.tensor, ct_features=scan.features, reference_features=reference.features
+            )
+        self._map = model.difference_map(comparison=self._comparison)[0].float().cpu()
         self._logits, evidence = None, None
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
@@ -274,8 +275,8 @@ class Study:
         def write() -> torch.Tensor:
             try:
                 return model.generate(
-                    **self._inputs,
                     **prompt,
+                    comparison=self._comparison,
                     diagnosis_logits=self._logits,
                     generation_config=decoding,
                     streamer=streamer,
