@@ -3,8 +3,8 @@
 """
 The check that a causal LLM can be a base of DiffVP.
 
-Not every `AutoModelForCausalLM` takes prompts of embeddings, and some read a row otherwise in a batch than alone. Such a
-base would train and write without an error, and let one scan's report depend on its neighbour.
+Not every `AutoModelForCausalLM` takes prompts of embeddings, and some read a row otherwise in a batch than alone. On
+such a base, training and writing raise no error, and the report of a scan depends on its neighbour.
 """
 
 import inspect

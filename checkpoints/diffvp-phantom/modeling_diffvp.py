@@ -448,9 +448,8 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             logits=decoded.logits,
             generation_loss=generation_loss,
             classification_loss=classification_loss,
-            past_key_values=decoded.get("past_key_values"),  # a state-space model has none
-            hidden_states=decoded.hidden_states,
-            attentions=decoded.attentions,
+            # A state-space model has no keys and no attention.
+            **{key: decoded.get(key) for key in ("past_key_values", "hidden_states", "attentions")},
             **computed,
         )
 
