@@ -17,7 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .decoding_diffvp import MAX_BYTES, decode, read_bytes
+from .decoding_diffvp import MAX_BYTES, MAX_PADDING, decode, read_bytes
 from .volume_diffvp import (
     GIVEN,
     MAX_HU_MINIMUM,
@@ -33,8 +33,13 @@ from .volume_diffvp import (
 
 MAX_HEADER = 2**24  # bytes before the voxels, extensions included
 MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of one spacing
+# Between the directions that qform and sform give one axis of the array: both name the same side in two spaces (a
+# head is turned by up to 45 degrees against a template), and the same direction in one (to 1 degree).
+MIN_SIDE_COSINE, MIN_SAME_COSINE = 0.7, 0.9998
+SCANNER = 1  # the form code of the scanner's own space; others are of another scan, an atlas or a template
 
 CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
+QFORM = "grid as the qform states it; the sform is of another space"
 RADGENOME = "RadGenome-ChestCT preprocessed: identity affine, read as 1 x 1 x 3 mm in LPS order"
 
 
@@ -176,7 +181,7 @@ def _from_proxy(proxy: nib.arrayproxy.ArrayProxy, source: str) -> np.ndarray:
     else:
         try:
             proxy.file_like.seek(0)
-            content = proxy.file_like.read(min(expected, MAX_BYTES) + 1)
+            content = proxy.file_like.read(min(expected, MAX_BYTES) + MAX_PADDING + 1)
         except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
             raise CTReadError(source, "content", "unreadable", "an open file that is not damaged") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
@@ -200,14 +205,14 @@ def _from_header(
     except nib.spatialimages.HeaderDataError as error:
         raise CTIntensityError(source, "scl_slope and scl_inter", "not finite", "finite numbers") from error
     slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
-    affine = _stated_affine(header, source)
+    affine, layout = _stated_affine(header, source)
     if affine is not None:
         if spacing is not None:
             raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= here: the header states one")
         if metadata is not None:
             _compare(header, array, slope, intercept, metadata, source)
         volume = make_volume(
-            array, affine, source, STATED, slope=slope, intercept=intercept, allow_non_hu=allow_non_hu
+            array, affine, source, layout, slope=slope, intercept=intercept, allow_non_hu=allow_non_hu
         )
         stated, zooms = np.linalg.norm(affine[:3, :3], axis=0), header["pixdim"][1:4]
         if not np.allclose(stated, zooms, rtol=MAX_METADATA_DEVIATION):
@@ -250,14 +255,19 @@ def _from_header(
     )  # fmt: skip
 
 
-def _stated_affine(header: nib.Nifti1Header, source: str) -> np.ndarray | None:
-    """The grid that the header states; `None` where it holds nothing but what an unset header holds."""
+def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | None, str]:
+    """The grid that the header states, and how; `None` where it holds nothing but what an unset header holds.
+
+    qform and sform may state two spaces (NIfTI-1, methods 2 and 3): the scanner's, in which a millimetre is one, and a
+    template's, to which the sform may also scale and shear. Then the scanner's is taken, as long as the two agree on
+    what is left, front and up.
+    """
     codes = {name: int(header[name]) for name in ("qform_code", "sform_code")}
     for name, code in codes.items():
         if not 0 <= code <= 5:
             raise CTGeometryError(source, name, code, "0 to 5")
     if not any(codes.values()):
-        return None
+        return None, STATED
     unit = int(header["xyzt_units"]) % 8
     if unit not in (0, 2):
         raise CTGeometryError(source, "xyzt_units", {1: "metres", 3: "microns"}.get(unit, unit), "mm, or unknown")
@@ -273,14 +283,29 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> np.ndarray | None:
             sform, sform_code = header.get_sform(coded=True)
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise CTGeometryError(source, "qform", "invalid", "a rotation") from error
-    affine = sform if sform_code else qform
+    affine, layout = (sform if sform_code else qform), STATED
     if qform_code and sform_code:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.get_data_shape()[:3]], [1], indexing="ij"))
         apart = float(np.abs((qform - sform) @ corners.reshape(4, -1)).max())
         if not apart <= max(header.get_zooms()[:3]):
-            raise CTGeometryError(source, "qform and sform", f"up to {apart:.1f} mm apart", "one and the same grid")
+            one_space = qform_code == sform_code
+            _check_sides(qform, sform, MIN_SAME_COSINE if one_space else MIN_SIDE_COSINE, apart, source)
+            if not one_space and sform_code != SCANNER:
+                affine, layout = qform, QFORM
     unset = np.array_equal(np.abs(affine), np.eye(4))  # 1 mm, axes along the patient's, and the origin at exactly 0
-    return None if unset else affine
+    return (None if unset else affine), layout
+
+
+def _check_sides(qform: np.ndarray, sform: np.ndarray, cosine: float, apart: float, source: str) -> None:
+    """Refuse two forms that turn an axis of the array against each other, as where left and right are exchanged."""
+    lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (qform, sform)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (qform[:3, :3] * sform[:3, :3]).sum(axis=0) / (lengths[0] * lengths[1])
+    if not (math.isfinite(apart) and (cosines > cosine).all()):
+        raise CTGeometryError(
+            source, "qform and sform", f"up to {apart:.1f} mm apart",
+            "one grid, or two spaces that agree on left, front and up",
+        )  # fmt: skip
 
 
 def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata: CTMetadata, source: str) -> None:
