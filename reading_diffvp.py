@@ -31,7 +31,6 @@ from .volume_diffvp import (
     make_volume,
 )
 
-
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 FORMATS = dict.fromkeys(NIFTI_SUFFIXES, "NIfTI") | dict.fromkeys((".nrrd", ".nhdr"), "NRRD")
 FORMATS |= dict.fromkeys((".mha", ".mhd"), "MetaImage")
@@ -49,9 +48,10 @@ def read_ct(
 
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices, or with one scan of these formats; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a
-            NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
-            posterior, z to superior (LPS)**, together with `spacing`.
+            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI); a nibabel NIfTI
+            image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of
+            HU, **indexed [x, y, z] with x growing to the patient's left, y to posterior, z to superior (LPS)**,
+            together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
@@ -112,6 +112,7 @@ def read_ct(
         raise CTReadError(source, "path", found, "an existing file or a DICOM folder")
     suffix = path.suffix.lower()
     if folder or suffix == ".zip":
+        _refuse(source, spacing=spacing, metadata=metadata)
         from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
 
         try:
@@ -119,7 +120,7 @@ def read_ct(
         except CTReadError as error:
             if (error.source, error.field) != (source, "content"):
                 raise
-            return _read_other(path, error, spacing, allow_non_hu, metadata, series)
+            return _read_other(path, error, allow_non_hu, series)
     _refuse(source, series=series)
     if path.name.lower().endswith(NIFTI_SUFFIXES):
         return read_nifti(path, source, **options)
@@ -139,7 +140,7 @@ def unwrapped(value):
     return value
 
 
-def _read_other(path: Path, error: CTReadError, spacing, allow_non_hu, metadata, series) -> CTVolume:
+def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int | str | None) -> CTVolume:
     """The one scan of another format in a folder or an archive without a DICOM file.
 
     Args:
@@ -157,21 +158,18 @@ def _read_other(path: Path, error: CTReadError, spacing, allow_non_hu, metadata,
     found = sorted(file for file in found if _format(file) and file.name[:2] != "._")  # macOS's copies of attributes
     if not found:
         raise error
-    options = {"spacing": spacing, "allow_non_hu": allow_non_hu, "metadata": metadata}
     if len(found) == 1 and archive is None:
-        return read_ct(found[0], **options, series=series)
+        return read_ct(found[0], allow_non_hu=allow_non_hu, series=series)
     if len(found) == 1 and _format(found[0]) == "NIfTI":
         _refuse(archive.name, series=series)
         with zipfile.ZipFile(archive) as members:
             [member] = [one for one in members.infolist() if Path(one.filename) == found[0]]
             if member.file_size <= MAX_BYTES:
-                return read_nifti(members.read(member), found[0].name, **options)
+                return read_nifti(members.read(member), found[0].name, allow_non_hu=allow_non_hu)
     formats = " and ".join(sorted({_format(file) for file in found}))
     names = ", ".join(file.name for file in found[:SHOWN_FILES]) + (", ..." if len(found) > SHOWN_FILES else "")
-    raise CTReadError(
-        path.name, "content", f"{len(found)} {formats} ({names}) and no DICOM file",
-        "one scan: give the path of the file" if archive is None else "one scan: unpack it and give the path of the file",
-    ) from error  # fmt: skip
+    expected = f"one scan: {'' if archive is None else 'unpack it and '}give the path of the file"
+    raise CTReadError(path.name, "content", f"no DICOM file, but {formats} ({names})", expected) from error
 
 
 def _format(path: Path) -> str | None:
