@@ -138,6 +138,8 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
         raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
     # Without the extensions, which may be long, and without nibabel's own check, which repairs by guesses and prints.
     header = kind(head[:length], orders[length], check=False)
+    if not 1 <= header["dim"][0] <= 7:
+        raise CTGeometryError(source, "shape", f"of {header['dim'][0]} axes", "three axes")
     try:
         dtype = header.get_data_dtype()
     except (nib.spatialimages.HeaderDataError, KeyError) as error:

@@ -95,7 +95,7 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     lines = head[: end.start() if end else None].decode("latin-1").splitlines()[1:]
     # The names of a list of data files are the last lines.
     last = next((k for k, line in enumerate(lines, 1) if re.match(r"data ?file:\s*LIST", line, re.IGNORECASE)), None)
-    listed = lines[last:] if last else []
+    listed = [line for line in lines[last:] if line.strip()] if last else []
     # Lines with := are notes of the writer, in which Slicer keeps DICOM tags.
     lines = [line for line in lines[:last] if line[:1] != "#" and ":=" not in line]
     fields = {name.lower(): value for name, value in _fields(lines, ":", source).items()}
@@ -112,12 +112,12 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
         )
     if set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"mm", ""}:
         raise CTGeometryError(source, "space units", _shown(fields["space units"]), "mm")
-    shape, directions, origin = _nrrd_grid(fields, 4 if time else 3, source)
+    sizes, shape, directions, origin = _nrrd_grid(fields, 4 if time else 3, source)
     detached = fields.get("data file", fields.get("datafile"))
     if detached is None and end is None:
         raise CTReadError(source, "data file", "missing", "a file name, or voxels after the header's blank line")
     voxels = _Storage(
-        "data file", _file_names(detached, listed, "data file", shape, source), dtype, shape, encoding,
+        "data file", _file_names(detached, listed, "data file", sizes, source), dtype, shape, encoding,
         start=0 if detached is not None else end.end(), lines=_count(fields, "line skip", source),
         skip=_count(fields, "byte skip", source, least=-1 if encoding == "raw" else 0),
     )  # fmt: skip
@@ -126,8 +126,8 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     return make_volume(_read_voxels(path, voxels, source), affine, source, STATED, allow_non_hu=allow_non_hu)
 
 
-def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
-    """Shape, directions (as columns, mm) and origin of the three axes in space; all others have to be of length 1.
+def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
+    """All sizes; shape, directions (as columns, mm) and origin of the axes in space. Others have to be of length 1.
 
     Args:
         axes: of the space: 4 with time.
@@ -156,7 +156,7 @@ def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple[in
     origin = _numbers({"space origin": "0 " * axes} | fields, "space origin", axes, source)
     shape = tuple(sizes[k] for k in spatial)
     check_shape(shape, source)
-    return shape, directions[:, :3].T, origin[:3]
+    return sizes, shape, directions[:, :3].T, origin[:3]
 
 
 def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
@@ -178,7 +178,8 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     synonyms |= {"Position": "Offset", "Origin": "Offset"}
     grid = _fields([f"{synonyms.get(name, name)}={value}" for name, value in fields.items()], "=", source)
     grid = {"ElementSpacing": fields["ElementSize"]} | grid if "ElementSize" in fields else grid
-    shape, directions, origin = _meta_grid(grid, source)
+    sizes, directions, origin = _meta_grid(grid, source)
+    shape = sizes[:3]
     detached = fields["ElementDataFile"] if fields["ElementDataFile"].lower() != "local" else None
     listed = [line for line in head[end.end() :].decode("latin-1").splitlines() if line.strip()] if detached else []
     start = 0 if detached is not None else end.end()
@@ -187,15 +188,15 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     if 0 < skip < start:  # it is counted from the beginning of the file, also where that is this one
         raise CTReadError(source, "HeaderSize", skip, f"{start} or more, where this header ends")
     voxels = _Storage(
-        "ElementDataFile", _file_names(detached, listed, "ElementDataFile", shape, source), dtype, shape, encoding,
+        "ElementDataFile", _file_names(detached, listed, "ElementDataFile", sizes, source), dtype, shape, encoding,
         start=max(start, skip), skip=min(skip, 0),
     )  # fmt: skip
     array = _read_voxels(path, voxels, source, fields.get("CompressedDataSize") if compressed else None)
     return make_volume(array, lps_grid(directions, origin), source, STATED, allow_non_hu=allow_non_hu)
 
 
-def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
-    """Shape, directions (as columns, mm) and origin of the first three axes; all others have to be of length 1."""
+def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple, np.ndarray, np.ndarray]:
+    """All sizes, and directions (as columns, mm) and origin of the first three axes; others have to be of length 1."""
     axes = _count(fields, "NDims", source, CTGeometryError, default="missing", least=3, most=MAX_AXES)
     sizes = _shape(fields, "DimSize", axes, source)
     if any(n != 1 for n in sizes[3:]):
@@ -209,7 +210,7 @@ def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple[int, int, int
     if spacing.min() <= 0:
         raise CTGeometryError(source, "ElementSpacing", _shown(fields["ElementSpacing"]), "mm above 0")
     origin = _numbers({"Offset": "0 " * axes} | fields, "Offset", axes, source)
-    return sizes[:3], directions[:3, :3] * spacing, origin[:3]
+    return sizes, directions[:3, :3] * spacing, origin[:3]
 
 
 def _shown(text: str) -> str:
@@ -308,28 +309,36 @@ def _numbers(fields: dict[str, str], name: str, count: int, source: str) -> np.n
 
 
 def _file_names(
-    detached: str | None, listed: list[str], field: str, shape: tuple[int, int, int], source: str
+    detached: str | None, listed: list[str], field: str, sizes: tuple[int, ...], source: str
 ) -> list[str] | None:
     """The data files that a header names: one, a LIST on the lines below, or a pattern and the numbers to put in it.
 
     Each has to lie in the header's folder or below: a header from elsewhere must not make this reader open just any
     file of this machine.
+
+    Args:
+        detached: the field's value. Behind LIST, or the numbers of a pattern, may stand the number of axes of a file.
+        sizes: of all axes, the slowest last.
     """
     if detached is None:
         return None
-    pattern = re.fullmatch(r"([^%]*%0?\d?d[^%\s]*)((?:\s+-?\d{1,9}){0,4})", detached)
-    if detached.split()[:1] == ["LIST"]:
+    words = re.fullmatch(r"LIST(?:\s+(\d)D?)?", detached)
+    pattern = re.fullmatch(r"([^%]*%0?\d?d[^%\s]*)((?:\s+-?\d{1,9}){0,3})(?:\s+(\d))?", detached)
+    if not (words or pattern):
+        names, expected = [detached], 1
+    else:
+        axes = (words[1] if words else pattern[3]) or len(sizes) - 1
+        expected = math.prod(sizes[int(axes) :])
+    if words:
         names = [name.strip() for name in listed]
     elif pattern:
         first, last, step = ([int(n) for n in pattern[2].split()] + [None] * 3)[:3]
         first, step = 1 if first is None else first, step or 1
-        last = first + (shape[2] - 1) * step if last is None else last
+        last = first + (expected - 1) * step if last is None else last
         numbers = range(first, last + (1 if step > 0 else -1), step)
         names = [pattern[1] % number for number in numbers[: MAX_LENGTH + 1]]
-    else:
-        names = [detached]
-    if not names or shape[2] % len(names):
-        raise CTReadError(source, field, f"{len(names)} files", f"one, or one for each of {shape[2]} slices")
+    if len(names) != expected:
+        raise CTReadError(source, field, f"{len(names)} files", f"{expected}, for sizes {sizes}")
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:

@@ -306,13 +306,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
         return True
     if allow_non_hu:
         return False
-    if in_range and inverted:
-        raise CTIntensityError(
-            source, "voxels", f"{dense:.0%} above {DENSE_HU:g} HU and {airy:.0%} below {AIRY_HU:g} HU",
-            "more air than bone: the rescale seems to have the wrong sign. allow_non_hu=True accepts it with your own "
-            "hu_window",
-        )  # fmt: skip
-    if in_range:
+    if in_range and soft < MIN_SOFT_TISSUE:
         raise CTIntensityError(
             source,
             "soft tissue",
@@ -321,6 +315,12 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
             "it with your own hu_window",
         )
+    if in_range:
+        raise CTIntensityError(
+            source, "voxels", f"{dense:.0%} above {DENSE_HU:g} HU and {airy:.0%} below {AIRY_HU:g} HU",
+            "more air than bone: the rescale seems to have the wrong sign. allow_non_hu=True accepts it with your own "
+            "hu_window",
+        )  # fmt: skip
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
     elif low >= 0:
