@@ -98,7 +98,7 @@ def read_ct(
     if isinstance(ct, nib.spatialimages.SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
-    if _is_simpleitk(ct):
+    if is_simpleitk(ct):
         _refuse(source, **given)
         return _from_simpleitk(ct, source, allow_non_hu)
     if not isinstance(ct, (str, os.PathLike)):
@@ -135,7 +135,7 @@ def read_ct(
 
 def unwrapped(value):
     """What an array of objects or texts holds that has no axis: so `datasets` gives out a scan in NumPy's format."""
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OU":
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OUT":
         return value.item()
     return value
 
@@ -182,10 +182,10 @@ def _source(ct) -> str:
         return Path(ct).name or str(ct)
     if isinstance(ct, nib.spatialimages.SpatialImage):
         return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
-    return "SimpleITK image" if _is_simpleitk(ct) else type(ct).__name__
+    return "SimpleITK image" if is_simpleitk(ct) else type(ct).__name__
 
 
-def _is_simpleitk(ct) -> bool:
+def is_simpleitk(ct) -> bool:
     """Without importing SimpleITK for this: who has such an image has imported it."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
@@ -216,4 +216,4 @@ def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:
     return make_volume(array, affine, source, STATED, allow_non_hu=allow_non_hu)
 
 
-__all__ = ["CTMetadata", "load_metadata", "read_ct", "unwrapped"]
+__all__ = ["CTMetadata", "is_simpleitk", "load_metadata", "read_ct", "unwrapped"]

@@ -352,9 +352,14 @@ def check_rows(
 
 def selection(include: Collection[str] | None, exclude: Collection[str]) -> Callable[[str], bool]:
     """Whether a case is asked for: one of `include` (all if `None`), and none of `exclude`."""
-    wanted = None if include is None else {volume_name(name) for name in include}
-    unwanted = {volume_name(name) for name in exclude}
+    wanted = None if include is None else {volume_name(name) for name in _names(include)}
+    unwanted = {volume_name(name) for name in _names(exclude)}
     return lambda name: name not in unwanted and (wanted is None or name in wanted)
+
+
+def _names(names: str | Collection[str]) -> Collection[str]:
+    """Several names; one alone is not taken for its letters."""
+    return [names] if isinstance(names, str) else names
 
 
 def row_numbers(rows: Mapping[str, Row] | None) -> dict[str, int]:
@@ -365,7 +370,7 @@ def check_included(
     include: Collection[str] | None, names: Collection[str], table: str, problems: list[Problem]
 ) -> None:
     """A problem for each case that was asked for by name and is not there."""
-    for name in include or ():
+    for name in _names(include or ()):
         if volume_name(name) not in names:
             problems.append(Problem(table, None, "row", "missing", "one, as `include` names it", name))
 
