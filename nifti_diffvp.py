@@ -3,14 +3,16 @@
 """NIfTI files and images, and the layouts of datasets that keep in tables what their headers leave out."""
 
 import ast
+import codecs
 import csv
 import gzip
 import io
 import math
 import os
+import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,16 +86,51 @@ class CTMetadata:
         return cls(float(values["RescaleSlope"]), float(values["RescaleIntercept"]), (x, y, float(values["ZSpacing"])))
 
 
-def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`]."""
+def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+    """Number and fields of each row of a table, from its header, row 1, on.
+
+    As spreadsheets save it: UTF-8 with or without a byte order mark, or UTF-16 with one; commas, semicolons or tabs
+    between the fields, whichever divides the header; a line `sep=;` before it. Every table of this package is opened
+    here.
+
+    Raises:
+        CTReadError: there is no such file, or it is no table.
+    """
+    source, expected = Path(path).name, "a table of commas, semicolons or tabs, in UTF-8"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "VolumeName" not in (reader.fieldnames or ()):
-                raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
-            return {row["VolumeName"]: row for row in reader}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CTReadError(Path(path).name, "content", "unreadable", "a CSV table in UTF-8") from error
+        with open(path, "rb") as file:
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with open(path, newline="", encoding="utf-16" if wide else "utf-8-sig") as file:
+            stated = re.match(r"sep=(.)\r?\n?$", file.readline(80))
+            widths = {stated[1]: 1} if stated else {}
+            for delimiter in "" if stated else ",;\t":
+                file.seek(0)
+                try:
+                    widths[delimiter] = len(next(csv.reader(file, delimiter=delimiter, strict=True), []))
+                except csv.Error:
+                    widths[delimiter] = 0
+            if not stated:
+                file.seek(0)
+            yield from enumerate(csv.reader(file, delimiter=max(widths, key=widths.get), strict=True), start=1)
+    except UnicodeError as error:
+        raise CTReadError(source, "content", "not UTF-8", expected) from error
+    except csv.Error as error:
+        raise CTReadError(source, "content", f"unreadable ({error})", expected) from error
+    except OSError as error:
+        raise CTReadError(source, "file", "unreadable", "a table that may be read") from error
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`].
+
+    Raises:
+        CTReadError: there is no such file, or it is no such table.
+    """
+    columns, *rows = [fields for _, fields in read_table(path) if fields] or [[]]
+    if "VolumeName" not in columns:
+        raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
+    table = [dict(zip(columns, fields, strict=False)) for fields in rows]
+    return {row.get("VolumeName", ""): row for row in table}
 
 
 def read_nifti(
@@ -344,4 +381,4 @@ def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bo
     )
 
 
-__all__ = ["CT_RATE_V1", "RADGENOME", "CTMetadata", "from_nibabel", "load_metadata", "read_nifti"]
+__all__ = ["CT_RATE_V1", "RADGENOME", "CTMetadata", "from_nibabel", "load_metadata", "read_nifti", "read_table"]
