@@ -610,7 +610,8 @@ META = {
     "HeaderSize -2": (meta({"HeaderSize": "-2"}), READ, "HeaderSize"),
     "HeaderSize within this header": (meta({"HeaderSize": "20"}), READ, "HeaderSize"),
     "HeaderSize beyond the end": (
-        file("scan.mhd", meta({"HeaderSize": "100", "ElementDataFile": "v.raw"}, b""), v__raw=VOXELS), READ, "file size",
+        file("scan.mhd", meta({"HeaderSize": "100", "ElementDataFile": "v.raw"}, b""), v__raw=VOXELS),
+        READ, "file size",
     ),
     "bytes behind CompressedDataSize": (
         meta(ZLIB | {"CompressedDataSize": str(len(VOXELS_Z))}, VOXELS_Z + b"more"), READ, "CompressedDataSize",
@@ -624,11 +625,13 @@ META = {
         READ, "ElementDataFile",
     ),
     "LIST that leads out": (
-        slices("scan.mhd", lambda names: meta({"ElementDataFile": "LIST"}, "\n".join(["/etc/passwd", *names[1:]]).encode())),
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "LIST"}, b"/etc/passwd\n"
+               + "\n".join(names[1:]).encode())),
         READ, "ElementDataFile",
     ),
     "pattern without its last file": (
-        slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02d.raw 0 17 1"}, b""), 17), READ, "ElementDataFile",
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02d.raw 0 17 1"}, b""), 17),
+        READ, "ElementDataFile",
     ),
     "order of bytes missing": (meta({"BinaryDataByteOrderMSB": None}), READ, "BinaryDataByteOrderMSB"),
     "ElementType unknown": (meta({"ElementType": "MET_STRING"}), VALUES, "ElementType"),
