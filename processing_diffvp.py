@@ -19,9 +19,10 @@
 back from text to regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
 """
 
+import io
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
@@ -35,7 +36,7 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
-from .reading_diffvp import read_ct
+from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
 from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
 
@@ -110,9 +111,10 @@ class DiffVPImageProcessor(BaseImageProcessor):
         """Read and resample one CT or a list of them. For many, see [`stream`].
 
         Args:
-            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these. A
-                scan that needs more to be understood (its dataset's metadata, one series of several) is given as the
-                `CTVolume` that `read_ct(path, metadata=..., series=...)` returns.
+            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these
+                (also a tuple, a column of `datasets` or pandas, an array of objects, a generator). A scan that needs
+                more to be understood (its dataset's metadata, one series of several) is given as the `CTVolume` that
+                `read_ct(path, metadata=..., series=...)` returns.
             spacing: mm per voxel along x, y, z of bare arrays, which are indexed [x, y, z] in LPS order.
             digest: also take the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
 
@@ -126,7 +128,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
         options = self._standardize_kwargs(
             **{key: getattr(self, key) for key in self.valid_kwargs.__annotations__} | kwargs
         )
-        inputs = _as_list(ct)
+        inputs = list(each(ct))
         if not inputs:
             raise ValueError("The list of CTs is empty.")
         if spacing is not None and not any(_is_array(one) for one in inputs):
@@ -202,7 +204,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
         pending = deque()
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for scan in scans:
+                for scan in scans if _is_array(scans) else each(scans):
                     pending.append(pool.submit(one, scan))
                     if len(pending) > workers:
                         yield pending.popleft().result()
@@ -221,8 +223,47 @@ class DiffVPImageProcessor(BaseImageProcessor):
         return save_map(path, map, geometry)
 
 
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+# What can be iterated over, and is one scan or one text, or neither. Nor does a set count as several: it has no order
+# that results could follow.
+_SINGLE = (str, bytes, Mapping, Set, torch.Tensor, io.IOBase)
+
+
+def is_many(value) -> bool:
+    """Whether a value of an argument that takes one or a list is a list, whatever its type.
+
+    That is what can be iterated over: also a tuple, a column of `datasets` (which is no list) or pandas, a generator.
+    Arrays are one scan, but for those of objects or texts.
+    """
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "OUT"  # T: NumPy's strings of any length
+    return isinstance(value, Iterable) and not isinstance(value, _SINGLE) and not is_simpleitk(value)
+
+
+def each(value) -> Iterator:
+    """The items of such an argument, one after another."""
+    for item in value if is_many(value) else [value]:
+        yield unwrapped(item)
+
+
+def _texts(text, count: int) -> list[str | None]:
+    """A text for each of `count` scans.
+
+    Raises:
+        TypeError: what is given, or an item of it, is no string.
+        ValueError: there are more of them, or fewer.
+    """
+    if text is None:
+        return [None] * count
+    texts = list(each(text))
+    for number, one in enumerate(texts):
+        if not isinstance(one, str):
+            name = f"text[{number}]" if is_many(text) else "text"
+            raise TypeError(f"{name} is of type {type(one).__name__}; expected a string, or a list of strings.")
+    if not is_many(text):
+        return texts * count
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} texts for {count} scans; expected one each, or one string for all.")
+    return texts
 
 
 def _is_array(value) -> bool:
@@ -271,6 +312,8 @@ class DiffVPProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = DiffVPProcessorKwargs
+    # For the pipeline, which imports no other file.
+    is_many, each = staticmethod(is_many), staticmethod(each)
     # Left: the report continues the prompt, so padding must not stand between the two.
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
@@ -293,7 +336,8 @@ class DiffVPProcessor(ProcessorMixin):
         """Prepare scans, their references and the instruction for [`DiffVPForConditionalGeneration`].
 
         Args:
-            ct: one CT or a list of them (see [`DiffVPImageProcessor.preprocess`]); `None` for the text alone.
+            ct: one CT or a list of them, of any type that [`DiffVPImageProcessor.preprocess`] takes for one, as
+                also for `reference` and `text`; `None` for the text alone.
             reference: one for each CT, or one for all. `None` samples from the pool that ships with the checkpoint,
                 by `reference_seed` and the content of the scan alone: not by its name or its place in a batch. A scan
                 is never its own reference.
@@ -311,12 +355,14 @@ class DiffVPProcessor(ProcessorMixin):
         if ct is None:
             if reference is not None or text is None:
                 raise ValueError("Give ct=, or text= alone.")
-            return DiffVPBatchFeature(self._tokenize(_as_list(text), text_kwargs))
+            text = list(each(text))
+            return DiffVPBatchFeature(self._tokenize(_texts(text, len(text)), text_kwargs))
         seed = 0 if reference_seed is None else reference_seed
         if not isinstance(seed, int):
             raise TypeError(f"reference_seed must be an integer, got {seed!r}.")
-        scans = _as_list(ct)
-        given = [] if reference is None else _as_list(reference)
+        scans = list(each(ct))
+        texts = _texts(text, len(scans))  # before anything is read
+        given = [] if reference is None else list(each(reference))
         if given and len(given) not in (1, len(scans)):
             raise ValueError(f"{len(given)} references for {len(scans)} scans; expected one each, or one for all.")
         if spacing is not None and not any(_is_array(one) for one in scans + given):
@@ -339,9 +385,6 @@ class DiffVPProcessor(ProcessorMixin):
                 references["geometry"], ids = references["geometry"] * batch, ids * batch
         else:
             references, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
-        texts = _as_list(text) if isinstance(text, (list, tuple)) else [text] * batch
-        if len(texts) != batch:
-            raise ValueError(f"{len(texts)} texts for {batch} scans; expected one each, or one string for all.")
         data = {"ct": features["ct"], "reference": references["ct"]}
         if text_kwargs["return_tensors"] == "np":
             data = {key: value.numpy() for key, value in data.items()}

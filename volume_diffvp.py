@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,9 @@ SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
 # Share of the voxels in that range: 0.3 to 0.6 in real chest CTs, below 0.015 in the same after a second rescale or
 # with the bytes in the other order, of which the range of the voxels need not tell.
 MIN_SOFT_TISSUE = 0.02
+# A rescale of the wrong sign makes air the densest of all. A few hundredths of a chest, of bone and metal, lie above
+# DENSE_HU, and fewer than are as light as lung.
+AIRY_HU, DENSE_HU, MAX_DENSE = -500.0, 500.0, 0.25
 MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
@@ -81,7 +85,7 @@ class CTVolume:
         array: stored voxels [x, y, z] in LPS order; z is the slowest axis in memory. Hounsfield units are
             `slope * array + intercept`, where `is_hu`.
         affine: 4x4, voxel index of the *file's* grid -> RAS+ world mm.
-        shape: shape of the file's grid, with a trailing 1 where the file has one.
+        shape: shape of the file's grid, with trailing ones where the file has them.
         axes: which axis of the file each LPS axis (x, y, z) comes from.
         flips: whether each LPS axis runs against that axis of the file.
         spacing: mm along x, y, z.
@@ -119,8 +123,10 @@ class CTVolume:
 
 
 @dataclass(frozen=True)
-class CTGeometry:
+class CTGeometry(Mapping):
     """What maps the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
+
+    It is a read-only mapping of its fields, too, so that `datasets.Dataset.map` stores it (as a dict).
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
     grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
@@ -156,15 +162,36 @@ class CTGeometry:
             to_file[axis, 3] = start + sign * self.offset[lps]
         return np.asarray(self.affine) @ to_file
 
+    def __getitem__(self, name: str):
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "CTGeometry":
-        """The inverse of `to_dict`, also after a way through JSON, which turns tuples into lists."""
-        frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        frozen["affine"] = tuple(tuple(row) for row in values["affine"])
-        return cls(**frozen)
+    def from_dict(cls, values: Mapping) -> "CTGeometry":
+        """The inverse of `to_dict`, also after a way through JSON or `datasets`, which turn tuples into lists, or into
+        arrays or tensors where the dataset has that format.
+
+        Raises:
+            TypeError: a field is missing, or unknown.
+        """
+        return cls(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value):
+    """Lists, arrays and tensors as tuples of numbers, however nested."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        value = value.tolist()
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def make_volume(
@@ -180,7 +207,7 @@ def make_volume(
     """Check geometry and intensities, and view the array in LPS order. Every reader ends here.
 
     Args:
-        array: stored voxels in the file's own axis order, (i, j, k) or (i, j, k, 1).
+        array: stored voxels in the file's own axis order, (i, j, k), with any number of single axes behind.
         affine: 4x4, index -> RAS+ world mm.
         source, layout, slope, intercept: see [`CTVolume`].
         allow_non_hu: accept voxels that are not Hounsfield units.
@@ -194,11 +221,11 @@ def make_volume(
     _check_affine(affine, source)
     if array.dtype.kind not in "iuf":
         raise CTIntensityError(source, "data type", array.dtype.name, "one real number per voxel")
-    if not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope != 0):
         raise CTIntensityError(
-            source, "rescale slope and intercept", f"{slope:g} and {intercept:g}", "finite, slope > 0"
+            source, "rescale slope and intercept", f"{slope:g} and {intercept:g}", "finite, and a slope other than 0"
         )
-    array = array.reshape(shape[:3]) if array.ndim == 4 else array
+    array = array.reshape(shape[:3])
     is_hu = _check_intensities(array, slope, intercept, source, allow_non_hu)
     orientation = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
@@ -252,8 +279,8 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
         CTGeometryError
     """
     shape = tuple(int(n) for n in shape)
-    if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 1):
-        raise CTGeometryError(source, "shape", shape, "three axes")
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise CTGeometryError(source, "shape", shape, "three axes, and any further ones of length 1")
     if min(shape[:3]) < MIN_LENGTH or max(shape[:3]) > MAX_LENGTH:
         raise CTGeometryError(source, "shape", shape, f"{MIN_LENGTH} to {MAX_LENGTH} voxels along each axis")
 
@@ -263,7 +290,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     # A plane at a time, which is still in the processor's cache when it is read again. NaN goes through.
     extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
-    low, high = (value * slope + intercept for value in stored)
+    low, high = sorted(value * slope + intercept for value in stored)  # a slope below 0 exchanges them
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
     if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
@@ -273,11 +300,13 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     in_range = MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU
     sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
     soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
-    if in_range and soft >= MIN_SOFT_TISSUE:
+    airy, dense = float(np.mean(sample < AIRY_HU)), float(np.mean(sample > DENSE_HU))
+    inverted = dense > max(airy, MAX_DENSE)
+    if in_range and soft >= MIN_SOFT_TISSUE and not inverted:
         return True
     if allow_non_hu:
         return False
-    if in_range:
+    if in_range and soft < MIN_SOFT_TISSUE:
         raise CTIntensityError(
             source,
             "soft tissue",
@@ -286,6 +315,12 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
             "it with your own hu_window",
         )
+    if in_range:
+        raise CTIntensityError(
+            source, "voxels", f"{dense:.0%} above {DENSE_HU:g} HU and {airy:.0%} below {AIRY_HU:g} HU",
+            "more air than bone: the rescale seems to have the wrong sign. allow_non_hu=True accepts it with your own "
+            "hu_window",
+        )  # fmt: skip
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
     elif low >= 0:
@@ -439,6 +474,9 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
     """
     planes = volume.array.T  # [z, y, x]
 
+    # The stored value of the densest voxel, which is the lowest where the slope is below 0.
+    densest = np.max if volume.slope > 0 else np.min
+
     def above(values):
         return values * volume.slope + volume.intercept > threshold
 
@@ -447,16 +485,16 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
         return int(indices[0]), int(indices[-1]) + 1
 
     depths = range(len(planes))
-    first = next((z for z in depths if above(planes[z].max())), None)
+    first = next((z for z in depths if above(densest(planes[z]))), None)
     if first is None:
         raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
-    last = next(z for z in reversed(depths) if above(planes[z].max()))
+    last = next(z for z in reversed(depths) if above(densest(planes[z])))
     planes = planes[first : last + 1]
-    highest = planes[::16].max(axis=0)
-    (top, bottom), (left, right) = span(highest.max(axis=1)), span(highest.max(axis=0))
+    highest = densest(planes[::16], axis=0)
+    (top, bottom), (left, right) = span(densest(highest, axis=1)), span(densest(highest, axis=0))
     for outside in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
-        highest[outside] = planes[(slice(None), *np.index_exp[outside])].max(axis=0)
-    return span(highest.max(axis=0)), span(highest.max(axis=1)), (first, last + 1)
+        highest[outside] = densest(planes[(slice(None), *np.index_exp[outside])], axis=0)
+    return span(densest(highest, axis=0)), span(densest(highest, axis=1)), (first, last + 1)
 
 
 def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarray:
@@ -522,15 +560,17 @@ def _taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> _
     return _Taps(indices.clip(start, stop - 1), weights.astype(np.float32))
 
 
-def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
+def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> np.ndarray:
     """Carry a map on the tensor's grid back to the voxels of the input file, trilinearly.
 
     Args:
         map: (depth, height, width), of `geometry.size`.
+        geometry: of the tensor, or what `datasets` or JSON have kept of it.
 
     Returns:
         float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
     """
+    geometry = CTGeometry.from_dict(geometry)
     values = torch.as_tensor(map).detach().cpu().float().numpy()
     if values.shape != geometry.size:
         raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
@@ -543,7 +583,7 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.nd
     return np.asfortranarray(array.transpose(np.argsort(geometry.axes))).reshape(geometry.shape, order="F")
 
 
-def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
+def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> Path:
     """Write a map on the tensor's grid as NIfTI (.nii or .nii.gz) with the shape and affine of the input file.
 
     Where that states no grid, the map has the one under which it was read. The file appears complete or not at all.
@@ -552,6 +592,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if suffix not in (".nii", ".nii.gz"):
         raise ValueError(f"A map is written as .nii or .nii.gz, got {path.name}.")
+    geometry = CTGeometry.from_dict(geometry)
     affine = np.asarray(geometry.affine)
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")

@@ -11,7 +11,6 @@ nobody reads while rules are written; `--development` leaves them alone. The res
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..data.cases import Problem, raise_problems, read_csv
 from ..metrics.clinical_efficacy import classification_scores
 from ..metrics.labelers import RuleLabeler
 
@@ -59,14 +59,15 @@ def read_reports(path: str | os.PathLike) -> LabelledReports:
     """Reads the columns AccessionNo, report_text and the 18 labels.
 
     Raises:
-        ValueError: a column is missing, an id occurs twice, or a label is neither 0 nor 1.
+        DatasetError: there is no such file, or a column is missing.
+        ValueError: an id occurs twice, or a label is neither 0 nor 1.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    problems: list[Problem] = []
+    rows = read_csv(Path(path), ["AccessionNo", "report_text", *DIAGNOSIS_LABELS], problems)
+    raise_problems(problems)
+    rows = [row.values for row in rows]
     if not rows:
         raise ValueError(f"{path} has no rows")
-    if missing := {"AccessionNo", "report_text", *DIAGNOSIS_LABELS} - set(rows[0]):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
     ids = [row["AccessionNo"] for row in rows]
     if len(set(ids)) != len(ids):
         raise ValueError(f"{path} has {len(ids) - len(set(ids))} ids more than once")

@@ -86,7 +86,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
 
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
     """Row, name and path of each scan of a list."""
-    if source.suffix != ".csv":
+    if source.suffix.lower() not in (".csv", ".tsv"):
         for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), start=1):
             if path := line.strip():
                 yield number, path, path

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cases import DatasetError, Problem, by_name, is_missing, raise_problems, read_csv
+from ..data.cases import (
+    DatasetError,
+    Problem,
+    by_name,
+    check_markup,
+    is_missing,
+    plain_text,
+    raise_problems,
+    read_csv,
+)
 from ..processing_diffvp import DiffVPProcessor
 from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
 from .clinical_efficacy.reports import Labeler, finding_scores, label_reports, read_label_table, table_labels
@@ -135,24 +144,26 @@ def _read_pairs(
     problems: list[Problem] = []
     rows = read_csv(path, [id_column, prediction_column, reference_column], problems)
     named = by_name(rows, id_column, path.name, lambda name: True, problems) or {}
+    references = []
     for name, row in named.items():
         # An empty prediction is what a model may write, and scores 0; without a true report nothing can be scored.
-        if is_missing(row.values[reference_column]) or not str(row.values[reference_column]).strip():
+        text = plain_text(row.values[reference_column])
+        if is_missing(text):
             problems.append(Problem(path.name, row.number, reference_column, "empty", "the true report", name))
+        check_markup(text, path.name, row.number, reference_column, name, problems)
+        references.append(text)
     if not named and not problems:
         problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
     raise_problems(problems)
-    predictions, references = (
-        [str(row.values[column] or "") for row in named.values()] for column in (prediction_column, reference_column)
-    )
-    return list(named), predictions, references
+    # A prediction is scored as it was written, whatever stands in it.
+    return list(named), [str(row.values[prediction_column] or "") for row in named.values()], references
 
 
 def _read_training(path: Path, column: str) -> list[str]:
     problems: list[Problem] = []
     rows = read_csv(path, [column], problems) or []
     raise_problems(problems)
-    reports = [str(row.values[column] or "") for row in rows]
+    reports = [plain_text(row.values[column] or "") for row in rows]
     if not any(report.strip() for report in reports):
         raise DatasetError([Problem(path.name, None, column, "empty in all rows", "training reports")])
     return [report for report in reports if report.strip()]

@@ -148,16 +148,29 @@ def test_mutated_text_headers(data, name):
     st.integers(20, 500),
 )
 def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, codec, chunk):
-    """However the file is cut into chunks."""
+    """However the file is cut into chunks. Zeros behind are left out."""
     packed = (members(content, length) if codec == "gzip" else zlib.compress(content)) + bytes(padding)
     expected = len(content) + more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding_diffvp, "CHUNK", chunk)
-        if more == 0:
-            assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content
+        if more <= 0 <= expected and not content[expected:].strip(b"\0"):
+            assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content[:expected]
         elif expected >= 0:
             with pytest.raises(CTReadError, match="voxel data"):
                 inflate(io.BytesIO(packed), expected, codec, "bytes")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib"])
+def test_zeros_behind_the_voxels_are_left_out_up_to_a_limit(monkeypatch, codec):
+    """Within the compressed stream, for a bomb would go on with them."""
+    content, pack = np.random.default_rng(0).bytes(3000), (gzip if codec == "gzip" else zlib).compress
+    monkeypatch.setattr(decoding_diffvp, "MAX_PADDING", 10_000)
+    monkeypatch.setattr(decoding_diffvp, "CHUNK", 1000)
+    for zeros in (1, 999, 1000, 9000):
+        assert inflate(io.BytesIO(pack(content + bytes(zeros))), 3000, codec, "bytes").tobytes() == content
+    for behind in (bytes(20_000), bytes(500) + b"x", b"x", bytes(9000) + b"x"):
+        with pytest.raises(CTReadError, match="longer"):
+            inflate(io.BytesIO(pack(content + behind)), 3000, codec, "bytes")
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])

@@ -287,7 +287,7 @@ def test_unusable_tables(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         experiment.read_reports(path)
     path.write_text("AccessionNo,report_text\nb,text\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="lacks the columns .*Arterial wall calcification"):
+    with pytest.raises(ValueError, match="expected also .*Arterial wall calcification"):
         experiment.read_reports(path)
 
 

@@ -108,6 +108,25 @@ def test_references_that_do_not_match(pipe, ct, number):
         pipe(ct, reference=["a", "b"])
 
 
+def test_columns_are_lists(pipe, scans):
+    """Of scans and of references: each with its own."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = datasets.Dataset.from_dict({"ct": scans, "reference": scans[::-1]})
+    decoded = rows.cast_column("ct", datasets.Nifti())
+    expected = pipe(scans, reference=scans[::-1], max_new_tokens=8)
+    series = pandas.Series(scans), pandas.Series(scans[::-1], index=[3, 1, 2])
+    generators = (scan for scan in scans), iter(scans[::-1])
+    columns = (rows["ct"], rows["reference"]), (decoded["ct"], rows["reference"]), series, generators
+    for ct, reference in columns:
+        for found, one in zip(pipe(ct, reference=reference, max_new_tokens=8), expected, strict=True):
+            assert_equal(found, one)
+    for ct in (rows["ct"], pandas.Series(scans), tuple(scans), decoded.with_format("numpy")[:]["ct"]):
+        found = pipe(ct, reference=scans[0], max_new_tokens=8)
+        assert [one["geometry"].sha256 for one in found] == [one["geometry"].sha256 for one in expected]
+    with pytest.raises(ValueError, match="2 references for 3 scan"):
+        pipe(rows["ct"], reference=pandas.Series(scans[:2]))
+
+
 def test_seed_of_the_reference(pipe, scans):
     drawn = {seed: pipe(scans[0], reference_seed=seed, max_new_tokens=1)["reference"] for seed in range(6)}
     assert set(drawn.values()) == {"normal_1", "normal_2"}
