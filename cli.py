@@ -366,12 +366,15 @@ def experiment(
         from .experiments.page import write_page
         from .experiments.study import Study
         from .experiments.tables import planned_runs, run_experiment
+        from .metrics.labelers.radbert import RadBertError
+        from .metrics.nlg import LexiconError
         from .reporting import EXPECTED_ERRORS
         from .training.checkpoints import CheckpointError
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+    expected = *EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError
+    with _one_line_errors(*expected), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)

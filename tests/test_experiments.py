@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from scipy import stats
 from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
@@ -38,7 +37,7 @@ from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha25
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import completed, planned_runs, run_experiment
-from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
+from diffvp.metrics.nlg import LexiconError, meteor
 
 TABLE = {
     "title": "A table",
@@ -87,23 +86,34 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(study, table, tmp_path_factory):
+def made(study, table, meteor_data, tmp_path_factory):
     """The study, its folder of runs, and the result of the table."""
-    needs_wordnet()
     runs, loaded = tmp_path_factory.mktemp("runs"), Study.load(study)
     return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
+
+
+@pytest.mark.parametrize("lacking", ["WordNet", "Punkt", "RadBERT"])
+def test_what_scoring_lacks_shows_before_training(study, table, lacking, monkeypatch, request, tmp_path):
+    command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path), "--output", str(tmp_path)]
+    if lacking == "RadBERT":
+        request.getfixturevalue("meteor_data")
+        command.append(f"test.labeler={tmp_path / 'absent'}")
+    else:
+
+        def missing(*_):
+            raise LexiconError("METEOR needs it.")
+
+        monkeypatch.setattr(meteor, "_wordnet" if lacking == "WordNet" else "_punkt", missing)
+        monkeypatch.setattr(meteor, "_punkt" if lacking == "WordNet" else "_wordnet", lambda: None)
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("it trained first"))
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert ("RadBertError" if lacking == "RadBERT" else "LexiconError") in result.stderr
 
 
 @pytest.fixture
 def cases(small_cohort):
     return load_phantom(small_cohort, "train")
-
-
-def needs_wordnet():
-    try:
-        load_wordnet()
-    except LexiconError as error:
-        pytest.skip(str(error))
 
 
 # The files
@@ -232,8 +242,7 @@ def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
 # Scores
 
 
-def test_scores_agree_with_scikit_learn_and_scipy(cases):
-    needs_wordnet()
+def test_scores_agree_with_scikit_learn_and_scipy(cases, meteor_data):
     rng = np.random.default_rng(0)
     truth = np.stack([case.labels for case in cases])
     reports = [case.report for case in cases]
@@ -707,10 +716,8 @@ def radgenome(small_cohort, tmp_path_factory):
 
 
 def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
-    radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, tmp_path
+    radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, meteor_data, tmp_path
 ):
-    needs_wordnet()
-    AcceleratorState._reset_state(reset_partial_state=True)  # this study computes in bfloat16, the others do not
     small = yaml.safe_load((first_stage / "config.yaml").read_text())
     overrides = {
         "training.data.root": str(radgenome),
@@ -735,7 +742,6 @@ def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
     document = json.loads((tmp_path / "results/radgenome/mine.json").read_text())
     assert document["cases"] == 6 and "labeler:rule-labeler" in document["signature"]
     reports = read_reports(tmp_path / "results/radgenome/reports/diffvp/seed-1/random.json.gz")
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert {name for row in reports for name in row["references"]} <= {f"valid_{number}_a_1" for number in (1, 2, 3)}
 
 

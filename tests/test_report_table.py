@@ -15,8 +15,9 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import DatasetError
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
-from diffvp.metrics.nlg.lexicon import LexiconError, load_punkt, load_wordnet
 from diffvp.metrics.report_table import score_table, table_page
+
+pytestmark = pytest.mark.usefixtures("meteor_data")
 
 NORMAL = "Heart: Heart size is normal.\nLung: No nodule was detected."
 REPORTS = [
@@ -25,14 +26,6 @@ REPORTS = [
     NORMAL,
     "Heart: Heart size is normal.\nLung: Consolidation in the left lower lobe.\nPleura: Pleural effusion is seen.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def meteor_data():
-    try:
-        load_wordnet(), load_punkt()
-    except LexiconError as error:
-        pytest.skip(str(error))
 
 
 def write(path, columns, rows):
