@@ -26,6 +26,7 @@ from diffvp.metrics.nlg import (
     clean_reg2rg,
     coco_bleu_counts,
     coco_bleu_from_counts,
+    coco_cider_per_report,
     coco_rouge_per_report,
     common_subsequence_length,
     lexicon,
@@ -313,6 +314,37 @@ def test_empty_predictions_score_0(scorer):
     assert all(value == 0.0 for name, value in summary.items() if name not in ("n", "signature")), summary
 
 
+def test_cider_is_that_of_pycocoevalcap():
+    predictions = [
+        "the heart is normal .",
+        "no nodule",
+        "",
+        "a nodule of 4 mm in the right lung . a nodule of 4 mm in the right lung",
+        "clear",
+    ]
+    references = [
+        "the heart is of normal size .",
+        "a nodule of 4 mm",
+        "no effusion",
+        "a nodule of 5 mm in the right lung .",
+        "clear",
+    ]
+    # pycocoevalcap 1.2's Cider().compute_score({i: [reference]}, {i: [prediction]}), run once in an environment of
+    # its own.
+    theirs = [3.6488656114822335, 0.4316117551946153, 0.0, 1.0699449578099811, 2.5]
+    np.testing.assert_allclose(coco_cider_per_report(predictions, references), theirs, rtol=1e-12)
+    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [0.0]  # of one report all are in every one
+
+
+def test_cider_of_identical_reports_is_10_in_any_order():
+    texts = [f"a nodule of {size} mm lies in the {side} lung near it" for size in (4, 5) for side in "lr"]
+    scores = coco_cider_per_report(texts, texts)
+    np.testing.assert_allclose(scores, 10)
+    mixed = coco_cider_per_report(texts, texts[::-1])
+    assert (mixed < 10).all() and (mixed >= 0).all()
+    np.testing.assert_allclose(coco_cider_per_report(texts[::-1], texts)[::-1], mixed)
+
+
 def test_summary_is_the_mean_over_reports_and_says_how_it_was_computed(meteor_data):
     scores = score_reports(PREDICTIONS, REFERENCES)
     assert tuple(scores.per_report) == NAMES
@@ -335,7 +367,8 @@ def test_scorers_differ_in_what_they_have_and_in_their_signatures():
     assert "bleu_4" in corpus and "bleu_4_std" not in corpus and "rouge_2_std" in corpus and "meteor" not in corpus
     assert "bleu|corpus|" in corpus["signature"] and "meteor" not in corpus["signature"]
     coco = score_reports(PREDICTIONS, REFERENCES, scorer="coco").summary()  # never needs WordNet
-    assert set(coco) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "rouge_l_std", "n", "signature"}
+    scores = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "rouge_l_std", "cider", "cider_std"}
+    assert set(coco) == scores | {"n", "signature"}
     assert "tok:whitespace" in coco["signature"] and "fbeta:1.2" in coco["signature"]
     with pytest.raises(ValueError, match="scorer must be one of paper, corpus, coco, got 'bleu'"):
         score_reports(PREDICTIONS, REFERENCES, scorer="bleu")
@@ -509,6 +542,8 @@ def test_coco_scores_are_those_of_pycocoevalcap(check_data):
     # What pycocoevalcap 1.2 itself gives for these texts, run once.
     theirs = [0.4658275414130067, 0.3798399197874062, 0.32559709859270713, 0.28738238097408086, 0.4410671993074136]
     np.testing.assert_allclose(found, theirs, rtol=1e-12)
+    # python -m venv O && O/bin/pip install pycocoevalcap==1.2, then its Cider().compute_score on these texts.
+    assert coco["cider"] == pytest.approx(0.3127075248126748, rel=1e-9)
 
 
 # The evaluate module
