@@ -269,7 +269,7 @@ def label(
         Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
     ] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
@@ -301,7 +301,7 @@ def score(
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
     regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
