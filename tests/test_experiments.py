@@ -38,6 +38,7 @@ from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, 
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import completed, planned_runs, run_experiment
 from diffvp.metrics.nlg import LexiconError, meteor
+from diffvp.metrics.statistics import detectable_difference
 
 TABLE = {
     "title": "A table",
@@ -548,6 +549,13 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
     page = write_page(tmp_path).read_text()
     assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
     assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+    sides = [
+        list(row["scores"]["f1"]["by_seed"].values())
+        for row in document["rows"]
+        if row["name"] in ("DiffVP", "equal compute")
+    ]
+    if any(len(set(side)) > 1 for side in sides):  # the least difference that these few seeds could have shown
+        assert page.count(f"a difference of {detectable_difference(*sides):.3f} shows with a power of 80%") == 2
     del metrics["f1"]["p_seeds"]  # a trial with one seed
     (tmp_path / "replication.json").write_text(json.dumps(document | changed))
     assert "named before any of them" not in write_page(tmp_path).read_text()
