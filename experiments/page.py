@@ -195,8 +195,8 @@ def _section(document: dict) -> list[str]:
         lines += [
             "",
             "p: t-test over seeds, where there are several: Welch's, or paired if both rows are of the same models;",
-            "pc: paired bootstrap over cases (a permutation test of fewer than 30); both two-sided and corrected over the "
-            "metrics of the line (Holm).",
+            "pc: paired bootstrap over cases (a permutation test of fewer than 30); both two-sided and corrected over "
+            "the metrics of the line (Holm).",
         ]
     lines += ["", *_device_lines(document)]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}

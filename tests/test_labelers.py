@@ -397,17 +397,21 @@ def test_split_keeps_identical_reports_together():
     assert len(apart) <= 1  # one pair may lie on the border
 
 
-def test_bootstrap_is_about_the_score():
+def test_scores_of_the_experiment_have_intervals_around_them():
     rng = np.random.default_rng(1)
     actual = rng.integers(0, 2, (200, 18))
-    predicted = np.where(rng.random(actual.shape) < 0.9, actual, 1 - actual)
-    scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
-    samples = experiment.bootstrap(predicted, actual)
-    for name in ("micro", "macro"):
-        point = [scores[name][part] for part in ("precision", "recall", "f1")]
-        np.testing.assert_allclose(samples[name].mean(axis=0), point, atol=0.005)
-    perfect = experiment.bootstrap(actual, actual)
-    assert (perfect["labels"] == 1).all()
+    predicted, worse = (np.where(rng.random(actual.shape) < share, actual, 1 - actual) for share in (0.9, 0.8))
+    expected = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
+    scores = experiment.score(predicted, actual)
+    entries = [(scores[name], expected[name]) for name in ("micro", "macro")]
+    entries += [(scores["labels"][label], expected["labels"][label]) for label in DIAGNOSIS_LABELS]
+    for ours, theirs in entries:
+        for part in ("precision", "recall", "f1"):
+            low, high = ours[f"{part}_ci"]
+            assert low < ours[part] < high and ours[part] == theirs[part]
+    low, high = experiment.compare(predicted, worse, actual)["f1_difference_ci"]["micro"]
+    assert 0 < low < high < 0.2
+    assert experiment.score(actual, actual)["micro"]["f1_ci"] == [1.0, 1.0]
 
 
 def test_experiment(tmp_path, monkeypatch):
