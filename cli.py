@@ -291,6 +291,9 @@ def score(
     id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
     prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
+    nearest_column: Annotated[
+        str | None, typer.Option(help="Column with the report of the most similar training scan, for a baseline.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
     ] = None,
@@ -316,8 +319,8 @@ def score(
         document = score_table(
             reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
-            labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
-            workers=workers,
+            nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
+            scorer=scorer, regions=regions, workers=workers,
         )  # fmt: skip
     typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
 

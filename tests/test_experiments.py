@@ -37,6 +37,7 @@ from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha25
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import completed, planned_runs, run_experiment
+from diffvp.metrics.collapse import collapse_panel
 from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference
 
@@ -299,9 +300,13 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
             "command": "diffvp evaluate",
             "systems": {"DiffVP": scores, "labels alone": evaluate.score(None, predicted, cases)},
             "per_label": labels,
+            "collapse": {"DiffVP": collapse_panel([case.report for case in cases], truth, PhantomReader())},
+            "rare": ["Emphysema"],
+            "text_agrees_with_classifier": evaluate.mean_with_interval(np.array([0.5, 1.0])),
             "signatures": ["signature"],
         }
     )
+    assert "| distinct reports / n |" in page and "prompted it agree: 0.750 (" in page
     [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
