@@ -273,7 +273,7 @@ def label(
         Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
     ] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
@@ -295,6 +295,9 @@ def score(
     id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
     prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
+    nearest_column: Annotated[
+        str | None, typer.Option(help="Column with the report of the most similar training scan, for a baseline.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
     ] = None,
@@ -305,7 +308,7 @@ def score(
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
     regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -320,8 +323,8 @@ def score(
         document = score_table(
             reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
-            labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
-            workers=workers,
+            nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
+            scorer=scorer, regions=regions, workers=workers,
         )  # fmt: skip
     typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
 
@@ -370,12 +373,15 @@ def experiment(
         from .experiments.page import write_page
         from .experiments.study import Study
         from .experiments.tables import planned_runs, run_experiment
+        from .metrics.labelers.radbert import RadBertError
+        from .metrics.nlg import LexiconError
         from .reporting import EXPECTED_ERRORS
         from .training.checkpoints import CheckpointError
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+    expected = *EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError
+    with _one_line_errors(*expected), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)

@@ -45,6 +45,23 @@ AXES = ("depth", "height", "width")
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
 HUB_KWARGS = ("cache_dir", "local_files_only", "proxies", "token", "revision")
 OTHER = "other"  # what post_process calls text that belongs to no region
+# What opens a region or a section of a report, and its name. Departments write plurals and other spellings.
+REGION_HEADINGS = {region: region for region in REGIONS} | {
+    "lungs": "lung",
+    "bones": "bone",
+    "breasts": "breast",
+    "oesophagus": "esophagus",
+    "trachea and bronchi": "trachea and bronchie",
+    "trachea and bronchus": "trachea and bronchie",
+}
+SECTION_HEADINGS = {
+    "findings": "findings",
+    "finding": "findings",
+    "impression": "impression",
+    "impressions": "impression",
+    "conclusion": "impression",
+    "conclusions": "impression",
+}
 
 
 class DiffVPImageProcessorKwargs(TypedDict, total=False):
@@ -497,25 +514,36 @@ class DiffVPProcessor(ProcessorMixin):
         }
 
     @staticmethod
-    def post_process(text: str) -> dict[str, str]:
+    def post_process(text: str, sections: bool = False) -> dict[str, str]:
         """Split a report into {region: text}, in canonical order.
 
-        "Heart: ..." opens a region, on a line of its own or within one. A region that is not written is absent; parts
-        of a region written twice are joined; text before the first region, and lines with another heading
-        ("Impression: ..."), go to "other".
+        "Heart: ..." opens a region, on a line of its own or within one; so do "Lungs:" and "LUNGS:". A region that is
+        not written is absent; parts of a region written twice are joined; text before the first region, and what has
+        another heading ("Impression: ..."), go to "other", the heading included.
+
+        Args:
+            sections: also "findings", the text below "Findings:" that belongs to no region, and "impression", all
+                that stands below "Impression:" or "Conclusion:" up to the next section.
         """
-        names = "|".join(re.escape(region.capitalize()) for region in REGIONS)
+        names = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
+        anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line in any case
+        inline = "|".join(re.escape(form) for name in names for form in (name.capitalize(), name.upper()))
         heading = re.compile(
-            rf"(?:^[ \t]*(?i:{names})|(?<=\s)(?:{names}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
+            rf"(?:^[ \t]*(?i:{anywhere})|(?<=\s)(?:{inline}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
         )
         parts: dict[str, list[str]] = {}
         current, start = OTHER, 0
         for found in heading.finditer(text):
-            parts.setdefault(current, []).append(text[start : found.start()])
             name = found.group().strip(" \t:").lower()
-            current, start = (name, found.end()) if name in REGIONS else (OTHER, found.start())
+            section = SECTION_HEADINGS.get(name) if sections else None
+            if current == "impression" and section is None:
+                continue
+            parts.setdefault(current, []).append(text[start : found.start()])
+            known = section or REGION_HEADINGS.get(name)
+            current, start = (known, found.end()) if known else (OTHER, found.start())
         parts.setdefault(current, []).append(text[start:])
-        joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in (*REGIONS, OTHER)}
+        order = (*REGIONS, "findings", "impression", OTHER)
+        joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in order}
         return {region: words for region, words in joined.items() if words}
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
