@@ -185,7 +185,8 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 f"target_spacing must be None or three positive mm (depth, height, width), got {spacing}."
             )
         if len(window) != 2 or not window[0] < window[1]:
-            raise ValueError(f"hu_window must be two rising HU, got {window}.")
+            # The one of these that the command line sets, whose errors of input are a line each.
+            raise CTIntensityError("settings", "hu_window", tuple(window), "two rising HU, such as (-1000, 200)")
         if kwargs["return_tensors"] not in (None, "pt", "np"):
             raise ValueError(f'return_tensors must be "pt" or "np", got {kwargs["return_tensors"]!r}.')
         return kwargs | {

@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,10 +123,8 @@ class CTVolume:
 
 
 @dataclass(frozen=True)
-class CTGeometry(Mapping):
+class CTGeometry:
     """What maps the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
-
-    It is a read-only mapping of its fields, too, so that `datasets.Dataset.map` stores it (as a dict).
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
     grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
@@ -162,28 +160,28 @@ class CTGeometry(Mapping):
             to_file[axis, 3] = start + sign * self.offset[lps]
         return np.asarray(self.affine) @ to_file
 
-    def __getitem__(self, name: str):
-        if name not in self.__dataclass_fields__:
-            raise KeyError(name)
-        return getattr(self, name)
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Itself as a dict, in an array without axes: what `datasets.Dataset.map` asks of an object that it stores.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
-
-    def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+        A mapping would be stored, too, but taken apart by what moves batches to a device.
+        """
+        array = np.empty((), object)
+        array[()] = self.to_dict()
+        return array
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> "CTGeometry":
+    def from_dict(cls, values: "Mapping | CTGeometry") -> "CTGeometry":
         """The inverse of `to_dict`, also after a way through JSON or `datasets`, which turn tuples into lists, or into
         arrays or tensors where the dataset has that format.
 
         Raises:
             TypeError: a field is missing, or unknown.
         """
+        if isinstance(values, cls):
+            return values
         return cls(**{name: _frozen(value) for name, value in values.items()})
 
 

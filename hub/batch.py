@@ -87,7 +87,14 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
     """Row, name and path of each scan of a list."""
     if source.suffix.lower() not in (".csv", ".tsv"):
-        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else "no text"
+            expected = "a folder of scans, or a list of them: text in UTF-8, or a table with a column path"
+            problems.append(Problem(source.name, None, "list", found, expected))
+            return
+        for number, line in enumerate(lines, start=1):
             if path := line.strip():
                 yield number, path, path
         return

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from accelerate.utils import send_to_device
 
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, each, is_many
 from diffvp.reading_diffvp import read_ct
@@ -183,14 +184,28 @@ def test_a_geometry_survives_map_in_every_format(image_processor, rows, paths, t
     np.testing.assert_allclose(saved.affine, nib.load(paths[1]).affine, atol=1e-5)
 
 
-def test_a_geometry_is_a_mapping_of_its_fields(image_processor, paths):
+def test_a_geometry_is_left_whole_in_batches_and_refuses_other_fields(image_processor, paths):
     [geometry] = image_processor(paths[0])["geometry"]
-    assert dict(geometry) == geometry.to_dict() and geometry["size"] == (8, 10, 12)
-    assert CTGeometry.from_dict(geometry) == geometry and hash(CTGeometry.from_dict(geometry)) == hash(geometry)
-    with pytest.raises(KeyError):
-        geometry["to_dict"]
+    assert send_to_device({"geometry": [geometry]}, "cpu")["geometry"] == [geometry]
+    assert CTGeometry.from_dict(geometry) == CTGeometry.from_dict(geometry.to_dict()) == geometry
     for wrong in ({"tensor_shape": [1, 2, 3]}, {"tensor_affine": None}):
         with pytest.raises(TypeError):
             CTGeometry.from_dict(geometry.to_dict() | wrong)
     with pytest.raises(TypeError):
         CTGeometry.from_dict({"source": "a"})
+
+
+def test_a_geometry_is_stored_from_a_list_and_on_disk(image_processor, paths, tmp_path):
+    geometry = image_processor(paths)["geometry"]
+    rows = datasets.Dataset.from_dict({"geometry": geometry})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_json(tmp_path / "rows.jsonl")
+    from_json = pandas.read_json(tmp_path / "rows.jsonl", lines=True, precise_float=True)["geometry"]
+    for found in (
+        rows["geometry"],
+        datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))["geometry"],
+        from_json,
+    ):
+        for stored, expected in zip(found, geometry, strict=True):
+            np.testing.assert_allclose(CTGeometry.from_dict(stored).tensor_affine, expected.tensor_affine, atol=1e-5)
+            assert CTGeometry.from_dict(stored).shape == expected.shape

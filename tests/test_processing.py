@@ -114,6 +114,13 @@ def test_values_are_validated(arguments, message):
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, **arguments)
 
 
+def test_a_falling_window_is_an_error_of_input():
+    """Which the command line shows in one line, as it does of a scan."""
+    with pytest.raises(CTInputError) as caught:
+        DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, hu_window=(200, -1000))
+    assert caught.value.field == "hu_window"
+
+
 def test_unknown_arguments_are_refused(processor):
     with pytest.raises(TypeError, match="hu_windows"):
         DiffVPImageProcessor(hu_windows=(-1000, 200))
