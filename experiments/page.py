@@ -83,12 +83,38 @@ def _answer(documents: list[dict]) -> list[str]:
 
 def _power(document: dict) -> str:
     """How large a difference in micro-F1 would have shown over these seeds; nothing where they do not vary."""
-    scores = {row["name"]: row["scores"]["f1"]["by_seed"] for row in document["rows"] if "f1" in row["scores"]}
-    sides = [list(scores[name].values()) for name in ("DiffVP", "equal compute")]
-    if all(len(set(side)) == 1 for side in sides):
+    least = _detectable(document, "DiffVP", "equal compute")
+    if least is None:
         return ""
-    least = detectable_difference(*sides)
     return f" With so many seeds that vary like these, a difference of {least:.3f} shows with a power of {POWER:.0%}."
+
+
+def _detectable(document: dict, first: str, second: str) -> float | None:
+    """The difference in micro-F1 of two rows of different models that shows with a power of 80 % over their seeds."""
+    scores = {row["name"]: row["scores"].get("f1") for row in document["rows"]}
+    sides = [list(scores[name]["by_seed"].values()) for name in (first, second) if scores[name] is not None]
+    if len(sides) < 2 or min(map(len, sides)) < 2 or all(len(set(side)) == 1 for side in sides):
+        return None
+    return detectable_difference(*sides)
+
+
+def _powers(document: dict) -> list[str]:
+    """What the comparisons that show no difference in micro-F1 over seeds could have shown."""
+    found = []
+    for entry in document["comparisons"]:
+        f1 = entry["metrics"].get("f1", {})
+        if entry.get("same_models") or f1.get("p_seeds", 0) < 0.05:
+            continue
+        least = _detectable(document, entry["first"], entry["second"])
+        if least is not None:
+            found.append(f"{entry['first']} less {entry['second']} {least:.3f}")
+    if not found:
+        return []
+    return [
+        f"Where the seeds show no difference in micro-F1, one of this size shows with a power of {POWER:.0%} "
+        f"(before correction): {'; '.join(found)}.",
+        "",
+    ]
 
 
 def _f1_at_equal_compute(document: dict) -> dict | None:
@@ -197,6 +223,8 @@ def _section(document: dict) -> list[str]:
             "p: t-test over seeds, where there are several: Welch's, or paired if both rows are of the same models;",
             "pc: paired bootstrap over cases (a permutation test of fewer than 30); both two-sided and corrected over "
             "the metrics of the line (Holm).",
+            "",
+            *_powers(document),
         ]
     lines += ["", *_device_lines(document)]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}

@@ -30,10 +30,9 @@ COUNTED = ("positive", "uncertain")  # the polarities that set a label
 
 # One character for one, so that places in the text stay where they are. "İ" is the only letter whose lower case is
 # longer than itself.
-_FOLD = str.maketrans(
-    "İ“”„«»‘’‐‑‒–—―−－＋（）：，\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000",
-    'I"""""\'\'--------+():,                ',
-)
+_SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_FOLD = dict(zip("İ“”„«»‘’‐‑‒–—―−－＋（）：，", 'I"""""\'\'--------+():,', strict=True)) | dict.fromkeys(_SPACES, " ")
+_FOLDED = re.compile(f"[{''.join(_FOLD)}]")  # several times as fast as str.translate, for a report has few of them
 
 _SENTENCE_END = re.compile(
     r"""(?=[.!?;"•·。\n])(?:              # for speed alone: most places are none of these
@@ -292,7 +291,7 @@ class RuleLabeler:
 
     def _mentions(self, report: str) -> Iterator[tuple[_Sentence, str]]:
         """The sentences of a [`plain_text`] that have one of a label's words, each with that label."""
-        text = report if report.isascii() else report.translate(_FOLD)
+        text = report if report.isascii() else _FOLDED.sub(lambda match: _FOLD[match[0]], report)
         lower = text.lower()
         ends = [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
         mentioned: dict[int, dict[str, None]] = {}
