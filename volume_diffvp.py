@@ -89,6 +89,7 @@ class CTVolume:
         layout: how grid and Hounsfield units were found, in words.
         slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
+        contrast: True where the header names a contrast medium; `None` where it says nothing.
     """
 
     array: np.ndarray
@@ -102,6 +103,7 @@ class CTVolume:
     slope: float = 1.0
     intercept: float = 0.0
     is_hu: bool = True
+    contrast: bool | None = None
 
     @cached_property
     def sha256(self) -> str:
