@@ -99,10 +99,14 @@ def check_chest(coverage: dict | None, source: str) -> None:
             raise CTAnatomyError(source, "lungs", found, expected)
 
 
-def coverage_warnings(coverage: dict | None) -> list[str]:
-    """What a reader of the report has to know about the part of the chest that was scanned."""
+def anatomy_warnings(coverage: dict | None) -> list[str]:
+    """What a reader of the report has to know about the part of the body that was scanned."""
     if coverage is None:
         return []
+    try:
+        check_chest(coverage, "scan")
+    except CTAnatomyError as error:
+        return [f"The scan is not of a chest; this was overridden (allow_any_anatomy). Lungs: {error.found}."]
     missing = {"top": "the apices", "bottom": "the bases"}
     return [
         f"The scan is of a part of the chest: the lungs are cut off at the {end}, without {missing[end]}."
@@ -182,4 +186,4 @@ def _blood(hu: np.ndarray, tissue: np.ndarray, inside: np.ndarray) -> float | No
     return float(np.percentile(sum(hu[quarter] for quarter in quarters)[whole] / 4, 75))
 
 
-__all__ = ["CTAnatomyError", "check_chest", "coverage_warnings", "measure_coverage"]
+__all__ = ["CTAnatomyError", "anatomy_warnings", "check_chest", "measure_coverage"]

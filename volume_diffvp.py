@@ -9,18 +9,24 @@ Axes. A `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y 
 tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+ millimetres, as in NIfTI.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
+import sys
 import uuid
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from isal import igzip
+
+if TYPE_CHECKING:
+    import torch  # takes longer to import than a scan to read: imported where a tensor is made
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
 MIN_SPACING, MAX_SPACING = 0.2, 10.0  # mm
@@ -126,7 +132,7 @@ class CTGeometry:
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
     grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
-    `sha256` `None` where it was not asked for.
+    `sha256` `None` where it was not asked for, and what [`measure_coverage`] finds of the lungs.
     """
 
     source: str
@@ -141,6 +147,7 @@ class CTGeometry:
     size: tuple[int, int, int]
     offset: tuple[float, float, float]
     scale: tuple[float, float, float]
+    coverage: dict | None = None
 
     @property
     def tensor_spacing(self) -> tuple[float, float, float]:
@@ -162,7 +169,7 @@ class CTGeometry:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "CTGeometry":
+    def from_dict(cls, values: dict) -> CTGeometry:
         """The inverse of `to_dict`, also after a way through JSON, which turns tuples into lists."""
         frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         frozen["affine"] = tuple(tuple(row) for row in values["affine"])
@@ -226,6 +233,11 @@ def make_volume(
         intercept=float(intercept),
         is_hu=is_hu,
     )
+
+
+def is_tensor(value) -> bool:
+    """Whether it is a torch tensor, without importing torch: who has one has imported it."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
 def lps_affine(spacing, source: str) -> np.ndarray:
@@ -406,6 +418,8 @@ def resample(
     # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
     result *= np.float32(2 / (high - low))
     result -= 1
+    import torch
+
     tensor = torch.from_numpy(np.clip(result, -1, 1, out=result))[None]
     geometry = CTGeometry(
         source=volume.source,
@@ -485,7 +499,7 @@ class _Taps:
         used = self.indices[self.weights > 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
 
-    def shifted(self, start: int) -> "_Taps":
+    def shifted(self, start: int) -> _Taps:
         """The same on an input that begins at `start`."""
         return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
 
@@ -533,7 +547,7 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.nd
     Returns:
         float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
     """
-    values = torch.as_tensor(map).detach().cpu().float().numpy()
+    values = np.asarray(map.detach().cpu().float() if is_tensor(map) else map, dtype=np.float32)
     if values.shape != geometry.size:
         raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
     for lps, axis in ((0, 2), (1, 1), (2, 0)):  # of [z, y, x]
@@ -581,6 +595,7 @@ __all__ = [
     "CTReadError",
     "CTVolume",
     "check_shape",
+    "is_tensor",
     "lps_affine",
     "lps_grid",
     "make_volume",

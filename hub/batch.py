@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
+from ..anatomy_diffvp import anatomy_warnings
 from ..data.cache import compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.table import PATH_COLUMNS
 from ..engines import end_tokens, load_engine
+from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings
 from ..references_diffvp import ReferencePoolError
 from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
@@ -113,6 +115,7 @@ class ReportWriter:
         engine: see [`load_engine`].
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
+        allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -131,6 +134,7 @@ class ReportWriter:
         *,
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
+        allow_any_anatomy: bool = False,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
@@ -142,6 +146,7 @@ class ReportWriter:
         self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
         self.decoding = greedy(self.model, max_new_tokens)
         self.reference_seed = reference_seed
+        self.allow_any_anatomy = allow_any_anatomy
         settings = {
             **made_by,
             "reference_seed": reference_seed,
@@ -170,21 +175,28 @@ class ReportWriter:
 
     def read(self, scans: Sequence[Scan], workers: int) -> Iterator[tuple[str, BatchFeature | CTInputError]]:
         """Name and features of each scan, or the error that refused it; see [`DiffVPImageProcessor.stream`]."""
-        features = self.processor.image_processor.stream((scan.path for scan in scans), workers, digest=True)
+        features = self.processor.image_processor.stream(
+            (scan.path for scan in scans), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
+        )
         yield from zip((scan.id for scan in scans), features, strict=True)
 
     def write(self, batch: Iterable[tuple[str, BatchFeature | CTInputError]]) -> tuple[list[dict], list[dict]]:
         """The records of a batch of what [`read`] yields, and those of its failures."""
-        prompts, drafts, failures = [], [], []
+        prompts, drafts, failures, coverages = [], [], [], []
         for name, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
+            coverages.append(features["geometry"][0].coverage)
             prompt, draft = self._prompt(features)
             prompts.append(prompt)
             drafts.append({"id": name, **draft})
         written = self.engine.generate(prompts, self.decoding) if prompts else []
-        return [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)], failures
+        records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
+        for record, coverage in zip(records, coverages, strict=True):
+            record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
+            record["consistency"] = report_consistency(record["report"], record["findings"])
+        return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
         """The prompt of a scan, (length, h), and what is known of it before its report is written."""

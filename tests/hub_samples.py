@@ -22,7 +22,9 @@ from .ct_samples import lps_affine, make_ct
 
 
 def write_scan(path: Path, seed: int) -> Path:
-    nib.save(nib.Nifti1Image(make_ct(seed=seed), lps_affine()), path)
+    chest = make_ct(seed=seed)
+    chest[7:12, 6:13, 5:14] = chest[15:20, 6:13, 5:14] = -850  # lungs, for reports are of chests
+    nib.save(nib.Nifti1Image(chest, lps_affine()), path)
     return path
 
 

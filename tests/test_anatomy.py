@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from diffvp.anatomy_diffvp import CTAnatomyError, check_chest, coverage_warnings, measure_coverage
+from diffvp.anatomy_diffvp import CTAnatomyError, anatomy_warnings, check_chest, measure_coverage
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTInputError
@@ -101,7 +101,7 @@ def test_volume_and_extent_of_the_lungs(noise, slice_mm):
     assert coverage["lung_extent_mm"] == pytest.approx(220, abs=30)
     assert coverage["cut_off"] == [] and coverage["below_mm"] == pytest.approx(100, abs=12)
     check_chest(coverage, "scan")
-    assert coverage_warnings(coverage) == []
+    assert anatomy_warnings(coverage) == []
 
 
 CHESTS = {
@@ -181,7 +181,7 @@ def test_part_of_a_chest_is_warned_about(low, high, ends):
     coverage = measure_coverage(Body(low=low, high=high).lungs().table().volume())
     check_chest(coverage, "scan")
     assert coverage["cut_off"] == ends
-    warnings = coverage_warnings(coverage)
+    warnings = anatomy_warnings(coverage)
     assert len(warnings) == len(ends) and all(end in text for end, text in zip(ends, warnings, strict=True))
 
 
@@ -202,7 +202,7 @@ def test_voxels_that_are_not_hu_are_not_judged():
     grey = read_ct((volume.array + 1024) // 8, spacing=volume.spacing, allow_non_hu=True)
     assert not grey.is_hu and measure_coverage(grey) is None
     check_chest(None, "scan")
-    assert coverage_warnings(None) == []
+    assert anatomy_warnings(None) == []
 
 
 def test_stored_values_do_not_matter():
@@ -237,7 +237,7 @@ def test_phantoms_are_chests(phantoms):
     for volume, lungs in phantoms:
         coverage = measure_coverage(volume)
         check_chest(coverage, "phantom")
-        assert coverage["cut_off"] == [] and coverage_warnings(coverage) == []
+        assert coverage["cut_off"] == [] and anatomy_warnings(coverage) == []
         # The mask also holds consolidations and what an effusion has displaced.
         whole = np.count_nonzero(lungs) * np.prod(volume.spacing) / 1000
         assert 0.45 * whole < coverage["lung_volume_ml"] < 1.1 * whole
