@@ -228,8 +228,8 @@ def test_any_array_is_judged_without_an_error():
 
 @pytest.fixture(scope="module")
 def phantoms():
-    """Scans of 20 phantom patients with the masks of their lungs."""
-    scans = [render_patient(sample_patient(5, index, "train"), matrix=64) for index in range(20)]
+    """Scans of phantom patients with the masks of their lungs."""
+    scans = [render_patient(sample_patient(5, index, "train"), matrix=64) for index in range(8)]
     return [(read_ct(scan.hu, spacing=scan.spacing), scan.regions["lung"]) for scan in scans]
 
 
@@ -275,3 +275,22 @@ def test_costs_little():
         measure_coverage(volume)
         taken.append(time.process_time() - started)
     assert min(taken) < 0.05  # 0.003 of the processor's time; reading takes 0.1 and more
+
+
+# Where reports are written; how the rest of them comes about is tested there.
+
+
+def test_processor_measures_and_refuses_only_when_asked():
+    from diffvp.processing_diffvp import DiffVPImageProcessor
+
+    processor = DiffVPImageProcessor(size=(8, 8, 8))
+    chest, abdomen = Body().lungs().volume(), gas(Body()).volume()
+    [geometry] = processor(abdomen)["geometry"]
+    assert geometry.coverage == measure_coverage(abdomen)
+    assert type(geometry).from_dict(geometry.to_dict()) == geometry
+    [found] = processor.stream([abdomen], allow_any_anatomy=False)
+    assert isinstance(found, CTAnatomyError)
+    [found] = processor.stream([chest], allow_any_anatomy=False)
+    assert found["geometry"][0].coverage["lung_volume_ml"] > 1000
+    with pytest.raises(CTAnatomyError):
+        processor([chest, abdomen], allow_any_anatomy=False)

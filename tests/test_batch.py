@@ -5,6 +5,8 @@
 import importlib.util
 import os
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -130,6 +132,20 @@ def test_folder_without_scans(tmp_path):
 
 
 # Reports
+
+
+def test_scans_without_lungs_fail_unless_asked_otherwise(checkpoint, writer, tmp_path):
+    voxels = np.full((24, 24, 20), -1000, np.int16)
+    voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(-100, 100, (16, 16, 16))
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(voxels, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "scans" / "knee.nii.gz")
+    file = write(tmp_path / "scans", tmp_path / "reports.jsonl", writer)
+    [failure] = read_lines(file.failures)
+    assert failure["error"] == "CTAnatomyError" and file.failed == 1
+    write(tmp_path / "scans", tmp_path / "any.jsonl", ReportWriter(checkpoint, allow_any_anatomy=True))
+    [_, record] = read_lines(tmp_path / "any.jsonl")
+    assert record["coverage"]["lung_volume_ml"] == 0 and "not of a chest" in record["warnings"][0]
+    assert set(record["consistency"]) == {"text_against_findings", "contradictions"}
 
 
 def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):
