@@ -48,6 +48,7 @@ class DiffVPPipeline(Pipeline):
                 checkpoint's own.
             reference_seed (`int`): seed of that sampling; 0 if not given.
             spacing (`tuple`): mm along x, y, z of bare arrays.
+            allow_any_anatomy (`bool`): also write reports of scans without lungs, which are refused by default.
             max_new_tokens (`int`): where to stop; the default is the checkpoint's.
             streamer: is told the tokens as they come, such as transformers' `TextIteratorStreamer`; theirs take one
                 scan at a time.
@@ -83,11 +84,17 @@ class DiffVPPipeline(Pipeline):
         reference=None,
         reference_seed: int | None = None,
         spacing=None,
+        allow_any_anatomy: bool | None = None,
         max_new_tokens: int | None = None,
         streamer=None,
         generate_kwargs: dict | None = None,
     ) -> tuple[dict, dict, dict]:
-        reading = {"reference": reference, "reference_seed": reference_seed, "spacing": spacing}
+        reading = {
+            "reference": reference,
+            "reference_seed": reference_seed,
+            "spacing": spacing,
+            "allow_any_anatomy": allow_any_anatomy,
+        }
         writing = {"max_new_tokens": max_new_tokens, "streamer": streamer, **(generate_kwargs or {})}
         reading, writing = (
             {key: value for key, value in given.items() if value is not None} for given in (reading, writing)
@@ -96,10 +103,18 @@ class DiffVPPipeline(Pipeline):
             raise ValueError("return_dict_in_generate is True (expected False): a report is made of token ids alone.")
         return reading, writing, {}
 
-    def preprocess(self, scan, reference=None, reference_seed: int = 0, spacing=None) -> dict:
+    def preprocess(
+        self, scan, reference=None, reference_seed: int = 0, spacing=None, allow_any_anatomy: bool = False
+    ) -> dict:
         if isinstance(scan, dict) and "ct" in scan:  # and not the {"path", "bytes"} of a datasets.Nifti
             scan, reference = scan["ct"], scan.get("reference", reference)
-        inputs = self.processor(ct=scan, reference=reference, reference_seed=reference_seed, spacing=spacing)
+        inputs = self.processor(
+            ct=scan,
+            reference=reference,
+            reference_seed=reference_seed,
+            spacing=spacing,
+            allow_any_anatomy=allow_any_anatomy,
+        )
         # Without a list around them they are one a scan, as what transformers batches and takes apart again has to be.
         return {
             **inputs,

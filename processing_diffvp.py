@@ -24,6 +24,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -35,6 +36,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
+from .anatomy_diffvp import check_chest, measure_coverage
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
@@ -118,13 +120,15 @@ class DiffVPImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
 
     def __call__(
-        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
-    ) -> BatchFeature:
-        return self.preprocess(ct, spacing=spacing, digest=digest, **kwargs)
+        self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
+        **kwargs: Unpack[DiffVPImageProcessorKwargs],
+    ) -> BatchFeature:  # fmt: skip
+        return self.preprocess(ct, spacing=spacing, digest=digest, allow_any_anatomy=allow_any_anatomy, **kwargs)
 
     def preprocess(
-        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
-    ) -> BatchFeature:
+        self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
+        **kwargs: Unpack[DiffVPImageProcessorKwargs],
+    ) -> BatchFeature:  # fmt: skip
         """Read and resample one CT or a list of them. For many, see [`stream`].
 
         Args:
@@ -134,12 +138,15 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 `read_ct(path, metadata=..., series=...)` returns.
             spacing: mm per voxel along x, y, z of bare arrays, which are indexed [x, y, z] in LPS order.
             digest: also take the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
+            allow_any_anatomy: also take scans of other regions than the chest. `False` refuses scans without lungs, as
+                reports do. What a scan holds of them is in `geometry.coverage` either way.
 
         Returns:
             `ct`, (batch, 1, depth, height, width), and `geometry`, a list of [`CTGeometry`].
 
         Raises:
             CTInputError: an input is not a usable chest CT; the message names source, field, value and expectation.
+            CTAnatomyError: the one among them for a CT of another region.
         """
         validate_typed_dict(self.valid_kwargs, kwargs)
         options = self._standardize_kwargs(
@@ -155,8 +162,11 @@ class DiffVPImageProcessor(BaseImageProcessor):
             volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
-                    volume.source, "voxels", "not in Hounsfield units", "allow_non_hu=True with such a scan"
+                    volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
                 )
+            coverage = measure_coverage(volume)
+            if not allow_any_anatomy:
+                check_chest(coverage, volume.source)
             tensor, place = resample(
                 volume,
                 tuple(options["size"][axis] for axis in AXES),
@@ -168,7 +178,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 digest,
             )
             tensors.append(tensor)
-            geometry.append(place)
+            geometry.append(replace(place, coverage=coverage))
         batch = torch.stack(tensors)
         return BatchFeature(
             {"ct": batch.numpy() if options["return_tensors"] == "np" else batch, "geometry": geometry}
@@ -349,6 +359,7 @@ class DiffVPProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         spacing: Sequence[float] | None = None,
         reference_seed: int | None = None,
+        allow_any_anatomy: bool = True,
         **kwargs: Unpack[DiffVPProcessorKwargs],
     ) -> DiffVPBatchFeature:
         """Prepare scans, their references and the instruction for [`DiffVPForConditionalGeneration`].
@@ -362,6 +373,7 @@ class DiffVPProcessor(ProcessorMixin):
             text: instruction for all or for each; `None` is the default one.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed of the sampling; 0 if not given.
+            allow_any_anatomy: `False` refuses scans, and given references, that are not of a chest, as reports do.
             kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
                 given for a scan that is not in Hounsfield units does not apply to a reference that is.
 
@@ -385,7 +397,7 @@ class DiffVPProcessor(ProcessorMixin):
             raise ValueError(f"{len(given)} references for {len(scans)} scans; expected one each, or one for all.")
         if spacing is not None and not any(_is_array(one) for one in scans + given):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
-        features = self._preprocess(scans, spacing, images_kwargs)
+        features = self._preprocess(scans, spacing, images_kwargs, allow_any_anatomy)
         batch = len(features["geometry"])
         # A window of grey values is one of the scan: a reference in Hounsfield units keeps theirs.
         hu_kwargs = images_kwargs
@@ -394,7 +406,10 @@ class DiffVPProcessor(ProcessorMixin):
         if given:
             allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
             volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
-            parts = [self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs) for one in volumes]
+            parts = [
+                self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs, allow_any_anatomy)
+                for one in volumes
+            ]
             references = {"ct": torch.cat([part["ct"] for part in parts])}
             references["geometry"] = [place for part in parts for place in part["geometry"]]
             ids = [place.source for place in references["geometry"]]
@@ -422,9 +437,11 @@ class DiffVPProcessor(ProcessorMixin):
         images = {key: value for key, value in merged["images_kwargs"].items() if key in image_names}
         return {**self.text_kwargs, **merged["text_kwargs"]}, images | {"return_tensors": "pt"}
 
-    def _preprocess(self, scans: list, spacing, images_kwargs: dict) -> BatchFeature:
+    def _preprocess(self, scans: list, spacing, images_kwargs: dict, allow_any_anatomy: bool = True) -> BatchFeature:
         spacing = spacing if any(_is_array(one) for one in scans) else None
-        return self.image_processor(scans, spacing=spacing, digest=True, **images_kwargs)
+        return self.image_processor(
+            scans, spacing=spacing, digest=True, allow_any_anatomy=allow_any_anatomy, **images_kwargs
+        )
 
     def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
         """One reference for each scan, from the pool."""

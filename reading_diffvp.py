@@ -13,7 +13,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 
 from .decoding_diffvp import MAX_BYTES
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
@@ -26,6 +25,7 @@ from .volume_diffvp import (
     CTReadError,
     CTVolume,
     check_shape,
+    is_tensor,
     lps_affine,
     lps_grid,
     make_volume,
@@ -67,10 +67,10 @@ def read_ct(
     if isinstance(ct, CTVolume):
         _refuse(ct.source, **given)
         return ct
-    if isinstance(ct, torch.Tensor):
+    if is_tensor(ct):
         try:
             ct = ct.detach().cpu()
-            ct = (ct.float() if ct.dtype == torch.bfloat16 else ct).numpy()
+            ct = (ct.float() if str(ct.dtype) == "torch.bfloat16" else ct).numpy()
         except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
             raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
     ct = unwrapped(ct)

@@ -9,19 +9,25 @@ Axes. A `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y 
 tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+ millimetres, as in NIfTI.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from isal import igzip
+
+if TYPE_CHECKING:
+    import torch  # takes longer to import than a scan to read: imported where a tensor is made
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
 MIN_SPACING, MAX_SPACING = 0.2, 10.0  # mm
@@ -58,7 +64,7 @@ class CTInputError(ValueError):
     """
 
     def __init__(self, source: str, field: str, found, expected: str):
-        super().__init__(f"{source}: {field} is {found}; expected {expected}.")
+        super().__init__(f"{source}: {field}: {found} (expected {expected})")
         self.source, self.field, self.found, self.expected = source, field, found, expected
 
     def __reduce__(self):
@@ -93,6 +99,7 @@ class CTVolume:
         layout: how grid and Hounsfield units were found, in words.
         slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
+        contrast: True where the header names a contrast medium; `None` where it says nothing.
     """
 
     array: np.ndarray
@@ -106,6 +113,7 @@ class CTVolume:
     slope: float = 1.0
     intercept: float = 0.0
     is_hu: bool = True
+    contrast: bool | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -128,7 +136,7 @@ class CTGeometry:
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
     grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
-    `sha256` `None` where it was not asked for.
+    `sha256` `None` where it was not asked for, and what [`measure_coverage`] finds of the lungs.
     """
 
     source: str
@@ -143,6 +151,7 @@ class CTGeometry:
     size: tuple[int, int, int]
     offset: tuple[float, float, float]
     scale: tuple[float, float, float]
+    coverage: dict | None = None
 
     @property
     def tensor_spacing(self) -> tuple[float, float, float]:
@@ -173,7 +182,7 @@ class CTGeometry:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: "Mapping | CTGeometry") -> "CTGeometry":
+    def from_dict(cls, values: Mapping | CTGeometry) -> CTGeometry:
         """The inverse of `to_dict`, also after a way through JSON or `datasets`, which turn tuples into lists, or into
         arrays or tensors where the dataset has that format.
 
@@ -187,7 +196,7 @@ class CTGeometry:
 
 def _frozen(value):
     """Lists, arrays and tensors as tuples of numbers, however nested."""
-    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+    if isinstance(value, (np.ndarray, np.generic)) or is_tensor(value):
         value = value.tolist()
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
@@ -251,13 +260,18 @@ def make_volume(
     )
 
 
+def is_tensor(value) -> bool:
+    """Whether it is a torch tensor, without importing torch: who has one has imported it."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
+
+
 def lps_affine(spacing, source: str) -> np.ndarray:
     """RAS affine of an array in LPS order, with the origin at its first voxel."""
     expected = "three numbers (x, y, z) in mm, above 0"
     try:
         numbers = tuple(float(mm) for mm in spacing)
     except (TypeError, ValueError) as error:
-        raise CTGeometryError(source, "spacing", f"a {type(spacing).__name__} without them", expected) from error
+        raise CTGeometryError(source, "spacing", f"a value of type {type(spacing).__name__}", expected) from error
     if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative one would mirror the patient
         raise CTGeometryError(source, "spacing", numbers, expected)
     return LPS_TO_RAS @ np.diag([*numbers, 1.0])
@@ -290,7 +304,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
     low, high = sorted(value * slope + intercept for value in stored)  # a slope below 0 exchanges them
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
+        raise CTIntensityError(source, "voxels", "some are NaN or infinite", "finite numbers")
     if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
         raise CTIntensityError(source, "voxel range", f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}")
     if low == high:
@@ -309,8 +323,8 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             source,
             "soft tissue",
             f"{soft:.1%} of the voxels",
-            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU: a rescale is "
-            "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
+            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU; a rescale is "
+            "missing or was applied twice, or the bytes of a voxel are in the other order; allow_non_hu=True accepts "
             "it with your own hu_window",
         )
     if in_range:
@@ -320,23 +334,23 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             "hu_window",
         )  # fmt: skip
     if low >= 0 and high <= 255:
-        reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
+        reason = "this looks like an 8-bit export as of CTRG, whose Hounsfield units are lost"
     elif low >= 0:
-        reason = "the rescale to HU is missing (as in version 1 of CT-RATE: pass the scan's metadata)"
+        reason = "the rescale to HU is missing, as in version 1 of CT-RATE, where metadata= states it"
     else:
         reason = "a rescale is missing or was applied twice"
     raise CTIntensityError(
         source,
         "voxel range",
         f"{low:g} to {high:g}",
-        f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}: {reason}. "
+        f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}; {reason}; "
         "allow_non_hu=True accepts it with your own hu_window",
     )
 
 
 def _check_affine(affine: np.ndarray, source: str) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise CTGeometryError(source, "affine", "not finite", "a 4x4 matrix of finite numbers")
+        raise CTGeometryError(source, "affine", "not 4x4 or not finite", "a 4x4 matrix of finite numbers")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing, spacing, 1))) < 1e-3:
         raise CTGeometryError(source, "affine", "singular", "three independent axes")
@@ -347,14 +361,14 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     tilt = np.abs(units.T @ units - np.eye(3)).max()
     if tilt > MAX_TILT_COSINE:
         found = f"{90 - math.degrees(math.acos(min(1.0, tilt))):.1f} degrees"
-        raise CTGeometryError(source, "tilt between the axes (gantry tilt)", found, "axes at right angles")
+        raise CTGeometryError(source, "gantry tilt", found, "axes at right angles")
     rotation = math.degrees(math.acos(min(1.0, np.abs(units).max(axis=0).min())))
     if rotation > MAX_ROTATION:
         raise CTGeometryError(
             source,
             "rotation against the patient's axes",
             f"{rotation:.0f} degrees",
-            f"at most {MAX_ROTATION:.0f}: resample the scan to its closest axial grid first",
+            f"at most {MAX_ROTATION:.0f} degrees; resample the scan to its closest axial grid first",
         )
 
 
@@ -437,6 +451,8 @@ def resample(
     # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
     result *= np.float32(2 / (high - low))
     result -= 1
+    import torch
+
     tensor = torch.from_numpy(np.clip(result, -1, 1, out=result))[None]
     geometry = CTGeometry(
         source=volume.source,
@@ -519,7 +535,7 @@ class _Taps:
         used = self.indices[self.weights > 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
 
-    def shifted(self, start: int) -> "_Taps":
+    def shifted(self, start: int) -> _Taps:
         """The same on an input that begins at `start`."""
         return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
 
@@ -569,7 +585,7 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping
         float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
     """
     geometry = CTGeometry.from_dict(geometry)
-    values = torch.as_tensor(map).detach().cpu().float().numpy()
+    values = np.asarray(map.detach().cpu().float() if is_tensor(map) else map, dtype=np.float32)
     if values.shape != geometry.size:
         raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
     for lps, axis in ((0, 2), (1, 1), (2, 0)):  # of [z, y, x]
@@ -618,6 +634,7 @@ __all__ = [
     "CTReadError",
     "CTVolume",
     "check_shape",
+    "is_tensor",
     "lps_affine",
     "lps_grid",
     "make_volume",

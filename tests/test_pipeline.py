@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from transformers import TextIteratorStreamer, pipeline
@@ -18,8 +19,8 @@ from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.volume_diffvp import CTInputError
 
-from .ct_samples import SPACING, make_ct
-from .hub_samples import make_pushable, write_scan
+from .ct_samples import SPACING
+from .hub_samples import make_chest, make_pushable, write_scan
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,23 @@ def test_seed_of_the_reference(pipe, scans):
 
 def test_arrays_and_bad_scans(parts, scans):
     pipe = DiffVPPipeline(model=parts[0], processor=parts[1], device="cpu")
-    found = pipe(make_ct(seed=11), reference=scans[1], spacing=SPACING)
+    found = pipe(make_chest(11), reference=scans[1], spacing=SPACING)
     assert found["report"] == pipe(scans[0], reference=scans[1])["report"]
     with pytest.raises(CTInputError, match="spacing"):
-        pipe(make_ct(seed=11))
+        pipe(make_chest(11))
+
+
+def test_reports_are_of_chests_unless_asked_otherwise(pipe, scans, tmp_path):
+    array = np.full((24, 24, 20), -1000, np.int16)
+    array[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(0, 100, (16, 16, 16))
+    nib.save(nib.Nifti1Image(array, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "knee.nii.gz")
+    knee = str(tmp_path / "knee.nii.gz")
+    for call in (lambda: pipe(knee), lambda: pipe([scans[0], knee]), lambda: pipe(scans[0], reference=knee)):
+        with pytest.raises(ValueError, match="lungs") as caught:
+            call()
+        assert type(caught.value).__name__ == "CTAnatomyError"
+    assert pipe(knee, allow_any_anatomy=True)["geometry"].coverage["lung_volume_ml"] == 0
+    assert pipe(scans[0])["geometry"].coverage["lung_extent_mm"] > 0
 
 
 class Recorder(BaseStreamer):
