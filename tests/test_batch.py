@@ -339,7 +339,7 @@ def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
     result = run(cohort, "--checkpoint", checkpoint, "--output", output)
     assert result.exit_code == 2 and "choose another output" in " ".join(result.stderr.split())
     result = run(tmp_path / "absent.txt", "--checkpoint", checkpoint)
-    assert result.exit_code == 2 and "FileNotFoundError" in result.stderr
+    assert result.exit_code == 2 and "absent.txt: list: missing" in result.stderr
     (checkpoint / "references").rename(tmp_path / "aside")
     try:
         result = run(cohort, "--checkpoint", checkpoint, "--output", tmp_path / "other.jsonl")

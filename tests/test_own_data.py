@@ -156,13 +156,13 @@ def test_reports_that_do_not_fit_are_named_together(finetune, tmp_path):
 def test_a_pool_without_a_scan_on_the_training_side_is_refused(own, finetune):
     (own / "normal.txt").write_text("")
     [found] = problems(finetune)
-    assert "pool of references is empty" in found
+    assert "pool of references: empty" in found
     first = sorted(own.glob("*.nii.gz"))[0].name.removesuffix(".nii.gz")
     (own / "normal.txt").write_text(first + "\n")
     [found] = problems(finetune, ["data.validation_fraction=0.05"])
     assert "one scan" in found and "its own reference" in found
     [found] = problems(finetune, ["data.pool=null"])
-    assert "pool of references is empty" in found, "there are no labels that would tell"
+    assert "pool of references: empty" in found, "there are no labels that would tell"
 
 
 def test_unreadable_volumes_are_listed_and_left_out_if_the_file_says_so(own, finetune, tmp_path):
