@@ -299,7 +299,7 @@ def score(
     reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids, of generated and of true reports.")],
     id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
     prediction_column: Annotated[str, typer.Option(help="Column that holds the generated reports.")] = "prediction",
-    reference_column: Annotated[str, typer.Option(help="Column that holds the true reports.")] = "reference",
+    reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
     labels: Annotated[
         Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
     ] = None,
@@ -308,9 +308,7 @@ def score(
     ] = None,
     training_column: Annotated[str, typer.Option(help="Column that holds the training reports.")] = "report",
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
-    regions: Annotated[
-        str | None, typer.Option(help="Also score each region; report format: diffvp or reg2rg.")
-    ] = None,
+    regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
         Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
     ] = None,
