@@ -33,7 +33,7 @@ out, err = Console(), Console(stderr=True)  # results; progress, warnings, error
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
-Engine = Annotated[str, typer.Option(help="What decodes: transformers, or vllm (docs/scaling.md).")]
+Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or vllm (docs/scaling.md).")]
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
@@ -85,12 +85,14 @@ def report(
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of the reference.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
-    series: Annotated[str | None, typer.Option(help="Which DICOM series of several: number or UID.")] = None,
+    series: Annotated[
+        str | None, typer.Option(help="DICOM series to read if there are several (number or UID).")
+    ] = None,
     spacing: Annotated[
         tuple[float, float, float] | None,
-        typer.Option(help="mm along x, y, z of a NIfTI in LPS order whose header is blank."),
+        typer.Option(help="Voxel size in mm along x, y, z, for a NIfTI file with a blank header."),
     ] = None,
     metadata: Annotated[
         Path | None, typer.Option(help="CT-RATE's metadata table, for scans of its version 1 with blank headers.")
@@ -99,7 +101,7 @@ def report(
         bool, typer.Option("--allow-non-hu", help="Accept voxels that are not Hounsfield units.")
     ] = False,
     hu_window: Annotated[
-        tuple[float, float] | None, typer.Option(help="Values that become -1 and 1 (default: the checkpoint's).")
+        tuple[float, float] | None, typer.Option(help="HU at the ends of the window (default: the checkpoint's).")
     ] = None,
     foreground_hu: Annotated[
         float | None, typer.Option(help="HU threshold separating patient from air (default: the checkpoint's).")
@@ -137,7 +139,7 @@ def batch(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
 ) -> None:
@@ -247,10 +249,8 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data; say what the run would take; train nothing.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Devices that the dry run reckons with.")] = 1,
-    tflops: Annotated[
-        float | None, typer.Option(help="TFLOP/s that one of them does on such a model, for the time.")
-    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of devices to estimate for.")] = 1,
+    tflops: Annotated[float | None, typer.Option(help="Sustained TFLOP/s per device, used to estimate time.")] = None,
 ) -> None:
     """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
@@ -276,8 +276,8 @@ def train(
 def label(
     reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids and one of reports.")],
     output: Annotated[Path, typer.Option(help="CSV file for the ids and the 18 labels, 0 or 1.")],
-    report_column: Annotated[str, typer.Option(help="Its name in the table.")] = "report",
-    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
+    report_column: Annotated[str, typer.Option(help="Column that holds the reports.")] = "report",
+    id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
     explain: Annotated[
         Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
     ] = None,
@@ -301,8 +301,8 @@ def label(
 @app.command()
 def score(
     reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids, of generated and of true reports.")],
-    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
-    prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
+    id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
+    prediction_column: Annotated[str, typer.Option(help="Column that holds the generated reports.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
     nearest_column: Annotated[
         str | None, typer.Option(help="Column with the report of the most similar training scan, for a baseline.")
@@ -313,7 +313,7 @@ def score(
     training: Annotated[
         Path | None, typer.Option(help="CSV file of training reports, for the constant report and the prevalences.")
     ] = None,
-    training_column: Annotated[str, typer.Option(help="Its name in the table of training reports.")] = "report",
+    training_column: Annotated[str, typer.Option(help="Column that holds the training reports.")] = "report",
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
     regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
@@ -361,12 +361,14 @@ def experiment(
     names: Annotated[
         list[str], typer.Argument(help="Tables and figures of the paper, such as table4, and KEY=VALUE.")
     ],
-    study: Annotated[Path, typer.Option(help="What they are made on.")] = Path("configs/study_phantom.yaml"),
+    study: Annotated[Path, typer.Option(help="Study file: data, training, test set.")] = Path(
+        "configs/study_phantom.yaml"
+    ),
     runs: Annotated[Path, typer.Option(help="Folder of the models and reports; what is there is used.")] = Path(
         "runs"
     ),
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("experiments/results"),
-    seed: Annotated[list[int] | None, typer.Option(help="Instead of the table's seeds, for a trial.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Override the table's seeds.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = os.cpu_count() or 1,
     jobs: Annotated[
         int, typer.Option(min=1, help="Models that are trained at once, each on a part of the cores.")
@@ -406,7 +408,7 @@ def experiment(
 def serve_page(
     checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     with _one_line_errors(ModuleNotFoundError):  # the extra `app` is not installed
