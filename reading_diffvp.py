@@ -9,6 +9,7 @@ would inflate to gigabytes, is refused at once. Each format has a file of its ow
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -146,34 +147,39 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
     Args:
         error: that there is none; raised where there is nothing else, either.
     """
-    archive = None if path.is_dir() else path
-    if archive is None:
+    content, archived = None, not path.is_dir()
+    if not archived:
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:
         try:
-            with zipfile.ZipFile(archive) as members:  # within its limits, or it were another error
-                found = [Path(name) for name in members.namelist()]
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
-            raise error from None
-    found = sorted(file for file in found if _format(file) and file.name[:2] != "._")  # macOS's copies of attributes
+            with zipfile.ZipFile(path) as archive:  # within its limits, or it were another error
+                members = {Path(one.filename): one for one in archive.infolist() if _is_scan(one.filename)}
+                found = list(members)
+                if len(found) == 1 and _format(found[0]) == "NIfTI" and members[found[0]].file_size <= MAX_BYTES:
+                    content = archive.read(members[found[0]])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as damage:
+            raise CTReadError(path.name, "content", "a damaged archive", "a zip that passes its checksums") from damage
+    found = sorted(file for file in found if _is_scan(str(file)))
     if not found:
         raise error
-    if len(found) == 1 and archive is None:
+    if len(found) == 1 and not archived:
         return read_ct(found[0], allow_non_hu=allow_non_hu, series=series)
-    if len(found) == 1 and _format(found[0]) == "NIfTI":
-        _refuse(archive.name, series=series)
-        with zipfile.ZipFile(archive) as members:
-            [member] = [one for one in members.infolist() if Path(one.filename) == found[0]]
-            if member.file_size <= MAX_BYTES:
-                return read_nifti(members.read(member), found[0].name, allow_non_hu=allow_non_hu)
+    if content is not None:
+        _refuse(path.name, series=series)
+        return read_nifti(content, found[0].name, allow_non_hu=allow_non_hu)
     formats = " and ".join(sorted({_format(file) for file in found}))
     names = ", ".join(file.name for file in found[:SHOWN_FILES]) + (", ..." if len(found) > SHOWN_FILES else "")
-    expected = f"one scan: {'' if archive is None else 'unpack it and '}give the path of the file"
+    expected = f"one scan: {'unpack it and ' if archived else ''}give the path of the file"
     raise CTReadError(path.name, "content", f"no DICOM file, but {formats} ({names})", expected) from error
 
 
-def _format(path: Path) -> str | None:
-    return next((name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix)), None)
+def _is_scan(name: str) -> bool:
+    """Whether a file is one of these formats, and none of macOS's copies of attributes, nor a folder of an archive."""
+    return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
+
+
+def _format(path: Path) -> str:
+    return next(name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix))
 
 
 def _source(ct) -> str:

@@ -137,6 +137,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     """
     from datasets import Dataset, Nifti
 
+    dataset = dataset.with_format(None)  # NumPy's and torch's numbers are for models
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
         raise DatasetError([Problem(source, None, "columns of type Nifti", f"{len(columns)}", "1, the scans")])

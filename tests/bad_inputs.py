@@ -217,6 +217,11 @@ def scans(*names: str, content: bytes | None = None, archive: str | None = None)
     return make
 
 
+def damaged(path: Path) -> Path:
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
+    return path
+
+
 def members(raw: bytes, length: int) -> bytes:
     """The same bytes in gzip members of a fixed length, as bgzip writes them."""
     return b"".join(pack(raw[start : start + length]) for start in range(0, len(raw), length))
@@ -256,6 +261,9 @@ NIFTI = {
     "two scans in a zip": (scans("a.nii", "b.nii", archive="scans.zip"), READ, "content"),
     "a scan cut off, in a folder": (scans("a.nii", content=RAW[:-99]), READ, "file size"),
     "a scan cut off, in a zip": (scans("a.nii", content=RAW[:-99], archive="scans.zip"), READ, "file size"),
+    "a scan with a flipped byte, in a zip": (
+        lambda folder: damaged(scans("a.nii.gz", content=GZ, archive="scans.zip")(folder)), READ, "content",
+    ),
     "a MetaImage in a zip": (scans("a.mha", content=b"", archive="scans.zip"), READ, "content"),
     "wrong magic": (nifti(magic=b"n+7"), READ, "magic"),
     "magic of a pair": (nifti(magic=b"ni1"), READ, "magic"),

@@ -12,6 +12,8 @@ import SimpleITK as sitk
 import torch
 from accelerate.utils import send_to_device
 
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.data.table import hub_cases
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, each, is_many
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometry, CTInputError, save_map, to_input_grid
@@ -155,6 +157,18 @@ def test_a_column_of_another_length_is_refused_before_a_scan_is_read(processor, 
             processor(ct=["missing.nii", "missing.nii"], reference=paths[0], text=texts)
     with pytest.raises(ValueError, match="3 references for 2 scans"):
         processor(ct=paths[:2], reference=rows["ct"])
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
+def test_cases_of_a_dataset_are_the_same_in_every_format(rows, form):
+    """Labels and flags are numbers of that format."""
+    values = {"report": TEXTS, "normal": [1, 0, 1]} | {label: [0, 1, 0] for label in DIAGNOSIS_LABELS}
+    dataset = datasets.concatenate_datasets([rows.select_columns("ct"), datasets.Dataset.from_dict(values)], axis=1)
+    expected = list(hub_cases(dataset))
+    for formatted in (dataset.with_format(form), dataset.to_iterable_dataset().with_format(form)):
+        found = list(hub_cases(formatted))
+        assert [case.identity for case in found] == [case.identity for case in expected]
+        assert [case.normal for case in found] == [True, False, True]
 
 
 # What `map` stores

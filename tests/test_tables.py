@@ -75,6 +75,11 @@ def test_any_text_comes_back(tmp_path_factory, rows, separator, encoding):
     assert [fields for _, fields in read_table(path)] == rows
 
 
+def test_two_marks_are_none_of_a_column(folder):
+    (folder / "metadata.csv").write_bytes("\ufeff".encode() + written(ROWS, ";", "utf-8-sig"))
+    assert len(load_table(folder)) == 2
+
+
 def test_labels_are_read_with_any_mark_and_separator(tmp_path):
     rows = [["VolumeName", *DIAGNOSIS_LABELS], ["valid_1_a_1.nii.gz", *"010000000000000001"]]
     for encoding in ENCODINGS:
