@@ -18,10 +18,10 @@ from diffvp.data.cases import DatasetError, plain_text, read_csv
 from diffvp.data.ctrg import load_ctrg
 from diffvp.data.table import load_table
 from diffvp.hub.batch import list_scans
+from diffvp.metrics import report_table
 from diffvp.metrics.clinical_efficacy.reports import read_label_table
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.labelers.table import label_table
-from diffvp.metrics.report_table import _read_pairs
 from diffvp.nifti_diffvp import read_table
 from diffvp.reading_diffvp import CTMetadata, load_metadata
 from diffvp.volume_diffvp import CTReadError
@@ -171,11 +171,21 @@ def test_every_table_of_reports_is_cleaned(folder):
         json.dumps({"train": [{"id": "7", "finding": DIRTY}]}), encoding="utf-8-sig"
     )
     assert load_ctrg(folder, "train")[0].report == CLEAN
-    (folder / "scores.csv").write_bytes(
-        written([["id", "prediction", "reference"], ["a", DIRTY, DIRTY]], "\t", "utf-16")
-    )
-    # What a model has written is scored as it is.
-    assert _read_pairs(folder / "scores.csv", "id", "prediction", "reference") == (["a"], [DIRTY], [CLEAN])
+
+
+def test_true_reports_are_scored_clean_and_generated_ones_as_they_were_written(folder, monkeypatch):
+    class Scored(Exception):
+        """With the predictions and references that would have been."""
+
+    def score(predictions, references, **options):
+        raise Scored(list(predictions), list(references))
+
+    monkeypatch.setattr(report_table, "score_reports", score)
+    rows = [["id", "prediction", "reference"], ["a", DIRTY, DIRTY]]
+    (folder / "scores.csv").write_bytes(written(rows, "\t", "utf-16"))
+    with pytest.raises(Scored) as scored:
+        report_table.score_table(folder / "scores.csv", RuleLabeler())
+    assert scored.value.args == ([DIRTY], [CLEAN])
 
 
 def test_a_labeler_reads_the_cleaned_text(folder):
