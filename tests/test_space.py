@@ -274,6 +274,13 @@ def test_what_is_no_scan_is_refused_and_deleted(desk, tmp_path, name, content, m
     assert not path.exists()
 
 
+def test_scan_without_lungs_is_refused_and_deleted(desk, tmp_path):
+    path = save(tmp_path / "hash" / "knee.nii.gz", np.where(body(1) == -850, np.int16(40), body(1)))
+    with pytest.raises(CTInputError, match="knee.nii.gz: lungs: "):
+        desk.receive(path)
+    assert not path.exists()
+
+
 def test_too_large_a_file_is_refused_before_it_is_read(desk, tmp_path, monkeypatch):
     path = tmp_path / "hash" / "scan.nii"
     path.parent.mkdir()
