@@ -67,6 +67,7 @@ _LOADER_KEYS = {
     "quantization_config",
     "torch_dtype",
     "transformers_version",
+    "use_cache",  # `Trainer` sets it
 }
 
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
