@@ -99,6 +99,8 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         report = _span(cases, data.report_cases, "report_cases")
         cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, _pool(data, cases, report))
     check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
+    if data.validation_fraction is None and config.init_from is None:
+        check_stages_apart(cohort)
     problems = []
     if config.stage != "diagnosis":
         problems += _pool_problems(cohort)
@@ -109,6 +111,18 @@ def load_cohort(config: TrainingConfig) -> Cohort:
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort
+
+
+def check_stages_apart(cohort: Cohort) -> None:
+    """
+    Raises:
+        DatasetError: a patient is in both stages, which the spans are meant to keep apart: the findings that the
+            classifier predicts of it are nearly true, as those of no new patient will be.
+    """
+    known = {case.patient_id for case in cohort.diagnosis}
+    both = {case.patient_id: case for case in cohort.report if case.patient_id in known}
+    found, expected = "in diagnosis_cases and in report_cases", "one of the two: move their borders"
+    raise_problems([Problem("splits", case.row, "patient_id", found, expected, case.name) for case in both.values()])
 
 
 def fetch_hub(data: DataSection) -> list[Case]:
