@@ -15,6 +15,7 @@ import nibabel as nib
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
@@ -180,19 +181,24 @@ def test_a_step_is_the_same_in_any_number_of_parts(model, tmp_path):
     assert_same_gradients(at_once, {name: one.grad for name, one in model.named_parameters() if one.requires_grad})
 
 
-def train_in_two_processes(model, folder) -> None:
-    """Top-level, for the launcher."""
+def forget_parent() -> None:
+    """accelerate's state of the parent, in which there is one process, comes along with the fork."""
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train_in_two_processes(model, folder) -> None:
+    forget_parent()
     found = step_gradients(model, folder / "run", 4, 1)
-    if int(os.environ["RANK"]) == 0:
-        save_file(found, folder / "gradients.safetensors")
+    save_file(found, folder / f"gradients-{torch.distributed.get_rank()}.safetensors")
 
 
-def test_a_step_is_the_same_in_two_processes(model, tmp_path):
-    at_once = step_gradients(model, tmp_path / "one", 8, 1)
-    model.zero_grad()
-    debug_launcher(train_in_two_processes, (model, tmp_path), num_processes=2)
-    assert_same_gradients(at_once, load_file(tmp_path / "gradients.safetensors"))
+def test_a_step_is_the_same_in_two_processes(make_model, tmp_path):
+    at_once = step_gradients(make_model(lora=True), tmp_path / "one", 8, 1)
+    debug_launcher(train_in_two_processes, (make_model(lora=True), tmp_path), num_processes=2)
+    for rank in (0, 1):
+        assert_same_gradients(at_once, load_file(tmp_path / f"gradients-{rank}.safetensors"))
 
 
 @pytest.mark.parametrize("fields", [{}, {"difference_level": "none"}, {"use_global_delta": False}])
@@ -329,7 +335,8 @@ def test_what_a_case_lacks_is_said(processor, scans, change, message):
 
 
 def tell_epochs(folder, seedable: bool) -> None:
-    """Top-level, for the launcher: the epochs in which a case was asked for, or the error."""
+    """The epochs in which cases were asked for, or the error."""
+    forget_parent()
     dataset = DiffVPDataset([{"index": index} for index in range(8)])
     seen = []
 
@@ -339,8 +346,9 @@ def tell_epochs(folder, seedable: bool) -> None:
             return {"loss": super().forward(torch.ones(1)).sum()}
 
     arguments = TrainingArguments(
-        str(folder / "run"), num_train_epochs=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        remove_unused_columns=False, accelerator_config={"use_seedable_sampler": seedable},
+        str(folder / "run"), num_train_epochs=2, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        accelerator_config={"use_seedable_sampler": seedable},
     )  # fmt: skip
     trainer = Trainer(
         Linear(1, 1), arguments, lambda cases: {"epoch": torch.tensor([case["epoch"] for case in cases])}, dataset
@@ -350,7 +358,7 @@ def tell_epochs(folder, seedable: bool) -> None:
         answer = seen
     except RuntimeError as error:
         answer = str(error)
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(answer))
+    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(answer))
 
 
 def test_every_process_is_told_the_epoch_or_says_that_it_is_not(tmp_path):
