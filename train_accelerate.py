@@ -124,6 +124,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     model.generation_config = own_generation_config(
         model.generation_config, processor.tokenizer, config.report.max_report_tokens
     )
+    model.config.true_findings = config.report.true_findings if model.config.use_diagnosis else None
     raise_problems(check_reports(cohort, processor, config.report, model))
     model.to(accelerator.device)  # before the caches, which it computes
     volumes = make_volumes(config, processor.image_processor)
