@@ -132,6 +132,16 @@ class DiffVPConfig(PreTrainedConfig):
     """
 
     model_type = "diffvp"
+    # What `Trainer` does not gather of an evaluation: its predictions are the logits, as those of any causal LLM.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "latents",
+        "reference_latents",
+        "difference_weights",
+        "diagnosis_logits",
+        "generation_loss",
+        "classification_loss",
+    ]
     sub_configs = {"text_config": AutoConfig}  # the later sub_configs_defaults does not exist in transformers 5.19
 
     # Base LLM

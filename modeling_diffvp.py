@@ -443,9 +443,10 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
         text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
-        if "position_ids" in inspect.signature(self.language_model.forward).parameters:
+        accepted = inspect.signature(self.language_model.forward).parameters
+        if "position_ids" in accepted:
             kwargs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # of real tokens alone
-        if labels is not None:
+        if labels is not None and "use_cache" in accepted:
             kwargs.setdefault("use_cache", False)  # nothing is decoded: the keys of all layers would only cost memory
         decoded = self.language_model(
             inputs_embeds=embeddings,

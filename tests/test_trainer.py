@@ -224,6 +224,25 @@ def test_a_loss_that_trainer_would_compute_itself_is_refused(model, tmp_path, op
     assert difference(model, before) == 0
 
 
+def test_predictions_are_the_logits(model, tmp_path):
+    def compute_metrics(prediction):
+        kept = prediction.label_ids[0][:, 1:] != -100
+        right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[0][:, 1:]
+        return {"accuracy": right[kept].mean()}
+
+    trainer = make_trainer(model, tmp_path, save_strategy="no", per_device_eval_batch_size=3)
+    trainer.compute_metrics = compute_metrics
+    metrics = trainer.evaluate()
+    batch = collate([Cases()[index] for index in range(8)])
+    with torch.no_grad():
+        result = model.eval()(**batch)
+    labels = batch["labels"][:, 1:]
+    right = result.logits[:, :-1].argmax(-1) == labels
+    assert metrics["eval_accuracy"] == pytest.approx(float(right[labels != -100].float().mean()))
+    del batch["labels"], batch["diagnosis_labels"]
+    assert trainer.predict(Cases()).predictions.shape == tuple(result.logits.shape)
+
+
 def test_what_cannot_be_saved_is_said_before_the_first_step(model, tmp_path):
     model.generation_config = GenerationConfig(do_sample=False, temperature=0.5)
     with pytest.raises(ValueError, match="temperature"):
