@@ -4,6 +4,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,23 @@ def test_too_high_a_rate_ends_the_run_with_the_reason(stage_one, tmp_path):
     losses = [line["loss"] for line in read_log(tmp_path / "run")]
     assert len(losses) == 1 and math.isfinite(losses[0])
     assert not (tmp_path / "run/model").exists()
+
+
+def test_both_of_two_processes_end_there(stage_one, tmp_path):
+    """And none waits for the other."""
+    script = tmp_path / "script.py"
+    script.write_text("from diffvp.train_accelerate import main\nmain()\n")
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d")
+    rates = ("report.learning_rate=1e30", "report.lora_learning_rate=1e29", "report.epochs=3")
+    done = subprocess.run(
+        [*command, "--rdzv_endpoint=localhost:0", script, stage_one, *REPORT, *rates],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0 and "TrainingDivergedError: Stage report, step 2" in done.stderr
+    assert len(read_log(tmp_path / "run")) == 1 and not (tmp_path / "run/model").exists()
 
 
 @pytest.mark.parametrize(("call", "message"), [(1, "step 1: .*Nothing is trained yet.*base.dtype"), (3, "step 3: ")])
