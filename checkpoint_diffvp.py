@@ -19,14 +19,17 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from .bases_diffvp import check_language_model
 from .configuration_diffvp import DiffVPConfig
+from .generation_diffvp import own_generation_config
 from .pipeline_diffvp import CUSTOM_PIPELINES
 
 WEIGHTS_NAME = "model.safetensors"
@@ -124,6 +127,17 @@ def _gguf_read_once() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
+def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
+    """The tokenizer of a base LLM; `None` where none lies beside its weights, or in a GGUF, of which it is slow."""
+    path, gguf_file = locate_base_model(name, revision, gguf_file)
+    if gguf_file is not None:
+        return None
+    options = {"revision": revision or "main"}
+    if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options) is None:
+        return None
+    return AutoTokenizer.from_pretrained(path, **options)
+
+
 def locate_adapter(name: str, **hub_kwargs) -> str | None:
     """
     The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
@@ -144,16 +158,21 @@ def locate_adapter(name: str, **hub_kwargs) -> str | None:
     return str(Path(weights).parent)
 
 
-def load_own_weights(model: nn.Module, name: str, prefix_of_base: str, **hub_kwargs) -> None:
+def load_own_weights(model: nn.Module, name: str, prefix_of_base: str, **hub_kwargs) -> dict[str, torch.Tensor]:
     """
     Strictly load a checkpoint's `model.safetensors` into everything of `model` but the base LLM.
+
+    Returns:
+        weights of the adapter that are in the same file.
 
     Raises:
         DiffVPCheckpointError: a weight is missing, unexpected or of another shape.
     """
     path = cached_file(name, WEIGHTS_NAME, **hub_kwargs)
-    state = load_file(path)
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(prefix_of_base)}
+    state, present = load_file(path), model.state_dict()
+    # `Trainer` finds the adapter here, too (see `save_pretrained`), which is not in the model yet.
+    adapter = {key: state.pop(key) for key in set(state) - set(present) if key.startswith(prefix_of_base)}
+    own = {key: value for key, value in present.items() if not key.startswith(prefix_of_base)}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     mismatched = [
         f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
@@ -166,6 +185,7 @@ def load_own_weights(model: nn.Module, name: str, prefix_of_base: str, **hub_kwa
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
+    return adapter
 
 
 class DiffVPCheckpointMixin:
@@ -204,9 +224,10 @@ class DiffVPCheckpointMixin:
             base_model_gguf_file=base_model_gguf_file,
             **(config or {}),
         )
+        decoding = own_generation_config(language_model.generation_config, base_tokenizer(*base))
         model = cls(model_config, language_model=language_model)
         model._place_own_modules()
-        model.generation_config = copy.deepcopy(language_model.generation_config)
+        model.generation_config = decoding
         if lora_config is not None:
             language_model.add_adapter(lora_config)
         return model.eval()
@@ -267,7 +288,7 @@ class DiffVPCheckpointMixin:
             if found != expected:
                 raise DiffVPCheckpointError(f"{base[0]}: {field} is {found}, the checkpoint was made for {expected}.")
         model = cls(config, language_model=language_model)
-        load_own_weights(model, pretrained_model_name_or_path, BASE_PREFIX, **hub_kwargs)
+        same_step = load_own_weights(model, pretrained_model_name_or_path, BASE_PREFIX, **hub_kwargs)
         model._place_own_modules()
         adapter = locate_adapter(pretrained_model_name_or_path, **hub_kwargs)
         if config.has_adapter and adapter is None:
@@ -276,6 +297,14 @@ class DiffVPCheckpointMixin:
             )
         if adapter is not None:
             language_model.load_adapter(adapter, is_trainable=is_trainable)
+        loaded = model.state_dict()
+        if not all(
+            key in loaded and torch.equal(loaded[key].cpu(), value.to(loaded[key].dtype))
+            for key, value in same_step.items()
+        ):
+            raise DiffVPCheckpointError(
+                f"{pretrained_model_name_or_path}: {WEIGHTS_NAME} and {ADAPTER_SUBFOLDER}/ are of different steps."
+            )
         model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         model.name_or_path = str(pretrained_model_name_or_path)
         model.eval()
@@ -308,6 +337,9 @@ class DiffVPCheckpointMixin:
 
         state = self.state_dict() if state_dict is None else state_dict
         own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
+        if Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            # What `Trainer` goes on from, and takes the best model from: it reads this one file, and no adapter.
+            own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
         if self.language_model._hf_peft_config_loaded:
             adapter_config = next(iter(self.language_model.peft_config.values()))
             # PEFT would write the path that the base happened to be loaded from on this machine.
@@ -324,6 +356,41 @@ class DiffVPCheckpointMixin:
         super().save_pretrained(save_directory, is_main_process, own, **kwargs)
         if push_to_hub:  # only now: transformers would take the adapter, which is there already, for an old file
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def adapter_keys(self) -> set[str]:
+        """Names in the state dict of what `adapter/` holds, and of whatever else of the LLM is trained."""
+        language_model = self.language_model
+        inside = tuple(
+            f"{name}.{part}"
+            for name, module in language_model.named_modules()
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            for part in module.adapter_layer_names
+        )
+        adapter = {key for key in language_model.state_dict() if key.startswith(inside)}
+        trained = {name for name, parameter in language_model.named_parameters() if parameter.requires_grad}
+        return {f"{BASE_PREFIX}{key}" for key in adapter | trained}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """
+        As `torch.nn.Module` does; and own weights are never set without those of the adapter that belong to them.
+
+        Raises:
+            DiffVPCheckpointError: a `model.safetensors` without adapter, for a model that has one.
+        """
+        expected, adapter = self.state_dict().keys(), self.adapter_keys()
+        own = {key for key in expected if not key.startswith(BASE_PREFIX)}
+        if own <= state_dict.keys() and not adapter <= state_dict.keys():
+            lost = len(adapter - state_dict.keys())
+            raise DiffVPCheckpointError(
+                f"These are the weights of a checkpoint without its adapter: {lost} are missing. They would be mixed "
+                "with the adapter of this model. Load it with from_pretrained; "
+                f"Trainer resumes from folders {PREFIX_CHECKPOINT_DIR}-N, which it has saved itself."
+            )
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if self.config.base_model_name_or_path is not None:  # the base LLM is here by its name, and not missing
+            missing = [key for key in result.missing_keys if not key.startswith(BASE_PREFIX)]
+            result.missing_keys[:] = missing
+        return result
 
     def merge_adapter(self) -> None:
         """Fold LoRA into the LLM's weights in place: the same outputs, decoded faster, no longer trainable."""
