@@ -50,12 +50,15 @@ from .checkpoint_diffvp import (
 )
 from .configuration_diffvp import DiffVPConfig
 from .modules_diffvp import (
+    DiffVPAlignedDifference,
     DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
     DiffVPVisionEncoder,
+    named_places,
+    words_of,
 )
 from .pipeline_diffvp import CUSTOM_PIPELINES
 
@@ -189,6 +192,8 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
         self.classification_head = nn.Linear(config.visual_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
+        # CODEPATH: compares voxel tokens, where the paper's model compares latents.
+        self.aligned_difference = DiffVPAlignedDifference(config) if config.difference_level == "aligned" else None
         self.global_delta = self.prompt_generator = None
         # CODEPATH: "none" is the baseline without a difference prompt, use_global_delta=False one of the ablations.
         if config.difference_level != "none":
@@ -249,6 +254,23 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
                 raise ValueError("The classifier has an encoder of its own (share_encoder=False): give `ct`.")
             return self.diagnosis(ct.to(self.device))
 
+    def locate(
+        self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Where each finding is and how large, given that it is there; see [`DiffVPDiagnosisClassifier.locate`]. For
+        models with `config.finding_attributes`.
+        """
+        if not self.config.finding_attributes or self.diagnosis is None:
+            raise ValueError("This model was configured without finding_attributes, or without a classifier.")
+        return self.diagnosis.locate(self._features("ct", ct, ct_features))
+
+    def read_attributes(
+        self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None
+    ) -> list[list[dict]]:
+        """As `locate`, in words, for `describe_findings`; see [`words_of`]."""
+        return words_of(self.config, self.locate(None if ct_features is not None else ct, ct_features))
+
     def encode(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
         """V of eq. 3: one of `ct` (batch, 1, D, H, W) and `ct_features` (batch, N, C) → (batch, K, d)."""
         return self._visual_tokens(self._features("ct", ct, ct_features))[0]
@@ -267,8 +289,13 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
 
     def _latents(self, ct, reference, ct_features, reference_features):
         """Latents of the target and the pair whose difference is taken, each (batch, K, d), and the attention."""
-        latents, attention = self._visual_tokens(self._features("ct", ct, ct_features))
+        features = self._features("ct", ct, ct_features)
+        latents, attention = self._visual_tokens(features)
         level = self.config.difference_level
+        if level == "aligned":
+            reference_features = self._reference_features(reference, reference_features)
+            pair = self.aligned_difference(features, reference_features)[:2]
+            return latents, pair[1], pair, attention
         if level == "none":
             return latents, None, (latents, latents), attention
         if level == "target":
@@ -281,6 +308,13 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
         return latents, reference_latents, (latents, reference_latents), attention
 
+    def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+        """Of the aligned difference, which takes several references of a scan: (batch, R, D, H, W) or (batch, R, N, C)."""
+        if volumes is None or volumes.ndim != 5 or volumes.shape[1] == 1:
+            return self._features("reference", volumes, features)
+        encoded = self._features("reference", volumes.flatten(0, 1)[:, None], features)
+        return encoded.unflatten(0, volumes.shape[:2])
+
     def difference_map(
         self,
         ct: torch.Tensor | None = None,
@@ -291,16 +325,28 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """
         Fig. 5a: the squared token distances of eq. 6, spread over voxel tokens by the resampler's attention and
-        interpolated to the volume. Shape (batch, D, H, W), float32, non-negative, arbitrary units.
+        interpolated to the volume. Of an aligned difference, the norm of its residual.
+
+        Shape (batch, D, H, W), float32, non-negative, arbitrary units.
         """
         with torch.no_grad():
+            # CODEPATH: an aligned difference has a value for each voxel token.
+            if self.aligned_difference is not None:
+                features = self._features("ct", ct, ct_features)
+                reference_features = self._reference_features(reference, reference_features)
+                target, aligned = self.aligned_difference.align(features, reference_features)
+                return self._on_volume((target - aligned).square().sum(dim=1).sqrt())
             _, _, (latents, other), attention = self._latents(ct, reference, ct_features, reference_features)
             if attention is None:  # without a resampler, and so without a difference
                 return latents.new_zeros(latents.shape[0], *self.config.image_size, dtype=torch.float32)
             distances = (latents.float() - other.float()).square().sum(dim=-1)
             tokens = torch.einsum("bk,bkn->bn", distances, attention.float())
-            grid = tokens.unflatten(-1, self.config.feature_grid)[:, None]
-            return F.interpolate(grid, size=tuple(self.config.image_size), mode="trilinear", align_corners=False)[:, 0]
+            return self._on_volume(tokens.unflatten(-1, self.config.resampler_grid))
+
+    def _on_volume(self, grid: torch.Tensor) -> torch.Tensor:
+        """Values of tokens (batch, *grid) → (batch, D, H, W)."""
+        size = tuple(self.config.image_size)
+        return F.interpolate(grid[:, None], size=size, mode="trilinear", align_corners=False)[:, 0]
 
     def token_importance(
         self, ct: torch.Tensor, reference: torch.Tensor, top: int = 8
@@ -325,8 +371,15 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.language_model.set_output_embeddings(value)
 
-    def diagnosis_prompt(self, diagnosis_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left."""
+    def diagnosis_prompt(
+        self, diagnosis_logits: torch.Tensor, found: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left.
+
+        Args:
+            found: their places and sizes, from [`locate`]; `None` names the findings alone.
+        """
         fragments = self.config.diagnosis_prompt_ids
         if fragments is None:
             raise ValueError(
@@ -335,17 +388,32 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
             )
         probabilities = diagnosis_logits.float().sigmoid()
         positive = probabilities >= torch.tensor(self.config.diagnosis_threshold, device=probabilities.device)
+        found = None if found is None else {key: value.cpu() for key, value in found.items()}
         rows = []
-        for findings in positive.tolist():
+        for scan, findings in enumerate(positive.tolist()):
             ids = list(fragments["prefix"])
-            named = [label for label, found in zip(fragments["labels"], findings, strict=True) if found]
-            for position, label in enumerate(named):
-                ids += (fragments["separator"] if position else []) + label
+            named = [index for index, is_named in enumerate(findings) if is_named]
+            for position, index in enumerate(named):
+                ids += (fragments["separator"] if position else []) + fragments["labels"][index]
+                ids += [] if found is None else self._attribute_ids(found, scan, index)
             rows.append(ids + (fragments["none"] if not named else []) + fragments["suffix"])
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
+
+    def _attribute_ids(self, found: dict[str, torch.Tensor], scan: int, label: int) -> list[int]:
+        """ " (right upper lobe, 12 mm)" as token ids; nothing of a finding without attributes."""
+        fragments = self.config.diagnosis_prompt_ids["attributes"]
+        parts = []
+        for place in named_places(self.config, found, scan, label):
+            parts += (fragments["and"] if parts else []) + fragments["places"][place]
+        wanted = self.config.finding_attributes.get(self.config.diagnosis_labels[label], {})
+        if wanted.get("size"):
+            size = str(round(float(found["size_mm"][scan, label])))
+            digits = [token for digit in size for token in fragments["digits"][int(digit)]]
+            parts += (fragments["comma"] if parts else []) + digits + fragments["mm"]
+        return fragments["open"] + parts + fragments["close"] if parts else []
 
     def _prepare(
         self, ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
@@ -379,7 +447,10 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
                 if ct is None and not self.config.share_encoder:
                     raise ValueError("`ct_features` instead of `ct` needs `diagnosis_logits` too (see `diagnose`).")
                 diagnosis_logits = self.diagnose(ct, ct_features)
-            ids, mask = self.diagnosis_prompt(diagnosis_logits)
+            # CODEPATH: a model of data without places and sizes names the findings alone.
+            has_attributes = self.config.finding_attributes is not None
+            found = self.locate(None if ct_features is not None else ct, ct_features) if has_attributes else None
+            ids, mask = self.diagnosis_prompt(diagnosis_logits, found)
             parts.append(embed(ids))
             masks.append(mask)
         parts.append(text)
@@ -687,6 +758,7 @@ DiffVPForDiagnosis.register_for_auto_class("AutoModel")
 DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "DiffVPAlignedDifference",
     "DiffVPDiagnosisClassifier",
     "DiffVPDiagnosisOutput",
     "DiffVPForConditionalGeneration",

@@ -566,4 +566,25 @@ def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int
     return [name for name, keep in zip(names, named.tolist(), strict=True) if keep]
 
 
+def words_of(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> list[list[dict]]:
+    """
+    What `locate` has found, for each scan and label: `location`, the named places joined by "and", or `None`; `size_mm`,
+    a whole number, or `None`; `voxel`, the middle of the peak's token in voxels (depth, height, width) of the tensor.
+    """
+    found = {key: value.cpu() for key, value in found.items()}
+    _, height, width = config.feature_grid
+    steps = [size / tokens for size, tokens in zip(config.image_size, config.feature_grid, strict=True)]
+    described = []
+    for scan, peaks in enumerate(found["peak"].tolist()):
+        described.append([])
+        for label, token in enumerate(peaks):
+            place = (token // (height * width), token // width % height, token % width)
+            wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
+            size = round(float(found["size_mm"][scan, label])) if wanted.get("size") else None
+            voxel = [(index + 0.5) * step - 0.5 for index, step in zip(place, steps, strict=True)]
+            location = " and ".join(named_places(config, found, scan, label)) or None
+            described[-1].append({"location": location, "size_mm": size, "voxel": voxel})
+    return described
+
+
 SIDES = ("right", "left")

@@ -51,7 +51,8 @@ class DiffVPPipeline(Pipeline):
 
         Returns:
             A dict, or a list of them: `report`; `regions`, {region: text}; `findings`, a label, probability, threshold
-            and `positive` each; `complete`, whether the report came to its end; `reference`, the id of the sampled
+            and `positive` each, of some checkpoints also `location`, `size_mm` and `peak` (see `describe_findings`);
+            `complete`, whether the report came to its end; `reference`, the id of the sampled
             one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
             `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
             and `intended_domain`, which belong beside the report wherever it goes.
@@ -112,9 +113,13 @@ class DiffVPPipeline(Pipeline):
             diagnosis_logits=logits,
             **generate_kwargs,
         )
+        attributes = None
+        if has_classifier and self.model.config.finding_attributes:
+            attributes = self.model.read_attributes(inputs["ct"], scans.get("ct_features"))
         return {
             "tokens": tokens,
             "logits": logits,
+            "attributes": attributes,
             "difference_map": self.model.difference_map(**scans),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
@@ -123,11 +128,15 @@ class DiffVPPipeline(Pipeline):
     def postprocess(self, outputs: dict) -> dict:
         tokens, config = outputs["tokens"][0], self.model.config
         text = self.processor.decode(tokens, skip_special_tokens=True).strip()
+        findings = []
+        if outputs["logits"] is not None:
+            geometries = (outputs["geometry"],)
+            [findings] = describe_findings(config, outputs["logits"], outputs["attributes"], geometries)
         ends = torch.tensor(self.model.generation_config.eos_token_id)
         return {
             "report": text,
             "regions": self.processor.post_process(text),
-            "findings": [] if outputs["logits"] is None else describe_findings(config, outputs["logits"])[0],
+            "findings": findings,
             "complete": bool(torch.isin(tokens, ends).any()),
             "reference": outputs["reference_id"],
             "difference_map": outputs["difference_map"][0].float(),
@@ -142,18 +151,34 @@ class DiffVPPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-def describe_findings(config, logits: torch.Tensor) -> list[list[dict]]:
-    """The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order."""
+def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=()) -> list[list[dict]]:
+    """
+    The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order.
+
+    Args:
+        attributes: of a model with `finding_attributes`, what its `read_attributes` gives. Each finding then also has
+            `location`, in words, `size_mm`, both `None` where the model reads none, and `peak`, where it shows most,
+            (x, y, z) in RAS+ mm of the scan's own frame.
+        geometries: then the [`CTGeometry`] of each scan.
+    """
     thresholds = config.diagnosis_threshold
     if not isinstance(thresholds, list):
         thresholds = [thresholds] * len(config.diagnosis_labels)
-    return [
+    described = [
         [
             {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
             for label, value, threshold in zip(config.diagnosis_labels, row, thresholds, strict=True)
         ]
         for row in logits.float().sigmoid().tolist()
     ]
+    if attributes is None:
+        return described
+    for findings, of_scan, geometry in zip(described, attributes, geometries, strict=True):
+        for finding, known in zip(findings, of_scan, strict=True):
+            peak = geometry.tensor_affine @ (*known["voxel"], 1.0)
+            millimetres = [round(float(value), 1) for value in peak[:3]]
+            finding |= {"location": known["location"], "size_mm": known["size_mm"], "peak": millimetres}
+    return described
 
 
 __all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings"]

@@ -184,6 +184,9 @@ def write_report(
     if model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
         scans = {f"{name}_features": model.extract_features(volume) for name, volume in scans.items()}
     logits = None if model.diagnosis is None else model.diagnose(target, scans.get("ct_features"))
+    attributes = None
+    if logits is not None and model.config.finding_attributes:
+        attributes = model.read_attributes(target, scans.get("ct_features"))
     difference = model.difference_map(**scans)[0].float().cpu()
 
     on_step("Writing the report")
@@ -200,6 +203,7 @@ def write_report(
         decoding=decoding,
         engine=engine.name,
         logits=logits,
+        attributes=attributes,
         geometries=(geometry, inputs.reference_geometry[0]),
         reference=(reference_name, reference_seed if sampled else None),
         made_by=made_by,
@@ -246,6 +250,7 @@ def describe_report(
     decoding: GenerationConfig,
     engine: str,
     logits: torch.Tensor | None,
+    attributes: list[list[dict]] | None = None,
     geometries: tuple[CTGeometry, CTGeometry],
     reference: tuple[str, int | None],
     made_by: dict,
@@ -258,6 +263,7 @@ def describe_report(
     Args:
         text, tokens: what was generated, with `decoding`, by `engine`.
         logits: of the classifier, (1, labels).
+        attributes: from the model's `read_attributes`, where it has any.
         geometries: of the scan and of the reference.
         reference: its name, and the seed with which it was sampled; `None` if it was chosen.
         made_by: from [`identify_model`].
@@ -281,7 +287,7 @@ def describe_report(
         "warnings": [warning for warning, applies in warnings.items() if applies],
         "report": processor.post_process(text),
         "text": text,
-        "findings": [] if logits is None else describe_findings(model.config, logits)[0],
+        "findings": [] if logits is None else describe_findings(model.config, logits, attributes, (geometry,))[0],
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **made_by,

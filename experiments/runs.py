@@ -37,7 +37,8 @@ from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
-from .lesions import Finding, read_patients
+from ..data.lesions import read_patients
+from ..data.phantom import Finding
 from .references import choose_references, reference_pool
 from .study import Condition, Study, Variant
 

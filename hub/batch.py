@@ -198,7 +198,12 @@ class ReportWriter:
             **self._instruction,
             diagnosis_logits=logits,
         )
-        findings = [] if logits is None else describe_findings(self.model.config, logits)[0]
+        attributes = None
+        if logits is not None and self.model.config.finding_attributes:
+            attributes = self.model.read_attributes(features["ct"], scan.get("_features"))
+        findings = (
+            [] if logits is None else describe_findings(self.model.config, logits, attributes, (geometry,))[0]
+        )
         return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:

@@ -40,7 +40,6 @@ from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 logger = logging.getLogger(__name__)
 
 CONSOLE_STEPS = 20  # between two lines on the console; the log file has every step
-CLIP = 1.0  # largest norm of the gradient
 
 
 class Split:
@@ -125,6 +124,7 @@ class Position:
     best_step: int | None = None
     epochs_since_best: int = 0
     finished: bool = False
+    skipped: int = 0  # steps whose gradient was not finite
 
     @classmethod
     def of(cls, state: dict) -> "Position":
@@ -297,7 +297,9 @@ class Trainer:
                 position.epochs_since_best = 0 if better else position.epochs_since_best + 1
                 bored = section.patience is not None and position.epochs_since_best >= section.patience
                 position.finished = position.epoch == section.epochs or bored
-                self.log(step=position.step, epoch=position.epoch, **losses, **self.stage.metrics(position.epoch))
+                skipped = {"skipped_steps": position.skipped} if position.skipped else {}
+                metrics = self.stage.metrics(position.epoch)
+                self.log(step=position.step, epoch=position.epoch, **losses, **metrics, **skipped)
                 self.save()
                 self._end_if_asked(signals, saved=True)
         self.load_weights(self.checkpoints.load(position.best_step))
@@ -337,7 +339,12 @@ class Trainer:
                 losses = self.stage.training.losses(self.model, _to(batch, accelerator.device), step)
                 accelerator.backward(losses["loss"] * (scale if counts else 0.0))
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self._trainable(), CLIP)
+                    norm = accelerator.clip_grad_norm_(self._trainable(), self.stage.section.gradient_clip)
+                    # On CPU, torch's bfloat16 gradient of a convolution of small maps is now and then not finite. One
+                    # such step would end in a model of NaN. (In float16 the scaler looks for itself.)
+                    if accelerator.scaler is None and not torch.as_tensor(norm).isfinite():
+                        self.position.skipped += 1
+                        self.optimizer.zero_grad()
                 self.optimizer.step()
                 if accelerator.sync_gradients:
                     self.scheduler.step()

@@ -222,7 +222,12 @@ class Study:
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
             evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
-        self.findings = [] if self._logits is None else describe_findings(model.config, self._logits)[0]
+        self._attributes = None
+        if self._logits is not None and model.config.finding_attributes:
+            self._attributes = model.read_attributes(scan.tensor, scan.features)
+        self.findings = []
+        if self._logits is not None:
+            [self.findings] = describe_findings(model.config, self._logits, self._attributes, (scan.geometry,))
         self.body = body_mask(scan.hu, TISSUE_HU)
         shown = _interpolate(self._map, scan.hu.shape)
         low, high = shown[self.body].min(), shown[self.body].max()
