@@ -114,7 +114,7 @@ class DiffVPConfig(PreTrainedConfig):
             (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
         finding_regions (`list[str]`, *optional*): the regions that the voxel head tells apart, right before left,
             such as the lobes; for the places of findings.
-        finding_attributes (`dict`, *optional*): what the diagnosis prompt says of a finding besides its name, by label:
+        finding_attributes (`dict`, *optional*): by label, what the diagnosis prompt says of a finding besides its name:
             `{"place": "region", "regions" or "side", "size": bool, "margin": float}`. Of "region" it is the one at
             the peak of the voxel logits; of the others all whose evidence is within a factor exp(margin) of the
             strongest. Needs `share_encoder`, because they are read from the features.

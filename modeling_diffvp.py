@@ -309,7 +309,7 @@ class DiffVPForConditionalGeneration(DiffVPPreTrainedModel, GenerationMixin):
         return latents, reference_latents, (latents, reference_latents), attention
 
     def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
-        """Of the aligned difference, which takes several references of a scan: (batch, R, D, H, W) or (batch, R, N, C)."""
+        """Of the aligned difference, which takes several of a scan: (batch, R, D, H, W) or (batch, R, N, C)."""
         if volumes is None or volumes.ndim != 5 or volumes.shape[1] == 1:
             return self._features("reference", volumes, features)
         encoded = self._features("reference", volumes.flatten(0, 1)[:, None], features)

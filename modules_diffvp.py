@@ -392,7 +392,7 @@ class DiffVPAlignedDifference(nn.Module):
     @torch.no_grad()
     def fit(self, tokens: torch.Tensor, shrinkage: float = 0.05) -> None:
         """
-        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations with `shrinkage` added to each axis, so
+        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations, with `shrinkage` added to each axis so
         that directions in which normal tokens hardly vary are not blown up.
         """
         tokens = tokens.double()
@@ -568,8 +568,8 @@ def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int
 
 def words_of(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> list[list[dict]]:
     """
-    What `locate` has found, for each scan and label: `location`, the named places joined by "and", or `None`; `size_mm`,
-    a whole number, or `None`; `voxel`, the middle of the peak's token in voxels (depth, height, width) of the tensor.
+    What `locate` has found, for each scan and label: `location`, the named places joined by "and", or `None`;
+    `size_mm`, a whole number, or `None`; `voxel`, the middle of the peak's token in voxels (depth, height, width) of the tensor.
     """
     found = {key: value.cpu() for key, value in found.items()}
     _, height, width = config.feature_grid

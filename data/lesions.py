@@ -54,12 +54,14 @@ def largest_lesions(path: Path, geometry) -> torch.Tensor:
     Arguments and errors as of [`lesion_cells`].
     """
     codes = lps_mask(path, geometry, "lesion mask")
-    largest = np.zeros_like(codes)
-    for bit in range(len(DIAGNOSIS_LABELS)):
-        parts, count = ndimage.label((codes >> np.uint32(bit)) & 1)
-        if count:
-            part = 1 + np.bincount(parts.ravel())[1:].argmax()
-            largest[parts == part] |= np.uint32(1 << bit)
+    largest = np.zeros(codes.shape, codes.dtype)
+    for bit in np.flatnonzero([np.bitwise_or.reduce(codes, axis=None) >> np.uint32(n) & 1 for n in range(32)]):
+        mask = (codes >> np.uint32(bit)) & 1
+        # In the box of the finding, which is mostly a small part of the scan.
+        [box] = ndimage.find_objects(mask.astype(np.int8))
+        parts, count = ndimage.label(mask[box])
+        part = 1 + np.bincount(parts.ravel())[1:].argmax()
+        largest[box] |= np.where(parts == part, np.uint32(1 << bit), np.uint32(0))
     return torch.from_numpy(_gathered(largest, geometry, CELL))
 
 

@@ -179,8 +179,8 @@ class PhantomScan:
     """A rendered scan in LPS axis order: x right to left, y anterior to posterior, z inferior to superior.
 
     `hu` is int16 (x, y, z); `spacing` in mm (x, y, z); `affine` maps voxel indices to RAS+ mm, as nibabel expects;
-    `regions` are bool masks by name; `lesions` are bool masks by label, one for each finding of the patient. `lobes` is
-    uint8, 1 + the index into `LOBES` inside the lungs as they were before any finding, 0 outside.
+    `regions` are bool masks by name; `lesions` are bool masks by label, one for each finding of the patient; `lobes`
+    is uint8, 1 + the index into `LOBES` inside the lungs as they were before any finding, 0 outside.
     """
 
     hu: np.ndarray

@@ -150,7 +150,9 @@ def _write_case(job: tuple) -> dict:
     root, patient, matrix, with_masks = job
     path = volume_path(root, patient.name)
     mask_folder = root / "dataset" / f"{patient.split}_region_mask" / f"seg_{patient.name}"
-    lesion_path, lobe_path = (root / "phantom" / f"{kind}_mask" / f"{patient.name}.nii.gz" for kind in ("lesion", "lobe"))
+    lesion_path, lobe_path = (
+        root / "phantom" / f"{kind}_mask" / f"{patient.name}.nii.gz" for kind in ("lesion", "lobe")
+    )
     # The volume is written last, so that its presence means that the case is complete. (Cohorts from before there were
     # lobes lack those.)
     complete = path.exists() and ((lesion_path.exists() and lobe_path.exists()) or not with_masks)

@@ -201,9 +201,7 @@ class ReportWriter:
         attributes = None
         if logits is not None and self.model.config.finding_attributes:
             attributes = self.model.read_attributes(features["ct"], scan.get("_features"))
-        findings = (
-            [] if logits is None else describe_findings(self.model.config, logits, attributes, (geometry,))[0]
-        )
+        findings = [] if logits is None else describe_findings(self.model.config, logits, attributes, (geometry,))[0]
         return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:

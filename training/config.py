@@ -80,7 +80,7 @@ class BaseSection(_Section):
 
 
 class CropSection(_Section):
-    """Training on crops of cases whose lesions are known voxel by voxel (phantoms only), see `training/diagnosis.py`."""
+    """Training on crops of cases whose lesions are known voxel by voxel: phantoms; see `training/diagnosis.py`."""
 
     per_epoch: int = Field(ge=1)
     validation: int = Field(ge=1)  # crops of the validation cases, the same after each epoch

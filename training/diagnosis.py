@@ -134,7 +134,8 @@ class DiagnosisObjective(torch.nn.Module):
     def _grid(self, size: torch.Size, tokens: int) -> tuple[int, int, int]:
         """The tokens along the axes of a crop: in the proportion of the whole volume's."""
         config = self.model.config
-        grid = tuple(-(-n * of // whole) for n, of, whole in zip(size, config.feature_grid, config.image_size, strict=True))
+        axes = zip(size, config.feature_grid, config.image_size, strict=True)
+        grid = tuple(-(-n * of // whole) for n, of, whole in axes)
         if math.prod(grid) != tokens:
             raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, no part of {config.feature_grid}")
         return grid
@@ -165,7 +166,8 @@ class Crops:
         self.shape = np.array(self.volumes[0].shape)
         self.size = np.array(section.size)
         if (self.size % STEP).any() or (self.size > self.shape).any():
-            raise ValueError(f"diagnosis.crops.size is {section.size}; expected multiples of {STEP} up to {self.shape}")
+            expected = f"multiples of {STEP} up to {self.shape.tolist()}"
+            raise ValueError(f"diagnosis.crops.size is {section.size}; expected {expected}")
         self.where: dict[int, list[tuple[int, np.ndarray]]] = {}
         rng = np.random.default_rng(0)
         for index, (case, known) in enumerate(zip(cases, self.truth, strict=True)):
@@ -407,8 +409,10 @@ def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) 
     unseen cases have all their places right.
     """
     config = model.config
-    cases = list(zip(split.cases, encoded(model, split), strict=False))
-    located = [(case, {key: value.cpu() for key, value in model.classifier.locate(one).items()}) for case, one in cases]
+    located = [
+        (case, {key: value.cpu() for key, value in model.classifier.locate(features).items()})
+        for case, features in zip(split.cases, encoded(model, split), strict=True)
+    ]
     fitted = {label: dict(wanted) for label, wanted in config.finding_attributes.items()}
     for label, wanted in fitted.items():
         if wanted.get("place") not in ("regions", "side"):

@@ -312,6 +312,7 @@ class Study:
             decoding=decoding,
             engine=TransformersEngine(model).name,
             logits=self._logits,
+            attributes=self._attributes,
             geometries=(self.scan.geometry, self.reference.geometry),
             reference=(self.reference_name, self.seed),
             made_by=identify_model(model, {}),
