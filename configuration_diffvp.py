@@ -72,7 +72,6 @@ _LOADER_KEYS = {
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
 
 
-# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 @strict
 class DiffVPConfig(PreTrainedConfig):
     r"""
@@ -114,7 +113,7 @@ class DiffVPConfig(PreTrainedConfig):
             (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
         finding_regions (`list[str]`, *optional*): the regions that the voxel head tells apart, right before left,
             such as the lobes; for the places of findings.
-        finding_attributes (`dict`, *optional*): by label, what the diagnosis prompt says of a finding besides its name:
+        finding_attributes (`dict`, *optional*): by label, what the diagnosis prompt tells beside a finding's name:
             `{"place": "region", "regions" or "side", "size": bool, "margin": float}`. Of "region" it is the one at
             the peak of the voxel logits; of the others all whose evidence is within a factor exp(margin) of the
             strongest. Needs `share_encoder`, because they are read from the features.
@@ -241,7 +240,6 @@ class DiffVPConfig(PreTrainedConfig):
     @property
     def feature_grid(self) -> tuple[int, int, int]:
         """Voxel tokens (depth, height, width) of the encoder's output; their product is N."""
-        # CODEPATH: the paper's encoder ends at its last stage, a pyramid at a quarter of the resolution.
         if self.encoder_pyramid_channels is not None:
             return tuple(size // 4 for size in self.image_size)
         halvings = 3 + int(self.encoder_max_pool)
@@ -271,6 +269,11 @@ class DiffVPConfig(PreTrainedConfig):
     def num_labels_diagnosis(self) -> int:
         """Number of diagnoses."""
         return len(self.diagnosis_labels)
+
+    @property
+    def compares_voxels(self) -> bool:
+        """Whether the difference needs both volumes, and not only their features."""
+        return self.difference_level == "pixel"
 
     @property
     def num_delta_vectors(self) -> int:

@@ -271,7 +271,6 @@ class DiffVPResampler(nn.Module):
                 f"Expected {math.prod(self.feature_grid)} voxel tokens (a grid of {self.feature_grid}), got features "
                 f"of shape {tuple(features.shape)}."
             )
-        # CODEPATH: the paper's encoder gives few tokens, a pyramid more than attention needs.
         if self.grid != self.feature_grid:
             volume = features.transpose(1, 2).unflatten(2, self.feature_grid)
             features = F.avg_pool3d(volume, 2).flatten(2).transpose(1, 2)
@@ -281,7 +280,7 @@ class DiffVPResampler(nn.Module):
             position = sincos_position_embedding(self.grid, features.shape[-1], features.device)
             keys = values + position.to(values.dtype)
         bias = None
-        # CODEPATH: the paper names no such prior; with it a latent stays with a region.
+        # The paper names no such prior; with it a latent stays with a region.
         if self.locality is not None:
             bias = locality_bias(self.grid, len(self.queries), self.locality, features.device)
         latents = self.queries.expand(features.shape[0], -1, -1)
@@ -299,7 +298,7 @@ class DiffVPGlobalDelta(nn.Module):
         self.query = nn.Parameter(torch.empty(1, config.latent_size))
         # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
         self.side_embedding = None
-        # CODEPATH: every checkpoint has it; False is the literal eq. 4, an ablation.
+        # Every checkpoint has it; False is the literal eq. 4, an ablation.
         if config.use_side_embedding:
             self.side_embedding = nn.Parameter(torch.empty(2, config.latent_size))
         self.layers = nn.ModuleList(
@@ -346,7 +345,7 @@ class DiffVPLocalDelta(nn.Module):
         difference = latents.float() - reference_latents.float()
         distances = difference.square().sum(dim=-1)
         weights = distances / (distances.sum(dim=-1, keepdim=True) + self.epsilon)
-        # CODEPATH: the paper weighs by distance; the plain mean is what it is compared with.
+        # The paper weighs by distance; the plain mean is the control.
         delta = difference.mean(dim=1) if self.uniform else (weights[..., None] * difference).sum(dim=1)
         return delta.to(latents.dtype), weights
 
@@ -545,46 +544,19 @@ def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
     return log_positive - log_negative
 
 
-def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int, label: int) -> list[str]:
+def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The places that the diagnosis prompt names of a finding: regions, or "right", "left", or both of these.
+    Move the padding inside each prompt to its left end; what is masked behind the text's first token stays there.
 
     Args:
-        found: what `locate` has found.
-        scan, label: which scan of the batch, which label.
+        embeddings: (batch, L, h), the last `text_length` places of which are the text.
+        mask: (batch, L), 1 for a token and 0 for padding.
+
+    Returns:
+        embeddings and mask in the new order. The text's tokens keep their places, counted from the right.
     """
-    wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
-    place = wanted.get("place")
-    if place is None:
-        return []
-    # CODEPATH: by the kind of the finding, see DiffVPConfig.
-    if place == "region":
-        return [config.finding_regions[int(found["region"][scan, label])]]
-    names = config.finding_regions if place == "regions" else SIDES
-    evidence = found["region_evidence" if place == "regions" else "side_evidence"][scan, label]
-    named = evidence >= evidence.max() - wanted.get("margin", math.log(2))
-    return [name for name, keep in zip(names, named.tolist(), strict=True) if keep]
-
-
-def words_of(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> list[list[dict]]:
-    """
-    What `locate` has found, for each scan and label: `location`, the named places joined by "and", or `None`;
-    `size_mm`, a whole number, or `None`; `voxel`, the middle of the peak's token in voxels (depth, height, width) of the tensor.
-    """
-    found = {key: value.cpu() for key, value in found.items()}
-    _, height, width = config.feature_grid
-    steps = [size / tokens for size, tokens in zip(config.image_size, config.feature_grid, strict=True)]
-    described = []
-    for scan, peaks in enumerate(found["peak"].tolist()):
-        described.append([])
-        for label, token in enumerate(peaks):
-            place = (token // (height * width), token // width % height, token % width)
-            wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
-            size = round(float(found["size_mm"][scan, label])) if wanted.get("size") else None
-            voxel = [(index + 0.5) * step - 0.5 for index, step in zip(place, steps, strict=True)]
-            location = " and ".join(named_places(config, found, scan, label)) or None
-            described[-1].append({"location": location, "size_mm": size, "voxel": voxel})
-    return described
-
-
-SIDES = ("right", "left")
+    places = torch.arange(mask.shape[1], device=mask.device)
+    first_of_text = mask.shape[1] - text_length + mask[:, -text_length:].argmax(dim=1)
+    moves = (mask == 0) & (places < first_of_text[:, None])
+    order = moves.long().neg().argsort(dim=1, stable=True)
+    return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order)

@@ -99,28 +99,24 @@ class DiffVPPipeline(Pipeline):
         }
 
     def _forward(self, inputs: dict, **generate_kwargs) -> dict:
-        scans = {"ct": inputs["ct"], "reference": inputs["reference"]}
-        if self.model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
-            scans = {f"{name}_features": self.model.extract_features(volume) for name, volume in scans.items()}
-        has_classifier = self.model.diagnosis is not None
-        logits = self.model.diagnose(inputs["ct"], scans.get("ct_features")) if has_classifier else None
+        encoded = self.model.encode_inputs(inputs["ct"], inputs["reference"])
+        logits = encoded.pop("diagnosis_logits", None)
+        with torch.no_grad():
+            comparison = self.model.compare(**encoded)
         if self.model.generation_config.max_new_tokens is None:
             generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
         tokens = self.model.generate(
-            **scans,
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             diagnosis_logits=logits,
+            comparison=comparison,
             **generate_kwargs,
         )
-        attributes = None
-        if has_classifier and self.model.config.finding_attributes:
-            attributes = self.model.read_attributes(inputs["ct"], scans.get("ct_features"))
         return {
             "tokens": tokens,
             "logits": logits,
-            "attributes": attributes,
-            "difference_map": self.model.difference_map(**scans),
+            "attributes": comparison.attributes,
+            "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
         }
@@ -130,8 +126,7 @@ class DiffVPPipeline(Pipeline):
         text = self.processor.decode(tokens, skip_special_tokens=True).strip()
         findings = []
         if outputs["logits"] is not None:
-            geometries = (outputs["geometry"],)
-            [findings] = describe_findings(config, outputs["logits"], outputs["attributes"], geometries)
+            [findings] = describe_findings(config, outputs["logits"], outputs["attributes"], (outputs["geometry"],))
         ends = torch.tensor(self.model.generation_config.eos_token_id)
         return {
             "report": text,
@@ -156,9 +151,9 @@ def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=
     The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order.
 
     Args:
-        attributes: of a model with `finding_attributes`, what its `read_attributes` gives. Each finding then also has
-            `location`, in words, `size_mm`, both `None` where the model reads none, and `peak`, where it shows most,
-            (x, y, z) in RAS+ mm of the scan's own frame.
+        attributes: of a model with `finding_attributes`, those of its `compare`. Each finding then also has
+            `location`, in words, and `size_mm`, both `None` where the model reads none, and `peak`, where it shows
+            most, (x, y, z) in RAS+ mm of the scan's own frame.
         geometries: then the [`CTGeometry`] of each scan.
     """
     thresholds = config.diagnosis_threshold
@@ -176,8 +171,9 @@ def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=
     for findings, of_scan, geometry in zip(described, attributes, geometries, strict=True):
         for finding, known in zip(findings, of_scan, strict=True):
             peak = geometry.tensor_affine @ (*known["voxel"], 1.0)
-            millimetres = [round(float(value), 1) for value in peak[:3]]
-            finding |= {"location": known["location"], "size_mm": known["size_mm"], "peak": millimetres}
+            finding["location"] = " and ".join(known["places"]) or None
+            finding["size_mm"] = known["size_mm"]
+            finding["peak"] = [round(float(value), 1) for value in peak[:3]]
     return described
 
 

@@ -179,20 +179,16 @@ def write_report(
 
     on_step("Encoding")
     inputs = inputs.to(model.device)
-    scans = {"ct": inputs.pop("ct"), "reference": inputs.pop("reference")}
-    target = scans["ct"]
-    if model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
-        scans = {f"{name}_features": model.extract_features(volume) for name, volume in scans.items()}
-    logits = None if model.diagnosis is None else model.diagnose(target, scans.get("ct_features"))
-    attributes = None
-    if logits is not None and model.config.finding_attributes:
-        attributes = model.read_attributes(target, scans.get("ct_features"))
-    difference = model.difference_map(**scans)[0].float().cpu()
+    encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
+    logits = encoded.pop("diagnosis_logits", None)
+    with torch.no_grad():
+        comparison = model.compare(**encoded)
+    difference = model.difference_map(comparison=comparison)[0].float().cpu()
 
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
     engine = TransformersEngine(model) if engine is None else engine
-    [tokens] = engine.generate(model.embed_prompt(**scans, **inputs, diagnosis_logits=logits), decoding)
+    [tokens] = engine.generate(model.embed_prompt(**inputs, diagnosis_logits=logits, comparison=comparison), decoding)
     text = processor.decode(tokens, skip_special_tokens=True).strip()
 
     document = describe_report(
@@ -203,7 +199,7 @@ def write_report(
         decoding=decoding,
         engine=engine.name,
         logits=logits,
-        attributes=attributes,
+        attributes=comparison.attributes,
         geometries=(geometry, inputs.reference_geometry[0]),
         reference=(reference_name, reference_seed if sampled else None),
         made_by=made_by,
@@ -263,7 +259,7 @@ def describe_report(
     Args:
         text, tokens: what was generated, with `decoding`, by `engine`.
         logits: of the classifier, (1, labels).
-        attributes: from the model's `read_attributes`, where it has any.
+        attributes: of the model's comparison.
         geometries: of the scan and of the reference.
         reference: its name, and the seed with which it was sampled; `None` if it was chosen.
         made_by: from [`identify_model`].

@@ -33,8 +33,8 @@ from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
+from .findings_diffvp import SIDES
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
-from .modules_diffvp import SIDES
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features

@@ -187,21 +187,15 @@ class ReportWriter:
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
         """The prompt of a scan, (length, h), and what is known of it before its report is written."""
         [geometry] = features["geometry"]
-        scan = self._encode(features["ct"])
-        reference, inputs = self._choose_reference(geometry.sha256)
-        logits = None
-        if self.model.diagnosis is not None:
-            logits = self.model.diagnose(features["ct"], scan.get("_features"))
-        [prompt] = self.model.embed_prompt(
-            **{f"ct{kind}": value for kind, value in scan.items()},
-            **{f"reference{kind}": value for kind, value in inputs.items()},
-            **self._instruction,
-            diagnosis_logits=logits,
-        )
-        attributes = None
-        if logits is not None and self.model.config.finding_attributes:
-            attributes = self.model.read_attributes(features["ct"], scan.get("_features"))
-        findings = [] if logits is None else describe_findings(self.model.config, logits, attributes, (geometry,))[0]
+        scan = self.model.encode_inputs(ct=features["ct"])
+        logits = scan.pop("diagnosis_logits", None)
+        reference, compared = self._choose_reference(geometry.sha256)
+        with torch.no_grad():
+            comparison = self.model.compare(**scan, **compared)
+        [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
+        findings = []
+        if logits is not None:
+            [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
         return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
@@ -217,17 +211,11 @@ class ReportWriter:
             **self._stamp,
         }
 
-    def _encode(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A volume (1, 1, D, H, W) as the model takes it: by its features where they suffice."""
-        if self.model.config.difference_level == "pixel":
-            return {"": volume.to(self.model.device)}
-        return {"_features": self.model.extract_features(volume)}
-
     def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
         """Digest and encoding of a reference."""
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
-        return features["geometry"][0].sha256, self._encode(features["ct"])
+        return features["geometry"][0].sha256, self.model.encode_inputs(reference=features["ct"])
 
     def _choose_reference(self, sha256: str) -> tuple[str, dict[str, torch.Tensor]]:
         """The reference that the processor, too, draws for a scan: never the scan itself."""

@@ -218,10 +218,10 @@ def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
     assert own.shape == prompts[0].shape
     swapped = [scan.flip(0) for scan in scans]
     with changed_prompt(model, "shuffled"):
-        embeddings, *_ = model._prepare(*scans, None, None, None, None, None)
-    expected, *_ = model._prepare(*swapped, None, None, None, None, None)
+        prompts = model.embed_prompt(*scans)
     length = model.config.num_prefix_tokens
-    assert torch.equal(embeddings[:, :length], expected[:, :length])
+    for prompt, expected in zip(prompts, model.embed_prompt(*swapped), strict=True):
+        assert torch.equal(prompt[:length], expected[:length])
     with (
         pytest.raises(ValueError, match="no difference prompt"),
         changed_prompt(make_model(difference_level="none"), "zeroed"),

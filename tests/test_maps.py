@@ -409,7 +409,7 @@ def test_importance_is_that_of_the_model_and_its_baseline_knows_no_reference(coh
     of = cases[0]
     ct, reference = (volumes.load(scan)[None].float() for scan in (of, references[of.name]))
     weights, norms = token_weights(model, features, of, references[of.name])
-    np.testing.assert_allclose(weights, model.token_importance(ct, reference)[0][0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(weights, model(ct, reference).difference_weights[0].numpy(), atol=1e-5)
     np.testing.assert_allclose(norms, token_weights(model, features, of, cases[-1])[1])
     assert weights.shape == norms.shape == (4,) and norms.sum() == pytest.approx(1)
     result = score_importance(model, features, cases, references, top=3)

@@ -30,8 +30,9 @@ from ..data.lesions import (
     true_place,
     true_sizes,
 )
+from ..findings_diffvp import named_places
 from ..modeling_diffvp import DiffVPForDiagnosis
-from ..modules_diffvp import named_places, noisy_or
+from ..modules_diffvp import noisy_or
 from .config import CropSection, DiagnosisSection
 from .loop import Split, Stage, in_order
 

@@ -98,24 +98,23 @@ class DiffVPPipeline(Pipeline):
         }
 
     def _forward(self, inputs: dict, **generate_kwargs) -> dict:
-        scans = {"ct": inputs["ct"], "reference": inputs["reference"]}
-        if self.model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
-            scans = {f"{name}_features": self.model.extract_features(volume) for name, volume in scans.items()}
-        has_classifier = self.model.diagnosis is not None
-        logits = self.model.diagnose(inputs["ct"], scans.get("ct_features")) if has_classifier else None
+        encoded = self.model.encode_inputs(inputs["ct"], inputs["reference"])
+        logits = encoded.pop("diagnosis_logits", None)
+        with torch.no_grad():
+            comparison = self.model.compare(**encoded)
         if self.model.generation_config.max_new_tokens is None:
             generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
         tokens = self.model.generate(
-            **scans,
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             diagnosis_logits=logits,
+            comparison=comparison,
             **generate_kwargs,
         )
         return {
             "tokens": tokens,
             "logits": logits,
-            "difference_map": self.model.difference_map(**scans),
+            "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
         }

@@ -71,7 +71,6 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
-# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 class DiffVPImageProcessor(BaseImageProcessor):
     """CT -> float32 tensor (batch, 1, depth, height, width) in [-1, 1]; its attributes are those of
     [`DiffVPImageProcessorKwargs`] and may be overridden in each call.
@@ -105,7 +104,6 @@ class DiffVPImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         return self.preprocess(ct, spacing=spacing, digest=digest, **kwargs)
 
-    # trf-ignore: TRF057: documented by hand
     def preprocess(
         self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
     ) -> BatchFeature:
@@ -231,7 +229,6 @@ def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
-# trf-ignore: TRF057: documented by hand
 class DiffVPBatchFeature(BatchFeature):
     """The model's inputs as keys, and what is known about them as attributes, which survive `.to()`.
 
@@ -260,10 +257,9 @@ class DiffVPBatchFeature(BatchFeature):
 
 class DiffVPProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: DiffVPImageProcessorKwargs
-    _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes  # trf-ignore: TRF019
+    _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes
 
 
-# trf-ignore: TRF057: documented by hand
 class DiffVPProcessor(ProcessorMixin):
     """CT preprocessing, reference sampling, the instruction, and text back to regions.
 
@@ -285,7 +281,6 @@ class DiffVPProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:  # LLaMA-2 has none; padding is masked, so that any token will do
             tokenizer.pad_token = tokenizer.eos_token
 
-    # trf-ignore: TRF057: documented by hand
     def __call__(
         self,
         ct=None,

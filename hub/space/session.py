@@ -214,20 +214,19 @@ class Study:
         self._stopped = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="study-", dir=desk.folder)
         model = desk.model
-        self._inputs = {"ct_features": scan.features, "reference_features": reference.features}
-        if model.config.difference_level == "pixel":  # it needs the volumes
-            self._inputs = {"ct": scan.tensor, "reference": reference.tensor}
-        self._map = model.difference_map(**self._inputs)[0].float().cpu()
+        with torch.no_grad():
+            self._comparison = model.compare(
+                scan.tensor, reference.tensor, ct_features=scan.features, reference_features=reference.features
+            )
+        self._map = model.difference_map(comparison=self._comparison)[0].float().cpu()
         self._logits, evidence = None, None
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
             evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
-        self._attributes = None
-        if self._logits is not None and model.config.finding_attributes:
-            self._attributes = model.read_attributes(scan.tensor, scan.features)
         self.findings = []
         if self._logits is not None:
-            [self.findings] = describe_findings(model.config, self._logits, self._attributes, (scan.geometry,))
+            known = self._comparison.attributes
+            [self.findings] = describe_findings(model.config, self._logits, known, (scan.geometry,))
         self.body = body_mask(scan.hu, TISSUE_HU)
         shown = _interpolate(self._map, scan.hu.shape)
         low, high = shown[self.body].min(), shown[self.body].max()
@@ -279,8 +278,8 @@ class Study:
         def write() -> torch.Tensor:
             try:
                 return model.generate(
-                    **self._inputs,
                     **prompt,
+                    comparison=self._comparison,
                     diagnosis_logits=self._logits,
                     generation_config=decoding,
                     streamer=streamer,
@@ -312,7 +311,7 @@ class Study:
             decoding=decoding,
             engine=TransformersEngine(model).name,
             logits=self._logits,
-            attributes=self._attributes,
+            attributes=self._comparison.attributes,
             geometries=(self.scan.geometry, self.reference.geometry),
             reference=(self.reference_name, self.seed),
             made_by=identify_model(model, {}),
