@@ -391,8 +391,8 @@ class DiffVPAlignedDifference(nn.Module):
     @torch.no_grad()
     def fit(self, tokens: torch.Tensor, shrinkage: float = 0.05) -> None:
         """
-        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations, with `shrinkage` added to each axis so
-        that directions in which normal tokens hardly vary are not blown up.
+        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations, with `shrinkage` added to each axis,
+        so that directions in which normal tokens hardly vary are not blown up.
         """
         tokens = tokens.double()
         deviation = tokens.std(dim=0) + 1e-3
