@@ -39,7 +39,7 @@ from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
-from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1
+from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1, predict
 from .training.loop import Log, Stage, Trainer
 from .training.report import ReportStage, check_base, check_reports, quantization
 
@@ -116,6 +116,9 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     train(stage, config, accelerator, cohort, {})
     if truth is not None:
         calibrate(model, stage.whole, torch.from_numpy(stage.labels))
+        logger.info(
+            "Classifier: micro-F1 %.3f, calibrated.", micro_f1(predict(model, stage.whole) >= 0.5, stage.labels)
+        )
         if model.config.finding_attributes:
             model.config.finding_attributes = fit_margins(model, stage.whole, truth)
     if accelerator.is_main_process:

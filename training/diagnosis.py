@@ -9,6 +9,7 @@ scans and their labels, through Noisy-OR. The weights are of one model, and what
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +307,7 @@ class DiagnosisStage(Stage):
     ):
         self.diagnosis = model
         self.labels = np.stack([case.labels for case in validation])
-        self.whole = DiagnosisSplit(validation, volumes, None)
+        self.whole, self.knows_lesions = DiagnosisSplit(validation, volumes, None), truth is not None
         usual = None
         if truth is None:
             start_at_prevalence(model, torch.from_numpy(np.stack([case.labels for case in training])).float())
@@ -332,8 +333,9 @@ class DiagnosisStage(Stage):
         super().__init__(section, objective, groups, *splits)
 
     def metrics(self, epoch: int) -> dict[str, float]:
-        # Noisy-OR over thousands of tokens knows its scale only once it is calibrated, at the end.
-        predicted = predict(self.diagnosis, self.whole, self.section.batch_size)
+        if self.knows_lesions:
+            return {}  # Noisy-OR over a head that has learnt from crops says nothing before it is calibrated
+        predicted = predict(self.diagnosis, self.whole)
         thresholds = np.array(best_thresholds(predicted, self.labels))
         return {
             "validation_f1": micro_f1(predicted >= 0.5, self.labels),
@@ -350,13 +352,14 @@ def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None
 
 
 @torch.no_grad()
-def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit, batch_size: int) -> np.ndarray:
+def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> np.ndarray:
     """Probabilities of a split's cases, (cases, labels)."""
-    return torch.cat([model.classifier.classify(one)[0] for one in encoded(model, split)]).sigmoid().cpu().numpy()
+    logits = [model.classifier.classify(features)[0] for features in encoded(model, split)]
+    return torch.cat(logits).sigmoid().cpu().numpy()
 
 
 @torch.no_grad()
-def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit):
+def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> Iterator[torch.Tensor]:
     """The voxel features (1, N, C) of a split's cases, one after another."""
     model.eval()
     device = next(model.parameters()).device
