@@ -151,6 +151,10 @@ def batch(
                 file = write_reports(
                     listed, output, writer, batch_size=batch_size, workers=workers,
                     on_progress=lambda file: progress.update(task, completed=len(file.done) + file.failed),
+                    on_replaced=lambda count: err.print(
+                        f"{output.name} has reports of other scans of the same name as {count} of these: they are "
+                        "read, and their reports added.", soft_wrap=True, markup=False,
+                    ),
                 )  # fmt: skip
             except KeyboardInterrupt:
                 progress.stop()

@@ -3,6 +3,7 @@
 """Reports of many scans: those that one scan at a time would get, each once, whatever happens on the way."""
 
 import importlib.util
+import json
 import os
 
 import pytest
@@ -197,6 +198,41 @@ def test_goes_on_without_repeating(cohort, writer, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_a_report_belongs_to_a_content_and_not_to_a_name(writer, tmp_path):
+    """A file that is replaced by one of the same size and times, and a second folder with the same file names."""
+    first, second, output = (
+        tmp_path / "first" / "scan.nii.gz",
+        tmp_path / "second" / "scan.nii.gz",
+        tmp_path / "reports",
+    )
+    digests, replaced = [], []
+    for seed, path in enumerate((first, second)):
+        path.parent.mkdir()
+        write_box(path, seed=seed)
+        digests.append(writer.processor.image_processor(path, digest=True)["geometry"][0].sha256)
+    options = {"on_replaced": replaced.append}
+    for folder in (first.parent, first.parent, second.parent):
+        write(folder, output, writer, **options)
+    assert [entry["sha256"] for entry in read_lines(output)[1:]] == digests and replaced == [1]
+    status = first.stat()
+    os.replace(second, first)
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    write(first.parent, output, writer, **options)  # it is the second scan, which has its report
+    assert [entry["sha256"] for entry in read_lines(output)[1:]] == digests and replaced == [1]
+
+
+def test_a_report_without_the_digest_of_its_file_is_written_again(cohort, writer, tmp_path):
+    """As versions before 0.2 wrote them."""
+    output = tmp_path / "reports.jsonl"
+    write(cohort, output, writer)
+    header, *records = read_lines(output)
+    for record in records:
+        del record["file_sha256"]
+    output.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *records)))
+    write(cohort, output, writer)
+    assert sorted(names(output)) == sorted(2 * [record["id"] for record in records])
+
+
 def test_interrupted_between_batches(cohort, checkpoint, tmp_path, monkeypatch):
     output, written, whole = tmp_path / "reports.jsonl", [], ReportWriter.write
 
@@ -240,7 +276,7 @@ def test_a_defect_ends_the_run(cohort, writer, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(batch, "describe_findings", fail)
+    monkeypatch.setattr(batch, "describe_text", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         write(cohort, tmp_path / "reports.jsonl", writer)
 

@@ -156,6 +156,37 @@ def test_length(scans, parts, monkeypatch):
     assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)
 
 
+def test_each_scan_has_its_own_sequences(pipe, scans, monkeypatch):
+    """Of two sequences for each of two scans, rows 0 and 1 of what `generate` returns are of the first scan."""
+    rows, generate = [], pipe.model.generate
+    monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 2}
+    found = pipe(scans[:2], batch_size=2, max_new_tokens=12, generate_kwargs=options)
+    texts = [pipe.processor.decode(row, skip_special_tokens=True).strip() for row in rows[0]]
+    assert [[one["report"] for one in of_scan] for of_scan in found] == [texts[:2], texts[2:]]
+    assert len(set(texts)) == 4, "else whose they are would not matter"
+    assert all(torch.equal(of_scan[0]["difference_map"], of_scan[1]["difference_map"]) for of_scan in found)
+
+
+def test_a_pipeline_over_no_scan_returns_no_report(pipe):
+    assert pipe([]) == [] == pipe(())
+
+
+def test_a_dict_of_outputs_is_refused_before_anything_is_read(pipe):
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        pipe("nowhere.nii.gz", generate_kwargs={"return_dict_in_generate": True})
+
+
+@pytest.mark.parametrize("ends", [None, [1, 3]])
+def test_a_report_is_complete_only_if_it_came_to_an_end(pipe, scans, monkeypatch, ends):
+    monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", ends)
+    rows, generate = [], pipe.model.generate
+    monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
+    complete = pipe(scans[0], max_new_tokens=4)["complete"]
+    assert complete == any(token in (ends or []) for token in rows[0][0].tolist())
+
+
 @pytest.mark.parametrize("changes", [{"use_diagnosis": False}, {"difference_level": "pixel"}])
 def test_variants_of_the_model(changes, parts, tiny_fields, tiny_base_with_tokenizer, scans):
     trained, processor = parts
