@@ -370,18 +370,17 @@ class DiffVPProcessor(ProcessorMixin):
         if self.reference_pool is None:
             raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
         loaded, tensors, places, ids = {}, [], [], []
+
+        def load(entry: dict[str, str]) -> tuple[str, BatchFeature]:
+            if entry["id"] not in loaded:
+                loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
+            return loaded[entry["id"]]["geometry"][0].sha256, loaded[entry["id"]]
+
         for place in geometry:
-            for entry in self.reference_pool.ranked(seed, place.sha256):
-                if entry["id"] not in loaded:
-                    loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
-                candidate = loaded[entry["id"]]
-                if candidate["geometry"][0].sha256 != place.sha256:
-                    break
-            else:
-                raise ReferencePoolError(f"{place.source} is the only scan of the reference pool.")
-            tensors.append(candidate["ct"])
-            places += candidate["geometry"]
-            ids.append(entry["id"])
+            name, reference = self.reference_pool.choose(seed, place.sha256, load)
+            tensors.append(reference["ct"])
+            places += reference["geometry"]
+            ids.append(name)
         return {"ct": torch.cat(tensors), "geometry": places}, ids
 
     def _tokenize(self, texts: list[str | None], text_kwargs: dict) -> dict:

@@ -204,15 +204,14 @@ class ReportWriter:
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
         logits = scan.pop("diagnosis_logits", None)
-        reference, compared = self._choose_reference(geometry.sha256)
+        pool = self.processor.reference_pool
+        reference, compared = pool.choose(self.reference_seed, geometry.sha256, lambda one: self._reference(one["id"]))
         with torch.no_grad():
             comparison = self.model.compare(**scan, **compared)
         [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
-        findings = (
-            []
-            if logits is None
-            else describe_findings(self.model.config, logits, comparison.attributes, (geometry,))[0]
-        )
+        findings = []
+        if logits is not None:
+            [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
         return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
@@ -224,14 +223,6 @@ class ReportWriter:
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
         return features["geometry"][0].sha256, self.model.encode_inputs(reference=features["ct"])
-
-    def _choose_reference(self, sha256: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """The reference that the processor, too, draws for a scan: never the scan itself."""
-        for entry in self.processor.reference_pool.ranked(self.reference_seed, sha256):
-            digest, encoded = self._reference(entry["id"])
-            if digest != sha256:
-                return entry["id"], encoded
-        raise ReferencePoolError("A scan is the only one of the reference pool.")
 
 
 class ReportFile:

@@ -332,6 +332,9 @@ class FrozenFeatures:
     def load(self, case):
         return {"features": torch.zeros(8, 16), "diagnosis_logits": torch.zeros(18)}
 
+    def inputs(self, case, references):
+        return {"ct_features": torch.zeros(8, 16), "reference_features": torch.zeros(8, 16)}
+
 
 @pytest.fixture
 def processor(tokenizer, tiny_fields):

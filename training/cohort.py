@@ -200,12 +200,15 @@ class Features:
         return frozen
 
     def inputs(self, case: Case, references: Sequence[Case]) -> dict[str, torch.Tensor]:
-        """What `model.compare` takes, without a batch axis. Several references are averaged."""
+        """What `model.compare` takes, without a batch axis. Several references are averaged, or searched if aligned."""
         if self.model.config.compares_voxels:
             names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
         else:
             names, load = ("ct_features", "reference_features"), lambda one: self.load(one)["features"]
-        return dict(zip(names, (load(case), torch.stack(list(map(load, references))).mean(0)), strict=True))
+        several = torch.stack(list(map(load, references)))
+        if self.model.config.difference_level != "aligned" or len(references) == 1:
+            several = several.mean(0)
+        return dict(zip(names, (load(case), several), strict=True))
 
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
