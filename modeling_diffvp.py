@@ -252,16 +252,17 @@ class DiffVPModel(DiffVPPreTrainedModel):
             difference, attention = self.resampler(self.extract_features(ct - reference.to(ct.device)))
             pair = difference, nothing
         elif level == "aligned":
-            *pair, residual = self.aligned_difference(
-                features, self._reference_features(reference, reference_features)
-            )
+            reference_features = self._reference_features(reference, reference_features)
+            with torch.autocast(self.device.type, enabled=False):  # distances of tokens that hardly differ
+                *pair, residual = self.aligned_difference(features, reference_features)
             reference_latents = pair[1]
         elif level == "latent":
             reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
             pair = latents, reference_latents
         attributes = None
         if self.config.finding_attributes and self.diagnosis is not None:
-            attributes = read_attributes(self.config, self.diagnosis.locate(features))
+            with torch.autocast(self.device.type, enabled=False):  # in training the same as in use
+                attributes = read_attributes(self.config, self.diagnosis.locate(features))
         return DiffVPComparison(latents, reference_latents, *pair, attention, residual, attributes)
 
     def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:

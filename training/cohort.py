@@ -200,7 +200,7 @@ class Features:
         return frozen
 
     def inputs(self, case: Case, references: Sequence[Case]) -> dict[str, torch.Tensor]:
-        """What `model.compare` takes, without a batch axis. Several references are averaged, or searched if aligned."""
+        """What `model.compare` takes, without a batch axis. Of several references the mean, or all if aligned."""
         if self.model.config.compares_voxels:
             names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
         else:
