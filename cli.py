@@ -34,6 +34,9 @@ out, err = Console(), Console(stderr=True)  # results; progress, warnings, error
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
 Engine = Annotated[str, typer.Option(help="What decodes: transformers, or vllm (docs/scaling.md).")]
+AnyAnatomy = Annotated[
+    bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -99,8 +102,9 @@ def report(
         tuple[float, float] | None, typer.Option(help="Values that become -1 and 1 (default: the checkpoint's).")
     ] = None,
     foreground_hu: Annotated[
-        float | None, typer.Option(help="Value above which a voxel is of the patient (default: the checkpoint's).")
+        float | None, typer.Option(help="HU threshold separating patient from air (default: the checkpoint's).")
     ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
     engine: Engine = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
@@ -111,6 +115,7 @@ def report(
             checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
             spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
+            allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
@@ -134,6 +139,7 @@ def batch(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
     ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
     _quiet()
@@ -144,7 +150,10 @@ def batch(
         name, hub_kwargs = _checkpoint(checkpoint, revision)
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
-        writer = ReportWriter(name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, hub_kwargs=hub_kwargs)
+        writer = ReportWriter(
+            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            hub_kwargs=hub_kwargs,
+        )  # fmt: skip
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
             task = progress.add_task("Scans", total=len(listed))
             try:
@@ -273,7 +282,7 @@ def label(
         Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
     ] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
@@ -295,6 +304,9 @@ def score(
     id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
     prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
+    nearest_column: Annotated[
+        str | None, typer.Option(help="Column with the report of the most similar training scan, for a baseline.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
     ] = None,
@@ -305,7 +317,7 @@ def score(
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
     regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -320,8 +332,8 @@ def score(
         document = score_table(
             reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
-            labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
-            workers=workers,
+            nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
+            scorer=scorer, regions=regions, workers=workers,
         )  # fmt: skip
     typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
 
@@ -370,12 +382,15 @@ def experiment(
         from .experiments.page import write_page
         from .experiments.study import Study
         from .experiments.tables import planned_runs, run_experiment
+        from .metrics.labelers.radbert import RadBertError
+        from .metrics.nlg import LexiconError
         from .reporting import EXPECTED_ERRORS
         from .training.checkpoints import CheckpointError
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+    expected = *EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError
+    with _one_line_errors(*expected), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)
@@ -504,7 +519,7 @@ def _metadata(table: Path, volume: str):
 
     rows = load_metadata(table)
     if volume not in rows:
-        raise CTReadError(table.name, "VolumeName", f"without {volume}", "a row for the scan")
+        raise CTReadError(table.name, "VolumeName", f"no row for {volume}", "a row for the scan")
     return CTMetadata.from_ct_rate(rows[volume])
 
 
@@ -518,29 +533,51 @@ def _reporting() -> Iterator[Callable]:
             if not err.is_terminal:  # where no line can be rewritten
                 err.print(text, soft_wrap=True, markup=False)
 
-        step("Loading the libraries")
-        _quiet()
-        from .engines import load_engine
-        from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
-
         def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
-            name, hub_kwargs = _checkpoint(checkpoint, revision)
-            step(f"Loading {name}")
-            model, processor = load_checkpoint(name, **hub_kwargs)
-            # A single report by transformers is not worth merging LoRA for.
-            decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
-            domain = model.config.intended_domain or "not stated by the checkpoint"
-            err.print(STATEMENT, style="bold yellow")
-            err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
-            written = write_report(
-                model, processor, ct, output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
-            )
+            step("Reading the scan")  # before the libraries, which take seconds: a bad file is refused at once
+            options = _read_scans(options | {"ct": ct})
+            step("Loading the libraries")
+            _quiet()
+            from .engines import load_engine
+            from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
+
+            with _one_line_errors(*EXPECTED_ERRORS):
+                name, hub_kwargs = _checkpoint(checkpoint, revision)
+                step(f"Loading {name}")
+                model, processor = load_checkpoint(name, **hub_kwargs)
+                # A single report by transformers is not worth merging LoRA for.
+                decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
+                domain = model.config.intended_domain or "not stated by the checkpoint"
+                err.print(STATEMENT, style="bold yellow")
+                err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
+                written = write_report(
+                    model, processor, output_dir=output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
+                )
             for warning in written.document["warnings"]:
                 err.print(warning, style="yellow", soft_wrap=True, markup=False)
             return written
 
-        with _one_line_errors(*EXPECTED_ERRORS):
+        from .volume_diffvp import CTInputError
+
+        with _one_line_errors(CTInputError):
             yield write
+
+
+def _read_scans(options: dict) -> dict:
+    """The options of a report with its scan, and its reference if one is given, read and checked."""
+    from .anatomy_diffvp import check_chest, measure_coverage
+    from .reading_diffvp import read_ct
+
+    names = ("spacing", "metadata", "series")
+    given = {name: options[name] for name in names if name in options}
+    allow_non_hu = options.get("allow_non_hu", False)
+    scans = {"ct": read_ct(options["ct"], allow_non_hu=allow_non_hu, **given)}
+    if options.get("reference") is not None:
+        scans["reference"] = read_ct(options["reference"], allow_non_hu=allow_non_hu)
+    for volume in scans.values():
+        if not options.get("allow_any_anatomy"):
+            check_chest(measure_coverage(volume), volume.source)
+    return {name: value for name, value in options.items() if name not in names} | scans
 
 
 def _print_places(report, open_figure: bool) -> None:

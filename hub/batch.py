@@ -26,10 +26,12 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
+from ..anatomy_diffvp import anatomy_warnings
 from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.table import PATH_COLUMNS
 from ..engines import load_engine
+from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..references_diffvp import ReferencePoolError
 from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
@@ -67,7 +69,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
         files = sorted(path for path in source.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES))
         if not files:
             expected = f"one of {', '.join(SCAN_SUFFIXES)}, or a list of DICOM folders"
-            raise DatasetError([Problem(source.name, None, "folder", "without a scan", expected)])
+            raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
         return [Scan(path.relative_to(source).as_posix(), path) for path in files]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
@@ -75,7 +77,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             problems.append(Problem(source.name, number, "path", "empty", "the path of a scan"))
         elif name in rows:
             found = f"{shown(name)}, as in row {rows[name]}"
-            problems.append(Problem(source.name, number, "id", found, "one row each"))
+            problems.append(Problem(source.name, number, "id", found, "one row per id"))
         rows.setdefault(name, number)
         scans.append(Scan(name, source.parent / path))
     if not (scans or problems):
@@ -86,15 +88,24 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
 
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
     """Row, name and path of each scan of a list."""
-    if source.suffix != ".csv":
-        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    if source.suffix.lower() not in (".csv", ".tsv"):
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else "no text"
+            expected = "a folder of scans, or a list of them: text in UTF-8, or a table with a column path"
+            problems.append(Problem(source.name, None, "list", found, expected))
+            return
+        for number, line in enumerate(lines, start=1):
             if path := line.strip():
                 yield number, path, path
         return
     rows = read_csv(source, (), problems) or []
     column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
     if rows and column is None:
-        problems.append(Problem(source.name, 1, "header", "without path or file_name", "one of them"))
+        problems.append(
+            Problem(source.name, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
+        )
         return
     for number, values in rows:
         path = values[column].strip()
@@ -117,6 +128,7 @@ class ReportWriter:
         engine: see [`load_engine`].
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
+        allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -135,6 +147,7 @@ class ReportWriter:
         *,
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
+        allow_any_anatomy: bool = False,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
@@ -146,6 +159,7 @@ class ReportWriter:
         self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
         self.decoding = greedy(self.model, max_new_tokens)
         self.reference_seed = reference_seed
+        self.allow_any_anatomy = allow_any_anatomy
         settings = {
             **made_by,
             "reference_seed": reference_seed,
@@ -182,22 +196,29 @@ class ReportWriter:
                 digests.append(digest(scan.path) if scan.path.exists() else None)
                 yield scan.path
 
-        features = self.processor.image_processor.stream(paths(), workers, digest=True)
+        features = self.processor.image_processor.stream(
+            paths(), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
+        )
         for scan, of in zip(scans, features, strict=True):
             yield scan.id, digests.popleft(), of
 
     def write(self, batch: Iterable[ReadScan]) -> tuple[list[dict], list[dict]]:
         """The records of a batch of what [`read`] yields, and those of its failures."""
-        prompts, drafts, failures = [], [], []
+        prompts, drafts, failures, coverages = [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
+            coverages.append(features["geometry"][0].coverage)
             prompt, draft = self._prompt(features)
             prompts.append(prompt)
             drafts.append({"id": name, "file_sha256": file_sha256, **draft})
         written = self.engine.generate(prompts, self.decoding) if prompts else []
-        return [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)], failures
+        records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
+        for record, coverage in zip(records, coverages, strict=True):
+            record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
+            record["consistency"] = report_consistency(record["report"], record["findings"])
+        return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
         """The prompt of a scan, (length, h), and what is known of it before its report is written."""

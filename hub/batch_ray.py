@@ -66,11 +66,11 @@ class ReportActor:
         return {"result": [json.dumps({"header": self.writer.header, "records": records, "failures": failures})]}
 
 
-def read_scan(row: dict, image_processor: DiffVPImageProcessor) -> dict:
+def read_scan(row: dict, image_processor: DiffVPImageProcessor, allow_any_anatomy: bool = False) -> dict:
     """Features of a scan, or the error that refused it, pickled."""
     path = Path(row["path"])
     file_sha256 = path_sha256(path) if path.exists() else ""  # before it is read, as `ReportWriter.read` does
-    [features] = image_processor.stream([path], digest=True)
+    [features] = image_processor.stream([path], digest=True, allow_any_anatomy=allow_any_anatomy)
     return {"id": row["id"], "file_sha256": file_sha256, "scan": pickle.dumps(features)}
 
 
@@ -114,7 +114,10 @@ def write_reports(
             ray.data.from_items(rows, override_num_blocks=-(-len(rows) // SCANS_PER_TASK))
             .map(
                 read_scan,
-                fn_kwargs={"image_processor": image_processor},
+                fn_kwargs={
+                    "image_processor": image_processor,
+                    "allow_any_anatomy": options.get("allow_any_anatomy", False),
+                },
                 compute=ray.data.TaskPoolStrategy(resources.readers),
                 num_cpus=1,
                 memory=READING_BYTES,
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="scans that are decoded together")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references")
     parser.add_argument("--max-new-tokens", type=int, help="where to stop (default: the checkpoint's)")
+    parser.add_argument("--allow-any-anatomy", action="store_true", help="also of scans without lungs")
     parser.add_argument("--address", help="of the Ray cluster (default: that of RAY_ADDRESS, or one started here)")
     arguments = parser.parse_args()
 
@@ -167,6 +171,7 @@ def main() -> None:
         engine=arguments.engine,
         reference_seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        allow_any_anatomy=arguments.allow_any_anatomy,
         hub_kwargs={} if arguments.revision is None else {"revision": arguments.revision},
     )
     Console().print(f"{len(file.done)} reports; {file.failed} scans could not be read", highlight=False)

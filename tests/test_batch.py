@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -112,11 +114,11 @@ def test_lists_of_scans(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.txt", "a.nii\nb.nii\na.nii\n", "row 3: id is 'a.nii', as in row 1; expected one row each"),
-        ("list.csv", "id,file\na,b.nii\n", "row 1: header is without path or file_name"),
-        ("list.csv", "id,path\na,\n", "row 2: path is empty"),
-        ("list.csv", "path\n", "list is empty"),
-        ("list.txt", "\n", "list is empty"),
+        ("list.txt", "a.nii\nb.nii\na.nii\n", "row 3: id: 'a.nii', as in row 1 "),
+        ("list.csv", "id,file\na,b.nii\n", "row 1: header: column path missing"),
+        ("list.csv", "id,path\na,\n", "row 2: path: empty"),
+        ("list.csv", "path\n", "list: empty"),
+        ("list.txt", "\n", "list: empty"),
     ],
 )
 def test_lists_with_problems(tmp_path, name, content, message):
@@ -125,12 +127,38 @@ def test_lists_with_problems(tmp_path, name, content, message):
         list_scans(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("scan.nii.gz", b"\x1f\x8b\xff"), ("list.txt", None), ("list.csv", None)]
+)
+def test_what_is_no_list_is_refused_by_name(tmp_path, name, content):
+    """A scan in place of a list of scans, or a path that was mistyped."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError) as caught:
+        list_scans(tmp_path / name)
+    assert [problem.table for problem in caught.value.problems] == [name]
+
+
 def test_folder_without_scans(tmp_path):
-    with pytest.raises(DatasetError, match="without a scan; expected one of .nii.gz"):
+    with pytest.raises(DatasetError, match="scans: none in the folder"):
         list_scans(tmp_path)
 
 
 # Reports
+
+
+def test_scans_without_lungs_fail_unless_asked_otherwise(checkpoint, writer, tmp_path):
+    voxels = np.full((24, 24, 20), -1000, np.int16)
+    voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(-100, 100, (16, 16, 16))
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(voxels, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "scans" / "knee.nii.gz")
+    file = write(tmp_path / "scans", tmp_path / "reports.jsonl", writer)
+    [failure] = read_lines(file.failures)
+    assert failure["error"] == "CTAnatomyError" and file.failed == 1
+    write(tmp_path / "scans", tmp_path / "any.jsonl", ReportWriter(checkpoint, allow_any_anatomy=True))
+    [_, record] = read_lines(tmp_path / "any.jsonl")
+    assert record["coverage"]["lung_volume_ml"] == 0 and "not of a chest" in record["warnings"][0]
+    assert set(record["consistency"]) == {"text_against_findings", "contradictions"}
 
 
 def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -277,9 +276,7 @@ def test_a_real_llama_stays_as_it_was_and_out_of_the_checkpoint(stage_one, tmp_p
     values["model"] |= {"num_latents": 8}
     path = tmp_path / "stories.yaml"
     path.write_text(yaml.safe_dump(values))
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, and this one had another
     run(TrainingConfig.load(path))
-    AcceleratorState._reset_state(reset_partial_state=True)
     checkpoint = tmp_path / "run/model"
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         assert not any(name.startswith("language_model.") for name in file.keys())  # noqa: SIM118

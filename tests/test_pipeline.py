@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from transformers import TextIteratorStreamer, pipeline
@@ -18,8 +19,8 @@ from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.volume_diffvp import CTInputError
 
-from .ct_samples import SPACING, make_ct
-from .hub_samples import make_pushable, write_scan
+from .ct_samples import SPACING
+from .hub_samples import make_chest, make_pushable, write_scan
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,25 @@ def test_references_that_do_not_match(pipe, ct, number):
         pipe(ct, reference=["a", "b"])
 
 
+def test_columns_are_lists(pipe, scans):
+    """Of scans and of references: each with its own."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = datasets.Dataset.from_dict({"ct": scans, "reference": scans[::-1]})
+    decoded = rows.cast_column("ct", datasets.Nifti())
+    expected = pipe(scans, reference=scans[::-1], max_new_tokens=8)
+    series = pandas.Series(scans), pandas.Series(scans[::-1], index=[3, 1, 2])
+    generators = (scan for scan in scans), iter(scans[::-1])
+    columns = (rows["ct"], rows["reference"]), (decoded["ct"], rows["reference"]), series, generators
+    for ct, reference in columns:
+        for found, one in zip(pipe(ct, reference=reference, max_new_tokens=8), expected, strict=True):
+            assert_equal(found, one)
+    for ct in (rows["ct"], pandas.Series(scans), tuple(scans), decoded.with_format("numpy")[:]["ct"]):
+        found = pipe(ct, reference=scans[0], max_new_tokens=8)
+        assert [one["geometry"].sha256 for one in found] == [one["geometry"].sha256 for one in expected]
+    with pytest.raises(ValueError, match="2 references for 3 scan"):
+        pipe(rows["ct"], reference=pandas.Series(scans[:2]))
+
+
 def test_seed_of_the_reference(pipe, scans):
     drawn = {seed: pipe(scans[0], reference_seed=seed, max_new_tokens=1)["reference"] for seed in range(6)}
     assert set(drawn.values()) == {"normal_1", "normal_2"}
@@ -141,10 +161,23 @@ def test_seed_of_the_reference(pipe, scans):
 
 def test_arrays_and_bad_scans(parts, scans):
     pipe = DiffVPPipeline(model=parts[0], processor=parts[1], device="cpu")
-    found = pipe(make_ct(seed=11), reference=scans[1], spacing=SPACING)
+    found = pipe(make_chest(11), reference=scans[1], spacing=SPACING)
     assert found["report"] == pipe(scans[0], reference=scans[1])["report"]
     with pytest.raises(CTInputError, match="spacing"):
-        pipe(make_ct(seed=11))
+        pipe(make_chest(11))
+
+
+def test_reports_are_of_chests_unless_asked_otherwise(pipe, scans, tmp_path):
+    array = np.full((24, 24, 20), -1000, np.int16)
+    array[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(0, 100, (16, 16, 16))
+    nib.save(nib.Nifti1Image(array, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "knee.nii.gz")
+    knee = str(tmp_path / "knee.nii.gz")
+    for call in (lambda: pipe(knee), lambda: pipe([scans[0], knee]), lambda: pipe(scans[0], reference=knee)):
+        with pytest.raises(ValueError, match="lungs") as caught:
+            call()
+        assert type(caught.value).__name__ == "CTAnatomyError"
+    assert pipe(knee, allow_any_anatomy=True)["geometry"].coverage["lung_volume_ml"] == 0
+    assert pipe(scans[0])["geometry"].coverage["lung_extent_mm"] > 0
 
 
 class Recorder(BaseStreamer):

@@ -6,7 +6,10 @@ It imports no other file of the checkpoint, so that `modeling_diffvp.py` can imp
 imported, and every saved checkpoint has its pipeline.
 """
 
+from types import GeneratorType
+
 import torch
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 TASK = "ct-report-generation"
@@ -39,11 +42,13 @@ class DiffVPPipeline(Pipeline):
 
         Args:
             ct: whatever the processor takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these,
-                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them.
+                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them. A column of
+                `datasets` or pandas is a list, too.
             reference: a normal scan to compare with: one for all, or a list of one each. `None` samples from the
                 checkpoint's own.
             reference_seed (`int`): seed of that sampling; 0 if not given.
             spacing (`tuple`): mm along x, y, z of bare arrays.
+            allow_any_anatomy (`bool`): also write reports of scans without lungs, which are refused by default.
             max_new_tokens (`int`): where to stop; the default is the checkpoint's.
             streamer: is told the tokens as they come, such as transformers' `TextIteratorStreamer`; theirs take one
                 scan at a time.
@@ -57,18 +62,19 @@ class DiffVPPipeline(Pipeline):
             `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
             and `intended_domain`, which belong beside the report wherever it goes.
         """
-        if isinstance(ct, tuple):
-            ct = list(ct)
+        is_many, each = self.processor.is_many, self.processor.each
+        if is_many(reference):
+            scans, normals = list(each(ct)), list(each(reference))
+            if not is_many(ct) or len(scans) != len(normals):
+                raise ValueError(
+                    f"{len(normals)} references for {len(scans)} scan(s); expected one each, or one for all."
+                )
+            ct = [{"ct": scan, "reference": normal} for scan, normal in zip(scans, normals, strict=True)]
+            reference = None
+        elif is_many(ct) and not isinstance(ct, (GeneratorType, Dataset)):  # which transformers goes through itself
+            ct = list(each(ct))
         if isinstance(ct, list) and not ct:  # transformers would look at the first
             return []
-        if isinstance(reference, (list, tuple)):
-            if not isinstance(ct, list) or len(ct) != len(reference):
-                scans = len(ct) if isinstance(ct, list) else 1
-                raise ValueError(
-                    f"{len(reference)} references for {scans} scan(s); expected one each, or one for all."
-                )
-            ct = [{"ct": scan, "reference": normal} for scan, normal in zip(ct, reference, strict=True)]
-            reference = None
         if reference is not None:
             kwargs["reference"] = reference
         return super().__call__(ct, **kwargs)
@@ -78,11 +84,17 @@ class DiffVPPipeline(Pipeline):
         reference=None,
         reference_seed: int | None = None,
         spacing=None,
+        allow_any_anatomy: bool | None = None,
         max_new_tokens: int | None = None,
         streamer=None,
         generate_kwargs: dict | None = None,
     ) -> tuple[dict, dict, dict]:
-        reading = {"reference": reference, "reference_seed": reference_seed, "spacing": spacing}
+        reading = {
+            "reference": reference,
+            "reference_seed": reference_seed,
+            "spacing": spacing,
+            "allow_any_anatomy": allow_any_anatomy,
+        }
         writing = {"max_new_tokens": max_new_tokens, "streamer": streamer, **(generate_kwargs or {})}
         reading, writing = (
             {key: value for key, value in given.items() if value is not None} for given in (reading, writing)
@@ -91,10 +103,18 @@ class DiffVPPipeline(Pipeline):
             raise ValueError("return_dict_in_generate is True (expected False): a report is made of token ids alone.")
         return reading, writing, {}
 
-    def preprocess(self, scan, reference=None, reference_seed: int = 0, spacing=None) -> dict:
+    def preprocess(
+        self, scan, reference=None, reference_seed: int = 0, spacing=None, allow_any_anatomy: bool = False
+    ) -> dict:
         if isinstance(scan, dict) and "ct" in scan:  # and not the {"path", "bytes"} of a datasets.Nifti
             scan, reference = scan["ct"], scan.get("reference", reference)
-        inputs = self.processor(ct=scan, reference=reference, reference_seed=reference_seed, spacing=spacing)
+        inputs = self.processor(
+            ct=scan,
+            reference=reference,
+            reference_seed=reference_seed,
+            spacing=spacing,
+            allow_any_anatomy=allow_any_anatomy,
+        )
         # Without a list around them they are one a scan, as what transformers batches and takes apart again has to be.
         return {
             **inputs,

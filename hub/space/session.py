@@ -128,17 +128,17 @@ class Desk:
                 raise CTReadError(path.name, "file size", found, expected)
             if not path.name.lower().endswith(SUFFIXES):
                 raise CTReadError(path.name, "suffix", repr(path.suffix), ".nii, .nii.gz or a .zip of DICOM slices")
-            return self.read(path)
+            return self.read(path, allow_any_anatomy=False)
         finally:
             path.unlink()
             with contextlib.suppress(OSError):  # the folder that was made for it, unless it holds more
                 path.parent.rmdir()
 
-    def read(self, path: Path) -> Scan:
-        """Read and encode a scan."""
+    def read(self, path: Path, allow_any_anatomy: bool = True) -> Scan:
+        """Read and encode a scan; a visitor's has to be of a chest."""
         volume = read_ct(path)
         processor = self.processor.image_processor
-        inputs = processor(volume, digest=True)
+        inputs = processor(volume, digest=True, allow_any_anatomy=allow_any_anatomy)
         geometry = inputs["geometry"][0]
         shown = processor(volume, hu_window=DISPLAY_HU, **display_grid(processor, geometry))
         low, high = DISPLAY_HU
