@@ -101,12 +101,12 @@ fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it fin
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)
 
 train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
-	$(BIN)/diffvp phantom phantom --train 1900 --valid 200 --seed 0
+	$(BIN)/diffvp phantom phantom --train 3600 --valid 200 --seed 0
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 
 evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, beside the baselines; write its card
-	$(BIN)/diffvp phantom phantom --train 2300 --valid 300 --seed 0
+	$(BIN)/diffvp phantom phantom --train 3600 --valid 300 --seed 0
 	$(BIN)/diffvp evaluate phantom --output experiments/results
 	$(BIN)/python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 

@@ -35,15 +35,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
+from .findings_diffvp import diagnosis_prompt_ids, read_attributes
 from .generation_diffvp import decoding_config
 from .modules_diffvp import (
+    DiffVPAlignedDifference,
     DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
     DiffVPVisionEncoder,
-    diagnosis_prompt_ids,
     pad_left,
 )
 from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
@@ -121,6 +122,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
         self.classification_head = nn.Linear(config.visual_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
+        self.aligned_difference = DiffVPAlignedDifference(config) if config.difference_level == "aligned" else None
         self.global_delta = self.prompt_generator = None
         # "none" is the baseline without a difference prompt.
         if config.difference_level != "none":
@@ -186,7 +188,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
         Either side can be encoded alone and the two dicts merged, so that one reference serves many scans.
 
         Args:
-            ct, reference: `(batch, 1, D, H, W)`.
+            ct, reference: `(batch, 1, D, H, W)`. An aligned difference takes several references of each scan,
+                `(batch, R, D, H, W)`.
 
         Returns:
             `ct_features` and, with a classifier, `diagnosis_logits` of `ct`; `reference_features` of `reference`. A
@@ -201,7 +204,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
             given = {"ct": ct, "reference": reference}
             return encoded | {name: volume.to(self.device) for name, volume in given.items() if volume is not None}
         if reference is not None:
-            encoded["reference_features"] = self.extract_features(reference)
+            encoded["reference_features"] = self._reference_features(reference, None)
         return encoded
 
     # Comparison, eq. 3-8
@@ -236,19 +239,37 @@ class DiffVPModel(DiffVPPreTrainedModel):
 
         Features are those of the volume of the same name. Where they are given, the volume is not encoded again.
         """
-        latents, attention = self._visual_tokens(self._features("ct", ct, ct_features))
-        level, nothing = self.config.difference_level, torch.zeros_like(latents)
-        if level == "none":
-            return DiffVPComparison(latents, None, latents, latents, attention)
+        features = self._features("ct", ct, ct_features)
+        latents, attention = self._visual_tokens(features)
+        level, nothing, residual = self.config.difference_level, torch.zeros_like(latents), None
+        reference_latents, pair = None, (latents, latents)
         if level == "target":
-            return DiffVPComparison(latents, None, latents, nothing, attention)
-        if level == "pixel":
+            pair = latents, nothing
+        elif level == "pixel":
             if ct is None or reference is None:
                 raise ValueError('difference_level="pixel" subtracts volumes: give `ct` and `reference`.')
             difference, attention = self.resampler(self.extract_features(ct - reference.to(ct.device)))
-            return DiffVPComparison(latents, None, difference, nothing, attention)
-        reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
-        return DiffVPComparison(latents, reference_latents, latents, reference_latents, attention)
+            pair = difference, nothing
+        elif level == "aligned":
+            reference_features = self._reference_features(reference, reference_features)
+            with torch.autocast(self.device.type, enabled=False):  # distances of tokens that hardly differ
+                *pair, residual = self.aligned_difference(features, reference_features)
+            reference_latents = pair[1]
+        elif level == "latent":
+            reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
+            pair = latents, reference_latents
+        attributes = None
+        if self.config.finding_attributes and self.diagnosis is not None:
+            with torch.autocast(self.device.type, enabled=False):  # in training the same as in use
+                attributes = read_attributes(self.config, self.diagnosis.locate(features))
+        return DiffVPComparison(latents, reference_latents, *pair, attention, residual, attributes)
+
+    def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+        """(batch, N, C), or of several references of each scan (batch, R, N, C)."""
+        if volumes is None or features is not None or volumes.ndim != 5 or volumes.shape[1] == 1:
+            return self._features("reference", volumes, features)
+        encoded = self.extract_features(volumes.flatten(0, 1)[:, None])
+        return encoded.unflatten(0, volumes.shape[:2])
 
     def difference_prompt(self, comparison: DiffVPComparison) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Eqs. 4-8: the prompt P (batch, m, h), `None` without one, and the weights w of eq. 6 (batch, K)."""
@@ -271,17 +292,21 @@ class DiffVPModel(DiffVPPreTrainedModel):
     ) -> torch.Tensor:
         """
         Fig. 5a: the squared token distances of eq. 6, spread over voxel tokens by the resampler's attention and
-        interpolated to the volume. Shape (batch, D, H, W), float32, non-negative, arbitrary units.
+        interpolated to the volume; of an aligned difference, the norm of its residual, in units of what normal scans
+        differ by. Shape (batch, D, H, W), float32, non-negative.
 
         Takes the result of `compare`, or what `compare` takes.
         """
         seen = self.compare(ct, reference, **features) if comparison is None else comparison
         size = tuple(self.config.image_size)
+        if seen.residual is not None:
+            grid = seen.residual.unflatten(-1, self.config.feature_grid)[:, None]
+            return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
         if seen.attention is None:  # without a resampler, and so without a difference
             return seen.latents.new_zeros(seen.latents.shape[0], *size, dtype=torch.float32)
         distances = (seen.difference_from.float() - seen.difference_to.float()).square().sum(dim=-1)
         tokens = torch.einsum("bk,bkn->bn", distances, seen.attention.float())
-        grid = tokens.unflatten(-1, self.config.feature_grid)[:, None]
+        grid = tokens.unflatten(-1, self.config.resampler_grid)[:, None]
         return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
 
 
@@ -331,8 +356,15 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
     def set_output_embeddings(self, value):
         self.language_model.set_output_embeddings(value)
 
-    def diagnosis_prompt(self, diagnosis_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left."""
+    def diagnosis_prompt(
+        self, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left.
+
+        Args:
+            attributes: their places and sizes, from a [`DiffVPComparison`]; `None` names the findings alone.
+        """
         fragments = self.config.diagnosis_prompt_ids
         if fragments is None:
             raise ValueError(
@@ -341,7 +373,11 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             )
         probabilities = diagnosis_logits.float().sigmoid()
         positive = probabilities >= torch.tensor(self.config.diagnosis_threshold, device=probabilities.device)
-        rows = [diagnosis_prompt_ids(fragments, findings) for findings in positive.tolist()]
+        attributes = attributes or [None] * len(positive)
+        rows = [
+            diagnosis_prompt_ids(fragments, findings, known)
+            for findings, known in zip(positive.tolist(), attributes, strict=True)
+        ]
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -385,7 +421,7 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         if self.config.use_diagnosis:
             if diagnosis_logits is None:
                 diagnosis_logits = self.diagnose(ct, encoded["ct_features"])
-            ids, mask = self.diagnosis_prompt(diagnosis_logits)
+            ids, mask = self.diagnosis_prompt(diagnosis_logits, comparison.attributes)
             parts.append(embed(ids))
             masks.append(mask)
         parts.append(text)
@@ -539,6 +575,7 @@ DiffVPForDiagnosis.register_for_auto_class("AutoModel")
 DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "DiffVPAlignedDifference",
     "DiffVPComparison",
     "DiffVPDiagnosisClassifier",
     "DiffVPDiagnosisOutput",

@@ -554,32 +554,52 @@ class DiffVPProcessor(ProcessorMixin):
         return ids + [self.tokenizer.eos_token_id]
 
     @staticmethod
-    def diagnosis_prompt(labels: Sequence[str]) -> str:
-        """The diagnosis prompt D of eq. 9, findings in the order of `DIAGNOSIS_LABELS`."""
+    def diagnosis_prompt(labels: Sequence[str], attributes: Mapping[str, str] | None = None) -> str:
+        """
+        The diagnosis prompt D of eq. 9, findings in the order of `DIAGNOSIS_LABELS`.
+
+        Args:
+            attributes: what stands in brackets behind a finding, by label: "right upper lobe, 12 mm".
+        """
         unknown = sorted(set(labels) - set(DIAGNOSIS_LABELS))
         if unknown:
             raise ValueError(f"Unknown finding(s) {', '.join(unknown)}. Known: {', '.join(DIAGNOSIS_LABELS)}.")
-        named = [label.lower() for label in DIAGNOSIS_LABELS if label in labels]
+        brackets = {label: f" ({text})" for label, text in (attributes or {}).items() if text}
+        named = [label.lower() + brackets.get(label, "") for label in DIAGNOSIS_LABELS if label in labels]
         return f"Predicted findings: {', '.join(named) or 'none'}.\n"
 
     @staticmethod
-    def diagnosis_prompt_ids(tokenizer, labels: Sequence[str] = DIAGNOSIS_LABELS) -> dict:
+    def diagnosis_prompt_ids(
+        tokenizer, labels: Sequence[str] = DIAGNOSIS_LABELS, places: Sequence[str] | None = None
+    ) -> dict:
         """The fragments of the diagnosis prompt as token ids, for `config.diagnosis_prompt_ids`.
 
         Their concatenation *defines* the prompt's ids: prefix, then the found labels with the separator between them
-        or `none`, then suffix. `labels` holds one list for each label, in the given order.
+        or `none`, then suffix. `labels` holds one list for each label, in the given order. With `places`, fragments
+        for the attributes of a finding, sizes digit by digit.
         """
 
         def ids(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        return {
+        fragments = {
             "prefix": ids("Predicted findings:"),
             "labels": [ids(f" {label.lower()}") for label in labels],
             "separator": ids(","),
             "none": ids(" none"),
             "suffix": ids(".\n"),
         }
+        if places is not None:
+            fragments["attributes"] = {
+                "open": ids(" ("),
+                "close": ids(")"),
+                "and": ids(" and "),
+                "comma": ids(", "),
+                "places": {place: ids(place) for place in places},
+                "digits": [ids(str(digit)) for digit in range(10)],
+                "mm": ids(" mm"),
+            }
+        return fragments
 
     @staticmethod
     def post_process(text: str, sections: bool = False) -> dict[str, str]:

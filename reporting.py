@@ -45,7 +45,14 @@ from .engines import Engine, EngineError, TransformersEngine
 from .figures import draw_figure
 from .metrics.consistency import report_consistency
 from .modeling_diffvp import DiffVPForConditionalGeneration
-from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_text, end_tokens
+from .pipeline_diffvp import (
+    GIVEN_REFERENCE,
+    MAX_NEW_TOKENS,
+    RESEARCH_USE,
+    describe_findings,
+    describe_text,
+    end_tokens,
+)
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
@@ -209,6 +216,7 @@ def write_report(
         decoding=decoding,
         engine=engine.name,
         logits=logits,
+        attributes=comparison.attributes,
         geometries=(geometry, inputs.reference_geometry[0]),
         reference=(reference_name, reference_seed if sampled else None),
         made_by=made_by,
@@ -252,6 +260,7 @@ def describe_report(
     decoding: GenerationConfig,
     engine: str,
     logits: torch.Tensor | None,
+    attributes: list[list[dict]] | None = None,
     geometries: tuple[CTGeometry, CTGeometry],
     reference: tuple[str, int | None],
     made_by: dict,
@@ -264,6 +273,7 @@ def describe_report(
     Args:
         tokens: what was generated, with `decoding`, by `engine`.
         logits: of the classifier, (1, labels).
+        attributes: of the model's comparison.
         geometries: of the scan and of the reference.
         reference: its name, and the seed with which it was sampled; `None` if it was chosen.
         made_by: from [`identify_model`].
@@ -273,7 +283,8 @@ def describe_report(
     geometry, reference_geometry = geometries
     name, seed = reference
     tokens = [int(token) for token in tokens]
-    written = describe_text(processor, model.config, tokens, logits, end_tokens(decoding))
+    findings = [] if logits is None else describe_findings(model.config, logits, attributes, (geometry,))[0]
+    written = describe_text(processor, tokens, findings, end_tokens(decoding))
     warnings = {
         "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
             geometry.is_hu and reference_geometry.is_hu

@@ -33,17 +33,21 @@ from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
+from .findings_diffvp import SIDES
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
-from .training.diagnosis import DiagnosisStage, Lesions, best_thresholds, micro_f1
+from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1, predict
 from .training.loop import Log, Stage, Trainer
 from .training.report import ReportStage, check_base, check_reports, quantization
 
 logger = logging.getLogger(__name__)
+
+WHITENING_SCANS = 100  # of the pool; more would not change a covariance of a few dozen channels
+BODY_LEVEL = -0.5  # of the tensor's [-1, 1], above which a voxel is tissue: -450 HU of -1000 to 1200
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -96,17 +100,28 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     """Stage 1. Writes `<output_dir>/diagnosis` (the epoch with the lowest validation loss) and returns it."""
     output = Path(config.output_dir) / "diagnosis"
     set_seed(config.seed)
-    volumes = make_volumes(config, DiffVPImageProcessor(**config.image_processor))
-    cohort = without_unreadable(
-        cohort, cohort.diagnosis + cohort.validation, volumes.load, config, accelerator, "Volumes"
-    )
-    lesions = None
-    if config.diagnosis.lesion_loss_weight > 0:
-        lesions = Lesions(config.data.root, config.data.cache_dir, volumes)
-        compute_all(cohort.diagnosis, lesions.load, accelerator, "Lesions", skip=False)
+    image_processor = DiffVPImageProcessor(**config.image_processor)
     model = DiffVPForDiagnosis(DiffVPConfig(**config.model))
-    parts = (model, cohort.diagnosis, cohort.validation, volumes, lesions, config.seed)
-    train(DiagnosisStage(config.diagnosis, *parts), config, accelerator, cohort, {})
+    check_hu_range(model.config, image_processor)
+    volumes = make_volumes(config, image_processor)
+    cohort = without_unreadable(
+        cohort, cohort.diagnosis + cohort.validation, volumes.load, config, accelerator, "Volumes", config.num_workers
+    )
+    truth = None
+    if config.diagnosis.crops is not None:
+        truth = Truth(config.data.root, config.data.cache_dir, volumes)
+        cases = cohort.diagnosis + cohort.validation
+        compute_all(cases, truth.load, accelerator, "Lesions", skip=False, workers=config.num_workers)
+    parts = (model, cohort.diagnosis, cohort.validation, volumes, truth, config.seed, accelerator)
+    stage = DiagnosisStage(config.diagnosis, *parts)
+    train(stage, config, accelerator, cohort, {})
+    if truth is not None:
+        calibrate(model, stage.whole, torch.from_numpy(stage.labels))
+        logger.info(
+            "Classifier: micro-F1 %.3f, calibrated.", micro_f1(predict(model, stage.whole) >= 0.5, stage.labels)
+        )
+        if model.config.finding_attributes:
+            model.config.finding_attributes = fit_margins(model, stage.whole, truth)
     if accelerator.is_main_process:
         recover_folder(output)
         write_folder(output, model.save_pretrained)
@@ -128,12 +143,17 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     raise_problems(check_reports(cohort, processor, config.report, model))
     model.to(accelerator.device)  # before the caches, which it computes
     volumes = make_volumes(config, processor.image_processor)
+    check_hu_range(model.config, processor.image_processor)
     features = make_features(config.data, volumes, model)
-    needed = {case.name: case for case in cohort.report + cohort.validation + cohort.pool}
-    cohort = without_unreadable(cohort, list(needed.values()), features.load, config, accelerator, "Features")
+    needed = list({case.name: case for case in cohort.report + cohort.validation + cohort.pool}.values())
+    cohort = without_unreadable(cohort, needed, volumes.load, config, accelerator, "Volumes", config.num_workers)
+    needed = list({case.name: case for case in cohort.report + cohort.validation + cohort.pool}.values())
+    compute_all(needed, features.load, accelerator, "Features", skip=False)
     logger.info("Features: %s", json.dumps(features.cache.summary()))
     if model.config.use_diagnosis and config.init_from is None:
         choose_thresholds(model, cohort, features)
+    if model.config.difference_level == "aligned" and config.init_from is None:
+        fit_whitening(model, cohort, features)
     frozen = {"encoder_sha256": state_sha256(model.vision_encoder)}
     if model.config.use_diagnosis:
         frozen["classifier_sha256"] = state_sha256(model.diagnosis)
@@ -166,11 +186,25 @@ def save_model(model: DiffVPForConditionalGeneration, folder: Path, state: dict[
         model.__class__ = sharded
 
 
+def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) -> None:
+    """
+    Raises:
+        ValueError: the encoder takes the tensor for other Hounsfield units than the processor puts into it.
+    """
+    if config.hu_range is not None and tuple(config.hu_range) != tuple(image_processor.hu_window):
+        raise ValueError(
+            f"model.hu_range is {list(config.hu_range)} and image_processor.hu_window "
+            f"{list(image_processor.hu_window)}; expected the same HU"
+        )
+
+
 def make_volumes(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> VolumeCache:
     return VolumeCache(config.data.cache_dir, image_processor, config.data.spacing)
 
 
-def without_unreadable(cohort: Cohort, cases, load, config: TrainingConfig, accelerator, description: str) -> Cohort:
+def without_unreadable(
+    cohort: Cohort, cases, load, config: TrainingConfig, accelerator, description: str, workers: int = 0
+) -> Cohort:
     """
     `load` every case once into its cache. The cohort without the volumes that cannot be read, where the training file
     says to leave them out; they are listed in `<output_dir>/skipped.jsonl`.
@@ -178,7 +212,7 @@ def without_unreadable(cohort: Cohort, cases, load, config: TrainingConfig, acce
     Raises:
         DatasetError: there are such volumes, and the training file does not say so.
     """
-    problems = compute_all(cases, load, accelerator, description, config.data.skip_unreadable)
+    problems = compute_all(cases, load, accelerator, description, config.data.skip_unreadable, workers)
     if not problems:
         return cohort
     if accelerator.is_main_process:
@@ -199,14 +233,22 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
     processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
+    places = None
+    if config.model.get("finding_attributes"):
+        places = [*(config.model.get("finding_regions") or ()), *SIDES]
     fields = {
         **config.model,
-        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer),
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer, places=places),
         "instruction": processor.instruction,
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
     # Both from the first stage: the classifier then needs no encoder of its own.
     fields.setdefault("share_encoder", config.encoder_weights is None)
+    needs_classifier = fields.get("use_diagnosis", True) or config.encoder_weights is None
+    if needs_classifier:
+        folder = config.classifier or Path(config.output_dir) / "diagnosis"
+        encoder, classifier = load_classifier(folder)
+        fields["finding_attributes"] = classifier.attributes  # with the margins that the first stage has fitted
     if base.from_scratch is not None:
         model = build_from_scratch(base.from_scratch, tokenizer, fields)
     else:
@@ -220,8 +262,6 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
             **quantization(base),
         )
         check_base(model.language_model.config, base.expected_config)
-    if model.config.use_diagnosis or config.encoder_weights is None:
-        encoder, classifier = load_classifier(config.classifier or Path(config.output_dir) / "diagnosis")
     if model.config.use_diagnosis:
         if model.config.share_encoder:
             classifier.vision_encoder = None
@@ -279,6 +319,16 @@ def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, fea
     model.config.diagnosis_threshold = best_thresholds(probabilities, labels)
     score = micro_f1(probabilities >= np.array(model.config.diagnosis_threshold), labels)
     logger.info("Classifier: micro-F1 %.3f on %d cases that it has not seen.", score, len(unseen))
+
+
+def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
+    """Fit the whitening of the aligned difference to tokens inside the bodies of the pool, every seventh of them."""
+    tokens = []
+    for case in cohort.pool[:WHITENING_SCANS]:
+        volume = features.volumes.load(case).float()
+        body = torch.nn.functional.adaptive_max_pool3d(volume, model.config.feature_grid)[0].flatten() > BODY_LEVEL
+        tokens.append(features.load(case)["features"][body][::7].float())
+    model.aligned_difference.fit(torch.cat(tokens))
 
 
 def run(config: TrainingConfig) -> None:

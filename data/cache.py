@@ -244,6 +244,10 @@ ENCODER = (
     "encoder_stride",
     "encoder_max_pool",
     "encoder_shortcut_type",
+    "encoder_windows",
+    "hu_range",
+    "encoder_coordinates",
+    "encoder_pyramid_channels",
     "image_size",
 )
 

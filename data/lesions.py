@@ -1,14 +1,23 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The phantom's lesion masks on the grid of the model's tensor. No dataset of patients has them for all findings."""
+"""The phantom's lesion and lobe masks on the grid of the model's tensor, and the findings' true attributes.
 
+No dataset of patients has lesion masks for all findings: RadGenome-ChestCT's masks are of regions.
+"""
+
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+from scipy import ndimage
+
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 
 from .cases import DatasetError, Problem
+from .phantom import Finding
 
 CELL = 4  # voxels of the tensor along each axis of a cell: fine enough to shift masks along with an augmented volume
 
@@ -16,6 +25,11 @@ CELL = 4  # voxels of the tensor along each axis of a cell: fine enough to shift
 def lesion_mask_path(root: str | Path, name: str) -> Path:
     """Where `write_cohort(masks=True)` puts the bit-coded lesion mask of a case."""
     return Path(root) / "phantom" / "lesion_mask" / f"{name}.nii.gz"
+
+
+def lobe_mask_path(root: str | Path, name: str) -> Path:
+    """Where `write_cohort(masks=True)` puts the lobes of a case."""
+    return Path(root) / "phantom" / "lobe_mask" / f"{name}.nii.gz"
 
 
 def lesion_cells(path: Path, geometry) -> torch.Tensor:
@@ -31,6 +45,93 @@ def lesion_cells(path: Path, geometry) -> torch.Tensor:
         DatasetError: there is no such mask, or its shape is not that of the volume.
     """
     return torch.from_numpy(_gathered(lps_mask(path, geometry, "lesion mask"), geometry, CELL))
+
+
+def largest_lesions(path: Path, geometry) -> torch.Tensor:
+    """
+    As [`lesion_cells`], with the largest connected part of each finding alone: the one whose size a report states.
+
+    Arguments and errors as of [`lesion_cells`].
+    """
+    codes = lps_mask(path, geometry, "lesion mask")
+    largest = np.zeros(codes.shape, codes.dtype)
+    for bit in np.flatnonzero([np.bitwise_or.reduce(codes, axis=None) >> np.uint32(n) & 1 for n in range(32)]):
+        mask = (codes >> np.uint32(bit)) & 1
+        # In the box of the finding, which is mostly a small part of the scan.
+        [box] = ndimage.find_objects(mask.astype(np.int8))
+        parts, count = ndimage.label(mask[box])
+        part = 1 + np.bincount(parts.ravel())[1:].argmax()
+        largest[box] |= np.where(parts == part, np.uint32(1 << bit), np.uint32(0))
+    return torch.from_numpy(_gathered(largest, geometry, CELL))
+
+
+def lobe_cells(path: Path, geometry) -> torch.Tensor:
+    """
+    The lobe at the centre of each cell of the tensor, uint8 (depth / CELL, height / CELL, width / CELL): 0 outside the
+    lungs, else 1 + the index into `LOBES`.
+
+    Arguments and errors as of [`lesion_cells`], with a mask of lobes.
+    """
+    lobes = lps_mask(path, geometry, "lobe mask")
+    outputs, inputs = [], []
+    for axis in range(3):
+        middles = CELL * np.arange(geometry.size[2 - axis] // CELL) + (CELL - 1) / 2
+        nearest = np.floor(geometry.offset[axis] + geometry.scale[axis] * middles + 0.5).astype(int)
+        inside = (nearest >= 0) & (nearest < lobes.shape[axis])
+        outputs.append(np.flatnonzero(inside))
+        inputs.append(nearest[inside])
+    cells = np.zeros([size // CELL for size in geometry.size], np.uint8)
+    cells[np.ix_(*outputs[::-1])] = lobes[np.ix_(*inputs)].T
+    return torch.from_numpy(cells)
+
+
+def read_patients(root: str | Path) -> dict[str, list[Finding]]:
+    """The findings of each case of a phantom cohort, by its name.
+
+    Raises:
+        DatasetError: there is no such list, or a line of it is not of a patient.
+    """
+    path = Path(root) / "phantom" / "patients.jsonl"
+    if not path.is_file():
+        raise DatasetError([Problem(path.name, None, "file", "missing", "the list of a phantom cohort, in phantom/")])
+    findings = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            patient = json.loads(line)
+            findings[patient["name"]] = [Finding(**finding) for finding in patient["findings"]]
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "JSON with name, and findings of label and attributes"
+            raise DatasetError([Problem(path.name, number, "line", type(error).__name__, expected)]) from error
+    return findings
+
+
+def size_mm(finding: Finding) -> float | None:
+    """The length that its report states; `None` where it states none."""
+    lengths = [value for key, value in finding.attributes.items() if key.endswith("_mm")]
+    return float(lengths[0]) if lengths else None
+
+
+def true_place(finding: Finding) -> frozenset[str]:
+    """The lobes of a finding, or else its sides ("right", "left"); empty where its report names neither."""
+    attributes = finding.attributes
+    if finding.label == "Medical material":  # of some kinds of it the sentence names the vein, not the side
+        return frozenset()
+    if "lobe" in attributes:
+        return frozenset([attributes["lobe"]])
+    if "lobes" in attributes:
+        return frozenset(attributes["lobes"])
+    side = attributes.get("side")
+    return frozenset(("right", "left") if side == "both" else () if side is None else (side,))
+
+
+def true_sizes(findings: Sequence[Finding]) -> torch.Tensor:
+    """The size in mm of each label, float (labels,); NaN where there is none."""
+    sizes = torch.full((len(DIAGNOSIS_LABELS),), torch.nan)
+    for finding in findings:
+        size = size_mm(finding)
+        if size is not None:
+            sizes[DIAGNOSIS_LABELS.index(finding.label)] = size
+    return sizes
 
 
 def lesion_voxels(path: Path, geometry) -> torch.Tensor:

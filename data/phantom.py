@@ -179,7 +179,8 @@ class PhantomScan:
     """A rendered scan in LPS axis order: x right to left, y anterior to posterior, z inferior to superior.
 
     `hu` is int16 (x, y, z); `spacing` in mm (x, y, z); `affine` maps voxel indices to RAS+ mm, as nibabel expects;
-    `regions` are bool masks by name; `lesions` are bool masks by label, one for each finding of the patient.
+    `regions` are bool masks by name; `lesions` are bool masks by label, one for each finding of the patient; `lobes`
+    is uint8, 1 + the index into `LOBES` inside the lungs as they were before any finding, 0 outside.
     """
 
     hu: np.ndarray
@@ -187,6 +188,7 @@ class PhantomScan:
     affine: np.ndarray
     regions: dict[str, np.ndarray]
     lesions: dict[str, np.ndarray]
+    lobes: np.ndarray
 
 
 def _generator(seed: int, split: str, index: int, stream: str) -> np.random.Generator:
@@ -423,6 +425,7 @@ def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: floa
     geometry = Geometry(patient)
     canvas = Canvas(patient, geometry, matrix, patient.slice_mm if slice_mm is None else slice_mm)
     paint_anatomy(canvas)
+    lobes = np.where(canvas.lung_sd < 0, 1 + geometry.lobe(canvas.x, canvas.y, canvas.z), 0).astype(np.uint8)
     paint_findings(canvas)
     # Before the acquisition, which sets the air around the patient.
     canvas.hu *= np.float32((patient.water_hu - patient.air_hu) / 1000)
@@ -431,4 +434,4 @@ def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: floa
     # The transposes turn (z, y, x) into (x, y, z) without a copy: NIfTI stores x fastest.
     regions = {name: mask.T for name, mask in region_masks(canvas).items()}
     lesions = {finding.label: canvas.lesion(finding.label).T for finding in patient.findings}
-    return PhantomScan(hu.T, canvas.spacing, canvas.affine(), regions, lesions)
+    return PhantomScan(hu.T, canvas.spacing, canvas.affine(), regions, lesions, lobes.T)

@@ -72,7 +72,7 @@ def write_cohort(
         valid: Number of cases of the validation split.
         seed: Cohort seed; the same seed and matrix give the same bytes.
         matrix: Pixels per row and column of each slice.
-        masks: Also write the ten region masks and the lesion masks.
+        masks: Also write the ten region masks, the lesion masks and the lobes.
         scanner: "a" or "b": the same patients in another hospital; see [`on_scanner`].
         workers: Processes that render.
         progress: Show a progress bar on stderr.
@@ -150,15 +150,19 @@ def _write_case(job: tuple) -> dict:
     root, patient, matrix, with_masks = job
     path = volume_path(root, patient.name)
     mask_folder = root / "dataset" / f"{patient.split}_region_mask" / f"seg_{patient.name}"
-    lesion_path = root / "phantom" / "lesion_mask" / f"{patient.name}.nii.gz"
-    # The volume is written last, so that its presence means that the case is complete.
-    complete = path.exists() and (lesion_path.exists() or not with_masks)
+    lesion_path, lobe_path = (
+        root / "phantom" / f"{kind}_mask" / f"{patient.name}.nii.gz" for kind in ("lesion", "lobe")
+    )
+    # The volume is written last, so that its presence means that the case is complete. (Cohorts from before there were
+    # lobes lack those.)
+    complete = path.exists() and ((lesion_path.exists() and lobe_path.exists()) or not with_masks)
     if not complete:
         scan = render_patient(patient, matrix=matrix)
         if with_masks:
             for region in REGIONS:
                 _write_nifti(mask_folder / f"{region}.nii.gz", scan.regions[region].astype(np.uint8), scan.affine)
             _write_nifti(lesion_path, encode_lesions(scan), scan.affine)
+            _write_nifti(lobe_path, scan.lobes, scan.affine)
         _write_nifti(path, scan.hu, scan.affine)
     header = nib.load(path).header
     return {

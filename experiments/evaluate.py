@@ -21,6 +21,7 @@ from rich.progress import track
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
 from ..data.cases import Case
+from ..data.lesions import read_patients
 from ..data.pool import normal_pool
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
@@ -33,7 +34,7 @@ from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
-from .lesions import read_patients, score_findings
+from .lesions import score_findings
 from .scores import FINDINGS, PhantomReader, micro
 
 BATCH_SIZE = 16

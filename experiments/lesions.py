@@ -5,12 +5,10 @@ What a report says of each finding of the phantom: whether it names it, by the f
 and size are right where it does. No dataset of patients knows the size of every finding.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ..data.cases import DatasetError, Problem
+from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
 
@@ -35,33 +33,7 @@ _BOTH_SIDES = re.compile(r"\b(?:both|bilateral)\b")
 _SIDE = re.compile(r"\b(right|left)\b")
 
 
-def read_patients(root: str | Path) -> dict[str, list[Finding]]:
-    """The findings of each case of a phantom cohort, by its name.
-
-    Raises:
-        DatasetError: there is no such list, or a line of it is not of a patient.
-    """
-    path = Path(root) / "phantom" / "patients.jsonl"
-    if not path.is_file():
-        raise DatasetError([Problem(path.name, None, "file", "missing", "the list of a phantom cohort, in phantom/")])
-    findings = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            patient = json.loads(line)
-            findings[patient["name"]] = [Finding(**finding) for finding in patient["findings"]]
-        except (ValueError, KeyError, TypeError) as error:
-            expected = "JSON with name, and findings of label and attributes"
-            raise DatasetError([Problem(path.name, number, "line", type(error).__name__, expected)]) from error
-    return findings
-
-
 # Truth --------------------------------------------------------------------------------------------------------------
-
-
-def size_mm(finding: Finding) -> float | None:
-    """The length that its report states; `None` where it states none."""
-    lengths = [value for key, value in finding.attributes.items() if key.endswith("_mm")]
-    return float(lengths[0]) if lengths else None
 
 
 def size_bin(finding: Finding) -> str | None:
@@ -83,19 +55,6 @@ def size_bin(finding: Finding) -> str | None:
 def _bin_names(starts: Sequence[int]) -> list[str]:
     names = [f"{start}-{following - 1} mm" for start, following in zip(starts, starts[1:], strict=False)]
     return [*names, f"from {starts[-1]} mm"]
-
-
-def true_place(finding: Finding) -> frozenset[str]:
-    """The lobes of a finding, or else its sides ("right", "left"); empty where its report names neither."""
-    attributes = finding.attributes
-    if finding.label == "Medical material":  # of some kinds of it the sentence names the vein, not the side
-        return frozenset()
-    if "lobe" in attributes:
-        return frozenset([attributes["lobe"]])
-    if "lobes" in attributes:
-        return frozenset(attributes["lobes"])
-    side = attributes.get("side")
-    return frozenset(("right", "left") if side == "both" else () if side is None else (side,))
 
 
 # Reports ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from rich.progress import track
 
 from ..data.cache import VolumeCache, compare, state_sha256, weights_sha256
 from ..data.cases import Case, first_reconstructions
+from ..data.lesions import read_patients
 from ..data.load import load_dataset_cases
+from ..data.phantom import Finding
 from ..data.pool import is_normal
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
@@ -37,7 +39,6 @@ from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
-from .lesions import Finding, read_patients
 from .references import choose_references, reference_pool
 from .study import Condition, Study, Variant
 

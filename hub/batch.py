@@ -32,7 +32,7 @@ from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, r
 from ..data.table import PATH_COLUMNS
 from ..engines import load_engine
 from ..metrics.consistency import report_consistency
-from ..pipeline_diffvp import RESEARCH_USE, describe_text, end_tokens
+from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..references_diffvp import ReferencePoolError
 from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
 from ..volume_diffvp import CTInputError
@@ -224,15 +224,20 @@ class ReportWriter:
         """The prompt of a scan, (length, h), and what is known of it before its report is written."""
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
-        logits = scan.get("diagnosis_logits")
+        logits = scan.pop("diagnosis_logits", None)
         pool = self.processor.reference_pool
         reference, compared = pool.choose(self.reference_seed, geometry.sha256, lambda one: self._reference(one["id"]))
-        [prompt] = self.model.embed_prompt(**scan, **compared, **self._instruction)
-        return prompt, {"sha256": geometry.sha256, "reference": reference, "logits": logits}
+        with torch.no_grad():
+            comparison = self.model.compare(**scan, **compared)
+        [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
+        findings = []
+        if logits is not None:
+            [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
+        return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
-        logits, ends = draft.pop("logits"), end_tokens(self.decoding)
-        return draft | describe_text(self.processor, self.model.config, tokens, logits, ends) | self._stamp
+        findings, ends = draft.pop("findings"), end_tokens(self.decoding)
+        return draft | describe_text(self.processor, tokens, findings, ends) | self._stamp
 
     def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
         """Digest and encoding of a reference."""

@@ -64,7 +64,7 @@ def make_pushable(folder: Path, base: Path, fields: dict, tokenizer, base_name: 
     }
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    model = DiffVPForConditionalGeneration.from_base(str(base), lora_config=lora, config={**fields, **own})
+    model = DiffVPForConditionalGeneration.from_base(str(base), lora_config=lora, config={**own, **fields})
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)

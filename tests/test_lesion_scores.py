@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from diffvp.data.cases import DatasetError
+from diffvp.data.lesions import read_patients, true_place
 from diffvp.data.phantom import FINDING_NETWORK, Finding, _attributes, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.experiments.lesions import (
     named_lobes,
     named_sides,
-    read_patients,
     score_findings,
     size_bin,
-    true_place,
 )
 
 NORMAL = (

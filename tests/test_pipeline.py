@@ -60,6 +60,31 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert found["geometry"].sha256 == expected["geometry"].sha256
 
 
+def test_findings_have_places_and_sizes_whatever_the_batch(
+    scans, tiny_base_with_tokenizer, tiny_fields, tokenizer, tmp_path
+):
+    """A model with fine tokens and an aligned difference, saved and loaded from its own code."""
+    fine = {"encoder_pyramid_channels": 6, "share_encoder": True, "difference_level": "aligned"}
+    fine |= {"finding_regions": ["right lung", "left lung"]}
+    fine |= {"finding_attributes": {"Lung nodule": {"place": "region", "size": True}, "Emphysema": {"place": "side"}}}
+    places = [*fine["finding_regions"], "right", "left"]
+    fine |= {"diagnosis_prompt_ids": DiffVPProcessor.diagnosis_prompt_ids(tokenizer, places=places)}
+    base = tiny_base_with_tokenizer
+    folder = make_pushable(tmp_path / "fine", base, {**tiny_fields, **fine}, tokenizer, str(base), None)
+    pipe = pipeline("ct-report-generation", model=str(folder), trust_remote_code=True, device="cpu")
+    alone = [pipe(scan) for scan in scans]
+    for found, expected in zip(pipe(list(scans), batch_size=2), alone, strict=True):
+        assert_equal(found, expected)
+        findings = {one["label"]: one for one in found["findings"]}
+        assert {one["label"]: one for one in expected["findings"]}["Lung nodule"]["peak"] == (
+            findings["Lung nodule"]["peak"]
+        )
+        assert findings["Lung nodule"]["location"] in fine["finding_regions"]
+        assert findings["Lung nodule"]["size_mm"] > 0 and findings["Emphysema"]["size_mm"] is None
+        assert set(findings["Emphysema"]["location"].split(" and ")) <= {"right", "left"}
+        assert findings["Cardiomegaly"]["location"] is None and len(findings["Cardiomegaly"]["peak"]) == 3
+
+
 def test_one_scan(pipe, parts, scans, tmp_path):
     model, processor = parts
     inputs = processor(ct=scans[0])

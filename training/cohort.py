@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, state_sha256
 from ..data.cases import (
@@ -223,12 +224,15 @@ class Features:
         return frozen
 
     def inputs(self, case: Case, references: Sequence[Case]) -> dict[str, torch.Tensor]:
-        """What `model.compare` takes, without a batch axis. Several references are averaged."""
+        """What `model.compare` takes, without a batch axis. Of several references the mean, or all if aligned."""
         if self.model.config.compares_voxels:
             names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
         else:
             names, load = ("ct_features", "reference_features"), lambda one: self.load(one)["features"]
-        return dict(zip(names, (load(case), torch.stack(list(map(load, references))).mean(0)), strict=True))
+        several = torch.stack(list(map(load, references)))
+        if self.model.config.difference_level != "aligned" or len(references) == 1:
+            several = several.mean(0)
+        return dict(zip(names, (load(case), several), strict=True))
 
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
@@ -239,22 +243,46 @@ def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForCondi
     return Features(data.cache_dir, volumes, model, regions)
 
 
+class _Loading(Dataset):
+    def __init__(self, cases: list[Case], load: Callable[[Case], object]):
+        self.cases, self.load = cases, load
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> list[Problem]:
+        case = self.cases[index]
+        try:
+            self.load(case)
+        except CTInputError as error:
+            return [Problem(error.source, case.row, error.field, str(error.found), error.expected, case.name)]
+        except DatasetError as error:
+            return list(error.problems)
+        return []
+
+
 def compute_all(
-    cases: list[Case], load: Callable[[Case], object], accelerator: Accelerator, description: str, skip: bool
+    cases: list[Case],
+    load: Callable[[Case], object],
+    accelerator: Accelerator,
+    description: str,
+    skip: bool,
+    workers: int = 0,
 ) -> list[Problem]:
     """
     `load` every case into a cache, each process its part; the volumes that could not be read.
+
+    Args:
+        workers: processes that share the part, for what needs no GPU; 0 for none but this one.
 
     Raises:
         DatasetError: some could not be read, and `skip` is off. All others are in the cache by then.
     """
     problems = []
     share = cases[accelerator.process_index :: accelerator.num_processes]
-    for case in track(share, description, disable=not accelerator.is_main_process):
-        try:
-            load(case)
-        except CTInputError as error:
-            problems.append(Problem(error.source, case.row, error.field, str(error.found), error.expected, case.name))
+    loading = DataLoader(_Loading(share, load), batch_size=None, num_workers=min(workers, len(share)))
+    for problem in track(loading, description, total=len(share), disable=not accelerator.is_main_process):
+        problems += problem
     if accelerator.num_processes > 1:
         problems = gather_object(problems)
     if problems and not skip:

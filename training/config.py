@@ -79,6 +79,15 @@ class BaseSection(_Section):
     expected_config: dict | None = None
 
 
+class CropSection(_Section):
+    """Training on crops of cases whose lesions are known voxel by voxel: phantoms; see `training/diagnosis.py`."""
+
+    per_epoch: int = Field(ge=1)
+    validation: int = Field(ge=1)  # crops of the validation cases, the same after each epoch
+    size: tuple[int, int, int]  # voxels (depth, height, width)
+    near_lesions: float = Field(ge=0, le=1)  # share that is centred near a lesion of a uniformly drawn label
+
+
 class DiagnosisSection(_Section):
     """Stage 1, the classifier."""
 
@@ -89,7 +98,8 @@ class DiagnosisSection(_Section):
     weight_decay: float
     warmup_ratio: float
     head_learning_rate: float
-    lesion_loss_weight: float = 0.0  # above 0: also learn where findings lie, from lesion masks (phantoms only)
+    gradient_clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
+    crops: CropSection | None = None  # null: whole scans and their labels
     patience: int | None = Field(default=None, ge=1)  # epochs without a better validation loss before it ends
 
 
@@ -107,6 +117,7 @@ class ReportSection(_Section):
     truncate_reports: bool = False  # cut reports of more tokens; else they are refused before the run
     true_findings: float = Field(default=0.0, ge=0, le=1)  # share of prompts that name true findings, not predictions
     gradient_checkpointing: bool = False
+    gradient_clip: float = Field(default=1.0, gt=0)
     patience: int | None = Field(default=None, ge=1)
     samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
 

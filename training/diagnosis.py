@@ -1,106 +1,265 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1: the diagnosis classifier (appendix D)."""
+"""
+Stage 1: the diagnosis classifier (appendix D).
+
+Where masks say where findings lie, the voxel head learns them voxel by voxel, from crops; else it learns from whole
+scans and their labels, through Noisy-OR. The weights are of one model, and what follows is the same.
+"""
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from ..data.cache import TensorCache, VolumeCache
 from ..data.cases import Case
-from ..data.lesions import CELL, lesion_cells, lesion_mask_path, token_targets
+from ..data.lesions import (
+    CELL,
+    largest_lesions,
+    lesion_cells,
+    lesion_mask_path,
+    lobe_cells,
+    lobe_mask_path,
+    read_patients,
+    token_targets,
+    true_place,
+    true_sizes,
+)
+from ..findings_diffvp import named_places
 from ..modeling_diffvp import DiffVPForDiagnosis
-from .config import DiagnosisSection
+from ..modules_diffvp import noisy_or
+from .config import CropSection, DiagnosisSection
 from .loop import Split, Stage, in_order
 
+STEP = 8  # voxels between two places of a crop
+POSITIVE_WEIGHT = 3.0  # of the tokens of a lesion
+REGION_WEIGHT, SIZE_WEIGHT = 0.3, 0.3
+KEPT_CELLS = 40  # of a finding in a case, to centre crops near
+START_LOGIT = -4.0  # of the voxel head: few tokens show a finding
+LARGEST_SHARE = 20.0  # of a label in one loss, against what is usual
 
-def augment(
-    volume: torch.Tensor, cells: torch.Tensor | None, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+def augment(volume: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """
-    Shift by up to one lesion cell in depth and two in plane, mirror, and jitter density.
+    Shift (1, D, H, W) by up to one lesion cell in depth and two in plane, and jitter density.
 
-    Args:
-        volume: (1, D, H, W).
-        cells: its lesion cells (D / CELL, H / CELL, W / CELL), moved along; or `None`.
+    It is not mirrored: hearts lie on one side, and reports tell the sides apart.
     """
     shift = tuple(int(step) for step in rng.integers(-2, 3, 3) // (2, 1, 1))
-    mirror, gain = rng.random() < 0.5, float(rng.uniform(0.95, 1.05))
+    gain = float(rng.uniform(0.95, 1.05))
     volume = torch.roll(volume, [CELL * step for step in shift], dims=(1, 2, 3))
-    volume = (((volume.flip(-1) if mirror else volume) + 1) * gain - 1).clamp(-1, 1)
-    if cells is not None:
-        cells = torch.roll(cells, shift, dims=(0, 1, 2))
-        cells = cells.flip(-1) if mirror else cells
-    return volume, cells
+    return ((volume + 1) * gain - 1).clamp(-1, 1)
+
+
+class Truth:
+    """What the masks of phantom cases say by cell of the tensor, by way of a cache; see `data/lesions.py`."""
+
+    def __init__(self, dataset: str | Path, cache_dir: str | Path, volumes: VolumeCache):
+        self.dataset, self.volumes = dataset, volumes
+        self.cache = TensorCache(Path(cache_dir) / "lesions", volumes.recipe | {"content": "cells, largest, lobes"})
+        self.patients = read_patients(dataset)
+
+    def load(self, case: Case) -> dict[str, torch.Tensor]:
+        """`cells`, `largest`, `lobes` (d, h, w), and `sizes` (labels,) in mm, NaN of what has none."""
+        lesions, lobes = lesion_mask_path(self.dataset, case.name), lobe_mask_path(self.dataset, case.name)
+
+        def compute() -> dict[str, torch.Tensor]:
+            geometry = self.volumes.preprocess(case)["geometry"][0]
+            return {
+                "cells": lesion_cells(lesions, geometry),
+                "largest": largest_lesions(lesions, geometry),
+                "lobes": lobe_cells(lobes, geometry),
+            }
+
+        return self.cache.get(self.volumes.hashes(lesions), compute) | {"sizes": true_sizes(self.patients[case.name])}
 
 
 class DiagnosisObjective(torch.nn.Module):
     """
-    BCE of the volume labels (appendix D), plus `lesion_loss_weight` times a balanced BCE of where the lesions lie.
+    The losses of a batch: of whole scans the BCE of the volume labels (appendix D); of crops the BCE of where lesions
+    lie, and the losses of regions and sizes.
 
-    The second term has a linear head of its own, thrown away after training: what it leaves behind is an encoder that
-    has seen lesions as such. Volume labels alone would need far more cases than two cores can train on, and the
-    paper's encoder is pretrained too.
+    Args:
+        usual: of crops, how many tokens of a crop each label has on average, (labels,). The BCE of a label is divided
+            by it: else a pleural effusion of hundreds of tokens would be all that counts beside a nodule of one.
     """
 
-    def __init__(self, model: DiffVPForDiagnosis, lesion_loss_weight: float):
+    def __init__(self, model: DiffVPForDiagnosis, usual: torch.Tensor | None = None):
         super().__init__()
         self.model = model
-        self.lesion_loss_weight = lesion_loss_weight
-        if lesion_loss_weight > 0:
-            self.lesion_head = torch.nn.Linear(model.config.encoder_hidden_size, model.config.num_labels_diagnosis)
+        if usual is not None:
+            self.register_buffer("usual", usual.clamp(min=1.0), persistent=False)
 
     def forward(
-        self, ct: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor | None = None
+        self,
+        ct: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
+        largest: torch.Tensor | None = None,
+        lobes: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Losses of a batch; `cells` as in [`augment`], of every case."""
+        """`labels` (batch, labels) of whole scans; of crops all others, as [`Crops.cut`] gives them."""
         classifier = self.model.classifier
-        features = classifier.vision_encoder(ct)
-        logits, _ = classifier.classify(features)
-        volume_loss = F.binary_cross_entropy_with_logits(logits, labels)
-        if cells is None:
-            return {"loss": volume_loss, "volume_loss": volume_loss}
-        targets = token_targets(cells, self.model.config.feature_grid, labels.shape[1])
-        token_losses = F.binary_cross_entropy_with_logits(self.lesion_head(features), targets, reduction="none")
-        present, absent = targets.sum().clamp(min=1), (1 - targets).sum()
-        lesion_loss = (token_losses * targets).sum() / present + (token_losses * (1 - targets)).sum() / absent
+        if start is None:
+            logits, _ = classifier.classify(classifier.vision_encoder(ct))
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+            return {"loss": loss, "volume_loss": loss}
+        features = classifier.vision_encoder(ct, start)
+        grid = self._grid(ct.shape[2:], features.shape[1])
+        logits = classifier.head(features).float()
+        targets = token_targets(cells, grid, logits.shape[2])
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        losses = (losses * (1 + (POSITIVE_WEIGHT - 1) * targets)).sum(dim=(0, 1))
+        losses = losses / (len(ct) * self.usual * (1 + POSITIVE_WEIGHT))
+        result = {"lesion_loss": losses.clamp(max=LARGEST_SHARE).mean()}
+        loss = result["lesion_loss"]
+        if classifier.region_head is not None:
+            scores = classifier.region_head(features).float().transpose(1, 2)
+            result["region_loss"] = F.cross_entropy(scores, self._nearest(lobes, grid).flatten(1).long())
+            loss = loss + REGION_WEIGHT * result["region_loss"]
+        if classifier.size_head is not None:
+            of_size = token_targets(largest, grid, logits.shape[2]) * sizes.isfinite()[:, None]
+            error = (classifier.sizes(features) - sizes.nan_to_num(1.0).log()[:, None]).abs()
+            share = (error * of_size).sum(dim=(0, 1)) / (len(ct) * self.usual)
+            result["size_loss"] = share.clamp(max=LARGEST_SHARE).mean()
+            loss = loss + SIZE_WEIGHT * result["size_loss"]
+        return {"loss": loss} | result
+
+    def _grid(self, size: torch.Size, tokens: int) -> tuple[int, int, int]:
+        """The tokens along the axes of a crop: in the proportion of the whole volume's."""
+        config = self.model.config
+        axes = zip(size, config.feature_grid, config.image_size, strict=True)
+        grid = tuple(-(-n * of // whole) for n, of, whole in axes)
+        if math.prod(grid) != tokens:
+            raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, no part of {config.feature_grid}")
+        return grid
+
+    @staticmethod
+    def _nearest(lobes: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        return F.interpolate(lobes[:, None].float(), size=grid, mode="nearest")[:, 0]
+
+
+class Crops:
+    """
+    Class-balanced crops of cases whose lesions are known.
+
+    All volumes and cells lie on one device: on a GPU in its memory, where a crop costs no copy; on CPU as the files of
+    the cache, mapped into memory. A crop is a function of (seed, epoch, index) alone.
+
+    Args:
+        section: how many, and of what size.
+        seed: `None` for the same crops in every epoch, and without jitter, as validation wants them.
+    """
+
+    def __init__(
+        self, cases: list[Case], volumes: VolumeCache, truth: Truth, section: CropSection, seed: int | None, device
+    ):
+        self.section, self.seed = section, seed
+        self.volumes = [volumes.load(case)[0].to(device) for case in cases]
+        self.truth = [{key: value.to(device) for key, value in truth.load(case).items()} for case in cases]
+        self.shape = np.array(self.volumes[0].shape)
+        self.size = np.array(section.size)
+        if (self.size % STEP).any() or (self.size > self.shape).any():
+            expected = f"multiples of {STEP} up to {self.shape.tolist()}"
+            raise ValueError(f"diagnosis.crops.size is {section.size}; expected {expected}")
+        self.where: dict[int, list[tuple[int, np.ndarray]]] = {}
+        rng = np.random.default_rng(0)
+        for index, (case, known) in enumerate(zip(cases, self.truth, strict=True)):
+            codes = known["cells"].cpu().numpy()
+            for label in np.flatnonzero(case.labels):
+                places = np.argwhere((codes >> label) & 1)
+                if len(places):
+                    kept = places[rng.integers(0, len(places), min(len(places), KEPT_CELLS))]
+                    self.where.setdefault(int(label), []).append((index, kept))
+        self.labels = sorted(self.where)
+
+    def plan(self, epoch: int, index: int) -> tuple[int, np.ndarray, tuple[float, float]]:
+        """Case, first voxel (3,), and factor and offset of the density of a crop."""
+        rng = np.random.default_rng([self.seed or 0, 0 if self.seed is None else epoch, index, self.seed is None])
+        if self.labels and rng.random() < self.section.near_lesions:
+            found = self.where[self.labels[rng.integers(len(self.labels))]]
+            case, places = found[rng.integers(len(found))]
+            centre = places[rng.integers(len(places))] * CELL + CELL // 2
+            start = centre - self.size // 2 + rng.integers(-(self.size // 3), self.size // 3 + 1)
+        else:
+            case, start = int(rng.integers(len(self.volumes))), rng.integers(0, self.shape - self.size + 1)
+        start = np.clip(np.round(start / STEP).astype(int) * STEP, 0, (self.shape - self.size) // STEP * STEP)
+        if self.seed is None:
+            return case, start, (1.0, 0.0)
+        return case, start, (float(rng.uniform(0.98, 1.02)), float(rng.normal(0, 0.004)))
+
+    def cut(self, case: int, start: np.ndarray) -> dict[str, torch.Tensor]:
+        """The crop, `ct` (1, d, h, w), its first voxel `start`, and what is known of it."""
+        size = self.size
+        voxels = tuple(slice(int(first), int(first + n)) for first, n in zip(start, size, strict=True))
+        cells = tuple(slice(one.start // CELL, one.stop // CELL) for one in voxels)
+        known = self.truth[case]
         return {
-            "loss": volume_loss + self.lesion_loss_weight * lesion_loss,
-            "volume_loss": volume_loss,
-            "lesion_loss": lesion_loss,
+            "ct": self.volumes[case][voxels][None].float(),
+            **{key: known[key][cells] for key in ("cells", "largest", "lobes")},
+            "sizes": known["sizes"],
         }
 
+    def usual_tokens(self, grid_of_cells: int, labels: int, count: int = 512) -> torch.Tensor:
+        """How many tokens of a crop each label has on average, over the first crops, (labels,)."""
+        total = torch.zeros(labels)
+        for index in range(count):
+            case, start, _ = self.plan(0, index)
+            cells = self.cut(case, start)["cells"][None]
+            grid = tuple(max(1, n // grid_of_cells) for n in cells.shape[1:])
+            total += token_targets(cells, grid, labels).sum(dim=(0, 1)).cpu()
+        return total / count
 
-class Lesions:
-    """The lesion cells of phantom cases, from their masks and by way of a cache; see [`lesion_cells`]."""
 
-    def __init__(self, dataset: str | Path, cache_dir: str | Path, volumes: VolumeCache):
-        self.dataset, self.volumes = dataset, volumes
-        self.cache = TensorCache(Path(cache_dir) / "lesions", volumes.recipe)
+class CropSplit(Split):
+    """Crops as samples: what `sample` gives is a place, and `losses` cuts it where the volumes are."""
 
-    def load(self, case: Case) -> torch.Tensor:
-        mask = lesion_mask_path(self.dataset, case.name)
+    def __init__(self, crops: Crops, count: int):
+        self.crops, self.count = crops, count
 
-        def compute() -> dict[str, torch.Tensor]:
-            return {"cells": lesion_cells(mask, self.volumes.preprocess(case)["geometry"][0])}
+    def __len__(self) -> int:
+        return self.count
 
-        return self.cache.get(self.volumes.hashes(mask), compute)["cells"]
+    def batches(self, epoch: int, size: int) -> list[np.ndarray]:
+        return in_order(self.count, size)
+
+    def sample(self, index: int, epoch: int) -> dict:
+        case, start, (gain, offset) = self.crops.plan(epoch, index)
+        return {"case": case, "start": torch.from_numpy(start), "gain": gain, "offset": offset}
+
+    def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        return {key: torch.stack([torch.as_tensor(one[key]) for one in samples]) for key in samples[0]}
+
+    def losses(self, model: torch.nn.Module, batch: dict, step: np.ndarray) -> dict[str, torch.Tensor]:
+        cut = [
+            self.crops.cut(case, np.array(start))
+            for case, start in zip(batch["case"].tolist(), batch["start"].tolist(), strict=True)
+        ]
+        inputs = {key: torch.stack([one[key] for one in cut]) for key in cut[0]}
+        gain, offset = (batch[key].float().view(-1, 1, 1, 1, 1) for key in ("gain", "offset"))
+        inputs["ct"] = ((inputs["ct"] + 1) * gain - 1 + offset).clamp(-1, 1)
+        inputs = {key: value.to(batch["start"].device) for key, value in inputs.items()}
+        part = len(cut) / len(step)
+        return {name: value * part for name, value in model(start=batch["start"], **inputs).items()}
 
 
 class DiagnosisSplit(Split):
     """Volumes and labels.
 
     Args:
-        lesions: of training cases, where they are learnt, too.
         seed: of shuffling and augmentation; `None` for neither.
     """
 
-    def __init__(self, cases: list[Case], volumes: VolumeCache, lesions: Lesions | None, seed: int | None):
-        self.cases, self.volumes, self.lesions, self.seed = cases, volumes, lesions, seed
+    def __init__(self, cases: list[Case], volumes: VolumeCache, seed: int | None):
+        self.cases, self.volumes, self.seed = cases, volumes, seed
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -114,12 +273,10 @@ class DiagnosisSplit(Split):
     def sample(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         case = self.cases[index]
         volume = self.volumes.load(case).float()
-        cells = None if self.lesions is None else self.lesions.load(case)
         if self.seed is not None:
             key = hashlib.sha256(f"{self.seed}:{epoch}:{case.name}".encode()).digest()
-            volume, cells = augment(volume, cells, np.random.default_rng(list(key)))
-        sample = {"ct": volume, "labels": torch.from_numpy(case.labels).float()}
-        return sample if cells is None else sample | {"cells": cells}
+            volume = augment(volume, np.random.default_rng(list(key)))
+        return {"ct": volume, "labels": torch.from_numpy(case.labels).float()}
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         return torch.utils.data.default_collate(samples)
@@ -132,7 +289,7 @@ class DiagnosisSplit(Split):
 class DiagnosisStage(Stage):
     """Args:
     volumes: of the cases.
-    lesions: where the training file asks for them.
+    truth: where the training file asks for crops.
     """
 
     name = "diagnosis"
@@ -144,14 +301,27 @@ class DiagnosisStage(Stage):
         training: list[Case],
         validation: list[Case],
         volumes: VolumeCache,
-        lesions: Lesions | None,
+        truth: Truth | None,
         seed: int,
+        accelerator: Accelerator,
     ):
         self.diagnosis = model
-        # Channels last halves the time of a step on CPU, and is the layout of tensor cores.
-        objective = DiagnosisObjective(model, section.lesion_loss_weight).to(memory_format=torch.channels_last_3d)
         self.labels = np.stack([case.labels for case in validation])
-        start_at_prevalence(model, torch.from_numpy(np.stack([case.labels for case in training])).float())
+        self.whole, self.knows_lesions = DiagnosisSplit(validation, volumes, None), truth is not None
+        usual = None
+        if truth is None:
+            start_at_prevalence(model, torch.from_numpy(np.stack([case.labels for case in training])).float())
+            splits = (DiagnosisSplit(training, volumes, seed), self.whole)
+        else:
+            torch.nn.init.constant_(model.classifier.head.bias, START_LOGIT)
+            options = (volumes, truth, section.crops)
+            crops = Crops(training, *options, seed, accelerator.device)
+            cells_of_token = model.config.image_size[0] // model.config.feature_grid[0] // CELL
+            usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
+            unseen = Crops(validation, *options, None, accelerator.device)
+            splits = (CropSplit(crops, section.crops.per_epoch), CropSplit(unseen, section.crops.validation))
+        # Channels last halves the time of a step on CPU, and is the layout of tensor cores on GPU.
+        objective = DiagnosisObjective(model, usual).to(memory_format=torch.channels_last_3d)
         # Noisy-OR spreads the gradient of a label over hundreds of voxels, and a linear head on top of it hardly moves
         # at the encoder's learning rate.
         heads = [parameter for name, parameter in objective.named_parameters() if "head." in name]
@@ -160,16 +330,12 @@ class DiagnosisStage(Stage):
             {"params": encoder, "lr": section.learning_rate},
             {"params": heads, "lr": section.head_learning_rate, "weight_decay": 0.0},
         ]
-        super().__init__(
-            section,
-            objective,
-            groups,
-            DiagnosisSplit(training, volumes, lesions, seed),
-            DiagnosisSplit(validation, volumes, None, None),
-        )
+        super().__init__(section, objective, groups, *splits)
 
     def metrics(self, epoch: int) -> dict[str, float]:
-        predicted = predict(self.diagnosis, self.validation, self.section.batch_size)
+        if self.knows_lesions:
+            return {}  # Noisy-OR over a head that has learnt from crops says nothing before it is calibrated
+        predicted = predict(self.diagnosis, self.whole)
         thresholds = np.array(best_thresholds(predicted, self.labels))
         return {
             "validation_f1": micro_f1(predicted >= 0.5, self.labels),
@@ -186,15 +352,93 @@ def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None
 
 
 @torch.no_grad()
-def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit, batch_size: int) -> np.ndarray:
+def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> np.ndarray:
     """Probabilities of a split's cases, (cases, labels)."""
+    logits = [model.classifier.classify(features)[0] for features in encoded(model, split)]
+    return torch.cat(logits).sigmoid().cpu().numpy()
+
+
+@torch.no_grad()
+def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> Iterator[torch.Tensor]:
+    """The voxel features (1, N, C) of a split's cases, one after another."""
     model.eval()
     device = next(model.parameters()).device
-    rows = []
-    for indices in split.batches(0, batch_size):
-        ct = torch.stack([split.sample(int(index), 0)["ct"] for index in indices]).to(device)
-        rows.append(model(ct).logits.float().sigmoid().cpu())
-    return torch.cat(rows).numpy()
+    for index in range(len(split)):
+        yield model.classifier.vision_encoder(split.sample(index, 0)["ct"][None].to(device))
+
+
+def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Tensor) -> None:
+    """
+    Scale and shift each label's voxel logits so that Noisy-OR over them gives the labels' probabilities: maximum
+    likelihood on unseen cases, folded into the head.
+
+    Training on crops makes every token's logit right for a crop, where findings are common, and Noisy-OR takes tokens
+    for independent, which neighbours are not: uncalibrated, every volume would be said to show everything.
+
+    Args:
+        labels: (cases, labels) in {0, 1}.
+    """
+    head = model.classifier.head
+    with torch.no_grad():
+        voxels = torch.cat([head(one).half() for one in encoded(model, split)])  # (cases, N, labels)
+    labels = labels.to(voxels.device).float()
+    # A scale near 1 and a shift near 0 unless the cases say otherwise: rare labels have few.
+    parameters = torch.zeros(2, labels.shape[1], device=voxels.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = parameters.new_zeros(())
+        for part, truth in zip(voxels.split(16), labels.split(16), strict=True):
+            logits = noisy_or(part.float() * parameters[0].exp() + parameters[1])
+            loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+            loss.backward()
+            total += loss.detach()
+        penalty = parameters[0].square().sum() + 0.05 * parameters[1].square().sum()
+        penalty.backward()
+        return total + penalty.detach()
+
+    optimizer.step(closure)
+    if not parameters.isfinite().all():
+        raise FloatingPointError("The calibration of the voxel head did not converge.")
+    with torch.no_grad():
+        scale, shift = parameters[0].exp(), parameters[1]
+        head.weight.mul_(scale[:, None])
+        head.bias.mul_(scale).add_(shift)
+
+
+def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) -> dict[str, dict]:
+    """
+    `config.finding_attributes` with the margin of each label that can have several places: the one with which the most
+    unseen cases have all their places right.
+    """
+    config = model.config
+    located = [
+        (case, {key: value.cpu() for key, value in model.classifier.locate(features).items()})
+        for case, features in zip(split.cases, encoded(model, split), strict=True)
+    ]
+    fitted = {label: dict(wanted) for label, wanted in config.finding_attributes.items()}
+    for label, wanted in fitted.items():
+        if wanted.get("place") not in ("regions", "side"):
+            continue
+        index = config.diagnosis_labels.index(label)
+        known = [
+            (true_place(finding), found)
+            for case, found in located
+            for finding in truth.patients[case.name]
+            if finding.label == label and true_place(finding)
+        ]
+        if not known:
+            continue
+        right = []
+        margins = np.linspace(0.1, 5.0, 50)
+        for margin in margins:
+            wanted["margin"] = float(margin)
+            config.finding_attributes = fitted
+            right.append(sum(place == set(named_places(config, found, 0, index)) for place, found in known))
+        best = np.flatnonzero(np.array(right) == max(right))
+        wanted["margin"] = round(float(margins[best[len(best) // 2]]), 2)
+    return fitted
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:

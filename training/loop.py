@@ -40,7 +40,6 @@ from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 logger = logging.getLogger(__name__)
 
 CONSOLE_STEPS = 20  # between two lines on the console; the log file has every step
-CLIP = 1.0  # largest norm of the gradient
 
 
 class Split:
@@ -134,6 +133,8 @@ class Position:
     best_step: int | None = None
     epochs_since_best: int = 0
     finished: bool = False
+    skipped: int = 0  # steps whose gradient was not finite, the losses being so
+    skipped_in_a_row: int = 0
 
     @classmethod
     def of(cls, state: dict) -> "Position":
@@ -312,7 +313,9 @@ class Trainer:
                 position.epochs_since_best = 0 if better else position.epochs_since_best + 1
                 bored = section.patience is not None and position.epochs_since_best >= section.patience
                 position.finished = position.epoch == section.epochs or bored
-                self.log(step=position.step, epoch=position.epoch, **losses, **self.stage.metrics(position.epoch))
+                skipped = {"skipped_steps": position.skipped} if position.skipped else {}
+                metrics = self.stage.metrics(position.epoch)
+                self.log(step=position.step, epoch=position.epoch, **losses, **metrics, **skipped)
                 self.save()
                 self._end_if_asked(signals, saved=True)
         self.load_weights(self.checkpoints.load(position.best_step))
@@ -354,11 +357,19 @@ class Trainer:
                 if counts:
                     _add(sums, losses)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self._trainable(), CLIP)
-                    # Of all processes together, so that all of them end here. (A scaler of float16 passes over
-                    # gradients that overflow by itself.)
-                    if accelerator.scaler is None and not math.isfinite(norm):
-                        self._check_finite(self._reduced(sums) | {"gradient norm": float(norm)})
+                    norm = float(accelerator.clip_grad_norm_(self._trainable(), self.stage.section.gradient_clip))
+                    # On CPU, torch's bfloat16 gradient of a convolution of small maps is now and then not finite. One
+                    # such step would end in a model of NaN, so it is passed over. (In float16 the scaler does that.)
+                    if accelerator.scaler is not None or math.isfinite(norm):
+                        self.position.skipped_in_a_row = 0
+                    else:
+                        self.position.skipped += 1
+                        self.position.skipped_in_a_row += 1
+                        # Of all processes together, so that all of them end here.
+                        self._check_finite(self._reduced(sums))
+                        if self.position.skipped_in_a_row == MOST_SKIPPED:
+                            self._check_finite({"gradient norm": norm})
+                        self.optimizer.zero_grad()
                 self.optimizer.step()
                 if accelerator.sync_gradients:
                     self.scheduler.step()

@@ -227,4 +227,14 @@ def prompt_tokens(config) -> int:
         fragments = config.diagnosis_prompt_ids
         count += len(fragments["prefix"]) + sum(map(len, fragments["labels"])) + len(fragments["suffix"])
         count += len(fragments["separator"]) * (len(fragments["labels"]) - 1)
+        count += sum(longest_attributes(config, label) for label in config.finding_attributes or ())
     return count
+
+
+def longest_attributes(config, label: str) -> int:
+    """The most tokens that the attributes of a finding take in the prompt."""
+    fragments, wanted = config.diagnosis_prompt_ids["attributes"], config.finding_attributes[label]
+    places = sum(map(len, fragments["places"].values())) + len(fragments["and"]) * (len(fragments["places"]) - 1)
+    size = len(fragments["comma"]) + 3 * max(map(len, fragments["digits"])) + len(fragments["mm"])
+    size = size if wanted.get("size") else 0
+    return len(fragments["open"]) + (places if wanted.get("place") else 0) + size + len(fragments["close"])

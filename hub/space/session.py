@@ -218,7 +218,10 @@ class Study:
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
             evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
-        self.findings = [] if self._logits is None else describe_findings(model.config, self._logits)[0]
+        self.findings = []
+        if self._logits is not None:
+            known = self._comparison.attributes
+            [self.findings] = describe_findings(model.config, self._logits, known, (scan.geometry,))
         self.body = body_mask(scan.hu, TISSUE_HU)
         shown = _interpolate(self._map, scan.hu.shape)
         low, high = shown[self.body].min(), shown[self.body].max()
@@ -302,6 +305,7 @@ class Study:
             decoding=decoding,
             engine=TransformersEngine(model).name,
             logits=self._logits,
+            attributes=self._comparison.attributes,
             geometries=(self.scan.geometry, self.reference.geometry),
             reference=(self.reference_name, self.seed),
             made_by=identify_model(model, {}),
