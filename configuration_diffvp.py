@@ -86,6 +86,8 @@ class DiffVPConfig(PreTrainedConfig):
         base_model_gguf_file (`str`, *optional*): the file to read when the base comes as GGUF.
         has_adapter (`bool`): whether the checkpoint comes with LoRA weights, so that their absence is noticed; set by
             `save_pretrained`.
+        file_digests (`dict[str, str]`, *optional*): SHA-256 of the adapter's files and of the own weights, by their
+            names in the checkpoint, checked when it is loaded; written by `save_pretrained`.
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
@@ -137,6 +139,7 @@ class DiffVPConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_gguf_file: str | None = None
     has_adapter: bool = False
+    file_digests: dict | None = None
 
     # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)

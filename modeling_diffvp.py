@@ -35,7 +35,7 @@ from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .checkpoint_diffvp import DiffVPCheckpointMixin
+from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
 from .modules_diffvp import (
     DiffVPDiagnosisClassifier,
@@ -50,7 +50,7 @@ from .modules_diffvp import (
 from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
 
 
-class DiffVPPreTrainedModel(PreTrainedModel):
+class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
     config: DiffVPConfig
     base_model_prefix = "model"
     main_input_name = "ct"
@@ -86,6 +86,7 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
 
     input_modalities = ("image",)
     supports_gradient_checkpointing = False  # the layers are MONAI's
+    _prefixes_in_whole = {"vision_encoder.": "classifier.vision_encoder.", "diagnosis.": "classifier."}
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
@@ -111,6 +112,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
     [`DiffVPForConditionalGeneration`] puts a causal LLM behind it and inherits all of it, so that a weight has the
     same name in both.
     """
+
+    _prefixes_in_whole = {"": ""}
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
@@ -286,7 +289,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
 
 
-class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, GenerationMixin):
+class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):
     """
     The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
 
@@ -504,20 +507,7 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
 
 
 DiffVPForDiagnosis.register_for_auto_class("AutoModel")
+DiffVPModel.register_for_auto_class("AutoModel")
 DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
 
-__all__ = [
-    "DiffVPComparison",
-    "DiffVPDiagnosisClassifier",
-    "DiffVPDiagnosisOutput",
-    "DiffVPForConditionalGeneration",
-    "DiffVPForDiagnosis",
-    "DiffVPGlobalDelta",
-    "DiffVPLocalDelta",
-    "DiffVPModel",
-    "DiffVPOutput",
-    "DiffVPPreTrainedModel",
-    "DiffVPPromptGenerator",
-    "DiffVPResampler",
-    "DiffVPVisionEncoder",
-]
+__all__ = ["DiffVPForConditionalGeneration", "DiffVPForDiagnosis", "DiffVPModel", "DiffVPPreTrainedModel"]
