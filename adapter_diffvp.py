@@ -29,7 +29,7 @@ def find_adapter(language_model: nn.Module) -> tuple[str, PeftConfig] | None:
     Name and config of the adapter that acts in an LLM; `None` without one.
 
     Raises:
-        DiffVPCheckpointError: what acts is not one whole adapter that `add_adapter` or a checkpoint brought, so that it
+        DiffVPCheckpointError: what acts is not one whole adapter that `add_adapter` or a checkpoint brought, and so
             can neither be saved nor merged as it is.
     """
     wrappers = [module for module in language_model.modules() if isinstance(module, _WRAPPERS)]
@@ -131,14 +131,14 @@ def save_adapter(
 
 def load_adapter(language_model: PreTrainedModel, folder: str | os.PathLike, is_trainable: bool) -> None:
     """
-    Put a saved adapter into an LLM, by PEFT's own functions: transformers' `load_adapter` loses the magnitudes of DoRA.
+    Put a saved adapter into an LLM by PEFT's own functions: transformers' `load_adapter` loses DoRA's magnitudes.
 
     Raises:
         DiffVPCheckpointError: a weight is missing, unexpected or of another shape, or part of the LLM is offloaded.
     """
     if any(parameter.device.type == "meta" for parameter in language_model.parameters()):
         raise DiffVPCheckpointError(
-            "Part of the LLM is offloaded, where no adapter would reach it: load the checkpoint without offloading and "
+            "Part of the LLM is offloaded, where no adapter would reach it: load the checkpoint without offloading, "
             "export_merged() it, and load that with the device_map."
         )
     config = PeftConfig.from_pretrained(str(folder))
@@ -191,7 +191,7 @@ def merge_into_weights(language_model: PreTrainedModel) -> Callable[[], None]:
     if adapter is None:
         return lambda: None
     if any(parameter.device.type == "meta" for parameter in language_model.parameters()):
-        raise DiffVPCheckpointError("Part of the LLM is offloaded: load the checkpoint without offloading to merge it.")
+        raise DiffVPCheckpointError("Part of the LLM is offloaded: load it without offloading to merge it.")
     name, config = adapter
     expected = _probe(language_model, config)
     undo = _remember(language_model, name, config)

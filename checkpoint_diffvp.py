@@ -331,7 +331,7 @@ class DiffVPCheckpointMixin:
 
     def _write(self, folder: Path, is_main_process: bool, state: dict[str, torch.Tensor], **kwargs) -> None:
         self.config.auto_map = {"AutoConfig": "configuration_diffvp.DiffVPConfig"}
-        self.config.custom_pipelines = None
+        vars(self.config).pop("custom_pipelines", None)
         self.config.has_adapter = False
         self._write_weights(folder, is_main_process, state, **kwargs)
 
@@ -544,17 +544,15 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def _write(self, folder: Path, is_main_process: bool, state: dict[str, torch.Tensor], **kwargs) -> None:
         """
-        Own weights and adapter, without the base LLM as long as it is the one that the configuration names: an LLM that
-        was merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
+        Own weights and adapter, without the base LLM as long as it is the one that the configuration names: one that was
+        merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
 
         `state` may be the gathered state of the whole model (FSDP, DeepSpeed), or lack the LLM's.
         """
         config, language_model = self.config, self.language_model
         adapter = find_adapter(language_model)
         own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
-        given = {
-            key.removeprefix(BASE_PREFIX): value for key, value in state.items() if key.startswith(BASE_PREFIX)
-        }
+        given = {key.removeprefix(BASE_PREFIX): value for key, value in state.items() if key.startswith(BASE_PREFIX)}
         llm = self._base_state(given) or self._base_state(language_model.state_dict())
         named = config.base_model_name_or_path
         if named is not None and is_main_process and not self._is_named_base(llm):
