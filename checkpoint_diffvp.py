@@ -544,8 +544,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def _write(self, folder: Path, is_main_process: bool, state: dict[str, torch.Tensor], **kwargs) -> None:
         """
-        Own weights and adapter, without the base LLM as long as it is the one that the configuration names: one that was
-        merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
+        Own weights and adapter, without the base LLM as long as it is the one that the configuration names: one
+        that was merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
 
         `state` may be the gathered state of the whole model (FSDP, DeepSpeed), or lack the LLM's.
         """

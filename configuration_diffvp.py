@@ -410,9 +410,8 @@ class DiffVPConfig(PreTrainedConfig):
                     "diagnosis_labels: make it with DiffVPProcessor.diagnosis_prompt_ids(tokenizer, labels)."
                 )
             lists |= {f"diagnosis_prompt_ids[{name!r}]": parts[name] for name in parts if name != "labels"}
-            lists |= {
-                f"diagnosis_prompt_ids of {self.diagnosis_labels[i]!r}": x for i, x in enumerate(parts["labels"])
-            }
+            named = zip(self.diagnosis_labels, parts["labels"], strict=True)
+            lists |= {f"diagnosis_prompt_ids of {label!r}": ids for label, ids in named}
         vocabulary = getattr(self.text_config, "vocab_size", None) or math.inf
         for name, ids in lists.items():
             if wrong := [one for one in ids if isinstance(one, int) and not 0 <= one < vocabulary]:

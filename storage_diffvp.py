@@ -3,8 +3,8 @@
 """
 The files of a checkpoint: written all or none, with digests in `config.json`.
 
-A checkpoint is several files, and a folder of a former save may hold others. `config.json` leaves first and comes last,
-so that a folder with a `config.json` is whole at any moment.
+A checkpoint is several files, and a folder of a former save may hold others. `config.json` leaves first and comes
+last, so that a folder with a `config.json` is whole at any moment.
 """
 
 import contextlib
