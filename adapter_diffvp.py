@@ -268,9 +268,14 @@ def _remember(language_model: PreTrainedModel, adapter_name: str, config: PeftCo
         for module in wrapper.modules()
         for name, parameter in module.named_parameters(recurse=False)
     ]
-    tied, tie = language_model.all_tied_weights_keys, language_model.config.tie_word_embeddings
+    # Some kinds merge by exchanging modules.
+    children = [(module, dict(module._modules)) for wrapper in wrappers.values() for module in wrapper.modules()]
+    tied, tie = language_model.all_tied_weights_keys, getattr(language_model.config, "tie_word_embeddings", False)
 
     def undo() -> None:
+        for module, its in children:
+            module._modules.clear()
+            module._modules.update(its)
         for module, name, parameter, value, requires_grad in weights:
             parameter.data = value.to(parameter.device)
             setattr(module, name, parameter.requires_grad_(requires_grad))

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.initialization import no_init_weights
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
 
 from .adapter_diffvp import (
     base_names,
@@ -41,6 +41,7 @@ from .storage_diffvp import (
     DiffVPCheckpointError,
     check_digest,
     digests,
+    has_file,
     locate_weights,
     read_weights,
     replace_files,
@@ -251,6 +252,9 @@ class DiffVPCheckpointMixin:
             overridable = {field.name for field in fields(cls.config_class)} - {"dtype"}
             overrides = {key: kwargs.pop(key) for key in overridable & kwargs.keys()}
             place = name if config is None else config
+            # Without the file transformers 5.23 would give the default configuration, of another model.
+            if not os.path.isfile(place) and not has_file(place, CONFIG_NAME, **hub_kwargs):
+                raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: no checkpoint, or one saved in part.")
             config = cls.config_class.from_pretrained(place, **hub_kwargs, **overrides)
         return copy.deepcopy(config), hub_kwargs
 
@@ -398,6 +402,18 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if lora_config is not None:
             language_model.add_adapter(lora_config)
         return model.eval()
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    @staticmethod
+    def _keep_weights(language_model: PreTrainedModel) -> None:
+        """Loaded weights must survive the initialisation that `post_init` runs over every sub-module."""
+        for tensor in (*language_model.parameters(), *language_model.buffers()):
+            tensor._is_hf_initialized = True
 
     def _place_own_modules(self) -> None:
         """Own modules follow the LLM's device and floating-point type, which is not that of its 4-bit weights."""

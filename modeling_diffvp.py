@@ -134,7 +134,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.post_init()
 
     def _freeze(self) -> None:
-        for module in (self.vision_encoder, self.diagnosis):
+        for name in ("vision_encoder", "diagnosis", "language_model"):
+            module = getattr(self, name, None)
             if module is not None:
                 module.requires_grad_(False)
 
@@ -310,23 +311,10 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
-            # Loaded weights must survive the initialisation that post_init runs over every sub-module.
-            for tensor in (*language_model.parameters(), *language_model.buffers()):
-                tensor._is_hf_initialized = True
+            self._keep_weights(language_model)
         self.language_model = language_model
         self._freeze()
         self.post_init()
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        if hasattr(self, "language_model"):
-            self.language_model.requires_grad_(False)
-
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
 
     def diagnosis_prompt(self, diagnosis_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left."""

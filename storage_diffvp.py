@@ -138,6 +138,11 @@ def check_digest(expected: dict[str, str] | None, name: str, path: str) -> None:
         )
 
 
+def has_file(name: str | os.PathLike, file: str, **hub_kwargs) -> bool:
+    """Whether a checkpoint, here or on the Hub, has a file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is not None
+
+
 def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
     """
     {relative name: local path} of the weights of a checkpoint, in one file or in shards with their index.
