@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig
 
 from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
-from .configuration_diffvp import DiffVPConfig
+from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
@@ -101,6 +102,10 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     )
     lesions = None
     if config.diagnosis.lesion_loss_weight > 0:
+        if tuple(DiffVPConfig(**config.model).diagnosis_labels) != DIAGNOSIS_LABELS:
+            raise ValueError(
+                "lesion masks are of the 18 labels: with diagnosis_labels of your own set lesion_loss_weight: 0"
+            )
         lesions = Lesions(config.data.root, config.data.cache_dir, volumes)
         compute_all(cohort.diagnosis, lesions.load, accelerator, "Lesions", skip=False)
     model = DiffVPForDiagnosis(DiffVPConfig(**config.model))
@@ -194,9 +199,10 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
     processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
+    labels = DiffVPConfig(**config.model).diagnosis_labels
     fields = {
         **config.model,
-        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer),
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer, labels),
         "instruction": processor.instruction,
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
@@ -216,7 +222,8 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         )
         check_base(model.language_model.config, base.expected_config)
     if model.config.use_diagnosis or config.encoder_weights is None:
-        encoder, classifier = load_classifier(config.classifier or Path(config.output_dir) / "diagnosis")
+        needed = model.config.diagnosis_labels if model.config.use_diagnosis else None
+        encoder, classifier = load_classifier(config.classifier or Path(config.output_dir) / "diagnosis", needed)
     if model.config.use_diagnosis:
         if model.config.share_encoder:
             classifier.vision_encoder = None
@@ -238,10 +245,20 @@ def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForCondi
     return model.eval()
 
 
-def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model."""
+def load_classifier(
+    folder: str | Path, labels: Sequence[str] | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """
+    The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model.
+
+    Raises:
+        ValueError: there is no classifier, or it is not one of `labels`, in this order.
+    """
     check_checkpoint_name(folder)
     config = DiffVPConfig.from_pretrained(folder)
+    if labels is not None and list(config.diagnosis_labels) != list(labels):
+        known = list(config.diagnosis_labels)
+        raise ValueError(f"the classifier of {folder} knows {known}; model.diagnosis_labels is {list(labels)}")
     if config.architectures == ["DiffVPForDiagnosis"]:
         classifier = DiffVPForDiagnosis.from_pretrained(folder).classifier
         return classifier.vision_encoder, classifier

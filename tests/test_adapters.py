@@ -55,7 +55,7 @@ def make(bases, tiny_fields):
         model = DiffVPForConditionalGeneration.from_base(
             str(bases / base), lora_config=copy.deepcopy(adapter), config=tiny_fields
         )
-        move_adapter(model, seed=5, scale=0.2)
+        move_adapter(model, seed=5)
         return model
 
     return make
@@ -178,6 +178,11 @@ def train_one_norm(model):
     model.language_model.model.norm.weight.data[0] += 0.5  # `.data`: no version counter sees it
 
 
+def rounded(model):
+    for parameter in model.language_model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
 def untie(model):
     head = torch.nn.Linear(32, 96, bias=False)
     model.language_model.lm_head = head.requires_grad_(False)
@@ -192,7 +197,7 @@ def untie(model):
         ("untied", untie),
         ("tied", lambda model: model.resize_token_embeddings(104)),
         ("untied", lambda model: model.language_model.resize_token_embeddings(104)),
-        ("tied", lambda model: model.bfloat16().float()),
+        ("tied", rounded),
     ],
     ids=["one number", "another head", "resized", "LLM resized", "rounded"],
 )
@@ -211,10 +216,11 @@ def test_an_llm_that_is_not_its_base_any_more_is_saved_whole(make, inputs, tmp_p
 
 def test_a_cast_or_given_llm_is_compared_with_the_base_itself(make, bases, inputs, tiny_fields, tmp_path):
     model = make("tied", lora()).bfloat16()
-    expected = logits(model, inputs)
     model.save_pretrained(tmp_path / "cast")
     assert not any(name.startswith("language_model.") for name in load_file(tmp_path / "cast/model.safetensors"))
-    assert torch.equal(logits(load(tmp_path / "cast"), inputs), expected)
+    # Not the logits: PyTorch casts the frequencies of the positions, too, which no checkpoint holds.
+    loaded = load(tmp_path / "cast").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     given = AutoModelForCausalLM.from_pretrained(bases / "tied")
     config = copy.deepcopy(make("tied").config)
     for folder, whole in (("same", False), ("other", True)):
