@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.progress import track
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..checkpoint_diffvp import check_checkpoint_name
+from ..configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, state_sha256
 from ..data.cases import (
     Case,
@@ -95,7 +96,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         ValueError: a span lies outside the split.
     """
     data = config.data
-    labels = tuple(config.model.get("diagnosis_labels", DIAGNOSIS_LABELS))
+    labels = tuple(_diagnosis_labels(config))
     if not set(labels) <= set(DIAGNOSIS_LABELS) and (data.layout != "table" or data.labeler is not None):
         raise ValueError(
             f"model.diagnosis_labels has {sorted(set(labels) - set(DIAGNOSIS_LABELS))}: only a table of your own can "
@@ -134,6 +135,15 @@ def load_cohort(config: TrainingConfig) -> Cohort:
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort
+
+
+def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
+    """Of the model that is trained, in its order."""
+    if config.init_from is None:
+        return (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
+    check_checkpoint_name(config.init_from)
+    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+    return DiffVPConfig.from_pretrained(config.init_from, **options).diagnosis_labels
 
 
 def fetch_hub(data: DataSection) -> list[Case]:

@@ -81,7 +81,7 @@ def _of_parts(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
         path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
         options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
         text_config = AutoConfig.from_pretrained(path, **options)
-    labels = config.model.get("diagnosis_labels", DIAGNOSIS_LABELS)
+    labels = (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
     # Only their lengths count: two tokens a word.
     prompt = {
         "prefix": [0] * 4,
