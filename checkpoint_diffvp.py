@@ -33,6 +33,7 @@ from .adapter_diffvp import (
     merge_into_weights,
     save_adapter,
 )
+from .bases_diffvp import check_language_model
 from .configuration_diffvp import DiffVPConfig
 from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
@@ -370,7 +371,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         **llm_kwargs,
     ) -> "DiffVPBaseModelMixin":
         """
-        Start a model for training on any causal LLM.
+        Start a model for training on a causal LLM that decodes from embeddings, and a batch like its rows alone.
 
         Args:
             base_model_name_or_path, base_model_revision, base_model_gguf_file: see [`DiffVPConfig`].
@@ -379,6 +380,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             llm_kwargs: loading options of the LLM (dtype, device_map, quantization_config, ...).
 
         Raises:
+            DiffVPBaseModelError: the LLM cannot be a base (see [`check_language_model`]).
             DiffVPCheckpointError: the base brings code of its own, which a checkpoint could not bring along.
         """
         base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
@@ -388,6 +390,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
                 f"{base_model_name_or_path} runs code of its own ({type(language_model).__name__}), without which a "
                 "checkpoint could not be loaded again: take a base whose architecture is part of transformers."
             )
+        check_language_model(language_model, base_model_name_or_path)
         model_config = DiffVPConfig(
             text_config=copy.deepcopy(language_model.config),
             base_model_name_or_path=base_model_name_or_path,

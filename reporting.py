@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
+from .anatomy_diffvp import anatomy_warnings
 from .checkpoint_diffvp import (
     ADAPTER_SUBFOLDER,
     WEIGHTS_NAME,
@@ -42,6 +43,7 @@ from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
 from .engines import Engine, EngineError, TransformersEngine, end_tokens
 from .figures import draw_figure
+from .metrics.consistency import report_consistency
 from .modeling_diffvp import DiffVPForConditionalGeneration
 from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings
 from .processing_diffvp import DiffVPProcessor
@@ -127,6 +129,7 @@ def write_report(
     metadata: CTMetadata | None = None,
     series: int | str | None = None,
     allow_non_hu: bool = False,
+    allow_any_anatomy: bool = False,
     hu_window: tuple[float, float] | None = None,
     foreground_hu: float | None = None,
     max_new_tokens: int | None = None,
@@ -146,6 +149,7 @@ def write_report(
         spacing, metadata, series: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
             reference given as an array.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
+        allow_any_anatomy: also of scans without lungs, for which the model has no words.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
         engine: what decodes; `None` is the model's own `generate`, see [`load_engine`].
@@ -154,7 +158,7 @@ def write_report(
 
     Raises:
         ReportError: the model was not loaded from a checkpoint, or `output_dir` holds other files.
-        CTInputError: a scan is not a usable chest CT.
+        CTInputError: a scan is not a usable chest CT; of another region, a `CTAnatomyError`.
         ReferencePoolError: no reference is given and the checkpoint has no pool, or its files are not as indexed.
     """
     output = Path(output_dir).absolute()
@@ -172,7 +176,9 @@ def write_report(
     if reference is not None:
         is_array = isinstance(reference, (np.ndarray, torch.Tensor))
         given = read_ct(reference, spacing if is_array else None, allow_non_hu)
-    inputs = processor(ct=ct, reference=given, reference_seed=reference_seed, **options)
+    inputs = processor(
+        ct=ct, reference=given, reference_seed=reference_seed, allow_any_anatomy=allow_any_anatomy, **options
+    )
     geometry = inputs.geometry[0]
     sampled = reference is None
     reference_name = inputs.reference_ids[0] if sampled else GIVEN_REFERENCE
@@ -274,13 +280,17 @@ def describe_report(
         f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
         and not geometry.layout.startswith("DICOM"),
     }
+    findings = [] if logits is None else describe_findings(model.config, logits)[0]
+    applying = [warning for warning, applies in warnings.items() if applies]
     document = {
         "statement": RESEARCH_USE,
         "intended_domain": model.config.intended_domain,
-        "warnings": [warning for warning, applies in warnings.items() if applies],
+        "warnings": [*applying, *anatomy_warnings(geometry.coverage)],
         "report": processor.post_process(text),
         "text": text,
-        "findings": [] if logits is None else describe_findings(model.config, logits)[0],
+        "findings": findings,
+        "consistency": report_consistency(text, findings),
+        "coverage": geometry.coverage,
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **made_by,

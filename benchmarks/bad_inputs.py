@@ -47,14 +47,15 @@ SOUND = {
         "sform sheared by 15 degrees", "in metres", "in microns", "oblique by 45 degrees", "a NaN", "an infinity",
         "all NaN", "constant", "not rescaled, 1024 too high", "not rescaled, 8192 too high", "8-bit",
         "normalised to 0..1", "rescaled twice", "rescaled twice, with metal", "bytes in the other order",
-        "scl_slope -1",
+        "scl_slope -1", "scl_slope -1 and air of 0", "two scans in a folder", "two scans in a zip",
+        "two of a fifth axis", "a first axis of 1", "template of another size alone",
     ),
     "NRRD": (
         "no space", "space of a scanner", "no directions", "in metres", "4-D", "2-D", "a NaN", "not rescaled",
-        "byte skip", "endian wrong",
+        "endian wrong", "two frames", "byte skip -1 of gzip", "time in a direction of space",
     ),
     "MetaImage": (
-        "no TransformMatrix", "in centimetres", "2-D", "4-D", "three channels", "rescale in the header",
+        "no TransformMatrix", "in centimetres", "2-D", "4-D", "two frames", "three channels", "rescale in the header",
         "not rescaled", "a NaN",
     ),
     "DICOM": (

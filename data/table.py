@@ -3,7 +3,7 @@
 """Your own scans: a table beside them, or a dataset of Hugging Face with a `Nifti` column.
 
 A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of `datasets`' folder
-builders), or any .csv or .jsonl file that is named. Two columns suffice:
+builders), or any .csv, .tsv or .jsonl file that is named. Two columns suffice:
 
     path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices; relative to the table
     report
@@ -40,8 +40,10 @@ from .cases import (
     check_flag,
     check_included,
     check_labels,
+    check_markup,
     check_report,
     is_missing,
+    plain_text,
     raise_problems,
     read_csv,
     selection,
@@ -51,6 +53,7 @@ from .cases import (
 )
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = ("path", "file_name")
 OPTIONAL_COLUMNS = ("id", "patient_id", "scan_id", "split", "normal")
 KNOWN_COLUMNS = (*PATH_COLUMNS, "report", *OPTIONAL_COLUMNS, *DIAGNOSIS_LABELS, *REGION_NAMES)
@@ -81,7 +84,7 @@ def load_table(
     split = None if split is None else canonical_split(split)
     problems: list[Problem] = []
     path, by_folder = _find_table(Path(root), split)
-    reader = _read_jsonl if path.suffix == ".jsonl" else read_csv
+    reader = _read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
     rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name, labels=labels))
     if rows is None:
         raise DatasetError(problems)
@@ -89,8 +92,8 @@ def load_table(
     labels = _label_columns(columns, labels)
     wanted = None if by_folder else split
     if wanted is not None and rows and "split" not in columns:
-        expected = "it, or split=None and split_by_patient"
-        problems.append(Problem(path.name, 1, "header", "without the column split", expected))
+        expected = "a split in every row, or split=None and split_by_patient"
+        problems.append(Problem(path.name, 1, "header", "column split missing", expected))
         wanted = None
     keep = selection(include, exclude)
     cases, ids, files = [], {}, {}
@@ -103,8 +106,8 @@ def load_table(
         # Across the splits, too: a scan in two of them would be a leak.
         for value, seen, name in ((case.name, ids, "id"), (case.volume, files, "path")):
             if value in seen:
-                found = f"that of row {seen[value]} again"
-                problems.append(Problem(path.name, row.number, name, found, "one row each", case.name))
+                found = f"the same as in row {seen[value]}"
+                problems.append(Problem(path.name, row.number, name, found, f"one row per {name}", case.name))
             seen.setdefault(value, row.number)
         if wanted in (None, here):
             cases.append(case)
@@ -138,11 +141,10 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     """
     from datasets import Dataset, Nifti
 
+    dataset = dataset.with_format(None)  # NumPy's and torch's numbers are for models
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
-        raise DatasetError(
-            [Problem(source, None, "columns", f"with {len(columns)} of type Nifti", "one, of the scans")]
-        )
+        raise DatasetError([Problem(source, None, "columns of type Nifti", f"{len(columns)}", "1, the scans")])
     [volume] = columns
     problems: list[Problem] = []
     texts = [name for name in dataset.features if name != volume]
@@ -157,10 +159,10 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
         row = Row(number, {key: value for key, value in values.items() if key != volume})
         case = _hub_case(row, values[volume] or {}, source, problems)
         if not case.name:
-            problems.append(Problem(source, number, "id", "missing", "an id, for the scan has no file name"))
+            problems.append(Problem(source, number, "id", "missing", "a column id, as the scan has no file name"))
         elif case.name in seen:
-            found = f"that of row {seen[case.name]} again"
-            problems.append(Problem(source, number, "id", found, "one row each", case.name))
+            found = f"the same as in row {seen[case.name]}"
+            problems.append(Problem(source, number, "id", found, "one row per id", case.name))
         raise_problems(problems)
         seen[case.name] = number
         yield case
@@ -168,15 +170,16 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
     """The table, and whether it lies in the folder of the split. A table in the folder itself is about all splits."""
-    if root.is_file() and root.suffix in (".csv", ".jsonl"):
+    if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
         return root, False
     for folder in (root, *(root / name for name in SPLITS.get(split, ()))):
         found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
         if len(found) > 1:
-            raise DatasetError([Problem(folder.name or ".", None, "table", "there twice", f"{TABLE_NAMES[0]} alone")])
+            names = " and ".join(path.name for path in found)
+            raise DatasetError([Problem(folder.name or ".", None, "table", names, "one of the two")])
         if found:
             return found[0], folder != root
-    expected = f"{' or '.join(TABLE_NAMES)}, or a .csv or .jsonl file"
+    expected = f"{' or '.join(TABLE_NAMES)}, or a file that ends in {', '.join(TABLE_SUFFIXES)}"
     raise DatasetError([Problem(root.name or ".", None, "table", "missing", expected)])
 
 
@@ -189,19 +192,21 @@ def _check_columns(
     table: str, columns: Collection[str], problems: list[Problem], labels: Sequence[str] = DIAGNOSIS_LABELS
 ) -> None:
     if not any(column in columns for column in PATH_COLUMNS):
-        problems.append(Problem(table, 1, "header", "without path or file_name", "one of them"))
+        problems.append(
+            Problem(table, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
+        )
     if "report" not in columns:
-        problems.append(Problem(table, 1, "header", "without report", "it"))
+        problems.append(Problem(table, 1, "header", "column report missing", "report, with the text of each report"))
     absent = [label for label in labels if label not in columns]
     if 0 < len(absent) < len(labels):
-        expected = f"all {len(labels)} or none"
-        problems.append(Problem(table, 1, "header", f"without the labels {', '.join(absent)}", expected))
+        expected = f"all {len(labels)} labels or none"
+        problems.append(Problem(table, 1, "header", f"labels missing: {', '.join(absent)}", expected))
     for column in columns:
         # A slip here is dangerous: with "PatientID" for "patient_id", each scan would be a patient of his own.
         close = difflib.get_close_matches(str(column).lower(), KNOWN_COLUMNS, n=1, cutoff=0.8)
         if column not in (*KNOWN_COLUMNS, *labels) and close and close[0] not in columns:
             problems.append(
-                Problem(table, 1, "header", f"with the column {shown(column)}", f"{close[0]}, if it is that")
+                Problem(table, 1, "header", f"column {shown(column)}", f"{close[0]}, or a name less like it")
             )
 
 
@@ -308,7 +313,9 @@ def _text_case(
         labels = check_labels(values, table, row.number, name, problems, label_columns)
     if "normal" in columns:
         normal = bool(check_flag(values.get("normal"), table, row.number, "normal", name, problems))
-    regions = {region: str(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
+    regions = {region: plain_text(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
+    for region, text in regions.items():
+        check_markup(text, table, row.number, region, name, problems)
     report = check_report(values.get("report"), table, row.number, "report", name, problems)
     return Case(
         name, ids["patient_id"], ids["scan_id"], volume, report, labels, regions, normal=normal, row=row.number

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
+from .bases_diffvp import check_language_model
 from .configuration_diffvp import DiffVPConfig
 from .pipeline_diffvp import CUSTOM_PIPELINES
 
@@ -182,16 +183,20 @@ class DiffVPCheckpointMixin:
         **llm_kwargs,
     ) -> "DiffVPCheckpointMixin":
         """
-        Start a model for training on any causal LLM.
+        Start a model for training on a causal LLM that decodes from embeddings, and a batch like its rows alone.
 
         Args:
             base_model_name_or_path, base_model_revision, base_model_gguf_file: see [`DiffVPConfig`].
             lora_config: PEFT's config of the adapter; without one the LLM stays frozen as it is.
             config: fields of [`DiffVPConfig`] that differ from the defaults.
             llm_kwargs: loading options of the LLM (dtype, device_map, quantization_config, ...).
+
+        Raises:
+            DiffVPBaseModelError: the LLM cannot be a base (see [`check_language_model`]).
         """
         base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
         language_model = load_base_model(*base, **llm_kwargs)
+        check_language_model(language_model, base_model_name_or_path)
         model_config = DiffVPConfig(
             text_config=copy.deepcopy(language_model.config),
             base_model_name_or_path=base_model_name_or_path,

@@ -24,7 +24,6 @@ DiffVP: CT report generation conditioned on the difference between a scan and a 
 """
 
 import copy
-import inspect
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .bases_diffvp import real_positions, takes_position_ids
 from .checkpoint_diffvp import DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
 from .modules_diffvp import (
@@ -423,8 +423,8 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
         text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
-        if "position_ids" in inspect.signature(self.language_model.forward).parameters:
-            kwargs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)  # of real tokens alone
+        if takes_position_ids(self.language_model):
+            kwargs["position_ids"] = real_positions(mask)
         decoded = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -448,9 +448,8 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             logits=decoded.logits,
             generation_loss=generation_loss,
             classification_loss=classification_loss,
-            past_key_values=decoded.past_key_values,
-            hidden_states=decoded.hidden_states,
-            attentions=decoded.attentions,
+            # A state-space model has no keys and no attention.
+            **{key: decoded.get(key) for key in ("past_key_values", "hidden_states", "attentions")},
             **computed,
         )
 
