@@ -78,6 +78,17 @@ def base_names(language_model: nn.Module, keys) -> dict[str, str]:
     return names
 
 
+def adapter_names(language_model: nn.Module) -> set[str]:
+    """Names in the state of an LLM of what is its adapter's."""
+    state = language_model.state_dict()
+    original = {
+        f"{name}.original_module."
+        for name, module in language_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    return {key for key in state.keys() - base_names(language_model, state) if not key.startswith(tuple(original))}
+
+
 def fingerprints(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
     """
     Of each tensor its type, shape and a digest of its bits; `None` for one that is not in memory.

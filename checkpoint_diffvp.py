@@ -19,12 +19,14 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.initialization import no_init_weights
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
 
 from .adapter_diffvp import (
+    adapter_names,
     base_names,
     check_weights,
     find_adapter,
@@ -35,6 +37,7 @@ from .adapter_diffvp import (
 )
 from .bases_diffvp import check_language_model
 from .configuration_diffvp import DiffVPConfig
+from .generation_diffvp import own_generation_config
 from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
     ADAPTER_SUBFOLDER,
@@ -178,6 +181,17 @@ def _gguf_read_once() -> Iterator[None]:
             setattr(gguf, name, original)
 
 
+def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
+    """The tokenizer of a base LLM; `None` where none lies beside its weights, or in a GGUF, of which it is slow."""
+    path, gguf_file = locate_base_model(name, revision, gguf_file)
+    if gguf_file is not None:
+        return None
+    options = {"revision": revision or "main"}
+    if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options) is None:
+        return None
+    return AutoTokenizer.from_pretrained(path, **options)
+
+
 def locate_adapter(name: str, **hub_kwargs) -> str | None:
     """
     The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
@@ -203,6 +217,9 @@ def _habits(cls: type, kwargs: dict) -> dict:
     """
     What is left of `from_pretrained`'s arguments after those that change nothing: the Hub's, the LLM's and fields of
     the configuration.
+
+    Returns:
+        weights of the adapter that are in the same file.
 
     Raises:
         TypeError: an argument is unknown, or has a value that a DiffVP checkpoint has no use for.
@@ -289,6 +306,11 @@ class DiffVPCheckpointMixin:
             model.name_or_path = str(name)
         else:
             model, info = super().from_pretrained(name, **options, **hub_kwargs)
+        # Of an adapter that is in the file twice, see `_write`; it is not in the model yet.
+        model._adapter_beside = later = {
+            key for key in info["unexpected_keys"] if config.has_adapter and key.startswith(BASE_PREFIX)
+        }
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - later
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, info[problem])):
                 words = {"mismatched_keys": "of another shape"}.get(problem, problem.removesuffix("_keys"))
@@ -330,11 +352,14 @@ class DiffVPCheckpointMixin:
         token = {key: kwargs[key] for key in ("token",) if kwargs.get(key) is not None}
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         with replace_files(save_directory, is_main_process) as staged:
-            self._write(staged, is_main_process, self.state_dict() if state_dict is None else state_dict, **kwargs)
+            state = self.state_dict() if state_dict is None else state_dict
+            # What `Trainer` goes on from, and takes the best model from: it reads one file, and no adapter.
+            resumed = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+            self._write(staged, is_main_process, state, resumed, **kwargs)
         if push_to_hub:  # only now: transformers would take the adapter, which is there already, for an old file
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, **token)
 
-    def _write(self, folder: Path, is_main_process: bool, state: dict[str, torch.Tensor], **kwargs) -> None:
+    def _write(self, folder: Path, is_main_process: bool, state: dict, resumed: bool, **kwargs) -> None:
         self.config.auto_map = {"AutoConfig": "configuration_diffvp.DiffVPConfig"}
         vars(self.config).pop("custom_pipelines", None)
         self.config.has_adapter = False
@@ -398,9 +423,10 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             base_model_gguf_file=base_model_gguf_file,
             **(config or {}),
         )
+        decoding = own_generation_config(language_model.generation_config, base_tokenizer(*base))
         model = cls(model_config, language_model=language_model)
         model._place_own_modules()
-        model.generation_config = copy.deepcopy(language_model.generation_config)
+        model.generation_config = decoding
         model._remember_base()
         if lora_config is not None:
             language_model.add_adapter(lora_config)
@@ -470,6 +496,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         if adapter is not None:
             load_adapter(model.language_model, adapter, is_trainable)
+            beside = model._adapter_beside
+            model._check_adapter_twice(name, read_weights(locate_weights(name, **hub_kwargs), beside.__contains__))
         model.eval()
         return (model, info) if loading_info else model
 
@@ -484,6 +512,15 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         for file in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME):
             check_digest(config.file_digests, f"{ADAPTER_SUBFOLDER}/{file}", os.path.join(adapter, file))
         return adapter
+
+    def _check_adapter_twice(self, name: str | os.PathLike, beside: dict[str, torch.Tensor]) -> None:
+        """Of a checkpoint that `Trainer` wrote: the adapter `beside` the own weights is that of its own file."""
+        loaded, adapter = self.state_dict(), self.adapter_keys()
+        for key, value in beside.items():
+            if key not in adapter:
+                raise DiffVPCheckpointError(f"{name}: 1 weight(s) unexpected: {key}.")
+            if not torch.equal(loaded[key].cpu(), value.to(loaded[key].dtype)):
+                raise DiffVPCheckpointError(f"{name}: the weights and {ADAPTER_SUBFOLDER}/ are of different steps.")
 
     @classmethod
     def _from_named_base(cls, name, config: DiffVPConfig, elsewhere: str | None, hub_kwargs: dict, kwargs: dict):
@@ -505,6 +542,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         model = cls(config, language_model=language_model)
         own = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE_PREFIX)}
         state = read_weights(files)
+        if config.has_adapter:  # it may be in this file, too, see `_write`, and is not in the model yet
+            model._adapter_beside = {key for key in state if key.startswith(BASE_PREFIX)}
+            state = {key: value for key, value in state.items() if key not in model._adapter_beside}
         check_weights(next(iter(files.values())), state, own)
         for file, path in files.items():
             check_digest(expected_digests, file, path)
@@ -561,12 +601,13 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     # Saving
 
-    def _write(self, folder: Path, is_main_process: bool, state: dict[str, torch.Tensor], **kwargs) -> None:
+    def _write(self, folder: Path, is_main_process: bool, state: dict, resumed: bool, **kwargs) -> None:
         """
         Own weights and adapter, without the base LLM as long as it is the one that the configuration names: one
         that was merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
 
-        `state` may be the gathered state of the whole model (FSDP, DeepSpeed), or lack the LLM's.
+        `state` may be the gathered state of the whole model (FSDP, DeepSpeed), or lack the LLM's. If the checkpoint is
+        to be `resumed`, the adapter is in the file of the own weights, too.
         """
         config, language_model = self.config, self.language_model
         adapter = find_adapter(language_model)
@@ -587,6 +628,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             config.text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
             config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
             own |= {f"{BASE_PREFIX}{key}": value for key, value in llm.items()}
+        if resumed:
+            own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
         # Loadable through two auto classes; the saver only knows the one the class is registered for.
         entry = "modeling_diffvp.DiffVPForConditionalGeneration"
         config.auto_map = (getattr(config, "auto_map", None) or {}) | {"AutoModelForImageTextToText": entry}
@@ -609,6 +652,36 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             raise DiffVPCheckpointError("Part of the LLM is offloaded: load it without offloading to save it whole.")
 
     # Merging
+
+    def adapter_keys(self) -> set[str]:
+        """Names in the state dict of the adapter's weights."""
+        return {f"{BASE_PREFIX}{key}" for key in adapter_names(self.language_model)}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """
+        As `torch.nn.Module` does; and own weights are never set without those of the adapter that belong to them.
+
+        Raises:
+            DiffVPCheckpointError: a `model.safetensors` without adapter, for a model that has one.
+        """
+        expected, adapter = self.state_dict().keys(), self.adapter_keys()
+        own = {key for key in expected if not key.startswith(BASE_PREFIX)}
+        if own <= state_dict.keys() and not adapter <= state_dict.keys():
+            lost = len(adapter - state_dict.keys())
+            raise DiffVPCheckpointError(
+                f"These are the weights of a checkpoint without its adapter: {lost} are missing. They would be mixed "
+                "with the adapter of this model. Load it with from_pretrained; "
+                f"Trainer resumes from folders {PREFIX_CHECKPOINT_DIR}-N, which it has saved itself."
+            )
+        # Of a checkpoint with the whole LLM, whose weights have their plain names there.
+        names = base_names(self.language_model, self.language_model.state_dict())
+        wrapped = {f"{BASE_PREFIX}{plain}": f"{BASE_PREFIX}{name}" for name, plain in names.items()}
+        state_dict = {wrapped.get(key, key): value for key, value in state_dict.items()}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if self.config.base_model_name_or_path is not None:  # the base LLM is here by its name, and not missing
+            missing = [key for key in result.missing_keys if not key.startswith(BASE_PREFIX)]
+            result.missing_keys[:] = missing
+        return result
 
     def merge_adapter(self) -> None:
         """

@@ -262,10 +262,12 @@ def train(
         from .train_accelerate import run
         from .training.checkpoints import CheckpointError
         from .training.config import TrainingConfig
+        from .training.loop import TrainingDivergedError
         from .training.report import BaseModelError
     with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    with _one_line_errors(CheckpointError, BaseModelError, DiffVPCheckpointError), _listed_problems():
+    told = (CheckpointError, BaseModelError, DiffVPCheckpointError, TrainingDivergedError)
+    with _one_line_errors(*told), _listed_problems():
         if dry_run:
             _print_estimate(loaded, processes, tflops)
         else:

@@ -170,9 +170,21 @@ class DiffVPConfig(PreTrainedConfig):
         classification_loss_weight (`float`): the lambda of eq. 11; the paper gives no value.
         intended_domain (`str`, *optional*): what kind of scans the weights were trained on, in words; written into
             every report.
+        true_findings (`float`, *optional*): the share of training prompts that named the true findings instead of the
+            predicted ones; `None` where nobody has written it down. A disclosure: nothing is computed with it.
     """
 
     model_type = "diffvp"
+    # What `Trainer` does not gather of an evaluation: its predictions are the logits, as those of any causal LLM.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "latents",
+        "reference_latents",
+        "difference_weights",
+        "diagnosis_logits",
+        "generation_loss",
+        "classification_loss",
+    ]
     sub_configs = {"text_config": AutoConfig}  # the later sub_configs_defaults does not exist in transformers 5.19
 
     # Base LLM
@@ -228,6 +240,7 @@ class DiffVPConfig(PreTrainedConfig):
 
     # What the weights are for
     intended_domain: str | None = None
+    true_findings: float | None = None
 
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -381,6 +394,8 @@ class DiffVPConfig(PreTrainedConfig):
             raise ValueError("base_model_gguf_file is set but base_model_name_or_path is not.")
         if self.latent_locality is not None and self.latent_locality <= 0:
             raise ValueError(f"latent_locality must be None or positive, got {self.latent_locality}.")
+        if self.true_findings is not None and not 0 <= self.true_findings <= 1:
+            raise ValueError(f"true_findings must be None or a share from 0 to 1, got {self.true_findings}.")
         if self.difference_epsilon <= 0:
             raise ValueError(f"difference_epsilon must be positive, got {self.difference_epsilon}.")
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 
-from .pipeline_diffvp import end_tokens
+from .generation_diffvp import end_tokens
 
 # Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
 PLAIN = {

@@ -23,7 +23,7 @@ DiffVP: CT report generation conditioned on the difference between a scan and a 
 `modules_diffvp.py` has the building blocks (eq. 3-8), `checkpoint_diffvp.py` loads, saves and merges.
 """
 
-import copy
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .bases_diffvp import real_positions, takes_position_ids
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
+from .generation_diffvp import decoding_config
 from .modules_diffvp import (
     DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
@@ -313,6 +314,8 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         else:
             self._keep_weights(language_model)
         self.language_model = language_model
+        # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
+        language_model.generation_config = GenerationConfig()
         self._freeze()
         self.post_init()
 
@@ -397,6 +400,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         ct_features: torch.Tensor | None = None,
         reference_features: torch.Tensor | None = None,
         diagnosis_logits: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DiffVPOutput:
         """
@@ -406,16 +410,30 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
                 the config's instruction.
             labels: like `input_ids`, with -100 on everything but the report and its end token.
             diagnosis_labels: (batch, labels) in {0, 1}, for the auxiliary loss.
+            num_items_in_batch: report tokens of the whole optimizer step, as `transformers.Trainer` counts them. Both
+                losses are then this batch's part of the step's: each case weighs with its tokens, however the step is
+                divided. By default they are means over the batch's tokens and cases.
             ct_features, reference_features: output of `extract_features`, instead of `ct` and `reference`.
             diagnosis_logits: output of `diagnose`, instead of running the classifier.
             kwargs: go to the LLM and to the loss.
+
+        Raises:
+            ValueError: `num_items_in_batch` without `labels`: label smoothing of `Trainer` takes them away, and would
+                then compare each token with the logits of the next one, without the auxiliary loss.
         """
+        if num_items_in_batch is not None and labels is None:
+            raise ValueError(
+                "`labels` is missing: Trainer takes it away for label_smoothing_factor and compute_loss_func, and "
+                "would train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
+            )
         embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
         text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
         if takes_position_ids(self.language_model):
             kwargs["position_ids"] = real_positions(mask)
+        if labels is not None and "use_cache" in inspect.signature(self.language_model.forward).parameters:
+            kwargs.setdefault("use_cache", False)  # nothing is decoded: the keys of all layers would only cost memory
         decoded = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -425,15 +443,25 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         )
         loss = generation_loss = classification_loss = None
         if labels is not None:
-            generation_loss = self.loss_function(
-                decoded.logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            generation_loss = loss = self.loss_function(
+                decoded.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
-            loss = generation_loss
-        if diagnosis_labels is not None:
+        if labels is not None or diagnosis_labels is not None:
             scores = self.classification_head(computed["latents"].mean(dim=1)).float()
-            classification_loss = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores))
+        if diagnosis_labels is not None:
+            losses = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores), reduction="none").mean(1)
+            parts = 1 / len(losses)
+            if num_items_in_batch is not None:
+                parts = (labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch
+            classification_loss = (parts * losses).sum()
             weighted = self.config.classification_loss_weight * classification_loss
             loss = weighted if loss is None else loss + weighted
+        elif labels is not None:
+            loss = loss + 0 * scores.sum()  # DistributedDataParallel waits for a gradient of every trained parameter
         return DiffVPOutput(
             loss=loss,
             logits=decoded.logits,
@@ -482,14 +510,16 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
 
         Args:
             comparison: result of `compare`, instead of scans and features.
+            generation_config: instead of the model's; the special tokens that it does not name are the model's.
+                `max_length` and `min_length`, here or in `kwargs`, count what is returned, as `max_new_tokens` and
+                `min_new_tokens` do: the prompt's embeddings are none of the caller's tokens.
         """
         embeddings, mask, _ = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison
         )
-        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        kwargs = generation_config.update(**kwargs)  # what is left is not a generation parameter
+        decoding, kwargs = decoding_config(self.generation_config, generation_config, kwargs)
         return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=generation_config, **kwargs
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
         )
 
 

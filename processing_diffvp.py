@@ -37,6 +37,7 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
 from .anatomy_diffvp import check_chest, measure_coverage
+from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
@@ -298,6 +299,14 @@ def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
+# What other processors call their arguments.
+HABITS = {
+    **dict.fromkeys(("image", "images", "pixel_values", "video", "videos", "volume", "volumes"), "ct"),
+    **dict.fromkeys(("reference_image", "reference_images", "references", "normal"), "reference"),
+    **dict.fromkeys(("prompt", "prompts", "texts", "instruction", "messages", "conversation"), "text"),
+}
+
+
 class DiffVPBatchFeature(BatchFeature):
     """The model's inputs as keys, and what is known about them as attributes, which survive `.to()`.
 
@@ -430,7 +439,9 @@ class DiffVPProcessor(ProcessorMixin):
         groups = {"text_kwargs", "images_kwargs", "common_kwargs"}
         unknown = sorted(set(kwargs) - set(TextKwargs.__annotations__) - image_names - groups)
         if unknown:
-            raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for {type(self).__name__}.")
+            meant = sorted({f"{HABITS[name]}=" for name in unknown if name in HABITS})
+            hint = f" Expected {' and '.join(meant)}." if meant else ""
+            raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for {type(self).__name__}.{hint}")
         # Most base tokenizers pad on the right; that must not win over the reason for the left.
         init_kwargs = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
         merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
@@ -625,8 +636,11 @@ class DiffVPProcessor(ProcessorMixin):
 DiffVPImageProcessor.register_for_auto_class()
 DiffVPProcessor.register_for_auto_class()
 
+# The collator comes along: every checkpoint can be trained further, and the saver copies what is imported.
 __all__ = [
     "DiffVPBatchFeature",
+    "DiffVPDataCollator",
+    "DiffVPDataset",
     "DiffVPImageProcessor",
     "DiffVPImageProcessorKwargs",
     "DiffVPProcessor",

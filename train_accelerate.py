@@ -34,6 +34,7 @@ from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
 from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
+from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
@@ -124,6 +125,11 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     output = Path(config.output_dir) / "model"
     set_seed(config.seed)
     model, processor = load_start(config) if config.init_from else build_generator(config)
+    # Before training, for the reports of each epoch are written with it, and what cannot be saved is said now.
+    model.generation_config = own_generation_config(
+        model.generation_config, processor.tokenizer, config.report.max_report_tokens
+    )
+    model.config.true_findings = config.report.true_findings if model.config.use_diagnosis else None
     raise_problems(check_reports(cohort, processor, config.report, model))
     model.to(accelerator.device)  # before the caches, which it computes
     volumes = make_volumes(config, processor.image_processor)
@@ -139,7 +145,6 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     samples = Path(config.output_dir) / "samples"
     stage = ReportStage(config.report, model, processor, cohort, features, config.seed, samples)
     train(stage, config, accelerator, cohort, frozen)
-    model.generation_config.update(do_sample=False, max_new_tokens=config.report.max_report_tokens)
     state = accelerator.get_state_dict(stage.model) if accelerator.num_processes > 1 else model.state_dict()
 
     def write(folder: Path) -> None:
@@ -241,7 +246,7 @@ def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForCondi
     text_config = {"model_type": "llama", "vocab_size": len(tokenizer), **tokens, **decoder}
     model = DiffVPForConditionalGeneration(DiffVPConfig(text_config=text_config, **fields))
     model.language_model.requires_grad_(True)
-    model.generation_config = GenerationConfig(**tokens)
+    model.generation_config = own_generation_config(GenerationConfig(**tokens))
     return model.eval()
 
 

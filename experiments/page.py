@@ -32,6 +32,10 @@ def write_page(results: Path) -> Path:
     documents.sort(key=_order)
     study = documents[0]["study"]
     lines = [f"# Results: {study['name']}", "", study["title"], ""]
+    if study.get("true_findings"):
+        share = f"{100 * study['true_findings']:.0f} %"
+        told = "named the true findings; those of the tests name the ones that the classifier predicts"
+        lines += [f"In training, {share} of the diagnosis prompts {told}.", ""]
     lines += _answer(documents) + _observations(documents)
     lines += [
         "Scores are between 0 and 1. A score is the mean over its seeds (behind ± their standard deviation, where "

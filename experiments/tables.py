@@ -115,7 +115,11 @@ def run_experiment(
         "about": table.about,
         "kind": table.kind,
         "command": f"diffvp experiment {name}",
-        "study": {"name": study.name, "title": study.title},
+        "study": {
+            "name": study.name,
+            "title": study.title,
+            "true_findings": study.training["report"].get("true_findings", 0),
+        },
         "cases": len(cases),
         "rows": [
             {

@@ -60,6 +60,8 @@ class CardFacts:
         base_model, base_license: id on the Hub, and licence, of the base LLM.
         data: what it was trained on, where that came from, and under which licence.
         compute: what training took.
+        true_findings: share of training prompts that named the true findings, of a checkpoint whose config is older
+            than this field.
         reproduce: commands from nothing to the results.
         dataset, dataset_name: of the evaluation, for the metadata.
         tags: besides those of every DiffVP checkpoint.
@@ -76,6 +78,7 @@ class CardFacts:
     dataset: str
     dataset_name: str
     tags: tuple[str, ...] = ()
+    true_findings: float | None = None
 
 
 PHANTOM = CardFacts(
@@ -97,6 +100,7 @@ PHANTOM = CardFacts(
     dataset="diffvp-phantom",
     dataset_name="DiffVP phantoms",
     tags=("synthetic",),
+    true_findings=1.0,  # configs/phantom.yaml
 )
 
 
@@ -194,6 +198,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         task=TASK,
         statement=RESEARCH_USE,
         config=config,
+        true_findings=facts.true_findings if config.get("true_findings") is None else config["true_findings"],
         image_processor=processor["image_processor"],
         decoding=decoding,
         has_references=has_references,

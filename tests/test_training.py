@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor
 
+from diffvp.collator_diffvp import pair_reference
 from diffvp.configuration_diffvp import REGIONS
 from diffvp.data.cache import ContentHashes, TensorCache, VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
-from diffvp.data.pairing import pair_reference
 from diffvp.data.radgenome import load_phantom
 from diffvp.data.regions import RegionMasks, region_mask_path
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
@@ -349,6 +349,9 @@ class FrozenFeatures:
 
     def load(self, case):
         return {"features": torch.zeros(8, 16), "diagnosis_logits": torch.zeros(18)}
+
+    def inputs(self, case, references):
+        return {"ct_features": torch.zeros(8, 16), "reference_features": torch.zeros(8, 16)}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 """The cases of a run, and what is frozen about them: preprocessed volumes, encoder output, predicted findings."""
 
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,8 @@ from ..data.table import load_hub
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +128,15 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, _pool(data, cases, report))
     cohort = cohort.with_labels(labels)
     check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
+    if config.init_from is None and config.classifier is None:  # else the first stage is another run's
+        if data.validation_fraction is None:
+            check_stages_apart(cohort)
+        elif config.stage == "all":
+            logger.info(
+                "Both stages train on the same %d patients, as in the paper: there, the findings that prompts name "
+                "are nearly true, and more often than those of validation.",
+                len({case.patient_id for case in cohort.report}),
+            )
     problems = []
     if config.stage != "diagnosis":
         problems += _pool_problems(cohort)
@@ -144,6 +156,18 @@ def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
     check_checkpoint_name(config.init_from)
     options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
     return DiffVPConfig.from_pretrained(config.init_from, **options).diagnosis_labels
+
+
+def check_stages_apart(cohort: Cohort) -> None:
+    """
+    Raises:
+        DatasetError: a patient is in both stages, which the spans are meant to keep apart: the findings that the
+            classifier predicts of it are nearly true, as those of no new patient will be.
+    """
+    known = {case.patient_id for case in cohort.diagnosis}
+    both = {case.patient_id: case for case in cohort.report if case.patient_id in known}
+    found, expected = "in diagnosis_cases and in report_cases", "one of the two: move their borders"
+    raise_problems([Problem("splits", case.row, "patient_id", found, expected, case.name) for case in both.values()])
 
 
 def fetch_hub(data: DataSection) -> list[Case]:

@@ -76,14 +76,23 @@ class Stage:
         section: its section of the training file.
         model: what `losses` is called with.
         groups: parameter groups of AdamW.
-        training, validation: its cases.
+        training, validation: its cases. The loss of `validation` chooses the epoch that is kept.
+        also_validated: further views of the validation cases by name, whose losses are logged.
     """
 
     name: str
 
-    def __init__(self, section, model: torch.nn.Module, groups: list[dict], training: Split, validation: Split):
+    def __init__(
+        self,
+        section,
+        model: torch.nn.Module,
+        groups: list[dict],
+        training: Split,
+        validation: Split,
+        also_validated: dict[str, Split] | None = None,
+    ):
         self.section, self.model, self.groups = section, model, groups
-        self.training, self.validation = training, validation
+        self.training, self.validation, self.also_validated = training, validation, also_validated or {}
 
     def metrics(self, epoch: int) -> dict[str, float]:
         """More about the model after an epoch, for the log."""
@@ -133,6 +142,10 @@ class Position:
 
 class Interrupted(SystemExit):
     """A run was asked to end, has saved, and can go on. Its code is the shell's for the signal."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """A loss or a gradient is no finite number: what is trained on would only carry it on."""
 
 
 class Signals:
@@ -284,12 +297,14 @@ class Trainer:
 
         Raises:
             Interrupted: after a Ctrl-C or SIGTERM, once the step is done and saved.
+            TrainingDivergedError: at the first loss or gradient that is not finite, before it is trained on.
         """
         position, section = self.position, self.stage.section
         with self._progress() as advance, Signals() as signals:
             while not position.finished:
                 self._epoch(advance, signals)
                 losses = self._validate()
+                self._check_finite(losses)
                 position.epoch, position.step_of_epoch = position.epoch + 1, 0
                 better = losses["validation_loss"] < position.best_loss
                 if better:
@@ -336,33 +351,64 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 losses = self.stage.training.losses(self.model, _to(batch, accelerator.device), step)
                 accelerator.backward(losses["loss"] * (scale if counts else 0.0))
+                if counts:
+                    _add(sums, losses)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self._trainable(), CLIP)
+                    norm = accelerator.clip_grad_norm_(self._trainable(), CLIP)
+                    # Of all processes together, so that all of them end here. (A scaler of float16 passes over
+                    # gradients that overflow by itself.)
+                    if accelerator.scaler is None and not math.isfinite(norm):
+                        self._check_finite(self._reduced(sums) | {"gradient norm": float(norm)})
                 self.optimizer.step()
                 if accelerator.sync_gradients:
                     self.scheduler.step()
                 self.optimizer.zero_grad()
-            if counts:
-                _add(sums, losses)
-        return self._reduced(sums)
+        losses = self._reduced(sums)
+        self._check_finite(losses)
+        return losses
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        """
+        Raises:
+            TrainingDivergedError: a loss is not finite; with the step, the learning rates, and what to change.
+        """
+        lost = next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+        if lost is None:
+            return
+        step, stage = self.position.step + (not any(name.startswith("validation") for name in values)), self.stage.name
+        rates = ", ".join(f"{group['lr']:g}" for group in self._optimizer().param_groups)
+        advice = f"Lower the learning rates of the section {stage}, or raise its warmup_ratio"
+        if self.position.step == 0:
+            advice = "Nothing is trained yet: check the weights that it starts from, and base.dtype"
+        if self.config.mixed_precision == "fp16":
+            advice += "; mixed_precision: bf16 has a larger range than fp16"
+        raise TrainingDivergedError(
+            f"Stage {stage}, step {step}: {lost}, no finite number, at learning rate(s) {rates}. It ends here and "
+            f"writes no model. {advice}, and start again with another output_dir."
+        )
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.stage.groups for parameter in group["params"]]
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Mean losses over the validation cases, named `validation_...`."""
-        split = self.stage.validation
+        """Mean losses over the validation cases, named `validation_...`; of further views with their name behind."""
+        self.model.eval()
+        means = {f"validation_{name}": value for name, value in self._mean_losses(self.stage.validation).items()}
+        for view, split in self.stage.also_validated.items():
+            means |= {f"validation_{name}_{view}": value for name, value in self._mean_losses(split).items()}
+        return means
+
+    def _mean_losses(self, split: Split) -> dict[str, float]:
         steps = split.batches(0, self.stage.section.batch_size)
         everything = np.concatenate(steps)
-        self.model.eval()
         sums: dict[str, float] = {}
         for batches in self._loader(split, 0, steps):
             for batch, counts in batches:
                 losses = split.losses(self.model, _to(batch, self.accelerator.device), everything)
                 if counts:
                     _add(sums, losses)
-        return {f"validation_{name}": value for name, value in self._reduced(sums).items()}
+        return self._reduced(sums)
 
     def _loader(self, split: Split, epoch: int, steps: list[np.ndarray]) -> Iterator[list[tuple[dict, bool]]]:
         """For each step the batches of this process."""

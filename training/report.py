@@ -3,7 +3,6 @@
 """Stage 2: report generation, on frozen features and predicted findings."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from ..checkpoint_diffvp import BASE_PREFIX
+from ..collator_diffvp import DiffVPDataCollator, pair_reference
 from ..data.cases import Case, Problem
-from ..data.pairing import chance, pair_reference
+from ..data.pairing import chance
 from ..data.pool import other_scans
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
@@ -21,9 +21,6 @@ from .config import BaseSection, ReportSection
 from .loop import Split, Stage, by_length, in_order
 
 CERTAIN = 30.0  # logit of a finding that is known
-# Few lengths of batches: tensor cores want multiples of 8, and oneDNN keeps a compiled product for each shape it has
-# seen (with every length its own, the process grew by gigabytes an hour).
-PAD_MULTIPLE = 16
 
 
 class BaseModelError(ValueError):
@@ -87,9 +84,8 @@ class ReportSplit(Split):
     ):
         self.cases, self.pool, self.features = cases, {case.name: case for case in pool}, features
         self.seed, self.shuffle, self.true_findings = seed, shuffle, true_findings
-        self.instruction = processor(text=processor.instruction)["input_ids"][0].tolist()
+        self.collator = DiffVPDataCollator(processor)
         self.reports = [processor.encode_report(case.report, max_length=max_tokens, truncation=True) for case in cases]
-        self.pad = processor.tokenizer.pad_token_id
         self.config = features.model.config
         # One model without labels in some cases would learn eq. 11 from the others alone.
         self.labelled = all(case.labels is not None for case in cases)
@@ -124,24 +120,14 @@ class ReportSplit(Split):
         return sample
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [self.instruction + sample["report"] for sample in samples]
-        length = math.ceil(max(map(len, rows)) / PAD_MULTIPLE) * PAD_MULTIPLE
-        start = len(self.instruction)
-        input_ids = torch.full((len(rows), length), self.pad)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, -100)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
-            labels[row, start : len(ids)] = torch.tensor(ids[start:])
-        tensors = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if key != "report"}
-        return tensors | {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return self.collator(samples)
 
     def losses(self, model: torch.nn.Module, batch: dict, step: np.ndarray) -> dict[str, torch.Tensor]:
         """Eq. 11; eq. 10 is the mean over all report tokens of the step, whichever batch they are in."""
         tokens = sum(len(self.reports[index]) for index in step)
-        result = model(**batch, num_items_in_batch=tokens)
-        losses = {"loss": result.generation_loss, "generation_loss": result.generation_loss}
+        result = model(**batch)
+        generation_loss = result.generation_loss * ((batch["labels"] != -100).sum() / tokens)
+        losses = {"loss": generation_loss, "generation_loss": generation_loss}
         if result.classification_loss is not None:
             losses["classification_loss"] = result.classification_loss * (len(batch["labels"]) / len(step))
             losses["loss"] = losses["loss"] + self.config.classification_loss_weight * losses["classification_loss"]
@@ -169,8 +155,14 @@ class ReportStage(Stage):
         self.generator, self.processor, self.samples = model, processor, samples
         options = {"max_tokens": section.max_report_tokens, "seed": seed, "true_findings": section.true_findings}
         training = ReportSplit(cohort.report, cohort.pool, features, processor, shuffle=True, **options)
-        # Its prompts as in training: the more a model follows its prompt, the higher its loss on prompts that err.
-        validation = ReportSplit(cohort.validation, cohort.pool, features, processor, shuffle=False, **options)
+        # With predicted findings, as a user's scans will have them, whatever the prompts of training name.
+        options = {"shuffle": False, **options, "true_findings": 0.0}
+        validation = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
+        views = {}
+        if model.config.use_diagnosis and validation.labelled:
+            # What of the loss is the classifier's: the more a model follows its prompt, the more an error there costs.
+            options["true_findings"] = 1.0
+            views["true_findings"] = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
         if not training.labelled:
             model.classification_head.requires_grad_(False)  # eq. 11 without its second term
         if section.gradient_checkpointing:
@@ -182,7 +174,8 @@ class ReportStage(Stage):
             {"params": [v for n, v in trained if not n.startswith(BASE_PREFIX)], "lr": section.learning_rate},
             {"params": [v for n, v in trained if n.startswith(BASE_PREFIX)], "lr": section.lora_learning_rate},
         ]
-        super().__init__(section, model, [group for group in groups if group["params"]], training, validation)
+        groups = [group for group in groups if group["params"]]
+        super().__init__(section, model, groups, training, validation, views)
 
     @torch.no_grad()
     def metrics(self, epoch: int) -> dict[str, float]:
@@ -191,10 +184,7 @@ class ReportStage(Stage):
         if not count:
             return {}
         self.generator.eval()
-        predicted = self.validation.true_findings
-        self.validation.true_findings = 0.0
         batch = self.validation.collate([self.validation.sample(index, 0) for index in range(count)])
-        self.validation.true_findings = predicted
         given = ("ct", "reference", "ct_features", "reference_features", "diagnosis_logits")
         inputs = {key: batch[key].to(self.generator.device) for key in given if key in batch}
         texts = self.processor.batch_decode(self.generator.generate(**inputs), skip_special_tokens=True)
