@@ -307,10 +307,9 @@ class DiffVPCheckpointMixin:
         else:
             model, info = super().from_pretrained(name, **options, **hub_kwargs)
         # Of an adapter that is in the file twice, see `_write`; it is not in the model yet.
-        model._adapter_beside = later = {
-            key for key in info["unexpected_keys"] if config.has_adapter and key.startswith(BASE_PREFIX)
-        }
-        info["unexpected_keys"] = set(info["unexpected_keys"]) - later
+        inside = BASE_PREFIX if config.has_adapter else ()
+        model._adapter_beside = {key for key in info["unexpected_keys"] if key.startswith(inside)}
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - model._adapter_beside
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, info[problem])):
                 words = {"mismatched_keys": "of another shape"}.get(problem, problem.removesuffix("_keys"))
@@ -431,6 +430,11 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if lora_config is not None:
             language_model.add_adapter(lora_config)
         return model.eval()
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.generation_config.validate(strict=True)  # or it could not be saved, once all is trained
+        return super().train(mode)
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
