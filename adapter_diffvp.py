@@ -93,9 +93,16 @@ def fingerprints(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
     """
     Of each tensor its type, shape and a digest of its bits; `None` for one that is not in memory.
 
-    A large tensor is summed over columns first: one pass at the speed of the memory, on the device it is on.
+    A large tensor is summed over columns first, in one pass on the device it is on; tied weights are read once.
     """
-    return {name: _fingerprint(tensor) for name, tensor in state.items()}
+    seen: dict[tuple, str | None] = {}
+    found = {}
+    for name, tensor in state.items():
+        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if place not in seen:
+            seen[place] = _fingerprint(tensor)
+        found[name] = seen[place]
+    return found
 
 
 @torch.no_grad()

@@ -170,7 +170,6 @@ def fine_tuned(pushable, tmp_path_factory):
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"] += 0.5
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter/generation_config.json").unlink()
     document(folder)
     return folder
 
