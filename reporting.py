@@ -33,7 +33,6 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from . import __version__
 from .checkpoint_diffvp import (
     ADAPTER_SUBFOLDER,
-    WEIGHTS_NAME,
     DiffVPCheckpointError,
     check_checkpoint_name,
     locate_base_model,
@@ -47,6 +46,7 @@ from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, desc
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
+from .storage_diffvp import WEIGHTS_NAME
 from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"

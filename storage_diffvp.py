@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+WEIGHTS_NAME = SAFE_WEIGHTS_NAME
 ADAPTER_SUBFOLDER = "adapter"
 STAGING_PREFIX = ".saving-"
 # What only a save writes, so that a later one may delete it.
