@@ -45,7 +45,6 @@ from .storage_diffvp import (
     DiffVPCheckpointError,
     check_digest,
     digests,
-    has_file,
     locate_weights,
     read_weights,
     replace_files,
@@ -271,7 +270,8 @@ class DiffVPCheckpointMixin:
             overrides = {key: kwargs.pop(key) for key in overridable & kwargs.keys()}
             place = name if config is None else config
             # Without the file transformers 5.23 would give the default configuration, of another model.
-            if not os.path.isfile(place) and not has_file(place, CONFIG_NAME, **hub_kwargs):
+            inside = os.path.join(place, hub_kwargs.get("subfolder", ""), CONFIG_NAME)
+            if os.path.isdir(place) and not os.path.isfile(inside):
                 raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: no checkpoint, or one saved in part.")
             config = cls.config_class.from_pretrained(place, **hub_kwargs, **overrides)
         return copy.deepcopy(config), hub_kwargs

@@ -139,25 +139,21 @@ def check_digest(expected: dict[str, str] | None, name: str, path: str) -> None:
         )
 
 
-def has_file(name: str | os.PathLike, file: str, **hub_kwargs) -> bool:
-    """Whether a checkpoint, here or on the Hub, has a file."""
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is not None
-
-
 def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
     """
     {relative name: local path} of the weights of a checkpoint, in one file or in shards with their index.
 
     Raises:
-        DiffVPCheckpointError: there are none, or the index names a file outside the checkpoint.
+        OSError: there are none, or they cannot be had.
+        DiffVPCheckpointError: the index names a file outside the checkpoint.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
     path = cached_file(name, SAFE_WEIGHTS_NAME, **optional)
     if path is not None:
         return {SAFE_WEIGHTS_NAME: path}
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)
-    if index is None:
-        raise DiffVPCheckpointError(f"{name} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
+    if index is None:  # not there, or the Hub failed: transformers says which
+        return {SAFE_WEIGHTS_NAME: cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)}
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     if wrong := [shard for shard in shards if not _OWNED.fullmatch(shard)]:
         raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
