@@ -595,9 +595,9 @@ def _print_comparison(report) -> None:
     """The generated report beside the true one, by region, and the findings that it hits and misses."""
     truth = report.document["truth"]
     table = Table("", "generated", "true", show_lines=True)
-    regions = dict.fromkeys([*truth["report"], *report.regions])
+    regions = dict.fromkeys([*truth["regions"], *report.regions])
     for region in regions:
-        table.add_row(region, *(Text(words.get(region, "-")) for words in (report.regions, truth["report"])))
+        table.add_row(region, *(Text(words.get(region, "-")) for words in (report.regions, truth["regions"])))
     out.print(table)
     for kind, color in (("hit", "green"), ("missed", "red"), ("false", "magenta")):
         out.print(f"Findings {kind}: [{color}]{', '.join(truth[kind]) or 'none'}[/{color}]")

@@ -42,7 +42,7 @@ from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
 from .storage_diffvp import HUB_KWARGS
-from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
+from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
@@ -149,10 +149,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             CTInputError: an input is not a usable chest CT; the message names source, field, value and expectation.
             CTAnatomyError: the one among them for a CT of another region.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)
-        options = self._standardize_kwargs(
-            **{key: getattr(self, key) for key in self.valid_kwargs.__annotations__} | kwargs
-        )
+        options = self._options(kwargs)
         inputs = list(each(ct))
         if not inputs:
             raise ValueError("The list of CTs is empty.")
@@ -160,7 +157,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         tensors, geometry = [], []
         for one in inputs:
-            volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
+            volume = _read(one, spacing, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
                     volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
@@ -168,22 +165,25 @@ class DiffVPImageProcessor(BaseImageProcessor):
             coverage = measure_coverage(volume)
             if not allow_any_anatomy:
                 check_chest(coverage, volume.source)
-            tensor, place = resample(
-                volume,
-                tuple(options["size"][axis] for axis in AXES),
-                options["target_spacing"],
-                options["crop_foreground"],
-                options["foreground_hu"],
-                options["hu_window"],
-                options["antialias"],
-                digest,
-            )
+            tensor, place = _resample(volume, options, digest)
             tensors.append(tensor)
             geometry.append(replace(place, coverage=coverage))
         batch = torch.stack(tensors)
         return BatchFeature(
             {"ct": batch.numpy() if options["return_tensors"] == "np" else batch, "geometry": geometry}
         )
+
+    def resample(
+        self, volume: CTVolume, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> tuple[torch.Tensor, CTGeometry]:
+        """A volume that [`read_ct`] returned as a tensor (1, depth, height, width), and its place in the file."""
+        return _resample(volume, self._options(kwargs), digest=False)
+
+    def _options(self, kwargs: dict) -> dict:
+        """The settings, with those of a call."""
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        settings = {key: getattr(self, key) for key in self.valid_kwargs.__annotations__}
+        return self._standardize_kwargs(**settings | kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         size, spacing, window = kwargs["size"], kwargs["target_spacing"], kwargs["hu_window"]
@@ -293,6 +293,23 @@ def _texts(text, count: int) -> list[str | None]:
     if len(texts) != count:
         raise ValueError(f"{len(texts)} texts for {count} scans; expected one each, or one string for all.")
     return texts
+
+
+def _read(ct, spacing, allow_non_hu: bool) -> CTVolume:
+    return ct if isinstance(ct, CTVolume) else read_ct(ct, spacing if _is_array(ct) else None, allow_non_hu)
+
+
+def _resample(volume: CTVolume, options: dict, digest: bool) -> tuple[torch.Tensor, CTGeometry]:
+    return resample(
+        volume,
+        tuple(options["size"][axis] for axis in AXES),
+        options["target_spacing"],
+        options["crop_foreground"],
+        options["foreground_hu"],
+        options["hu_window"],
+        options["antialias"],
+        digest,
+    )
 
 
 def _is_array(value) -> bool:
@@ -414,7 +431,7 @@ class DiffVPProcessor(ProcessorMixin):
             hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
         if given:
             allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
-            volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
+            volumes = [_read(one, spacing, allow_non_hu) for one in given]
             parts = [
                 self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs, allow_any_anatomy)
                 for one in volumes
@@ -454,19 +471,41 @@ class DiffVPProcessor(ProcessorMixin):
             scans, spacing=spacing, digest=True, allow_any_anatomy=allow_any_anatomy, **images_kwargs
         )
 
-    def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
-        """One reference for each scan, from the pool."""
+    def choose_reference(self, sha256: str, seed: int = 0) -> tuple[str, CTVolume]:
+        """
+        Id and volume of the reference that `__call__` samples for a scan.
+
+        Args:
+            sha256: of the scan's content, `CTVolume.sha256`.
+
+        Raises:
+            ReferencePoolError: there is no pool, or nothing in it but the scan.
+        """
+        pool = self._pool()
+
+        def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
+            volume = read_ct(pool.fetch(entry))
+            return volume.sha256, volume
+
+        return pool.choose(seed, sha256, load)
+
+    def _pool(self) -> ReferencePool:
         if self.reference_pool is None:
             raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+        return self.reference_pool
+
+    def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
+        """One reference for each scan, from the pool."""
+        pool = self._pool()
         loaded, tensors, places, ids = {}, [], [], []
 
         def load(entry: dict[str, str]) -> tuple[str, BatchFeature]:
             if entry["id"] not in loaded:
-                loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
+                loaded[entry["id"]] = self._preprocess([pool.fetch(entry)], None, images_kwargs)
             return loaded[entry["id"]]["geometry"][0].sha256, loaded[entry["id"]]
 
         for place in geometry:
-            name, reference = self.reference_pool.choose(seed, place.sha256, load)
+            name, reference = pool.choose(seed, place.sha256, load)
             tensors.append(reference["ct"])
             places += reference["geometry"]
             ids.append(name)

@@ -91,7 +91,7 @@ def test_report(run, scan, checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     folder = tmp_path / "work" / "outputs" / "report"
     written = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert written["text"] in result.stdout
+    assert written["report"] in result.stdout
     assert f"{folder / 'figure.png'}\n" in result.stdout and (folder / "figure.png").is_file()
     assert RESEARCH_USE in result.stderr and "boxes of noise" in result.stderr
     assert "Drawing the figure" in result.stderr, "progress"
@@ -115,7 +115,7 @@ def test_demo_sets_the_report_beside_the_true_one(run, checkpoint, tmp_path, mon
     assert result.exit_code == 0, result.output
     folder = tmp_path / "work" / "demo" / "report"
     truth = json.loads((folder / "report.json").read_text(encoding="utf-8"))["truth"]
-    for region, sentence in truth["report"].items():
+    for region, sentence in truth["regions"].items():
         assert re.search(rf"{region}\b.*{re.escape(sentence[:20])}", result.stdout), region
     for kind in ("hit", "missed", "false"):
         assert f"Findings {kind}: {', '.join(truth[kind]) or 'none'}" in result.stdout

@@ -356,7 +356,7 @@ def test_truth_is_written_and_compared(loaded, scan, tmp_path):
     truth = "Heart: Cardiomegaly is observed.\nLung: No nodule was detected in both lungs."
     report = write_report(*loaded, scan, tmp_path / "report", truth=truth)
     assert (report.folder / "true_report.txt").read_text(encoding="utf-8") == truth + "\n"
-    assert report.document["truth"]["report"]["heart"] == "Cardiomegaly is observed."
+    assert report.document["truth"]["regions"]["heart"] == "Cardiomegaly is observed."
     assert report.document["truth"]["missed"] == ["Cardiomegaly"]
     write_report(*loaded, scan, tmp_path / "report")
     assert {path.name for path in report.folder.iterdir()} == FILES, "an earlier truth must not stay"

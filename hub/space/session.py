@@ -298,7 +298,6 @@ class Study:
         self.document = describe_report(
             model,
             processor,
-            self.text,
             tokens.result(),
             decoding=decoding,
             engine=TransformersEngine(model).name,
