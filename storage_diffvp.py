@@ -147,13 +147,12 @@ def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
         OSError: there are none, or they cannot be had.
         DiffVPCheckpointError: the index names a file outside the checkpoint.
     """
-    optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
-    path = cached_file(name, SAFE_WEIGHTS_NAME, **optional)
-    if path is not None:
-        return {SAFE_WEIGHTS_NAME: path}
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)
-    if index is None:  # not there, or the Hub failed: transformers says which
+    try:
         return {SAFE_WEIGHTS_NAME: cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)}
+    except OSError:  # not there, or the Hub failed
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if index is None:
+            raise
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     if wrong := [shard for shard in shards if not _OWNED.fullmatch(shard)]:
         raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
