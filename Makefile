@@ -80,8 +80,8 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
 
-test-kills: $(DEV)  ## kill a training run 50 times and see that no checkpoint is lost
-	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py -k kill --timeout 1200
+test-kills: $(DEV)  ## kill a training run and each way to save 50 times: no checkpoint is lost or mixed
+	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py tests/test_interrupted_saves.py -k kill --timeout 1800
 
 test-vllm: $(ENGINES)/.installed  ## test that vLLM writes what transformers writes, in .venv-vllm (ten minutes on two cores)
 	$(ENGINES)/bin/python -m pytest tests/test_vllm.py $(PYTEST_ARGS)

@@ -15,11 +15,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every hyper-parameter of DiffVP, validated, with the reason for each choice on which the paper is silent."""
 
+import difflib
 import math
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -59,18 +61,56 @@ REGIONS = (
     "trachea and bronchie",
 )
 
-# What transformers itself writes into config.json or passes along besides the fields of PreTrainedConfig.
-_LOADER_KEYS = {
+# 1: without this field and without digests. 2: with both.
+FORMAT_VERSION = 2
+
+# What transformers, trainers, PEFT, quantisers and engines write into any config.json or set on any configuration
+# besides the fields of PreTrainedConfig. DiffVP keeps it and does without.
+_FOREIGN_KEYS = {
+    "add_cross_attention",
     "attn_implementation",
     "auto_map",
+    "bos_token_id",
+    "cross_attention_hidden_size",
     "custom_pipelines",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "experts_implementation",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "hidden_size",
+    "is_decoder",
+    "is_encoder_decoder",
+    "keys_to_ignore_at_inference",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_labels",
+    "output_router_logits",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",
+    "pruned_heads",
     "quantization_config",
+    "router_aux_loss_coef",
+    "sep_token_id",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tokenizer_class",
     "torch_dtype",
+    "torchscript",
     "transformers_version",
-    "use_cache",  # `Trainer` sets it
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+    "vocab_size",
 }
 
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
+
+
+class DiffVPConfigError(StrictDataclassClassValidationError, ValueError):
+    """A value of [`DiffVPConfig`] is impossible, by itself or beside the others."""
 
 
 @strict
@@ -87,6 +127,9 @@ class DiffVPConfig(PreTrainedConfig):
         base_model_gguf_file (`str`, *optional*): the file to read when the base comes as GGUF.
         has_adapter (`bool`): whether the checkpoint comes with LoRA weights, so that their absence is noticed; set by
             `save_pretrained`.
+        file_digests (`dict[str, str]`, *optional*): SHA-256 of the adapter's files and of the own weights, by their
+            names in the checkpoint, checked when it is loaded; written by `save_pretrained`.
+        format_version (`int`): of the checkpoint. Older ones are read, newer ones are refused.
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
@@ -171,6 +214,8 @@ class DiffVPConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_gguf_file: str | None = None
     has_adapter: bool = False
+    file_digests: dict | None = None
+    format_version: int = FORMAT_VERSION
 
     # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)
@@ -231,15 +276,66 @@ class DiffVPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # v5 accepts unknown keys silently and sets them as attributes, so that a typo would pass as a hyper-parameter.
-        known = {field.name for field in fields(PreTrainedConfig)} | set(dir(PreTrainedConfig)) | _LOADER_KEYS
-        unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
-        if unknown:
+        if unknown := self._unknown_keys(kwargs):
             raise ValueError(f"Unknown key(s) in DiffVPConfig: {', '.join(unknown)}. Known: {self._own_fields()}.")
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         # The tied weights live in the language model, and the composite must know about them to load and save them.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._refuse_impossible()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An impossible value is refused here as in the constructor, and the former one stays."""
+        complete = "_name_or_path" in vars(self)  # which PreTrainedConfig sets once all fields are there
+        former = vars(self).get(name)
+        super().__setattr__(name, value)
+        if complete and name in self._own_fields():
+            try:
+                self._refuse_impossible()
+            except DiffVPConfigError:
+                super().__setattr__(name, former)
+                raise
+
+    def _refuse_impossible(self) -> None:
+        try:
+            self.validate_shapes()
+        except (TypeError, ValueError) as error:
+            raise DiffVPConfigError("validate_shapes", error) from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers, for `config.json` of this and every older `format_version`.
+
+        Keys that are neither known nor a field misspelt are kept: whatever else worked on the checkpoint wrote them.
+
+        Raises:
+            ValueError: the file is of a newer version, or a key looks like a field misspelt.
+        """
+        version = config_dict.get("format_version", 1)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"config.json has format_version {version}, this code reads 1 to {FORMAT_VERSION}: update diffvp, or "
+                "load the checkpoint with trust_remote_code=True, by the code that lies in it."
+            )
+        overrides = {name: kwargs.pop(name) for name in set(cls._own_fields()) & kwargs.keys() - {"text_config"}}
+        config_dict = config_dict | {"format_version": FORMAT_VERSION} | overrides
+        foreign = {
+            key: config_dict.pop(key)
+            for key in cls._unknown_keys(config_dict)
+            if not hasattr(cls, key) and not difflib.get_close_matches(key, cls._own_fields(), cutoff=0.75)
+        }
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
+        for key, value in foreign.items():
+            setattr(config, key, value)
+        return loaded
+
+    @classmethod
+    def _unknown_keys(cls, keys) -> list[str]:
+        known = {field.name for field in fields(cls)} | set(dir(PreTrainedConfig)) | _FOREIGN_KEYS
+        return sorted(key for key in keys if key not in known and not key.startswith("_"))
 
     @classmethod
     def _own_fields(cls) -> list[str]:
@@ -295,7 +391,9 @@ class DiffVPConfig(PreTrainedConfig):
         return int(self.use_global_delta) + int(self.use_local_delta)
 
     def validate_shapes(self):
-        """Cross-field checks; each message names the field, the value found and what was expected."""
+        """Each message names the field, the value found and what was expected."""
+        self._validate_numbers()
+        self._validate_prompt_ids()
         if len(self.image_size) != 3 or min(self.image_size) < 16:
             raise ValueError(f"image_size must be (depth, height, width), 16 voxels or more, got {self.image_size}.")
         if len(self.encoder_block_channels) != 4 or min(self.encoder_block_channels) < 1:
@@ -311,9 +409,6 @@ class DiffVPConfig(PreTrainedConfig):
                 raise ValueError(
                     f"latent_size ({self.latent_size}) must be divisible by {heads} ({getattr(self, heads)})."
                 )
-        for count in ("num_latents", "resampler_layers", "global_delta_layers", "num_prefix_tokens"):
-            if getattr(self, count) < 1:
-                raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
         per_label = isinstance(self.diagnosis_threshold, list)
         thresholds = self.diagnosis_threshold if per_label else [self.diagnosis_threshold]
         if not all(0 <= threshold <= 1 for threshold in thresholds):
@@ -322,7 +417,8 @@ class DiffVPConfig(PreTrainedConfig):
             raise ValueError(
                 f"diagnosis_threshold has {len(thresholds)} values for {len(self.diagnosis_labels)} diagnosis_labels."
             )
-        if len(set(self.diagnosis_labels)) != len(self.diagnosis_labels) or not self.diagnosis_labels:
+        named = [label for label in self.diagnosis_labels if isinstance(label, str) and label.strip()]
+        if len(set(named)) != len(self.diagnosis_labels) or not named:
             raise ValueError(f"diagnosis_labels must be distinct and not empty, got {self.diagnosis_labels}.")
         if self.difference_level != "none" and self.visual_tokens == "linear":
             raise ValueError(
@@ -381,6 +477,39 @@ class DiffVPConfig(PreTrainedConfig):
                 raise ValueError(f"finding_attributes of {label!r} names a region, but finding_regions is empty.")
         if self.finding_attributes and self.use_diagnosis and not self.share_encoder:
             raise ValueError("finding_attributes are read from the visual encoder's features: set share_encoder=True.")
+
+    def _validate_numbers(self):
+        counts = ("latent_size", "num_latents", "resampler_layers", "resampler_heads", "global_delta_layers")
+        for count in (*counts, "global_delta_heads", "num_prefix_tokens", "prompt_hidden_size"):
+            if getattr(self, count) < 1:
+                raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
+        for name in ("classification_loss_weight", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}.")
+        for name in ("difference_epsilon", "latent_locality"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(f"format_version must be 1 to {FORMAT_VERSION}, got {self.format_version}.")
+
+    def _validate_prompt_ids(self):
+        lists = {} if self.instruction_ids is None else {"instruction_ids": self.instruction_ids}
+        if self.diagnosis_prompt_ids is not None:
+            parts = self.diagnosis_prompt_ids
+            if missing := sorted({"prefix", "labels", "separator", "none", "suffix"} - parts.keys()):
+                raise ValueError(f"diagnosis_prompt_ids has no {', '.join(missing)}.")
+            if len(parts["labels"]) != len(self.diagnosis_labels):
+                raise ValueError(
+                    f"diagnosis_prompt_ids has {len(parts['labels'])} labels for {len(self.diagnosis_labels)} "
+                    "diagnosis_labels: make it with DiffVPProcessor.diagnosis_prompt_ids(tokenizer, labels)."
+                )
+            lists |= {f"diagnosis_prompt_ids[{name!r}]": parts[name] for name in parts if name != "labels"}
+            named = zip(self.diagnosis_labels, parts["labels"], strict=True)
+            lists |= {f"diagnosis_prompt_ids of {label!r}": ids for label, ids in named}
+        vocabulary = getattr(self.text_config, "vocab_size", None) or math.inf
+        for name, ids in lists.items():
+            if wrong := [one for one in ids if isinstance(one, int) and not 0 <= one < vocabulary]:
+                raise ValueError(f"{name} has token {wrong[0]}; the LLM's vocabulary has {vocabulary}.")
 
 
 DiffVPConfig.register_for_auto_class()

@@ -33,7 +33,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .bases_diffvp import accepts, real_positions
-from .checkpoint_diffvp import DiffVPCheckpointMixin
+from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
 from .findings_diffvp import diagnosis_prompt_ids, read_attributes
 from .generation_diffvp import decoding_config
@@ -50,7 +50,7 @@ from .modules_diffvp import (
 from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
 
 
-class DiffVPPreTrainedModel(PreTrainedModel):
+class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
     config: DiffVPConfig
     base_model_prefix = "model"
     main_input_name = "ct"
@@ -86,6 +86,7 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
 
     input_modalities = ("image",)
     supports_gradient_checkpointing = False  # the layers are MONAI's
+    _prefixes_in_whole = {"vision_encoder.": "classifier.vision_encoder.", "diagnosis.": "classifier."}
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
@@ -112,6 +113,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
     same name in both.
     """
 
+    _prefixes_in_whole = {"": ""}
+
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
         self.vision_encoder = DiffVPVisionEncoder(config)
@@ -132,7 +135,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.post_init()
 
     def _freeze(self) -> None:
-        for module in (self.vision_encoder, self.diagnosis):
+        for name in ("vision_encoder", "diagnosis", "language_model"):
+            module = getattr(self, name, None)
             if module is not None:
                 module.requires_grad_(False)
 
@@ -310,7 +314,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
 
 
-class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, GenerationMixin):
+class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):
     """
     The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
 
@@ -331,30 +335,12 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
-            # Loaded weights must survive the initialisation that post_init runs over every sub-module.
-            for tensor in (*language_model.parameters(), *language_model.buffers()):
-                tensor._is_hf_initialized = True
+            self._keep_weights(language_model)
         self.language_model = language_model
         # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
         language_model.generation_config = GenerationConfig()
         self._freeze()
         self.post_init()
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        if hasattr(self, "language_model"):
-            self.language_model.requires_grad_(False)
-
-    def train(self, mode: bool = True):
-        if mode:
-            self.generation_config.validate(strict=True)  # or it could not be saved, once all is trained
-        return super().train(mode)
-
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
 
     def diagnosis_prompt(
         self, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
@@ -572,21 +558,7 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
 
 
 DiffVPForDiagnosis.register_for_auto_class("AutoModel")
+DiffVPModel.register_for_auto_class("AutoModel")
 DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
 
-__all__ = [
-    "DiffVPAlignedDifference",
-    "DiffVPComparison",
-    "DiffVPDiagnosisClassifier",
-    "DiffVPDiagnosisOutput",
-    "DiffVPForConditionalGeneration",
-    "DiffVPForDiagnosis",
-    "DiffVPGlobalDelta",
-    "DiffVPLocalDelta",
-    "DiffVPModel",
-    "DiffVPOutput",
-    "DiffVPPreTrainedModel",
-    "DiffVPPromptGenerator",
-    "DiffVPResampler",
-    "DiffVPVisionEncoder",
-]
+__all__ = ["DiffVPForConditionalGeneration", "DiffVPForDiagnosis", "DiffVPModel", "DiffVPPreTrainedModel"]

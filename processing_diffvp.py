@@ -40,13 +40,13 @@ from .anatomy_diffvp import check_chest, measure_coverage
 from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
-from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
+from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
+from .storage_diffvp import HUB_KWARGS
 from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
-HUB_KWARGS = ("cache_dir", "local_files_only", "proxies", "token", "revision")
 OTHER = "other"  # what post_process calls text that belongs to no region
 # What opens a region or a section of a report, and its name. Departments write plurals and other spellings.
 REGION_HEADINGS = {region: region for region in REGIONS} | {
@@ -655,9 +655,9 @@ class DiffVPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; also finds the pool in `references/` of the same repository and revision."""
-        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
         access = {key: hub_kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in hub_kwargs}
-        revision = resolve_revision(pretrained_model_name_or_path, kwargs.get("revision", "main"), **access)
+        revision = resolve_revision(pretrained_model_name_or_path, kwargs.get("revision") or "main", **access)
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"revision": revision})
         processor = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
         subfolder = "/".join(part for part in (kwargs.get("subfolder", ""), REFERENCE_FOLDER) if part)
@@ -678,12 +678,15 @@ class DiffVPProcessor(ProcessorMixin):
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers; the reference pool is copied along."""
+        """As in transformers; the reference pool is copied along, and one of an earlier save is taken away."""
         files = super().save_pretrained(save_directory, **kwargs)
         # transformers leaves auto_map on what it saves but not on what it loads, and the two should be equal.
         vars(self).pop("auto_map", None)
-        if self.reference_pool is not None:
-            self.reference_pool.copy_to(Path(save_directory) / REFERENCE_FOLDER)
+        references = Path(save_directory) / REFERENCE_FOLDER
+        if self.reference_pool is None:
+            remove_references(references)
+        else:
+            self.reference_pool.copy_to(references)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files

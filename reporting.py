@@ -34,7 +34,6 @@ from . import __version__
 from .anatomy_diffvp import anatomy_warnings
 from .checkpoint_diffvp import (
     ADAPTER_SUBFOLDER,
-    WEIGHTS_NAME,
     DiffVPCheckpointError,
     check_checkpoint_name,
     locate_base_model,
@@ -56,6 +55,7 @@ from .pipeline_diffvp import (
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
+from .storage_diffvp import WEIGHTS_NAME
 from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig
 
 from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
-from .configuration_diffvp import DiffVPConfig
+from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems
 from .findings_diffvp import SIDES
@@ -109,6 +110,8 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     )
     truth = None
     if config.diagnosis.crops is not None:
+        if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
+            raise ValueError("lesion masks are of the 18 labels: with diagnosis_labels of your own set crops: null")
         truth = Truth(config.data.root, config.data.cache_dir, volumes)
         cases = cohort.diagnosis + cohort.validation
         compute_all(cases, truth.load, accelerator, "Lesions", skip=False, workers=config.num_workers)
@@ -233,12 +236,12 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
     processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
-    places = None
+    labels, places = DiffVPConfig(**config.model).diagnosis_labels, None
     if config.model.get("finding_attributes"):
         places = [*(config.model.get("finding_regions") or ()), *SIDES]
     fields = {
         **config.model,
-        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer, places=places),
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer, labels, places=places),
         "instruction": processor.instruction,
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
@@ -247,7 +250,7 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     needs_classifier = fields.get("use_diagnosis", True) or config.encoder_weights is None
     if needs_classifier:
         folder = config.classifier or Path(config.output_dir) / "diagnosis"
-        encoder, classifier = load_classifier(folder)
+        encoder, classifier = load_classifier(folder, labels if fields.get("use_diagnosis", True) else None)
         fields["finding_attributes"] = classifier.attributes  # with the margins that the first stage has fitted
     if base.from_scratch is not None:
         model = build_from_scratch(base.from_scratch, tokenizer, fields)
@@ -283,10 +286,20 @@ def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForCondi
     return model.eval()
 
 
-def load_classifier(folder: str | Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model."""
+def load_classifier(
+    folder: str | Path, labels: Sequence[str] | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """
+    The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model.
+
+    Raises:
+        ValueError: there is no classifier, or it is not one of `labels`, in this order.
+    """
     check_checkpoint_name(folder)
     config = DiffVPConfig.from_pretrained(folder)
+    if labels is not None and list(config.diagnosis_labels) != list(labels):
+        known = list(config.diagnosis_labels)
+        raise ValueError(f"the classifier of {folder} knows {known}; model.diagnosis_labels is {list(labels)}")
     if config.architectures == ["DiffVPForDiagnosis"]:
         classifier = DiffVPForDiagnosis.from_pretrained(folder).classifier
         return classifier.vision_encoder, classifier

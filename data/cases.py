@@ -294,11 +294,16 @@ def check_flag(value: object, table: str, row: int, column: str, name: str, prob
     return 0
 
 
-def check_labels(values: Mapping[str, object], table: str, row: int, name: str, problems: list[Problem]) -> np.ndarray:
-    """The 18 labels of a row, int8 (18,); a problem for each that is neither 0 nor 1."""
-    return np.array(
-        [check_flag(values.get(label), table, row, label, name, problems) for label in DIAGNOSIS_LABELS], np.int8
-    )
+def check_labels(
+    values: Mapping[str, object],
+    table: str,
+    row: int,
+    name: str,
+    problems: list[Problem],
+    columns: Sequence[str] = DIAGNOSIS_LABELS,
+) -> np.ndarray:
+    """The labels of a row, int8 (columns,); a problem for each that is neither 0 nor 1."""
+    return np.array([check_flag(values.get(label), table, row, label, name, problems) for label in columns], np.int8)
 
 
 def read_csv(

@@ -27,6 +27,7 @@ def load_dataset_cases(
     *,
     include: Collection[str] | None = None,
     exclude: Collection[str] = (),
+    **options,
 ) -> list[Case]:
     """The cases of a split.
 
@@ -36,6 +37,7 @@ def load_dataset_cases(
         split: "train", "valid" or, where there is one, "test"; `None` for all rows of a table.
         include: only the cases of these names; all of them if `None`.
         exclude: not these, whatever is wrong with them.
+        options: of the layout's own loader, such as the `labels` of a table.
 
     Raises:
         ValueError: layout or split is unknown.
@@ -45,7 +47,7 @@ def load_dataset_cases(
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LOADERS)}")
     if split is None and layout != "table":
         raise ValueError(f"split=None with the layout {layout!r}: expected the name of a split")
-    cases = LOADERS[layout](root, split, include=include, exclude=exclude)
+    cases = LOADERS[layout](root, split, include=include, exclude=exclude, **options)
     if not cases:
         raise DatasetError(
             [Problem(Path(root).name or ".", None, "cases", "none", f"at least one of {split or 'all'}")]

@@ -22,7 +22,7 @@ These are optional, and known by these names:
 import difflib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def load_table(
     *,
     include: Collection[str] | None = None,
     exclude: Collection[str] = (),
+    labels: Sequence[str] = DIAGNOSIS_LABELS,
 ) -> list[Case]:
     """The cases of your own table, in its order.
 
@@ -73,6 +74,8 @@ def load_table(
             (`train/metadata.csv`).
         split: the rows of this split, by the column `split` or the folder; `None` for all rows.
         include, exclude: see [`load_ct_rate`].
+        labels: the columns of the findings, in the order of a case's labels. Where they are some of
+            `DIAGNOSIS_LABELS` and the table has all of those, a case has all.
 
     Raises:
         ValueError: the split is unknown.
@@ -82,10 +85,11 @@ def load_table(
     problems: list[Problem] = []
     path, by_folder = _find_table(Path(root), split)
     reader = _read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
-    rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name))
+    rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name, labels=labels))
     if rows is None:
         raise DatasetError(problems)
     columns = {column for row in rows for column in row.values}
+    labels = _label_columns(columns, labels)
     wanted = None if by_folder else split
     if wanted is not None and rows and "split" not in columns:
         expected = "a split in every row, or split=None and split_by_patient"
@@ -96,7 +100,7 @@ def load_table(
     for row in rows:
         here = _row_split(row, path.name, problems) if "split" in columns else split
         # What is wrong with the rows of another split is nothing to this one.
-        case = _row_case(row, path, columns, keep, problems if wanted in (None, here) else [])
+        case = _row_case(row, path, columns, labels, keep, problems if wanted in (None, here) else [])
         if case is None:
             continue
         # Across the splits, too: a scan in two of them would be a leak.
@@ -179,21 +183,28 @@ def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
     raise DatasetError([Problem(root.name or ".", None, "table", "missing", expected)])
 
 
-def _check_columns(table: str, columns: Collection[str], problems: list[Problem]) -> None:
+def _label_columns(columns: Collection[str], labels: Sequence[str]) -> Sequence[str]:
+    everything = set(labels) <= set(DIAGNOSIS_LABELS) <= set(columns)
+    return DIAGNOSIS_LABELS if everything else labels
+
+
+def _check_columns(
+    table: str, columns: Collection[str], problems: list[Problem], labels: Sequence[str] = DIAGNOSIS_LABELS
+) -> None:
     if not any(column in columns for column in PATH_COLUMNS):
         problems.append(
             Problem(table, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
         )
     if "report" not in columns:
         problems.append(Problem(table, 1, "header", "column report missing", "report, with the text of each report"))
-    labels = [label for label in DIAGNOSIS_LABELS if label in columns]
-    if labels and len(labels) < len(DIAGNOSIS_LABELS):
-        absent = [label for label in DIAGNOSIS_LABELS if label not in columns]
-        problems.append(Problem(table, 1, "header", f"labels missing: {', '.join(absent)}", "all 18 labels or none"))
+    absent = [label for label in labels if label not in columns]
+    if 0 < len(absent) < len(labels):
+        expected = f"all {len(labels)} labels or none"
+        problems.append(Problem(table, 1, "header", f"labels missing: {', '.join(absent)}", expected))
     for column in columns:
         # A slip here is dangerous: with "PatientID" for "patient_id", each scan would be a patient of his own.
         close = difflib.get_close_matches(str(column).lower(), KNOWN_COLUMNS, n=1, cutoff=0.8)
-        if column not in KNOWN_COLUMNS and close and close[0] not in columns:
+        if column not in (*KNOWN_COLUMNS, *labels) and close and close[0] not in columns:
             problems.append(
                 Problem(table, 1, "header", f"column {shown(column)}", f"{close[0]}, or a name less like it")
             )
@@ -236,7 +247,12 @@ def _row_split(row: Row, table: str, problems: list[Problem]) -> str | None:
 
 
 def _row_case(
-    row: Row, table: Path, columns: Collection[str], keep: Callable[[str], bool], problems: list[Problem]
+    row: Row,
+    table: Path,
+    columns: Collection[str],
+    labels: Sequence[str],
+    keep: Callable[[str], bool],
+    problems: list[Problem],
 ) -> Case | None:
     """The case of a row, or `None` where it is not asked for or has no path."""
     column = next(column for column in PATH_COLUMNS if column in columns)
@@ -260,7 +276,7 @@ def _row_case(
         problems.append(Problem(table.name, row.number, column, shown_path(volume, table.parent), expected, name))
     elif folder and not any(volume.iterdir()):
         problems.append(Problem(table.name, row.number, column, "an empty folder", "DICOM slices in it", name))
-    return _text_case(row, name, volume, table.name, columns, problems)
+    return _text_case(row, name, volume, table.name, columns, problems, labels)
 
 
 def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) -> Case:
@@ -275,7 +291,13 @@ def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) ->
 
 
 def _text_case(
-    row: Row, name: str, volume: Path | dict, table: str, columns: Collection[str], problems: list[Problem]
+    row: Row,
+    name: str,
+    volume: Path | dict,
+    table: str,
+    columns: Collection[str],
+    problems: list[Problem],
+    label_columns: Sequence[str] = DIAGNOSIS_LABELS,
 ) -> Case:
     """A case of all columns but the path."""
     values = row.values
@@ -287,8 +309,8 @@ def _text_case(
             if not ids[column]:
                 problems.append(Problem(table, row.number, column, "empty", "an id in every row or no column", name))
     labels = normal = None
-    if DIAGNOSIS_LABELS[0] in columns:
-        labels = check_labels(values, table, row.number, name, problems)
+    if label_columns[0] in columns:
+        labels = check_labels(values, table, row.number, name, problems, label_columns)
     if "normal" in columns:
         normal = bool(check_flag(values.get("normal"), table, row.number, "normal", name, problems))
     regions = {region: plain_text(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}

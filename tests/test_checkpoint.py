@@ -212,8 +212,9 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
-    parts = ("bases", "checkpoint", "configuration", "findings", "generation", "modeling", "modules", "outputs")
-    assert shipped == [f"{part}_diffvp.py" for part in (*parts, "pipeline")]
+    parts = ("adapter", "bases", "checkpoint", "configuration", "findings", "generation", "modeling", "modules")
+    parts += ("outputs", "pipeline", "storage")
+    assert shipped == [f"{part}_diffvp.py" for part in parts]
     for name in shipped:
         check_imports(checkpoint / name)
 

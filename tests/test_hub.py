@@ -31,6 +31,7 @@ from diffvp.hub.convert_encoder import convert_medicalnet
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.modules_diffvp import DiffVPVisionEncoder
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.storage_diffvp import digest
 
 from .hub_samples import document, make_pushable, write_scan
 from .hub_server import LOST, Hub
@@ -170,7 +171,9 @@ def fine_tuned(pushable, tmp_path_factory):
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"] += 0.5
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter/generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["file_digests"]["model.safetensors"] = digest(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     document(folder)
     return folder
 

@@ -303,3 +303,42 @@ def test_another_base_than_expected_is_refused(stage_one, tmp_path):
     path.write_text(yaml.safe_dump(values | {"stage": "report"}))
     with pytest.raises(BaseModelError, match="vocab_size=512; base.expected_config says 32000"):
         run(TrainingConfig.load(path))
+
+
+def test_own_findings_go_through_both_stages(tmp_path, tiny_base_with_tokenizer, tiny_fields):
+    """Names that no dataset has, in a table of one's own: trained, said in the prompt, and read back."""
+    import nibabel as nib
+
+    from diffvp.training.config import TrainingConfig
+
+    findings = ["Rib fracture", "Pneumothorax"]
+    rows = [",".join(["path", "report", *findings])]
+    random = np.random.default_rng(0)
+    for number in range(8):
+        chest = np.full((40, 40, 30), -1000, np.int16)
+        chest[5:35, 8:32, 2:28] = random.integers(-200, 200, (30, 24, 26))
+        nib.save(nib.Nifti1Image(chest, np.diag([-2.0, -2.0, 3.0, 1.0])), tmp_path / f"scan_{number}.nii.gz")
+        rows.append(f"scan_{number}.nii.gz,Lung: clear.,{number % 2},{number // 2 % 2}")
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, ""]))
+    model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
+    epochs = {"epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.0}
+    settings = {
+        **{"output_dir": str(tmp_path / "run"), "seed": 0, "stage": "all"},
+        "data": {
+            **{"layout": "table", "root": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "split": None},
+            "validation_fraction": 0.25,
+        },
+        "image_processor": {"size": [32, 32, 32]},
+        "base": {"name": str(tiny_base_with_tokenizer)},
+        "model": {**model, "diagnosis_labels": findings},
+        "lora": {"r": 2, "target_modules": ["q_proj"]},
+        "diagnosis": {**epochs, "head_learning_rate": 1e-2},
+        "report": {**epochs, "lora_learning_rate": 1e-3, "max_report_tokens": 60},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    run(TrainingConfig.load(str(tmp_path / "config.yaml")))
+    trained = DiffVPForConditionalGeneration.from_pretrained(tmp_path / "run/model")
+    tokenizer = DiffVPProcessor.from_pretrained(tmp_path / "run/model", trust_remote_code=False).tokenizer
+    assert list(trained.config.diagnosis_labels) == findings and len(trained.config.diagnosis_threshold) == 2
+    ids, mask = trained.diagnosis_prompt(trained.diagnose(torch.zeros(1, 1, 32, 32, 32)) * 0 + 50)
+    assert tokenizer.decode(ids[0]) == "Predicted findings: rib fracture, pneumothorax.\n"

@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from ..checkpoint_diffvp import check_checkpoint_name
+from ..configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, state_sha256
 from ..data.cases import (
     Case,
@@ -63,6 +65,22 @@ class Cohort:
 
         return Cohort(rest(self.diagnosis), rest(self.validation), rest(self.report), rest(self.pool))
 
+    def with_labels(self, labels: Sequence[str]) -> "Cohort":
+        """Of cases with all of `DIAGNOSIS_LABELS` these alone, in this order. Which are normal all 18 have said."""
+        if tuple(labels) == DIAGNOSIS_LABELS or not set(labels) <= set(DIAGNOSIS_LABELS):
+            return self
+        columns = [DIAGNOSIS_LABELS.index(label) for label in labels]
+
+        def these(cases: list[Case]) -> list[Case]:
+            return [
+                replace(case, labels=case.labels[columns])
+                if case.labels is not None and len(case.labels) == len(DIAGNOSIS_LABELS)
+                else case
+                for case in cases
+            ]
+
+        return Cohort(these(self.diagnosis), these(self.validation), these(self.report), these(self.pool))
+
     def sha256(self, stage: str) -> str:
         """Of names, reports and labels: what, besides the settings, the weights of a stage depend on."""
         digest = hashlib.sha256()
@@ -82,11 +100,18 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         ValueError: a span lies outside the split.
     """
     data = config.data
+    labels = tuple(_diagnosis_labels(config))
+    if not set(labels) <= set(DIAGNOSIS_LABELS) and (data.layout != "table" or data.labeler is not None):
+        raise ValueError(
+            f"model.diagnosis_labels has {sorted(set(labels) - set(DIAGNOSIS_LABELS))}: only a table of your own can "
+            "say that of a scan, expected data.layout: table, and no data.labeler."
+        )
     exclude = read_ids(data.exclude) if data.exclude else ()
     if data.layout == "hub":
         cases = [case for case in fetch_hub(data) if case.name not in exclude]
     else:
-        cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude)
+        own = {"labels": labels} if data.layout == "table" else {}
+        cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude, **own)
     if data.labeler == "rules":
         # Of the extra `metrics`, which training does without otherwise.
         from ..metrics.labelers import RuleLabeler
@@ -102,6 +127,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         spans = {name: _span(cases, getattr(data, name), name) for name in ("diagnosis_cases", "validation_cases")}
         report = _span(cases, data.report_cases, "report_cases")
         cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, _pool(data, cases, report))
+    cohort = cohort.with_labels(labels)
     check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
     if config.init_from is None and config.classifier is None:  # else the first stage is another run's
         if data.validation_fraction is None:
@@ -118,10 +144,19 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     if config.stage != "report" and config.init_from is None:
         unlabelled = [case for case in cohort.diagnosis + cohort.validation if case.labels is None]
         if unlabelled:
-            expected = "all 18, or data.labeler: rules, or a checkpoint to go on from (init_from)"
+            expected = f"all {len(labels)}, or data.labeler: rules, or a checkpoint to go on from (init_from)"
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort
+
+
+def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
+    """Of the model that is trained, in its order."""
+    if config.init_from is None:
+        return (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
+    check_checkpoint_name(config.init_from)
+    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+    return DiffVPConfig.from_pretrained(config.init_from, **options).diagnosis_labels
 
 
 def check_stages_apart(cohort: Cohort) -> None:

@@ -81,10 +81,11 @@ def _of_parts(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
         path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
         options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
         text_config = AutoConfig.from_pretrained(path, **options)
+    labels = (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
     # Only their lengths count: two tokens a word.
     prompt = {
         "prefix": [0] * 4,
-        "labels": [[0] * (2 * len(label.split()) + 1) for label in DIAGNOSIS_LABELS],
+        "labels": [[0] * (2 * len(label.split()) + 1) for label in labels],
         "separator": [0],
         "none": [0],
         "suffix": [0, 0],

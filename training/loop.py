@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 CONSOLE_STEPS = 20  # between two lines on the console; the log file has every step
 
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which the run has diverged
+
 
 class Split:
     """The cases of one side, training or validation: an interface of both stages.

@@ -1,0 +1,91 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint loses on its way to the disk and back, for any base LLM and adapter: nothing, or it is refused."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+
+TRIPS = ("saved", "saved again", "merged", "exported", "exported with a new adapter")
+
+
+@torch.no_grad()
+def logits(model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a model says of some inputs, in float32."""
+    return model.eval()(**inputs).logits.float()
+
+
+@torch.no_grad()
+def move_adapter(model: DiffVPForConditionalGeneration, seed: int, scale: float = 0.1) -> None:
+    """Change the trainable weights of the LLM as training would: a fresh adapter does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.language_model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+
+
+def round_trip(
+    model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor], folder: Path, new_adapter: LoraConfig
+) -> dict[str, float | str]:
+    """
+    Save, load, save again, merge and export a model, which stays as it is.
+
+    Args:
+        inputs: of `forward`.
+        folder: for the checkpoints, which stay there.
+        new_adapter: what the exported model gets, and is then saved with.
+
+    Returns:
+        For each of `TRIPS` the largest difference of a logit from what the model said, or the words of the refusal.
+    """
+    load = DiffVPForConditionalGeneration.from_pretrained
+    expected = logits(model, inputs)
+
+    def difference(other: DiffVPForConditionalGeneration, before: torch.Tensor = expected) -> float:
+        return float((logits(other, inputs) - before).abs().max())
+
+    def saved() -> float:
+        model.save_pretrained(folder / "saved")
+        return difference(load(folder / "saved"))
+
+    def saved_again() -> float:
+        load(folder / "saved").save_pretrained(folder / "again")
+        return difference(load(folder / "again"))
+
+    def merged() -> float:
+        other = copy.deepcopy(model)
+        other.merge_adapter()
+        return difference(other)
+
+    def exported() -> float:
+        model.export_merged(folder / "exported")
+        return difference(load(folder / "exported"))
+
+    def exported_with_a_new_adapter() -> float:
+        other = load(folder / "exported")
+        other.language_model.add_adapter(copy.deepcopy(new_adapter))
+        move_adapter(other, seed=1)
+        before = logits(other, inputs)
+        other.save_pretrained(folder / "adapted")
+        return difference(load(folder / "adapted"), before)
+
+    result: dict[str, float | str] = {}
+    for name, trip in zip(TRIPS, (saved, saved_again, merged, exported, exported_with_a_new_adapter), strict=True):
+        if name == "saved again" and isinstance(result["saved"], str):
+            result[name] = result["saved"]
+        elif name == "exported with a new adapter" and isinstance(result["exported"], str):
+            result[name] = result["exported"]
+        else:
+            try:
+                result[name] = trip()
+            except DiffVPCheckpointError as error:
+                result[name] = str(error)
+    unchanged = difference(model)
+    if unchanged:
+        raise AssertionError(f"The model itself says something else afterwards: {unchanged:.2g}.")
+    return result

@@ -1,0 +1,163 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Saves that fail or are killed: the folder is then the old model, the new one or nothing, and never a mixture."""
+
+import copy
+import multiprocessing
+import os
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from diffvp import storage_diffvp
+from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.training.checkpoints import recover_folder, write_folder
+
+KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # of each way to save; `make test-kills` sets 50
+
+
+def content(folder) -> dict[str, bytes] | None:
+    """Every weight of the loaded model, bit for bit, and how it decodes; `None` where loading is refused."""
+    try:
+        model = DiffVPForConditionalGeneration.from_pretrained(folder)
+    except (DiffVPCheckpointError, OSError):
+        return None
+    weights = {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+    return weights | {"limit": str(model.generation_config.max_new_tokens).encode()}
+
+
+@torch.no_grad()
+def changed(model, seed: int):
+    """The model after some training: own modules, adapter and generation config are others."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.generation_config.max_new_tokens = seed
+    return model
+
+
+@pytest.fixture
+def pair(make_model, tmp_path):
+    """Two models on one base, and what their checkpoints hold."""
+    base = make_model(lora=True)
+    models = changed(base, 1), changed(base, 2)
+    contents = []
+    for index, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"whole-{index}")
+        contents.append(content(tmp_path / f"whole-{index}"))
+    assert contents[0] != contents[1] and None not in contents
+    return models, contents
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+
+
+def test_a_save_that_ends_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypatch):
+    """Before each single change to the folder in turn: the process is gone, and nothing is tidied up."""
+    (old, new), contents = pair
+    old.save_pretrained(tmp_path / "old")
+    seen, position = [], 0
+    finished = False
+    while not finished:
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        count = 0
+
+        def stop(change, at=position):
+            def changing(*args, **kwargs):
+                nonlocal count
+                if count == at:
+                    raise Killed
+                count += 1
+                return change(*args, **kwargs)
+
+            return changing
+
+        with monkeypatch.context() as patched:
+            for name in ("replace", "unlink"):
+                patched.setattr(storage_diffvp.os, name, stop(getattr(os, name)))
+            patched.setattr(storage_diffvp.shutil, "rmtree", lambda *args, **kwargs: None)
+            try:
+                new.save_pretrained(folder)
+                finished = True
+            except Killed:
+                pass
+        found = content(folder)
+        assert found is None or found in contents, f"a mixture, when killed before change {position}"
+        seen.append(None if found is None else contents.index(found))
+        position += 1
+    assert seen[0] == 0 and seen[-1] == 1 and position > 5
+
+
+def test_what_a_killed_save_left_is_taken_away_by_the_next(pair, tmp_path):
+    (old, new), contents = pair
+    old.save_pretrained(tmp_path / "model")
+    left = tmp_path / "model" / f"{storage_diffvp.STAGING_PREFIX}0123"
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    (tmp_path / "model/README.md").write_text("A card.")
+    new.save_pretrained(tmp_path / "model")
+    assert content(tmp_path / "model") == contents[1]
+    assert not left.exists() and (tmp_path / "model/README.md").read_text() == "A card."
+
+
+def save_in_place(models, folder, ready):
+    ready.set()
+    while True:
+        for model in models:
+            model.save_pretrained(folder)
+
+
+def save_as_the_loop_does(models, folder, ready):
+    ready.set()
+    while True:
+        for model in models:
+            write_folder(folder, model.save_pretrained)
+
+
+def save_as_trainer_does(models, folder, ready):
+    arguments = TrainingArguments(output_dir=str(folder.parent / "trainer"), report_to=[], save_strategy="no")
+    trainers = [Trainer(model=model, args=arguments) for model in models]
+    ready.set()
+    while True:
+        for trainer in trainers:
+            trainer.save_model(str(folder))
+
+
+@pytest.mark.parametrize("save", [save_in_place, save_as_the_loop_does, save_as_trainer_does])
+@pytest.mark.timeout(1800)
+def test_no_kill_leaves_a_mixture(pair, tmp_path, save):
+    """`kill -9` at random moments of saves that follow each other without a pause."""
+    models, contents = pair
+    folder = tmp_path / "model"
+    models[0].save_pretrained(folder)
+    began = time.monotonic()
+    models[1].save_pretrained(folder)
+    duration = time.monotonic() - began
+    chance, loaded = random.Random(0), 0
+    for _ in range(KILLS):
+        # Forked: everything is imported already, so that kills fall into the saves.
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        process = fork.Process(target=save, args=(models, folder, ready))
+        process.start()
+        assert ready.wait(120)
+        time.sleep(duration * (1 + 3 * chance.random()))
+        process.kill()
+        process.join()
+        recover_folder(folder)
+        found = content(folder)
+        assert found is None or found in contents
+        loaded += found is not None
+    assert loaded > 0, "some of the saves came to an end"
+    models[1].save_pretrained(folder)
+    assert content(folder) == contents[1], "the folder can be saved to again"
