@@ -1,12 +1,20 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Exactly the bytes that a header promises, from a file that may be compressed: no more are allocated or given out."""
+"""Exactly the bytes that a header promises, from a file that may be compressed: no more are allocated or given out.
+
+Of gzip and zlib streams ([`decode`], [`inflate`]), of zip archives ([`extract`]), and of the data sets and compressed
+pixels of DICOM files ([`inflate_data_set`], [`decode_frame`]).
+"""
 
 import io
 import os
+import struct
 import sys
+import tempfile
 import threading
-from functools import partial
+import zipfile
+from collections.abc import Callable
+from functools import lru_cache, partial
 from gzip import BadGzipFile
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +28,18 @@ MAX_BYTES = 2**32  # of voxels: 16-bit slices of 1024 x 1024 over two metres at 
 MAX_COMPRESSION = 200  # a chest CT deflates to a half or, with much padding, to a tenth; bombs to a thousandth
 CHUNK = 2**17  # bytes of a compressed file in memory at a time
 MAX_KEPT = 2**29  # bytes that a thread keeps for its next scan
+MAX_FILES = 20_000  # a study of several series; a folder or archive with more is not one, and would take minutes
+MAX_ARCHIVE_BYTES = 4 * 2**30  # unpacked: 8,000 slices of 512 x 512, of which the temporary folder has to hold a copy
+MAX_DIRECTORY_BYTES = 512 * MAX_FILES  # of an archive: an entry has 46 bytes and a path
+# Of a deflated DICOM data set: a slice of nothing but air deflates to a thousandth, a whole scan to no tenth.
+MAX_DEFLATED_BYTES, MAX_DEFLATION = 2**26, 20
+RLE = "1.2.840.10008.1.2.5"
+# Transfer syntaxes that GDCM decodes: JPEG (8 and 12 bits, lossless twice), JPEG-LS, JPEG 2000 (parts 1 and 2, and
+# high-throughput), RLE.
+DECODED = {
+    *(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)),
+    RLE,
+}  # fmt: skip
 
 
 def read_bytes(content: Path | bytes, count: int, source: str) -> bytes:
@@ -151,4 +171,199 @@ def _memory(count: int) -> np.ndarray:
     return _kept.memory[:count]
 
 
-__all__ = ["MAX_BYTES", "MAX_COMPRESSION", "decode", "inflate", "read_bytes"]
+def extract(path: Path, folder: Path, wanted: Callable[[bytes], bool]) -> list[tuple[Path | None, str]]:
+    """The members of a zip archive, of which the wanted ones are written under names of our own.
+
+    Their own may lead out of the folder. What the archive's directory promises is checked first: `zipfile` reads no
+    more of a member than it promises, and checks its checksum, so that a directory that lies is an error and not a
+    full disk.
+
+    Args:
+        wanted: whether a member is written, by its first 132 bytes.
+
+    Returns:
+        Where each member was written (`None` where it was not), and its path in the archive.
+
+    Raises:
+        CTReadError: too large, encrypted, of an unknown method.
+        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError: damaged.
+    """
+    _check_directory_size(path)
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.filename.endswith("/")]
+        total = sum(member.file_size for member in members)
+        limit = min(MAX_ARCHIVE_BYTES, MAX_COMPRESSION * size)
+        if not all(0 <= member.header_offset < size for member in members):
+            raise zipfile.BadZipFile("a member outside the archive")
+        if len(members) > MAX_FILES:
+            raise CTReadError(path.name, "number of files", len(members), f"at most {MAX_FILES}: one study")
+        if total > limit:
+            raise CTReadError(path.name, "unpacked size", f"{total} bytes", f"at most {limit} of this archive")
+        if any(member.flag_bits & 0x41 for member in members):  # bit 0: encrypted, bit 6: strongly
+            raise CTReadError(path.name, "archive", "encrypted", "one without a password")
+        methods = {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+        if methods:
+            raise CTReadError(path.name, "compression method", max(methods), "0 or 8: stored or deflated")
+        files = []
+        for number, member in enumerate(sorted(members, key=lambda member: member.filename)):
+            target = None
+            with archive.open(member) as stream:
+                head = stream.read(132)
+                if wanted(head):
+                    target = folder / f"{number:06d}"
+                    with target.open("wb") as file:
+                        file.write(head)
+                        while chunk := stream.read(2**20):
+                            file.write(chunk)
+            files.append((target, member.filename))
+    return files
+
+
+def _check_directory_size(path: Path) -> None:
+    """Refuse an archive whose directory is longer than that of any study, before `zipfile` reads it to memory."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 100))
+        tail = file.read()
+    end, end64 = tail.rfind(b"PK\5\6"), tail.rfind(b"PK\6\6")
+    sizes = [struct.unpack_from("<I", tail, end + 12)[0]] if 0 <= end <= len(tail) - 22 else []
+    if sizes == [0xFFFFFFFF] and 0 <= end64 <= len(tail) - 56:
+        sizes = [struct.unpack_from("<Q", tail, end64 + 40)[0]]
+    if sizes and sizes[0] > MAX_DIRECTORY_BYTES:
+        raise CTReadError(path.name, "archive directory", f"{sizes[0]} bytes", f"at most {MAX_DIRECTORY_BYTES}")
+
+
+def inflate_data_set(content, source: str) -> io.BytesIO:
+    """A deflated DICOM data set (PS3.5, A.5): pydicom would inflate it without a limit.
+
+    Args:
+        content: the bytes behind the meta header.
+
+    Raises:
+        CTReadError: damaged, or longer than what a CT deflates to.
+    """
+    limit = min(MAX_BYTES, max(MAX_DEFLATED_BYTES, MAX_DEFLATION * len(content)))
+    stream = isal_zlib.decompressobj(wbits=-15)
+    try:
+        result = stream.decompress(content, max_length=limit)
+    except isal_zlib.error as error:
+        raise CTReadError(source, "content", "a damaged deflated stream", "one that inflates") from error
+    if not stream.eof:
+        found = f"above {limit} bytes" if len(result) >= limit else "truncated"
+        raise CTReadError(source, "deflated size", found, "a stream that ends within what a CT deflates to")
+    return io.BytesIO(result)
+
+
+def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: int, source: str):
+    """The pixels of one compressed DICOM frame, by GDCM through SimpleITK.
+
+    GDCM is given a file of the stream alone, with a header of our own: it crashes on some streams that differ from
+    their header, and applies the rescale of a first frame to all. It is also the decoder that SimpleITK brings along,
+    and no slower than others: 41 ms of the processor for a JPEG 2000 slice of 512 x 512 (openjpeg in pylibjpeg 40,
+    imagecodecs 39), 8 for JPEG-LS (pyjpegls 6); pydicom's own RLE decoder is in Python.
+
+    Args:
+        shape: rows and columns, and `allocated` bits of a pixel, that the header states.
+
+    Returns:
+        Unsigned integers (rows, columns), and how many of their bits the stream states.
+
+    Raises:
+        CTReadError: undecodable, or of another size.
+    """
+    import SimpleITK as sitk  # 100 MB, which readers of other files can do without
+
+    try:
+        bits, *found = _rle_shape(stream, shape, allocated) if syntax == RLE else _stream_shape(stream)
+    except (IndexError, struct.error) as error:
+        raise CTReadError(source, "pixel data", "undecodable", "a stream of its transfer syntax") from error
+    if found != [*shape, 1] or not 2 <= bits <= min(16, allocated):
+        raise CTReadError(
+            source,
+            "pixel data",
+            f"{found} (rows, columns, samples) of {bits} bits",
+            f"{[*shape, 1]} of {allocated} bits",
+        )
+    with tempfile.NamedTemporaryFile(prefix="diffvp-", suffix=".dcm") as file:
+        file.write(_frame_header(syntax, shape, bits))
+        for fragment in (b"", stream):  # the empty table of offsets comes first
+            file.write(struct.pack("<HHI", 0xFFFE, 0xE000, len(fragment) + len(fragment) % 2))
+            file.write(fragment + b"\0" * (len(fragment) % 2))
+        file.write(struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
+        file.flush()
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file.name)
+        reader.SetImageIO("GDCMImageIO")
+        try:
+            image = reader.Execute()
+        except RuntimeError as error:
+            raise CTReadError(source, "pixel data", "undecodable", "a slice that GDCM can decode") from error
+    if image.GetSize() != (*shape[::-1], 1) or image.GetNumberOfComponentsPerPixel() != 1:
+        raise CTReadError(source, "pixel data", "of another size", "what Rows and Columns promise")
+    pixels = sitk.GetArrayFromImage(image)[0]
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise CTReadError(source, "pixel data", "of another type", "unsigned integers")
+    return pixels, bits
+
+
+@lru_cache
+def _frame_header(syntax: str, shape: tuple[int, int], bits: int) -> bytes:
+    """A DICOM file up to the fragments of its one compressed frame: an image of unsigned numbers without a rescale."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import SecondaryCaptureImageStorage
+
+    one, one_file = Dataset(), io.BytesIO()
+    one.file_meta = FileMetaDataset()
+    one.file_meta.TransferSyntaxUID = syntax
+    one.SOPClassUID, one.SOPInstanceUID = SecondaryCaptureImageStorage, "2.25.1"
+    one.Rows, one.Columns = shape
+    one.SamplesPerPixel, one.PhotometricInterpretation, one.PixelRepresentation = 1, "MONOCHROME2", 0
+    one.BitsAllocated, one.BitsStored, one.HighBit = 8 if bits <= 8 else 16, bits, bits - 1
+    one.save_as(one_file, enforce_file_format=True)
+    return one_file.getvalue() + struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
+
+
+def _rle_shape(stream: bytes, shape: tuple[int, int], allocated: int) -> tuple[int, int, int, int]:
+    """As [`_stream_shape`], of a run-length encoded slice: it holds one segment for each byte of a pixel."""
+    count, *starts = struct.unpack_from("<16I", stream)
+    if 8 * count != allocated or not all(64 <= start < len(stream) for start in starts[:count]):
+        raise IndexError("segments outside the stream")
+    return allocated, *shape, 1
+
+
+def _stream_shape(stream: bytes) -> tuple[int, int, int, int]:
+    """Bits, rows, columns and samples per pixel that a JPEG, JPEG-LS or JPEG 2000 stream states.
+
+    pydicom's functions for it are private (JPEG), or leave out the size (JPEG 2000).
+
+    Raises:
+        IndexError, struct.error: no such stream.
+    """
+    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ comes first
+        width, height, left, top = struct.unpack_from(">4I", stream, 8)
+        samples, bits = struct.unpack_from(">HB", stream, 40)
+        return (bits & 0x7F) + 1, height - top, width - left, samples
+    position = 2
+    while True:
+        marker = stream[position + 1]
+        if marker == 0xFF:  # markers may be padded
+            position += 1
+            continue
+        (length,) = struct.unpack_from(">H", stream, position + 2)
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # start of frame
+            return struct.unpack_from(">BHHB", stream, position + 4)
+        position += 2 + length
+
+
+__all__ = [
+    "DECODED",
+    "MAX_BYTES",
+    "MAX_COMPRESSION",
+    "MAX_FILES",
+    "decode",
+    "decode_frame",
+    "extract",
+    "inflate",
+    "inflate_data_set",
+    "read_bytes",
+]
