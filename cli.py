@@ -500,7 +500,7 @@ def _metadata(table: Path, volume: str):
 
     rows = load_metadata(table)
     if volume not in rows:
-        raise CTReadError(table.name, "VolumeName", f"without {volume}", "a row for the scan")
+        raise CTReadError(table.name, "VolumeName", f"no row for {volume}", "a row for the scan")
     return CTMetadata.from_ct_rate(rows[volume])
 
 

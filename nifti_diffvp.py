@@ -244,9 +244,9 @@ def _from_header(
             allow_non_hu=allow_non_hu,
         )  # fmt: skip
     raise CTGeometryError(
-        source, "grid", "not stated (qform and sform unset or an identity)",
-        "one that is: left and right are unknown without it. For version 1 of CT-RATE pass metadata=; if you know "
-        "that the array is in LPS order, pass spacing="
+        source, "grid", "not stated, as qform and sform are unset or an identity",
+        "a stated grid, without which left and right are unknown; for version 1 of CT-RATE pass metadata=; for an "
+        "array that is known to be in LPS order pass spacing="
     )  # fmt: skip
 
 

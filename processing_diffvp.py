@@ -138,7 +138,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
-                    volume.source, "voxels", "not in Hounsfield units", "allow_non_hu=True with such a scan"
+                    volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
                 )
             tensor, place = resample(
                 volume,

@@ -54,7 +54,7 @@ class CTInputError(ValueError):
     """
 
     def __init__(self, source: str, field: str, found, expected: str):
-        super().__init__(f"{source}: {field} is {found}; expected {expected}.")
+        super().__init__(f"{source}: {field}: {found} (expected {expected})")
         self.source, self.field, self.found, self.expected = source, field, found, expected
 
     def __reduce__(self):
@@ -232,7 +232,7 @@ def lps_affine(spacing, source: str) -> np.ndarray:
     try:
         numbers = tuple(float(mm) for mm in spacing)
     except (TypeError, ValueError) as error:
-        raise CTGeometryError(source, "spacing", f"a {type(spacing).__name__} without them", expected) from error
+        raise CTGeometryError(source, "spacing", f"a value of type {type(spacing).__name__}", expected) from error
     if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative one would mirror the patient
         raise CTGeometryError(source, "spacing", numbers, expected)
     return LPS_TO_RAS @ np.diag([*numbers, 1.0])
@@ -265,7 +265,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
     low, high = (value * slope + intercept for value in stored)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise CTIntensityError(source, "voxels", "NaN or infinite in places", "finite numbers")
+        raise CTIntensityError(source, "voxels", "some are NaN or infinite", "finite numbers")
     if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
         raise CTIntensityError(source, "voxel range", f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}")
     if low == high:
@@ -282,28 +282,28 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             source,
             "soft tissue",
             f"{soft:.1%} of the voxels",
-            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU: a rescale is "
-            "missing or was applied twice, or the bytes of a voxel are in the other order. allow_non_hu=True accepts "
+            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU; a rescale is "
+            "missing or was applied twice, or the bytes of a voxel are in the other order; allow_non_hu=True accepts "
             "it with your own hu_window",
         )
     if low >= 0 and high <= 255:
-        reason = "this looks like an 8-bit export (as CTRG's), whose Hounsfield units are lost"
+        reason = "this looks like an 8-bit export as of CTRG, whose Hounsfield units are lost"
     elif low >= 0:
-        reason = "the rescale to HU is missing (as in version 1 of CT-RATE: pass the scan's metadata)"
+        reason = "the rescale to HU is missing, as in version 1 of CT-RATE, where metadata= states it"
     else:
         reason = "a rescale is missing or was applied twice"
     raise CTIntensityError(
         source,
         "voxel range",
         f"{low:g} to {high:g}",
-        f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}: {reason}. "
+        f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}; {reason}; "
         "allow_non_hu=True accepts it with your own hu_window",
     )
 
 
 def _check_affine(affine: np.ndarray, source: str) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise CTGeometryError(source, "affine", "not finite", "a 4x4 matrix of finite numbers")
+        raise CTGeometryError(source, "affine", "not 4x4 or not finite", "a 4x4 matrix of finite numbers")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing, spacing, 1))) < 1e-3:
         raise CTGeometryError(source, "affine", "singular", "three independent axes")
@@ -314,14 +314,14 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     tilt = np.abs(units.T @ units - np.eye(3)).max()
     if tilt > MAX_TILT_COSINE:
         found = f"{90 - math.degrees(math.acos(min(1.0, tilt))):.1f} degrees"
-        raise CTGeometryError(source, "tilt between the axes (gantry tilt)", found, "axes at right angles")
+        raise CTGeometryError(source, "gantry tilt", found, "axes at right angles")
     rotation = math.degrees(math.acos(min(1.0, np.abs(units).max(axis=0).min())))
     if rotation > MAX_ROTATION:
         raise CTGeometryError(
             source,
             "rotation against the patient's axes",
             f"{rotation:.0f} degrees",
-            f"at most {MAX_ROTATION:.0f}: resample the scan to its closest axial grid first",
+            f"at most {MAX_ROTATION:.0f} degrees; resample the scan to its closest axial grid first",
         )
 
 

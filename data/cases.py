@@ -93,7 +93,7 @@ class Problem:
     def __str__(self) -> str:
         place = self.table + (f", row {self.row}" if self.row is not None else "")
         place += f" ({shown(self.name)})" if self.name else ""
-        return f"{place}: {self.field} is {self.found}; expected {self.expected}"
+        return f"{place}: {self.field}: {self.found} (expected {self.expected})"
 
 
 class DatasetError(ValueError):
@@ -288,7 +288,9 @@ def read_csv(
                 found = ", ".join(column if column in DIAGNOSIS_LABELS else shown(column) for column in columns)
                 problems.append(Problem(path.name, 1, "header", found or "empty", f"also {', '.join(missing)}"))
             double = sorted({column for column in columns if columns.count(column) > 1})
-            problems += [Problem(path.name, 1, "header", f"{shown(column)} twice", "once") for column in double]
+            problems += [
+                Problem(path.name, 1, "header", f"{shown(column)} twice", "each column once") for column in double
+            ]
             if check_columns is not None:
                 check_columns(columns, problems)
             if len(problems) > before:
@@ -298,10 +300,12 @@ def read_csv(
                 if len(fields) == len(columns):
                     rows.append(Row(number, dict(zip(columns, fields, strict=True))))
                 elif fields:  # not an empty line
-                    problems.append(Problem(path.name, number, "row", f"of {len(fields)} fields", f"{len(columns)}"))
+                    problems.append(
+                        Problem(path.name, number, "row", f"{len(fields)} fields", f"{len(columns)} as in the header")
+                    )
             return rows
     except (csv.Error, UnicodeDecodeError) as error:
-        found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"unreadable ({error})"
+        found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"unreadable: {error}"
         problems.append(Problem(path.name, None, "content", found, "a CSV file in UTF-8"))
         return None
 
@@ -323,8 +327,8 @@ def by_name(
         if not name:
             problems.append(Problem(table, row.number, column, "empty", "the name of a volume"))
         elif name in found:
-            again = f"that of row {found[name].number} again"
-            problems.append(Problem(table, row.number, column, again, "one row each", name))
+            again = f"the same as in row {found[name].number}"
+            problems.append(Problem(table, row.number, column, again, "one row per id", name))
         elif keep(name):
             found[name] = row
     return found
@@ -345,7 +349,7 @@ def check_rows(
         return []
     for name in listed:
         if name not in rows:
-            expected = f"one, as {lists} has in row {listed[name]}"
+            expected = f"a row for this id, which is in row {listed[name]} of {lists}"
             problems.append(Problem(table, None, "row", "missing", expected, name))
     return [name for name in listed if name in rows]
 
@@ -367,7 +371,7 @@ def check_included(
     """A problem for each case that was asked for by name and is not there."""
     for name in include or ():
         if volume_name(name) not in names:
-            problems.append(Problem(table, None, "row", "missing", "one, as `include` names it", name))
+            problems.append(Problem(table, None, "row", "missing", "a row for this id, which `include` names", name))
 
 
 def read_ids(path: str | Path) -> list[str]:

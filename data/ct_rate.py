@@ -130,7 +130,7 @@ def read_label_rows(
         for column in columns:
             if column not in ("VolumeName", *DIAGNOSIS_LABELS):
                 problems.append(
-                    Problem(path.name, 1, "header", f"with the label {shown(column)}", "the 18 of CT-RATE")
+                    Problem(path.name, 1, "header", f"unknown label {shown(column)}", "the 18 labels of CT-RATE")
                 )
 
     rows = read_csv(path, ["VolumeName", *DIAGNOSIS_LABELS], problems, check_columns=check_columns)
@@ -181,7 +181,9 @@ def _read_report_rows(
 
     def check_columns(columns: list[str], problems: list[Problem]) -> None:
         if not any(column in columns for column in NAME_COLUMNS):
-            problems.append(Problem(path.name, 1, "header", f"without {NAME_COLUMNS[0]}", "it"))
+            problems.append(
+                Problem(path.name, 1, "header", f"column {NAME_COLUMNS[0]} missing", "the names of the volumes")
+            )
 
     rows = read_csv(path, [REPORT_COLUMN], problems, check_columns=check_columns)
     column = next((column for column in NAME_COLUMNS if rows and column in rows[0].values), NAME_COLUMNS[0])

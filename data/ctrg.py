@@ -55,7 +55,9 @@ def load_ctrg(
                 continue
             if name in first:
                 # Also across the splits: that would be a leak.
-                problems.append(Problem(table, position, "id", f"that of {first[name]} again", "one each", name))
+                problems.append(
+                    Problem(table, position, "id", f"the same as in {first[name]}", "one entry per id", name)
+                )
             first.setdefault(name, f"{table}, row {position}")
             if this:
                 cases.append(_case(root, table, position, name, item, problems))
@@ -67,7 +69,7 @@ def load_ctrg(
 def _read_annotation(path: Path, split: str, problems: list[Problem]) -> dict[str, list]:
     """The lists of `annotation.json` by split; empty, and a problem, where it is not of that form."""
     if not path.is_file():
-        problems.append(Problem(path.name, None, "file", "missing", "it beside CTRG-Chest-548K_volume/"))
+        problems.append(Problem(path.name, None, "file", "missing", "a file beside CTRG-Chest-548K_volume/"))
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -76,7 +78,9 @@ def _read_annotation(path: Path, split: str, problems: list[Problem]) -> dict[st
         problems.append(Problem(path.name, None, "content", f"unreadable {line}", "JSON"))
         return {}
     if not isinstance(content, dict) or not all(isinstance(items, list) for items in content.values()):
-        problems.append(Problem(path.name, None, "content", f"a {type(content).__name__}", "lists by split"))
+        problems.append(
+            Problem(path.name, None, "content", f"a {type(content).__name__}", "an object with a list per split")
+        )
         return {}
     if not any(key in SPLITS[split] for key in content):
         found = ", ".join(shown(key) for key in content) or "none"

@@ -88,12 +88,12 @@ def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | 
         members, rule = first_reconstructions(normal_pool(cases)), RULE
     else:
         expected = (
-            "one of: the 18 labels; a column `normal` in the table; a list of ids of normal scans (--ids); reports "
-            "that rules may read (--read-reports)"
+            "the 18 labels, a column `normal` in the table, a list of ids of normal scans by --ids, or --read-reports "
+            "to let rules read the reports"
         )
-        raise DatasetError([Problem("dataset", None, "what says which scans are normal", "missing", expected)])
+        raise DatasetError([Problem("dataset", None, "normal scans", "cannot tell which they are", expected)])
     if not members:
-        raise DatasetError([Problem("dataset", None, "pool", f"empty by {rule}", "at least one normal scan")])
+        raise DatasetError([Problem("dataset", None, "normal scans", f"none by {rule}", "at least one normal scan")])
     return Pool(members, rule, count_normal(cases), pool_warnings(members, cases, layout))
 
 
@@ -111,7 +111,7 @@ def named_cases(ids: Sequence[str], cases: Sequence[Case], source: str = "list o
     known, problems, seen = {case.name for case in cases}, [], {}
     for number, name in enumerate(map(volume_name, ids), start=1):
         if name in seen:
-            problems.append(Problem(source, number, "id", f"that of row {seen[name]} again", "each once", name))
+            problems.append(Problem(source, number, "id", f"the same as in row {seen[name]}", "each id once", name))
         elif name not in known:
             problems.append(Problem(source, number, "id", f"{shown(name)}, not of this split", "a case of the split"))
         seen.setdefault(name, number)

@@ -65,8 +65,8 @@ def load_radgenome(
     for name, first in listed.items():
         row = whole.get(name)
         if row is None:
-            expected = "also one with an empty Anatomy: the whole report"
-            problems.append(Problem(region_path.name, first, "rows", "of regions alone", expected, name))
+            expected = "a row with an empty Anatomy"
+            problems.append(Problem(region_path.name, first, "rows", "no whole report", expected, name))
         else:
             text = row.values["Sentence"]
             reports[name] = check_report(text, region_path.name, row.number, "Sentence", name, problems)
@@ -143,8 +143,8 @@ def _read_regions(
             if texts[0] in texts[1]:  # a second such row may repeat the report or a sentence of it
                 whole[name] = row
             elif texts[1] not in texts[0]:
-                found = f"empty, as in row {before.number}, and the texts differ"
-                problems.append(Problem(path.name, row.number, "Anatomy", found, "one whole report each", name))
+                found = f"empty, as in row {before.number}, but with another text"
+                problems.append(Problem(path.name, row.number, "Anatomy", found, "one whole report per volume", name))
             continue
         region, sentence = anatomy.split("/")[0].strip(), row.values["Sentence"]
         if region not in REGION_NAMES:

@@ -85,8 +85,8 @@ def load_table(
     columns = {column for row in rows for column in row.values}
     wanted = None if by_folder else split
     if wanted is not None and rows and "split" not in columns:
-        expected = "it, or split=None and split_by_patient"
-        problems.append(Problem(path.name, 1, "header", "without the column split", expected))
+        expected = "a split in every row, or split=None and split_by_patient"
+        problems.append(Problem(path.name, 1, "header", "column split missing", expected))
         wanted = None
     keep = selection(include, exclude)
     cases, ids, files = [], {}, {}
@@ -99,8 +99,8 @@ def load_table(
         # Across the splits, too: a scan in two of them would be a leak.
         for value, seen, name in ((case.name, ids, "id"), (case.volume, files, "path")):
             if value in seen:
-                found = f"that of row {seen[value]} again"
-                problems.append(Problem(path.name, row.number, name, found, "one row each", case.name))
+                found = f"the same as in row {seen[value]}"
+                problems.append(Problem(path.name, row.number, name, found, f"one row per {name}", case.name))
             seen.setdefault(value, row.number)
         if wanted in (None, here):
             cases.append(case)
@@ -136,9 +136,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
 
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
-        raise DatasetError(
-            [Problem(source, None, "columns", f"with {len(columns)} of type Nifti", "one, of the scans")]
-        )
+        raise DatasetError([Problem(source, None, "columns of type Nifti", f"{len(columns)}", "1, the scans")])
     [volume] = columns
     problems: list[Problem] = []
     texts = [name for name in dataset.features if name != volume]
@@ -153,10 +151,10 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
         row = Row(number, {key: value for key, value in values.items() if key != volume})
         case = _hub_case(row, values[volume] or {}, source, problems)
         if not case.name:
-            problems.append(Problem(source, number, "id", "missing", "an id, for the scan has no file name"))
+            problems.append(Problem(source, number, "id", "missing", "a column id, as the scan has no file name"))
         elif case.name in seen:
-            found = f"that of row {seen[case.name]} again"
-            problems.append(Problem(source, number, "id", found, "one row each", case.name))
+            found = f"the same as in row {seen[case.name]}"
+            problems.append(Problem(source, number, "id", found, "one row per id", case.name))
         raise_problems(problems)
         seen[case.name] = number
         yield case
@@ -169,7 +167,8 @@ def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
     for folder in (root, *(root / name for name in SPLITS.get(split, ()))):
         found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
         if len(found) > 1:
-            raise DatasetError([Problem(folder.name or ".", None, "table", "there twice", f"{TABLE_NAMES[0]} alone")])
+            names = " and ".join(path.name for path in found)
+            raise DatasetError([Problem(folder.name or ".", None, "table", names, "one of the two")])
         if found:
             return found[0], folder != root
     expected = f"{' or '.join(TABLE_NAMES)}, or a .csv or .jsonl file"
@@ -178,19 +177,21 @@ def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
 
 def _check_columns(table: str, columns: Collection[str], problems: list[Problem]) -> None:
     if not any(column in columns for column in PATH_COLUMNS):
-        problems.append(Problem(table, 1, "header", "without path or file_name", "one of them"))
+        problems.append(
+            Problem(table, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
+        )
     if "report" not in columns:
-        problems.append(Problem(table, 1, "header", "without report", "it"))
+        problems.append(Problem(table, 1, "header", "column report missing", "report, with the text of each report"))
     labels = [label for label in DIAGNOSIS_LABELS if label in columns]
     if labels and len(labels) < len(DIAGNOSIS_LABELS):
         absent = [label for label in DIAGNOSIS_LABELS if label not in columns]
-        problems.append(Problem(table, 1, "header", f"without the labels {', '.join(absent)}", "all 18 or none"))
+        problems.append(Problem(table, 1, "header", f"labels missing: {', '.join(absent)}", "all 18 labels or none"))
     for column in columns:
         # A slip here is dangerous: with "PatientID" for "patient_id", each scan would be a patient of his own.
         close = difflib.get_close_matches(str(column).lower(), KNOWN_COLUMNS, n=1, cutoff=0.8)
         if column not in KNOWN_COLUMNS and close and close[0] not in columns:
             problems.append(
-                Problem(table, 1, "header", f"with the column {shown(column)}", f"{close[0]}, if it is that")
+                Problem(table, 1, "header", f"column {shown(column)}", f"{close[0]}, or a name less like it")
             )
 
 

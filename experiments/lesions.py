@@ -43,7 +43,7 @@ def read_patients(root: str | Path) -> dict[str, list[Finding]]:
     """
     path = Path(root) / "phantom" / "patients.jsonl"
     if not path.is_file():
-        raise DatasetError([Problem(path.name, None, "file", "missing", "that of a phantom cohort, in phantom/")])
+        raise DatasetError([Problem(path.name, None, "file", "missing", "the list of a phantom cohort, in phantom/")])
     findings = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

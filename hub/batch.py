@@ -65,7 +65,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
         files = sorted(path for path in source.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES))
         if not files:
             expected = f"one of {', '.join(SCAN_SUFFIXES)}, or a list of DICOM folders"
-            raise DatasetError([Problem(source.name, None, "folder", "without a scan", expected)])
+            raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
         return [Scan(path.relative_to(source).as_posix(), path) for path in files]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
@@ -73,7 +73,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             problems.append(Problem(source.name, number, "path", "empty", "the path of a scan"))
         elif name in rows:
             found = f"{shown(name)}, as in row {rows[name]}"
-            problems.append(Problem(source.name, number, "id", found, "one row each"))
+            problems.append(Problem(source.name, number, "id", found, "one row per id"))
         rows.setdefault(name, number)
         scans.append(Scan(name, source.parent / path))
     if not (scans or problems):
@@ -92,7 +92,9 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
     rows = read_csv(source, (), problems) or []
     column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
     if rows and column is None:
-        problems.append(Problem(source.name, 1, "header", "without path or file_name", "one of them"))
+        problems.append(
+            Problem(source.name, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
+        )
         return
     for number, values in rows:
         path = values[column].strip()

@@ -69,7 +69,7 @@ def read_or_refuse(ct) -> None:
         try:
             tensor, geometry = resample(read_ct(ct, allow_non_hu=True), (8, 8, 8))
         except CTInputError as error:
-            assert error.field and str(error).startswith(f"{error.source}: {error.field} is ")
+            assert error.field and str(error).startswith(f"{error.source}: {error.field}: {error.found} (expected ")
             return
     assert tensor.shape == (1, 8, 8, 8) and tensor.isfinite().all() and tensor.abs().max() <= 1
     assert np.isfinite(geometry.tensor_affine).all() and min(geometry.tensor_spacing) > 0

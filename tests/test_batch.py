@@ -111,11 +111,11 @@ def test_lists_of_scans(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.txt", "a.nii\nb.nii\na.nii\n", "row 3: id is 'a.nii', as in row 1; expected one row each"),
-        ("list.csv", "id,file\na,b.nii\n", "row 1: header is without path or file_name"),
-        ("list.csv", "id,path\na,\n", "row 2: path is empty"),
-        ("list.csv", "path\n", "list is empty"),
-        ("list.txt", "\n", "list is empty"),
+        ("list.txt", "a.nii\nb.nii\na.nii\n", "row 3: id: 'a.nii', as in row 1 "),
+        ("list.csv", "id,file\na,b.nii\n", "row 1: header: column path missing"),
+        ("list.csv", "id,path\na,\n", "row 2: path: empty"),
+        ("list.csv", "path\n", "list: empty"),
+        ("list.txt", "\n", "list: empty"),
     ],
 )
 def test_lists_with_problems(tmp_path, name, content, message):
@@ -125,7 +125,7 @@ def test_lists_with_problems(tmp_path, name, content, message):
 
 
 def test_folder_without_scans(tmp_path):
-    with pytest.raises(DatasetError, match="without a scan; expected one of .nii.gz"):
+    with pytest.raises(DatasetError, match="scans: none in the folder"):
         list_scans(tmp_path)
 
 

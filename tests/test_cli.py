@@ -147,7 +147,7 @@ def test_one_series_of_several(run, checkpoint, tmp_path):
         write_dicom(tmp_path / "study" / name, make_ct(shape))
     arguments = ("report", tmp_path / "study", "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
     refused = run(*arguments)
-    assert_one_line_error(refused, "CTReadError", "series is not chosen, of 2", "30 slices", "18 slices", "--series")
+    assert_one_line_error(refused, "CTReadError", "series: none chosen", "30 slices", "18 slices", "--series")
     for series, slices in (("1", 30), ("2", 18)):
         result = run(*arguments, "--series", series)
         assert result.exit_code == 0, result.output
@@ -165,7 +165,7 @@ def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
         'valid_1_a_1.nii.gz,1,-1024,"[9.0, 9.0]",9.0,"[1, 0, 0, 0, 1, 0]",HFS\n'
     )
     arguments = ("report", scan, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
-    assert_one_line_error(run(*arguments), "CTGeometryError", "grid is not stated")
+    assert_one_line_error(run(*arguments), "CTGeometryError", "grid: not stated")
     result = run(*arguments, "--metadata", table)
     assert result.exit_code == 0, result.output
     assert "CT-RATE version 1" in json.loads(result.stdout)["provenance"]["scan"]["layout"]

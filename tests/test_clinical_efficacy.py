@@ -218,13 +218,13 @@ def test_unusable_values_are_named_by_row_and_column(rows, tmp_path):
         read_label_table(write_table(tmp_path / "labels.csv", rows))
     message = str(caught.value)
     for line in (
-        "labels.csv, row 2 ('valid_1_a_1'): Medical material is 'nan'; expected 0 or 1",
-        "labels.csv, row 3 ('valid_2_a_1'): Arterial wall calcification is missing; expected 0 or 1",
-        "labels.csv, row 4 ('valid_3_a_1'): Interlobular septal thickening is '0.7'; expected 0 or 1",
-        "labels.csv, row 5 ('valid_1_a_1'): VolumeName is that of row 2 again; expected one row each",
-        "labels.csv, row 6: VolumeName is empty; expected the name of a volume",
-        "labels.csv, row 7 ('0'): Medical material is text of 18 characters; expected 0 or 1",
-        "labels.csv, row 8: row is of 3 fields; expected 19",
+        "labels.csv, row 2 ('valid_1_a_1'): Medical material: 'nan' (expected 0 or 1)",
+        "labels.csv, row 3 ('valid_2_a_1'): Arterial wall calcification: missing (expected 0 or 1)",
+        "labels.csv, row 4 ('valid_3_a_1'): Interlobular septal thickening: '0.7' (expected 0 or 1)",
+        "labels.csv, row 5 ('valid_1_a_1'): VolumeName: the same as in row 2 (expected one row per id)",
+        "labels.csv, row 6: VolumeName: empty (expected the name of a volume)",
+        "labels.csv, row 7 ('0'): Medical material: text of 18 characters (expected 0 or 1)",
+        "labels.csv, row 8: row: 3 fields (expected 19 as in the header)",
     ):
         assert line in message
     assert len(caught.value.problems) == 7
@@ -239,12 +239,12 @@ def test_unusable_columns_are_named(rows, tmp_path):
     with pytest.raises(DatasetError, match="also Medical material"):
         read_label_table(write_table(tmp_path / "labels.csv", rows, double))
     extra = write_table(tmp_path / "labels.csv", [[*row, 1] for row in rows], [*HEADER, "Pneumonia"])
-    with pytest.raises(DatasetError, match="header is 'Pneumonia', unknown"):
+    with pytest.raises(DatasetError, match="header: unknown column 'Pneumonia'"):
         read_label_table(extra)
     assert len(read_label_table(extra, ignore=("Pneumonia",))) == 4
-    with pytest.raises(DatasetError, match="empty.csv: table is empty"):
+    with pytest.raises(DatasetError, match="empty.csv: table: empty"):
         read_label_table(write_table(tmp_path / "empty.csv", []))
-    with pytest.raises(DatasetError, match="absent.csv: file is missing"):
+    with pytest.raises(DatasetError, match="absent.csv: file: missing"):
         read_label_table(tmp_path / "absent.csv")
 
 
@@ -253,8 +253,8 @@ def test_ids_without_a_row_and_ids_twice(rows, tmp_path):
     with pytest.raises(DatasetError) as caught:
         table_labels(table, [IDS[0], "valid_7_a_1", f"{IDS[0]}.nii.gz"], "labels.csv")
     message = str(caught.value)
-    assert "labels.csv ('valid_7_a_1'): row is missing; expected one, as report 2 has this id" in message
-    assert "reports, row 3 ('valid_1_a_1'): id is that of report 1 again; expected each once" in message
+    assert "labels.csv ('valid_7_a_1'): row: missing (expected a row for this id, which report 2 has)" in message
+    assert "reports, row 3 ('valid_1_a_1'): id: the same as of report 1 (expected each id once)" in message
     with pytest.raises(ValueError, match="no id"):
         table_labels(table, [])
 

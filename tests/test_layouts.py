@@ -141,7 +141,7 @@ def test_disagreeing_signs_stop(hu):
 
 def test_blank_header_without_metadata_is_refused(hu):
     for image in (v1(hu, -1024.0), nib.Nifti1Image(hu, None), nib.Nifti1Image(hu, np.eye(4))):
-        with pytest.raises(CTGeometryError, match="grid is not stated"):
+        with pytest.raises(CTGeometryError, match="grid: not stated"):
             read_ct(image)
 
 
@@ -156,7 +156,7 @@ def test_spacing_stands_in_for_a_blank_header_only(hu, expected):
 def test_a_tall_identity_is_not_taken_for_radgenome(hu):
     """A chest of 1 mm slices below an identity would be three times too high."""
     tall = np.repeat(hu, 6, axis=2).astype(np.float32)
-    with pytest.raises(CTGeometryError, match="grid is not stated"):
+    with pytest.raises(CTGeometryError, match="grid: not stated"):
         read_ct(nib.Nifti1Image(tall, np.eye(4)))
 
 
@@ -213,7 +213,7 @@ def test_a_scanner_matrix_below_an_identity_is_not_taken_for_radgenome():
     """The commonest sloppy export: any array in floats with `np.eye(4)`."""
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (256, 256, 60)], indexing="ij")
     array = np.where((x / 0.8) ** 2 + (y / 0.7) ** 2 < 1, 40.0, -1000.0).astype(np.float32)
-    with pytest.raises(CTGeometryError, match="grid is not stated"):
+    with pytest.raises(CTGeometryError, match="grid: not stated"):
         read_ct(nib.Nifti1Image(array, np.eye(4)))
 
 

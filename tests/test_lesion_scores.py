@@ -172,7 +172,7 @@ def test_catheters_have_no_side_that_a_report_would_state():
 
 
 def test_the_patients_of_a_cohort_are_read_and_what_is_wrong_with_them_named(tmp_path):
-    with pytest.raises(DatasetError, match="patients.jsonl: file is missing"):
+    with pytest.raises(DatasetError, match="patients.jsonl: file: missing"):
         read_patients(tmp_path)
     patients = [sample_patient(6, index, "valid") for index in range(3)]
     path = tmp_path / "phantom" / "patients.jsonl"
@@ -182,7 +182,7 @@ def test_the_patients_of_a_cohort_are_read_and_what_is_wrong_with_them_named(tmp
     assert read_patients(tmp_path) == {patient.name: list(patient.findings) for patient in patients}
     for broken in ("{", '{"name": "valid_1_a_1"}', '{"name": "valid_1_a_1", "findings": [{"size": 3}]}'):
         path.write_text(f"{lines[0]}\n{broken}\n")
-        with pytest.raises(DatasetError, match=r"patients.jsonl, row 2: line is \w+Error"):
+        with pytest.raises(DatasetError, match=r"patients.jsonl, row 2: line: \w+Error"):
             read_patients(tmp_path)
     with pytest.raises(ValueError, match="1 report.* without known findings, such as valid_9_a_1"):
         score_findings({}, {"valid_9_a_1": ""})

@@ -118,9 +118,9 @@ def test_no_gaps_on_a_finer_grid_and_no_lost_lesion_on_a_coarser_one(tmp_path):
 
 def test_missing_and_foreign_masks_are_named(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "mask.nii.gz")
-    with pytest.raises(DatasetError, match=r"mask.nii.gz: shape is \(9, 9, 9\); expected \(8, 8, 8\)"):
+    with pytest.raises(DatasetError, match=r"mask.nii.gz: shape: \(9, 9, 9\) \(expected \(8, 8, 8\)"):
         lesion_voxels(tmp_path / "mask.nii.gz", SimpleNamespace(shape=(8, 8, 8)))
-    with pytest.raises(DatasetError, match="none.nii.gz: lesion mask is missing"):
+    with pytest.raises(DatasetError, match="none.nii.gz: lesion mask: missing"):
         lesion_voxels(tmp_path / "none.nii.gz", SimpleNamespace(shape=(8, 8, 8)))
 
 

@@ -125,7 +125,7 @@ def test_unknown_arguments_are_refused(processor):
 
 def test_spacing_belongs_to_arrays(processor, tmp_path):
     path = write_ct(tmp_path / "scan.nii.gz", 1)
-    with pytest.raises(CTInputError, match="spacing is missing"):
+    with pytest.raises(CTInputError, match="spacing: missing"):
         processor.image_processor(make_ct(1))
     for call in (processor.image_processor, processor):
         with pytest.raises(ValueError, match="bare arrays"):

@@ -132,7 +132,7 @@ def test_all_that_is_wrong_is_listed(tmp_path):
 
 def test_no_normal_report_in_training(table, tmp_path):
     path = write(tmp_path / "train.csv", ["report"], [[REPORTS[0]]])
-    with pytest.raises(DatasetError, match="normal reports is none"):
+    with pytest.raises(DatasetError, match="normal reports: none"):
         score_table(table, RuleLabeler(), training=path)
 
 

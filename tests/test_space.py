@@ -302,8 +302,8 @@ def test_statements_and_errors_are_in_plain_sight(desk):
     header = viewer.header_html(desk.model.config.intended_domain)
     assert "Research use only. Not a medical device; not for diagnosis." in header
     assert "boxes &lt;of&gt; noise" in header
-    error = viewer.status_html("a.nii: spacing is <0>", error=True)
-    assert 'role="alert"' in error and "a.nii: spacing is &lt;0&gt;" in error
+    error = viewer.status_html("a.nii: spacing: <0>", error=True)
+    assert 'role="alert"' in error and "a.nii: spacing: &lt;0&gt;" in error
 
 
 class TestPage:

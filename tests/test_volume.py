@@ -312,7 +312,7 @@ RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 NAN_AFFINE = lps_affine()
 NAN_AFFINE[0, 3] = np.nan
 REFUSED = {
-    "2-D": (lambda: nifti(make_ct()[:, :, 0]), CTGeometryError, r"shape is \(26, 22\)"),
+    "2-D": (lambda: nifti(make_ct()[:, :, 0]), CTGeometryError, r"shape: \(26, 22\)"),
     "4-D": (lambda: nifti(np.stack([make_ct()] * 2, -1)), CTGeometryError, "three axes"),
     "complex": (lambda: nifti(make_ct().astype(np.complex64)), CTIntensityError, "complex64"),
     "RGB": (lambda: nifti(np.zeros((20, 20, 20), RGB)), CTIntensityError, "one real number per voxel"),
@@ -320,7 +320,7 @@ REFUSED = {
     "vector image": (
         lambda: sitk.Image([20, 20, 20], sitk.sitkVectorFloat32, 3),
         CTIntensityError,
-        "pixel type is vector",
+        "pixel type: vector",
     ),
     "NaN": (lambda: (with_voxel(np.nan), SPACING), CTIntensityError, "NaN or infinite"),
     "infinite": (lambda: nifti(with_voxel(-np.inf)), CTIntensityError, "NaN or infinite"),
@@ -331,7 +331,7 @@ REFUSED = {
         CTIntensityError,
         "0 to 255.*8-bit",
     ),
-    "affine not finite": (lambda: (as_nifti(make_ct()), NAN_AFFINE), CTGeometryError, "affine is not finite"),
+    "affine not finite": (lambda: (as_nifti(make_ct()), NAN_AFFINE), CTGeometryError, "affine: .*not finite"),
     "zero axis": (lambda: (as_nifti(make_ct()), np.diag([1.0, 0, 1, 1])), CTGeometryError, "singular"),
     "dependent axes": (
         lambda: (as_nifti(make_ct()), np.array([[1.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])),
@@ -341,27 +341,27 @@ REFUSED = {
     "metres": (
         lambda: as_nifti(make_ct(), affine=lps_affine((7e-4, 7e-4, 1e-3))),
         CTGeometryError,
-        "spacing is 0.0007",
+        "spacing: 0.0007",
     ),
-    "centimetre slices": (lambda: (make_ct(), (1, 1, 25)), CTGeometryError, "spacing is 1 x 1 x 25 mm"),
+    "centimetre slices": (lambda: (make_ct(), (1, 1, 25)), CTGeometryError, "spacing: 1 x 1 x 25 mm"),
     "few slices": (lambda: (make_ct((20, 20, 7)), SPACING), CTGeometryError, r"\(20, 20, 7\).*8 to 4096"),
-    "gantry tilt": (lambda: sheared(18.5), CTGeometryError, "tilt .* is 18.5 degrees"),
-    "slight tilt": (lambda: sheared(1), CTGeometryError, "tilt .* is 1.0 degrees"),
+    "gantry tilt": (lambda: sheared(18.5), CTGeometryError, "gantry tilt: 18.5 degrees"),
+    "slight tilt": (lambda: sheared(1), CTGeometryError, "gantry tilt: 1.0 degrees"),
     "oblique": (lambda: as_nifti(make_ct(), affine=rotated_affine(40)), CTGeometryError, "40 degrees"),
     "no form code": (nifti_without_codes, CTGeometryError, "left and right are unknown"),
     "forms disagree": (nifti_with_conflicting_forms, CTGeometryError, "qform and sform"),
-    "array without spacing": (make_ct, CTGeometryError, "spacing is missing"),
+    "array without spacing": (make_ct, CTGeometryError, "spacing: missing"),
     "array with two spacings": (lambda: (make_ct(), (1, 1)), CTGeometryError, "three numbers"),
     "image with spacing": (lambda: (as_nifti(make_ct()), SPACING), CTGeometryError, "the header states one"),
     "not NIfTI": (lambda: nib.MGHImage(make_ct().astype(np.int32), lps_affine()), CTReadError, "MGHImage"),
     "empty value": (lambda: {"path": None, "bytes": None}, CTReadError, "path and bytes"),
-    "garbage bytes": (lambda: {"path": None, "bytes": b"x" * 500}, CTReadError, "sizeof_hdr is .*348"),
+    "garbage bytes": (lambda: {"path": None, "bytes": b"x" * 500}, CTReadError, "sizeof_hdr: .*348"),
     "truncated bytes": (
         lambda: {"path": None, "bytes": as_nifti(make_ct()).to_bytes()[:-99]},
         CTReadError,
-        "file size is .* as the header promises",
+        "file size: .* as the header promises",
     ),
-    "a number": (lambda: 3, CTReadError, "type is int"),
+    "a number": (lambda: 3, CTReadError, "type: int"),
 }
 
 
@@ -383,12 +383,12 @@ def test_refusals_name_field_value_and_expectation(name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.nii.gz", None, "path is missing"),
-        ("scan.dcm", b"x", "suffix is '.dcm'"),
-        ("scan.nii", b"x" * 400, "sizeof_hdr is "),
-        ("scan.nii.gz", b"x" * 400, "sizeof_hdr is "),
-        ("scan.nrrd", b"x" * 400, "content is unreadable"),
-        ("scan.mha", b"x" * 400, "content is unreadable"),
+        ("missing.nii.gz", None, "path: missing"),
+        ("scan.dcm", b"x", "suffix: '.dcm'"),
+        ("scan.nii", b"x" * 400, "sizeof_hdr: "),
+        ("scan.nii.gz", b"x" * 400, "sizeof_hdr: "),
+        ("scan.nrrd", b"x" * 400, "content: unreadable"),
+        ("scan.mha", b"x" * 400, "content: unreadable"),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, message):
@@ -422,9 +422,9 @@ def test_files_without_orientation_are_refused(tmp_path):
         b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nDimSize = 10 10 10\n"
         b"ElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = LOCAL\n" + voxels
     )
-    with pytest.raises(CTGeometryError, match="space is missing"):
+    with pytest.raises(CTGeometryError, match="space: missing"):
         read_ct(tmp_path / "a.nrrd")
-    with pytest.raises(CTGeometryError, match="TransformMatrix is missing"):
+    with pytest.raises(CTGeometryError, match="TransformMatrix: missing"):
         read_ct(tmp_path / "a.mha")
 
 

@@ -224,7 +224,7 @@ def check_reports(
         longest = max(longest, min(tokens, section.max_report_tokens))
         if tokens > section.max_report_tokens and not section.truncate_reports:
             expected = f"at most {section.max_report_tokens}, or report.truncate_reports: true"
-            problems.append(Problem("dataset", case.row, "report", f"of {tokens} tokens", expected, case.name))
+            problems.append(Problem("dataset", case.row, "report", f"{tokens} tokens", expected, case.name))
     context = getattr(config.text_config, "max_position_embeddings", None)
     prompt = prompt_tokens(config)
     if context is not None and prompt + longest > context:

@@ -58,7 +58,7 @@ def read_label_table(
     def check_columns(columns: list[str], problems: list[Problem]) -> None:
         # A label that is misspelt, or of another label set, must not be passed over.
         problems += [
-            Problem(path.name, 1, "header", f"{shown(column)}, unknown", "the id, the 18 labels, and none besides")
+            Problem(path.name, 1, "header", f"unknown column {shown(column)}", "the id and the 18 labels")
             for column in columns
             if column not in known
         ]
@@ -92,9 +92,13 @@ def table_labels(table: Mapping[str, ArrayLike], ids: Sequence[str], name: str =
     problems, seen = [], {}
     for number, one in enumerate(map(volume_name, ids), start=1):
         if one in seen:
-            problems.append(Problem("reports", number, "id", f"that of report {seen[one]} again", "each once", one))
+            problems.append(
+                Problem("reports", number, "id", f"the same as of report {seen[one]}", "each id once", one)
+            )
         elif one not in table:
-            problems.append(Problem(name, None, "row", "missing", f"one, as report {number} has this id", one))
+            problems.append(
+                Problem(name, None, "row", "missing", f"a row for this id, which report {number} has", one)
+            )
         seen.setdefault(one, number)
     raise_problems(problems)
     return np.stack([np.asarray(table[volume_name(one)]) for one in ids]).astype(np.int8)

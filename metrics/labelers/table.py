@@ -49,8 +49,8 @@ def label_table(
         if not name:
             problems.append(Problem(source.name, row.number, id_column, "empty", "an id"))
         elif name in seen:
-            found = f"that of row {seen[name]} again"
-            problems.append(Problem(source.name, row.number, id_column, found, "one row each", name))
+            found = f"the same as in row {seen[name]}"
+            problems.append(Problem(source.name, row.number, id_column, found, "one row per id", name))
         seen.setdefault(name, row.number)
     raise_problems(problems)
     if not rows:
