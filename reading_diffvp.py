@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from .decoding_diffvp import read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
@@ -29,6 +30,8 @@ from .volume_diffvp import (
     make_volume,
 )
 
+SUFFIXES = (".nii", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+
 
 def read_ct(
     ct,
@@ -36,13 +39,14 @@ def read_ct(
     allow_non_hu: bool = False,
     metadata: CTMetadata | None = None,
     series: int | str | None = None,
+    allow_incomplete: bool = False,
 ) -> CTVolume:
     """Read and validate one CT.
 
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a
-            NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
+            DICOM slices, a DICOMDIR or a multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a
+            `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
             posterior, z to superior (LPS)**, together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
@@ -51,6 +55,8 @@ def read_ct(
         metadata: what the dataset's table says of a NIfTI file; used where the header is blank and the voxels are
             raw, compared where the header states a grid, and refused where the two disagree.
         series: which DICOM series of several: its number in the list that the refusal gives, or its UID.
+        allow_incomplete: read what is there of a DICOM series of which files are damaged or missing at its ends. The
+            volume then has a warning.
 
     Raises:
         CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
@@ -85,7 +91,7 @@ def read_ct(
             return read_nifti(content, Path(path).name if path else "NIfTI bytes", **options)
         if path is None:
             raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
-        return read_ct(path, spacing, allow_non_hu, metadata, series)
+        return read_ct(path, spacing, allow_non_hu, metadata, series, allow_incomplete)
     if isinstance(ct, nib.spatialimages.SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
@@ -102,11 +108,11 @@ def read_ct(
         found = "not a regular file" if ct != "" and os.path.lexists(path) else "missing"
         raise CTReadError(source, "path", found, "an existing file or a DICOM folder")
     suffix = path.suffix.lower()
-    if folder or suffix == ".zip":
+    if folder or suffix == ".zip" or _is_dicom(path, source):
         _refuse(source, spacing=spacing, metadata=metadata)
         from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
 
-        return read_dicom(path, series=series, allow_non_hu=allow_non_hu)
+        return read_dicom(path, series=series, allow_non_hu=allow_non_hu, allow_incomplete=allow_incomplete)
     _refuse(source, series=series)
     if suffix == ".nii" or path.name.lower().endswith(".nii.gz"):
         return read_nifti(path, source, **options)
@@ -115,8 +121,16 @@ def read_ct(
         return read_nrrd(path, source, allow_non_hu)
     if suffix in (".mha", ".mhd"):
         return read_metaimage(path, source, allow_non_hu)
-    expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices"
+    expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices, or .dcm"
     raise CTReadError(source, "suffix", repr(path.suffix), expected)
+
+
+def _is_dicom(path: Path, source: str) -> bool:
+    """By its name, or of a name that is no other format's, by its content."""
+    suffix, name = path.suffix.lower(), path.name.upper()
+    if suffix == ".dcm" or name == "DICOMDIR":
+        return True
+    return suffix not in SUFFIXES and read_bytes(path, 132, source)[128:] == b"DICM"
 
 
 def _source(ct) -> str:

@@ -23,7 +23,7 @@ import torch
 from isal import igzip
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
-MIN_SPACING, MAX_SPACING = 0.2, 10.0  # mm
+MIN_SPACING, MAX_SPACING = 0.1, 10.0  # mm
 MIN_LENGTH = 8  # voxels along each axis
 MAX_LENGTH = 4096  # the longest CT-RATE volume has 1,617 slices
 MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear moves a voxel by 3 mm over 300 mm
@@ -89,6 +89,7 @@ class CTVolume:
         layout: how grid and Hounsfield units were found, in words.
         slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
+        warnings: what the reader found wanting and was allowed to read, in words that name nobody.
     """
 
     array: np.ndarray
@@ -102,6 +103,7 @@ class CTVolume:
     slope: float = 1.0
     intercept: float = 0.0
     is_hu: bool = True
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -139,6 +141,7 @@ class CTGeometry:
     size: tuple[int, int, int]
     offset: tuple[float, float, float]
     scale: tuple[float, float, float]
+    warnings: tuple[str, ...] = ()
 
     @property
     def tensor_spacing(self) -> tuple[float, float, float]:
@@ -307,7 +310,7 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing, spacing, 1))) < 1e-3:
         raise CTGeometryError(source, "affine", "singular", "three independent axes")
-    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+    if spacing.min() < MIN_SPACING * (1 - 1e-4) or spacing.max() > MAX_SPACING * (1 + 1e-4):  # positions are rounded
         found = " x ".join(f"{mm:.4g}" for mm in spacing)
         raise CTGeometryError(source, "spacing", f"{found} mm", f"{MIN_SPACING} to {MAX_SPACING} mm along each axis")
     units = affine[:3, :3] / spacing
@@ -418,6 +421,7 @@ def resample(
         size=tuple(int(n) for n in size),
         offset=tuple(float(value) for value in offset),
         scale=tuple(float(value) for value in scale),
+        warnings=volume.warnings,
     )
     return tensor, geometry
 
