@@ -2,19 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exactly the bytes that a header promises, from a file that may be compressed: no more are allocated or given out.
 
-Of gzip and zlib streams ([`decode`], [`inflate`]), of zip archives ([`extract`]), and of the data sets and compressed
-pixels of DICOM files ([`inflate_data_set`], [`decode_frame`]).
+Of gzip and zlib streams ([`decode`], [`inflate`]), of zip archives ([`extract`]), and of deflated DICOM data sets
+([`inflate_data_set`]).
 """
 
 import io
 import os
 import struct
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from gzip import BadGzipFile
 from pathlib import Path
 from typing import BinaryIO
@@ -33,13 +32,6 @@ MAX_ARCHIVE_BYTES = 4 * 2**30  # unpacked: 8,000 slices of 512 x 512, of which t
 MAX_DIRECTORY_BYTES = 512 * MAX_FILES  # of an archive: an entry has 46 bytes and a path
 # Of a deflated DICOM data set: a slice of nothing but air deflates to a thousandth, a whole scan to no tenth.
 MAX_DEFLATED_BYTES, MAX_DEFLATION = 2**26, 20
-RLE = "1.2.840.10008.1.2.5"
-# Transfer syntaxes that GDCM decodes: JPEG (8 and 12 bits, lossless twice), JPEG-LS, JPEG 2000 (parts 1 and 2, and
-# high-throughput), RLE.
-DECODED = {
-    *(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)),
-    RLE,
-}  # fmt: skip
 
 
 def read_bytes(content: Path | bytes, count: int, source: str) -> bytes:
@@ -254,114 +246,11 @@ def inflate_data_set(content, source: str) -> io.BytesIO:
     return io.BytesIO(result)
 
 
-def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: int, source: str):
-    """The pixels of one compressed DICOM frame, by GDCM through SimpleITK.
-
-    GDCM is given a file of the stream alone, with a header of our own: it crashes on some streams that differ from
-    their header, and applies the rescale of a first frame to all. It is also the decoder that SimpleITK brings along,
-    and no slower than others: 41 ms of the processor for a JPEG 2000 slice of 512 x 512 (openjpeg in pylibjpeg 40,
-    imagecodecs 39), 8 for JPEG-LS (pyjpegls 6); pydicom's own RLE decoder is in Python.
-
-    Args:
-        shape: rows and columns, and `allocated` bits of a pixel, that the header states.
-
-    Returns:
-        Unsigned integers (rows, columns), and how many of their bits the stream states.
-
-    Raises:
-        CTReadError: undecodable, or of another size.
-    """
-    import SimpleITK as sitk  # 100 MB, which readers of other files can do without
-
-    try:
-        bits, *found = _rle_shape(stream, shape, allocated) if syntax == RLE else _stream_shape(stream)
-    except (IndexError, struct.error) as error:
-        raise CTReadError(source, "pixel data", "undecodable", "a stream of its transfer syntax") from error
-    if found != [*shape, 1] or not 2 <= bits <= min(16, allocated):
-        raise CTReadError(
-            source,
-            "pixel data",
-            f"{found} (rows, columns, samples) of {bits} bits",
-            f"{[*shape, 1]} of {allocated} bits",
-        )
-    with tempfile.NamedTemporaryFile(prefix="diffvp-", suffix=".dcm") as file:
-        file.write(_frame_header(syntax, shape, bits))
-        for fragment in (b"", stream):  # the empty table of offsets comes first
-            file.write(struct.pack("<HHI", 0xFFFE, 0xE000, len(fragment) + len(fragment) % 2))
-            file.write(fragment + b"\0" * (len(fragment) % 2))
-        file.write(struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
-        file.flush()
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(file.name)
-        reader.SetImageIO("GDCMImageIO")
-        try:
-            image = reader.Execute()
-        except RuntimeError as error:
-            raise CTReadError(source, "pixel data", "undecodable", "a slice that GDCM can decode") from error
-    if image.GetSize() != (*shape[::-1], 1) or image.GetNumberOfComponentsPerPixel() != 1:
-        raise CTReadError(source, "pixel data", "of another size", "what Rows and Columns promise")
-    pixels = sitk.GetArrayFromImage(image)[0]
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise CTReadError(source, "pixel data", "of another type", "unsigned integers")
-    return pixels, bits
-
-
-@lru_cache
-def _frame_header(syntax: str, shape: tuple[int, int], bits: int) -> bytes:
-    """A DICOM file up to the fragments of its one compressed frame: an image of unsigned numbers without a rescale."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import SecondaryCaptureImageStorage
-
-    one, one_file = Dataset(), io.BytesIO()
-    one.file_meta = FileMetaDataset()
-    one.file_meta.TransferSyntaxUID = syntax
-    one.SOPClassUID, one.SOPInstanceUID = SecondaryCaptureImageStorage, "2.25.1"
-    one.Rows, one.Columns = shape
-    one.SamplesPerPixel, one.PhotometricInterpretation, one.PixelRepresentation = 1, "MONOCHROME2", 0
-    one.BitsAllocated, one.BitsStored, one.HighBit = 8 if bits <= 8 else 16, bits, bits - 1
-    one.save_as(one_file, enforce_file_format=True)
-    return one_file.getvalue() + struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
-
-
-def _rle_shape(stream: bytes, shape: tuple[int, int], allocated: int) -> tuple[int, int, int, int]:
-    """As [`_stream_shape`], of a run-length encoded slice: it holds one segment for each byte of a pixel."""
-    count, *starts = struct.unpack_from("<16I", stream)
-    if 8 * count != allocated or not all(64 <= start < len(stream) for start in starts[:count]):
-        raise IndexError("segments outside the stream")
-    return allocated, *shape, 1
-
-
-def _stream_shape(stream: bytes) -> tuple[int, int, int, int]:
-    """Bits, rows, columns and samples per pixel that a JPEG, JPEG-LS or JPEG 2000 stream states.
-
-    pydicom's functions for it are private (JPEG), or leave out the size (JPEG 2000).
-
-    Raises:
-        IndexError, struct.error: no such stream.
-    """
-    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ comes first
-        width, height, left, top = struct.unpack_from(">4I", stream, 8)
-        samples, bits = struct.unpack_from(">HB", stream, 40)
-        return (bits & 0x7F) + 1, height - top, width - left, samples
-    position = 2
-    while True:
-        marker = stream[position + 1]
-        if marker == 0xFF:  # markers may be padded
-            position += 1
-            continue
-        (length,) = struct.unpack_from(">H", stream, position + 2)
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # start of frame
-            return struct.unpack_from(">BHHB", stream, position + 4)
-        position += 2 + length
-
-
 __all__ = [
-    "DECODED",
     "MAX_BYTES",
     "MAX_COMPRESSION",
     "MAX_FILES",
     "decode",
-    "decode_frame",
     "extract",
     "inflate",
     "inflate_data_set",

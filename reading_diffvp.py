@@ -46,8 +46,8 @@ def read_ct(
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
             DICOM slices, a DICOMDIR or a multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a
-            `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
-            posterior, z to superior (LPS)**, together with `spacing`.
+            `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x
+            growing to the patient's left, y to posterior, z to superior (LPS)**, together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used

@@ -31,9 +31,10 @@ MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it 
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
 MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
 SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
-# Share of the voxels in that range: 0.3 to 0.6 in real chest CTs, below 0.015 in the same after a second rescale or
-# with the bytes in the other order, of which the range of the voxels need not tell.
-MIN_SOFT_TISSUE = 0.02
+# Share in that range of the voxels, and of those that are neither air nor lung: around a small patient, most of a large
+# field is air. Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale or with the
+# bytes in the other order, of which the range of the voxels need not tell. One of the two suffices.
+MIN_SOFT_TISSUE, MIN_SOFT_BODY, BODY_HU = 0.02, 0.25, -700.0
 MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
@@ -276,7 +277,8 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     in_range = MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU
     sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
     soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
-    if in_range and soft >= MIN_SOFT_TISSUE:
+    body = float(np.mean(sample > BODY_HU))
+    if in_range and (soft >= MIN_SOFT_TISSUE or soft > MIN_SOFT_BODY * body):
         return True
     if allow_non_hu:
         return False
@@ -285,9 +287,9 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             source,
             "soft tissue",
             f"{soft:.1%} of the voxels",
-            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU; a rescale is "
-            "missing or was applied twice, or the bytes of a voxel are in the other order; allow_non_hu=True accepts "
-            "it with your own hu_window",
+            f"at least {MIN_SOFT_TISSUE:.0%}, or {MIN_SOFT_BODY:.0%} of the body, between {SOFT_TISSUE[0]:g} and "
+            f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the bytes of a voxel are in the "
+            "other order; allow_non_hu=True accepts it with your own hu_window",
         )
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export as of CTRG, whose Hounsfield units are lost"
