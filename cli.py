@@ -85,6 +85,9 @@ def report(
         int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
     ] = None,
     series: Annotated[str | None, typer.Option(help="Which DICOM series of several: number or UID.")] = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Read what is there of a DICOM series that lacks files.")
+    ] = False,
     spacing: Annotated[
         tuple[float, float, float] | None,
         typer.Option(help="mm along x, y, z of a NIfTI in LPS order whose header is blank."),
@@ -109,7 +112,7 @@ def report(
     with _reporting() as reporting:
         written = reporting(
             checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
-            spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
+            allow_incomplete=allow_incomplete, spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
         )  # fmt: skip
     if as_json:

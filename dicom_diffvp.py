@@ -70,20 +70,21 @@ def read_dicom(
     """
     source = path.name or str(path)
     with _files(path) as files:
-        found, lost = [], []
+        found, lost, damaged = [], [], []
         for file in files:
             try:
                 slices = read_header(file)
             except CTReadError as error:
                 if not allow_incomplete:
                     raise
-                slices = replace(file, why=error.found)
+                damaged.append(replace(file, why=error.found))
+                continue
             (lost.append if isinstance(slices, DicomFile) else found.extend)(slices)
         slices = _choose(found, series, source)
         if allow_incomplete:
-            lost += [replace(one.file, why="no pixels") for one in slices if not one.parts]
-            slices = [one for one in slices if one.parts]
-        warnings = _check_complete(slices, found, lost, source, allow_incomplete)
+            damaged += [replace(one.file, why="truncated") for one in slices if one.length < 0]
+            slices = [one for one in slices if one.length >= 0]
+        warnings = _check_complete(slices, found, _alike(slices, lost) + damaged, source, allow_incomplete)
         if path.is_file() and len(files) == 1 and len(slices) == 1 and path.suffix.lower() != ".zip":
             raise CTReadError(source, "number of frames", 1, "a multi-frame CT; of single slices, give their folder")
         if len(slices) < MIN_LENGTH:
@@ -108,7 +109,15 @@ def read_dicom(
 @contextlib.contextmanager
 def _files(path: Path) -> Iterator[list[DicomFile]]:
     """The files of a folder, an archive or a DICOMDIR, in a fixed order; without those that macOS adds to others."""
-    if not path.is_dir() and path.suffix.lower() == ".zip":
+    if path.is_dir():
+        files = []
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            files += [DicomFile(Path(folder, name), folder, name) for name in sorted(names) if name[:2] != "._"]
+            if len(files) > MAX_FILES:
+                raise CTReadError(path.name, "number of files", "too large", f"at most {MAX_FILES}: one study")
+        yield files
+    elif path.suffix.lower() == ".zip":
         with tempfile.TemporaryDirectory(prefix="diffvp-") as folder:
             try:
                 members = extract(path, Path(folder), is_dicom)
@@ -116,35 +125,29 @@ def _files(path: Path) -> Iterator[list[DicomFile]]:
                 expected = "a zip that passes its checksums"
                 raise CTReadError(path.name, "content", "a damaged archive", expected) from error
             files = [DicomFile(target, *os.path.split(name), "" if target else "no DICOM") for target, name in members]
-            yield [file for file in files if not (file.name.startswith("._") or file.folder.startswith("__MACOSX"))]
-        return
-    root = path if path.is_dir() else path.parent
-    if path.is_dir() or path.name.upper() == "DICOMDIR":
-        files = []
-        for folder, folders, names in os.walk(root):
-            folders.sort()
-            inner = os.path.relpath(folder, root)
-            files += [DicomFile(Path(folder, name), inner, name) for name in sorted(names) if name[:2] != "._"]
-            if len(files) > MAX_FILES:
-                raise CTReadError(path.name, "number of files", "too large", f"at most {MAX_FILES}: one study")
-        yield files if path.is_dir() else _listed(path, files)
+            yield [file for file in files if not (file.name[:2] == "._" or file.folder.startswith("__MACOSX"))]
     else:
-        yield [DicomFile(path, ".", path.name)]
+        yield _listed(path) if path.name.upper() == "DICOMDIR" else [DicomFile(path, "", path.name)]
 
 
-def _listed(path: Path, files: list[DicomFile]) -> list[DicomFile]:
-    """Of these files those that a DICOMDIR lists, and, without a path, those that it lists and that are not there."""
-    there = {os.path.normpath(os.path.join(file.folder, file.name)).casefold(): file for file in files}
+def _listed(path: Path) -> list[DicomFile]:
+    """The files that a DICOMDIR lists, in whatever case the disc was copied; those that are not there have no path."""
     expected = "a directory of DICOM files"
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise CTReadError(path.name, "size", f"above {MAX_HEADER_BYTES} bytes", expected)
         records = pydicom.dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence", [])
-        listed = [record.get("ReferencedFileID") for record in records]
-        names = [os.path.join(*([one] if isinstance(one, str) else one)) for one in listed if one]
+        ids = [one.get_item("ReferencedFileID").value for one in records if "ReferencedFileID" in one]
+        names = [one.decode("ascii").strip("\0 ").split("\\") for one in ids if one]
     except (OSError, *DAMAGED) as error:
         raise CTReadError(path.name, "content", "damaged", expected) from error
-    return [there.get(name.casefold()) or DicomFile(None, *os.path.split(name), "missing") for name in names]
+    files = []
+    for parts in names:
+        if not all(re.fullmatch(r"\w[\w .-]*", part, re.ASCII) for part in parts):
+            raise CTReadError(path.name, "ReferencedFileID", "outside of its folder", "files beside it")
+        tried = [path.parent.joinpath(*map(case, parts)) for case in (str, str.lower, str.upper)]
+        files.append(DicomFile(next(filter(Path.is_file, tried), None), os.path.join(*parts[:-1], ""), parts[-1]))
+    return files
 
 
 # Series
@@ -178,13 +181,23 @@ def _choose(found: list[Slice], series: int | str | None, source: str) -> list[S
 
 
 def _distinct(slices: list[Slice]) -> list[Slice]:
-    """The slices without those that equal another in header and pixels, as copies and second exports do."""
-    kept: dict[tuple, list[Slice]] = {}
+    """The slices without those that equal another, as copies and second exports do: in pixels and header, or UID."""
+    kept: dict[str, list[Slice]] = {}
     for one in slices:
-        same = kept.setdefault(tuple(sorted((k, v) for k, v in one.values.items() if k != "SOPInstanceUID")), [])
-        if not ("ImagePositionPatient" in one.values and any(equal_pixels(one, other) for other in same)):
+        same = kept.setdefault(one.text("ImagePositionPatient"), [])
+        if not (one.text("ImagePositionPatient") and any(_equal(one, other) for other in same)):
             same.append(one)
     return [one for same in kept.values() for one in same]
+
+
+def _equal(one: Slice, other: Slice) -> bool:
+    fields = "RescaleSlope", "RescaleIntercept", "ImageOrientationPatient", "PixelSpacing"
+    uid = one.text("SOPInstanceUID")
+    if uid and uid == other.text("SOPInstanceUID"):
+        header = all(one.text(name) == other.text(name) for name in fields)
+    else:
+        header = one.values | {"SOPInstanceUID": ""} == other.values | {"SOPInstanceUID": ""}
+    return header and equal_pixels(one, other)
 
 
 def _split(slices: list[Slice]) -> list[list[Slice]]:
@@ -205,7 +218,11 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
         overlap = any(lower[1] >= upper[0] - 1e-3 for lower, upper in itertools.pairwise(ends))
         finest = min(step(part) for part in parts.values())
         if overlap and max(map(len, parts.values())) >= MIN_LENGTH and step(slices) < MIN_INTERLEAVED * finest:
-            return [stack for _, part in sorted(parts.items()) for stack in _split(part)]
+            return [
+                stack
+                for _, part in sorted(parts.items(), key=lambda one: (len(one[0]), one[0]))
+                for stack in _split(part)
+            ]
     return [slices]
 
 
@@ -228,6 +245,22 @@ def _describe(slices: list[Slice]) -> str:
     return ", ".join([*said, text, *([f"{np.median(np.diff(places)):.3g} mm apart"] if len(slices) > 1 else [])])
 
 
+def _alike(slices: list[Slice], lost: list[DicomFile]) -> list[DicomFile]:
+    """The files that are no DICOM, but lie beside the slices under such a name: other names are notes or viewers."""
+    names = {(one.file.folder, one.file.name) for one in slices}
+    shapes = {(one.file.folder, shape) for one in slices for shape in one.file.shapes}
+    folders = {one.file.folder for one in slices}
+    found = []
+    for file in lost:
+        # IM0018.dcm.part stands for IM0018.dcm, unless that is there, too.
+        stem = replace(file, name=os.path.splitext(file.name)[0])
+        tried = [file] if (file.folder, stem.name) in names else [file, stem]
+        named = any((file.folder, shape) in shapes for one in tried for shape in one.shapes)
+        if named or (file.folder in folders and file.name.lower().endswith(DICOM_SUFFIXES)):
+            found.append(file)
+    return found
+
+
 def _check_complete(
     slices: list[Slice], found: list[Slice], lost: list[DicomFile], source: str, allow_incomplete: bool
 ) -> tuple[str, ...]:
@@ -235,43 +268,44 @@ def _check_complete(
 
     Args:
         slices: the stack. `found`: all slices and other pictures.
-        lost: files that are no readable DICOM.
+        lost: its files that could not be read.
 
     Raises:
         CTReadError: files are missing, and that is not allowed.
     """
     missing = []
-    folders = {one.file.folder for one in slices}
-    names = {one.file.name for one in slices}
-    shapes = set().union(*(one.file.shapes for one in slices))
-    for file in lost:
-        # IM0018.dcm.part stands for IM0018.dcm, unless that is there, too.
-        stem = replace(file, name=os.path.splitext(file.name)[0])
-        alike = shapes & file.shapes or (shapes & stem.shapes and stem.name not in names)
-        if file.folder in folders and (alike or file.name.lower().endswith(DICOM_SUFFIXES)):
-            missing.append((file.name, "content", file.why, "a DICOM slice, as its neighbours are"))
     for count, name in (
         ("ImagesInAcquisition", "AcquisitionNumber"), ("NumberOfSeriesRelatedInstances", "SeriesInstanceUID"),
         ("InConcatenationTotalNumber", "ConcatenationUID"),
     ):  # fmt: skip
-        for value in {one.text(name) for one in slices}:
-            whole = [one for one in slices if one.text(name) == value]
-            promised = [str(one.values[count]) for one in whole if count in one.values]
-            # Reformatted slices may carry the number of those that they were made of.
-            original = all("DERIVED" not in one.text("ImageType") for one in whole)
-            there = len({(one.file.path, one.text("SOPInstanceUID")) for one in found if one.text(name) == value})
-            if original and promised and promised[0].isdecimal() and there < int(promised[0]):
-                missing.append((source, count, f"{promised[0]}, with {there} there", "a complete series"))
-    if missing and not allow_incomplete:
-        where, field, what, expected = missing[0]
-        more = f"; {len(missing) - 1} more like this" if len(missing) > 1 else ""
-        raise CTReadError(where, field, what + more, expected + "; allow_incomplete=True reads what is there")
-    unread = sum(field == "content" for _, field, _, _ in missing)
-    warnings = [f"{unread} files of the series could not be read."] if unread else []
-    return (
-        *warnings,
-        *(f"Slices are missing: {field} is {what}." for _, field, what, _ in missing if field != "content"),
-    )
+        for value in sorted({one.text(name) for one in slices}):
+            part = [one for one in slices if one.text(name) == value]
+            promises = [str(one.values.get(count, "")) for one in part]
+            promised = max((int(number) for number in promises if number.isdecimal()), default=0)
+            # Reformatted slices may carry the number of those that they were made of. The images of an acquisition may
+            # be those of several series.
+            derived = count == "ImagesInAcquisition" and any("DERIVED" in one.text("ImageType") for one in part)
+            everywhere = [one for one in found if one.text(name) == value]
+            series = [one for one in everywhere if one.text("SeriesInstanceUID") == part[0].text("SeriesInstanceUID")]
+            there, total = (
+                len({one.text("SOPInstanceUID") or one.file.path for one in ones}) for ones in (series, everywhere)
+            )
+            if there < promised != total and not derived:
+                missing.append((count, promised, there))
+    if allow_incomplete:
+        unread = [f"{len(lost)} files of the series could not be read."] if lost else []
+        return (
+            *unread,
+            *(f"{count} is {promised}, of which {there} are there." for count, promised, there in missing),
+        )
+    allowed = "allow_incomplete=True (--allow-incomplete) reads what is there"
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CTReadError(lost[0].name, "content", lost[0].why + more, f"a slice, as its neighbours are; {allowed}")
+    if missing:
+        count, promised, there = missing[0]
+        raise CTReadError(source, count, f"{promised}, with {there} files there", f"all of the scan; {allowed}")
+    return ()
 
 
 # Grid

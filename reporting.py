@@ -126,6 +126,7 @@ def write_report(
     spacing: tuple[float, float, float] | None = None,
     metadata: CTMetadata | None = None,
     series: int | str | None = None,
+    allow_incomplete: bool = False,
     allow_non_hu: bool = False,
     hu_window: tuple[float, float] | None = None,
     foreground_hu: float | None = None,
@@ -143,7 +144,7 @@ def write_report(
         ct: whatever [`read_ct`] takes.
         output_dir: appears complete or not at all; replaces an earlier report, and nothing else.
         reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
-        spacing, metadata, series: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
+        spacing, metadata, series, allow_incomplete: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
             reference given as an array.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         max_new_tokens: where to stop; the default is the checkpoint's.
@@ -167,7 +168,7 @@ def write_report(
     options = {key: value for key, value in options.items() if value is not None}
     if isinstance(ct, (list, tuple)):
         raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
-    ct = read_ct(ct, spacing, allow_non_hu, metadata, series)  # once, for the tensor and for the figure
+    ct = read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)  # once, for the tensor and for the figure
     given = reference
     if reference is not None:
         is_array = isinstance(reference, (np.ndarray, torch.Tensor))
@@ -274,6 +275,7 @@ def describe_report(
         "This model takes no difference: the map is empty.": model.config.difference_level == "none",
         f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
         and not geometry.layout.startswith("DICOM"),
+        **dict.fromkeys(geometry.warnings, True),
     }
     document = {
         "statement": RESEARCH_USE,

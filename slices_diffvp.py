@@ -8,11 +8,10 @@ the generator 30, and reading their pixels another 80.
 
 import io
 import itertools
-import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +29,7 @@ MAX_VALUE_LENGTH = 1024  # bytes of a header field that is used here: each holds
 MAX_HEADER_BYTES = 2**25  # what stands before the pixels; of a multi-frame object 1 or 2 KB a frame
 MAX_ITEMS, MAX_FRAGMENTS = 100_000, 20_000  # that pydicom makes objects of, at 10 microseconds each
 MAX_ICONS = 16  # pictures within a header
+MAX_NUMBER = 1e6  # mm: one kilometre
 DAMAGED = (  # what pydicom raises on bytes that are no DICOM
     struct.error, ValueError, EOFError, NotImplementedError, KeyError, AttributeError, TypeError, RecursionError,
     InvalidDicomError,
@@ -46,7 +46,8 @@ PARTS = (
     "SeriesNumber", "StudyInstanceUID", "ConvolutionKernel", "ImageType", "FrameType", "SliceThickness", "KVP",
     "ContrastBolusAgent", "FilterType", "ReconstructionDiameter", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime", "StackID", "FrameAcquisitionNumber",
-    "AcquisitionNumber", "AcquisitionDateTime", "AcquisitionTime",
+    "AcquisitionNumber", "IrradiationEventUID", "FrameOfReferenceUID", "SeriesDescription", "AcquisitionDateTime",
+    "AcquisitionTime", "SeriesTime", "ContentTime",
 )  # fmt: skip
 TEXTS = {
     pydicom.datadict.tag_for_keyword(name): name
@@ -154,8 +155,8 @@ class Slice:
             numbers = np.array([float(number) for number in self.text(name).split("\\")])
         except ValueError as error:
             raise CTGeometryError(self.name, name, "missing or not numbers", f"{count} numbers") from error
-        if numbers.size != count or not np.isfinite(numbers).all():
-            raise CTGeometryError(self.name, name, f"{numbers.size} numbers", f"{count} finite numbers")
+        if numbers.size != count or not (np.abs(numbers) < MAX_NUMBER).all():
+            raise CTGeometryError(self.name, name, f"{numbers.size} numbers", f"{count} numbers below {MAX_NUMBER:g}")
         return numbers
 
     def place(self) -> float:
@@ -211,7 +212,7 @@ def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
         DAMAGED
     """
     data.seek(start)
-    head = io.BytesIO(data.read(MAX_VALUE_LENGTH * 8))
+    head = io.BytesIO(data.read(2**14))
     generator = data_element_generator(head, False, True, lambda tag, vr, length: tag >> 16 != 2)
     meta = {element.tag: (element.value or b"").decode("ascii", "replace").strip("\0 ") for element in generator}
     start, syntax, kind = start + head.tell(), meta.get(TRANSFER_SYNTAX, ""), meta.get(MEDIA_STORAGE, "")
@@ -333,13 +334,14 @@ def _fields(group: pydicom.Dataset) -> dict[str, str]:
     """The fields of a frame, or of all, from the sequences of a functional group (PS3.3, C.7.6.16)."""
     found = {}
     # What a converter left in the sequences of unassigned attributes (0020,9170 and 9171) gives way to the rest.
-    for element in sorted(group, key=lambda element: element.tag not in (0x00209170, 0x00209171)):
+    for tag in sorted(group.keys(), key=lambda tag: int(tag) not in (0x00209170, 0x00209171)):
+        element = group[tag]
         if element.VR == "SQ" and len(element.value) == 1:
-            for tag in element.value[0].keys() & TEXTS.keys():
-                value = element.value[0][tag].value
-                if value is not None:
-                    numbers = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
-                    found[TEXTS[tag]] = "\\".join(map(str, numbers))
+            item = element.value[0]
+            for field in item.keys() & TEXTS.keys():
+                value = item.get_item(field).value  # as bytes: pydicom warns of values that it converts
+                if isinstance(value, bytes):
+                    found[TEXTS[field]] = value.decode("ascii", "replace").strip("\0 ")
     return found
 
 
@@ -360,10 +362,10 @@ def _fragments(data: BinaryIO, start: int, frames: int) -> list[tuple[tuple[int,
     if frames == 1:
         return [tuple(fragments)]
     if len(offsets) == frames:
-        starts = [first + offset + 8 for offset in offsets] + [math.inf]
-        parts = [tuple(one for one in fragments if a <= one[0] < b) for a, b in itertools.pairwise(starts)]
-        if all(part and part[0][0] == place for part, place in zip(parts, starts, strict=False)):
-            return parts
+        places = {start: number for number, (start, _) in enumerate(fragments)}
+        firsts = [places.get(first + offset + 8, -1) for offset in offsets] + [len(fragments)]
+        if firsts[0] == 0 and all(a < b for a, b in itertools.pairwise(firsts)):
+            return [tuple(fragments[a:b]) for a, b in itertools.pairwise(firsts)]
     if len(fragments) != frames:
         raise ValueError("fragments of which nothing says whose they are")
     return [(fragment,) for fragment in fragments]
