@@ -112,7 +112,8 @@ def report(
     with _reporting() as reporting:
         written = reporting(
             checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
-            allow_incomplete=allow_incomplete, spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
+            allow_incomplete=allow_incomplete, spacing=spacing,
+            metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
         )  # fmt: skip
     if as_json:

@@ -17,14 +17,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
 from .decoding_diffvp import MAX_FILES, extract
 from .pixels_diffvp import check_slice, equal_pixels, read_voxels, rescale_of
-from .slices_diffvp import DAMAGED, MAX_HEADER_BYTES, PARTS, DicomFile, Slice, is_dicom, read_header
+from .slices_diffvp import PARTS, DicomFile, Slice, is_dicom, read_directory, read_header
 from .volume_diffvp import (
     LPS_TO_RAS,
     MAX_TILT_COSINE,
@@ -38,7 +38,7 @@ from .volume_diffvp import (
 
 # How far a slice may lie from its place in an even stack: of the slice spacing, or mm, for headers round positions to
 # 0.1 mm.
-MAX_SLICE_OFFSET, ROUNDING = 0.1, 0.06
+MAX_SLICE_OFFSET, ROUNDING = 0.1, 0.1
 MAX_COSINE_DIFFERENCE = 2e-3  # between slices: 0.1 degrees
 MAX_SPACING_DIFFERENCE = 5e-3  # of the pixel spacing: half a voxel at the edge of 200
 MIN_INTERLEAVED = 0.75  # parts whose slices lie closer to another part's than this share of their spacing are mixed
@@ -131,22 +131,20 @@ def _files(path: Path) -> Iterator[list[DicomFile]]:
 
 
 def _listed(path: Path) -> list[DicomFile]:
-    """The files that a DICOMDIR lists, in whatever case the disc was copied; those that are not there have no path."""
-    expected = "a directory of DICOM files"
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise CTReadError(path.name, "size", f"above {MAX_HEADER_BYTES} bytes", expected)
-        records = pydicom.dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence", [])
-        ids = [one.get_item("ReferencedFileID").value for one in records if "ReferencedFileID" in one]
-        names = [one.decode("ascii").strip("\0 ").split("\\") for one in ids if one]
-    except (OSError, *DAMAGED) as error:
-        raise CTReadError(path.name, "content", "damaged", expected) from error
+    """The files that a DICOMDIR lists, in whatever case the disc was copied, whether they are there or not."""
+
+    @cache
+    def inside(folder: Path) -> dict[str, str]:
+        return {name.casefold(): name for name in os.listdir(folder)} if folder.is_dir() else {}
+
     files = []
-    for parts in names:
+    for parts in read_directory(path, path.name):
         if not all(re.fullmatch(r"\w[\w .-]*", part, re.ASCII) for part in parts):
             raise CTReadError(path.name, "ReferencedFileID", "outside of its folder", "files beside it")
-        tried = [path.parent.joinpath(*map(case, parts)) for case in (str, str.lower, str.upper)]
-        files.append(DicomFile(next(filter(Path.is_file, tried), None), os.path.join(*parts[:-1], ""), parts[-1]))
+        place = path.parent
+        for part in parts:
+            place = place / inside(place).get(part.casefold(), part)
+        files.append(DicomFile(place, os.path.join(*parts[:-1], ""), parts[-1]))
     return files
 
 
@@ -192,8 +190,7 @@ def _distinct(slices: list[Slice]) -> list[Slice]:
 
 def _equal(one: Slice, other: Slice) -> bool:
     fields = "RescaleSlope", "RescaleIntercept", "ImageOrientationPatient", "PixelSpacing"
-    uid = one.text("SOPInstanceUID")
-    if uid and uid == other.text("SOPInstanceUID"):
+    if (uid := one.text("SOPInstanceUID")) and (uid, one.frame) == (other.text("SOPInstanceUID"), other.frame):
         header = all(one.text(name) == other.text(name) for name in fields)
     else:
         header = one.values | {"SOPInstanceUID": ""} == other.values | {"SOPInstanceUID": ""}

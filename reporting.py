@@ -144,8 +144,8 @@ def write_report(
         ct: whatever [`read_ct`] takes.
         output_dir: appears complete or not at all; replaces an earlier report, and nothing else.
         reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
-        spacing, metadata, series, allow_incomplete: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
-            reference given as an array.
+        spacing, metadata, series, allow_incomplete: what `ct` needs to be understood, see [`read_ct`]; `spacing` also
+            holds for a reference given as an array.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
@@ -168,7 +168,7 @@ def write_report(
     options = {key: value for key, value in options.items() if value is not None}
     if isinstance(ct, (list, tuple)):
         raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
-    ct = read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)  # once, for the tensor and for the figure
+    ct = read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)  # once, for tensor and figure
     given = reference
     if reference is not None:
         is_array = isinstance(reference, (np.ndarray, torch.Tensor))

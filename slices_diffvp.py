@@ -30,24 +30,28 @@ MAX_HEADER_BYTES = 2**25  # what stands before the pixels; of a multi-frame obje
 MAX_ITEMS, MAX_FRAGMENTS = 100_000, 20_000  # that pydicom makes objects of, at 10 microseconds each
 MAX_ICONS = 16  # pictures within a header
 MAX_NUMBER = 1e6  # mm: one kilometre
-DAMAGED = (  # what pydicom raises on bytes that are no DICOM
-    struct.error, ValueError, EOFError, NotImplementedError, KeyError, AttributeError, TypeError, RecursionError,
-    InvalidDicomError,
-)  # fmt: skip
+# What pydicom raises on bytes that are no DICOM.
+DAMAGED = (struct.error, ValueError, EOFError, NotImplementedError, RecursionError, InvalidDicomError)
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 TRANSFER_SYNTAX, MEDIA_STORAGE, PIXEL_DATA = 0x00020010, 0x00020002, 0x7FE00010
 SHARED_GROUPS, FRAME_GROUPS, MODALITY_LUT = 0x52009229, 0x52009230, 0x00283000
+# Sequences of a functional group: what a converter did not assign, which gives way to the rest; frame content, type,
+# exposure, cardiac phase, reconstruction; position, orientation, pixel spacing and rescale.
+GROUPS = (
+    0x00209170, 0x00209171, 0x00209111, 0x00189329, 0x00189325, 0x00189118, 0x00189314, 0x00209113, 0x00209116,
+    0x00289110, 0x00289145,
+)  # fmt: skip
 PIXEL_FIELDS = (
     "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
 )  # fmt: skip
 # What tells the parts of a series apart, the rest of it after what a reader of the list knows best.
 PARTS = (
-    "SeriesNumber", "StudyInstanceUID", "ConvolutionKernel", "ImageType", "FrameType", "SliceThickness", "KVP",
+    "SeriesNumber", "ConvolutionKernel", "ImageType", "FrameType", "SliceThickness", "KVP",
     "ContrastBolusAgent", "FilterType", "ReconstructionDiameter", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime", "StackID", "FrameAcquisitionNumber",
-    "AcquisitionNumber", "IrradiationEventUID", "FrameOfReferenceUID", "SeriesDescription", "AcquisitionDateTime",
-    "AcquisitionTime", "SeriesTime", "ContentTime",
+    "AcquisitionNumber", "IrradiationEventUID", "SeriesDescription", "AcquisitionDateTime", "FrameOfReferenceUID",
+    "AcquisitionTime", "SeriesTime", "ContentTime", "StudyInstanceUID",
 )  # fmt: skip
 TEXTS = {
     pydicom.datadict.tag_for_keyword(name): name
@@ -71,6 +75,7 @@ RLE = "1.2.840.10008.1.2.5"
 # What GDCM decodes: JPEG (8 and 12 bits, lossless twice), JPEG-LS, JPEG 2000 (parts 1 and 2, high-throughput), RLE.
 DECODED = {*(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)), RLE}
 DICOMDIR = "1.2.840.10008.1.3.10"
+DIRECTORY_RECORDS, FILE_ID = 0x00041220, 0x00041500
 # Pictures that are no slice, and projections: maxima, minima or renderings over a slab are no HU of a place.
 OTHER_IMAGES = re.compile(
     "LOCALIZER|SCOUT|TOPOGRAM|SCREEN.?SAVE|MIP|M(?:AX|IN)(?:IMUM|.?IP|.?INT)|PROJECTION|RENDER|(?<![A-Z])(?:VRT|SSD)"
@@ -247,6 +252,26 @@ def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
     ]  # fmt: skip
 
 
+def read_directory(path: Path, name: str) -> list[list[str]]:
+    """The files that a DICOMDIR lists, each as the names of its folders and its own.
+
+    Raises:
+        CTReadError
+    """
+    try:
+        content = path.read_bytes() if path.stat().st_size <= MAX_HEADER_BYTES else b""
+        data, ids = io.BytesIO(content), []
+        data.seek(132)
+        for element in data_element_generator(data, False, True, specific_tags=[DIRECTORY_RECORDS]):
+            if int(element.tag) == DIRECTORY_RECORDS:
+                ids = [one.get_item(FILE_ID) for one in _sequence(element, content, False, True) if FILE_ID in one]
+        if content[128:132] != b"DICM" or data.tell() > len(content):
+            raise ValueError("cut off, or no DICOM")
+        return [one.value.decode("ascii").strip("\0 ").split("\\") for one in ids if one.value]
+    except (OSError, *DAMAGED) as error:
+        raise CTReadError(name, "content", "damaged", "a directory of DICOM files") from error
+
+
 def _elements(data: BinaryIO, little: bool) -> tuple[dict, list[dict[str, str]], tuple[int, int] | None]:
     """The fields of a data set, those of each frame, and where its pixels begin and how long they are.
 
@@ -333,11 +358,9 @@ def _sequence(element, head: bytes, implicit: bool, little: bool) -> list[pydico
 def _fields(group: pydicom.Dataset) -> dict[str, str]:
     """The fields of a frame, or of all, from the sequences of a functional group (PS3.3, C.7.6.16)."""
     found = {}
-    # What a converter left in the sequences of unassigned attributes (0020,9170 and 9171) gives way to the rest.
-    for tag in sorted(group.keys(), key=lambda tag: int(tag) not in (0x00209170, 0x00209171)):
-        element = group[tag]
-        if element.VR == "SQ" and len(element.value) == 1:
-            item = element.value[0]
+    for tag in GROUPS:
+        if tag in group and group.get_item(tag).VR in ("SQ", "UN", None) and len(group[tag].value or ()) == 1:
+            item = group[tag].value[0]
             for field in item.keys() & TEXTS.keys():
                 value = item.get_item(field).value  # as bytes: pydicom warns of values that it converts
                 if isinstance(value, bytes):
@@ -384,5 +407,6 @@ __all__ = [
     "DicomFile",
     "Slice",
     "is_dicom",
+    "read_directory",
     "read_header",
 ]

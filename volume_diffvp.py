@@ -31,9 +31,9 @@ MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it 
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
 MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
 SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
-# Share in that range of the voxels, and of those that are neither air nor lung, for most of the field of a small patient
-# is air. Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale, or with bytes in
-# the other order, of which the range of the voxels need not tell. One of the two suffices.
+# Share in that range of the voxels, and of those that are neither air nor lung: a small patient's field is mostly air.
+# Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale, or with bytes in the
+# other order, of which the range of the voxels need not tell. One of the two suffices.
 MIN_SOFT_TISSUE, MIN_SOFT_BODY, BODY_HU = 0.02, 0.25, -700.0
 MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
