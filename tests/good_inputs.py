@@ -51,11 +51,11 @@ def tags(**values):
     return change
 
 
-def rewritten(change: Callable[[Path], None]) -> Writer:
-    """`change(path)` alters each file once it is written."""
+def rewritten(change: Callable[[Path], None], only: slice = slice(None)) -> Writer:
+    """`change(path)` alters each file once it is written, or some of them."""
 
     def write(folder: Path) -> tuple[Path, np.ndarray]:
-        for path in sorted(write_dicom(folder / "series", make_ct()).iterdir()):
+        for path in sorted(write_dicom(folder / "series", make_ct()).iterdir())[only]:
             change(path)
         return folder / "series", make_ct()
 
@@ -247,7 +247,8 @@ GOOD: list[tuple[str, Writer]] = [
     ("DICOM: deflated", series(lambda k, one: setattr(
         one.file_meta, "TransferSyntaxUID", DeflatedExplicitVRLittleEndian))),
     ("DICOM: without preamble and meta header", rewritten(bare)),
-    ("DICOM: implicit VR under an explicit syntax", rewritten(implicit_that_says_explicit)),
+    # In one slice, for GDCM takes seconds for each.
+    ("DICOM: implicit VR under an explicit syntax", rewritten(implicit_that_says_explicit, slice(4, 5))),
     ("DICOM: explicit VR under the implicit syntax", rewritten(explicit_that_says_implicit)),
     ("DICOM: RLE", series(lambda k, one: one.compress(RLELossless))),
     ("DICOM: JPEG-LS", compressed("JPEG-LS", JPEG_LS)),

@@ -16,7 +16,7 @@ from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTReadError, resample
 
 from .ct_samples import SPACING, make_ct, write_dicom, write_enhanced
-from .good_inputs import bare, check, dicomdir
+from .good_inputs import bare, check, dicomdir, implicit_that_says_explicit
 
 Z = SPACING[2]
 LPS = make_ct()
@@ -271,6 +271,12 @@ def test_implicit_elements_whose_length_looks_like_a_type_are_read_or_refused(tm
         pass
 
 
+def test_a_series_of_implicit_elements_that_says_explicit(tmp_path):
+    for path in write_dicom(tmp_path / "s", LPS).iterdir():
+        implicit_that_says_explicit(path)
+    check(read_ct(tmp_path / "s"), LPS)
+
+
 # Doubled and mixed
 
 
@@ -408,7 +414,8 @@ def test_a_uid_that_all_slices_share_drops_none(tmp_path):
     [
         ["DERIVED", "SECONDARY", "AXIAL", "MIP"], ["DERIVED", "PRIMARY", "AXIAL", "MIN_IP"],
         ["DERIVED", "SECONDARY", "PROJECTION IMAGE"], ["DERIVED", "SECONDARY", "OTHER", "CSA MIP"],
-        ["DERIVED", "SECONDARY", "AXIAL", "MAX_IP"], ["DERIVED", "SECONDARY", "MINIP"], ["DERIVED", "SECONDARY", "VRT"],
+        ["DERIVED", "SECONDARY", "AXIAL", "MAX_IP"], ["DERIVED", "SECONDARY", "MINIP"],
+        ["DERIVED", "SECONDARY", "VRT"],
         ["DERIVED", "SECONDARY", "AXIAL", "MAXIMUM"], ["ORIGINAL", "PRIMARY", "LOCALIZER"],
     ],
 )  # fmt: skip
