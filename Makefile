@@ -25,6 +25,7 @@ TESTS_ON_TRANSFORMERS := \
 
 # What mlinter has rules for: the configuration, the model and the processor.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
+RULES := $(VENV)/mlinter-rules.toml
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 AXE := $(VENV)/axe/package/axe.min.js
@@ -56,9 +57,16 @@ demo: $(CORE)  ## write the report, the difference map and the figure of an unse
 test: $(DEV)  ## run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(DEV)  ## ruff, and transformers' structural linter on the files that ship to the Hub
+lint: $(DEV) $(RULES)  ## ruff, and transformers' structural linter on the files that ship to the Hub
 	$(BIN)/ruff check .
-	$(BIN)/mlinter --no-progress $(MODEL_FILES)
+	$(BIN)/mlinter --no-progress --rules-toml $(RULES) $(MODEL_FILES)
+
+# Off: TRF057 (auto_docstring would replace our docstrings by generic text), TRF041 (a comment at each branch on a config
+# value; here they are the paper's ablations, which DiffVPConfig documents), TRF019 (`_defaults`, which 5.19 reads).
+$(RULES): $(DEV) Makefile
+	@rules=$$($(BIN)/python -c "import mlinter, pathlib; print(pathlib.Path(mlinter.__file__).with_name('rules.toml'))"); \
+	for rule in TRF019 TRF041 TRF057; do script="$$script;/^\[rules.$$rule\]/,/^default_enabled/s/= true/= false/"; done; \
+	sed "$${script#;}" "$$rules" > $@
 
 format: $(DEV)  ## put the code into ruff's form
 	$(BIN)/ruff check --fix .

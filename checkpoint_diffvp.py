@@ -1,8 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the base LLM comes from, and strict loading of a checkpoint's own weights."""
+"""
+The checkpoint: own weights in `model.safetensors`, LoRA in `adapter/`, the base LLM by name.
+
+Nothing else reads or writes weights.
+"""
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import os
@@ -12,15 +17,24 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
+
+from .bases_diffvp import check_language_model
+from .configuration_diffvp import DiffVPConfig
+from .pipeline_diffvp import CUSTOM_PIPELINES
 
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_SUBFOLDER = "adapter"
 PYPI_SCHEME = "pypi:"
+BASE_PREFIX = "language_model."
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
 
 
 class DiffVPCheckpointError(RuntimeError):
@@ -152,3 +166,185 @@ def load_own_weights(model: nn.Module, name: str, prefix_of_base: str, **hub_kwa
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
+
+
+class DiffVPCheckpointMixin:
+    """Loading, saving and merging of [`DiffVPForConditionalGeneration`]."""
+
+    @classmethod
+    def from_base(
+        cls,
+        base_model_name_or_path: str,
+        *,
+        base_model_revision: str | None = None,
+        base_model_gguf_file: str | None = None,
+        lora_config: LoraConfig | None = None,
+        config: dict | None = None,
+        **llm_kwargs,
+    ) -> "DiffVPCheckpointMixin":
+        """
+        Start a model for training on a causal LLM that decodes from embeddings, and a batch like its rows alone.
+
+        Args:
+            base_model_name_or_path, base_model_revision, base_model_gguf_file: see [`DiffVPConfig`].
+            lora_config: PEFT's config of the adapter; without one the LLM stays frozen as it is.
+            config: fields of [`DiffVPConfig`] that differ from the defaults.
+            llm_kwargs: loading options of the LLM (dtype, device_map, quantization_config, ...).
+
+        Raises:
+            DiffVPBaseModelError: the LLM cannot be a base (see [`check_language_model`]).
+        """
+        base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
+        language_model = load_base_model(*base, **llm_kwargs)
+        check_language_model(language_model, base_model_name_or_path)
+        model_config = DiffVPConfig(
+            text_config=copy.deepcopy(language_model.config),
+            base_model_name_or_path=base_model_name_or_path,
+            base_model_revision=base_model_revision,
+            base_model_gguf_file=base_model_gguf_file,
+            **(config or {}),
+        )
+        model = cls(model_config, language_model=language_model)
+        model._place_own_modules()
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        if lora_config is not None:
+            language_model.add_adapter(lora_config)
+        return model.eval()
+
+    def _place_own_modules(self) -> None:
+        """Own modules follow the LLM's device and floating-point type, which is not that of its 4-bit weights."""
+        for name, child in self.named_children():
+            if name != "language_model":
+                child.to(device=self.language_model.device, dtype=self.language_model.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args,
+        config: DiffVPConfig | None = None,
+        base_model_name_or_path: str | None = None,
+        is_trainable: bool = False,
+        **kwargs,
+    ) -> "DiffVPCheckpointMixin":
+        """
+        Load a checkpoint with its base LLM and adapter.
+
+        Args:
+            base_model_name_or_path: another place of the same base LLM, such as a local directory.
+            is_trainable: load the adapter for training.
+            kwargs: the Hub's (`revision`, `token`, `cache_dir`, ...) and the LLM's loading options (`dtype`,
+                `device_map`, `max_memory`, `attn_implementation`, `quantization_config`, `offload_folder`).
+
+        Raises:
+            DiffVPCheckpointError: a weight is missing, unexpected or of another shape, or the base LLM is not the one
+                that the configuration describes.
+        """
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        # Merged exports hold the LLM's weights, every other checkpoint names its base.
+        if config.base_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+        service = ("_commit_hash", "_from_auto", "adapter_kwargs", "trust_remote_code", "use_safetensors")
+        for key in (*HUB_KWARGS, *service):
+            kwargs.pop(key, None)
+        loading_info = kwargs.pop("output_loading_info", False)
+        unknown = sorted(set(kwargs) - set(LLM_KWARGS))
+        if unknown or model_args:
+            raise TypeError(f"from_pretrained got unexpected argument(s): {', '.join(unknown) or model_args}.")
+        if kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = config.dtype or torch.float32
+        if base_model_name_or_path is None:
+            base = (config.base_model_name_or_path, config.base_model_revision, config.base_model_gguf_file)
+        else:
+            base = (base_model_name_or_path,)
+        base_hub_kwargs = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        language_model = load_base_model(*base, **base_hub_kwargs, **kwargs)
+        for field in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
+            found, expected = getattr(language_model.config, field), getattr(config.text_config, field)
+            if found != expected:
+                raise DiffVPCheckpointError(f"{base[0]}: {field} is {found}, the checkpoint was made for {expected}.")
+        model = cls(config, language_model=language_model)
+        load_own_weights(model, pretrained_model_name_or_path, BASE_PREFIX, **hub_kwargs)
+        model._place_own_modules()
+        adapter = locate_adapter(pretrained_model_name_or_path, **hub_kwargs)
+        if config.has_adapter and adapter is None:
+            raise DiffVPCheckpointError(
+                f"{pretrained_model_name_or_path} was saved with an adapter, but {ADAPTER_SUBFOLDER}/ is not there."
+            )
+        if adapter is not None:
+            language_model.load_adapter(adapter, is_trainable=is_trainable)
+        model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        model.eval()
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, info) if loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Save own weights and adapter, without the base LLM unless the checkpoint is self-contained.
+
+        `state_dict` may be the gathered state of the whole model (FSDP, DeepSpeed).
+        """
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        # Loadable through two auto classes; the saver only knows the one the class is registered for.
+        auto_map = dict(getattr(self.config, "auto_map", None) or {})
+        auto_map["AutoModelForImageTextToText"] = "modeling_diffvp.DiffVPForConditionalGeneration"
+        self.config.auto_map = auto_map
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        self.config.has_adapter = self.language_model._hf_peft_config_loaded
+        if self.config.base_model_name_or_path is None:
+            return super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs
+            )
+
+        state = self.state_dict() if state_dict is None else state_dict
+        own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
+        if self.language_model._hf_peft_config_loaded:
+            adapter_config = next(iter(self.language_model.peft_config.values()))
+            # PEFT would write the path that the base happened to be loaded from on this machine.
+            adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
+            adapter_config.revision = self.config.base_model_revision
+            adapter_config.inference_mode = True  # as PEFT's own save_pretrained: whoever loads it asks for training
+            self.language_model.save_pretrained(
+                Path(save_directory) / ADAPTER_SUBFOLDER,
+                is_main_process=is_main_process,
+                state_dict={
+                    key.removeprefix(BASE_PREFIX): value for key, value in state.items() if key.startswith(BASE_PREFIX)
+                },
+            )
+        super().save_pretrained(save_directory, is_main_process, own, **kwargs)
+        if push_to_hub:  # only now: transformers would take the adapter, which is there already, for an old file
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def merge_adapter(self) -> None:
+        """Fold LoRA into the LLM's weights in place: the same outputs, decoded faster, no longer trainable."""
+        language_model = self.language_model
+        if getattr(language_model, "is_quantized", False):
+            raise DiffVPCheckpointError("LoRA is not merged into a quantised LLM, the sum would be rounded again.")
+        for name, module in list(language_model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge(safe_merge=True)
+                language_model.set_submodule(name, module.get_base_layer())
+        language_model._hf_peft_config_loaded = False
+
+    def export_merged(self, save_directory: str | os.PathLike) -> None:
+        """
+        Write a self-contained checkpoint: LoRA merged into the LLM, all weights in `model.safetensors`.
+
+        It contains the base LLM: mind the licence under which that may be passed on.
+        """
+        merged = copy.deepcopy(self)
+        merged.merge_adapter()
+        merged.config.base_model_name_or_path = None
+        merged.config.base_model_revision = None
+        merged.config.base_model_gguf_file = None
+        merged.save_pretrained(save_directory)

@@ -33,7 +33,10 @@ out, err = Console(), Console(stderr=True)  # results; progress, warnings, error
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pin one.")]
-Engine = Annotated[str, typer.Option(help="What decodes: transformers, or vllm (docs/scaling.md).")]
+Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or vllm (docs/scaling.md).")]
+AnyAnatomy = Annotated[
+    bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -82,15 +85,17 @@ def report(
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of the reference.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
-    series: Annotated[str | None, typer.Option(help="Which DICOM series of several: number or UID.")] = None,
+    series: Annotated[
+        str | None, typer.Option(help="DICOM series to read if there are several (number or UID).")
+    ] = None,
     allow_incomplete: Annotated[
         bool, typer.Option("--allow-incomplete", help="Read what is there of a DICOM series that lacks files.")
     ] = False,
     spacing: Annotated[
         tuple[float, float, float] | None,
-        typer.Option(help="mm along x, y, z of a NIfTI in LPS order whose header is blank."),
+        typer.Option(help="Voxel size in mm along x, y, z, for a NIfTI file with a blank header."),
     ] = None,
     metadata: Annotated[
         Path | None, typer.Option(help="CT-RATE's metadata table, for scans of its version 1 with blank headers.")
@@ -99,11 +104,12 @@ def report(
         bool, typer.Option("--allow-non-hu", help="Accept voxels that are not Hounsfield units.")
     ] = False,
     hu_window: Annotated[
-        tuple[float, float] | None, typer.Option(help="Values that become -1 and 1 (default: the checkpoint's).")
+        tuple[float, float] | None, typer.Option(help="HU at the ends of the window (default: the checkpoint's).")
     ] = None,
     foreground_hu: Annotated[
-        float | None, typer.Option(help="Value above which a voxel is of the patient (default: the checkpoint's).")
+        float | None, typer.Option(help="HU threshold separating patient from air (default: the checkpoint's).")
     ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
     engine: Engine = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
@@ -115,6 +121,7 @@ def report(
             allow_incomplete=allow_incomplete, spacing=spacing,
             metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
+            allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
@@ -136,8 +143,9 @@ def batch(
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where to stop (default: the checkpoint's).")
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
     _quiet()
@@ -148,13 +156,20 @@ def batch(
         name, hub_kwargs = _checkpoint(checkpoint, revision)
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
-        writer = ReportWriter(name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, hub_kwargs=hub_kwargs)
+        writer = ReportWriter(
+            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            hub_kwargs=hub_kwargs,
+        )  # fmt: skip
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
             task = progress.add_task("Scans", total=len(listed))
             try:
                 file = write_reports(
                     listed, output, writer, batch_size=batch_size, workers=workers,
                     on_progress=lambda file: progress.update(task, completed=len(file.done) + file.failed),
+                    on_replaced=lambda count: err.print(
+                        f"{output.name} has reports of other scans of the same name as {count} of these: they are "
+                        "read, and their reports added.", soft_wrap=True, markup=False,
+                    ),
                 )  # fmt: skip
             except KeyboardInterrupt:
                 progress.stop()
@@ -238,10 +253,8 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data; say what the run would take; train nothing.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Devices that the dry run reckons with.")] = 1,
-    tflops: Annotated[
-        float | None, typer.Option(help="TFLOP/s that one of them does on such a model, for the time.")
-    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of devices to estimate for.")] = 1,
+    tflops: Annotated[float | None, typer.Option(help="Sustained TFLOP/s per device, used to estimate time.")] = None,
 ) -> None:
     """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
@@ -267,13 +280,13 @@ def train(
 def label(
     reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids and one of reports.")],
     output: Annotated[Path, typer.Option(help="CSV file for the ids and the 18 labels, 0 or 1.")],
-    report_column: Annotated[str, typer.Option(help="Its name in the table.")] = "report",
-    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
+    report_column: Annotated[str, typer.Option(help="Column that holds the reports.")] = "report",
+    id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
     explain: Annotated[
         Path | None, typer.Option(help="JSON lines for each place that a rule found, and why it counts or not.")
     ] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
@@ -292,20 +305,23 @@ def label(
 @app.command()
 def score(
     reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids, of generated and of true reports.")],
-    id_column: Annotated[str, typer.Option(help="Its name in the table.")] = "id",
-    prediction_column: Annotated[str, typer.Option(help="Its name in the table.")] = "prediction",
+    id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
+    prediction_column: Annotated[str, typer.Option(help="Column that holds the generated reports.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
+    nearest_column: Annotated[
+        str | None, typer.Option(help="Column with the report of the most similar training scan, for a baseline.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV file of the true labels by id (default: read out of the true reports).")
     ] = None,
     training: Annotated[
         Path | None, typer.Option(help="CSV file of training reports, for the constant report and the prevalences.")
     ] = None,
-    training_column: Annotated[str, typer.Option(help="Its name in the table of training reports.")] = "report",
+    training_column: Annotated[str, typer.Option(help="Column that holds the training reports.")] = "report",
     scorer: Annotated[str, typer.Option(help="paper, corpus or coco: docs/metrics.md.")] = "paper",
     regions: Annotated[str | None, typer.Option(help="Also by region, of reports as diffvp or reg2rg write.")] = None,
     radbert: Annotated[
-        Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -320,8 +336,8 @@ def score(
         document = score_table(
             reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
-            labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
-            workers=workers,
+            nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
+            scorer=scorer, regions=regions, workers=workers,
         )  # fmt: skip
     typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
 
@@ -349,12 +365,14 @@ def experiment(
     names: Annotated[
         list[str], typer.Argument(help="Tables and figures of the paper, such as table4, and KEY=VALUE.")
     ],
-    study: Annotated[Path, typer.Option(help="What they are made on.")] = Path("configs/study_phantom.yaml"),
+    study: Annotated[Path, typer.Option(help="Study file: data, training, test set.")] = Path(
+        "configs/study_phantom.yaml"
+    ),
     runs: Annotated[Path, typer.Option(help="Folder of the models and reports; what is there is used.")] = Path(
         "runs"
     ),
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("experiments/results"),
-    seed: Annotated[list[int] | None, typer.Option(help="Instead of the table's seeds, for a trial.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Override the table's seeds.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score.")] = os.cpu_count() or 1,
     jobs: Annotated[
         int, typer.Option(min=1, help="Models that are trained at once, each on a part of the cores.")
@@ -370,12 +388,15 @@ def experiment(
         from .experiments.page import write_page
         from .experiments.study import Study
         from .experiments.tables import planned_runs, run_experiment
+        from .metrics.labelers.radbert import RadBertError
+        from .metrics.nlg import LexiconError
         from .reporting import EXPECTED_ERRORS
         from .training.checkpoints import CheckpointError
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+    expected = *EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError
+    with _one_line_errors(*expected), _listed_problems():
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)
@@ -391,7 +412,7 @@ def experiment(
 def serve_page(
     checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     with _one_line_errors(ModuleNotFoundError):  # the extra `app` is not installed
@@ -518,29 +539,51 @@ def _reporting() -> Iterator[Callable]:
             if not err.is_terminal:  # where no line can be rewritten
                 err.print(text, soft_wrap=True, markup=False)
 
-        step("Loading the libraries")
-        _quiet()
-        from .engines import load_engine
-        from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
-
         def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
-            name, hub_kwargs = _checkpoint(checkpoint, revision)
-            step(f"Loading {name}")
-            model, processor = load_checkpoint(name, **hub_kwargs)
-            # A single report by transformers is not worth merging LoRA for.
-            decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
-            domain = model.config.intended_domain or "not stated by the checkpoint"
-            err.print(STATEMENT, style="bold yellow")
-            err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
-            written = write_report(
-                model, processor, ct, output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
-            )
+            step("Reading the scan")  # before the libraries, which take seconds: a bad file is refused at once
+            options = _read_scans(options | {"ct": ct})
+            step("Loading the libraries")
+            _quiet()
+            from .engines import load_engine
+            from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
+
+            with _one_line_errors(*EXPECTED_ERRORS):
+                name, hub_kwargs = _checkpoint(checkpoint, revision)
+                step(f"Loading {name}")
+                model, processor = load_checkpoint(name, **hub_kwargs)
+                # A single report by transformers is not worth merging LoRA for.
+                decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
+                domain = model.config.intended_domain or "not stated by the checkpoint"
+                err.print(STATEMENT, style="bold yellow")
+                err.print(f"This checkpoint is intended for: {domain}.", soft_wrap=True, markup=False)
+                written = write_report(
+                    model, processor, output_dir=output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
+                )
             for warning in written.document["warnings"]:
                 err.print(warning, style="yellow", soft_wrap=True, markup=False)
             return written
 
-        with _one_line_errors(*EXPECTED_ERRORS):
+        from .volume_diffvp import CTInputError
+
+        with _one_line_errors(CTInputError):
             yield write
+
+
+def _read_scans(options: dict) -> dict:
+    """The options of a report with its scan, and its reference if one is given, read and checked."""
+    from .anatomy_diffvp import check_chest, measure_coverage
+    from .reading_diffvp import read_ct
+
+    names = ("spacing", "metadata", "series")
+    given = {name: options[name] for name in names if name in options}
+    allow_non_hu = options.get("allow_non_hu", False)
+    scans = {"ct": read_ct(options["ct"], allow_non_hu=allow_non_hu, **given)}
+    if options.get("reference") is not None:
+        scans["reference"] = read_ct(options["reference"], allow_non_hu=allow_non_hu)
+    for volume in scans.values():
+        if not options.get("allow_any_anatomy"):
+            check_chest(measure_coverage(volume), volume.source)
+    return {name: value for name, value in options.items() if name not in names} | scans
 
 
 def _print_places(report, open_figure: bool) -> None:
@@ -554,9 +597,9 @@ def _print_comparison(report) -> None:
     """The generated report beside the true one, by region, and the findings that it hits and misses."""
     truth = report.document["truth"]
     table = Table("", "generated", "true", show_lines=True)
-    regions = dict.fromkeys([*truth["report"], *report.regions])
+    regions = dict.fromkeys([*truth["regions"], *report.regions])
     for region in regions:
-        table.add_row(region, *(Text(words.get(region, "-")) for words in (report.regions, truth["report"])))
+        table.add_row(region, *(Text(words.get(region, "-")) for words in (report.regions, truth["regions"])))
     out.print(table)
     for kind, color in (("hit", "green"), ("missed", "red"), ("false", "magenta")):
         out.print(f"Findings {kind}: [{color}]{', '.join(truth[kind]) or 'none'}[/{color}]")

@@ -72,7 +72,6 @@ _LOADER_KEYS = {
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
 
 
-# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 @strict
 class DiffVPConfig(PreTrainedConfig):
     r"""
@@ -232,6 +231,11 @@ class DiffVPConfig(PreTrainedConfig):
     def num_labels_diagnosis(self) -> int:
         """Number of diagnoses."""
         return len(self.diagnosis_labels)
+
+    @property
+    def compares_voxels(self) -> bool:
+        """Whether the difference needs both volumes, and not only their features."""
+        return self.difference_level == "pixel"
 
     @property
     def num_delta_vectors(self) -> int:

@@ -4,6 +4,8 @@
 
 Of gzip and zlib streams ([`decode`], [`inflate`]), of zip archives ([`extract`]), and of deflated DICOM data sets
 ([`inflate_data_set`]).
+
+Zero bytes behind them are no error: files that are copied in blocks, or from a tape, end with some.
 """
 
 import io
@@ -25,6 +27,7 @@ from .volume_diffvp import CTReadError
 
 MAX_BYTES = 2**32  # of voxels: 16-bit slices of 1024 x 1024 over two metres at 1 mm
 MAX_COMPRESSION = 200  # a chest CT deflates to a half or, with much padding, to a tenth; bombs to a thousandth
+MAX_PADDING = 2**24  # zero bytes behind the voxels: blocks have kilobytes, at most a few megabytes
 CHUNK = 2**17  # bytes of a compressed file in memory at a time
 MAX_KEPT = 2**29  # bytes that a thread keeps for its next scan
 MAX_FILES = 20_000  # a study of several series; a folder or archive with more is not one, and would take minutes
@@ -50,7 +53,7 @@ def read_bytes(content: Path | bytes, count: int, source: str) -> bytes:
 
 
 def decode(content: Path | bytes, start: int, expected: int, codec: str | None, source: str) -> np.ndarray:
-    """The bytes from `start` on, which have to be as many as expected once they are decoded.
+    """The bytes from `start` on, which have to be as many as expected once they are decoded, but for zeros behind.
 
     Args:
         codec: "gzip", "zlib", or `None` for bytes that are mapped as they are.
@@ -63,13 +66,17 @@ def decode(content: Path | bytes, start: int, expected: int, codec: str | None, 
     try:
         size = len(content) if isinstance(content, bytes) else os.stat(content).st_size
         if codec is None:
-            if size - start != expected:
-                promised = f"{start + expected} bytes, as the header promises"
-                raise CTReadError(source, "file size", f"{size} bytes", promised)
-            data = (
-                np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.memmap(content, np.uint8, "r")
-            )
-            return data[start:]
+            end = start + expected
+            fits = end <= size <= end + MAX_PADDING
+            if fits:
+                data = (
+                    np.frombuffer(content, np.uint8)
+                    if isinstance(content, bytes)
+                    else np.memmap(content, np.uint8, "r")
+                )
+            if not fits or data[end:].any():
+                raise CTReadError(source, "file size", f"{size} bytes", f"{end} bytes, as the header promises")
+            return data[start:end]
         length = max(0, size - start)
         if expected > MAX_COMPRESSION * length:
             found = f"{expected // max(1, length)} to 1"
@@ -82,7 +89,7 @@ def decode(content: Path | bytes, start: int, expected: int, codec: str | None, 
 
 
 def inflate(file: BinaryIO, expected: int, codec: str, source: str) -> np.ndarray:
-    """A compressed stream that holds exactly `expected` bytes, checksums verified, and nothing but zeros behind it.
+    """A compressed stream that holds `expected` bytes, checksums verified, with nothing but zeros in and behind it.
 
     Args:
         codec: "gzip", of one or more members (with nothing but zeros between them), or "zlib".
@@ -107,7 +114,7 @@ def inflate(file: BinaryIO, expected: int, codec: str, source: str) -> np.ndarra
 
 
 def _inflate_gzip(file: BinaryIO, result: np.ndarray) -> int:
-    """Fill `result`; how many bytes there were, one too many where there were more.
+    """Fill `result`; how many bytes there were, one too many where there were more than zeros.
 
     The reader behind `igzip.open` inflates right into `result` and lets other threads run meanwhile. `igzip.open`
     itself would hand out copies.
@@ -115,20 +122,29 @@ def _inflate_gzip(file: BinaryIO, result: np.ndarray) -> int:
     reader, filled = isal_zlib._GzipReader(file, CHUNK), 0
     while filled < len(result) and (count := reader.readinto(result[filled:])):
         filled += count
-    return filled + len(reader.read(1))  # which also verifies the last checksum and what lies behind it
+    for _ in range(0, MAX_PADDING, CHUNK):
+        rest = reader.read(CHUNK)
+        if not rest:  # the end, which verifies the last checksum and what lies behind it
+            return filled
+        if rest.strip(b"\0"):
+            break
+    return filled + 1
 
 
 def _inflate_zlib(file: BinaryIO, result: np.ndarray) -> int:
     """As `_inflate_gzip`."""
-    stream, filled = isal_zlib.decompressobj(), 0
+    stream, filled, padding = isal_zlib.decompressobj(), 0, 0
     while not stream.eof:
         chunk = stream.unconsumed_tail or file.read(CHUNK)
         # In pieces: what comes out of a chunk may be a thousand times as large. The last may come of no further input.
-        inflated = stream.decompress(chunk, max_length=min(CHUNK, len(result) - filled + 1))
+        inflated = stream.decompress(chunk, max_length=min(CHUNK, len(result) - filled) or CHUNK)
         if not (chunk or inflated or stream.eof):
             raise EOFError
-        if filled + len(inflated) > len(result):
-            return filled + len(inflated)
+        if filled == len(result):
+            padding += len(inflated)
+            if padding > MAX_PADDING or inflated.strip(b"\0"):
+                return filled + 1
+            continue
         result[filled : filled + len(inflated)] = np.frombuffer(inflated, np.uint8)
         filled += len(inflated)
     if any(rest.strip(b"\0") for rest in (stream.unused_data, *iter(partial(file.read, CHUNK), b""))):

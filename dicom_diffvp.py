@@ -100,7 +100,8 @@ def read_dicom(
         array, LPS_TO_RAS @ affine, source, f"DICOM series, {len(slices)} slices, {rescale}",
         slope=slope, intercept=intercept, allow_non_hu=allow_non_hu,
     )  # fmt: skip
-    return replace(volume, warnings=warnings)
+    agents = {one.text("ContrastBolusAgent").upper() for one in slices} - {"", "NO", "NONE", "N"}
+    return replace(volume, warnings=warnings, contrast=True if agents else None)
 
 
 # Files

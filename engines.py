@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 
+from .pipeline_diffvp import end_tokens
+
 # Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
 PLAIN = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample", "num_beams",
@@ -154,12 +156,6 @@ def _keep_embeddings(model) -> None:
     model.set_input_embeddings(embeddings)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def end_tokens(decoding: GenerationConfig) -> list[int]:
-    """The tokens that end a report; an LLM may have several, or none."""
-    ends = decoding.eos_token_id
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

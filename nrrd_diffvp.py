@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""NRRD and MetaImage files: a header of text, then voxels.
+"""NRRD and MetaImage files: a header of text, then voxels, in the same file, in another, or in one for each slice.
 
 Decoded here, not by ITK, which fills in what their headers leave out, returns zeros for voxels that a damaged stream
 lacks, allocates what a header asks for, and opens whatever file it points to.
@@ -9,12 +9,14 @@ lacks, allocates what a header asks for, and opens whatever file it points to.
 import math
 import os
 import re
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .decoding_diffvp import decode, read_bytes
+from .decoding_diffvp import CHUNK, MAX_BYTES, MAX_PADDING, decode, read_bytes
 from .volume_diffvp import (
+    MAX_LENGTH,
     STATED,
     CTGeometryError,
     CTIntensityError,
@@ -39,6 +41,7 @@ NRRD_TYPES = {
     "unsigned long long": "u8", "float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2",
     "uint16": "u2", "int32": "i4", "uint32": "u4", "int64": "i8", "uint64": "u8",
 }  # fmt: skip
+NRRD_ENCODINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "ascii": "ascii", "text": "ascii", "txt": "ascii"}
 META_TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
@@ -53,8 +56,35 @@ WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
     "space", "sizes", "space directions", "kinds", "endian", "encoding", "space origin", "ndims", "dimsize",
     "elementtype", "elementspacing", "transformmatrix", "offset", "binarydata", "compresseddata",
 }  # fmt: skip
-MAX_TEXT_HEADER = 2**16  # bytes; Slicer's longest headers hold a few thousand of DICOM tags
+MAX_TEXT_HEADER = 2**20  # bytes; the longest hold thousands of DICOM tags, or the name of a file for each slice
+MAX_AXES = 16  # Teem's own limit
+MAX_SKIP = 2**24  # bytes of another header before the voxels
+MAX_WORD = 32  # bytes of a number in a text of voxels, with the space behind it
 MAX_UNIT_DEVIATION = 0.01  # of the length of a direction, as headers round them
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """How the voxels are stored.
+
+    Attributes:
+        field: the header's field that names their files, for messages.
+        names: of the files, in the order of their slices; `None` where the voxels follow the header in its own file.
+        dtype, shape: of the whole array (x, y, z).
+        encoding: "raw", "gzip", "zlib" or "ascii".
+        start: bytes of the file before the stored ones.
+        lines: lines behind these and before the stored bytes.
+        skip: bytes before the voxels, once decompressed; -1: the voxels are the last bytes.
+    """
+
+    field: str
+    names: list[str] | None
+    dtype: np.dtype
+    shape: tuple[int, int, int]
+    encoding: str
+    start: int = 0
+    lines: int = 0
+    skip: int = 0
 
 
 def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
@@ -63,31 +93,70 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     if not re.match(rb"NRRD000[1-5]\r?\n", head) or (end is None and len(head) == MAX_TEXT_HEADER):
         raise CTReadError(source, "content", "unreadable", "a NRRD header, from NRRD0001 to NRRD0005")
     lines = head[: end.start() if end else None].decode("latin-1").splitlines()[1:]
+    # The names of a list of data files are the last lines.
+    last = next((k for k, line in enumerate(lines, 1) if re.match(r"data ?file:\s*LIST", line, re.IGNORECASE)), None)
+    listed = [line for line in lines[last:] if line.strip()] if last else []
     # Lines with := are notes of the writer, in which Slicer keeps DICOM tags.
-    fields = _fields([line for line in lines if line[:1] != "#" and ":=" not in line], ":", source)
-    fields = {name.lower(): value for name, value in fields.items()}
-    _expect(fields, {"dimension": "3", "line skip": "0", "byte skip": "0"}, source, required=("dimension",))
+    lines = [line for line in lines[:last] if line[:1] != "#" and ":=" not in line]
+    fields = {name.lower(): value for name, value in _fields(lines, ":", source).items()}
+    encoding = NRRD_ENCODINGS.get(fields.get("encoding", "missing").lower())
+    if encoding is None:
+        raise CTReadError(source, "encoding", _shown(fields.get("encoding", "missing")), "raw, gzip or ascii")
     kind = re.sub(r"^signed |(?<=[a-z]) int$|_t$", "", fields.get("type", "missing").lower())
-    dtype = _dtype(NRRD_TYPES, kind, "type", fields.get("endian", "missing"), "endian", source)
-    shape = _numbers(fields, "sizes", 3, source, CTGeometryError)
-    space = fields.get("space", "missing")
-    if space.lower() not in NRRD_SPACES:
-        raise CTGeometryError(source, "space", _shown(space), f"one of {', '.join(NRRD_SPACES)}")
+    endian = "little" if encoding == "ascii" else fields.get("endian", "missing")
+    dtype = _dtype(NRRD_TYPES, kind, "type", endian, "endian", source)
+    space, time, _ = fields.get("space", "missing").lower().partition("-time")
+    if space not in NRRD_SPACES:
+        raise CTGeometryError(
+            source, "space", _shown(fields.get("space", "missing")), f"one of {', '.join(NRRD_SPACES)}"
+        )
     if set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"mm", ""}:
         raise CTGeometryError(source, "space units", _shown(fields["space units"]), "mm")
-    directions = _numbers(fields, "space directions", 9, source, CTGeometryError).reshape(3, 3).T
-    origin = _numbers({"space origin": "(0,0,0)"} | fields, "space origin", 3, source, CTGeometryError)
-    encoding = fields.get("encoding", "missing").lower()
-    if encoding not in ("raw", "gzip", "gz"):
-        raise CTReadError(source, "encoding", _shown(encoding), "raw or gzip")
+    sizes, shape, directions, origin = _nrrd_grid(fields, 4 if time else 3, source)
     detached = fields.get("data file", fields.get("datafile"))
     if detached is None and end is None:
         raise CTReadError(source, "data file", "missing", "a file name, or voxels after the header's blank line")
-    start = 0 if detached is not None else end.end()
-    codec = None if encoding == "raw" else "gzip"
-    array = _read_voxels(path, detached, "data file", start, dtype, shape, codec, source)
-    affine = lps_grid(np.array(NRRD_SPACES[space.lower()])[:, None] * directions, origin * NRRD_SPACES[space.lower()])
-    return make_volume(array, affine, source, STATED, allow_non_hu=allow_non_hu)
+    voxels = _Storage(
+        "data file", _file_names(detached, listed, "data file", sizes, source), dtype, shape, encoding,
+        start=0 if detached is not None else end.end(), lines=_count(fields, "line skip", source),
+        skip=_count(fields, "byte skip", source, least=-1 if encoding == "raw" else 0),
+    )  # fmt: skip
+    signs = np.array(NRRD_SPACES[space])
+    affine = lps_grid(signs[:, None] * directions, origin * signs)
+    return make_volume(_read_voxels(path, voxels, source), affine, source, STATED, allow_non_hu=allow_non_hu)
+
+
+def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
+    """All sizes; shape, directions (as columns, mm) and origin of the axes in space. Others have to be of length 1.
+
+    Args:
+        axes: of the space: 4 with time.
+    """
+    dimension = _count(fields, "dimension", source, CTGeometryError, default="missing", least=3, most=MAX_AXES)
+    sizes = _shape(fields, "sizes", dimension, source)
+    if sum(n != 1 for n in sizes) > 3:
+        raise CTGeometryError(source, "dimension", f"{dimension} with sizes {sizes}", "three axes longer than 1")
+    text = fields.get("space directions", "missing")
+    vectors = re.findall(r"none|\([^()]*\)", text)
+    # An axis that is none of space has no direction; that of time, where space has it, is the last.
+    spatial = [k for k, vector in enumerate(vectors) if vector != "none"][: 3 if axes == 4 else None]
+    if re.sub(r"none|\([^()]*\)|\s", "", text) or len(vectors) != dimension or len(spatial) != 3:
+        raise CTGeometryError(
+            source,
+            "space directions",
+            f"{len(vectors)}, {len(spatial)} of them in space",
+            f"{dimension}, three in space",
+        )
+    if any(n != 1 for k, n in enumerate(sizes) if k not in spatial):
+        raise CTGeometryError(source, "sizes", sizes, "1 along each axis without a direction in space")
+    directions = " ".join(vectors[k] for k in spatial)
+    directions = _numbers({"space directions": directions}, "space directions", 3 * axes, source).reshape(3, axes)
+    if directions[:, 3:].any():
+        raise CTGeometryError(source, "space directions", "a step in time", "directions in space")
+    origin = _numbers({"space origin": "0 " * axes} | fields, "space origin", axes, source)
+    shape = tuple(sizes[k] for k in spatial)
+    check_shape(shape, source)
+    return sizes, shape, directions[:, :3].T, origin[:3]
 
 
 def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
@@ -96,36 +165,52 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     if end is None:
         raise CTReadError(source, "content", "unreadable", "a MetaImage header, up to its ElementDataFile")
     fields = _fields(head[: end.end()].decode("latin-1").splitlines(), "=", source)
-    expected = {"ObjectType": "Image", "NDims": "3", "BinaryData": "True", "ElementNumberOfChannels": "1"}
-    expected |= {"HeaderSize": "0", "DistanceUnits": "mm"}
+    expected = {"ObjectType": "Image", "ElementNumberOfChannels": "1", "DistanceUnits": "mm"}
     expected |= {"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}
-    _expect(fields, expected, source, required=("NDims", "BinaryData"))
+    _expect(fields, expected, source)
+    binary, compressed = _truth(fields, "BinaryData", source), _truth(fields, "CompressedData", source, "False")
     big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "missing"))
-    endian = {"True": "big", "False": "little"}.get(big, big)
+    endian = {"true": "big", "false": "little"}.get(big.lower(), big) if binary else "little"
     dtype = _dtype(
         META_TYPES, fields.get("ElementType", "missing"), "ElementType", endian, "BinaryDataByteOrderMSB", source
     )
-    shape = _numbers(fields, "DimSize", 3, source, CTGeometryError)
     synonyms = {"Orientation": "TransformMatrix", "Rotation": "TransformMatrix"}
     synonyms |= {"Position": "Offset", "Origin": "Offset"}
     grid = _fields([f"{synonyms.get(name, name)}={value}" for name, value in fields.items()], "=", source)
+    grid = {"ElementSpacing": fields["ElementSize"]} | grid if "ElementSize" in fields else grid
+    sizes, directions, origin = _meta_grid(grid, source)
+    shape = sizes[:3]
+    detached = fields["ElementDataFile"] if fields["ElementDataFile"].lower() != "local" else None
+    listed = [line for line in head[end.end() :].decode("latin-1").splitlines() if line.strip()] if detached else []
+    start = 0 if detached is not None else end.end()
+    encoding = "ascii" if not binary else "zlib" if compressed else "raw"
+    skip = _count(fields, "HeaderSize", source, least=-1 if encoding == "raw" else 0)
+    if 0 < skip < start:  # it is counted from the beginning of the file, also where that is this one
+        raise CTReadError(source, "HeaderSize", skip, f"{start} or more, where this header ends")
+    voxels = _Storage(
+        "ElementDataFile", _file_names(detached, listed, "ElementDataFile", sizes, source), dtype, shape, encoding,
+        start=max(start, skip), skip=min(skip, 0),
+    )  # fmt: skip
+    array = _read_voxels(path, voxels, source, fields.get("CompressedDataSize") if compressed else None)
+    return make_volume(array, lps_grid(directions, origin), source, STATED, allow_non_hu=allow_non_hu)
+
+
+def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple, np.ndarray, np.ndarray]:
+    """All sizes, and directions (as columns, mm) and origin of the first three axes; others have to be of length 1."""
+    axes = _count(fields, "NDims", source, CTGeometryError, default="missing", least=3, most=MAX_AXES)
+    sizes = _shape(fields, "DimSize", axes, source)
+    if any(n != 1 for n in sizes[3:]):
+        raise CTGeometryError(source, "NDims", f"{axes} with sizes {sizes}", "three axes, and others of length 1")
+    check_shape(sizes[:3], source)
     # The matrix lists the direction of one axis after another.
-    directions = _numbers(grid, "TransformMatrix", 9, source, CTGeometryError).reshape(3, 3).T
-    if np.abs(np.linalg.norm(directions, axis=0) - 1).max() > MAX_UNIT_DEVIATION:
+    directions = _numbers(fields, "TransformMatrix", axes**2, source).reshape(axes, axes).T
+    if np.abs(np.linalg.norm(directions[:3, :3], axis=0) - 1).max() > MAX_UNIT_DEVIATION:
         raise CTGeometryError(source, "TransformMatrix", "not of unit vectors", "the directions of the axes")
-    spacing = _numbers(grid, "ElementSpacing", 3, source, CTGeometryError)
+    spacing = _numbers(fields, "ElementSpacing", axes, source)[:3]
     if spacing.min() <= 0:
         raise CTGeometryError(source, "ElementSpacing", _shown(fields["ElementSpacing"]), "mm above 0")
-    origin = _numbers({"Offset": "0 0 0"} | grid, "Offset", 3, source, CTGeometryError)
-    compressed = fields.get("CompressedData", "False")
-    if compressed not in ("True", "False"):
-        raise CTReadError(source, "CompressedData", _shown(compressed), "True or False")
-    detached = fields["ElementDataFile"] if fields["ElementDataFile"] not in ("LOCAL", "Local", "local") else None
-    start = 0 if detached is not None else end.end()
-    size = fields.get("CompressedDataSize") if compressed == "True" else None
-    codec = "zlib" if compressed == "True" else None
-    array = _read_voxels(path, detached, "ElementDataFile", start, dtype, shape, codec, source, size)
-    return make_volume(array, lps_grid(directions * spacing, origin), source, STATED, allow_non_hu=allow_non_hu)
+    origin = _numbers({"Offset": "0 " * axes} | fields, "Offset", axes, source)
+    return sizes, directions[:3, :3] * spacing, origin[:3]
 
 
 def _shown(text: str) -> str:
@@ -148,13 +233,45 @@ def _fields(lines: list[str], separator: str, source: str) -> dict[str, str]:
     return fields
 
 
-def _expect(fields: dict[str, str], expected: dict[str, str], source: str, required: tuple[str, ...]) -> None:
-    """Refuse values that change what the voxels mean and that no CT needs; the required ones also where missing."""
+def _expect(fields: dict[str, str], expected: dict[str, str], source: str) -> None:
+    """Refuse values that change what the voxels mean and that no CT needs."""
     for name, value in expected.items():
-        found = fields.get(name, "missing")
-        if found != value and (name in fields or name in required):
-            error = CTGeometryError if name in ("dimension", "NDims", "DistanceUnits") else CTReadError
+        found = fields.get(name, value)
+        if found != value and not (value.isdecimal() and _is_number(found, float(value))):
+            error = CTGeometryError if name == "DistanceUnits" else CTReadError
             raise error(source, name, _shown(found), value)
+
+
+def _is_number(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
+
+
+def _truth(fields: dict[str, str], name: str, source: str, default: str = "missing") -> bool:
+    """True or False, of which toolkits write and read the first letter in either case, or a digit."""
+    found = fields.get(name, default)
+    if found.lower() not in ("true", "false", "t", "f", "1", "0"):
+        raise CTReadError(source, name, _shown(found), "True or False")
+    return found.lower() in ("true", "t", "1")
+
+
+def _count(
+    fields: dict[str, str],
+    name: str,
+    source: str,
+    error: type = CTReadError,
+    *,
+    default: str = "0",
+    least: int = 0,
+    most: int = MAX_SKIP,
+) -> int:
+    """A whole number from `least` to `most`."""
+    found = fields.get(name, default)
+    if not re.fullmatch(r"[-+]?\d{1,12}", found) or not least <= int(found) <= most:
+        raise error(source, name, _shown(found), f"a whole number from {least} to {most}")
+    return int(found)
 
 
 def _dtype(types: dict[str, str], kind: str, field: str, endian: str, endian_field: str, source: str) -> np.dtype:
@@ -166,46 +283,166 @@ def _dtype(types: dict[str, str], kind: str, field: str, endian: str, endian_fie
     return dtype.newbyteorder("<" if endian.lower() == "little" else ">")
 
 
-def _numbers(fields: dict[str, str], name: str, count: int, source: str, error: type) -> np.ndarray:
-    """Finite numbers, in parentheses and with commas or without."""
+def _shape(fields: dict[str, str], name: str, count: int, source: str) -> tuple[int, ...]:
+    numbers = _numbers(fields, name, count, source)
+    if not (numbers == numbers.round()).all():
+        raise CTGeometryError(source, "shape", "not of whole numbers", f"{count} whole numbers")
+    return tuple(int(n) for n in numbers)
+
+
+def _numbers(fields: dict[str, str], name: str, count: int, source: str) -> np.ndarray:
+    """Finite numbers, in parentheses and with commas or without.
+
+    Raises:
+        CTGeometryError
+    """
     if name not in fields:
-        raise error(source, name, "missing", f"{count} numbers")
+        raise CTGeometryError(source, name, "missing", f"{count} numbers")
     try:
         numbers = np.array([float(word) for word in re.sub(r"[(),]", " ", fields[name]).split()])
     except ValueError as cause:
-        raise error(source, name, "not numbers", f"{count} numbers") from cause
+        raise CTGeometryError(source, name, "not numbers", f"{count} numbers") from cause
     if len(numbers) != count or not np.isfinite(numbers).all():
-        raise error(source, name, f"{len(numbers)} numbers, {np.isfinite(numbers).sum()} finite", f"{count} numbers")
+        finite = np.isfinite(numbers).sum()
+        raise CTGeometryError(source, name, f"{len(numbers)} numbers, {finite} finite", f"{count} numbers")
     return numbers
 
 
-def _read_voxels(
-    path: Path,
-    detached: str | None,
-    field: str,
-    start: int,
-    dtype: np.dtype,
-    shape: np.ndarray,
-    codec: str | None,
-    source: str,
-    size: str | None = None,
-) -> np.ndarray:
-    """The voxels from `start` on in the file itself, or in one beside it that its header names in `field`."""
-    if not (shape == shape.round()).all():
-        raise CTGeometryError(source, "shape", "not of whole numbers", "three whole numbers")
-    shape = tuple(int(n) for n in shape)
-    check_shape(shape, source)
-    if detached is not None:
-        # A file from elsewhere must not make this reader open just any file of this machine.
-        plain = detached and Path(detached).name == detached and "\\" not in detached
-        if not plain or not os.path.isfile(path.with_name(detached)):
-            raise CTReadError(source, field, "not the name of a file in the header's folder", "one beside the header")
-        path = path.with_name(detached)
+def _file_names(
+    detached: str | None, listed: list[str], field: str, sizes: tuple[int, ...], source: str
+) -> list[str] | None:
+    """The data files that a header names: one, a LIST on the lines below, or a pattern and the numbers to put in it.
+
+    Each has to lie in the header's folder or below: a header from elsewhere must not make this reader open just any
+    file of this machine.
+
+    Args:
+        detached: the field's value. Behind LIST, or the numbers of a pattern, may stand the number of axes of a file.
+        sizes: of all axes, the slowest last.
+    """
+    if detached is None:
+        return None
+    words = re.fullmatch(r"LIST(?:\s+(\d)D?)?", detached)
+    pattern = re.fullmatch(r"([^%]*%0?\d?d[^%\s]*)((?:\s+-?\d{1,9}){0,3})(?:\s+(\d))?", detached)
+    if not (words or pattern):
+        names, expected = [detached], 1
+    else:
+        axes = (words[1] if words else pattern[3]) or len(sizes) - 1
+        expected = math.prod(sizes[int(axes) :])
+    if words:
+        names = [name.strip() for name in listed]
+    elif pattern:
+        first, last, step = ([int(n) for n in pattern[2].split()] + [None] * 3)[:3]
+        first, step = 1 if first is None else first, step or 1
+        last = first + (expected - 1) * step if last is None else last
+        numbers = range(first, last + (1 if step > 0 else -1), step)
+        names = [pattern[1] % number for number in numbers[: MAX_LENGTH + 1]]
+    if len(names) != expected:
+        raise CTReadError(source, field, f"{len(names)} files", f"{expected}, for sizes {sizes}")
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
+            raise CTReadError(source, field, "a path out of the header's folder", "a file in that folder")
+    return names
+
+
+def _read_voxels(path: Path, voxels: _Storage, source: str, size: str | None = None) -> np.ndarray:
+    """The voxels of a header's own file, or of those that it names.
+
+    Args:
+        size: what the header says of the compressed bytes, if it does.
+    """
+    count = math.prod(voxels.shape) * voxels.dtype.itemsize
+    if voxels.names is None:
+        files = [path]
+    else:
+        files = [path.parent / name for name in voxels.names]
+        missing = next((k for k, file in enumerate(files, 1) if not os.path.isfile(file)), None)
+        if missing is not None:
+            found = "missing" if len(files) == 1 else f"file {missing} of {len(files)} missing"
+            raise CTReadError(source, voxels.field, found, "beside the header")
+    if len(files) == 1:
+        if size is not None:
+            _check_size(files[0], voxels.start, size, source)
+        return np.frombuffer(_read_bytes(files[0], voxels, count, source), voxels.dtype).reshape(
+            voxels.shape, order="F"
+        )
+    if count > MAX_BYTES:
+        raise CTReadError(source, "voxel data", f"{count} bytes", f"at most {MAX_BYTES}")
+    array = np.empty((len(files), count // len(files)), np.uint8)
+    for part, file in zip(array, files, strict=True):
+        part[:] = _read_bytes(file, voxels, part.size, source)
+    return array.reshape(-1).view(voxels.dtype).reshape(voxels.shape, order="F")
+
+
+def _read_bytes(path: Path, voxels: _Storage, count: int, source: str) -> np.ndarray:
+    """So many bytes of voxels from one file."""
+    start = voxels.start
+    if voxels.lines:
+        ends = [found.end() for found in re.finditer(b"\n", read_bytes(path, start + MAX_SKIP, source)[start:])]
+        if len(ends) < voxels.lines:
+            raise CTReadError(source, "line skip", voxels.lines, f"at most {len(ends)}, as there are lines")
+        start += ends[voxels.lines - 1]
+    if voxels.encoding == "ascii":
+        return _read_text(path, start, count, voxels.dtype, source)
+    if voxels.encoding == "raw":
+        last = path.stat().st_size - count
+        if voxels.skip < 0 and last < start:
+            raise CTReadError(source, "file size", f"{last + count} bytes", f"{start + count} bytes or more")
+        return decode(path, last if voxels.skip < 0 else start + voxels.skip, count, None, source)
+    return decode(path, start, voxels.skip + count, voxels.encoding, source)[voxels.skip :]
+
+
+def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str) -> np.ndarray:
+    """Voxels that are written as text, as bytes.
+
+    Raises:
+        CTReadError: other than so many numbers, or numbers that are none of the type.
+    """
+    number = count // dtype.itemsize
+    size = os.stat(path).st_size - start
+    if count > MAX_BYTES or not 2 * number - 1 <= size <= MAX_WORD * number + CHUNK:
+        raise CTReadError(source, "file size", f"{start + size} bytes", f"a text of {number} numbers")
+    values, filled, rest = np.empty(number, dtype), 0, b""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := file.read(CHUNK):
+            words = (rest + chunk).replace(b",", b" ")
+            cut = len(words) - len(re.search(rb"\S*\Z", words)[0])
+            words, rest = words[:cut].split(), words[cut:]
+            filled = _parse(words, values, filled, source)
+    filled = _parse(rest.split(), values, filled, source)
+    if filled != number:
+        raise CTReadError(source, "voxel data", f"{filled} numbers", f"{number} numbers, as the header promises")
+    return values.view(np.uint8)
+
+
+def _parse(words: list[bytes], values: np.ndarray, filled: int, source: str) -> int:
+    """Write numbers behind those that are there already; how many there are then."""
+    if filled + len(words) > len(values):
+        raise CTReadError(source, "voxel data", "longer than promised", f"{len(values)} numbers")
+    try:
+        numbers = np.array(words, dtype="S").astype(np.float64) if words else np.empty(0)
+    except ValueError as error:
+        raise CTReadError(source, "voxel data", "not numbers", f"a text of {len(values)} numbers") from error
+    part = values[filled : filled + len(words)]
+    with np.errstate(invalid="ignore"):
+        part[:] = numbers
+    if values.dtype.kind in "iu" and not np.array_equal(part, numbers):
+        raise CTReadError(source, "voxel data", "other numbers", f"{values.dtype.name}, as the header promises")
+    return filled + len(words)
+
+
+def _check_size(path: Path, start: int, size: str, source: str) -> None:
+    """Refuse a CompressedDataSize that leaves other bytes than zeros behind, or promises more than there are."""
     found = path.stat().st_size - start
-    if size is not None and size != str(found):
+    stated = int(size) if re.fullmatch(r"\d{1,12}", size) else -1
+    if stated < 0 or not stated <= found <= stated + MAX_PADDING:
         raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, as there are bytes")
-    raw = decode(path, start, math.prod(shape) * dtype.itemsize, codec, source)
-    return np.frombuffer(raw, dtype).reshape(shape, order="F")
+    with open(path, "rb") as file:
+        file.seek(start + stated)
+        if file.read().strip(b"\0"):
+            raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, as there are bytes")
 
 
 __all__ = ["read_metaimage", "read_nrrd"]

@@ -6,7 +6,10 @@ It imports no other file of the checkpoint, so that `modeling_diffvp.py` can imp
 imported, and every saved checkpoint has its pipeline.
 """
 
+from types import GeneratorType
+
 import torch
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 TASK = "ct-report-generation"
@@ -39,33 +42,39 @@ class DiffVPPipeline(Pipeline):
 
         Args:
             ct: whatever the processor takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these,
-                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them.
+                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them. A column of
+                `datasets` or pandas is a list, too.
             reference: a normal scan to compare with: one for all, or a list of one each. `None` samples from the
                 checkpoint's own.
             reference_seed (`int`): seed of that sampling; 0 if not given.
             spacing (`tuple`): mm along x, y, z of bare arrays.
+            allow_any_anatomy (`bool`): also write reports of scans without lungs, which are refused by default.
             max_new_tokens (`int`): where to stop; the default is the checkpoint's.
             streamer: is told the tokens as they come, such as transformers' `TextIteratorStreamer`; theirs take one
                 scan at a time.
-            generate_kwargs (`dict`): more arguments for `generate`.
+            generate_kwargs (`dict`): more arguments for `generate`. With `num_return_sequences`, each scan has a list
+                of so many results.
 
         Returns:
-            A dict, or a list of them: `report`; `regions`, {region: text}; `findings`, a label, probability, threshold
-            and `positive` each; `complete`, whether the report came to its end; `reference`, the id of the sampled
-            one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
+            A dict, or a list of them, one a scan: `report`; `regions`, {region: text}; `findings`, a label,
+            probability, threshold and `positive` each; `complete`, whether the report came to its end; `reference`,
+            the id of the sampled one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
             `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
             and `intended_domain`, which belong beside the report wherever it goes.
         """
-        if isinstance(ct, tuple):
-            ct = list(ct)
-        if isinstance(reference, (list, tuple)):
-            if not isinstance(ct, list) or len(ct) != len(reference):
-                scans = len(ct) if isinstance(ct, list) else 1
+        is_many, each = self.processor.is_many, self.processor.each
+        if is_many(reference):
+            scans, normals = list(each(ct)), list(each(reference))
+            if not is_many(ct) or len(scans) != len(normals):
                 raise ValueError(
-                    f"{len(reference)} references for {scans} scan(s); expected one each, or one for all."
+                    f"{len(normals)} references for {len(scans)} scan(s); expected one each, or one for all."
                 )
-            ct = [{"ct": scan, "reference": normal} for scan, normal in zip(ct, reference, strict=True)]
+            ct = [{"ct": scan, "reference": normal} for scan, normal in zip(scans, normals, strict=True)]
             reference = None
+        elif is_many(ct) and not isinstance(ct, (GeneratorType, Dataset)):  # which transformers goes through itself
+            ct = list(each(ct))
+        if isinstance(ct, list) and not ct:  # transformers would look at the first
+            return []
         if reference is not None:
             kwargs["reference"] = reference
         return super().__call__(ct, **kwargs)
@@ -75,21 +84,37 @@ class DiffVPPipeline(Pipeline):
         reference=None,
         reference_seed: int | None = None,
         spacing=None,
+        allow_any_anatomy: bool | None = None,
         max_new_tokens: int | None = None,
         streamer=None,
         generate_kwargs: dict | None = None,
     ) -> tuple[dict, dict, dict]:
-        reading = {"reference": reference, "reference_seed": reference_seed, "spacing": spacing}
+        reading = {
+            "reference": reference,
+            "reference_seed": reference_seed,
+            "spacing": spacing,
+            "allow_any_anatomy": allow_any_anatomy,
+        }
         writing = {"max_new_tokens": max_new_tokens, "streamer": streamer, **(generate_kwargs or {})}
         reading, writing = (
             {key: value for key, value in given.items() if value is not None} for given in (reading, writing)
         )
+        if writing.get("return_dict_in_generate"):
+            raise ValueError("return_dict_in_generate is True (expected False): a report is made of token ids alone.")
         return reading, writing, {}
 
-    def preprocess(self, scan, reference=None, reference_seed: int = 0, spacing=None) -> dict:
+    def preprocess(
+        self, scan, reference=None, reference_seed: int = 0, spacing=None, allow_any_anatomy: bool = False
+    ) -> dict:
         if isinstance(scan, dict) and "ct" in scan:  # and not the {"path", "bytes"} of a datasets.Nifti
             scan, reference = scan["ct"], scan.get("reference", reference)
-        inputs = self.processor(ct=scan, reference=reference, reference_seed=reference_seed, spacing=spacing)
+        inputs = self.processor(
+            ct=scan,
+            reference=reference,
+            reference_seed=reference_seed,
+            spacing=spacing,
+            allow_any_anatomy=allow_any_anatomy,
+        )
         # Without a list around them they are one a scan, as what transformers batches and takes apart again has to be.
         return {
             **inputs,
@@ -98,48 +123,75 @@ class DiffVPPipeline(Pipeline):
         }
 
     def _forward(self, inputs: dict, **generate_kwargs) -> dict:
-        scans = {"ct": inputs["ct"], "reference": inputs["reference"]}
-        if self.model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
-            scans = {f"{name}_features": self.model.extract_features(volume) for name, volume in scans.items()}
-        has_classifier = self.model.diagnosis is not None
-        logits = self.model.diagnose(inputs["ct"], scans.get("ct_features")) if has_classifier else None
+        encoded = self.model.encode_inputs(inputs["ct"], inputs["reference"])
+        logits = encoded.pop("diagnosis_logits", None)
+        with torch.no_grad():
+            comparison = self.model.compare(**encoded)
         if self.model.generation_config.max_new_tokens is None:
             generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
         tokens = self.model.generate(
-            **scans,
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             diagnosis_logits=logits,
+            comparison=comparison,
             **generate_kwargs,
         )
         return {
-            "tokens": tokens,
+            # A row a scan, as transformers takes a batch apart again: of several sequences, all of the scan.
+            "tokens": tokens.unflatten(0, (len(inputs["ct"]), -1)),
             "logits": logits,
-            "difference_map": self.model.difference_map(**scans),
+            "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
         }
 
-    def postprocess(self, outputs: dict) -> dict:
-        tokens, config = outputs["tokens"][0], self.model.config
-        text = self.processor.decode(tokens, skip_special_tokens=True).strip()
-        ends = torch.tensor(self.model.generation_config.eos_token_id)
-        return {
-            "report": text,
-            "regions": self.processor.post_process(text),
-            "findings": [] if outputs["logits"] is None else describe_findings(config, outputs["logits"])[0],
-            "complete": bool(torch.isin(tokens, ends).any()),
+    def postprocess(self, outputs: dict) -> dict | list[dict]:
+        of_scan = {
             "reference": outputs["reference_id"],
             "difference_map": outputs["difference_map"][0].float(),
             "geometry": outputs["geometry"],
             "statement": RESEARCH_USE,
-            "intended_domain": config.intended_domain,
+            "intended_domain": self.model.config.intended_domain,
         }
+        ends = end_tokens(self.model.generation_config)
+        reports = [
+            describe_text(self.processor, self.model.config, tokens, outputs["logits"], ends) | of_scan
+            for tokens in outputs["tokens"][0].tolist()
+        ]
+        return reports if len(reports) > 1 else reports[0]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """The checkpoint with its processor and references; transformers would leave out both."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+def end_tokens(generation_config) -> list[int]:
+    """The tokens that end a report; an LLM may have several, or none."""
+    ends = generation_config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+def describe_text(processor, config, tokens: list[int], logits: torch.Tensor | None, ends: list[int]) -> dict:
+    """
+    A written report, in the one form that the pipeline, report.json and `diffvp batch` share.
+
+    Args:
+        tokens: new token ids of one report; padding may follow its end.
+        logits: of the classifier, (1, labels); `None` without one.
+        ends: see [`end_tokens`].
+
+    Returns:
+        `report`, the text; `regions`, {region: text}; `findings`, see [`describe_findings`]; `complete`, whether the
+        report came to its end.
+    """
+    text = processor.decode(tokens, skip_special_tokens=True).strip()
+    return {
+        "report": text,
+        "regions": processor.post_process(text),
+        "findings": [] if logits is None else describe_findings(config, logits)[0],
+        "complete": any(token in ends for token in tokens),
+    }
 
 
 def describe_findings(config, logits: torch.Tensor) -> list[list[dict]]:
@@ -156,4 +208,4 @@ def describe_findings(config, logits: torch.Tensor) -> list[list[dict]]:
     ]
 
 
-__all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings"]
+__all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings", "describe_text", "end_tokens"]

@@ -19,10 +19,12 @@
 back from text to regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
 """
 
+import io
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -34,16 +36,34 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
+from .anatomy_diffvp import check_chest, measure_coverage
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
-from .reading_diffvp import read_ct
+from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
+from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
 HUB_KWARGS = ("cache_dir", "local_files_only", "proxies", "token", "revision")
 OTHER = "other"  # what post_process calls text that belongs to no region
+# What opens a region or a section of a report, and its name. Departments write plurals and other spellings.
+REGION_HEADINGS = {region: region for region in REGIONS} | {
+    "lungs": "lung",
+    "bones": "bone",
+    "breasts": "breast",
+    "oesophagus": "esophagus",
+    "trachea and bronchi": "trachea and bronchie",
+    "trachea and bronchus": "trachea and bronchie",
+}
+SECTION_HEADINGS = {
+    "findings": "findings",
+    "finding": "findings",
+    "impression": "impression",
+    "impressions": "impression",
+    "conclusion": "impression",
+    "conclusions": "impression",
+}
 
 
 class DiffVPImageProcessorKwargs(TypedDict, total=False):
@@ -71,7 +91,6 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
-# transformers' auto_docstring would replace these docstrings by generic text: trf-ignore: TRF057
 class DiffVPImageProcessor(BaseImageProcessor):
     """CT -> float32 tensor (batch, 1, depth, height, width) in [-1, 1]; its attributes are those of
     [`DiffVPImageProcessorKwargs`] and may be overridden in each call.
@@ -101,61 +120,69 @@ class DiffVPImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
 
     def __call__(
-        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
-    ) -> BatchFeature:
-        return self.preprocess(ct, spacing=spacing, digest=digest, **kwargs)
+        self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
+        **kwargs: Unpack[DiffVPImageProcessorKwargs],
+    ) -> BatchFeature:  # fmt: skip
+        return self.preprocess(ct, spacing=spacing, digest=digest, allow_any_anatomy=allow_any_anatomy, **kwargs)
 
-    # trf-ignore: TRF057: documented by hand
     def preprocess(
-        self, ct, spacing=None, digest: bool = False, **kwargs: Unpack[DiffVPImageProcessorKwargs]
-    ) -> BatchFeature:
+        self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
+        **kwargs: Unpack[DiffVPImageProcessorKwargs],
+    ) -> BatchFeature:  # fmt: skip
         """Read and resample one CT or a list of them. For many, see [`stream`].
 
         Args:
-            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these. A
-                scan that needs more to be understood (its dataset's metadata, one series of several) is given as the
-                `CTVolume` that `read_ct(path, metadata=..., series=...)` returns.
+            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these
+                (also a tuple, a column of `datasets` or pandas, an array of objects, a generator). A scan that needs
+                more to be understood (its dataset's metadata, one series of several) is given as the `CTVolume` that
+                `read_ct(path, metadata=..., series=...)` returns.
             spacing: mm per voxel along x, y, z of bare arrays, which are indexed [x, y, z] in LPS order.
             digest: also take the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
+            allow_any_anatomy: also take scans of other regions than the chest. `False` refuses scans without lungs, as
+                reports do. What a scan holds of them is in `geometry.coverage` either way.
 
         Returns:
             `ct`, (batch, 1, depth, height, width), and `geometry`, a list of [`CTGeometry`].
 
         Raises:
             CTInputError: an input is not a usable chest CT; the message names source, field, value and expectation.
+            CTAnatomyError: the one among them for a CT of another region.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)
-        options = self._standardize_kwargs(
-            **{key: getattr(self, key) for key in self.valid_kwargs.__annotations__} | kwargs
-        )
-        inputs = _as_list(ct)
+        options = self._options(kwargs)
+        inputs = list(each(ct))
         if not inputs:
             raise ValueError("The list of CTs is empty.")
         if spacing is not None and not any(_is_array(one) for one in inputs):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         tensors, geometry = [], []
         for one in inputs:
-            volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
+            volume = _read(one, spacing, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
                     volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
                 )
-            tensor, place = resample(
-                volume,
-                tuple(options["size"][axis] for axis in AXES),
-                options["target_spacing"],
-                options["crop_foreground"],
-                options["foreground_hu"],
-                options["hu_window"],
-                options["antialias"],
-                digest,
-            )
+            coverage = measure_coverage(volume)
+            if not allow_any_anatomy:
+                check_chest(coverage, volume.source)
+            tensor, place = _resample(volume, options, digest)
             tensors.append(tensor)
-            geometry.append(place)
+            geometry.append(replace(place, coverage=coverage))
         batch = torch.stack(tensors)
         return BatchFeature(
             {"ct": batch.numpy() if options["return_tensors"] == "np" else batch, "geometry": geometry}
         )
+
+    def resample(
+        self, volume: CTVolume, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> tuple[torch.Tensor, CTGeometry]:
+        """A volume that [`read_ct`] returned as a tensor (1, depth, height, width), and its place in the file."""
+        return _resample(volume, self._options(kwargs), digest=False)
+
+    def _options(self, kwargs: dict) -> dict:
+        """The settings, with those of a call."""
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        settings = {key: getattr(self, key) for key in self.valid_kwargs.__annotations__}
+        return self._standardize_kwargs(**settings | kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         size, spacing, window = kwargs["size"], kwargs["target_spacing"], kwargs["hu_window"]
@@ -168,7 +195,8 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 f"target_spacing must be None or three positive mm (depth, height, width), got {spacing}."
             )
         if len(window) != 2 or not window[0] < window[1]:
-            raise ValueError(f"hu_window must be two rising HU, got {window}.")
+            # The one of these that the command line sets, whose errors of input are a line each.
+            raise CTIntensityError("settings", "hu_window", tuple(window), "two rising HU, such as (-1000, 200)")
         if kwargs["return_tensors"] not in (None, "pt", "np"):
             raise ValueError(f'return_tensors must be "pt" or "np", got {kwargs["return_tensors"]!r}.')
         return kwargs | {
@@ -204,7 +232,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
         pending = deque()
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for scan in scans:
+                for scan in scans if _is_array(scans) else each(scans):
                     pending.append(pool.submit(one, scan))
                     if len(pending) > workers:
                         yield pending.popleft().result()
@@ -223,15 +251,70 @@ class DiffVPImageProcessor(BaseImageProcessor):
         return save_map(path, map, geometry)
 
 
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+# What can be iterated over, and is one scan or one text, or neither. Nor does a set count as several: it has no order
+# that results could follow.
+_SINGLE = (str, bytes, Mapping, Set, torch.Tensor, io.IOBase)
+
+
+def is_many(value) -> bool:
+    """Whether a value of an argument that takes one or a list is a list, whatever its type.
+
+    That is what can be iterated over: also a tuple, a column of `datasets` (which is no list) or pandas, a generator.
+    Arrays are one scan, but for those of objects or texts.
+    """
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "OUT"  # T: NumPy's strings of any length
+    return isinstance(value, Iterable) and not isinstance(value, _SINGLE) and not is_simpleitk(value)
+
+
+def each(value) -> Iterator:
+    """The items of such an argument, one after another."""
+    for item in value if is_many(value) else [value]:
+        yield unwrapped(item)
+
+
+def _texts(text, count: int) -> list[str | None]:
+    """A text for each of `count` scans.
+
+    Raises:
+        TypeError: what is given, or an item of it, is no string.
+        ValueError: there are more of them, or fewer.
+    """
+    if text is None:
+        return [None] * count
+    texts = list(each(text))
+    for number, one in enumerate(texts):
+        if not isinstance(one, str):
+            name = f"text[{number}]" if is_many(text) else "text"
+            raise TypeError(f"{name} is of type {type(one).__name__}; expected a string, or a list of strings.")
+    if not is_many(text):
+        return texts * count
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} texts for {count} scans; expected one each, or one string for all.")
+    return texts
+
+
+def _read(ct, spacing, allow_non_hu: bool) -> CTVolume:
+    return ct if isinstance(ct, CTVolume) else read_ct(ct, spacing if _is_array(ct) else None, allow_non_hu)
+
+
+def _resample(volume: CTVolume, options: dict, digest: bool) -> tuple[torch.Tensor, CTGeometry]:
+    return resample(
+        volume,
+        tuple(options["size"][axis] for axis in AXES),
+        options["target_spacing"],
+        options["crop_foreground"],
+        options["foreground_hu"],
+        options["hu_window"],
+        options["antialias"],
+        digest,
+    )
 
 
 def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
-# trf-ignore: TRF057: documented by hand
 class DiffVPBatchFeature(BatchFeature):
     """The model's inputs as keys, and what is known about them as attributes, which survive `.to()`.
 
@@ -260,10 +343,9 @@ class DiffVPBatchFeature(BatchFeature):
 
 class DiffVPProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: DiffVPImageProcessorKwargs
-    _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes  # trf-ignore: TRF019
+    _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes
 
 
-# trf-ignore: TRF057: documented by hand
 class DiffVPProcessor(ProcessorMixin):
     """CT preprocessing, reference sampling, the instruction, and text back to regions.
 
@@ -275,6 +357,8 @@ class DiffVPProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = DiffVPProcessorKwargs
+    # For the pipeline, which imports no other file.
+    is_many, each = staticmethod(is_many), staticmethod(each)
     # Left: the report continues the prompt, so padding must not stand between the two.
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
@@ -285,7 +369,6 @@ class DiffVPProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:  # LLaMA-2 has none; padding is masked, so that any token will do
             tokenizer.pad_token = tokenizer.eos_token
 
-    # trf-ignore: TRF057: documented by hand
     def __call__(
         self,
         ct=None,
@@ -293,18 +376,21 @@ class DiffVPProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         spacing: Sequence[float] | None = None,
         reference_seed: int | None = None,
+        allow_any_anatomy: bool = True,
         **kwargs: Unpack[DiffVPProcessorKwargs],
     ) -> DiffVPBatchFeature:
         """Prepare scans, their references and the instruction for [`DiffVPForConditionalGeneration`].
 
         Args:
-            ct: one CT or a list of them (see [`DiffVPImageProcessor.preprocess`]); `None` for the text alone.
+            ct: one CT or a list of them, of any type that [`DiffVPImageProcessor.preprocess`] takes for one, as
+                also for `reference` and `text`; `None` for the text alone.
             reference: one for each CT, or one for all. `None` samples from the pool that ships with the checkpoint,
                 by `reference_seed` and the content of the scan alone: not by its name or its place in a batch. A scan
                 is never its own reference.
             text: instruction for all or for each; `None` is the default one.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed of the sampling; 0 if not given.
+            allow_any_anatomy: `False` refuses scans, and given references, that are not of a chest, as reports do.
             kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
                 given for a scan that is not in Hounsfield units does not apply to a reference that is.
 
@@ -316,17 +402,19 @@ class DiffVPProcessor(ProcessorMixin):
         if ct is None:
             if reference is not None or text is None:
                 raise ValueError("Give ct=, or text= alone.")
-            return DiffVPBatchFeature(self._tokenize(_as_list(text), text_kwargs))
+            text = list(each(text))
+            return DiffVPBatchFeature(self._tokenize(_texts(text, len(text)), text_kwargs))
         seed = 0 if reference_seed is None else reference_seed
         if not isinstance(seed, int):
             raise TypeError(f"reference_seed must be an integer, got {seed!r}.")
-        scans = _as_list(ct)
-        given = [] if reference is None else _as_list(reference)
+        scans = list(each(ct))
+        texts = _texts(text, len(scans))  # before anything is read
+        given = [] if reference is None else list(each(reference))
         if given and len(given) not in (1, len(scans)):
             raise ValueError(f"{len(given)} references for {len(scans)} scans; expected one each, or one for all.")
         if spacing is not None and not any(_is_array(one) for one in scans + given):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
-        features = self._preprocess(scans, spacing, images_kwargs)
+        features = self._preprocess(scans, spacing, images_kwargs, allow_any_anatomy)
         batch = len(features["geometry"])
         # A window of grey values is one of the scan: a reference in Hounsfield units keeps theirs.
         hu_kwargs = images_kwargs
@@ -334,8 +422,11 @@ class DiffVPProcessor(ProcessorMixin):
             hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
         if given:
             allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
-            volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
-            parts = [self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs) for one in volumes]
+            volumes = [_read(one, spacing, allow_non_hu) for one in given]
+            parts = [
+                self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs, allow_any_anatomy)
+                for one in volumes
+            ]
             references = {"ct": torch.cat([part["ct"] for part in parts])}
             references["geometry"] = [place for part in parts for place in part["geometry"]]
             ids = [place.source for place in references["geometry"]]
@@ -344,9 +435,6 @@ class DiffVPProcessor(ProcessorMixin):
                 references["geometry"], ids = references["geometry"] * batch, ids * batch
         else:
             references, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
-        texts = _as_list(text) if isinstance(text, (list, tuple)) else [text] * batch
-        if len(texts) != batch:
-            raise ValueError(f"{len(texts)} texts for {batch} scans; expected one each, or one string for all.")
         data = {"ct": features["ct"], "reference": references["ct"]}
         if text_kwargs["return_tensors"] == "np":
             data = {key: value.numpy() for key, value in data.items()}
@@ -366,27 +454,50 @@ class DiffVPProcessor(ProcessorMixin):
         images = {key: value for key, value in merged["images_kwargs"].items() if key in image_names}
         return {**self.text_kwargs, **merged["text_kwargs"]}, images | {"return_tensors": "pt"}
 
-    def _preprocess(self, scans: list, spacing, images_kwargs: dict) -> BatchFeature:
+    def _preprocess(self, scans: list, spacing, images_kwargs: dict, allow_any_anatomy: bool = True) -> BatchFeature:
         spacing = spacing if any(_is_array(one) for one in scans) else None
-        return self.image_processor(scans, spacing=spacing, digest=True, **images_kwargs)
+        return self.image_processor(
+            scans, spacing=spacing, digest=True, allow_any_anatomy=allow_any_anatomy, **images_kwargs
+        )
+
+    def choose_reference(self, sha256: str, seed: int = 0) -> tuple[str, CTVolume]:
+        """
+        Id and volume of the reference that `__call__` samples for a scan.
+
+        Args:
+            sha256: of the scan's content, `CTVolume.sha256`.
+
+        Raises:
+            ReferencePoolError: there is no pool, or nothing in it but the scan.
+        """
+        pool = self._pool()
+
+        def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
+            volume = read_ct(pool.fetch(entry))
+            return volume.sha256, volume
+
+        return pool.choose(seed, sha256, load)
+
+    def _pool(self) -> ReferencePool:
+        if self.reference_pool is None:
+            raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+        return self.reference_pool
 
     def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
         """One reference for each scan, from the pool."""
-        if self.reference_pool is None:
-            raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+        pool = self._pool()
         loaded, tensors, places, ids = {}, [], [], []
+
+        def load(entry: dict[str, str]) -> tuple[str, BatchFeature]:
+            if entry["id"] not in loaded:
+                loaded[entry["id"]] = self._preprocess([pool.fetch(entry)], None, images_kwargs)
+            return loaded[entry["id"]]["geometry"][0].sha256, loaded[entry["id"]]
+
         for place in geometry:
-            for entry in self.reference_pool.ranked(seed, place.sha256):
-                if entry["id"] not in loaded:
-                    loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
-                candidate = loaded[entry["id"]]
-                if candidate["geometry"][0].sha256 != place.sha256:
-                    break
-            else:
-                raise ReferencePoolError(f"{place.source} is the only scan of the reference pool.")
-            tensors.append(candidate["ct"])
-            places += candidate["geometry"]
-            ids.append(entry["id"])
+            name, reference = pool.choose(seed, place.sha256, load)
+            tensors.append(reference["ct"])
+            places += reference["geometry"]
+            ids.append(name)
         return {"ct": torch.cat(tensors), "geometry": places}, ids
 
     def _tokenize(self, texts: list[str | None], text_kwargs: dict) -> dict:
@@ -460,25 +571,36 @@ class DiffVPProcessor(ProcessorMixin):
         }
 
     @staticmethod
-    def post_process(text: str) -> dict[str, str]:
+    def post_process(text: str, sections: bool = False) -> dict[str, str]:
         """Split a report into {region: text}, in canonical order.
 
-        "Heart: ..." opens a region, on a line of its own or within one. A region that is not written is absent; parts
-        of a region written twice are joined; text before the first region, and lines with another heading
-        ("Impression: ..."), go to "other".
+        "Heart: ..." opens a region, on a line of its own or within one; so do "Lungs:" and "LUNGS:". A region that is
+        not written is absent; parts of a region written twice are joined; text before the first region, and what has
+        another heading ("Impression: ..."), go to "other", the heading included.
+
+        Args:
+            sections: also "findings", the text below "Findings:" that belongs to no region, and "impression", all
+                that stands below "Impression:" or "Conclusion:" up to the next section.
         """
-        names = "|".join(re.escape(region.capitalize()) for region in REGIONS)
+        names = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
+        anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line in any case
+        inline = "|".join(re.escape(form) for name in names for form in (name.capitalize(), name.upper()))
         heading = re.compile(
-            rf"(?:^[ \t]*(?i:{names})|(?<=\s)(?:{names}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
+            rf"(?:^[ \t]*(?i:{anywhere})|(?<=\s)(?:{inline}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
         )
         parts: dict[str, list[str]] = {}
         current, start = OTHER, 0
         for found in heading.finditer(text):
-            parts.setdefault(current, []).append(text[start : found.start()])
             name = found.group().strip(" \t:").lower()
-            current, start = (name, found.end()) if name in REGIONS else (OTHER, found.start())
+            section = SECTION_HEADINGS.get(name) if sections else None
+            if current == "impression" and section is None:
+                continue
+            parts.setdefault(current, []).append(text[start : found.start()])
+            known = section or REGION_HEADINGS.get(name)
+            current, start = (known, found.end()) if known else (OTHER, found.start())
         parts.setdefault(current, []).append(text[start:])
-        joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in (*REGIONS, OTHER)}
+        order = (*REGIONS, "findings", "impression", OTHER)
+        joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in order}
         return {region: words for region, words in joined.items() if words}
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:

@@ -8,13 +8,14 @@ would inflate to gigabytes, is refused at once. Each format has a file of its ow
 """
 
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 
-from .decoding_diffvp import read_bytes
+from .decoding_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
@@ -25,12 +26,16 @@ from .volume_diffvp import (
     CTReadError,
     CTVolume,
     check_shape,
+    is_tensor,
     lps_affine,
     lps_grid,
     make_volume,
 )
 
-SUFFIXES = (".nii", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+FORMATS = dict.fromkeys(NIFTI_SUFFIXES, "NIfTI") | dict.fromkeys((".nrrd", ".nhdr"), "NRRD")
+FORMATS |= dict.fromkeys((".mha", ".mhd"), "MetaImage")
+SHOWN_FILES = 5
 
 
 def read_ct(
@@ -45,9 +50,10 @@ def read_ct(
 
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices, a DICOMDIR or a multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a
-            `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x
-            growing to the patient's left, y to posterior, z to superior (LPS)**, together with `spacing`.
+            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI), a DICOMDIR or a
+            multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not;
+            or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
+            posterior, z to superior (LPS)**, together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
@@ -65,12 +71,13 @@ def read_ct(
     if isinstance(ct, CTVolume):
         _refuse(ct.source, **given)
         return ct
-    if isinstance(ct, torch.Tensor):
+    if is_tensor(ct):
         try:
             ct = ct.detach().cpu()
-            ct = (ct.float() if ct.dtype == torch.bfloat16 else ct).numpy()
+            ct = (ct.float() if str(ct.dtype) == "torch.bfloat16" else ct).numpy()
         except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
             raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
+    ct = unwrapped(ct)
     if isinstance(ct, np.ndarray):
         _refuse("array", metadata=metadata, series=series)
         if np.ma.is_masked(ct):
@@ -95,7 +102,7 @@ def read_ct(
     if isinstance(ct, nib.spatialimages.SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
-    if _is_simpleitk(ct):
+    if is_simpleitk(ct):
         _refuse(source, **given)
         return _from_simpleitk(ct, source, allow_non_hu)
     if not isinstance(ct, (str, os.PathLike)):
@@ -112,9 +119,14 @@ def read_ct(
         _refuse(source, spacing=spacing, metadata=metadata)
         from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
 
-        return read_dicom(path, series=series, allow_non_hu=allow_non_hu, allow_incomplete=allow_incomplete)
+        try:
+            return read_dicom(path, series, allow_non_hu, allow_incomplete)
+        except CTReadError as error:
+            if (error.source, error.field) != (source, "content") or not (folder or suffix == ".zip"):
+                raise
+            return _read_other(path, error, allow_non_hu, series)
     _refuse(source, series=series)
-    if suffix == ".nii" or path.name.lower().endswith(".nii.gz"):
+    if path.name.lower().endswith(NIFTI_SUFFIXES):
         return read_nifti(path, source, **options)
     _refuse(source, spacing=spacing, metadata=metadata)
     if suffix in (".nrrd", ".nhdr"):
@@ -130,7 +142,55 @@ def _is_dicom(path: Path, source: str) -> bool:
     suffix, name = path.suffix.lower(), path.name.upper()
     if suffix == ".dcm" or name == "DICOMDIR":
         return True
-    return suffix not in SUFFIXES and read_bytes(path, 132, source)[128:] == b"DICM"
+    return not name.lower().endswith((*FORMATS, ".gz")) and read_bytes(path, 132, source)[128:] == b"DICM"
+
+
+def unwrapped(value):
+    """What an array of objects or texts holds that has no axis: so `datasets` gives out a scan in NumPy's format."""
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OUT":
+        return value.item()
+    return value
+
+
+def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int | str | None) -> CTVolume:
+    """The one scan of another format in a folder or an archive without a DICOM file.
+
+    Args:
+        error: that there is none; raised where there is nothing else, either.
+    """
+    content, archived = None, not path.is_dir()
+    if not archived:
+        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:  # within its limits, or it were another error
+                members = {Path(one.filename): one for one in archive.infolist() if _is_scan(one.filename)}
+                found = list(members)
+                if len(found) == 1 and _format(found[0]) == "NIfTI" and members[found[0]].file_size <= MAX_BYTES:
+                    content = archive.read(members[found[0]])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as damage:
+            raise CTReadError(path.name, "content", "a damaged archive", "a zip that passes its checksums") from damage
+    found = sorted(file for file in found if _is_scan(str(file)))
+    if not found:
+        raise error
+    if len(found) == 1 and not archived:
+        return read_ct(found[0], allow_non_hu=allow_non_hu, series=series)
+    if content is not None:
+        _refuse(path.name, series=series)
+        return read_nifti(content, found[0].name, allow_non_hu=allow_non_hu)
+    formats = " and ".join(sorted({_format(file) for file in found}))
+    names = ", ".join(file.name for file in found[:SHOWN_FILES]) + (", ..." if len(found) > SHOWN_FILES else "")
+    expected = f"one scan: {'unpack it and ' if archived else ''}give the path of the file"
+    raise CTReadError(path.name, "content", f"no DICOM file, but {formats} ({names})", expected) from error
+
+
+def _is_scan(name: str) -> bool:
+    """Whether a file is one of these formats, and none of macOS's copies of attributes, nor a folder of an archive."""
+    return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
+
+
+def _format(path: Path) -> str:
+    return next(name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix))
 
 
 def _source(ct) -> str:
@@ -139,10 +199,10 @@ def _source(ct) -> str:
         return Path(ct).name or str(ct)
     if isinstance(ct, nib.spatialimages.SpatialImage):
         return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
-    return "SimpleITK image" if _is_simpleitk(ct) else type(ct).__name__
+    return "SimpleITK image" if is_simpleitk(ct) else type(ct).__name__
 
 
-def _is_simpleitk(ct) -> bool:
+def is_simpleitk(ct) -> bool:
     """Without importing SimpleITK for this: who has such an image has imported it."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
@@ -165,12 +225,12 @@ def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:
     kind = image.GetPixelIDTypeAsString()
     if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind or "label" in kind:
         raise CTIntensityError(source, "pixel type", kind, "one real number per voxel")
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
     check_shape(image.GetSize(), source)
+    while image.GetDimension() > 3:
+        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
     affine = lps_grid(np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing(), np.array(image.GetOrigin()))
     array = SimpleITK.GetArrayFromImage(image).T
     return make_volume(array, affine, source, STATED, allow_non_hu=allow_non_hu)
 
 
-__all__ = ["CTMetadata", "load_metadata", "read_ct"]
+__all__ = ["CTMetadata", "is_simpleitk", "load_metadata", "read_ct", "unwrapped"]

@@ -5,12 +5,17 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from transformers.utils.hub import cached_file
 
 REFERENCE_FOLDER, REFERENCE_INDEX = "references", "references.json"
+
+
+Loaded = TypeVar("Loaded")
 
 
 class ReferencePoolError(ValueError):
@@ -64,11 +69,39 @@ class ReferencePool:
             )
         return path
 
-    def ranked(self, seed: int, scan: str) -> list[dict[str, str]]:
-        """The entries in the random order that (seed, scan) gives, whatever their order or number in the index."""
-        return sorted(
+    def choose(self, seed: int, scan: str, load: Callable[[dict[str, str]], tuple[str, Loaded]]) -> tuple[str, Loaded]:
+        """
+        Draw the reference of a scan. The draw depends on (seed, scan) alone, not on the order of the index.
+
+        Args:
+            scan: SHA-256 of the scan's content.
+            load: reads an entry; returns the SHA-256 of its content and whatever is wanted of it.
+
+        Returns:
+            id of the reference, and what `load` returned of it.
+
+        Raises:
+            ReferencePoolError: as [`first_other`].
+        """
+        drawn = sorted(
             self.entries, key=lambda entry: hashlib.sha256(f"{seed}:{scan}:{entry['id']}".encode()).hexdigest()
         )
+        return self.first_other(drawn, scan, load)
+
+    def first_other(
+        self, entries: Iterable[dict[str, str]], scan: str, load: Callable[[dict[str, str]], tuple[str, Loaded]]
+    ) -> tuple[str, Loaded]:
+        """
+        The first of `entries` that is not the scan itself; arguments and result as in [`choose`].
+
+        Raises:
+            ReferencePoolError: the scan is the only one of the pool.
+        """
+        for entry in entries:
+            content, loaded = load(entry)
+            if content != scan:
+                return entry["id"], loaded
+        raise ReferencePoolError("The scan is the only one of the reference pool: give another reference.")
 
     def copy_to(self, folder: Path) -> None:
         """Write all references and their index into a folder."""

@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
+from .anatomy_diffvp import anatomy_warnings
 from .checkpoint_diffvp import (
     ADAPTER_SUBFOLDER,
     WEIGHTS_NAME,
@@ -40,14 +41,15 @@ from .checkpoint_diffvp import (
 )
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
-from .engines import Engine, EngineError, TransformersEngine, end_tokens
+from .engines import Engine, EngineError, TransformersEngine
 from .figures import draw_figure
+from .metrics.consistency import report_consistency
 from .modeling_diffvp import DiffVPForConditionalGeneration
-from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings
+from .pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_text, end_tokens
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
-from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError
+from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
 DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
@@ -77,18 +79,26 @@ class Report:
 
     Attributes:
         folder: holds the files.
-        text: the generated text as it is.
-        regions: {region: text}, in canonical order; "other" for text that belongs to none.
-        findings: for each diagnosis its label, probability, threshold, and whether it is positive; empty for a model
-            without a classifier.
         document: the content of report.json.
     """
 
     folder: Path
-    text: str
-    regions: dict[str, str]
-    findings: list[dict]
     document: dict
+
+    @property
+    def text(self) -> str:
+        """The generated text as it is."""
+        return self.document["report"]
+
+    @property
+    def regions(self) -> dict[str, str]:
+        """{region: text} in canonical order; "other" for text that belongs to none."""
+        return self.document["regions"]
+
+    @property
+    def findings(self) -> list[dict]:
+        """The classifier's findings, see [`describe_findings`]; empty for a model without one."""
+        return self.document["findings"]
 
     @property
     def figure(self) -> Path:
@@ -128,6 +138,7 @@ def write_report(
     series: int | str | None = None,
     allow_incomplete: bool = False,
     allow_non_hu: bool = False,
+    allow_any_anatomy: bool = False,
     hu_window: tuple[float, float] | None = None,
     foreground_hu: float | None = None,
     max_new_tokens: int | None = None,
@@ -147,6 +158,7 @@ def write_report(
         spacing, metadata, series, allow_incomplete: what `ct` needs to be understood, see [`read_ct`]; `spacing` also
             holds for a reference given as an array.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
+        allow_any_anatomy: also of scans without lungs, for which the model has no words.
         max_new_tokens: where to stop; the default is the checkpoint's.
         truth: the true report of a phantom, to be written beside the generated one and compared with it.
         engine: what decodes; `None` is the model's own `generate`, see [`load_engine`].
@@ -155,7 +167,7 @@ def write_report(
 
     Raises:
         ReportError: the model was not loaded from a checkpoint, or `output_dir` holds other files.
-        CTInputError: a scan is not a usable chest CT.
+        CTInputError: a scan is not a usable chest CT; of another region, a `CTAnatomyError`.
         ReferencePoolError: no reference is given and the checkpoint has no pool, or its files are not as indexed.
     """
     output = Path(output_dir).absolute()
@@ -168,35 +180,32 @@ def write_report(
     options = {key: value for key, value in options.items() if value is not None}
     if isinstance(ct, (list, tuple)):
         raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
-    ct = read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)  # once, for tensor and figure
-    given = reference
-    if reference is not None:
+    # Both are read once, for the tensor and for the figure.
+    scan = ct if isinstance(ct, CTVolume) else read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)
+    sampled, reference_name = reference is None, GIVEN_REFERENCE
+    if sampled:
+        reference_name, reference = processor.choose_reference(scan.sha256, reference_seed)
+    elif not isinstance(reference, CTVolume):
         is_array = isinstance(reference, (np.ndarray, torch.Tensor))
-        given = read_ct(reference, spacing if is_array else None, allow_non_hu)
-    inputs = processor(ct=ct, reference=given, reference_seed=reference_seed, **options)
+        reference = read_ct(reference, spacing if is_array else None, allow_non_hu)
+    inputs = processor(ct=scan, reference=reference, allow_any_anatomy=allow_any_anatomy, **options)
     geometry = inputs.geometry[0]
-    sampled = reference is None
-    reference_name = inputs.reference_ids[0] if sampled else GIVEN_REFERENCE
 
     on_step("Encoding")
     inputs = inputs.to(model.device)
-    scans = {"ct": inputs.pop("ct"), "reference": inputs.pop("reference")}
-    target = scans["ct"]
-    if model.config.difference_level != "pixel":  # the pixel-level difference needs the volumes
-        scans = {f"{name}_features": model.extract_features(volume) for name, volume in scans.items()}
-    logits = None if model.diagnosis is None else model.diagnose(target, scans.get("ct_features"))
-    difference = model.difference_map(**scans)[0].float().cpu()
+    encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
+    logits = encoded.pop("diagnosis_logits", None)
+    with torch.no_grad():
+        comparison = model.compare(**encoded)
+    difference = model.difference_map(comparison=comparison)[0].float().cpu()
 
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
     engine = TransformersEngine(model) if engine is None else engine
-    [tokens] = engine.generate(model.embed_prompt(**scans, **inputs, diagnosis_logits=logits), decoding)
-    text = processor.decode(tokens, skip_special_tokens=True).strip()
-
+    [tokens] = engine.generate(model.embed_prompt(**inputs, diagnosis_logits=logits, comparison=comparison), decoding)
     document = describe_report(
         model,
         processor,
-        text,
         tokens,
         decoding=decoding,
         engine=engine.name,
@@ -214,11 +223,9 @@ def write_report(
     stage.mkdir()
     try:
         processor.save_map(stage / DIFFERENCE_MAP, difference, geometry)
-        if sampled:
-            pool = processor.reference_pool
-            given = pool.fetch(next(entry for entry in pool.entries if entry["id"] == reference_name))
         own = {"allow_non_hu": allow_non_hu} if inputs.reference_geometry[0].is_hu and not geometry.is_hu else options
-        drawing = _sample_for_figure(processor.image_processor, ((ct, options), (given, own)), geometry, difference)
+        volumes = (scan, options), (reference, own)
+        drawing = _sample_for_figure(processor.image_processor, volumes, geometry, difference)
         draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
         (stage / REPORT_TEXT).write_text(report_page(document), encoding="utf-8")
         (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -227,7 +234,7 @@ def write_report(
         _publish(stage, output)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # after `_publish` it is gone
-    return Report(output, text, document["report"], document["findings"], document)
+    return Report(output, document)
 
 
 def greedy(model, max_new_tokens: int | None = None) -> GenerationConfig:
@@ -241,7 +248,6 @@ def greedy(model, max_new_tokens: int | None = None) -> GenerationConfig:
 def describe_report(
     model,
     processor,
-    text: str,
     tokens: Sequence[int],
     *,
     decoding: GenerationConfig,
@@ -257,7 +263,7 @@ def describe_report(
     What report.json holds, as it will be read.
 
     Args:
-        text, tokens: what was generated, with `decoding`, by `engine`.
+        tokens: what was generated, with `decoding`, by `engine`.
         logits: of the classifier, (1, labels).
         geometries: of the scan and of the reference.
         reference: its name, and the seed with which it was sampled; `None` if it was chosen.
@@ -267,23 +273,26 @@ def describe_report(
     """
     geometry, reference_geometry = geometries
     name, seed = reference
+    tokens = [int(token) for token in tokens]
+    written = describe_text(processor, model.config, tokens, logits, end_tokens(decoding))
     warnings = {
         "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not (
             geometry.is_hu and reference_geometry.is_hu
         ),
-        f"The report is cut off after {len(tokens)} tokens.": int(tokens[-1]) not in end_tokens(decoding),
+        f"The report is cut off after {len(tokens)} tokens.": not written["complete"],
         "This model takes no difference: the map is empty.": model.config.difference_level == "none",
         f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
         and not geometry.layout.startswith("DICOM"),
         **dict.fromkeys(geometry.warnings, True),
     }
+    applying = [warning for warning, applies in warnings.items() if applies]
     document = {
         "statement": RESEARCH_USE,
         "intended_domain": model.config.intended_domain,
-        "warnings": [warning for warning, applies in warnings.items() if applies],
-        "report": processor.post_process(text),
-        "text": text,
-        "findings": [] if logits is None else describe_findings(model.config, logits)[0],
+        "warnings": [*applying, *anatomy_warnings(geometry.coverage)],
+        **written,
+        "consistency": report_consistency(written["report"], written["findings"]),
+        "coverage": geometry.coverage,
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **made_by,
@@ -300,7 +309,8 @@ def describe_report(
         },
     }
     if truth is not None:
-        document["truth"] = {"report": processor.post_process(truth), "text": truth} | compare_findings(text, truth)
+        true = {"report": truth, "regions": processor.post_process(truth)}
+        document["truth"] = true | compare_findings(written["report"], truth)
     return json.loads(json.dumps(document))  # tuples are lists
 
 
@@ -418,7 +428,7 @@ def report_page(document: dict) -> str:
     reference = document["provenance"]["reference"]
     sampled = f" (sampled, seed {reference['seed']})" if reference["sampled"] else ""
     lines = [RESEARCH_USE, _domain(document), *document["warnings"], f"Reference: {reference['id']}{sampled}."]
-    return "\n".join([*lines, "", document["text"], ""])
+    return "\n".join([*lines, "", document["report"], ""])
 
 
 def _domain(document: dict) -> str:
@@ -442,11 +452,11 @@ def display_grid(image_processor, geometry: CTGeometry) -> dict:
 def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
     """Both scans and the map, sampled finely over the box that the model saw."""
     grid = display_grid(image_processor, geometry)
-    sampled = [image_processor(scan, **options | grid) for scan, options in scans]
+    sampled = [image_processor.resample(volume, **options | grid) for volume, options in scans]
     values = F.interpolate(difference[None, None], size=grid["size"], mode="trilinear", align_corners=False)
-    spacings = [features["geometry"][0].tensor_spacing for features in sampled]
+    spacings = [place.tensor_spacing for _, place in sampled]
     return {
-        "volumes": [volume[0, 0].numpy() for volume in (*(features["ct"] for features in sampled), values)],
+        "volumes": [volume[0].numpy() for volume in (*(tensor for tensor, _ in sampled), values[0])],
         "target_spacing": spacings[0],
         "reference_spacing": spacings[1],
     }

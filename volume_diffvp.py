@@ -9,18 +9,25 @@ Axes. A `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y 
 tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+ millimetres, as in NIfTI.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
+import sys
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from isal import igzip
+
+if TYPE_CHECKING:
+    import torch  # takes longer to import than a scan to read: imported where a tensor is made
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
 MIN_SPACING, MAX_SPACING = 0.1, 10.0  # mm
@@ -35,6 +42,9 @@ SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
 # Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale, or with bytes in the
 # other order, of which the range of the voxels need not tell. One of the two suffices.
 MIN_SOFT_TISSUE, MIN_SOFT_BODY, BODY_HU = 0.02, 0.25, -700.0
+# A rescale of the wrong sign makes air the densest of all. A few hundredths of a chest, of bone and metal, lie above
+# DENSE_HU, and fewer than are as light as lung.
+AIRY_HU, DENSE_HU, MAX_DENSE = -500.0, 500.0, 0.25
 MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
 MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
 
@@ -82,7 +92,7 @@ class CTVolume:
         array: stored voxels [x, y, z] in LPS order; z is the slowest axis in memory. Hounsfield units are
             `slope * array + intercept`, where `is_hu`.
         affine: 4x4, voxel index of the *file's* grid -> RAS+ world mm.
-        shape: shape of the file's grid, with a trailing 1 where the file has one.
+        shape: shape of the file's grid, with trailing ones where the file has them.
         axes: which axis of the file each LPS axis (x, y, z) comes from.
         flips: whether each LPS axis runs against that axis of the file.
         spacing: mm along x, y, z.
@@ -90,6 +100,7 @@ class CTVolume:
         layout: how grid and Hounsfield units were found, in words.
         slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
+        contrast: True where the header names a contrast medium; `None` where it says nothing.
         warnings: what the reader found wanting and was allowed to read, in words that name nobody.
     """
 
@@ -104,6 +115,7 @@ class CTVolume:
     slope: float = 1.0
     intercept: float = 0.0
     is_hu: bool = True
+    contrast: bool | None = None
     warnings: tuple[str, ...] = ()
 
     @cached_property
@@ -127,7 +139,7 @@ class CTGeometry:
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
     grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
-    `sha256` `None` where it was not asked for.
+    `sha256` `None` where it was not asked for, and what [`measure_coverage`] finds of the lungs.
     """
 
     source: str
@@ -142,6 +154,7 @@ class CTGeometry:
     size: tuple[int, int, int]
     offset: tuple[float, float, float]
     scale: tuple[float, float, float]
+    coverage: dict | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -160,15 +173,36 @@ class CTGeometry:
             to_file[axis, 3] = start + sign * self.offset[lps]
         return np.asarray(self.affine) @ to_file
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Itself as a dict, in an array without axes: what `datasets.Dataset.map` asks of an object that it stores.
+
+        A mapping would be stored, too, but taken apart by what moves batches to a device.
+        """
+        array = np.empty((), object)
+        array[()] = self.to_dict()
+        return array
+
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "CTGeometry":
-        """The inverse of `to_dict`, also after a way through JSON, which turns tuples into lists."""
-        frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        frozen["affine"] = tuple(tuple(row) for row in values["affine"])
-        return cls(**frozen)
+    def from_dict(cls, values: Mapping | CTGeometry) -> CTGeometry:
+        """The inverse of `to_dict`, also after a way through JSON or `datasets`, which turn tuples into lists, or into
+        arrays or tensors where the dataset has that format.
+
+        Raises:
+            TypeError: a field is missing, or unknown.
+        """
+        if isinstance(values, cls):
+            return values
+        return cls(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value):
+    """Lists, arrays and tensors as tuples of numbers, however nested."""
+    if isinstance(value, (np.ndarray, np.generic)) or is_tensor(value):
+        value = value.tolist()
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def make_volume(
@@ -184,7 +218,7 @@ def make_volume(
     """Check geometry and intensities, and view the array in LPS order. Every reader ends here.
 
     Args:
-        array: stored voxels in the file's own axis order, (i, j, k) or (i, j, k, 1).
+        array: stored voxels in the file's own axis order, (i, j, k), with any number of single axes behind.
         affine: 4x4, index -> RAS+ world mm.
         source, layout, slope, intercept: see [`CTVolume`].
         allow_non_hu: accept voxels that are not Hounsfield units.
@@ -198,11 +232,11 @@ def make_volume(
     _check_affine(affine, source)
     if array.dtype.kind not in "iuf":
         raise CTIntensityError(source, "data type", array.dtype.name, "one real number per voxel")
-    if not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope != 0):
         raise CTIntensityError(
-            source, "rescale slope and intercept", f"{slope:g} and {intercept:g}", "finite, slope > 0"
+            source, "rescale slope and intercept", f"{slope:g} and {intercept:g}", "finite, and a slope other than 0"
         )
-    array = array.reshape(shape[:3]) if array.ndim == 4 else array
+    array = array.reshape(shape[:3])
     is_hu = _check_intensities(array, slope, intercept, source, allow_non_hu)
     orientation = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
@@ -228,6 +262,11 @@ def make_volume(
         intercept=float(intercept),
         is_hu=is_hu,
     )
+
+
+def is_tensor(value) -> bool:
+    """Whether it is a torch tensor, without importing torch: who has one has imported it."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
 def lps_affine(spacing, source: str) -> np.ndarray:
@@ -256,8 +295,8 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
         CTGeometryError
     """
     shape = tuple(int(n) for n in shape)
-    if len(shape) != 3 and not (len(shape) == 4 and shape[3] == 1):
-        raise CTGeometryError(source, "shape", shape, "three axes")
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise CTGeometryError(source, "shape", shape, "three axes, and any further ones of length 1")
     if min(shape[:3]) < MIN_LENGTH or max(shape[:3]) > MAX_LENGTH:
         raise CTGeometryError(source, "shape", shape, f"{MIN_LENGTH} to {MAX_LENGTH} voxels along each axis")
 
@@ -267,7 +306,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     # A plane at a time, which is still in the processor's cache when it is read again. NaN goes through.
     extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
-    low, high = (value * slope + intercept for value in stored)
+    low, high = sorted(value * slope + intercept for value in stored)  # a slope below 0 exchanges them
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CTIntensityError(source, "voxels", "some are NaN or infinite", "finite numbers")
     if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
@@ -278,11 +317,14 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
     soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
     body = float(np.mean(sample > BODY_HU))
-    if in_range and (soft >= MIN_SOFT_TISSUE or soft > MIN_SOFT_BODY * body):
+    airy, dense = float(np.mean(sample < AIRY_HU)), float(np.mean(sample > DENSE_HU))
+    inverted = dense > max(airy, MAX_DENSE)
+    enough = soft >= MIN_SOFT_TISSUE or soft > MIN_SOFT_BODY * body
+    if in_range and enough and not inverted:
         return True
     if allow_non_hu:
         return False
-    if in_range:
+    if in_range and not enough:
         raise CTIntensityError(
             source,
             "soft tissue",
@@ -291,6 +333,12 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the bytes of a voxel are in the "
             "other order; allow_non_hu=True accepts it with your own hu_window",
         )
+    if in_range:
+        raise CTIntensityError(
+            source, "voxels", f"{dense:.0%} above {DENSE_HU:g} HU and {airy:.0%} below {AIRY_HU:g} HU",
+            "more air than bone: the rescale seems to have the wrong sign. allow_non_hu=True accepts it with your own "
+            "hu_window",
+        )  # fmt: skip
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export as of CTRG, whose Hounsfield units are lost"
     elif low >= 0:
@@ -409,6 +457,8 @@ def resample(
     # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
     result *= np.float32(2 / (high - low))
     result -= 1
+    import torch
+
     tensor = torch.from_numpy(np.clip(result, -1, 1, out=result))[None]
     geometry = CTGeometry(
         source=volume.source,
@@ -445,6 +495,9 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
     """
     planes = volume.array.T  # [z, y, x]
 
+    # The stored value of the densest voxel, which is the lowest where the slope is below 0.
+    densest = np.max if volume.slope > 0 else np.min
+
     def above(values):
         return values * volume.slope + volume.intercept > threshold
 
@@ -453,16 +506,16 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
         return int(indices[0]), int(indices[-1]) + 1
 
     depths = range(len(planes))
-    first = next((z for z in depths if above(planes[z].max())), None)
+    first = next((z for z in depths if above(densest(planes[z]))), None)
     if first is None:
         raise CTIntensityError(volume.source, "foreground", f"no voxel above {threshold:g} HU", "a patient")
-    last = next(z for z in reversed(depths) if above(planes[z].max()))
+    last = next(z for z in reversed(depths) if above(densest(planes[z])))
     planes = planes[first : last + 1]
-    highest = planes[::16].max(axis=0)
-    (top, bottom), (left, right) = span(highest.max(axis=1)), span(highest.max(axis=0))
+    highest = densest(planes[::16], axis=0)
+    (top, bottom), (left, right) = span(densest(highest, axis=1)), span(densest(highest, axis=0))
     for outside in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
-        highest[outside] = planes[(slice(None), *np.index_exp[outside])].max(axis=0)
-    return span(highest.max(axis=0)), span(highest.max(axis=1)), (first, last + 1)
+        highest[outside] = densest(planes[(slice(None), *np.index_exp[outside])], axis=0)
+    return span(densest(highest, axis=0)), span(densest(highest, axis=1)), (first, last + 1)
 
 
 def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarray:
@@ -489,7 +542,7 @@ class _Taps:
         used = self.indices[self.weights > 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
 
-    def shifted(self, start: int) -> "_Taps":
+    def shifted(self, start: int) -> _Taps:
         """The same on an input that begins at `start`."""
         return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
 
@@ -528,16 +581,18 @@ def _taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> _
     return _Taps(indices.clip(start, stop - 1), weights.astype(np.float32))
 
 
-def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
+def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> np.ndarray:
     """Carry a map on the tensor's grid back to the voxels of the input file, trilinearly.
 
     Args:
         map: (depth, height, width), of `geometry.size`.
+        geometry: of the tensor, or what `datasets` or JSON have kept of it.
 
     Returns:
         float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
     """
-    values = torch.as_tensor(map).detach().cpu().float().numpy()
+    geometry = CTGeometry.from_dict(geometry)
+    values = np.asarray(map.detach().cpu().float() if is_tensor(map) else map, dtype=np.float32)
     if values.shape != geometry.size:
         raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
     for lps, axis in ((0, 2), (1, 1), (2, 0)):  # of [z, y, x]
@@ -549,7 +604,7 @@ def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.nd
     return np.asfortranarray(array.transpose(np.argsort(geometry.axes))).reshape(geometry.shape, order="F")
 
 
-def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
+def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> Path:
     """Write a map on the tensor's grid as NIfTI (.nii or .nii.gz) with the shape and affine of the input file.
 
     Where that states no grid, the map has the one under which it was read. The file appears complete or not at all.
@@ -558,6 +613,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if suffix not in (".nii", ".nii.gz"):
         raise ValueError(f"A map is written as .nii or .nii.gz, got {path.name}.")
+    geometry = CTGeometry.from_dict(geometry)
     affine = np.asarray(geometry.affine)
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")
@@ -585,6 +641,7 @@ __all__ = [
     "CTReadError",
     "CTVolume",
     "check_shape",
+    "is_tensor",
     "lps_affine",
     "lps_grid",
     "make_volume",

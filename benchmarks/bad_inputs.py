@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -53,14 +54,15 @@ SOUND = {
         "sform sheared by 15 degrees", "in metres", "in microns", "oblique by 45 degrees", "a NaN", "an infinity",
         "all NaN", "constant", "not rescaled, 1024 too high", "not rescaled, 8192 too high", "8-bit",
         "normalised to 0..1", "rescaled twice", "rescaled twice, with metal", "bytes in the other order",
-        "scl_slope -1",
+        "scl_slope -1", "scl_slope -1 and air of 0", "two scans in a folder", "two scans in a zip",
+        "two of a fifth axis", "a first axis of 1", "template of another size alone",
     ),
     "NRRD": (
         "no space", "space of a scanner", "no directions", "in metres", "4-D", "2-D", "a NaN", "not rescaled",
-        "byte skip", "endian wrong",
+        "endian wrong", "two frames", "byte skip -1 of gzip", "time in a direction of space",
     ),
     "MetaImage": (
-        "no TransformMatrix", "in centimetres", "2-D", "4-D", "three channels", "rescale in the header",
+        "no TransformMatrix", "in centimetres", "2-D", "4-D", "two frames", "three channels", "rescale in the header",
         "not rescaled", "a NaN",
     ),
     "DICOM": (
@@ -266,14 +268,17 @@ def cases(folder: Path) -> list[dict]:
 
 def legitimate(folder: Path) -> list[dict]:
     """Write the legitimate files, and say what they hold."""
+    from diffvp.tests.ct_samples import make_ct
     from diffvp.tests.good_inputs import GOOD
+    from diffvp.tests.good_volumes import GOOD as VOLUMES
 
     written = []
-    for number, (name, write) in enumerate(GOOD):
+    volumes = [(name, lambda folder, make=make: (Path(make(folder)), make_ct())) for name, make in VOLUMES]
+    for number, (name, write) in enumerate(GOOD + volumes):
         place = folder / f"good{number:03d}"
         place.mkdir()
         path, hu = write(place)
-        form = "zip" if path.suffix == ".zip" else name.partition(":")[0]
+        form = "zip" if path.suffix == ".zip" else re.split("[:, ]", name)[0]
         row = {"name": name, "format": form, "group": "legitimate", "path": str(path)}
         written.append(row | {"sum": float(hu.sum(dtype=np.float64)), "size": hu.size})
     return written

@@ -35,6 +35,17 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def path_sha256(path: str | os.PathLike, of_file: Callable[[Path], str] = file_sha256) -> str:
+    """Hex SHA-256 of a file, or of the names and files of a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return of_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{of_file(file)}\0".encode())
+    return digest.hexdigest()
+
+
 def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
     """Digests of a checkpoint's weights, by file."""
     root = Path(folder)
@@ -100,13 +111,7 @@ class ContentHashes:
             if volume.get("bytes") is not None:
                 return hashlib.sha256(volume["bytes"]).hexdigest()
             volume = volume["path"]
-        path = Path(volume)
-        if not path.is_dir():
-            return self._file(path)
-        digest = hashlib.sha256()
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\0".encode())
-        return digest.hexdigest()
+        return path_sha256(volume, self._file)
 
     def _file(self, path: Path) -> str:
         path = path.resolve()

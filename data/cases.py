@@ -7,10 +7,11 @@ they raise, so that a run ends before it starts and the tables are corrected in 
 columns, ids and files; they never hold the text of a report, not even where columns are swapped.
 """
 
-import csv
+import html
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from diffvp.nifti_diffvp import read_table
 from diffvp.reading_diffvp import CTMetadata
+from diffvp.volume_diffvp import CTReadError
 
 from .pairing import chance
 
@@ -33,6 +36,18 @@ SPLITS = {
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 # CT-RATE writes "Not given." for an empty field; "nan" is what pandas makes of one when it is turned into text.
 EMPTY_REPORTS = ("", "not given", "nan")
+# What Office writes for a character that XML has not, with the line break that may follow it, and what becomes of it.
+_ESCAPE = re.compile(r"_x(00[01][0-9A-Fa-f]|FFFF)_(?:(?<=_x000[Dd]_)\r?\n)?")
+_CONTROLS = {"000D": "\n", "000A": "\n", "0009": " "}
+_ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,30}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
+_INLINE = "a|b|em|font|i|small|span|strong|sub|sup|u"
+_BLOCK = "br|div|h[1-6]|hr|li|ol|p|pre|table|tbody|td|tr|ul"
+_ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
+_TAG = re.compile(rf"</?(?:({_INLINE})|{_BLOCK}){_ATTRIBUTES}", re.I)
+# Markup of any other kind. A report may well hold "<": "nodules < 5 mm".
+_MARKUP = re.compile(
+    rf"</?[A-Za-z][\w:-]*{_ATTRIBUTES}|<!--|<!\[CDATA\[|<!DOCTYPE|<\?xml|_x[0-9A-F]{{4}}_|\{{\\rtf", re.I
+)
 # Anything with a space in it may be a sentence of a report.
 _HARMLESS = re.compile(r"[A-Za-z0-9_.:/\\+()=-]{1,100}")
 
@@ -228,11 +243,27 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
+def plain_text(value: object) -> str:
+    """A text without what spreadsheets and web pages leave in it, which a model would learn to write.
+
+    Escapes of control characters (`_x000D_`) and tags (`<br>`) become a line break or nothing, entities (`&gt;`,
+    `&nbsp;`) what they stand for. A text without any of them stays as it is.
+    """
+    text, before = str(value), None
+    while text != before:  # again: entities may stand for a tag, or for entities
+        before = text
+        text = _ESCAPE.sub(lambda found: _CONTROLS.get(found[1].upper(), ""), text)
+        text = _ENTITY.sub(lambda found: html.unescape(found[0]).replace("\xa0", " "), text)
+        text = _TAG.sub(lambda found: "" if found[1] else "\n", text)
+    return text
+
+
 def report_text(value: object) -> str:
     """The report as it stands in the table, or "" where it is one of the ways to write that there is none."""
     if is_missing(value) or str(value).strip().rstrip(".").lower() in EMPTY_REPORTS:
         return ""
-    return str(value)
+    text = plain_text(value)
+    return text if text.strip() else ""
 
 
 def check_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
@@ -241,7 +272,16 @@ def check_report(value: object, table: str, row: int, column: str, name: str, pr
     if not text:
         found = "empty" if is_missing(value) else repr(str(value).strip()[:12])
         problems.append(Problem(table, row, column, found, "the text of a report", name))
+    check_markup(text, table, row, column, name, problems)
     return text
+
+
+def check_markup(text: str, table: str, row: int, column: str, name: str, problems: list[Problem]) -> None:
+    """A problem where a text still holds markup."""
+    found = _MARKUP.search(text)
+    if found:
+        place = f"with markup at character {found.start() + 1}"
+        problems.append(Problem(table, row, column, place, "plain text", name))
 
 
 def check_flag(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> int:
@@ -269,7 +309,7 @@ def read_csv(
     check_columns: Callable[[list[str], list[Problem]], None] | None = None,
 ) -> list[Row] | None:
     """
-    Rows of a CSV file, or `None` and a problem where it cannot be read or lacks a column.
+    Rows of a table (see [`read_table`]), or `None` and a problem where it cannot be read or lacks a column.
 
     Args:
         check_columns: called with the columns and `problems`, to object to them.
@@ -279,10 +319,8 @@ def read_csv(
         return None
     before = len(problems)
     try:
-        # utf-8-sig: Excel begins a file with a byte order mark, which would become part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            columns = next(reader, [])
+        with closing(read_table(path)) as table:
+            _, columns = next(table, (1, []))
             missing = [column for column in required if column not in columns]
             if missing:
                 found = ", ".join(column if column in DIAGNOSIS_LABELS else shown(column) for column in columns)
@@ -296,7 +334,7 @@ def read_csv(
             if len(problems) > before:
                 return None
             rows = []
-            for number, fields in enumerate(reader, start=2):
+            for number, fields in table:
                 if len(fields) == len(columns):
                     rows.append(Row(number, dict(zip(columns, fields, strict=True))))
                 elif fields:  # not an empty line
@@ -304,9 +342,8 @@ def read_csv(
                         Problem(path.name, number, "row", f"{len(fields)} fields", f"{len(columns)} as in the header")
                     )
             return rows
-    except (csv.Error, UnicodeDecodeError) as error:
-        found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"unreadable: {error}"
-        problems.append(Problem(path.name, None, "content", found, "a CSV file in UTF-8"))
+    except CTReadError as error:
+        problems.append(Problem(path.name, None, error.field, error.found, error.expected))
         return None
 
 
@@ -356,9 +393,14 @@ def check_rows(
 
 def selection(include: Collection[str] | None, exclude: Collection[str]) -> Callable[[str], bool]:
     """Whether a case is asked for: one of `include` (all if `None`), and none of `exclude`."""
-    wanted = None if include is None else {volume_name(name) for name in include}
-    unwanted = {volume_name(name) for name in exclude}
+    wanted = None if include is None else {volume_name(name) for name in _names(include)}
+    unwanted = {volume_name(name) for name in _names(exclude)}
     return lambda name: name not in unwanted and (wanted is None or name in wanted)
+
+
+def _names(names: str | Collection[str]) -> Collection[str]:
+    """Several names; one alone is not taken for its letters."""
+    return [names] if isinstance(names, str) else names
 
 
 def row_numbers(rows: Mapping[str, Row] | None) -> dict[str, int]:
@@ -369,7 +411,7 @@ def check_included(
     include: Collection[str] | None, names: Collection[str], table: str, problems: list[Problem]
 ) -> None:
     """A problem for each case that was asked for by name and is not there."""
-    for name in include or ():
+    for name in _names(include or ()):
         if volume_name(name) not in names:
             problems.append(Problem(table, None, "row", "missing", "a row for this id, which `include` names", name))
 

@@ -299,9 +299,14 @@ def region_sentences(patient: PhantomPatient, rng: np.random.Generator | None = 
     return sentences
 
 
-def report_text(regions: Mapping[str, Sequence[str]]) -> str:
-    """One line per region in canonical order: "Abdomen: sentence. sentence."."""
-    return "\n".join(f"{name.capitalize()}: {' '.join(regions[name])}" for name in REGIONS if regions.get(name))
+def report_text(regions: Mapping[str, Sequence[str]], impression: str | None = None) -> str:
+    """One line per region in canonical order: "Abdomen: sentence. sentence.".
+
+    With an `impression` (see [`impression`]) the report has two sections: a line "Findings:" before the regions, and
+    "Impression: ..." after them, as [`DiffVPProcessor.post_process`] reads them back with `sections=True`.
+    """
+    text = "\n".join(f"{name.capitalize()}: {' '.join(regions[name])}" for name in REGIONS if regions.get(name))
+    return text if impression is None else f"Findings:\n{text}\nImpression: {impression}"
 
 
 def impression(patient: PhantomPatient) -> str:

@@ -24,9 +24,11 @@ from .cases import (
     canonical_split,
     check_included,
     check_labels,
+    check_markup,
     check_report,
     check_rows,
     is_missing,
+    plain_text,
     raise_problems,
     read_csv,
     selection,
@@ -146,11 +148,12 @@ def _read_regions(
                 found = f"empty, as in row {before.number}, but with another text"
                 problems.append(Problem(path.name, row.number, "Anatomy", found, "one whole report per volume", name))
             continue
-        region, sentence = anatomy.split("/")[0].strip(), row.values["Sentence"]
+        region, sentence = anatomy.split("/")[0].strip(), plain_text(row.values["Sentence"])
         if region not in REGION_NAMES:
             expected = f"one of {', '.join(REGION_NAMES)}"
             problems.append(Problem(path.name, row.number, "Anatomy", shown(anatomy), expected, name))
         elif not is_missing(sentence):
+            check_markup(sentence, path.name, row.number, "Sentence", name, problems)
             texts = regions.setdefault(name, {})
             texts[region] = _joined(texts[region], sentence) if region in texts else sentence
     return first, whole, regions

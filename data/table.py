@@ -3,7 +3,7 @@
 """Your own scans: a table beside them, or a dataset of Hugging Face with a `Nifti` column.
 
 A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of `datasets`' folder
-builders), or any .csv or .jsonl file that is named. Two columns suffice:
+builders), or any .csv, .tsv or .jsonl file that is named. Two columns suffice:
 
     path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices; relative to the table
     report
@@ -40,8 +40,10 @@ from .cases import (
     check_flag,
     check_included,
     check_labels,
+    check_markup,
     check_report,
     is_missing,
+    plain_text,
     raise_problems,
     read_csv,
     selection,
@@ -51,6 +53,7 @@ from .cases import (
 )
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = ("path", "file_name")
 OPTIONAL_COLUMNS = ("id", "patient_id", "scan_id", "split", "normal")
 KNOWN_COLUMNS = (*PATH_COLUMNS, "report", *OPTIONAL_COLUMNS, *DIAGNOSIS_LABELS, *REGION_NAMES)
@@ -78,7 +81,7 @@ def load_table(
     split = None if split is None else canonical_split(split)
     problems: list[Problem] = []
     path, by_folder = _find_table(Path(root), split)
-    reader = _read_jsonl if path.suffix == ".jsonl" else read_csv
+    reader = _read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
     rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name))
     if rows is None:
         raise DatasetError(problems)
@@ -134,6 +137,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     """
     from datasets import Dataset, Nifti
 
+    dataset = dataset.with_format(None)  # NumPy's and torch's numbers are for models
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
         raise DatasetError([Problem(source, None, "columns of type Nifti", f"{len(columns)}", "1, the scans")])
@@ -162,7 +166,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
     """The table, and whether it lies in the folder of the split. A table in the folder itself is about all splits."""
-    if root.is_file() and root.suffix in (".csv", ".jsonl"):
+    if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
         return root, False
     for folder in (root, *(root / name for name in SPLITS.get(split, ()))):
         found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
@@ -171,7 +175,7 @@ def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
             raise DatasetError([Problem(folder.name or ".", None, "table", names, "one of the two")])
         if found:
             return found[0], folder != root
-    expected = f"{' or '.join(TABLE_NAMES)}, or a .csv or .jsonl file"
+    expected = f"{' or '.join(TABLE_NAMES)}, or a file that ends in {', '.join(TABLE_SUFFIXES)}"
     raise DatasetError([Problem(root.name or ".", None, "table", "missing", expected)])
 
 
@@ -287,7 +291,9 @@ def _text_case(
         labels = check_labels(values, table, row.number, name, problems)
     if "normal" in columns:
         normal = bool(check_flag(values.get("normal"), table, row.number, "normal", name, problems))
-    regions = {region: str(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
+    regions = {region: plain_text(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
+    for region, text in regions.items():
+        check_markup(text, table, row.number, region, name, problems)
     report = check_report(values.get("report"), table, row.number, "report", name, problems)
     return Case(
         name, ids["patient_id"], ids["scan_id"], volume, report, labels, regions, normal=normal, row=row.number

@@ -25,8 +25,10 @@ from ..data.pool import normal_pool
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
 from ..metrics.clinical_efficacy import classification_scores, label_counts, precision_recall_f1
-from ..metrics.markdown import with_interval
+from ..metrics.collapse import collapse_panel, rare_findings
+from ..metrics.markdown import table_lines, with_interval
 from ..metrics.nlg import score_reports
+from ..metrics.report_table import collapse_lines
 from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
@@ -79,6 +81,11 @@ def generate_reports(
 
 def bounds(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
+
+
+def mean_with_interval(values: np.ndarray) -> dict:
+    interval = bootstrap_mean(values)
+    return {"value": interval.estimate, "interval": bounds(interval)}
 
 
 def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
@@ -153,7 +160,14 @@ def evaluate(
     guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
-    per_label = score_labels(reader.label_all(reports), test)
+    written = reader.label_all(reports)
+    per_label = score_labels(written, test)
+    truth = np.stack([case.labels for case in test]).astype(int)
+    collapse = {
+        name: collapse_panel(of, truth, reader, split=DiffVPProcessor.post_process)
+        for name, of in (texts | {"true reports": [case.report for case in test]}).items()
+        if name != "DiffVP on another patient's scan"  # the same reports
+    }
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
     result = {
         "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
@@ -168,6 +182,9 @@ def evaluate(
         ],
         "systems": systems,
         "per_label": per_label,
+        "collapse": collapse,
+        "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
+        "text_agrees_with_classifier": mean_with_interval((written == classifier).mean(axis=1)),
         "lesion_sizes": {
             f"{label}, {size}": counts
             for label, bins in score_findings(patients, named)["by_size"].items()
@@ -199,17 +216,35 @@ def _page(result: dict) -> str:
         f"Weights {result['checkpoint']['sha256']['model.safetensors'][:12]}.",
         f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases.",
         "",
-        "| system | precision | recall | micro-F1 | BLEU-4 | ROUGE-L |",
-        "|---|---|---|---|---|---|",
+        *table_lines(
+            ["system", "precision", "recall", "micro-F1", "BLEU-4", "ROUGE-L"],
+            [
+                [name, *(_cell(scores, column) for column in ("precision", "recall", "f1", "bleu4", "rougeL"))]
+                for name, scores in result["systems"].items()
+            ],
+        ),
+        "",
+        "Findings of the generated reports, by label:",
+        "",
+        *table_lines(
+            ["label", "cases", "precision", "recall", "F1"],
+            [
+                [
+                    label,
+                    str(scores["support"]),
+                    f"{scores['precision']:.3f}",
+                    f"{scores['recall']:.3f}",
+                    _cell(scores, "f1"),
+                ]
+                for label, scores in result["per_label"].items()
+            ],
+        ),
+        "",
+        *collapse_lines(result["collapse"], result["rare"]),
+        "",
+        "Labels on which a report and the diagnosis classifier that prompted it agree: "
+        f"{with_interval(**result['text_agrees_with_classifier'])}.",
     ]
-    for name, scores in result["systems"].items():
-        columns = ("precision", "recall", "f1", "bleu4", "rougeL")
-        lines.append(f"| {name} | " + " | ".join(_cell(scores, column) for column in columns) + " |")
-    lines += ["", "Findings of the generated reports, by label:", ""]
-    lines += ["| label | cases | precision | recall | F1 |", "|---|---|---|---|---|"]
-    for label, scores in result["per_label"].items():
-        precision, recall = scores["precision"], scores["recall"]
-        lines.append(f"| {label} | {scores['support']} | {precision:.3f} | {recall:.3f} | {_cell(scores, 'f1')} |")
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])
 
 

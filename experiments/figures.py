@@ -13,7 +13,7 @@ from ..data.cases import Case
 from ..data.pool import is_normal
 from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.markdown import table_lines, with_interval
-from ..metrics.statistics import bootstrap_mean, paired_bootstrap
+from ..metrics.statistics import bootstrap_mean, compare_means
 from ..training.cohort import load_cohort
 from .information import information_lines, score_information
 from .lesions import score_findings
@@ -134,7 +134,7 @@ def wins(pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: He
                 "losses": lost,
                 "ties": int((difference == 0).sum()),
                 "rate": won / (won + lost) if won + lost else None,
-                "p_cases": paired_bootstrap(sides[0][name], sides[1][name]).p_value,
+                "p_cases": compare_means(sides[0][name], sides[1][name]).p_value,
             }
         entries.append(entry)
     return entries

@@ -190,13 +190,11 @@ def score_information(
         part: probe(train[part], training[0], held_out[part], test[0]) for part in track(train, "Reading the findings")
     }
     content = {"training_cases": len(training[0]), "test_cases": len(test[0]), "probes": probes}
-    # CODEPATH: the ablation without diagnosis is told nothing.
     if model.config.use_diagnosis:
         probabilities = 1 / (1 + np.exp(-held_out["predicted findings"]))
         truth = np.stack([case.labels for case in test[0]]).astype(bool)
         told = probabilities >= np.array(model.config.diagnosis_threshold)
         content["prompt"] = prompt_following(told, truth, written.astype(bool))
-    # CODEPATH: of another level nothing is compared with a reference.
     if model.config.difference_level == "latent":
         pool = list({case.scan_id: case for case in test[1].values()}.values())[:REFERENCES]
         prompts = [prompt_parts(model, features, [case] * len(pool), pool)["difference prompt"] for case in patients]

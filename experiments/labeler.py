@@ -11,7 +11,6 @@ nobody reads while rules are written; `--development` leaves them alone. The res
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -27,11 +26,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
-from ..metrics.clinical_efficacy import classification_scores
+from ..data.cases import Problem, raise_problems, read_csv
+from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
+from ..metrics.clinical_efficacy.reports import SCORES
 from ..metrics.labelers import RuleLabeler
+from ..metrics.markdown import table_lines, with_interval
+from ..metrics.statistics import LEVEL, RESAMPLES, Statistic, bootstrap_counts, compare_counts
 
 DEVELOPMENT_REPORTS = 500
-BOOTSTRAP_SAMPLES = 1000
+AVERAGES = ("micro", "macro")
 FOLDS = 5
 NOISE_FILE = Path(__file__).with_name("labeler_noise.yaml")
 BASELINE = "TF-IDF of words and word pairs, one balanced logistic regression a label"
@@ -59,14 +62,15 @@ def read_reports(path: str | os.PathLike) -> LabelledReports:
     """Reads the columns AccessionNo, report_text and the 18 labels.
 
     Raises:
-        ValueError: a column is missing, an id occurs twice, or a label is neither 0 nor 1.
+        DatasetError: there is no such file, or a column is missing.
+        ValueError: an id occurs twice, or a label is neither 0 nor 1.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    problems: list[Problem] = []
+    rows = read_csv(Path(path), ["AccessionNo", "report_text", *DIAGNOSIS_LABELS], problems)
+    raise_problems(problems)
+    rows = [row.values for row in rows]
     if not rows:
         raise ValueError(f"{path} has no rows")
-    if missing := {"AccessionNo", "report_text", *DIAGNOSIS_LABELS} - set(rows[0]):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
     ids = [row["AccessionNo"] for row in rows]
     if len(set(ids)) != len(ids):
         raise ValueError(f"{path} has {len(ids) - len(set(ids))} ids more than once")
@@ -111,60 +115,41 @@ def cross_validated(data: LabelledReports) -> NDArray[np.int8]:
     return found
 
 
-def _ratios(hits: NDArray, claims: NDArray, facts: NDArray) -> NDArray[np.float64]:
-    """(..., 3): precision, recall, F1 of counts; 0 where undefined, as in `classification_scores`."""
-    parts = [(hits, claims), (hits, facts), (2 * hits, claims + facts)]
-    return np.stack([np.divide(a, b, out=np.zeros(np.shape(a)), where=b != 0) for a, b in parts], axis=-1)
-
-
-def bootstrap(predicted: NDArray, actual: NDArray, seed: int = 0) -> dict[str, NDArray[np.float64]]:
-    """Precision, recall and F1 in resamples of the reports.
-
-    `micro` and `macro` are (samples, 3), `labels` is (samples, 18, 3). The same seed draws the same reports, so that
-    differences between two systems are paired.
-    """
-    count = len(actual)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES)
-    predicted, actual = predicted.astype(float), actual.astype(float)
-    hits, claims, facts = (draws @ matrix for matrix in (predicted * actual, predicted, actual))
-    labels = _ratios(hits, claims, facts)
-    micro = _ratios(hits.sum(axis=1), claims.sum(axis=1), facts.sum(axis=1))
-    return {"micro": micro, "macro": labels.mean(axis=1), "labels": labels}
-
-
-def _interval(values: NDArray[np.float64]) -> list[float]:
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
-
-
 def score(predicted: NDArray, actual: NDArray) -> dict:
     """Precision, recall and F1 with 95 % intervals over reports: micro, macro and per label."""
-    scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
-    samples = bootstrap(predicted, actual)
+    scores, counts = classification_scores(predicted, actual, DIAGNOSIS_LABELS), label_counts(predicted, actual)
 
-    def entry(values: dict, resampled: NDArray[np.float64]) -> dict:
-        intervals = {f"{name}_ci": _interval(resampled[:, i]) for i, name in enumerate(("precision", "recall", "f1"))}
-        return {**values, **intervals}
+    def entry(values: dict, statistic: Statistic) -> dict:
+        """`statistic`: sums of counts, (..., 3, labels), to precision, recall and F1, (..., 3)."""
+        result = dict(values)
+        for column, name in enumerate(SCORES):
+            interval = bootstrap_counts(counts, lambda sums, column=column: statistic(sums)[..., column])
+            result[f"{name}_ci"] = [interval.low, interval.high]
+        return result
 
+    labels = {
+        label: entry(scores["labels"][label], lambda sums, column=column: precision_recall_f1(sums)[..., column])
+        for column, label in enumerate(DIAGNOSIS_LABELS)
+    }
     return {
         "n": len(actual),
-        "micro": entry(scores["micro"], samples["micro"]),
-        "macro": entry(scores["macro"], samples["macro"]),
-        "labels": {
-            label: entry(scores["labels"][label], samples["labels"][:, column])
-            for column, label in enumerate(DIAGNOSIS_LABELS)
-        },
-        "signature": f"{scores['signature']}|bootstrap:{BOOTSTRAP_SAMPLES}|seed:0",
+        **{name: entry(scores[name], lambda sums, name=name: averages(sums)[name]) for name in AVERAGES},
+        "labels": labels,
+        "signature": f"{scores['signature']}|interval:bootstrap-{LEVEL:g}-{RESAMPLES}-seed-0",
     }
 
 
 def compare(rules: NDArray, baseline: NDArray, actual: NDArray) -> dict:
     """Both systems on one part, and the paired 95 % interval of the difference in F1."""
-    resampled = bootstrap(rules, actual), bootstrap(baseline, actual)
-    difference = {name: _interval((resampled[0][name] - resampled[1][name])[:, 2]) for name in ("micro", "macro")}
+    counts = label_counts(rules, actual), label_counts(baseline, actual)
+    differences = {}
+    for name in AVERAGES:
+        f1 = compare_counts(*counts, lambda sums, name=name: averages(sums)[name][..., SCORES.index("f1")])
+        differences[name] = [f1.interval.low, f1.interval.high]
     return {
         "rules": score(rules, actual),
         "baseline": score(baseline, actual),
-        "f1_difference_ci": difference,
+        "f1_difference_ci": differences,
     }
 
 
@@ -232,27 +217,26 @@ def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_onl
     return output / "labeler.md"
 
 
-def _with_interval(values: dict, name: str) -> str:
-    low, high = values[f"{name}_ci"]
-    return f"{values[name]:.3f} ({low:.3f}–{high:.3f})"
-
-
 def _table(part: dict) -> list[str]:
-    lines = ["| label | positives | precision | recall | F1 | baseline F1 |", "|---|---|---|---|---|---|"]
     rules, baseline = part["rules"], part["baseline"]
     rows = [("**micro**", rules["micro"], baseline["micro"]), ("**macro**", rules["macro"], baseline["macro"])]
     rows += [(label, rules["labels"][label], baseline["labels"][label]) for label in DIAGNOSIS_LABELS]
-    for name, ours, theirs in rows:
-        columns = [_with_interval(ours, score) for score in ("precision", "recall", "f1")]
-        lines.append(f"| {name} | {ours['support']} | {' | '.join(columns)} | {_with_interval(theirs, 'f1')} |")
-    low, high = part["f1_difference_ci"]["micro"]
-    low_macro, high_macro = part["f1_difference_ci"]["macro"]
-    lines += [
+    cells = [
+        [
+            name,
+            str(ours["support"]),
+            *(with_interval(ours[score], ours[f"{score}_ci"]) for score in SCORES),
+            with_interval(theirs["f1"], theirs["f1_ci"]),
+        ]
+        for name, ours, theirs in rows
+    ]
+    (low, high), (low_macro, high_macro) = (part["f1_difference_ci"][name] for name in AVERAGES)
+    return [
+        *table_lines(["label", "positives", "precision", "recall", "F1", "baseline F1"], cells),
         "",
         f"Rules minus baseline, F1, paired: micro {low:+.3f} to {high:+.3f}, macro {low_macro:+.3f} to "
         f"{high_macro:+.3f}.",
     ]
-    return lines
 
 
 def _page(result: dict) -> str:
@@ -278,8 +262,9 @@ def _page(result: dict) -> str:
             "",
             f"## Test part, n = {test['n']}",
             "",
-            "Neither read nor scored before the rules were finished, and the rules have not changed since. The "
-            "baseline is trained on the development part.",
+            "Neither read nor scored while the rules were written. Rules that came later are for wordings of other "
+            "departments and programs; these reports were not looked at for them. The baseline is trained on the "
+            "development part.",
             "",
             *_table(result["test"]),
             "",
@@ -304,9 +289,10 @@ def _noise(noise: dict) -> list[str]:
         f"scoring above. With these corrected, micro-F1 is {corrected['micro']:.3f} and macro-F1 "
         f"{corrected['macro']:.3f}. Errors that rules and annotator share do not show here.",
         "",
-        "| report | label | annotated | why it looks like an error |",
-        "|---|---|---|---|",
-        *(f"| {entry['id']} | {entry['label']} | {entry['annotated']} | {entry['reason']} |" for entry in judged),
+        *table_lines(
+            ["report", "label", "annotated", "why it looks like an error"],
+            [[entry["id"], entry["label"], str(entry["annotated"]), entry["reason"]] for entry in judged],
+        ),
     ]
 
 

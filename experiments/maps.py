@@ -28,7 +28,7 @@ from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
 from ..figures import COLORS, EDGES, OPACITY, plane
-from ..metrics.statistics import bootstrap_counts, bootstrap_mean, holm, paired_bootstrap
+from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..reporting import BODY_LEVEL, RESEARCH_USE
 from ..training.cohort import Features
@@ -337,7 +337,7 @@ def compare_maps(scores: Mapping[str, Sequence[MapScores]], first: str) -> list[
         metrics = {}
         for name in ("pointing_body", "auroc"):
             sides = [[getattr(of_case, name) for of_case in scores[side]] for side in (first, second)]
-            comparison = paired_bootstrap(*sides)
+            comparison = compare_means(*sides)
             metrics[name] = {
                 "difference": comparison.difference,
                 "interval": [comparison.interval.low, comparison.interval.high],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..metrics.markdown import table_lines
+from ..metrics.statistics import POWER, detectable_difference
 from .figures import figure_lines, p_value
 from .runs import write_bytes
 from .scores import FINDINGS
@@ -67,7 +68,8 @@ def _answer(documents: list[dict]) -> list[str]:
             f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
             f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
             f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
-            f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])}).",
+            f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_value(f1['p_seeds'])})."
+            + ("" if better else _power(document)),
             "",
             *_replication(documents),
             *_order_of_rows(document["rows"]),
@@ -75,6 +77,42 @@ def _answer(documents: list[dict]) -> list[str]:
         ]
     return [
         "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
+        "",
+    ]
+
+
+def _power(document: dict) -> str:
+    """How large a difference in micro-F1 would have shown over these seeds; nothing where they do not vary."""
+    least = _detectable(document, "DiffVP", "equal compute")
+    if least is None:
+        return ""
+    return f" With so many seeds that vary like these, a difference of {least:.3f} shows with a power of {POWER:.0%}."
+
+
+def _detectable(document: dict, first: str, second: str) -> float | None:
+    """The difference in micro-F1 of two rows of different models that shows with a power of 80 % over their seeds."""
+    scores = {row["name"]: row["scores"].get("f1") for row in document["rows"]}
+    sides = [list(scores[name]["by_seed"].values()) for name in (first, second) if scores[name] is not None]
+    if len(sides) < 2 or min(map(len, sides)) < 2 or all(len(set(side)) == 1 for side in sides):
+        return None
+    return detectable_difference(*sides)
+
+
+def _powers(document: dict) -> list[str]:
+    """What the comparisons that show no difference in micro-F1 over seeds could have shown."""
+    found = []
+    for entry in document["comparisons"]:
+        f1 = entry["metrics"].get("f1", {})
+        if entry.get("same_models") or f1.get("p_seeds", 0) < 0.05:
+            continue
+        least = _detectable(document, entry["first"], entry["second"])
+        if least is not None:
+            found.append(f"{entry['first']} less {entry['second']} {least:.3f}")
+    if not found:
+        return []
+    return [
+        f"Where the seeds show no difference in micro-F1, one of this size shows with a power of {POWER:.0%} "
+        f"(before correction): {'; '.join(found)}.",
         "",
     ]
 
@@ -96,7 +134,8 @@ def _replication(documents: list[dict]) -> list[str]:
             low, high = f1["interval"]
             return [
                 f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), named before any of them was "
-                f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_value(f1['p_seeds'])}).",
+                f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_value(f1['p_seeds'])})."
+                + ("" if f1["p_seeds"] < 0.05 else _power(document)),
                 "",
             ]
     return []
@@ -182,7 +221,10 @@ def _section(document: dict) -> list[str]:
         lines += [
             "",
             "p: t-test over seeds, where there are several: Welch's, or paired if both rows are of the same models;",
-            "pc: paired bootstrap over cases; both two-sided and corrected over the metrics of the line (Holm).",
+            "pc: paired bootstrap over cases (a permutation test of fewer than 30); both two-sided and corrected over "
+            "the metrics of the line (Holm).",
+            "",
+            *_powers(document),
         ]
     lines += ["", *_device_lines(document)]
     abouts = {row["variant"]: row["about"] for row in document["rows"]}

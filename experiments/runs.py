@@ -243,14 +243,8 @@ def scan_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
     """Scans and references alone, from the caches: what is compared. Several references are averaged."""
-    # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
-    if model.config.difference_level == "pixel":
-        names, load = ("ct", "reference"), lambda case: features.volumes.load(case).float()
-    else:
-        names, load = ("ct_features", "reference_features"), lambda case: features.load(case)["features"]
-    scans = torch.stack([load(case) for case in cases])
-    compared = torch.stack([torch.stack([load(case) for case in of]).mean(0) for of in references])
-    return {name: value.to(model.device) for name, value in zip(names, (scans, compared), strict=True)}
+    pairs = [features.inputs(case, of) for case, of in zip(cases, references, strict=True)]
+    return {name: torch.stack([pair[name] for pair in pairs]).to(model.device) for name in pairs[0]}
 
 
 @contextlib.contextmanager

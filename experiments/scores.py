@@ -18,10 +18,10 @@ from ..metrics.nlg import score_reports
 from ..metrics.statistics import (
     bootstrap_counts,
     bootstrap_mean,
+    compare_counts,
+    compare_means,
     holm,
     mean_std,
-    paired_bootstrap,
-    paired_bootstrap_counts,
     paired_t_test,
     welch_test,
 )
@@ -131,7 +131,7 @@ def compare_rows(
 ) -> dict:
     """
     The first row less the second, metric by metric: Welch's two-sided t-test over seeds, as the paper's Table 5, and a
-    bootstrap over cases, which says whether other patients would show it, too. `holm` corrects over the metrics.
+    test over cases, which says whether other patients would show it, too. `holm` corrects over the metrics.
 
     Args:
         same_models: both rows are of the same models, seed by seed, under two conditions: the t-test is paired.
@@ -157,9 +157,9 @@ def _over_cases(first: dict[int, SystemScores], second: dict[int, SystemScores],
     sides = [list(side.values()) for side in (first, second)]
     if metric not in FINDINGS:
         means = [np.mean([system.per_report[metric] for system in side], axis=0) for side in sides]
-        comparison = paired_bootstrap(*means)
+        comparison = compare_means(*means)
     else:
         seeds = min(map(len, sides))  # of as many runs on either side, in one array
         counts = [np.stack([system.counts for system in side[:seeds]], axis=1) for side in sides]
-        comparison = paired_bootstrap_counts(*counts, lambda sums: micro(sums, metric).mean(-1))
+        comparison = compare_counts(*counts, lambda sums: micro(sums, metric).mean(-1))
     return {"p_cases": comparison.p_value, "interval": [comparison.interval.low, comparison.interval.high]}

@@ -28,6 +28,7 @@ from ..data.cases import Case
 from ..data.load import load_dataset_cases
 from ..metrics.baselines import label_baselines, nearest_reports
 from ..metrics.clinical_efficacy.reports import Labeler
+from ..metrics.nlg import check_meteor_data
 from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
@@ -70,9 +71,15 @@ def run_experiment(
         ValueError: there is no such experiment.
         RunError: the folder of runs holds others of these names.
         DatasetError: all that is wrong with the data.
+        LexiconError: METEOR's data are not installed; raised before anything is trained.
+        RadBertError: the study's labeler cannot be loaded; likewise.
     """
     variants = load_variants()
     table = load_table(name, variants)
+    # Whatever scoring lacks must show before hours of training.
+    if table.kind == "scores":
+        check_meteor_data()
+    labeler = study_labeler(study.test.labeler)
     test = HeldOut(study)
     planned = runs_of_table(study, variants, table, runs, output, seeds)
     if jobs > 1:
@@ -139,7 +146,6 @@ def run_experiment(
             "comparisons": [compared(table, systems, *pair) for pair in table.compare],
         }
     else:
-        labeler = study_labeler(study.test.labeler)
         result |= figure_content(table, first_runs, first_reports, test, labeler, path.with_suffix(".png"))
     write_json(path, result)
     return path

@@ -6,14 +6,16 @@ Reports of many scans (`diffvp batch`), on one machine here and on many in `batc
     reports.jsonl           line 1: what writes the reports; then a line for each scan
     reports.failed.jsonl    scans that could not be read in the last run, and why
 
-A run that was interrupted goes on where it was, by either of the two. Scans appear in these files by the names that
-the caller gave them, and nowhere else.
+A run that was interrupted goes on where it was, by either of the two. A scan is done if its name *and* the SHA-256 of
+its file have a report: another `scan.nii.gz` is read, and so is a file that was replaced. The last report of a
+scan counts. Scans appear in these files by the names that the caller gave them, and nowhere else.
 """
 
 import hashlib
 import json
 import os
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +26,13 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
-from ..data.cache import compare, preprocessing
+from ..anatomy_diffvp import anatomy_warnings
+from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.table import PATH_COLUMNS
-from ..engines import end_tokens, load_engine
-from ..pipeline_diffvp import RESEARCH_USE, describe_findings
+from ..engines import load_engine
+from ..metrics.consistency import report_consistency
+from ..pipeline_diffvp import RESEARCH_USE, describe_text, end_tokens
 from ..references_diffvp import ReferencePoolError
 from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
 from ..volume_diffvp import CTInputError
@@ -84,8 +88,15 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
 
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
     """Row, name and path of each scan of a list."""
-    if source.suffix != ".csv":
-        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    if source.suffix.lower() not in (".csv", ".tsv"):
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else "no text"
+            expected = "a folder of scans, or a list of them: text in UTF-8, or a table with a column path"
+            problems.append(Problem(source.name, None, "list", found, expected))
+            return
+        for number, line in enumerate(lines, start=1):
             if path := line.strip():
                 yield number, path, path
         return
@@ -101,6 +112,10 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
         yield number, (values.get("id") or path).strip(), path
 
 
+# Name, SHA-256 of the file (`None` where there is none), and features or the error that refused the scan.
+ReadScan = tuple[str, str | None, BatchFeature | CTInputError]
+
+
 class ReportWriter:
     """
     A checkpoint that writes reports of batches of scans: encoder, references and engine.
@@ -113,6 +128,7 @@ class ReportWriter:
         engine: see [`load_engine`].
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
+        allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -131,6 +147,7 @@ class ReportWriter:
         *,
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
+        allow_any_anatomy: bool = False,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
@@ -142,6 +159,7 @@ class ReportWriter:
         self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
         self.decoding = greedy(self.model, max_new_tokens)
         self.reference_seed = reference_seed
+        self.allow_any_anatomy = allow_any_anatomy
         settings = {
             **made_by,
             "reference_seed": reference_seed,
@@ -168,73 +186,59 @@ class ReportWriter:
         self._pool = {entry["id"]: entry for entry in self.processor.reference_pool.entries}
         self._reference = lru_cache(KEPT_REFERENCES)(self._encode_reference)
 
-    def read(self, scans: Sequence[Scan], workers: int) -> Iterator[tuple[str, BatchFeature | CTInputError]]:
-        """Name and features of each scan, or the error that refused it; see [`DiffVPImageProcessor.stream`]."""
-        features = self.processor.image_processor.stream((scan.path for scan in scans), workers, digest=True)
-        yield from zip((scan.id for scan in scans), features, strict=True)
+    def read(self, scans: Sequence[Scan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
+        """Name, file digest and features of each scan, or the error that refused it, in their order."""
+        digests = deque()
 
-    def write(self, batch: Iterable[tuple[str, BatchFeature | CTInputError]]) -> tuple[list[dict], list[dict]]:
+        def paths() -> Iterator[Path]:
+            for scan in scans:
+                # Before it is read: a file that is replaced in between counts as another one in the next run.
+                digests.append(digest(scan.path) if scan.path.exists() else None)
+                yield scan.path
+
+        features = self.processor.image_processor.stream(
+            paths(), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
+        )
+        for scan, of in zip(scans, features, strict=True):
+            yield scan.id, digests.popleft(), of
+
+    def write(self, batch: Iterable[ReadScan]) -> tuple[list[dict], list[dict]]:
         """The records of a batch of what [`read`] yields, and those of its failures."""
-        prompts, drafts, failures = [], [], []
-        for name, features in batch:
+        prompts, drafts, failures, coverages = [], [], [], []
+        for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
+            coverages.append(features["geometry"][0].coverage)
             prompt, draft = self._prompt(features)
             prompts.append(prompt)
-            drafts.append({"id": name, **draft})
+            drafts.append({"id": name, "file_sha256": file_sha256, **draft})
         written = self.engine.generate(prompts, self.decoding) if prompts else []
-        return [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)], failures
+        records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
+        for record, coverage in zip(records, coverages, strict=True):
+            record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
+            record["consistency"] = report_consistency(record["report"], record["findings"])
+        return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
         """The prompt of a scan, (length, h), and what is known of it before its report is written."""
         [geometry] = features["geometry"]
-        scan = self._encode(features["ct"])
-        reference, inputs = self._choose_reference(geometry.sha256)
-        logits = None
-        if self.model.diagnosis is not None:
-            logits = self.model.diagnose(features["ct"], scan.get("_features"))
-        [prompt] = self.model.embed_prompt(
-            **{f"ct{kind}": value for kind, value in scan.items()},
-            **{f"reference{kind}": value for kind, value in inputs.items()},
-            **self._instruction,
-            diagnosis_logits=logits,
-        )
-        findings = [] if logits is None else describe_findings(self.model.config, logits)[0]
-        return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        scan = self.model.encode_inputs(ct=features["ct"])
+        logits = scan.get("diagnosis_logits")
+        pool = self.processor.reference_pool
+        reference, compared = pool.choose(self.reference_seed, geometry.sha256, lambda one: self._reference(one["id"]))
+        [prompt] = self.model.embed_prompt(**scan, **compared, **self._instruction)
+        return prompt, {"sha256": geometry.sha256, "reference": reference, "logits": logits}
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
-        text = self.processor.decode(tokens, skip_special_tokens=True).strip()
-        return {
-            "id": draft["id"],
-            "sha256": draft["sha256"],
-            "report": text,
-            "regions": self.processor.post_process(text),
-            "findings": draft["findings"],
-            "reference": draft["reference"],
-            "complete": tokens[-1] in end_tokens(self.decoding),
-            **self._stamp,
-        }
-
-    def _encode(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A volume (1, 1, D, H, W) as the model takes it: by its features where they suffice."""
-        if self.model.config.difference_level == "pixel":
-            return {"": volume.to(self.model.device)}
-        return {"_features": self.model.extract_features(volume)}
+        logits, ends = draft.pop("logits"), end_tokens(self.decoding)
+        return draft | describe_text(self.processor, self.model.config, tokens, logits, ends) | self._stamp
 
     def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
         """Digest and encoding of a reference."""
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
-        return features["geometry"][0].sha256, self._encode(features["ct"])
-
-    def _choose_reference(self, sha256: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """The reference that the processor, too, draws for a scan: never the scan itself."""
-        for entry in self.processor.reference_pool.ranked(self.reference_seed, sha256):
-            digest, encoded = self._reference(entry["id"])
-            if digest != sha256:
-                return entry["id"], encoded
-        raise ReferencePoolError("A scan is the only one of the reference pool.")
+        return features["geometry"][0].sha256, self.model.encode_inputs(reference=features["ct"])
 
 
 class ReportFile:
@@ -242,8 +246,9 @@ class ReportFile:
     A file of reports, and beside it one of failures, to which one run at a time adds.
 
     Attributes:
-        done: names of the scans whose reports it holds.
+        done: the scans whose reports it holds: name and SHA-256 of the file.
         failed: how many scans failed in this run.
+        digest: the SHA-256 of a file, or of the files of a folder; remembered beside the reports.
 
     Raises:
         BatchError: there is a file that is none of reports.
@@ -252,8 +257,9 @@ class ReportFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.failures = self.path.with_name(f"{self.path.stem}.failed.jsonl")
-        self.done: set[str] = set()
+        self.done: dict[str, str | None] = {}
         self.failed = 0
+        self.digest = ContentHashes(self.path.parent / f".{self.path.stem}.hashes")
         self._header, self._whole, self._files = None, 0, ()
         if self.path.exists():
             self._read()
@@ -268,7 +274,8 @@ class ReportFile:
                     if number == 1:
                         self._header = {"settings": entry["settings"]}
                     else:
-                        self.done.add(entry["id"])
+                        name = entry["id"]
+                        self.done[name] = entry.get("file_sha256")  # earlier versions wrote none: read again
                 except (ValueError, KeyError, TypeError) as error:
                     expected = "what diffvp batch writes; choose another output"
                     raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
@@ -305,8 +312,14 @@ class ReportFile:
             file.writelines(map(_line, lines))
             file.flush()
             os.fsync(file.fileno())
-        self.done.update(record["id"] for record in records)
+        self.done |= {record["id"]: record["file_sha256"] for record in records}
         self.failed += len(failures)
+
+    def waiting(self, scans: Sequence[Scan]) -> tuple[list[Scan], int]:
+        """The scans without a report, and how many of them have the name of another scan that has one."""
+        named = [scan for scan in scans if scan.id in self.done]
+        same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
+        return [scan for scan in scans if scan.id not in same], len(named) - len(same)
 
     def __enter__(self) -> "ReportFile":
         return self
@@ -324,6 +337,7 @@ def write_reports(
     batch_size: int,
     workers: int,
     on_progress: Callable[[ReportFile], None] = lambda file: None,
+    on_replaced: Callable[[int], None] = lambda count: None,
 ) -> ReportFile:
     """
     Write the reports of all scans that `output` does not hold yet. While a batch is decoded, the next is read.
@@ -332,15 +346,20 @@ def write_reports(
         batch_size: scans that are decoded together.
         workers: threads that read.
         on_progress: is told after each batch.
+        on_replaced: is told how many scans have the name, but not the content, of one that has a report.
 
     Raises:
         BatchError: `output` is no file of reports, or was begun with other settings.
     """
     with ReportFile(output) as file:
         file.begin(writer.header)
+        waiting, replaced = file.waiting(scans)
+        if replaced:
+            on_replaced(replaced)
+        for scan in waiting:
+            file.done.pop(scan.id, None)
         on_progress(file)
-        waiting = [scan for scan in scans if scan.id not in file.done]
-        for batch in _ahead(_batches(writer.read(waiting, workers), batch_size)):
+        for batch in _ahead(_batches(writer.read(waiting, workers, file.digest), batch_size)):
             file.add(*writer.write(batch))
             on_progress(file)
     return file

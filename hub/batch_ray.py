@@ -28,6 +28,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..data.cache import path_sha256
 from ..processing_diffvp import DiffVPImageProcessor
 from .batch import ReportFile, ReportWriter, Scan, list_scans
 
@@ -60,14 +61,17 @@ class ReportActor:
 
     def __call__(self, batch: dict) -> dict:
         scans = [pickle.loads(scan) for scan in batch["scan"]]  # of `read_scan`, and of nobody outside the pipeline
-        records, failures = self.writer.write(zip(batch["id"].tolist(), scans, strict=True))
+        digests = [digest or None for digest in batch["file_sha256"].tolist()]
+        records, failures = self.writer.write(zip(batch["id"].tolist(), digests, scans, strict=True))
         return {"result": [json.dumps({"header": self.writer.header, "records": records, "failures": failures})]}
 
 
-def read_scan(row: dict, image_processor: DiffVPImageProcessor) -> dict:
+def read_scan(row: dict, image_processor: DiffVPImageProcessor, allow_any_anatomy: bool = False) -> dict:
     """Features of a scan, or the error that refused it, pickled."""
-    [features] = image_processor.stream([row["path"]], digest=True)
-    return {"id": row["id"], "scan": pickle.dumps(features)}
+    path = Path(row["path"])
+    file_sha256 = path_sha256(path) if path.exists() else ""  # before it is read, as `ReportWriter.read` does
+    [features] = image_processor.stream([path], digest=True, allow_any_anatomy=allow_any_anatomy)
+    return {"id": row["id"], "file_sha256": file_sha256, "scan": pickle.dumps(features)}
 
 
 def write_reports(
@@ -77,6 +81,7 @@ def write_reports(
     batch_size: int,
     resources: Resources,
     on_progress: Callable[[ReportFile], None] = lambda file: None,
+    on_replaced: Callable[[int], None] = lambda count: None,
     **options,
 ) -> ReportFile:
     """
@@ -85,6 +90,7 @@ def write_reports(
     Args:
         batch_size: scans that an actor decodes together.
         on_progress: is told after each batch.
+        on_replaced: as in `batch.write_reports`.
         options: of [`ReportWriter`].
 
     Raises:
@@ -97,15 +103,21 @@ def write_reports(
     hub_kwargs = options.get("hub_kwargs") or {}
     image_processor = DiffVPImageProcessor.from_pretrained(options["checkpoint"], **hub_kwargs)
     with ReportFile(output) as file:
+        waiting, replaced = file.waiting(scans)
+        if replaced:
+            on_replaced(replaced)
         on_progress(file)
-        rows = [{"id": scan.id, "path": str(scan.path)} for scan in scans if scan.id not in file.done]
+        rows = [{"id": scan.id, "path": str(scan.path)} for scan in waiting]
         if not rows:
             return file
         results = (
             ray.data.from_items(rows, override_num_blocks=-(-len(rows) // SCANS_PER_TASK))
             .map(
                 read_scan,
-                fn_kwargs={"image_processor": image_processor},
+                fn_kwargs={
+                    "image_processor": image_processor,
+                    "allow_any_anatomy": options.get("allow_any_anatomy", False),
+                },
                 compute=ray.data.TaskPoolStrategy(resources.readers),
                 num_cpus=1,
                 memory=READING_BYTES,
@@ -143,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="scans that are decoded together")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references")
     parser.add_argument("--max-new-tokens", type=int, help="where to stop (default: the checkpoint's)")
+    parser.add_argument("--allow-any-anatomy", action="store_true", help="also of scans without lungs")
     parser.add_argument("--address", help="of the Ray cluster (default: that of RAY_ADDRESS, or one started here)")
     arguments = parser.parse_args()
 
@@ -158,6 +171,7 @@ def main() -> None:
         engine=arguments.engine,
         reference_seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        allow_any_anatomy=arguments.allow_any_anatomy,
         hub_kwargs={} if arguments.revision is None else {"revision": arguments.revision},
     )
     Console().print(f"{len(file.done)} reports; {file.failed} scans could not be read", highlight=False)

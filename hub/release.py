@@ -16,8 +16,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ..checkpoint_diffvp import BASE_PREFIX
 from ..data.phantom import render_patient, sample_patient
-from ..modeling_diffvp import BASE_PREFIX
 from ..references_diffvp import index_references
 from ..reporting import load_checkpoint
 from .card import write_card, write_licence

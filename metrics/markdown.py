@@ -9,6 +9,6 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def with_interval(value: float, bounds: Sequence[float] | None) -> str:
+def with_interval(value: float, interval: Sequence[float] | None) -> str:
     """ "0.545 (0.517–0.574)"; of a single case there is no interval."""
-    return f"{value:.3f}" if bounds is None else f"{value:.3f} ({bounds[0]:.3f}–{bounds[1]:.3f})"
+    return f"{value:.3f}" if interval is None else f"{value:.3f} ({interval[0]:.3f}–{interval[1]:.3f})"

@@ -9,10 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cases import DatasetError, Problem, by_name, is_missing, raise_problems, read_csv
+from ..data.cases import (
+    DatasetError,
+    Problem,
+    by_name,
+    check_markup,
+    is_missing,
+    plain_text,
+    raise_problems,
+    read_csv,
+)
 from ..processing_diffvp import DiffVPProcessor
 from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
 from .clinical_efficacy.reports import Labeler, finding_scores, label_reports, read_label_table, table_labels
+from .collapse import COLUMNS as COLLAPSE
+from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .statistics import Interval, bootstrap_counts, bootstrap_mean
@@ -31,6 +42,7 @@ def score_table(
     id_column: str = "id",
     prediction_column: str = "prediction",
     reference_column: str = "reference",
+    nearest_column: str | None = None,
     labels: str | os.PathLike | None = None,
     training: str | os.PathLike | None = None,
     training_column: str = "report",
@@ -43,6 +55,8 @@ def score_table(
 
     Args:
         labeler: reads the findings out of the generated reports and, without `labels`, out of the true ones.
+        nearest_column: a column with the report of the most similar training scan, to score it as a baseline. Only
+            scans tell which that is: see `nearest_reports`.
         labels: a CSV file with the true labels by id, as `read_label_table` takes it.
         training: a CSV file of training reports: the constant normal report and the prevalences are taken from it.
         scorer: see [`score_reports`].
@@ -50,8 +64,9 @@ def score_table(
             "The region 3 is heart: ...", whose headings the scores then leave out as Reg2RG's do.
 
     Returns:
-        `n`; `signatures`; `systems`: {name: {score: {"value", "interval"}}}; `views`, of the same form with `n`,
-        `missing` and `extra`, where there are regions.
+        `n`; `signatures`; `systems`: {name: {score: {"value", "interval"}}}; `collapse`, of the same form, see
+        [`collapse_panel`], of the predictions, the true reports and the constant report; `rare`, the findings that
+        count as rare there; `views`, of the same form with `n`, `missing` and `extra`, where there are regions.
 
     Raises:
         DatasetError: a column is missing, an id is empty or there twice, a true report is empty, a label is missing.
@@ -60,7 +75,8 @@ def score_table(
     """
     if regions is not None and regions not in SPLITTERS:
         raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
-    ids, predictions, references = _read_pairs(Path(source), id_column, prediction_column, reference_column)
+    columns = [prediction_column, reference_column, *([nearest_column] if nearest_column else [])]
+    ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
     clean = "reg2rg" if regions == "reg2rg" else None
     options = {"scorer": scorer, "clean": clean, "workers": workers}
     truth = "labeler" if labels is None else "csv"
@@ -72,6 +88,9 @@ def score_table(
     def found(predicted: np.ndarray, name: str | None) -> dict:
         return finding_scores(predicted, actual, truth=truth, labeler=name)
 
+    def panel(written: list[str], labeled: np.ndarray | None = None) -> dict:
+        return collapse_panel(written, actual, labeler, split=SPLITTERS.get(regions), predicted=labeled)
+
     texts, guesses = {"predictions": predictions}, {}
     if training is None:
         none_seen = np.zeros((1, len(DIAGNOSIS_LABELS)), np.int8)
@@ -81,15 +100,21 @@ def score_table(
         trained = label_reports(labeler, reports, "training reports")
         texts["constant normal report"] = [_constant(reports, trained, regions)] * len(ids)
         guesses = label_baselines(len(ids), trained)
-    systems, signatures = {}, []
+    if nearest:
+        texts["nearest training report"] = nearest[0]
+    systems, signatures, collapse = {}, [], {}
     for name, written in texts.items():
         scores = score_reports(written, references, **options)
-        of_findings = found(label_reports(labeler, written, name), labeler.signature)
+        labeled = label_reports(labeler, written, name)
+        of_findings = found(labeled, labeler.signature)
+        collapse[name] = panel(written, labeled)
         systems[name] = _language(scores) | _findings(of_findings)
         signatures = [*scores.signature.split(), of_findings["signature"]]
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = _findings(found(guess, None))
-    document = {"n": len(ids), "signatures": signatures, "systems": systems}
+    collapse["true reports"] = panel(references)
+    rare = [label for label, is_rare in zip(DIAGNOSIS_LABELS, rare_findings(actual), strict=True) if is_rare]
+    document = {"n": len(ids), "signatures": signatures, "systems": systems, "collapse": collapse, "rare": rare}
     if regions is not None:
         views = region_views(predictions, references, SPLITTERS[regions], REGIONS, headings=clean is None)
         document["views"] = {
@@ -112,6 +137,7 @@ def table_page(document: dict) -> str:
     lines += table_lines(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
     if "constant normal report" not in systems:
         lines += ["", "Without training reports there is no constant normal report to compare with."]
+    lines += ["", *collapse_lines(document["collapse"], document["rare"])]
     if "views" in document:
         columns = list(document["views"]["as_written"]["scores"])
         rows = [
@@ -128,31 +154,45 @@ def table_page(document: dict) -> str:
     return "\n".join([*lines, "", *(f"`{signature}`" for signature in document["signatures"]), ""])
 
 
-def _read_pairs(
-    path: Path, id_column: str, prediction_column: str, reference_column: str
-) -> tuple[list[str], list[str], list[str]]:
-    """Ids, generated and true reports."""
+def collapse_lines(collapse: dict[str, dict], rare: Sequence[str]) -> list[str]:
+    """Panels by name as Markdown: what the true reports and baselines have stands beside what the generator has."""
+    rows = [[title, *(_panel_cell(panel[name]) for panel in collapse.values())] for name, title in COLLAPSE.items()]
+    return [
+        *table_lines(["template collapse", *collapse], rows),
+        "",
+        f"Rare, below 10 % of the true reports: {', '.join(rare) or 'none'}.",
+    ]
+
+
+def _read_reports(path: Path, id_column: str, reference_column: str, columns: Sequence[str]) -> list[list[str]]:
+    """Ids, and the texts of each column, that of the true reports among them."""
     problems: list[Problem] = []
-    rows = read_csv(path, [id_column, prediction_column, reference_column], problems)
+    rows = read_csv(path, [id_column, *columns], problems)
     named = by_name(rows, id_column, path.name, lambda name: True, problems) or {}
+    references = []
     for name, row in named.items():
         # An empty prediction is what a model may write, and scores 0; without a true report nothing can be scored.
-        if is_missing(row.values[reference_column]) or not str(row.values[reference_column]).strip():
+        text = plain_text(row.values[reference_column])
+        if is_missing(text):
             problems.append(Problem(path.name, row.number, reference_column, "empty", "the true report", name))
+        check_markup(text, path.name, row.number, reference_column, name, problems)
+        references.append(text)
     if not named and not problems:
         problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
     raise_problems(problems)
-    predictions, references = (
-        [str(row.values[column] or "") for row in named.values()] for column in (prediction_column, reference_column)
-    )
-    return list(named), predictions, references
+    # A prediction is scored as it was written, whatever stands in it.
+    texts = {
+        column: references if column == reference_column else [str(row.values[column] or "") for row in named.values()]
+        for column in columns
+    }
+    return [list(named), *(texts[column] for column in columns)]
 
 
 def _read_training(path: Path, column: str) -> list[str]:
     problems: list[Problem] = []
     rows = read_csv(path, [column], problems) or []
     raise_problems(problems)
-    reports = [str(row.values[column] or "") for row in rows]
+    reports = [plain_text(row.values[column] or "") for row in rows]
     if not any(report.strip() for report in reports):
         raise DatasetError([Problem(path.name, None, column, "empty in all rows", "training reports")])
     return [report for report in reports if report.strip()]
@@ -200,6 +240,10 @@ def _findings(scores: dict) -> dict[str, dict]:
 def _value(value: float, interval: Interval | None) -> dict:
     """A single report has no interval."""
     return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
+
+
+def _panel_cell(entry: dict) -> str:
+    return "-" if entry["value"] is None else with_interval(**entry)
 
 
 def _cell(scores: dict[str, dict], column: str) -> str:

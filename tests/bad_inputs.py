@@ -200,6 +200,29 @@ def pair(folder: Path, kind=nib.Nifti1Pair) -> Path:
     return folder / "scan.img"
 
 
+def scans(*names: str, content: bytes | None = None, archive: str | None = None):
+    """Files in a folder, or in a zip, without a DICOM file among them."""
+
+    def make(folder: Path) -> Path:
+        place = folder / "study"
+        place.mkdir()
+        for name in names:
+            (place / name).write_bytes(RAW if content is None else content)
+        if archive is None:
+            return place
+        with zipfile.ZipFile(folder / archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name in names:
+                zipped.write(place / name, f"study/{name}")
+        return folder / archive
+
+    return make
+
+
+def damaged(path: Path) -> Path:
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
+    return path
+
+
 def members(raw: bytes, length: int) -> bytes:
     """The same bytes in gzip members of a fixed length, as bgzip writes them."""
     return b"".join(pack(raw[start : start + length]) for start in range(0, len(raw), length))
@@ -233,6 +256,16 @@ NIFTI = {
     "last 99 bytes missing": (RAW[:-99], READ, "file size"),
     "second half missing": (RAW[: len(RAW) // 2], READ, "file size"),
     "bytes after the voxels": (RAW + b"more", READ, "file size"),
+    "bytes after zeros after the voxels": (RAW + bytes(16) + b"more", READ, "file size"),
+    "17 MB of zeros after the voxels": (file("scan.nii", lambda: RAW + bytes(17 * 2**20)), READ, "file size"),
+    "two scans in a folder": (scans("a.nii", "b.nii"), READ, "content"),
+    "two scans in a zip": (scans("a.nii", "b.nii", archive="scans.zip"), READ, "content"),
+    "a scan cut off, in a folder": (scans("a.nii", content=RAW[:-99]), READ, "file size"),
+    "a scan cut off, in a zip": (scans("a.nii", content=RAW[:-99], archive="scans.zip"), READ, "file size"),
+    "a scan with a flipped byte, in a zip": (
+        lambda folder: damaged(scans("a.nii.gz", content=GZ, archive="scans.zip")(folder)), READ, "content",
+    ),
+    "a MetaImage in a zip": (scans("a.mha", content=b"", archive="scans.zip"), READ, "content"),
     "wrong magic": (nifti(magic=b"n+7"), READ, "magic"),
     "magic of a pair": (nifti(magic=b"ni1"), READ, "magic"),
     "ANALYZE 7.5 header": (file("scan.nii", lambda: RAW[:344] + bytes(8) + RAW[352:]), READ, "magic"),
@@ -257,6 +290,9 @@ NIFTI = {
     "gzip with a wrong length": (file("scan.nii.gz", flipped(GZ, -4)), READ, "voxel data"),
     "gzip with a flipped byte": (file("scan.nii.gz", flipped(GZ, len(GZ) // 2)), READ, "voxel data"),
     "garbage after gzip": (file("scan.nii.gz", GZ + b"garbage" * 20), READ, "voxel data"),
+    "bytes after zeros after the voxels, gzip": (
+        file("scan.nii.gz", pack(RAW + bytes(16) + b"more")), READ, "voxel data",
+    ),
     "voxels in a second gzip member too many": (file("scan.nii.gz", GZ + pack(b"more")), READ, "voxel data"),
     "gzip twice": (file("scan.nii.gz", pack(GZ)), READ, "sizeof_hdr"),
     "zip named .nii.gz": (file("scan.nii.gz", b"PK\3\4" + bytes(600)), READ, "sizeof_hdr"),
@@ -279,6 +315,8 @@ NIFTI = {
     "2-D": (nifti(make_ct()[:, :, 9]), GRID, "shape"),
     "4-D over time": (nifti(np.stack([make_ct()] * 3, -1)), GRID, "shape"),
     "5-D": (nifti(make_ct()[..., None, None].repeat(2, 4)), GRID, "shape"),
+    "two of a fifth axis": (nifti(make_ct()[..., None, None].repeat(2, 4)), GRID, "shape"),
+    "a first axis of 1": (nifti(make_ct()[None]), GRID, "shape"),
     "three slices": (nifti(make_ct()[:, :, 8:11]), GRID, "shape"),
     "32767^3": (nifti(dim=dims(32767, 32767, 32767)), GRID, "shape"),
     "NIfTI-2 of 2^62": (nifti(kind=nib.Nifti2Image, dim=dims(2**62, 2**62, 2**62)), GRID, "shape"),
@@ -309,6 +347,18 @@ NIFTI = {
     "no form codes": (without_codes(), GRID, "grid"),
     "identity alone": (nifti(affine=np.eye(4)), GRID, "grid"),
     "qform and sform conflict (left for right)": (nifti(srow_x=-lps_affine()[0]), GRID, "qform and sform"),
+    "template mirrors left and right": (nifti(sform_code=4, srow_x=-lps_affine()[0]), GRID, "qform and sform"),
+    "template exchanges two axes": (
+        nifti(sform_code=4, srow_x=lps_affine()[1], srow_y=lps_affine()[0]), GRID, "qform and sform",
+    ),
+    "template of zeros": (nifti(sform_code=4, srow_x=0, srow_y=0, srow_z=0), GRID, "qform and sform"),
+    "template NaN": (nifti(sform_code=4, srow_x=np.nan), GRID, "qform and sform"),
+    "two scanner forms, turned by 10 degrees": (
+        nifti(**sform(lps_affine(10)) | {"qform_code": 1}), GRID, "qform and sform",
+    ),
+    "template of another size alone": (
+        nifti(**sform(1.1 * lps_affine()) | {"sform_code": 4}), GRID, "pixdim",
+    ),
     "qform no rotation": (nifti(sform_code=0, quatern_b=2), GRID, "qform"),
     "qform NaN": (nifti(sform_code=0, quatern_c=np.nan), GRID, "affine"),
     "qform_code 77": (nifti(qform_code=77), GRID, "qform_code"),
@@ -339,7 +389,8 @@ NIFTI = {
     "rescaled twice, with metal": (nifti(with_metal() - 1024), VALUES, "soft tissue"),
     "bytes in the other order": (nifti(make_ct().byteswap()), VALUES, "soft tissue"),
     "scl_slope 1e30": (nifti(scl_slope=1e30, scl_inter=0), VALUES, "voxel range"),
-    "scl_slope -1": (nifti(scl_slope=-1, scl_inter=0), VALUES, "rescale slope"),
+    "scl_slope -1": (nifti(scl_slope=-1, scl_inter=0), VALUES, "voxels"),
+    "scl_slope -1 and air of 0": (nifti(raw_scan(), scl_slope=-1, scl_inter=1000), VALUES, "voxels"),
     "scl_slope infinite": (nifti(scl_slope=np.inf, scl_inter=0), VALUES, "scl_slope"),
     "scl_inter NaN": (nifti(scl_slope=1, scl_inter=np.nan), VALUES, "scl_slope and scl_inter"),
     "scl_inter 1e30": (nifti(scl_slope=1, scl_inter=1e30), VALUES, "voxel range"),
@@ -377,6 +428,8 @@ def meta(fields: dict | None = None, content: bytes = VOXELS) -> bytes:
     return header.encode() + content
 
 
+TEXT = " ".join(map(str, make_ct().ravel(order="F"))).encode()
+FRAMES = "none (1.5,0,0) (0,1.25,0) (0,0,2.5)"
 GZIP = {"encoding": "gzip"}
 ZLIB = {"CompressedData": "True"}
 FLOATS = with_voxel(np.nan).T.astype("<f4").tobytes()
@@ -390,6 +443,20 @@ def outside(name: str, header: Callable[[str], bytes], target: str | None = None
         (folder / "voxels.raw").write_bytes(VOXELS)
         (folder / "inner" / name).write_bytes(header(target or str(folder / "voxels.raw")))
         return folder / "inner" / name
+
+    return make
+
+
+def slices(name: str, header: Callable[[list[str]], bytes], count: int = 18, cut: bool = False):
+    """A header and a file for each slice, or for the first ones; the last of them may be too short."""
+
+    def make(folder: Path) -> Path:
+        names = [f"s{k:02d}.raw" for k in range(18)]
+        for k, file_name in enumerate(names[:count]):
+            voxels = VOXELS[k * len(VOXELS) // 18 : (k + 1) * len(VOXELS) // 18]
+            (folder / file_name).write_bytes(voxels[:-2] if cut and k == count - 1 else voxels)
+        (folder / name).write_bytes(header(names))
+        return folder / name
 
     return make
 
@@ -435,7 +502,39 @@ NRRD = {
     "stated twice": (nrrd().replace(b"sizes: ", b"sizes: 22 26 18\nsizes: ", 1), READ, "sizes"),
     "a NaN": (nrrd({"type": "float"}, FLOATS), VALUES, "voxels"),
     "not rescaled": (nrrd({"type": "ushort"}, raw_scan().T.tobytes()), VALUES, "voxel range"),
-    "byte skip": (nrrd({"byte skip": "100"}, bytes(100) + VOXELS), READ, "byte skip"),
+    "byte skip of more than there is": (nrrd({"byte skip": "100"}), READ, "file size"),
+    "byte skip -1 of fewer bytes": (nrrd({"byte skip": "-1"}, VOXELS[:-99]), READ, "file size"),
+    "byte skip -1 of the header's bytes": (nrrd({"byte skip": "-1"}, VOXELS[:-2]), READ, "file size"),
+    "byte skip -2": (nrrd({"byte skip": "-2"}), READ, "byte skip"),
+    "byte skip -1 of gzip": (nrrd(GZIP | {"byte skip": "-1"}, VOXELS_GZ), READ, "byte skip"),
+    "byte skip of 10^9": (nrrd({"byte skip": "1000000000"}), READ, "byte skip"),
+    "line skip of more lines than there are": (
+        file("scan.nhdr", nrrd({"line skip": "9", "data file": "v.raw"}, b""), v__raw=b"one\n" * 8), READ, "line skip",
+    ),
+    "ascii, a number missing": (nrrd({"encoding": "ascii"}, TEXT.rpartition(b" ")[0]), READ, "voxel data"),
+    "ascii, a number too many": (nrrd({"encoding": "ascii"}, TEXT + b" 7"), READ, "voxel data"),
+    "ascii, a word": (nrrd({"encoding": "ascii"}, TEXT.replace(b"-1000", b"air", 1)), READ, "voxel data"),
+    "ascii, a number that is none of the type": (
+        nrrd({"encoding": "ascii"}, TEXT.replace(b"-1000", b"70000", 1)), READ, "voxel data",
+    ),
+    "ascii, a fraction": (nrrd({"encoding": "ascii"}, TEXT.replace(b"-1000", b"-0.5", 1)), READ, "voxel data"),
+    "ascii NaN": (nrrd({"encoding": "ascii", "type": "float"}, TEXT.replace(b"-1000", b"nan", 1)), VALUES, "voxels"),
+    "ascii of nothing": (nrrd({"encoding": "ascii"}, b""), READ, "file size"),
+    "ascii of one long word": (nrrd({"encoding": "ascii"}, b"1" * 300_000), READ, "voxel data"),
+    "ascii that claims 1000^3": (nrrd({"encoding": "ascii", "sizes": "1000 1000 1000"}, TEXT), READ, "file size"),
+    "encoding bzip2": (nrrd({"encoding": "bzip2"}), READ, "encoding"),
+    "two frames": (
+        nrrd({"dimension": "4", "sizes": "2 26 22 18", "space directions": FRAMES}, VOXELS * 2), GRID, "dimension",
+    ),
+    "two frames where one slice is": (
+        nrrd({"dimension": "4", "sizes": "18 26 22 1", "space directions": FRAMES}), GRID, "sizes",
+    ),
+    "time in a direction of space": (
+        nrrd({"dimension": "4", "space": "LPS-time", "sizes": "26 22 18 1",
+              "space directions": "(1.5,0,0,1) (0,1.25,0,0) (0,0,2.5,0) (0,0,0,1)", "space origin": None}),
+        GRID, "space",
+    ),
+    "17 axes": (nrrd({"dimension": "17"}), GRID, "dimension"),
     "data file missing": (file("scan.nhdr", nrrd({"data file": "voxels.raw"}, b"")), READ, "data file"),
     "data file in the folder above": (
         outside("scan.nhdr", lambda path: nrrd({"data file": "../voxels.raw"}, b"")), READ, "data file",
@@ -445,6 +544,33 @@ NRRD = {
     ),
     "data file /etc/passwd": (
         file("scan.nhdr", nrrd({"data file": "../../../../../etc/passwd", "type": "uchar"}, b"")), READ, "data file",
+    ),
+    "data file list without its last file": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "LIST"}, b"")[:-1] + "\n".join(names).encode(), 17),
+        READ, "data file",
+    ),
+    "data file list that leads out": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "LIST"}, b"")[:-1]
+               + "\n".join(["../" + names[0], *names[1:]]).encode()),
+        READ, "data file",
+    ),
+    "data file pattern without its last file": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "s%02d.raw 0 17 1"}, b""), 17), READ, "data file",
+    ),
+    "data file pattern of too few": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "s%02d.raw 0 16 1"}, b"")), READ, "data file",
+    ),
+    "data file pattern of 10^9": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "s%02d.raw 0 999999999 1"}, b"")), READ, "data file",
+    ),
+    "data file pattern of text": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "s%s.raw 0 17 1"}, b"")), READ, "data file",
+    ),
+    "data file pattern that leads out": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "../s%02d.raw 0 17 1"}, b"")), READ, "data file",
+    ),
+    "one of the data files cut off": (
+        slices("scan.nhdr", lambda names: nrrd({"data file": "s%02d.raw 0 17 1"}, b""), cut=True), READ, "file size",
     ),
     "data file list": (file("scan.nhdr", nrrd({"data file": "LIST"}, b"a.raw\nb.raw\n")), READ, "data file"),
 }  # fmt: skip
@@ -480,7 +606,42 @@ META = {
     "2-D": (meta({"NDims": "2", "DimSize": "26 396"}), GRID, "NDims"),
     "4-D": (meta({"NDims": "4", "DimSize": "26 22 9 2"}), GRID, "NDims"),
     "three channels": (meta({"ElementNumberOfChannels": "3", "DimSize": "26 22 6"}), READ, "ElementNumberOfChannels"),
-    "numbers as text": (meta({"BinaryData": "False"}), READ, "BinaryData"),
+    "no numbers in a text": (meta({"BinaryData": "False"}), READ, "voxel data"),
+    "BinaryData missing": (meta({"BinaryData": None}), READ, "BinaryData"),
+    "two frames": (
+        meta({"NDims": "4", "DimSize": "26 22 18 2", "ElementSpacing": "1.5 1.25 2.5 1", "Offset": "40 -25 300 0",
+              "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1"}, VOXELS * 2),
+        GRID, "NDims",
+    ),
+    "ElementSize 0": (meta({"ElementSpacing": None, "ElementSize": "1.5 1.25 0"}), GRID, "ElementSpacing"),
+    "HeaderSize -1 of fewer bytes": (meta({"HeaderSize": "-1"}, VOXELS[:-2]), READ, "file size"),
+    "HeaderSize -1 of zlib": (meta(ZLIB | {"HeaderSize": "-1"}, VOXELS_Z), READ, "HeaderSize"),
+    "HeaderSize -2": (meta({"HeaderSize": "-2"}), READ, "HeaderSize"),
+    "HeaderSize within this header": (meta({"HeaderSize": "20"}), READ, "HeaderSize"),
+    "HeaderSize beyond the end": (
+        file("scan.mhd", meta({"HeaderSize": "100", "ElementDataFile": "v.raw"}, b""), v__raw=VOXELS),
+        READ, "file size",
+    ),
+    "bytes behind CompressedDataSize": (
+        meta(ZLIB | {"CompressedDataSize": str(len(VOXELS_Z))}, VOXELS_Z + b"more"), READ, "CompressedDataSize",
+    ),
+    "LIST without its last file": (
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "LIST"}, "\n".join(names).encode()), 17),
+        READ, "ElementDataFile",
+    ),
+    "LIST of too few": (
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "LIST"}, "\n".join(names[1:]).encode())),
+        READ, "ElementDataFile",
+    ),
+    "LIST that leads out": (
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "LIST"}, b"/etc/passwd\n"
+               + "\n".join(names[1:]).encode())),
+        READ, "ElementDataFile",
+    ),
+    "pattern without its last file": (
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02d.raw 0 17 1"}, b""), 17),
+        READ, "ElementDataFile",
+    ),
     "order of bytes missing": (meta({"BinaryDataByteOrderMSB": None}), READ, "BinaryDataByteOrderMSB"),
     "ElementType unknown": (meta({"ElementType": "MET_STRING"}), VALUES, "ElementType"),
     "rescale in the header": (

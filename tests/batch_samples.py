@@ -10,9 +10,10 @@ import torch
 
 
 def write_box(path, seed: int) -> None:
-    """A box of noisy tissue in air."""
+    """A box of noisy tissue with two lungs, in air."""
     voxels = np.full((24, 24, 20), -1000, np.int16)
     voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(seed).integers(-100, 100, (16, 16, 16))
+    voxels[6:11, 7:17, 4:16] = voxels[13:18, 7:17, 4:16] = -850
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.diag([-9.0, -9.0, 9.0, 1.0])), path)
 

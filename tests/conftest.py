@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import shutil
+import sys
 
 # Before any import that reads them: the hub and evaluate fix these at import time. The tests never need the network,
 # and a test that would reach for it has to fail here too, not only on a machine without one.
@@ -36,6 +37,33 @@ def check_data() -> Path:
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def meteor_data():
+    """(WordNet, Punkt tokenizer), which METEOR needs; a test without them is skipped with the reason."""
+    from diffvp.metrics.nlg import LexiconError, lexicon
+
+    try:
+        return lexicon.load_wordnet(), lexicon.load_punkt()
+    except LexiconError as error:
+        pytest.skip(str(error))
+
+
+def _reset_accelerate() -> None:
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate fixes precision and devices once a process; without this, one test's choice fails the next one."""
+    _reset_accelerate()  # also before: a fixture of a module may have trained
+    yield
+    _reset_accelerate()
 
 
 # A whole DiffVP model of a few thousand parameters: eight voxel tokens, four latents, a two-layer Llama.

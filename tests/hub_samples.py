@@ -21,8 +21,15 @@ from diffvp.references_diffvp import index_references
 from .ct_samples import lps_affine, make_ct
 
 
+def make_chest(seed: int):
+    """The body of `make_ct` with two lungs: reports are of chests."""
+    chest = make_ct(seed=seed)
+    chest[7:12, 6:13, 5:14] = chest[15:20, 6:13, 5:14] = -850
+    return chest
+
+
 def write_scan(path: Path, seed: int) -> Path:
-    nib.save(nib.Nifti1Image(make_ct(seed=seed), lps_affine()), path)
+    nib.save(nib.Nifti1Image(make_chest(seed), lps_affine()), path)
     return path
 
 

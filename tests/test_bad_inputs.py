@@ -148,16 +148,29 @@ def test_mutated_text_headers(data, name):
     st.integers(20, 500),
 )
 def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, codec, chunk):
-    """However the file is cut into chunks."""
+    """However the file is cut into chunks. Zeros behind are left out."""
     packed = (members(content, length) if codec == "gzip" else zlib.compress(content)) + bytes(padding)
     expected = len(content) + more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding_diffvp, "CHUNK", chunk)
-        if more == 0:
-            assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content
+        if more <= 0 <= expected and not content[expected:].strip(b"\0"):
+            assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content[:expected]
         elif expected >= 0:
             with pytest.raises(CTReadError, match="voxel data"):
                 inflate(io.BytesIO(packed), expected, codec, "bytes")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib"])
+def test_zeros_behind_the_voxels_are_left_out_up_to_a_limit(monkeypatch, codec):
+    """Within the compressed stream, for a bomb would go on with them."""
+    content, pack = np.random.default_rng(0).bytes(3000), (gzip if codec == "gzip" else zlib).compress
+    monkeypatch.setattr(decoding_diffvp, "MAX_PADDING", 10_000)
+    monkeypatch.setattr(decoding_diffvp, "CHUNK", 1000)
+    for zeros in (1, 999, 1000, 9000):
+        assert inflate(io.BytesIO(pack(content + bytes(zeros))), 3000, codec, "bytes").tobytes() == content
+    for behind in (bytes(20_000), bytes(500) + b"x", b"x", bytes(9000) + b"x"):
+        with pytest.raises(CTReadError, match="longer"):
+            inflate(io.BytesIO(pack(content + behind)), 3000, codec, "bytes")
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
@@ -290,3 +303,51 @@ def test_world_coordinates_are_nibabels(grid, size, spacing):
     indices = np.stack(np.nonzero(inside))
     expected = geometry.tensor_affine[:3, :3] @ indices + geometry.tensor_affine[:3, 3:]
     assert np.abs(world - expected).max(initial=0) < 2e-3
+
+
+# The command refuses a file before it loads anything of the model.
+
+
+def test_command_refuses_every_bad_file_with_the_model_not_loaded(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from diffvp import cli, reporting
+
+    def loaded(*arguments, **options):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(reporting, "load_checkpoint", loaded)
+    monkeypatch.chdir(tmp_path)
+    runner, tried = CliRunner(), 0
+    for number, case in enumerate(CASES):
+        if case.error is None or not set(case.options) <= {"series", "spacing", "allow_non_hu"}:
+            continue
+        (tmp_path / str(number)).mkdir()
+        ct = case.make(tmp_path / str(number))
+        if not isinstance(ct, (str, Path)) or ct == "" or "\0" in str(ct):  # no arguments of a command
+            continue
+        arguments = ["report", str(ct)]
+        if "series" in case.options:
+            arguments += ["--series", str(case.options["series"])]
+        if "spacing" in case.options:
+            arguments += ["--spacing", *map(str, case.options["spacing"])]
+        if case.options.get("allow_non_hu"):
+            arguments.append("--allow-non-hu")
+        result = runner.invoke(cli.app, arguments)
+        assert result.exit_code == 2 and result.stdout == "", (case.name, result.exception)
+        error = result.stderr.splitlines()[-1]
+        assert error.startswith(f"{case.error.__name__}: ") and case.field in error, case.name
+        tried += 1
+    assert tried >= 150
+
+
+def test_command_refuses_without_importing_torch(tmp_path):
+    """In a process of its own: torch and transformers take seconds, reading takes none."""
+    (tmp_path / "scan.nii.gz").write_bytes(b"no scan")
+    code = (
+        "import sys; from diffvp import cli\n"
+        "try: cli.app(['report', 'scan.nii.gz'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "2 False False" and "CTReadError" in run.stderr

@@ -3,8 +3,11 @@
 """Reports of many scans: those that one scan at a time would get, each once, whatever happens on the way."""
 
 import importlib.util
+import json
 import os
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -124,12 +127,38 @@ def test_lists_with_problems(tmp_path, name, content, message):
         list_scans(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("scan.nii.gz", b"\x1f\x8b\xff"), ("list.txt", None), ("list.csv", None)]
+)
+def test_what_is_no_list_is_refused_by_name(tmp_path, name, content):
+    """A scan in place of a list of scans, or a path that was mistyped."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError) as caught:
+        list_scans(tmp_path / name)
+    assert [problem.table for problem in caught.value.problems] == [name]
+
+
 def test_folder_without_scans(tmp_path):
     with pytest.raises(DatasetError, match="scans: none in the folder"):
         list_scans(tmp_path)
 
 
 # Reports
+
+
+def test_scans_without_lungs_fail_unless_asked_otherwise(checkpoint, writer, tmp_path):
+    voxels = np.full((24, 24, 20), -1000, np.int16)
+    voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(-100, 100, (16, 16, 16))
+    (tmp_path / "scans").mkdir()
+    nib.save(nib.Nifti1Image(voxels, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "scans" / "knee.nii.gz")
+    file = write(tmp_path / "scans", tmp_path / "reports.jsonl", writer)
+    [failure] = read_lines(file.failures)
+    assert failure["error"] == "CTAnatomyError" and file.failed == 1
+    write(tmp_path / "scans", tmp_path / "any.jsonl", ReportWriter(checkpoint, allow_any_anatomy=True))
+    [_, record] = read_lines(tmp_path / "any.jsonl")
+    assert record["coverage"]["lung_volume_ml"] == 0 and "not of a chest" in record["warnings"][0]
+    assert set(record["consistency"]) == {"text_against_findings", "contradictions"}
 
 
 def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):
@@ -197,6 +226,41 @@ def test_goes_on_without_repeating(cohort, writer, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_a_report_belongs_to_a_content_and_not_to_a_name(writer, tmp_path):
+    """A file that is replaced by one of the same size and times, and a second folder with the same file names."""
+    first, second, output = (
+        tmp_path / "first" / "scan.nii.gz",
+        tmp_path / "second" / "scan.nii.gz",
+        tmp_path / "reports",
+    )
+    digests, replaced = [], []
+    for seed, path in enumerate((first, second)):
+        path.parent.mkdir()
+        write_box(path, seed=seed)
+        digests.append(writer.processor.image_processor(path, digest=True)["geometry"][0].sha256)
+    options = {"on_replaced": replaced.append}
+    for folder in (first.parent, first.parent, second.parent):
+        write(folder, output, writer, **options)
+    assert [entry["sha256"] for entry in read_lines(output)[1:]] == digests and replaced == [1]
+    status = first.stat()
+    os.replace(second, first)
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    write(first.parent, output, writer, **options)  # it is the second scan, which has its report
+    assert [entry["sha256"] for entry in read_lines(output)[1:]] == digests and replaced == [1]
+
+
+def test_a_report_without_the_digest_of_its_file_is_written_again(cohort, writer, tmp_path):
+    """As versions before 0.2 wrote them."""
+    output = tmp_path / "reports.jsonl"
+    write(cohort, output, writer)
+    header, *records = read_lines(output)
+    for record in records:
+        del record["file_sha256"]
+    output.write_text("".join(json.dumps(entry) + "\n" for entry in (header, *records)))
+    write(cohort, output, writer)
+    assert sorted(names(output)) == sorted(2 * [record["id"] for record in records])
+
+
 def test_interrupted_between_batches(cohort, checkpoint, tmp_path, monkeypatch):
     output, written, whole = tmp_path / "reports.jsonl", [], ReportWriter.write
 
@@ -240,7 +304,7 @@ def test_a_defect_ends_the_run(cohort, writer, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(batch, "describe_findings", fail)
+    monkeypatch.setattr(batch, "describe_text", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         write(cohort, tmp_path / "reports.jsonl", writer)
 
@@ -275,7 +339,7 @@ def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
     result = run(cohort, "--checkpoint", checkpoint, "--output", output)
     assert result.exit_code == 2 and "choose another output" in " ".join(result.stderr.split())
     result = run(tmp_path / "absent.txt", "--checkpoint", checkpoint)
-    assert result.exit_code == 2 and "FileNotFoundError" in result.stderr
+    assert result.exit_code == 2 and "absent.txt: list: missing" in result.stderr
     (checkpoint / "references").rename(tmp_path / "aside")
     try:
         result = run(cohort, "--checkpoint", checkpoint, "--output", tmp_path / "other.jsonl")

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from scipy import stats
 from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
@@ -38,7 +37,9 @@ from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha25
 from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
 from diffvp.experiments.tables import completed, planned_runs, run_experiment
-from diffvp.metrics.nlg.lexicon import LexiconError, load_wordnet
+from diffvp.metrics.collapse import collapse_panel
+from diffvp.metrics.nlg import LexiconError, meteor
+from diffvp.metrics.statistics import detectable_difference
 
 TABLE = {
     "title": "A table",
@@ -87,23 +88,34 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(study, table, tmp_path_factory):
+def made(study, table, meteor_data, tmp_path_factory):
     """The study, its folder of runs, and the result of the table."""
-    needs_wordnet()
     runs, loaded = tmp_path_factory.mktemp("runs"), Study.load(study)
     return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
+
+
+@pytest.mark.parametrize("lacking", ["WordNet", "Punkt", "RadBERT"])
+def test_what_scoring_lacks_shows_before_training(study, table, lacking, monkeypatch, request, tmp_path):
+    command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path), "--output", str(tmp_path)]
+    if lacking == "RadBERT":
+        request.getfixturevalue("meteor_data")
+        command.append(f"test.labeler={tmp_path / 'absent'}")
+    else:
+
+        def missing(*_):
+            raise LexiconError("METEOR needs it.")
+
+        monkeypatch.setattr(meteor, "_wordnet" if lacking == "WordNet" else "_punkt", missing)
+        monkeypatch.setattr(meteor, "_punkt" if lacking == "WordNet" else "_wordnet", lambda: None)
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("it trained first"))
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert ("RadBertError" if lacking == "RadBERT" else "LexiconError") in result.stderr
 
 
 @pytest.fixture
 def cases(small_cohort):
     return load_phantom(small_cohort, "train")
-
-
-def needs_wordnet():
-    try:
-        load_wordnet()
-    except LexiconError as error:
-        pytest.skip(str(error))
 
 
 # The files
@@ -218,10 +230,10 @@ def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
     assert own.shape == prompts[0].shape
     swapped = [scan.flip(0) for scan in scans]
     with changed_prompt(model, "shuffled"):
-        embeddings, *_ = model._prepare(*scans, None, None, None, None, None)
-    expected, *_ = model._prepare(*swapped, None, None, None, None, None)
+        prompts = model.embed_prompt(*scans)
     length = model.config.num_prefix_tokens
-    assert torch.equal(embeddings[:, :length], expected[:, :length])
+    for prompt, expected in zip(prompts, model.embed_prompt(*swapped), strict=True):
+        assert torch.equal(prompt[:length], expected[:length])
     with (
         pytest.raises(ValueError, match="no difference prompt"),
         changed_prompt(make_model(difference_level="none"), "zeroed"),
@@ -232,8 +244,7 @@ def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
 # Scores
 
 
-def test_scores_agree_with_scikit_learn_and_scipy(cases):
-    needs_wordnet()
+def test_scores_agree_with_scikit_learn_and_scipy(cases, meteor_data):
     rng = np.random.default_rng(0)
     truth = np.stack([case.labels for case in cases])
     reports = [case.report for case in cases]
@@ -289,9 +300,13 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
             "command": "diffvp evaluate",
             "systems": {"DiffVP": scores, "labels alone": evaluate.score(None, predicted, cases)},
             "per_label": labels,
+            "collapse": {"DiffVP": collapse_panel([case.report for case in cases], truth, PhantomReader())},
+            "rare": ["Emphysema"],
+            "text_agrees_with_classifier": evaluate.mean_with_interval(np.array([0.5, 1.0])),
             "signatures": ["signature"],
         }
     )
+    assert "| distinct reports / n |" in page and "prompted it agree: 0.750 (" in page
     [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
@@ -539,6 +554,13 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
     page = write_page(tmp_path).read_text()
     assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
     assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+    sides = [
+        list(row["scores"]["f1"]["by_seed"].values())
+        for row in document["rows"]
+        if row["name"] in ("DiffVP", "equal compute")
+    ]
+    if any(len(set(side)) > 1 for side in sides):  # the least difference that these few seeds could have shown
+        assert page.count(f"a difference of {detectable_difference(*sides):.3f} shows with a power of 80%") == 2
     del metrics["f1"]["p_seeds"]  # a trial with one seed
     (tmp_path / "replication.json").write_text(json.dumps(document | changed))
     assert "named before any of them" not in write_page(tmp_path).read_text()
@@ -707,10 +729,8 @@ def radgenome(small_cohort, tmp_path_factory):
 
 
 def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
-    radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, tmp_path
+    radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, meteor_data, tmp_path
 ):
-    needs_wordnet()
-    AcceleratorState._reset_state(reset_partial_state=True)  # this study computes in bfloat16, the others do not
     small = yaml.safe_load((first_stage / "config.yaml").read_text())
     overrides = {
         "training.data.root": str(radgenome),
@@ -735,7 +755,6 @@ def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
     document = json.loads((tmp_path / "results/radgenome/mine.json").read_text())
     assert document["cases"] == 6 and "labeler:rule-labeler" in document["signature"]
     reports = read_reports(tmp_path / "results/radgenome/reports/diffvp/seed-1/random.json.gz")
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert {name for row in reports for name in row["references"]} <= {f"valid_{number}_a_1" for number in (1, 2, 3)}
 
 

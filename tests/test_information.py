@@ -29,6 +29,10 @@ class Kept(dict):
     def load(self, case):
         return self[case.name]
 
+    def inputs(self, case, references):
+        [reference] = references
+        return {"ct_features": self[case.name]["features"], "reference_features": self[reference.name]["features"]}
+
 
 @pytest.fixture
 def cases(small_cohort):

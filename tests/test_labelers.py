@@ -16,6 +16,7 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.experiments import labeler as experiment
 from diffvp.metrics.clinical_efficacy import classification_scores
 from diffvp.metrics.labelers import RuleLabeler
+from diffvp.metrics.labelers.markup import plain_text
 from diffvp.metrics.labelers.rules import RULES_FILE
 
 LABELER = RuleLabeler()
@@ -105,6 +106,286 @@ def test_counterexamples_of_the_rules(rule, text):
 )
 def test_language(text, labels):
     assert found(text) == labels
+
+
+WORDINGS = [
+    # denied after the finding: no, none, (-)
+    ("Effusion, no.", set()),
+    ("Effusion: no", set()),
+    ("Pleural effusion - no.", set()),
+    ("Pleural effusion – none", set()),
+    ("Pleural effusion; none.", set()),
+    ("Pleural effusion, none", set()),
+    ("Pleural effusion = no", set()),
+    ("Pleural effusion (no)", set()),
+    ("Pleural effusion: nil.", set()),
+    ("Pleural effusion? No.", set()),
+    ("Pleural effusion: No\nPericardial effusion: No", set()),
+    ("Effusion, no pneumothorax.", {"Pleural effusion"}),
+    ("Pleural effusion, no pericardial effusion.", {"Pleural effusion"}),
+    ("Pleural effusion: yes, pericardial effusion: no", {"Pleural effusion"}),
+    ("Pleural effusion, yes; consolidation, no; lung nodule, no.", {"Pleural effusion"}),
+    ("Lung nodule: no, pleural effusion: yes.", {"Pleural effusion"}),
+    ("Pleural effusion, pericardial effusion, consolidation: none.", set()),
+    ("Pleural effusion, no, consolidation, yes.", {"Consolidation"}),
+    ("pleural effusion (-)", set()),
+    ("Pleural effusion (\u2212).", set()),
+    ("Pleural effusion(-), pericardial effusion(-)", set()),
+    ("pleural effusion (+), pericardial effusion (-)", {"Pleural effusion"}),
+    ("pericardial effusion (-), pleural effusion (+)", {"Pleural effusion"}),
+    ("Pleural effusion [-]", set()),
+    ("Pleural effusion: (-)", set()),
+    ("Pleural effusion: -", set()),
+    ("Pleural effusion -, emphysema +", {"Emphysema"}),
+    ("Pleural effusion -ve.", set()),
+    ("Pleural effusion (+/-)", {"Pleural effusion"}),
+    ("Pleural effusion (+)", {"Pleural effusion"}),
+    ("(-) pleural effusion", set()),
+    ("Effusion: absent.", set()),
+    ("Pleural effusion: negative", set()),
+    ("Pleural effusion absent.", set()),
+    ("Pleural effusion is negative.", set()),
+    ("Consolidation (absent), emphysema (present).", {"Emphysema"}),
+    ("Pericardial effusion(-) Pleural effusion(+)", {"Pleural effusion"}),
+    ("pleural effusion ( - )", set()),
+    ("pleural effusion\uff08\u2212\uff09", set()),
+    ("pleural effusion (neg.)", set()),
+    ("Pleural effusion (neg)", set()),
+    ("Pleural effusion, absent", set()),
+    ("Pleural effusion—none", set()),
+    ("Effusion, not seen", set()),
+    ("Effusion - not seen.", set()),
+    ("Pleural effusion: not present.", set()),
+    ("Pleural effusion, none seen.", set()),
+    ("Pleural effusion: no evidence.", set()),
+    ("Pleural effusion no", set()),
+    ("Image no. 45: emphysema.", {"Emphysema"}),
+    ("Nodule in the right lung (series no: 3, image no: 120).", {"Lung nodule"}),
+    ("A nodule of 5-6 mm in the right lung.", {"Lung nodule"}),
+    ("Pleural effusion +", {"Pleural effusion"}),
+    ("Pleural effusion-thickening was not detected.", set()),
+    ("There is no effusion. None of the nodules in the right lung is new.", {"Lung nodule"}),
+    ("Pneumonia PCR negative, consolidation in the left lung.", {"Consolidation"}),
+    # devices that are gone
+    ("catheter removed", set()),
+    ("Catheter removed.", set()),
+    ("Central venous catheter removed since the prior study.", set()),
+    ("Pacemaker extracted.", set()),
+    ("Port explanted.", set()),
+    ("Chest tube has been withdrawn.", set()),
+    ("Status post catheter removal.", set()),
+    ("After extraction of the pacemaker.", set()),
+    ("Catheter not removed.", {"Medical material"}),
+    ("The catheter should be removed.", {"Medical material"}),
+    ("Catheter removed, a stent is observed.", {"Medical material"}),
+    ("Catheter removed and a port is in place.", {"Medical material"}),
+    ("The old catheter removed, new catheter placed.", {"Medical material"}),
+    ("Endotracheal tube: removed.", set()),
+    ("Interval removal of the chest tube.", set()),
+    ("Catheter (removed).", set()),
+    ("Catheter has since been removed.", set()),
+    ("Catheter removed, lungs clear.", set()),
+    ("The catheter is no longer in place.", set()),
+    ("Pacemaker lead extraction was performed.", set()),
+    ("Drain taken out.", set()),
+    ("Port removed in 2019.", set()),
+    ("Status post removal of the port.", set()),
+    ("Clips of the removed gallbladder are observed.", {"Medical material"}),
+    ("Catheter replaced.", {"Medical material"}),
+    ("A stent, which was removed last year, is not observed.", set()),
+    ("The catheter has not been removed.", {"Medical material"}),
+    # a denial ends before a new subject
+    ("no calcification in coronary arteries, aorta calcified", {"Arterial wall calcification"}),
+    ("No calcification in the coronary arteries, the aorta is calcified.", {"Arterial wall calcification"}),
+    ("No effusion, heart enlarged.", {"Cardiomegaly"}),
+    ("No pleural effusion, the heart is enlarged.", {"Cardiomegaly"}),
+    ("No effusion, a 4 mm nodule in the right lung.", {"Lung nodule"}),
+    ("No effusion, mild atelectasis in both lungs.", {"Atelectasis"}),
+    ("No pleural effusion, 5 mm nodule in the left lung.", {"Lung nodule"}),
+    ("No effusion, consolidation, nodule.", set()),
+    ("No pleural effusion, consolidation or nodule is seen.", set()),
+    ("No nodule, mass or effusion present.", set()),
+    ("No effusion, pneumothorax, atelectasis is seen.", set()),
+    ("Aorta calcified, coronary calcification not seen.", {"Arterial wall calcification"}),
+    ("No calcified plaques, enlarged lymph nodes, thickened septa.", set()),
+    ("Without effusion, bronchi are dilated in the lower lobes.", {"Bronchiectasis"}),
+    ("No pericardial effusion, pleural effusion present.", {"Pleural effusion"}),
+    ("No pericardial effusion; pleural effusion present.", {"Pleural effusion"}),
+    ("No coronary calcification, aortic wall calcified.", {"Arterial wall calcification"}),
+    ("No effusion, lungs emphysematous.", {"Emphysema"}),
+    ("No nodules, heart size increased.", {"Cardiomegaly"}),
+    ("No pericardial effusion, left pleural effusion measuring 5 mm.", {"Pleural effusion"}),
+    ("No lymph node, lung nodule larger than 5 mm.", set()),
+    ("No coronary calcification - aorta calcified.", {"Arterial wall calcification"}),
+    ("No calcification in the coronary arteries and the aorta is calcified.", {"Arterial wall calcification"}),
+    ("No effusion while there is emphysema.", {"Emphysema"}),
+    ("No effusion, whereas the heart is enlarged.", {"Cardiomegaly"}),
+    ("Calcified plaques in the aorta, no calcification in the coronary arteries.", {"Arterial wall calcification"}),
+    # markup, escapes, characters without width
+    ("No pleural effusion._x000D_\nCardiomegaly.", {"Cardiomegaly"}),
+    ("No effusion_x000D_Atelectasis in both lungs", {"Atelectasis"}),
+    ("No effusion<br>Atelectasis in both lungs<br/>", {"Atelectasis"}),
+    ("No pleural<br>effusion", set()),
+    ("<p>No effusion</p><p>Emphysema</p>", {"Emphysema"}),
+    ("Pleural effu\u00adsion is seen.", {"Pleural effusion"}),
+    ("Pleural ef\u200bfusion is seen", {"Pleural effusion"}),
+    ("No&nbsp;pleural&nbsp;effusion", set()),
+    ("Nodule &lt; 5 mm in the right lung", {"Lung nodule"}),
+    ("Nodules <5 mm and >3 mm in the right lung", {"Lung nodule"}),
+    ("No effusion&lt;br&gt;Emphysema", {"Emphysema"}),
+    ("No pleural_x000D_\neffusion.", set()),
+    ("\ufeffEmphysema.", {"Emphysema"}),
+    ("<b>No</b> <i>pleural</i> effusion.", set()),
+    ("<li>No effusion</li><li>Hiatal hernia</li>", {"Hiatal hernia"}),
+    ("Pleural effu&shy;sion", {"Pleural effusion"}),
+    ("Pleural ef<wbr>fusion", {"Pleural effusion"}),
+    ("No effusion&#13;&#10;Emphysema", {"Emphysema"}),
+    ("No effusion\rEmphysema", {"Emphysema"}),
+    ("pulmonary \ufb01brosis", {"Pulmonary fibrotic sequela"}),
+    ("No effusion\\nEmphysema in both lungs", {"Emphysema"}),
+    ("No BR <BR />Emphysema<o:p></o:p>", {"Emphysema"}),
+    ("No effusion_x000d__x000a_Emphysema", {"Emphysema"}),
+    ("No&nbsp pleural effusion", set()),
+    # headings
+    ("Enlarged lymph\nnodes in the mediastinum", {"Lymphadenopathy"}),
+    ("Pericardium:\nEffusion of 5 mm.", {"Pericardial effusion"}),
+    ("Lungs: 4 mm nodule.\nThyroid: nodule of 5 mm.", {"Lung nodule"}),
+    ("Thyroid:\nA nodule of 5 mm is observed.", set()),
+    ("Impression:\nNo effusion.\nEmphysema.", {"Emphysema"}),
+    ("IMPRESSION: 1. Emphysema 2. No nodule", {"Emphysema"}),
+    ("LUNGS: No nodule. IMPRESSION: Normal.", set()),
+    ("Findings: Lungs: no effusion, aorta: calcified.", {"Arterial wall calcification"}),
+    # more of each
+    ("Consolidation: no. Nodule: no. Effusion: no.", set()),
+    ("Pleural effusion, absent. Emphysema, present.", {"Emphysema"}),
+    ("Pleural effusion: Absent", set()),
+    ("Pleural effusion: NO", set()),
+    ("PLEURAL EFFUSION: NONE.", set()),
+    ("Effusion - none, emphysema - yes", {"Emphysema"}),
+    ("Emphysema: +, effusion: -", {"Emphysema"}),
+    ("Emphysema (+), effusion (-), nodule (-)", {"Emphysema"}),
+    ("Emphysema(+)/effusion(-)", {"Emphysema"}),
+    ("Lung nodule (-)", set()),
+    ("Cardiomegaly (-)", set()),
+    ("Cardiomegaly, no.", set()),
+    ("Hiatal hernia, none.", set()),
+    ("Lymphadenopathy: (-)", set()),
+    ("Mosaic attenuation (-), bronchiectasis (+).", {"Bronchiectasis"}),
+    ("Coronary calcification (-)", set()),
+    ("Aortic calcification (+), coronary calcification (-)", {"Arterial wall calcification"}),
+    ("Pleural effusion \u2013 not detected", set()),
+    ("Pleural effusion: was not detected", set()),
+    ("Consolidation, none; effusion, none.", set()),
+    ("Pericardial effusion: No; pleural effusion: Yes", {"Pleural effusion"}),
+    ("Effusion:no", set()),
+    ("Effusion :no", set()),
+    ("Effusion,no.", set()),
+    ("Effusion -no.", set()),
+    ("Effusion-no", set()),
+    ("Effusion (\u2212)", set()),
+    ("effusion (\u2013)", set()),
+    ("effusion(\u2014)", set()),
+    ("Effusion {-}", set()),
+    ("Effusion: (none)", set()),
+    ("Effusion: [no]", set()),
+    ("Pleural effusion: ( no )", set()),
+    ("Pleural effusion \u2192 none", set()),
+    ("Pleural effusion = none", set()),
+    ("No: pleural effusion.", set()),
+    ("Negative: pleural effusion, nodule.", set()),
+    ("Pleural effusion neg.", set()),
+    ("Pleural effusion -, nodule -, emphysema -", set()),
+    ("Catheter removed; lungs clear.", set()),
+    ("The central venous catheter has since been removed.", set()),
+    ("Previously noted catheter removed.", set()),
+    ("PICC removed.", set()),
+    ("Stent extracted.", set()),
+    ("Tracheostomy tube removed.", set()),
+    ("The pacemaker was explanted.", set()),
+    ("Pacemaker explantation.", set()),
+    ("Drain removal.", set()),
+    ("Sternal wires removed.", set()),
+    ("Catheter was pulled.", set()),
+    ("The chest drain has been taken out.", set()),
+    ("Catheters removed, sternotomy wires in place.", {"Medical material"}),
+    ("Endotracheal tube removed, nasogastric tube remains.", {"Medical material"}),
+    ("Compared with the prior, the port catheter is removed.", set()),
+    ("Catheter no longer visualized.", set()),
+    ("Catheter is absent.", set()),
+    ("Implants extracted; surgical clips present.", {"Medical material"}),
+    ("Removed catheter.", set()),
+    ("Interval extraction of the pacemaker leads.", set()),
+    ("Port catheter (removed)", set()),
+    ("Port catheter - removed", set()),
+    ("No coronary calcification, aortic arch calcified.", {"Arterial wall calcification"}),
+    ("no calcification in aorta, coronary arteries calcified", {"Coronary artery wall calcification"}),
+    ("No pleural effusion, pericardium thickened.", set()),
+    ("No nodules, heart enlarged, no effusion.", {"Cardiomegaly"}),
+    ("No effusion, both lungs show emphysema.", {"Emphysema"}),
+    ("No lymphadenopathy, hiatal hernia present.", {"Hiatal hernia"}),
+    ("Without consolidation, lungs emphysematous.", {"Emphysema"}),
+    ("No pneumothorax, trace pleural effusion.", {"Pleural effusion"}),
+    ("No nodule, interlobular septa thickened.", {"Interlobular septal thickening"}),
+    (
+        "No effusion, aorta and coronary arteries calcified.",
+        {"Arterial wall calcification", "Coronary artery wall calcification"},
+    ),
+    ("no calcification in coronary arteries, aorta shows calcification", {"Arterial wall calcification"}),
+    ("no calcification in coronary arteries, aorta with calcified plaques", {"Arterial wall calcification"}),
+    ("Coronary arteries not calcified, aorta calcified.", {"Arterial wall calcification"}),
+    ("No calcification in the coronary arteries, thoracic aorta heavily calcified.", {"Arterial wall calcification"}),
+    ("No stent, pacemaker in situ.", {"Medical material"}),
+    ("No effusion, catheter in place.", {"Medical material"}),
+    ("Emphysema._x000D_No effusion.", {"Emphysema"}),
+    ("Emphysema_x000D_\n_x000D_\nNo effusion", {"Emphysema"}),
+    ("Pleural_x0020_effusion", {"Pleural effusion"}),
+    ("No effusion<br><br>Emphysema", {"Emphysema"}),
+    ("<div>No effusion</div><div>emphysema</div>", {"Emphysema"}),
+    ("No effusion</p>Emphysema", {"Emphysema"}),
+    ("Pleural&#160;effusion", {"Pleural effusion"}),
+    ("Heart&amp;lungs: emphysema", {"Emphysema"}),
+    ("&bull; Emphysema &bull; No effusion", {"Emphysema"}),
+    ("Em\u00adphy\u00adse\u00adma", {"Emphysema"}),
+    ("emphy\u2060sema", {"Emphysema"}),
+    ("emphy\ufeffsema", {"Emphysema"}),
+    ("No\u00a0effusion", set()),
+    ("No\u2003effusion", set()),
+    ("atelec\u200dtasis", {"Atelectasis"}),
+    ('<span style="color:red">Emphysema</span>', {"Emphysema"}),
+    ("<strong>No</strong> effusion", set()),
+    ("Nodule&nbsp;&lt;5&nbsp;mm in the right lung", {"Lung nodule"}),
+    ("Effusion, no<br>Emphysema, yes", {"Emphysema"}),
+]
+
+
+@pytest.mark.parametrize(("text", "labels"), WORDINGS)
+def test_wordings_of_other_departments_and_programs(text, labels):
+    assert found(text) == labels
+
+
+def test_markup_is_left_out_but_spans_are_those_of_the_report():
+    report = "No effusion.<br/>A pulmonary no\u00addule of 4&nbsp;mm &lt; 5 mm_x000D_\nis seen."
+    [denied, stated] = LABELER.explain(report)
+    assert (denied.label, denied.polarity) == ("Pleural effusion", "negated")
+    assert report[slice(*stated.span)] == "no\u00addule"
+    assert stated.sentence == report.split("<br/>")[1]
+
+
+@given(st.text(alphabet="ab <>&;_x000D\u00ad\n\r/pbr", max_size=60))
+def test_each_character_of_plain_text_has_its_place_in_the_report(report):
+    text, places = plain_text(report)
+    if places is None:
+        assert text == report
+    else:
+        assert len(places) == len(text) + 1 and places[-1] == len(report)
+        assert places == sorted(places)
+        kept = [(character, report[place]) for character, place in zip(text, places, strict=False)]
+        assert all(one == other or other in "<&_\r" for one, other in kept)
+
+
+def test_text_without_markup_is_left_as_it_is():
+    for text in ("Nodules <5 mm and > 3 mm.", "R&D; A&B", "p < 0.05", "snake_case_x", "Trachea is open."):
+        assert plain_text(text)[0] == text
 
 
 def test_explains_every_mention():
@@ -216,17 +497,21 @@ def test_split_keeps_identical_reports_together():
     assert len(apart) <= 1  # one pair may lie on the border
 
 
-def test_bootstrap_is_about_the_score():
+def test_scores_of_the_experiment_have_intervals_around_them():
     rng = np.random.default_rng(1)
     actual = rng.integers(0, 2, (200, 18))
-    predicted = np.where(rng.random(actual.shape) < 0.9, actual, 1 - actual)
-    scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
-    samples = experiment.bootstrap(predicted, actual)
-    for name in ("micro", "macro"):
-        point = [scores[name][part] for part in ("precision", "recall", "f1")]
-        np.testing.assert_allclose(samples[name].mean(axis=0), point, atol=0.005)
-    perfect = experiment.bootstrap(actual, actual)
-    assert (perfect["labels"] == 1).all()
+    predicted, worse = (np.where(rng.random(actual.shape) < share, actual, 1 - actual) for share in (0.9, 0.8))
+    expected = classification_scores(predicted, actual, DIAGNOSIS_LABELS)
+    scores = experiment.score(predicted, actual)
+    entries = [(scores[name], expected[name]) for name in ("micro", "macro")]
+    entries += [(scores["labels"][label], expected["labels"][label]) for label in DIAGNOSIS_LABELS]
+    for ours, theirs in entries:
+        for part in ("precision", "recall", "f1"):
+            low, high = ours[f"{part}_ci"]
+            assert low < ours[part] < high and ours[part] == theirs[part]
+    low, high = experiment.compare(predicted, worse, actual)["f1_difference_ci"]["micro"]
+    assert 0 < low < high < 0.2
+    assert experiment.score(actual, actual)["micro"]["f1_ci"] == [1.0, 1.0]
 
 
 def test_experiment(tmp_path, monkeypatch):
@@ -287,7 +572,7 @@ def test_unusable_tables(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         experiment.read_reports(path)
     path.write_text("AccessionNo,report_text\nb,text\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="lacks the columns .*Arterial wall calcification"):
+    with pytest.raises(ValueError, match="expected also .*Arterial wall calcification"):
         experiment.read_reports(path)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import lesion_mask_path, lesion_voxels
@@ -296,13 +296,13 @@ def volumes(tmp_path_factory):
     return VolumeCache(tmp_path_factory.mktemp("cache"), processor)
 
 
-class Oracle:
+class Oracle(Features):
     """A model whose features are a map, which it gives back: the target's true lesions, and half as much around."""
 
-    config, device = SimpleNamespace(difference_level="latent"), torch.device("cpu")
+    config, device = DiffVPConfig(), torch.device("cpu")
 
     def __init__(self, root, volumes, mirror=False):
-        self.root, self.volumes, self.mirror = root, volumes, mirror
+        self.root, self.volumes, self.mirror, self.model = root, volumes, mirror, self
 
     def load(self, of):
         path = lesion_mask_path(self.root, of.name)
@@ -409,7 +409,7 @@ def test_importance_is_that_of_the_model_and_its_baseline_knows_no_reference(coh
     of = cases[0]
     ct, reference = (volumes.load(scan)[None].float() for scan in (of, references[of.name]))
     weights, norms = token_weights(model, features, of, references[of.name])
-    np.testing.assert_allclose(weights, model.token_importance(ct, reference)[0][0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(weights, model(ct, reference).difference_weights[0].detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(norms, token_weights(model, features, of, cases[-1])[1])
     assert weights.shape == norms.shape == (4,) and norms.sum() == pytest.approx(1)
     result = score_importance(model, features, cases, references, top=3)

@@ -152,7 +152,8 @@ result = findings.compute(predictions=[[1, 0], [1, 1]], references=[[1, 0], [0, 
 assert result["labels"]["a"]["precision"] == 0.5, result
 assert result["micro"]["f1"] == 0.8, result
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", code, str(repository_root)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

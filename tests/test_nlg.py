@@ -26,6 +26,7 @@ from diffvp.metrics.nlg import (
     clean_reg2rg,
     coco_bleu_counts,
     coco_bleu_from_counts,
+    coco_cider_per_report,
     coco_rouge_per_report,
     common_subsequence_length,
     lexicon,
@@ -56,15 +57,6 @@ REFERENCES = [
 ]
 WORDS = ["the", "Lungs", "lung", "are", "clear", ".", "nodule,", "4.6", "µm", "é", "CT.", "no"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(" ".join)
-
-
-@pytest.fixture(scope="session")
-def english():
-    """WordNet and the Punkt model, without which there is no METEOR."""
-    try:
-        return lexicon.load_wordnet(), lexicon.load_punkt()
-    except LexiconError as error:
-        pytest.skip(str(error))
 
 
 def _read_csv(path):
@@ -170,7 +162,7 @@ def test_coco_by_hand():
 # METEOR
 
 
-def test_meteor_by_hand(english):
+def test_meteor_by_hand(meteor_data):
     # Of 4 tokens "the", "nodules" (stem), "." match 3 of 4 in 2 chunks: P = R = 3 / 4, penalty 0.5 (2 / 3)^3.
     expected = 3 / 4 * (1 - 0.5 * (2 / 3) ** 3)
     assert meteor_per_report(["The nodules grew."], ["the nodule persists."])[0] == pytest.approx(expected, rel=1e-12)
@@ -180,13 +172,13 @@ def test_meteor_by_hand(english):
     assert "wordnet:3.0|nltk:" in meteor_signature()
 
 
-def test_meteor_splits_full_stops_at_the_ends_of_sentences_alone(english):
+def test_meteor_splits_full_stops_at_the_ends_of_sentences_alone(meteor_data):
     # To the Punkt model "Dr." and "CT." are abbreviations. Without it they are not, and METEOR is another number.
     tokens = meteor_tokens("Seen by Dr. Smith on an unenhanced CT. No mass in the liver. Normal otherwise.")
     assert [token for token in tokens if "." in token] == ["Dr.", "CT.", ".", "."]
 
 
-def _nltk_data(english, root):
+def _nltk_data(root):
     """NLTK's data folder as its downloader leaves it, from whatever WordNet and Punkt model this machine has."""
     wordnet_reader, punkt_reader = lexicon.find_wordnet(), lexicon.find_punkt()
     wordnet = root / "corpora" / "wordnet"
@@ -203,7 +195,7 @@ def _nltk_data(english, root):
     return root
 
 
-def test_wordnet_punkt_and_meteor_are_nltks(english, tmp_path, monkeypatch):
+def test_wordnet_punkt_and_meteor_are_nltks(meteor_data, tmp_path, monkeypatch):
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
     from nltk.tokenize import _get_punkt_tokenizer, word_tokenize
     from nltk.translate.meteor_score import single_meteor_score
@@ -212,7 +204,7 @@ def test_wordnet_punkt_and_meteor_are_nltks(english, tmp_path, monkeypatch):
         def map_wn(self, version="wordnet"):  # for other languages; wants index.sense
             return None
 
-    monkeypatch.setattr(nltk.data, "path", [str(_nltk_data(english, tmp_path / "nltk_data"))])
+    monkeypatch.setattr(nltk.data, "path", [str(_nltk_data(tmp_path / "nltk_data"))])
     monkeypatch.setattr(lexicon, "DEBIAN_WORDNET", tmp_path / "none")
     monkeypatch.setattr(lexicon, "find_spec", lambda name: None)
     _get_punkt_tokenizer.cache_clear()
@@ -237,15 +229,15 @@ def test_wordnet_punkt_and_meteor_are_nltks(english, tmp_path, monkeypatch):
         assert meteor_per_report([prediction], [reference])[0] == expected
 
 
-def test_wordnet_is_read_from_a_zip_file_too(english, tmp_path, monkeypatch):
-    folder = _nltk_data(english, tmp_path / "nltk_data") / "corpora"
+def test_wordnet_is_read_from_a_zip_file_too(meteor_data, tmp_path, monkeypatch):
+    folder = _nltk_data(tmp_path / "nltk_data") / "corpora"
     with zipfile.ZipFile(folder / "wordnet.zip", "w") as archive:
         for file in sorted((folder / "wordnet").iterdir()):
             archive.write(file, f"wordnet/{file.name}")
     shutil.rmtree(folder / "wordnet")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     monkeypatch.setattr(lexicon, "DEBIAN_WORDNET", tmp_path / "none")
-    assert lexicon.load_wordnet().synsets("large") == english[0].synsets("large")
+    assert lexicon.load_wordnet().synsets("large") == meteor_data[0].synsets("large")
 
 
 def test_missing_lexicons_say_how_to_get_them(tmp_path, monkeypatch):
@@ -278,7 +270,7 @@ def test_incomplete_lexicons_are_refused(tmp_path, monkeypatch):
         lexicon.load_punkt()
 
 
-def test_workers_change_nothing(english):
+def test_workers_change_nothing(meteor_data):
     predictions, references = PREDICTIONS * 3, REFERENCES * 3
     alone = meteor_per_report(predictions, references)
     assert meteor_per_report(predictions, references, workers=2).tolist() == alone.tolist()
@@ -322,7 +314,38 @@ def test_empty_predictions_score_0(scorer):
     assert all(value == 0.0 for name, value in summary.items() if name not in ("n", "signature")), summary
 
 
-def test_summary_is_the_mean_over_reports_and_says_how_it_was_computed(english):
+def test_cider_is_that_of_pycocoevalcap():
+    predictions = [
+        "the heart is normal .",
+        "no nodule",
+        "",
+        "a nodule of 4 mm in the right lung . a nodule of 4 mm in the right lung",
+        "clear",
+    ]
+    references = [
+        "the heart is of normal size .",
+        "a nodule of 4 mm",
+        "no effusion",
+        "a nodule of 5 mm in the right lung .",
+        "clear",
+    ]
+    # pycocoevalcap 1.2's Cider().compute_score({i: [reference]}, {i: [prediction]}), run once in an environment of
+    # its own.
+    theirs = [3.6488656114822335, 0.4316117551946153, 0.0, 1.0699449578099811, 2.5]
+    np.testing.assert_allclose(coco_cider_per_report(predictions, references), theirs, rtol=1e-12)
+    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [0.0]  # of one report all are in every one
+
+
+def test_cider_of_identical_reports_is_10_in_any_order():
+    texts = [f"a nodule of {size} mm lies in the {side} lung near it" for size in (4, 5) for side in "lr"]
+    scores = coco_cider_per_report(texts, texts)
+    np.testing.assert_allclose(scores, 10)
+    mixed = coco_cider_per_report(texts, texts[::-1])
+    assert (mixed < 10).all() and (mixed >= 0).all()
+    np.testing.assert_allclose(coco_cider_per_report(texts[::-1], texts)[::-1], mixed)
+
+
+def test_summary_is_the_mean_over_reports_and_says_how_it_was_computed(meteor_data):
     scores = score_reports(PREDICTIONS, REFERENCES)
     assert tuple(scores.per_report) == NAMES
     assert scores.per_report["bleu_3"][1] == sentence_bleu(PREDICTIONS[1], REFERENCES[1], max_order=3)
@@ -344,7 +367,8 @@ def test_scorers_differ_in_what_they_have_and_in_their_signatures():
     assert "bleu_4" in corpus and "bleu_4_std" not in corpus and "rouge_2_std" in corpus and "meteor" not in corpus
     assert "bleu|corpus|" in corpus["signature"] and "meteor" not in corpus["signature"]
     coco = score_reports(PREDICTIONS, REFERENCES, scorer="coco").summary()  # never needs WordNet
-    assert set(coco) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "rouge_l_std", "n", "signature"}
+    scores = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "rouge_l_std", "cider", "cider_std"}
+    assert set(coco) == scores | {"n", "signature"}
     assert "tok:whitespace" in coco["signature"] and "fbeta:1.2" in coco["signature"]
     with pytest.raises(ValueError, match="scorer must be one of paper, corpus, coco, got 'bleu'"):
         score_reports(PREDICTIONS, REFERENCES, scorer="bleu")
@@ -379,7 +403,7 @@ def test_identical_text_scores_1_where_it_should(text):
 
 @settings(deadline=None, max_examples=25)
 @given(text=texts)
-def test_identical_text_has_a_meteor_below_1(english, text):
+def test_identical_text_has_a_meteor_below_1(meteor_data, text):
     tokens = len(meteor_tokens(text))
     assert meteor_per_report([text], [text])[0] == pytest.approx(1 - 0.5 / tokens**3, rel=1e-12)
 
@@ -405,7 +429,7 @@ def test_any_unicode_scores_between_0_and_1(prediction, reference):
         assert all(0 <= value <= 1 + 1e-12 for name, value in summary.items() if name not in ("n", "signature"))
 
 
-def test_meteor_of_any_unicode(english):
+def test_meteor_of_any_unicode(meteor_data):
     odd = ["µm ± 4,6 – “ʺ” é̂", "肺は正常です。", "\ud83e\udec1 \x00 \u2028 \x85", "İstanbul ß ﬁ", "\ufeff."]
     scores = meteor_per_report(odd, odd)
     assert ((0 <= scores) & (scores < 1)).all() and scores[1] == 0.5
@@ -431,7 +455,7 @@ def test_reports_of_10_000_words():
 
 
 @pytest.mark.timeout(60)
-def test_meteor_of_10_000_words(english):
+def test_meteor_of_10_000_words(meteor_data):
     text = "The left lung is clear and the heart is of normal size. " * 833
     assert meteor_per_report([text], [text])[0] == pytest.approx(1.0, abs=1e-9)
     assert 0 < meteor_per_report([text], ["Both lungs are large. " * 2_500])[0] < 0.5
@@ -504,7 +528,7 @@ def test_bleu_and_rouge_are_the_published_ones(check_data):
         assert f"{corpus[f'bleu_{order}']:.4f}" == published[f"Overall_BLEU-{order}"]
 
 
-def test_meteor_is_the_published_one(check_data, english):
+def test_meteor_is_the_published_one(check_data, meteor_data):
     *pairs, published = _published(check_data)
     meteor = meteor_per_report(*pairs)
     assert f"{meteor.mean():.4f}±{meteor.std():.4f}" == published["METEOR"] == "0.4971±0.1660"
@@ -518,6 +542,8 @@ def test_coco_scores_are_those_of_pycocoevalcap(check_data):
     # What pycocoevalcap 1.2 itself gives for these texts, run once.
     theirs = [0.4658275414130067, 0.3798399197874062, 0.32559709859270713, 0.28738238097408086, 0.4410671993074136]
     np.testing.assert_allclose(found, theirs, rtol=1e-12)
+    # python -m venv O && O/bin/pip install pycocoevalcap==1.2, then its Cider().compute_score on these texts.
+    assert coco["cider"] == pytest.approx(0.3127075248126748, rel=1e-9)
 
 
 # The evaluate module
@@ -547,7 +573,8 @@ try:
 except LookupError as error:
     assert "METEOR needs" in str(error), error
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", code, str(repository_root)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -26,9 +26,17 @@ from diffvp.data.phantom import (
 )
 from diffvp.data.phantom_cohort import volume_path, write_cohort
 from diffvp.data.phantom_geometry import Geometry
-from diffvp.data.phantom_report import NORMAL, _wordings, labels_from_report, region_sentences, report_text
+from diffvp.data.phantom_report import (
+    NORMAL,
+    _wordings,
+    impression,
+    labels_from_report,
+    region_sentences,
+    report_text,
+)
 from diffvp.data.pool import normal_pool
 from diffvp.data.radgenome import load_phantom
+from diffvp.processing_diffvp import DiffVPProcessor
 
 MATRIX = 112
 # Share of each label among CT-RATE's training scans that have at least one of the 18, counted in the published table.
@@ -116,6 +124,18 @@ def test_label_reader_survives_imperfect_text():
     # A negated sentence stays negated beside a positive one, on one line or on two.
     mixed = "Heart: No pericardial effusion was detected. Heart size is increased (mild).\nPleura: No pleural"
     assert [name for name, value in labels_from_report(mixed).items() if value] == ["Cardiomegaly"]
+
+
+def test_report_in_two_sections_says_the_same_as_the_report_without():
+    for index in range(100):
+        patient = sample_patient(4, index, "train")
+        sentences = region_sentences(patient)
+        text = report_text(sentences, impression(patient))
+        parts = DiffVPProcessor.post_process(text, sections=True)
+        assert parts.pop("impression") == impression(patient)
+        assert parts == {region: " ".join(lines) for region, lines in sentences.items()}
+        assert text == f"Findings:\n{report_text(sentences)}\nImpression: {impression(patient)}"
+        assert labels_from_report(text) == patient.labels
 
 
 def test_reports_are_short_and_varied():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from transformers import TextIteratorStreamer, pipeline
@@ -18,8 +19,8 @@ from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.volume_diffvp import CTInputError
 
-from .ct_samples import SPACING, make_ct
-from .hub_samples import make_pushable, write_scan
+from .ct_samples import SPACING
+from .hub_samples import make_chest, make_pushable, write_scan
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,25 @@ def test_references_that_do_not_match(pipe, ct, number):
         pipe(ct, reference=["a", "b"])
 
 
+def test_columns_are_lists(pipe, scans):
+    """Of scans and of references: each with its own."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = datasets.Dataset.from_dict({"ct": scans, "reference": scans[::-1]})
+    decoded = rows.cast_column("ct", datasets.Nifti())
+    expected = pipe(scans, reference=scans[::-1], max_new_tokens=8)
+    series = pandas.Series(scans), pandas.Series(scans[::-1], index=[3, 1, 2])
+    generators = (scan for scan in scans), iter(scans[::-1])
+    columns = (rows["ct"], rows["reference"]), (decoded["ct"], rows["reference"]), series, generators
+    for ct, reference in columns:
+        for found, one in zip(pipe(ct, reference=reference, max_new_tokens=8), expected, strict=True):
+            assert_equal(found, one)
+    for ct in (rows["ct"], pandas.Series(scans), tuple(scans), decoded.with_format("numpy")[:]["ct"]):
+        found = pipe(ct, reference=scans[0], max_new_tokens=8)
+        assert [one["geometry"].sha256 for one in found] == [one["geometry"].sha256 for one in expected]
+    with pytest.raises(ValueError, match="2 references for 3 scan"):
+        pipe(rows["ct"], reference=pandas.Series(scans[:2]))
+
+
 def test_seed_of_the_reference(pipe, scans):
     drawn = {seed: pipe(scans[0], reference_seed=seed, max_new_tokens=1)["reference"] for seed in range(6)}
     assert set(drawn.values()) == {"normal_1", "normal_2"}
@@ -116,10 +136,23 @@ def test_seed_of_the_reference(pipe, scans):
 
 def test_arrays_and_bad_scans(parts, scans):
     pipe = DiffVPPipeline(model=parts[0], processor=parts[1], device="cpu")
-    found = pipe(make_ct(seed=11), reference=scans[1], spacing=SPACING)
+    found = pipe(make_chest(11), reference=scans[1], spacing=SPACING)
     assert found["report"] == pipe(scans[0], reference=scans[1])["report"]
     with pytest.raises(CTInputError, match="spacing"):
-        pipe(make_ct(seed=11))
+        pipe(make_chest(11))
+
+
+def test_reports_are_of_chests_unless_asked_otherwise(pipe, scans, tmp_path):
+    array = np.full((24, 24, 20), -1000, np.int16)
+    array[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(0, 100, (16, 16, 16))
+    nib.save(nib.Nifti1Image(array, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "knee.nii.gz")
+    knee = str(tmp_path / "knee.nii.gz")
+    for call in (lambda: pipe(knee), lambda: pipe([scans[0], knee]), lambda: pipe(scans[0], reference=knee)):
+        with pytest.raises(ValueError, match="lungs") as caught:
+            call()
+        assert type(caught.value).__name__ == "CTAnatomyError"
+    assert pipe(knee, allow_any_anatomy=True)["geometry"].coverage["lung_volume_ml"] == 0
+    assert pipe(scans[0])["geometry"].coverage["lung_extent_mm"] > 0
 
 
 class Recorder(BaseStreamer):
@@ -154,6 +187,37 @@ def test_length(scans, parts, monkeypatch):
     pipe = DiffVPPipeline(model=model, processor=processor, device="cpu")
     pipe(scans[0], streamer=recorders[30], generate_kwargs={"min_new_tokens": 30})
     assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)
+
+
+def test_each_scan_has_its_own_sequences(pipe, scans, monkeypatch):
+    """Of two sequences for each of two scans, rows 0 and 1 of what `generate` returns are of the first scan."""
+    rows, generate = [], pipe.model.generate
+    monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 2}
+    found = pipe(scans[:2], batch_size=2, max_new_tokens=12, generate_kwargs=options)
+    texts = [pipe.processor.decode(row, skip_special_tokens=True).strip() for row in rows[0]]
+    assert [[one["report"] for one in of_scan] for of_scan in found] == [texts[:2], texts[2:]]
+    assert len(set(texts)) == 4, "else whose they are would not matter"
+    assert all(torch.equal(of_scan[0]["difference_map"], of_scan[1]["difference_map"]) for of_scan in found)
+
+
+def test_a_pipeline_over_no_scan_returns_no_report(pipe):
+    assert pipe([]) == [] == pipe(())
+
+
+def test_a_dict_of_outputs_is_refused_before_anything_is_read(pipe):
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        pipe("nowhere.nii.gz", generate_kwargs={"return_dict_in_generate": True})
+
+
+@pytest.mark.parametrize("ends", [None, [1, 3]])
+def test_a_report_is_complete_only_if_it_came_to_an_end(pipe, scans, monkeypatch, ends):
+    monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", ends)
+    rows, generate = [], pipe.model.generate
+    monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
+    complete = pipe(scans[0], max_new_tokens=4)["complete"]
+    assert complete == any(token in (ends or []) for token in rows[0][0].tolist())
 
 
 @pytest.mark.parametrize("changes", [{"use_diagnosis": False}, {"difference_level": "pixel"}])

@@ -114,6 +114,13 @@ def test_values_are_validated(arguments, message):
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, **arguments)
 
 
+def test_a_falling_window_is_an_error_of_input():
+    """Which the command line shows in one line, as it does of a scan."""
+    with pytest.raises(CTInputError) as caught:
+        DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, hu_window=(200, -1000))
+    assert caught.value.field == "hu_window"
+
+
 def test_unknown_arguments_are_refused(processor):
     with pytest.raises(TypeError, match="hu_windows"):
         DiffVPImageProcessor(hu_windows=(-1000, 200))
@@ -247,7 +254,7 @@ def test_a_scan_is_never_its_own_reference(processor, pool):
     index_references(pool)
     processor.load_references(pool)
     assert processor(ct=make_ct(3), spacing=SPACING).reference_ids == ["normal-2"]
-    with pytest.raises(ReferencePoolError, match="only scan of the reference pool"):
+    with pytest.raises(ReferencePoolError, match="only one of the reference pool"):
         processor(ct=make_ct(2), spacing=SPACING)
 
 
@@ -402,10 +409,34 @@ def test_post_process_is_the_inverse_of_the_report_form():
         ("Bone:\nLung: clear.", {"lung": "clear."}),
         ("Trachea and bronchie: open.", {"trachea and bronchie": "open."}),
         ("Lung: a nodule\nof 5 mm.", {"lung": "a nodule of 5 mm."}),
+        ("Lungs: clear. Heart: big.", {"heart": "big.", "lung": "clear."}),
+        ("LUNGS: clear. HEART: big. IMPRESSION: x.", {"heart": "big.", "lung": "clear.", "other": "IMPRESSION: x."}),
+        ("Bones: intact.\nTrachea and bronchi: open.", {"bone": "intact.", "trachea and bronchie": "open."}),
+        ("Oesophagus: normal.\nlungs : clear.", {"esophagus": "normal.", "lung": "clear."}),
+        ("Lung: clear. Impression: normal.", {"lung": "clear.", "other": "Impression: normal."}),
+        ("Findings:\nLung: clear.", {"lung": "clear.", "other": "Findings:"}),
+        ("Lung: no findings: clear.", {"lung": "no findings: clear."}),
     ],
 )
 def test_post_process(text, expected):
     assert DiffVPProcessor.post_process(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Nothing to split.", {"other": "Nothing to split."}),
+        ("Findings: The heart is big.", {"findings": "The heart is big."}),
+        ("FINDINGS:\nLungs: clear.\nIMPRESSION:\n1. Normal.", {"lung": "clear.", "impression": "1. Normal."}),
+        ("Lung: clear. Impression: Lung: see above.", {"lung": "clear.", "impression": "Lung: see above."}),
+        ("Impression: normal.\nFindings:\nLung: clear.", {"lung": "clear.", "impression": "normal."}),
+        ("Technique: CT.\nFindings: Open.\nConclusion: x.",
+         {"findings": "Open.", "impression": "x.", "other": "Technique: CT."}),
+        ("Impression: one.\nImpressions: two.", {"impression": "one. two."}),
+    ],
+)  # fmt: skip
+def test_post_process_of_sections(text, expected):
+    assert DiffVPProcessor.post_process(text, sections=True) == expected
 
 
 def test_stream_keeps_order_and_goes_on_after_a_bad_scan(tmp_path):

@@ -5,8 +5,10 @@
 import hashlib
 import logging
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertConfig, RobertaConfig, RobertaTokenizer
+from transformers import AutoTokenizer, BertConfig, RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.labelers.radbert import (
@@ -320,5 +322,92 @@ def test_damaged_folders_are_refused(converted, encoder, state, tmp_path):
     RobertaConfig.from_pretrained(folder, id2label=dict(enumerate(DIAGNOSIS_LABELS[::-1]))).save_pretrained(folder)
     with pytest.raises(RadBertError, match="expected the 18 in order"):
         RadBertLabeler.from_pretrained(folder)
-    with pytest.raises(RadBertError, match="not a folder"):
+    with pytest.raises(RadBertError, match="no configuration and tokenizer"):
         RadBertLabeler.from_pretrained(tmp_path / "absent")
+
+
+# The Hub's layout
+
+
+@pytest.fixture(scope="module")
+def hub_folder(state, encoder, tmp_path_factory):
+    """A folder like IAMJB/RadBERT-CT: the same weights, saved by RobertaForSequenceClassification itself."""
+    folder = tmp_path_factory.mktemp("hub") / "RadBERT-CT"
+    config = RobertaConfig.from_pretrained(encoder, num_labels=18, problem_type="multi_label_classification")
+    model = RobertaForSequenceClassification(config)
+    names = {name: name.replace("model.", "roberta.", 1) for name in state if name.startswith("model.")}
+    names |= {f"model.pooler.dense.{kind}": f"classifier.dense.{kind}" for kind in ("weight", "bias")}
+    names |= {f"classifier.{kind}": f"classifier.out_proj.{kind}" for kind in ("weight", "bias")}
+    model.load_state_dict({names[name]: tensor for name, tensor in state.items()})
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
+
+
+def test_both_layouts_give_the_same_labels(labeler, hub_folder):
+    hub = RadBertLabeler.from_pretrained(hub_folder, batch_size=2)
+    np.testing.assert_allclose(hub.probabilities(REPORTS), labeler.probabilities(REPORTS), atol=1e-6)
+    np.testing.assert_array_equal(hub.label_all(REPORTS), labeler.label_all(REPORTS))
+    # And the logits are those of transformers' own class.
+    batch = hub.tokenizer(REPORTS, padding="longest", return_tensors="pt")
+    theirs = RobertaForSequenceClassification.from_pretrained(hub_folder).eval()
+    with torch.inference_mode():
+        expected = theirs(**batch).logits
+        for one in (hub, labeler):
+            logits = one.model(batch["input_ids"], batch["attention_mask"])
+            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_hub_id_is_loaded_from_the_cache_of_the_hub(hub_folder, labeler, tmp_path, monkeypatch):
+    cache, commit = tmp_path / "hub", "0" * 40
+    repository = cache / "models--IAMJB--RadBERT-CT"
+    shutil.copytree(hub_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(cache), raising=False)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache), raising=False)
+    for revision in (None, commit):
+        hub = RadBertLabeler.from_pretrained("IAMJB/RadBERT-CT", revision=revision)
+        np.testing.assert_array_equal(hub.label_all(REPORTS), labeler.label_all(REPORTS))
+    with pytest.raises(RadBertError):
+        RadBertLabeler.from_pretrained("IAMJB/absent")
+
+
+def test_pickle_in_the_hub_layout_is_converted_and_never_loaded_as_it_is(hub_folder, labeler, encoder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(hub_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    positions = {"roberta.embeddings.position_ids": torch.arange(MAX_TOKENS + 2)[None]}
+    torch.save(weights | positions, folder / "pytorch_model.bin")
+    with pytest.raises(RadBertError, match="model.safetensors"):
+        RadBertLabeler.from_pretrained(folder)
+    converted = convert_radbert(folder / "pytorch_model.bin", encoder, tmp_path / "converted")
+    labels = RadBertLabeler.from_pretrained(converted).label_all(REPORTS)
+    np.testing.assert_array_equal(labels, labeler.label_all(REPORTS))
+
+
+def test_hub_folder_of_other_labels_or_weights_is_refused(hub_folder, tmp_path):
+    def copy(name):
+        return Path(shutil.copytree(hub_folder, tmp_path / name))
+
+    folder = copy("reordered")
+    RobertaConfig.from_pretrained(folder, id2label=dict(enumerate(DIAGNOSIS_LABELS[::-1]))).save_pretrained(folder)
+    with pytest.raises(RadBertError, match="expected the 18 in order"):
+        RadBertLabeler.from_pretrained(folder)
+    folder = copy("fewer")
+    RobertaConfig.from_pretrained(folder, num_labels=2).save_pretrained(folder)
+    with pytest.raises(RadBertError, match="expected the 18 in order"):
+        RadBertLabeler.from_pretrained(folder)
+    weights = load_file(hub_folder / "model.safetensors")
+    for name, change, message in (
+        ("lacking", lambda of: of.pop("classifier.out_proj.bias"), "missing: classifier.bias"),
+        ("beyond", lambda of: of.update({"lm_head.bias": torch.zeros(1)}), "unexpected: lm_head.bias"),
+        ("twice", lambda of: of.update({"classifier.weight": torch.zeros(18, WIDTH)}), "in both layouts"),
+    ):
+        folder, changed = copy(name), dict(weights)
+        change(changed)
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(RadBertError, match=message):
+            RadBertLabeler.from_pretrained(folder)

@@ -15,8 +15,9 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import DatasetError
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
-from diffvp.metrics.nlg.lexicon import LexiconError, load_punkt, load_wordnet
 from diffvp.metrics.report_table import score_table, table_page
+
+pytestmark = pytest.mark.usefixtures("meteor_data")
 
 NORMAL = "Heart: Heart size is normal.\nLung: No nodule was detected."
 REPORTS = [
@@ -25,14 +26,6 @@ REPORTS = [
     NORMAL,
     "Heart: Heart size is normal.\nLung: Consolidation in the left lower lobe.\nPleura: Pleural effusion is seen.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def meteor_data():
-    try:
-        load_wordnet(), load_punkt()
-    except LexiconError as error:
-        pytest.skip(str(error))
 
 
 def write(path, columns, rows):
@@ -149,3 +142,22 @@ def test_reg2rgs_published_scores_come_out(check_data):
         published = next(csv.DictReader(file))
     for name, column in (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("meteor", "METEOR"), ("rouge_l", "ROUGE-L")):
         assert f"{ours[name]['value']:.4f}" == f"{float(published[column].split('±')[0]):.4f}"
+
+
+def test_collapse_panel_stands_beside_the_truth_and_the_baselines(tmp_path, training):
+    rows = [(f"case_{i}", NORMAL, true, REPORTS[0]) for i, true in enumerate(REPORTS)]
+    path = write(tmp_path / "reports.csv", ["id", "prediction", "reference", "near"], rows)
+    document = score_table(path, RuleLabeler(), training=training, regions="diffvp", nearest_column="near")
+    panels = document["collapse"]
+    assert list(panels) == ["predictions", "constant normal report", "nearest training report", "true reports"]
+    assert panels["predictions"] == panels["constant normal report"]
+    assert panels["predictions"]["distinct_reports"]["value"] == 0.25
+    assert panels["predictions"]["normal_regions"]["value"] == 1
+    assert panels["true reports"]["distinct_reports"]["value"] == 1
+    assert panels["true reports"]["normal_regions"]["value"] == pytest.approx(5 / 9)
+    assert document["systems"]["nearest training report"]["micro recall"]["value"] == 0.25
+    page = table_page(document)
+    assert "| template collapse | predictions | constant normal report | nearest training report | true" in page
+    assert "Rare, below 10 % of the true reports: none." in page
+    with pytest.raises(DatasetError, match="absent"):
+        score_table(path, RuleLabeler(), nearest_column="absent")

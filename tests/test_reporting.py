@@ -138,6 +138,25 @@ def test_a_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure)
     assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "leftovers"
 
 
+def test_report_says_what_was_scanned_and_whether_it_agrees_with_itself(loaded, tmp_path):
+    lungs = box(1)
+    lungs[:, :, -2:] = lungs[:, :, -3:-2]  # the body, and with it the lungs, up to the last slice
+    lungs[6:11, 6:17, 3:] = lungs[13:19, 6:17, 3:] = -850
+    document = write_report(*loaded, image(lungs), tmp_path / "chest").document
+    assert document["coverage"]["cut_off"] == ["top"] and document["coverage"]["lung_volume_ml"] > 500
+    assert any("cut off at the top" in warning for warning in document["warnings"])
+    findings = document["consistency"]["text_against_findings"]
+    assert findings["labels"] == 18 == len(document["findings"])
+    assert findings["agree"] == 18 - len(findings["only_in_text"]) - len(findings["only_in_findings"])
+    assert document["consistency"]["contradictions"] == []
+    knee = np.where(box(1) > -500, np.int16(60), np.int16(-1000))
+    with pytest.raises(CTInputError, match="lungs"):
+        write_report(*loaded, image(knee), tmp_path / "knee")
+    assert not (tmp_path / "knee").exists()
+    document = write_report(*loaded, image(knee), tmp_path / "knee", allow_any_anatomy=True).document
+    assert any("not of a chest" in warning for warning in document["warnings"])
+
+
 @pytest.mark.parametrize(("orientation", "tilt"), [("RAS", 0.0), ("LPS", 0.2), ("PIR", 0.0), ("SAL", -0.3)])
 def test_map_lies_on_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
     source = image(box(1), orientation, tilt)
@@ -337,7 +356,7 @@ def test_truth_is_written_and_compared(loaded, scan, tmp_path):
     truth = "Heart: Cardiomegaly is observed.\nLung: No nodule was detected in both lungs."
     report = write_report(*loaded, scan, tmp_path / "report", truth=truth)
     assert (report.folder / "true_report.txt").read_text(encoding="utf-8") == truth + "\n"
-    assert report.document["truth"]["report"]["heart"] == "Cardiomegaly is observed."
+    assert report.document["truth"]["regions"]["heart"] == "Cardiomegaly is observed."
     assert report.document["truth"]["missed"] == ["Cardiomegaly"]
     write_report(*loaded, scan, tmp_path / "report")
     assert {path.name for path in report.folder.iterdir()} == FILES, "an earlier truth must not stay"
@@ -452,7 +471,8 @@ def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     lps[17:20, 5:8, 12:15] = 200  # left, anterior, superior within the body's 3..21, 4..18, 1..15
     nib.save(image(lps, orientation), tmp_path / "scan.nii.gz")
     checkpoint = make_checkpoint(processor_fields={"target_spacing": spacing})
-    write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report")
+    options = {"allow_any_anatomy": True}  # no lungs, which would leave a mark of their own
+    write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report", **options)
     target, reference, difference = drawn[0]["volumes"]
     assert target.shape == reference.shape == difference.shape
     mark = target > 0.68  # halfway between the mark and the body around it

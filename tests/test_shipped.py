@@ -120,3 +120,7 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
     assert scores["constant normal report"][0] == 0
     assert [one["name"] for one in result["predictions"]] == ["valid_1_a_1", "valid_2_a_1"]
     assert len(result["per_label"]) == 18
+    assert list(result["collapse"]) == ["DiffVP", "constant normal report", "nearest training report", "true reports"]
+    assert result["collapse"]["DiffVP"] == result["collapse"]["true reports"]
+    assert result["collapse"]["constant normal report"]["commonest_report"]["value"] == 1
+    assert result["text_agrees_with_classifier"]["value"] == 1 and "| distinct reports / n |" in page

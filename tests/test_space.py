@@ -23,16 +23,17 @@ from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.references_diffvp import ReferencePoolError, index_references
 from diffvp.volume_diffvp import CTInputError
 
-from .ct_samples import make_ct, write_dicom
+from .ct_samples import write_dicom
 
 AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])  # of an array in LPS order
 MARK = (slice(28, 34), slice(6, 12), slice(20, 26))  # left, anterior, superior
 
 
 def body(seed: int) -> np.ndarray:
-    """A box of noisy tissue in air, with a block of metal left, in front and above; [x, y, z] in LPS order."""
+    """A box of noisy tissue with lungs in air, a block of metal left, in front and above; [x, y, z] in LPS order."""
     lps = np.full((40, 36, 30), -1000, np.int16)
     lps[4:-4, 4:-4, 2:-2] = np.random.default_rng(seed).integers(-60, 60, (32, 28, 26))
+    lps[9:16, 14:28, 6:22] = lps[24:31, 14:28, 6:18] = -850
     lps[MARK] = 1500
     return lps
 
@@ -246,7 +247,7 @@ def test_an_upload_is_read_and_deleted(desk, tmp_path):
 
 
 def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, tmp_path):
-    folder = write_dicom(tmp_path / "slices", make_ct())
+    folder = write_dicom(tmp_path / "slices", body(1))
     (tmp_path / "hash").mkdir()
     path = tmp_path / "hash" / "scan.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -350,7 +351,7 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, 
     monkeypatch.setattr(session.tempfile, "tempdir", str(elsewhere))
     desk = Desk(str(checkpoint), tmp_path / "desk")
     desk.folder.mkdir()
-    folder = write_dicom(tmp_path / "slices", make_ct())
+    folder = write_dicom(tmp_path / "slices", body(1))
     upload = shutil.make_archive(str(desk.folder / "hash" / "scan"), "zip", folder)
     scan = desk.receive(upload)
     one = Study(desk, scan, desk.reference("normal-101"), reference_name="normal-101")

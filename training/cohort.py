@@ -5,7 +5,7 @@
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -178,7 +178,6 @@ class Features:
         recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
         self.cache = TensorCache(Path(root) / "features", recipe)
         self.logits = None
-        # CODEPATH: the ablation without diagnosis has no classifier.
         if model.config.use_diagnosis:
             self.logits = TensorCache(Path(root) / "diagnosis", recipe | {"diagnosis": state_sha256(model.diagnosis)})
 
@@ -198,6 +197,14 @@ class Features:
         if self.regions is not None:
             frozen["features"] = self.regions.pool(case, frozen["features"])
         return frozen
+
+    def inputs(self, case: Case, references: Sequence[Case]) -> dict[str, torch.Tensor]:
+        """What `model.compare` takes, without a batch axis. Several references are averaged."""
+        if self.model.config.compares_voxels:
+            names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
+        else:
+            names, load = ("ct_features", "reference_features"), lambda one: self.load(one)["features"]
+        return dict(zip(names, (load(case), torch.stack(list(map(load, references))).mean(0)), strict=True))
 
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..checkpoint_diffvp import locate_adapter, locate_base_model
+from ..checkpoint_diffvp import BASE_PREFIX, locate_adapter, locate_base_model
 from ..configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, DiffVPConfig
-from ..modeling_diffvp import BASE_PREFIX, DiffVPForConditionalGeneration
+from ..modeling_diffvp import DiffVPForConditionalGeneration
 from .cohort import Cohort
 from .config import TrainingConfig
 from .report import prompt_tokens

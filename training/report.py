@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from ..checkpoint_diffvp import BASE_PREFIX
 from ..data.cases import Case, Problem
 from ..data.pairing import chance, pair_reference
 from ..data.pool import other_scans
-from ..modeling_diffvp import BASE_PREFIX, DiffVPForConditionalGeneration
+from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from .cohort import Cohort, Features
 from .config import BaseSection, ReportSection
@@ -113,14 +114,7 @@ class ReportSplit(Split):
     def sample(self, index: int, epoch: int) -> dict:
         case, reference = self.cases[index], self.reference(index, epoch)
         frozen = self.features.load(case)
-        sample = {"report": self.reports[index]}
-        # CODEPATH: a difference of voxels has to be encoded for each pair, a difference of latents does not.
-        if self.config.difference_level == "pixel":
-            volumes = self.features.volumes
-            sample |= {"ct": volumes.load(case).float(), "reference": volumes.load(reference).float()}
-        else:
-            features = self.features.load(reference)["features"]
-            sample |= {"ct_features": frozen["features"], "reference_features": features}
+        sample = {"report": self.reports[index], **self.features.inputs(case, [reference])}
         if self.labelled:
             sample["diagnosis_labels"] = torch.from_numpy(case.labels).float()
         if "diagnosis_logits" in frozen:

@@ -421,11 +421,8 @@ def _choose(slices: list[_Slice], series: int | str | None, source: str) -> list
     if number is not None and 1 <= number <= len(uids):
         return groups[uids[number - 1]]
     listed = "; ".join(f"{n}: {_describe(groups[uid])}" for n, uid in enumerate(uids, 1))
-    found = "not chosen" if series is None else "no UID of these" if number is None else number
-    raise CTReadError(
-        source, "series", f"{found}, of {len(uids)} ({listed})",
-        "the number of one: series=N (diffvp report --series N)",
-    )  # fmt: skip
+    found = "none chosen" if series is None else "an unknown UID" if number is None else number
+    raise CTReadError(source, "series", f"{found}; available: {listed}", "one of them, by series=N or --series N")
 
 
 def _describe(slices: list[_Slice]) -> str:

@@ -202,7 +202,7 @@ class DiffVPResampler(nn.Module):
             position = sincos_position_embedding(self.grid, features.shape[-1], features.device)
             keys = values + position.to(values.dtype)
         bias = None
-        # CODEPATH: the paper names no such prior; with it a latent stays with a region.
+        # The paper names no such prior; with it a latent stays with a region.
         if self.locality is not None:
             bias = locality_bias(self.grid, len(self.queries), self.locality, features.device)
         latents = self.queries.expand(features.shape[0], -1, -1)
@@ -220,7 +220,7 @@ class DiffVPGlobalDelta(nn.Module):
         self.query = nn.Parameter(torch.empty(1, config.latent_size))
         # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
         self.side_embedding = None
-        # CODEPATH: every checkpoint has it; False is the literal eq. 4, an ablation.
+        # Every checkpoint has it; False is the literal eq. 4, an ablation.
         if config.use_side_embedding:
             self.side_embedding = nn.Parameter(torch.empty(2, config.latent_size))
         self.layers = nn.ModuleList(
@@ -267,7 +267,7 @@ class DiffVPLocalDelta(nn.Module):
         difference = latents.float() - reference_latents.float()
         distances = difference.square().sum(dim=-1)
         weights = distances / (distances.sum(dim=-1, keepdim=True) + self.epsilon)
-        # CODEPATH: the paper weighs by distance; the plain mean is what it is compared with.
+        # The paper weighs by distance; the plain mean is the control.
         delta = difference.mean(dim=1) if self.uniform else (weights[..., None] * difference).sum(dim=1)
         return delta.to(latents.dtype), weights
 
@@ -313,3 +313,30 @@ class DiffVPDiagnosisClassifier(nn.Module):
         log_negative = log_negative.clamp(max=-1e-12)
         log_positive = torch.log(-torch.expm1(log_negative))
         return log_positive - log_negative, voxel_logits
+
+
+def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Move the padding inside each prompt to its left end; what is masked behind the text's first token stays there.
+
+    Args:
+        embeddings: (batch, L, h), the last `text_length` places of which are the text.
+        mask: (batch, L), 1 for a token and 0 for padding.
+
+    Returns:
+        embeddings and mask in the new order. The text's tokens keep their places, counted from the right.
+    """
+    places = torch.arange(mask.shape[1], device=mask.device)
+    first_of_text = mask.shape[1] - text_length + mask[:, -text_length:].argmax(dim=1)
+    moves = (mask == 0) & (places < first_of_text[:, None])
+    order = moves.long().neg().argsort(dim=1, stable=True)
+    return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order)
+
+
+def diagnosis_prompt_ids(fragments: dict, positive: list[bool]) -> list[int]:
+    """Token ids of the diagnosis prompt D: the positive labels between prefix and suffix, or the words for none."""
+    named = [label for label, found in zip(fragments["labels"], positive, strict=True) if found]
+    ids = list(fragments["prefix"])
+    for position, label in enumerate(named):
+        ids += (fragments["separator"] if position else []) + label
+    return ids + (fragments["none"] if not named else []) + fragments["suffix"]

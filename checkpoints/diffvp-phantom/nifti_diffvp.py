@@ -3,21 +3,23 @@
 """NIfTI files and images, and the layouts of datasets that keep in tables what their headers leave out."""
 
 import ast
+import codecs
 import csv
 import gzip
 import io
 import math
 import os
+import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from .decoding_diffvp import MAX_BYTES, decode, read_bytes
+from .decoding_diffvp import MAX_BYTES, MAX_PADDING, decode, read_bytes
 from .volume_diffvp import (
     GIVEN,
     MAX_HU_MINIMUM,
@@ -33,8 +35,13 @@ from .volume_diffvp import (
 
 MAX_HEADER = 2**24  # bytes before the voxels, extensions included
 MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of one spacing
+# Between the directions that qform and sform give one axis of the array: both name the same side in two spaces (a
+# head is turned by up to 45 degrees against a template), and the same direction in one (to 1 degree).
+MIN_SIDE_COSINE, MIN_SAME_COSINE = 0.7, 0.9998
+SCANNER = 1  # the form code of the scanner's own space; others are of another scan, an atlas or a template
 
 CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
+QFORM = "grid as the qform states it; the sform is of another space"
 RADGENOME = "RadGenome-ChestCT preprocessed: identity affine, read as 1 x 1 x 3 mm in LPS order"
 
 
@@ -79,16 +86,51 @@ class CTMetadata:
         return cls(float(values["RescaleSlope"]), float(values["RescaleIntercept"]), (x, y, float(values["ZSpacing"])))
 
 
-def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`]."""
+def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+    """Number and fields of each row of a table, from its header, row 1, on.
+
+    As spreadsheets save it: UTF-8 with or without a byte order mark, or UTF-16 with one; commas, semicolons or tabs
+    between the fields, whichever divides the header; a line `sep=;` before it. Every table of this package is opened
+    here.
+
+    Raises:
+        CTReadError: there is no such file, or it is no table.
+    """
+    source, expected = Path(path).name, "a table of commas, semicolons or tabs, in UTF-8"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "VolumeName" not in (reader.fieldnames or ()):
-                raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
-            return {row["VolumeName"]: row for row in reader}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CTReadError(Path(path).name, "content", "unreadable", "a CSV table in UTF-8") from error
+        with open(path, "rb") as file:
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with open(path, newline="", encoding="utf-16" if wide else "utf-8-sig") as file:
+            stated = re.match(r"sep=(.)\r?\n?$", file.readline(80))
+            widths = {stated[1]: 1} if stated else {}
+            for delimiter in "" if stated else ",;\t":
+                file.seek(0)
+                try:
+                    widths[delimiter] = len(next(csv.reader(file, delimiter=delimiter, strict=True), []))
+                except csv.Error:
+                    widths[delimiter] = 0
+            if not stated:
+                file.seek(0)
+            yield from enumerate(csv.reader(file, delimiter=max(widths, key=widths.get), strict=True), start=1)
+    except UnicodeError as error:
+        raise CTReadError(source, "content", "not UTF-8", expected) from error
+    except csv.Error as error:
+        raise CTReadError(source, "content", f"unreadable ({error})", expected) from error
+    except OSError as error:
+        raise CTReadError(source, "file", "unreadable", "a table that may be read") from error
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`].
+
+    Raises:
+        CTReadError: there is no such file, or it is no such table.
+    """
+    columns, *rows = [fields for _, fields in read_table(path) if fields] or [[]]
+    if "VolumeName" not in columns:
+        raise CTReadError(Path(path).name, "columns", "without VolumeName", "CT-RATE's metadata table")
+    table = [dict(zip(columns, fields, strict=False)) for fields in rows]
+    return {row.get("VolumeName", ""): row for row in table}
 
 
 def read_nifti(
@@ -133,6 +175,8 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
         raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
     # Without the extensions, which may be long, and without nibabel's own check, which repairs by guesses and prints.
     header = kind(head[:length], orders[length], check=False)
+    if not 1 <= header["dim"][0] <= 7:
+        raise CTGeometryError(source, "shape", f"of {header['dim'][0]} axes", "three axes")
     try:
         dtype = header.get_data_dtype()
     except (nib.spatialimages.HeaderDataError, KeyError) as error:
@@ -176,7 +220,7 @@ def _from_proxy(proxy: nib.arrayproxy.ArrayProxy, source: str) -> np.ndarray:
     else:
         try:
             proxy.file_like.seek(0)
-            content = proxy.file_like.read(min(expected, MAX_BYTES) + 1)
+            content = proxy.file_like.read(min(expected, MAX_BYTES) + MAX_PADDING + 1)
         except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
             raise CTReadError(source, "content", "unreadable", "an open file that is not damaged") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
@@ -200,14 +244,14 @@ def _from_header(
     except nib.spatialimages.HeaderDataError as error:
         raise CTIntensityError(source, "scl_slope and scl_inter", "not finite", "finite numbers") from error
     slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
-    affine = _stated_affine(header, source)
+    affine, layout = _stated_affine(header, source)
     if affine is not None:
         if spacing is not None:
             raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= here: the header states one")
         if metadata is not None:
             _compare(header, array, slope, intercept, metadata, source)
         volume = make_volume(
-            array, affine, source, STATED, slope=slope, intercept=intercept, allow_non_hu=allow_non_hu
+            array, affine, source, layout, slope=slope, intercept=intercept, allow_non_hu=allow_non_hu
         )
         stated, zooms = np.linalg.norm(affine[:3, :3], axis=0), header["pixdim"][1:4]
         if not np.allclose(stated, zooms, rtol=MAX_METADATA_DEVIATION):
@@ -244,20 +288,25 @@ def _from_header(
             allow_non_hu=allow_non_hu,
         )  # fmt: skip
     raise CTGeometryError(
-        source, "grid", "not stated (qform and sform unset or an identity)",
-        "one that is: left and right are unknown without it. For version 1 of CT-RATE pass metadata=; if you know "
-        "that the array is in LPS order, pass spacing="
+        source, "grid", "not stated, as qform and sform are unset or an identity",
+        "a stated grid, without which left and right are unknown; for version 1 of CT-RATE pass metadata=; for an "
+        "array that is known to be in LPS order pass spacing="
     )  # fmt: skip
 
 
-def _stated_affine(header: nib.Nifti1Header, source: str) -> np.ndarray | None:
-    """The grid that the header states; `None` where it holds nothing but what an unset header holds."""
+def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | None, str]:
+    """The grid that the header states, and how; `None` where it holds nothing but what an unset header holds.
+
+    qform and sform may state two spaces (NIfTI-1, methods 2 and 3): the scanner's, in which a millimetre is one, and a
+    template's, to which the sform may also scale and shear. Then the scanner's is taken, as long as the two agree on
+    what is left, front and up.
+    """
     codes = {name: int(header[name]) for name in ("qform_code", "sform_code")}
     for name, code in codes.items():
         if not 0 <= code <= 5:
             raise CTGeometryError(source, name, code, "0 to 5")
     if not any(codes.values()):
-        return None
+        return None, STATED
     unit = int(header["xyzt_units"]) % 8
     if unit not in (0, 2):
         raise CTGeometryError(source, "xyzt_units", {1: "metres", 3: "microns"}.get(unit, unit), "mm, or unknown")
@@ -273,14 +322,29 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> np.ndarray | None:
             sform, sform_code = header.get_sform(coded=True)
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise CTGeometryError(source, "qform", "invalid", "a rotation") from error
-    affine = sform if sform_code else qform
+    affine, layout = (sform if sform_code else qform), STATED
     if qform_code and sform_code:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.get_data_shape()[:3]], [1], indexing="ij"))
         apart = float(np.abs((qform - sform) @ corners.reshape(4, -1)).max())
         if not apart <= max(header.get_zooms()[:3]):
-            raise CTGeometryError(source, "qform and sform", f"up to {apart:.1f} mm apart", "one and the same grid")
+            one_space = qform_code == sform_code
+            _check_sides(qform, sform, MIN_SAME_COSINE if one_space else MIN_SIDE_COSINE, apart, source)
+            if not one_space and sform_code != SCANNER:
+                affine, layout = qform, QFORM
     unset = np.array_equal(np.abs(affine), np.eye(4))  # 1 mm, axes along the patient's, and the origin at exactly 0
-    return None if unset else affine
+    return (None if unset else affine), layout
+
+
+def _check_sides(qform: np.ndarray, sform: np.ndarray, cosine: float, apart: float, source: str) -> None:
+    """Refuse two forms that turn an axis of the array against each other, as where left and right are exchanged."""
+    lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (qform, sform)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (qform[:3, :3] * sform[:3, :3]).sum(axis=0) / (lengths[0] * lengths[1])
+    if not (math.isfinite(apart) and (cosines > cosine).all()):
+        raise CTGeometryError(
+            source, "qform and sform", f"up to {apart:.1f} mm apart",
+            "one grid, or two spaces that agree on left, front and up",
+        )  # fmt: skip
 
 
 def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata: CTMetadata, source: str) -> None:
@@ -317,4 +381,4 @@ def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bo
     )
 
 
-__all__ = ["CT_RATE_V1", "RADGENOME", "CTMetadata", "from_nibabel", "load_metadata", "read_nifti"]
+__all__ = ["CT_RATE_V1", "RADGENOME", "CTMetadata", "from_nibabel", "load_metadata", "read_nifti", "read_table"]

@@ -8,12 +8,13 @@ would inflate to gigabytes, is refused at once. Each format has a file of its ow
 """
 
 import os
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 
+from .decoding_diffvp import MAX_BYTES
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
@@ -24,10 +25,16 @@ from .volume_diffvp import (
     CTReadError,
     CTVolume,
     check_shape,
+    is_tensor,
     lps_affine,
     lps_grid,
     make_volume,
 )
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+FORMATS = dict.fromkeys(NIFTI_SUFFIXES, "NIfTI") | dict.fromkeys((".nrrd", ".nhdr"), "NRRD")
+FORMATS |= dict.fromkeys((".mha", ".mhd"), "MetaImage")
+SHOWN_FILES = 5
 
 
 def read_ct(
@@ -41,9 +48,10 @@ def read_ct(
 
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a
-            NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
-            posterior, z to superior (LPS)**, together with `spacing`.
+            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI); a nibabel NIfTI
+            image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of
+            HU, **indexed [x, y, z] with x growing to the patient's left, y to posterior, z to superior (LPS)**,
+            together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
@@ -59,12 +67,13 @@ def read_ct(
     if isinstance(ct, CTVolume):
         _refuse(ct.source, **given)
         return ct
-    if isinstance(ct, torch.Tensor):
+    if is_tensor(ct):
         try:
             ct = ct.detach().cpu()
-            ct = (ct.float() if ct.dtype == torch.bfloat16 else ct).numpy()
+            ct = (ct.float() if str(ct.dtype) == "torch.bfloat16" else ct).numpy()
         except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
             raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
+    ct = unwrapped(ct)
     if isinstance(ct, np.ndarray):
         _refuse("array", metadata=metadata, series=series)
         if np.ma.is_masked(ct):
@@ -89,7 +98,7 @@ def read_ct(
     if isinstance(ct, nib.spatialimages.SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
-    if _is_simpleitk(ct):
+    if is_simpleitk(ct):
         _refuse(source, **given)
         return _from_simpleitk(ct, source, allow_non_hu)
     if not isinstance(ct, (str, os.PathLike)):
@@ -106,9 +115,14 @@ def read_ct(
         _refuse(source, spacing=spacing, metadata=metadata)
         from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
 
-        return read_dicom(path, series=series, allow_non_hu=allow_non_hu)
+        try:
+            return read_dicom(path, series=series, allow_non_hu=allow_non_hu)
+        except CTReadError as error:
+            if (error.source, error.field) != (source, "content"):
+                raise
+            return _read_other(path, error, allow_non_hu, series)
     _refuse(source, series=series)
-    if suffix == ".nii" or path.name.lower().endswith(".nii.gz"):
+    if path.name.lower().endswith(NIFTI_SUFFIXES):
         return read_nifti(path, source, **options)
     _refuse(source, spacing=spacing, metadata=metadata)
     if suffix in (".nrrd", ".nhdr"):
@@ -119,16 +133,59 @@ def read_ct(
     raise CTReadError(source, "suffix", repr(path.suffix), expected)
 
 
+def unwrapped(value):
+    """What an array of objects or texts holds that has no axis: so `datasets` gives out a scan in NumPy's format."""
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OUT":
+        return value.item()
+    return value
+
+
+def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int | str | None) -> CTVolume:
+    """The one scan of another format in a folder or an archive without a DICOM file.
+
+    Args:
+        error: that there is none; raised where there is nothing else, either.
+    """
+    archive = None if path.is_dir() else path
+    if archive is None:
+        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        try:
+            with zipfile.ZipFile(archive) as members:  # within its limits, or it were another error
+                found = [Path(name) for name in members.namelist()]
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
+            raise error from None
+    found = sorted(file for file in found if _format(file) and file.name[:2] != "._")  # macOS's copies of attributes
+    if not found:
+        raise error
+    if len(found) == 1 and archive is None:
+        return read_ct(found[0], allow_non_hu=allow_non_hu, series=series)
+    if len(found) == 1 and _format(found[0]) == "NIfTI":
+        _refuse(archive.name, series=series)
+        with zipfile.ZipFile(archive) as members:
+            [member] = [one for one in members.infolist() if Path(one.filename) == found[0]]
+            if member.file_size <= MAX_BYTES:
+                return read_nifti(members.read(member), found[0].name, allow_non_hu=allow_non_hu)
+    formats = " and ".join(sorted({_format(file) for file in found}))
+    names = ", ".join(file.name for file in found[:SHOWN_FILES]) + (", ..." if len(found) > SHOWN_FILES else "")
+    expected = f"one scan: {'' if archive is None else 'unpack it and '}give the path of the file"
+    raise CTReadError(path.name, "content", f"no DICOM file, but {formats} ({names})", expected) from error
+
+
+def _format(path: Path) -> str | None:
+    return next((name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix)), None)
+
+
 def _source(ct) -> str:
     """A name for messages: the file's name without its folders, or the kind of object."""
     if isinstance(ct, (str, os.PathLike)):
         return Path(ct).name or str(ct)
     if isinstance(ct, nib.spatialimages.SpatialImage):
         return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
-    return "SimpleITK image" if _is_simpleitk(ct) else type(ct).__name__
+    return "SimpleITK image" if is_simpleitk(ct) else type(ct).__name__
 
 
-def _is_simpleitk(ct) -> bool:
+def is_simpleitk(ct) -> bool:
     """Without importing SimpleITK for this: who has such an image has imported it."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
@@ -151,12 +208,12 @@ def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:
     kind = image.GetPixelIDTypeAsString()
     if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind or "label" in kind:
         raise CTIntensityError(source, "pixel type", kind, "one real number per voxel")
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
     check_shape(image.GetSize(), source)
+    while image.GetDimension() > 3:
+        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
     affine = lps_grid(np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing(), np.array(image.GetOrigin()))
     array = SimpleITK.GetArrayFromImage(image).T
     return make_volume(array, affine, source, STATED, allow_non_hu=allow_non_hu)
 
 
-__all__ = ["CTMetadata", "load_metadata", "read_ct"]
+__all__ = ["CTMetadata", "is_simpleitk", "load_metadata", "read_ct", "unwrapped"]

@@ -128,17 +128,17 @@ class Desk:
                 raise CTReadError(path.name, "file size", found, expected)
             if not path.name.lower().endswith(SUFFIXES):
                 raise CTReadError(path.name, "suffix", repr(path.suffix), ".nii, .nii.gz or a .zip of DICOM slices")
-            return self.read(path)
+            return self.read(path, allow_any_anatomy=False)
         finally:
             path.unlink()
             with contextlib.suppress(OSError):  # the folder that was made for it, unless it holds more
                 path.parent.rmdir()
 
-    def read(self, path: Path) -> Scan:
-        """Read and encode a scan."""
+    def read(self, path: Path, allow_any_anatomy: bool = True) -> Scan:
+        """Read and encode a scan; a visitor's has to be of a chest."""
         volume = read_ct(path)
         processor = self.processor.image_processor
-        inputs = processor(volume, digest=True)
+        inputs = processor(volume, digest=True, allow_any_anatomy=allow_any_anatomy)
         geometry = inputs["geometry"][0]
         shown = processor(volume, hu_window=DISPLAY_HU, **display_grid(processor, geometry))
         low, high = DISPLAY_HU
@@ -159,24 +159,19 @@ class Desk:
 
     def random_reference(self, scan: Scan, seed: int) -> str:
         """Id of the reference that the processor, too, would draw for this scan and seed."""
-        ranked = (entry["id"] for entry in self._pool().ranked(seed, scan.geometry.sha256))
-        return self._first_other(scan, ranked)
+        return self._pool().choose(seed, scan.geometry.sha256, self._identify)[0]
+
+    def _identify(self, entry: dict[str, str]) -> tuple[str, None]:
+        return self.reference(entry["id"]).geometry.sha256, None
 
     def nearest_reference(self, scan: Scan) -> str:
         """Id of the reference whose mean features are closest to the scan's."""
-        names = [entry["id"] for entry in self._pool().entries]
-        for name in names:
-            if name not in self._signatures:
-                self.reference(name)
-        own = scan.features.mean(dim=1)
-        return self._first_other(scan, sorted(names, key=lambda name: float(torch.dist(self._signatures[name], own))))
-
-    def _first_other(self, scan: Scan, names) -> str:
-        """A scan is never its own reference."""
-        for name in names:
-            if self.reference(name).geometry.sha256 != scan.geometry.sha256:
-                return name
-        raise ReferencePoolError("The scan is the only one of the reference pool: give a reference of your own.")
+        pool, own = self._pool(), scan.features.mean(dim=1)
+        for entry in pool.entries:
+            if entry["id"] not in self._signatures:
+                self.reference(entry["id"])
+        nearest = sorted(pool.entries, key=lambda entry: float(torch.dist(self._signatures[entry["id"]], own)))
+        return pool.first_other(nearest, scan.geometry.sha256, self._identify)[0]
 
 
 class Study:
@@ -214,10 +209,11 @@ class Study:
         self._stopped = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="study-", dir=desk.folder)
         model = desk.model
-        self._inputs = {"ct_features": scan.features, "reference_features": reference.features}
-        if model.config.difference_level == "pixel":  # it needs the volumes
-            self._inputs = {"ct": scan.tensor, "reference": reference.tensor}
-        self._map = model.difference_map(**self._inputs)[0].float().cpu()
+        with torch.no_grad():
+            self._comparison = model.compare(
+                scan.tensor, reference.tensor, ct_features=scan.features, reference_features=reference.features
+            )
+        self._map = model.difference_map(comparison=self._comparison)[0].float().cpu()
         self._logits, evidence = None, None
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
@@ -274,8 +270,8 @@ class Study:
         def write() -> torch.Tensor:
             try:
                 return model.generate(
-                    **self._inputs,
                     **prompt,
+                    comparison=self._comparison,
                     diagnosis_logits=self._logits,
                     generation_config=decoding,
                     streamer=streamer,
@@ -302,7 +298,6 @@ class Study:
         self.document = describe_report(
             model,
             processor,
-            self.text,
             tokens.result(),
             decoding=decoding,
             engine=TransformersEngine(model).name,

@@ -136,7 +136,7 @@ def _truth(study: Study) -> str:
     truth = study.document["truth"]
     counts = ", ".join(f"{name}: {', '.join(truth[name]) or 'none'}" for name in ("hit", "missed", "false"))
     regions = "".join(
-        f"<h3>{escape(region.capitalize())}</h3><p>{escape(words)}</p>" for region, words in truth["report"].items()
+        f"<h3>{escape(region.capitalize())}</h3><p>{escape(words)}</p>" for region, words in truth["regions"].items()
     )
     return f"<details><summary>The true report of this phantom</summary><p>{escape(counts)}.</p>{regions}</details>"
 

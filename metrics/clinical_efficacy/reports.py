@@ -109,13 +109,16 @@ def label_reports(labeler: Labeler, reports: Sequence[str], name: str = "reports
     The labels of reports, (reports, 18). An empty report is a report; a missing one (NaN, None) is not.
 
     Raises:
-        TypeError: a report is not text.
+        TypeError: a report is not text, or one text was given for a list.
         ValueError: the labeler returns anything but 18 labels a report.
     """
+    if isinstance(reports, str):
+        raise TypeError(f"{name} is one text: expected a list of them")
+    reports = list(reports)
     for index, report in enumerate(reports):
         if not isinstance(report, str):
             raise TypeError(f"{name}[{index}] is {type(report).__name__}: every report must be text")
-    labels = np.asarray(labeler.label_all(list(reports)))
+    labels = np.asarray(labeler.label_all(reports))
     expected = len(reports), len(DIAGNOSIS_LABELS)
     if labels.shape != expected:
         raise ValueError(f"{type(labeler).__name__}.label_all returned shape {labels.shape}, expected {expected}")

@@ -8,10 +8,10 @@ from .rules import Hit, RuleLabeler
 
 
 def load_labeler(radbert: str | os.PathLike | None = None):
-    """The rules, or RadBERT from the folder of a converted classifier.
+    """The rules, or RadBERT: its id on the Hub ("IAMJB/RadBERT-CT"), or a folder in either layout.
 
     Raises:
-        RadBertError: the folder holds no such classifier.
+        RadBertError: there is no such classifier.
     """
     if radbert is None:
         return RuleLabeler()

@@ -4,13 +4,17 @@
 RadBERT, the text classifier of CT-CLIP that the field labels chest CT reports with: a RoBERTa encoder, and a linear
 layer with 18 outputs on its pooled first token.
 
-The weights (`RadBertClassifier.pth`, by CT-CLIP's authors) are not part of this project. They are converted once, into
-a folder of safetensors, configuration and tokenizer, and loaded from there; the pickle is read with
-`weights_only=True`:
+The weights are not part of this project. They come in two layouts, which give the same labels:
 
-    python -m diffvp.metrics.labelers.radbert RadBertClassifier.pth ENCODER radbert
+- On the Hub, `IAMJB/RadBERT-CT`, as transformers' RobertaForSequenceClassification (`roberta.*`, `classifier.dense.*`,
+  `classifier.out_proj.*`): `RadBertLabeler.from_pretrained("IAMJB/RadBERT-CT")`, or a folder with its files. Its
+  `classifier.dense` is the encoder's pooler under another name.
+- `RadBertClassifier.pth` by CT-CLIP's authors (`model.*`, `classifier.*`), a pickle. It is converted once, into a
+  folder of safetensors, configuration and tokenizer, and loaded from there; it is read with `weights_only=True`:
 
-`ENCODER` is zzxslp/RadBERT-RoBERTa-4m, a folder with its config.json and tokenizer files, or its name on the Hub.
+      python -m diffvp.metrics.labelers.radbert RadBertClassifier.pth ENCODER radbert
+
+  `ENCODER` is zzxslp/RadBERT-RoBERTa-4m, a folder with its config.json and tokenizer files, or its name on the Hub.
 
 What is as published: the label order, sigmoid, the threshold of 0.5 (at least), and texts cut after 512 tokens, so
 that the end of a long report does not count; how many were cut is logged, and [`RadBertLabeler.token_counts`] tells.
@@ -34,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig, RobertaModel
+from transformers.utils import cached_file
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cache import file_sha256
@@ -43,6 +48,8 @@ THRESHOLD = 0.5
 WEIGHTS_NAME = "model.safetensors"
 # A buffer of older transformers: the numbers 0, 1, 2, ..., which present versions make themselves.
 POSITION_IDS = "model.embeddings.position_ids"
+# Names of RobertaForSequenceClassification, and those of the published checkpoint.
+HUB_NAMES = {"roberta.": "model.", "classifier.dense.": "model.pooler.dense.", "classifier.out_proj.": "classifier."}
 SHOWN_NAMES = 5
 
 logger = logging.getLogger(__name__)
@@ -92,27 +99,36 @@ class RadBertLabeler:
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, device: str = "cpu", batch_size: int = 32) -> "RadBertLabeler":
+    def from_pretrained(
+        cls, source: str | os.PathLike, device: str = "cpu", batch_size: int = 32, revision: str | None = None
+    ) -> "RadBertLabeler":
         """
-        Load what [`convert_radbert`] wrote.
+        Load the classifier in either layout, from safetensors alone.
+
+        Args:
+            source: id on the Hub, such as "IAMJB/RadBERT-CT", or a folder: a copy of such a repository, or what
+                [`convert_radbert`] wrote.
+            revision: commit of a repository on the Hub.
 
         Raises:
-            RadBertError: a file is missing or damaged, or a weight is missing, unexpected or misshapen.
+            RadBertError: a file is missing or damaged, a weight is missing, unexpected or misshapen, or the labels of
+                the configuration are not the 18 in order. Labels without names ("LABEL_0", ...) are taken to be in
+                the published order.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise RadBertError(f"{folder} is not a folder: convert RadBertClassifier.pth first")
-        config, tokenizer = _read_encoder(folder)
-        if config.id2label != dict(enumerate(DIAGNOSIS_LABELS)):
-            raise RadBertError(f"{folder}: its labels are {list(config.id2label.values())}, expected the 18 in order")
+        config, tokenizer = _read_encoder(source, revision)
+        names = [config.id2label[index] for index in sorted(config.id2label)]
+        unnamed = [f"LABEL_{index}" for index in range(len(DIAGNOSIS_LABELS))]
+        if names not in (list(DIAGNOSIS_LABELS), unnamed):
+            raise RadBertError(f"{source}: its labels are {names}, expected the 18 in order")
         try:
-            state = load_file(folder / WEIGHTS_NAME)
+            path = cached_file(str(source), WEIGHTS_NAME, revision=revision)
+            state = _published_names(load_file(path))
         except (OSError, SafetensorError) as error:
-            raise RadBertError(f"{folder / WEIGHTS_NAME} cannot be read: {error}") from error
+            raise RadBertError(f"{WEIGHTS_NAME} of {source} cannot be read: {error}") from error
         model = RadBertClassifier(config)
         _check_state(state, model, WEIGHTS_NAME)
         model.load_state_dict(state)
-        return cls(model, tokenizer, device, batch_size, weights=file_sha256(folder / WEIGHTS_NAME)[:12])
+        return cls(model, tokenizer, device, batch_size, weights=file_sha256(path)[:12])
 
     def token_counts(self, reports: Sequence[str]) -> NDArray[np.int64]:
         """(reports,), tokens before any is cut, the first and last special one included. More than 512 are cut."""
@@ -165,7 +181,7 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
     Write RadBERT's classifier as a folder of safetensors, configuration and tokenizer.
 
     Args:
-        source: `RadBertClassifier.pth`, weights by name: `model.*` and `classifier.*`.
+        source: `RadBertClassifier.pth`, or a `pytorch_model.bin` in the Hub's layout: weights by name.
         encoder: folder or Hub name with the encoder's config.json and tokenizer; its weights are not read.
         target: folder to write; it must not exist.
 
@@ -183,7 +199,7 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
         raise RadBertError(f"{source.name} cannot be read as weights: {error}") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise RadBertError(f"{source.name} holds no weights by name: expected model.* and classifier.*")
-    state = {name: tensor.contiguous().clone() for name, tensor in loaded.items() if name != POSITION_IDS}
+    state = {name: tensor.contiguous().clone() for name, tensor in _published_names(loaded).items()}
     with torch.device("meta"):
         _check_state(state, RadBertClassifier(config), source.name)
     config.architectures = [RadBertClassifier.__name__]
@@ -201,11 +217,28 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
     return target
 
 
-def _read_encoder(source: str | os.PathLike) -> tuple[RobertaConfig, PreTrainedTokenizerBase]:
+def _published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the names of `RadBertClassifier.pth`, if they have those of the Hub's layout."""
+    if any(name.startswith("roberta.") for name in state):
+        renamed = {}
+        for name, tensor in state.items():
+            prefix = next((prefix for prefix in HUB_NAMES if name.startswith(prefix)), "")
+            # What neither layout has keeps its name, and is refused by it.
+            new = HUB_NAMES.get(prefix, "") + name.removeprefix(prefix)
+            if new in renamed:
+                raise RadBertError(f"the weights have {new} in both layouts, expected one")
+            renamed[new] = tensor
+        state = renamed
+    return {name: tensor for name, tensor in state.items() if name != POSITION_IDS}
+
+
+def _read_encoder(
+    source: str | os.PathLike, revision: str | None = None
+) -> tuple[RobertaConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer, which have to fit each other."""
     try:
-        config = AutoConfig.from_pretrained(str(source))
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        config = AutoConfig.from_pretrained(str(source), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError) as error:
         raise RadBertError(f"{source} has no configuration and tokenizer of RadBERT's encoder: {error}") from error
     if not isinstance(config, RobertaConfig):

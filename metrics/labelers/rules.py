@@ -23,28 +23,39 @@ import yaml
 from numpy.typing import NDArray
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
+from .markup import plain_text
 
 RULES_FILE = Path(__file__).with_name("rules.yaml")
 COUNTED = ("positive", "uncertain")  # the polarities that set a label
 
-# One character for one, so that a span in the folded text is a span in the report. "İ" is the only letter whose
-# lower case is longer than itself.
-_FOLD = str.maketrans("İ“”„«»‘’–—‐‑−\u00a0\u2009\u202f", 'I"""""\'\'-----   ')
+# One character for one, so that places in the text stay where they are. "İ" is the only letter whose lower case is
+# longer than itself.
+_SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_FOLD = dict(zip("İ“”„«»‘’‐‑‒–—―−－＋（）：，", 'I"""""\'\'--------+():,', strict=True)) | dict.fromkeys(_SPACES, " ")
+_FOLDED = re.compile(f"[{''.join(_FOLD)}]")  # several times as fast as str.translate, for a report has few of them
 
 _SENTENCE_END = re.compile(
-    r"""(?<!\d\d\.\d\d)[.!]+(?=\s|$|["•·])  # a point at the end of a word: not in "9.5 mm", nor in "16.03. 2020"
+    r"""(?=[.!?;"•·。\n])(?:              # for speed alone: most places are none of these
+      (?<!\d\d\.\d\d)[.!]+(?=\s|$|["•·])  # a point at the end of a word: not in "9.5 mm", nor in "16.03. 2020"
       | (?<=[a-z)\]])\.(?=[A-Z])            # "... was observed.The liver ..."
-      | \?(?=\s+[A-Z])                      # not in "(cyst?, abscess?)"
-      | [;"•·。]                            # quotation marks and bullets surround the items of an impression
-      | \n(?=\s*(?:\n|[-*]\s|\d+[.)]\s|[A-Z]))  # not where a line was only wrapped
-    """,
+      # Not in "(cyst?, abscess?)", nor before a word that answers: "Effusion? No.", "effusion; none"
+      | (?:\?(?=\s+[A-Z])|;)(?!\s*(?i:no|none|nil|absent|negative|not\s\w+)\s*(?:[.,;\n]|$))
+      | ["•·。]                             # quotation marks and bullets surround the items of an impression
+      # Not where a line was only wrapped, nor between a heading and its text
+      | (?<!:)(?<!:\ )\n(?=\s*(?:\n|[-*]\s|\d+[.)]\s|[A-Z]))
+    )""",
     re.VERBOSE,
 )
 # The verb of a main clause, which that of ", the largest of which is 5 mm," is not.
 _VERB = re.compile(r"\b(?<!\bwhich )(?<!\bthat )(?:is|are|was|were|has|have|had)\b")
+# Not where the sentence goes on about the same: "a nodule in the left lung, which was seen before, was not detected".
+_COMMA = re.compile(r"(?:,|(?<=\s)-)(?=\s)(?!\s+(?:which|that|who|whose|is|are|was|were|has|have|had|not)\b)")
+_ANSWER_HINT = re.compile(r"[-+]|\b(?:no|none|nil|absent|neg|negative)\b[\w ]*(?:[)\].,;!\"]|$)")
 _CONNECTOR = re.compile(r",? (?:and|but|while|whereas|however|although) |, ")
 _QUESTION = re.compile(r"[^()?]{0,40}\?")
 _TERM = re.compile(r"<([a-z]+)>")
+_LIST_WORD = re.compile(r"\b(?:or|nor|no|not|without|neither)\b|n't\b")
+_SIGN_FIRST = re.compile(r"\W*?[(\[]\s*[+-]+\s*[)\]]\s*\w")
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,10 @@ class _Language:
         self.before = patterns["negation before"]
         self.after = patterns["negation after"]
         self.scope_end = patterns["negation ends at"]
+        self.answers = re.compile(
+            f"(?P<no>{_any_of(language['answer no'])})|(?P<yes>{_any_of(language['answer yes'])})"
+        )
+        self.statement = patterns["statement"]
         self.no_denial = patterns["no negation"]
         self.doubt = patterns["doubt"]
         self.past = patterns["past"]
@@ -134,9 +149,37 @@ class _Sentence:
         inner = [strongest for _, strongest in self._bounds]
         return list(zip([0, *inner], [*inner, len(self.text)], strict=True))
 
+    @cached_property
+    def _denial_bounds(self) -> list[int]:
+        """Where denials end: the first bound between two verbs, and the commas around a part that is a statement."""
+        bounds = [first for first, _ in self._bounds]
+        commas = [match.start() for match in _COMMA.finditer(self.text)]
+        if commas:
+            for start, end in zip([0, *commas], [*commas, len(self.text)], strict=True):
+                part = self.text[start:end].lstrip(",- ")
+                if self.language.statement.match(part) and not _LIST_WORD.search(part):
+                    bounds += [start, end]
+        return sorted(bounds)
+
     def _denial_clause(self, position: int) -> tuple[int, int]:
-        start = max((first for first, _ in self._bounds if first <= position), default=0)
-        return start, min((first for first, _ in self._bounds if first > position), default=len(self.text))
+        start = max((bound for bound in self._denial_bounds if bound <= position), default=0)
+        return start, min((bound for bound in self._denial_bounds if bound > position), default=len(self.text))
+
+    @cached_property
+    def _answers(self) -> list[tuple[tuple[int, int], tuple[int, int], bool]]:
+        """What each answer is about, where it stands itself, and whether it denies."""
+        found = list(self.language.answers.finditer(self.text)) if _ANSWER_HINT.search(self.text) else []
+        own = [match.span() for match in found]
+        if found and _SIGN_FIRST.match(self.text):
+            next_starts = [*(start for start, _ in own[1:]), len(self.text)]
+            about = [(end, following) for (_, end), following in zip(own, next_starts, strict=True)]
+        else:
+            last_ends = [0, *(end for _, end in own[:-1])]
+            about = [
+                (max(before, self._denial_clause(start)[0]), start)
+                for before, (start, _) in zip(last_ends, own, strict=False)
+            ]
+        return list(zip(about, own, (match["no"] is not None for match in found), strict=True))
 
     @cached_property
     def _sites(self) -> list[tuple[int, int, str]]:
@@ -157,8 +200,11 @@ class _Sentence:
         """The parts of the sentence that are denied or past: (start, end, polarity, the words that say so)."""
         language, text = self.language, self.text
         harmless = [match.span() for match in language.no_denial.finditer(text)]
-        found = []
+        found = [(*about, "negated", text[slice(*own)]) for about, own, denies in self._answers if denies]
+        answered = [own for _, own, _ in self._answers]
         for match in language.before.finditer(text):
+            if any(first <= match.start() < last for first, last in answered):
+                continue
             _, end = self._denial_clause(match.start())
             stop = language.scope_end.search(text, match.end(), end)
             # "No increase in effusion" leaves the effusion in place, but "no increase in thickness" denies thickening:
@@ -166,7 +212,7 @@ class _Sentence:
             ends = [last for first, last in harmless if first <= match.start() < last]
             found.append((match.end(), min([stop.start() if stop else end, *ends]), "negated", match[0]))
         for match in language.after.finditer(text):
-            if not any(first <= match.start() < last for first, last in harmless):
+            if not any(first <= match.start() < last for first, last in harmless + answered):
                 found.append((self._denial_clause(match.start())[0], match.start(), "negated", match[0]))
         for match in language.history.finditer(text):
             comma = text.find(",", match.end())
@@ -179,10 +225,17 @@ class _Sentence:
     def polarity(self, start: int, end: int, clause: tuple[int, int]) -> tuple[str, str]:
         """(polarity, cue) of the finding at `start:end`."""
         for first, last, polarity, cue in self._denials:
-            if first <= start < last:
+            # Its end, too: "calcified plaques in the aorta, no calcification of the coronary arteries".
+            if first <= start < last or first <= end - 1 < last:
                 return polarity, cue.strip()
         doubt = self.language.doubt.search(self.text, *clause) or _QUESTION.match(self.text, end)
         return ("uncertain", doubt[0].strip()) if doubt else ("positive", "")
+
+
+def _checked_text(report: str) -> tuple[str, list[int] | None]:
+    if not isinstance(report, str):
+        raise TypeError(f"A report must be a str, got {type(report).__name__}")
+    return plain_text(report)
 
 
 class RuleLabeler:
@@ -195,7 +248,7 @@ class RuleLabeler:
     ['Lung nodule']
     ```
 
-    `signature` names the rules by a hash over rules.yaml and this file.
+    `signature` names the rules by a hash over rules.yaml, this file and markup.py.
 
     Args:
         path: another file of rules in the format of rules.yaml.
@@ -217,7 +270,8 @@ class RuleLabeler:
             for label in DIAGNOSIS_LABELS
         }
         self.rules = tuple(rule for rules in self._rules.values() for rule in rules)
-        digest = hashlib.sha256(content + Path(__file__).read_bytes()).hexdigest()
+        code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("rules.py", "markup.py"))
+        digest = hashlib.sha256(content + code).hexdigest()
         self.signature = f"rule-labeler|labels:{len(DIAGNOSIS_LABELS)}|uncertain:positive|rules:{digest[:12]}"
 
     @staticmethod
@@ -236,10 +290,8 @@ class RuleLabeler:
         )
 
     def _mentions(self, report: str) -> Iterator[tuple[_Sentence, str]]:
-        """The sentences that have one of a label's words, each with that label."""
-        if not isinstance(report, str):
-            raise TypeError(f"A report must be a str, got {type(report).__name__}")
-        text = report.translate(_FOLD)
+        """The sentences of a [`plain_text`] that have one of a label's words, each with that label."""
+        text = report if report.isascii() else _FOLDED.sub(lambda match: _FOLD[match[0]], report)
         lower = text.lower()
         ends = [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
         mentioned: dict[int, dict[str, None]] = {}
@@ -252,7 +304,8 @@ class RuleLabeler:
                     at = lower.find(word, ends[row])
         for row in sorted(mentioned):
             start = ends[row - 1] if row else 0
-            sentence = _Sentence(lower[start : ends[row]], start, self._language)
+            # A line may be wrapped between two words of a rule.
+            sentence = _Sentence(lower[start : ends[row]].replace("\n", " "), start, self._language)
             for label in mentioned[row]:
                 yield sentence, label
 
@@ -274,7 +327,8 @@ class RuleLabeler:
             TypeError: `report` is not a str (the NaN of a table with gaps, say). An empty one has no finding.
         """
         found = dict.fromkeys(DIAGNOSIS_LABELS, 0)
-        for sentence, label in self._mentions(report):
+        text, _ = _checked_text(report)
+        for sentence, label in self._mentions(text):
             if not found[label]:
                 found[label] = int(any(polarity in COUNTED for *_, polarity, _ in self._hits(sentence, label)))
         return found
@@ -286,10 +340,15 @@ class RuleLabeler:
             TypeError: `report` is not a str.
         """
         hits = []
-        for sentence, label in self._mentions(report):
-            whole = report[sentence.start : sentence.start + len(sentence.text)].strip()
+        text, places = _checked_text(report)
+        for sentence, label in self._mentions(text):
+            # As the report has them: with the markup that `text` is without.
+            first, last = sentence.start, sentence.start + len(sentence.text)
+            whole = report[slice(first, last) if places is None else slice(places[first], places[last])].strip()
             for rule, start, end, polarity, cue in self._hits(sentence, label):
                 span = (sentence.start + start, sentence.start + end)
+                if places is not None:
+                    span = places[span[0]], places[span[1] - 1] + 1
                 hits.append(Hit(label, rule.name, whole, span, polarity, cue))
         return sorted(hits, key=lambda hit: hit.span)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
-from ...data.cases import Case, DatasetError, Problem, raise_problems, read_csv
+from ...data.cases import Case, DatasetError, Problem, plain_text, raise_problems, read_csv
 from ..clinical_efficacy.reports import Labeler, label_reports
 from .rules import RuleLabeler
 
@@ -56,7 +56,7 @@ def label_table(
     if not rows:
         raise DatasetError([Problem(source.name, None, "rows", "none", "at least one report")])
     names = [str(row.values[id_column]).strip() for row in rows]
-    reports = [str(row.values[report_column] or "") for row in rows]
+    reports = [plain_text(row.values[report_column] or "") for row in rows]
     labels = label_reports(labeler, reports)
     values = [[name, *row] for name, row in zip(names, labels.tolist(), strict=True)]
     _write(Path(output), [[id_column, *DIAGNOSIS_LABELS], *values])

@@ -35,7 +35,8 @@ def bleu_signature(averaging: str = "per-sample-mean") -> str:
     return f"bleu|{averaging}|order:1-{MAX_ORDER}|smooth:add1|case:mixed|tok:13a|sacrebleu:{version('sacrebleu')}"
 
 
-def _ngrams(tokens: list[str], order: int) -> Counter:
+def ngrams(tokens: list[str], order: int) -> Counter:
+    """How often each n-gram of an order occurs, as tuples of tokens."""
     return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
@@ -43,8 +44,8 @@ def ngram_counts(prediction: list[str], reference: list[str]) -> list[int]:
     """The `COUNTS` numbers of one tokenised report that every BLEU is made of."""
     matches, candidates = [], []
     for order in range(1, MAX_ORDER + 1):
-        written = _ngrams(prediction, order)
-        matches.append((written & _ngrams(reference, order)).total())
+        written = ngrams(prediction, order)
+        matches.append((written & ngrams(reference, order)).total())
         candidates.append(written.total())
     return [*matches, *candidates, len(prediction), len(reference)]
 

@@ -1,21 +1,28 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and ROUGE-L as pycocoevalcap computes them: what most report-generation papers print.
+"""BLEU, ROUGE-L and CIDEr as pycocoevalcap computes them: what most report-generation papers print.
 
 Words are what stands between spaces, so "clear." and "clear" differ: the same reports score several points below
 `evaluate`'s BLEU. Case is kept here; papers that lower-case do so before.
+
+pycocoevalcap itself is not a dependency: its package is 100 MB of Java programs for other metrics. The tests compare
+with values that it computed.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bleu import MAX_ORDER, bleu_counts
+from .bleu import MAX_ORDER, bleu_counts, ngrams
 from .rouge import common_subsequence_length
 from .texts import check_pairs
 
 BETA = 1.2  # weight of the recall in ROUGE-L
+SIGMA = 6.0  # of CIDEr's Gaussian over the difference in length
+CIDER_SCALE = 10.0
 # pycocoevalcap's guards against a division by zero and the logarithm of zero: part of its values, in the ninth digit.
 SMALL, TINY = 1e-9, 1e-15
 
@@ -23,7 +30,9 @@ SMALL, TINY = 1e-9, 1e-15
 def coco_signature() -> str:
     return (
         f"bleu|corpus|order:1-{MAX_ORDER}|smooth:none|case:mixed|tok:whitespace|diffvp-coco:1 "
-        f"rougeL|per-sample-mean|fbeta:{BETA}|stemmer:no|case:mixed|tok:space|diffvp-coco:1"
+        f"rougeL|per-sample-mean|fbeta:{BETA}|stemmer:no|case:mixed|tok:space|diffvp-coco:1 "
+        f"cider|per-sample-mean|cider-d|scale:{CIDER_SCALE:g}|sigma:{SIGMA:g}|df:references|case:mixed|tok:whitespace"
+        "|diffvp-coco:1"
     )
 
 
@@ -57,3 +66,48 @@ def coco_rouge_per_report(predictions: Sequence[str], references: Sequence[str])
         precision, recall = common / len(written), common / len(expected)
         scores.append((1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if common else 0.0)
     return np.array(scores)
+
+
+def coco_cider_per_report(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """
+    CIDEr of pycocoevalcap, (reports,), between 0 and 10: CIDEr-D (Vedantam et al., 2015) with one reference each.
+
+    For each order n of 1 to 4, g the n-grams' counts times log(reports / references with the n-gram), l the number of
+    2-grams (pycocoevalcap's measure of length): 10 * mean over n of
+
+        sum(min(g_prediction, g_reference) * g_reference) / (|g_prediction| * |g_reference|) * exp(-(l - l')^2 / 72)
+
+    A report's score depends on all references through the logarithm: it is 0 in a set of one report, and scores of
+    different test sets do not compare.
+
+    Raises:
+        TypeError, ValueError: see [`check_pairs`].
+    """
+    predictions, references = check_pairs(predictions, references)
+    expected = [_ngrams_by_order(reference) for reference in references]
+    documents = Counter(gram for orders in expected for grams in orders for gram in grams)
+    total = math.log(len(references))
+
+    def weighted(orders: list[Counter]) -> list[dict]:
+        return [
+            {gram: count * (total - math.log(max(1, documents[gram]))) for gram, count in grams.items()}
+            for grams in orders
+        ]
+
+    scores = []
+    for prediction, theirs in zip(predictions, expected, strict=True):
+        ours = _ngrams_by_order(prediction)
+        similarities = []
+        for written, true in zip(weighted(ours), weighted(theirs), strict=True):
+            product = sum(min(weight, true.get(gram, 0.0)) * true.get(gram, 0.0) for gram, weight in written.items())
+            norm = math.hypot(*written.values()) * math.hypot(*true.values())
+            similarities.append(product / norm if norm else 0.0)
+        difference = ours[1].total() - theirs[1].total()
+        penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
+        scores.append(CIDER_SCALE * penalty * sum(similarities) / MAX_ORDER)
+    return np.array(scores)
+
+
+def _ngrams_by_order(text: str) -> list[Counter]:
+    words = text.split()
+    return [ngrams(words, order) for order in range(1, MAX_ORDER + 1)]

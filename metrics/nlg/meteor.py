@@ -49,6 +49,11 @@ def _stemmer() -> _Stemmer:
     return _Stemmer()
 
 
+def check_meteor_data() -> None:
+    """For commands that work for hours before they score: raises LexiconError if METEOR cannot be computed."""
+    _wordnet(), _punkt()
+
+
 def meteor_signature() -> str:
     """Raises LexiconError without WordNet, whose version is part of it."""
     return (
@@ -95,7 +100,7 @@ def meteor_per_report(predictions: Sequence[str], references: Sequence[str], wor
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     # Here and not first in a worker: a missing file is this process's error, and forked workers share what is loaded.
-    _wordnet(), _punkt()
+    check_meteor_data()
     if workers == 1:
         scores = [_score(*pair) for pair in zip(predictions, references, strict=True)]
     else:

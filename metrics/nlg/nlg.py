@@ -18,8 +18,8 @@ from .scores import score_reports
 from .texts import clean_reg2rg
 
 _DESCRIPTION = (
-    "BLEU-1 to BLEU-4, METEOR, ROUGE-1, ROUGE-2 and ROUGE-L of generated radiology reports: as means over reports "
-    "with their standard deviations, over the corpus, as pycocoevalcap's, and by region."
+    "BLEU-1 to BLEU-4, METEOR, ROUGE-1, ROUGE-2, ROUGE-L and CIDEr of generated radiology reports: as means over "
+    "reports with their standard deviations, over the corpus, as pycocoevalcap's, and by region."
 )
 
 _CITATION = """\
@@ -58,14 +58,15 @@ Args:
     split (callable) and regions (list of str): a report to {region: text}, and the regions in canonical order, to have
         the scores with the regions in that order and by region as well.
 Returns:
-    bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_1, rouge_2, rouge_l (float, 0 to 1, as far as the scorer has them),
+    bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_1, rouge_2, rouge_l (float, 0 to 1) and cider (float, 0 to 10), as
+    far as the scorer has them,
     the same with _std behind the name for means over reports, n (int) and signature (str): how they were computed.
     per_report (dict of list of float); canonical_order (dict as above) and regions (dict of such dicts), on demand.
 """
 
 
 class NLG(evaluate.Metric):
-    """BLEU, METEOR and ROUGE; see `metrics/nlg/scores.py`."""
+    """BLEU, METEOR, ROUGE and CIDEr; see `metrics/nlg/scores.py`."""
 
     def _info(self):
         return evaluate.MetricInfo(

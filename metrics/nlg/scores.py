@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bleu import MAX_ORDER, bleu_counts, bleu_from_counts, bleu_signature
-from .coco import coco_bleu_counts, coco_bleu_from_counts, coco_rouge_per_report, coco_signature
+from .coco import (
+    coco_bleu_counts,
+    coco_bleu_from_counts,
+    coco_cider_per_report,
+    coco_rouge_per_report,
+    coco_signature,
+)
 from .meteor import meteor_per_report, meteor_signature
 from .rouge import rouge_per_report, rouge_signature
 from .texts import check_pairs, clean_reg2rg
@@ -23,7 +29,7 @@ ROUGE_NAMES = ("rouge_1", "rouge_2", "rouge_l")
 @dataclass(frozen=True)
 class ReportScores:
     """
-    Scores of n reports, all between 0 and 1. No text has to be read again to score a resample of the reports.
+    Scores of n reports, all between 0 and 1 but CIDEr (0 to 10). No text has to be read again to score a resample.
 
     Attributes:
         per_report: by name, (n,): the scores that are a mean over reports. Their bootstrap resamples the values.
@@ -72,7 +78,7 @@ def score_reports(
     Args:
         scorer: "paper" for the mean over reports of `evaluate`'s smoothed BLEU, METEOR and ROUGE, as the paper and
             Reg2RG report them; "corpus" for the same with BLEU over the whole set at once (Reg2RG's "Overall");
-            "coco" for pycocoevalcap's corpus BLEU and ROUGE-L, which has no ROUGE-1, ROUGE-2 or METEOR here.
+            "coco" for pycocoevalcap's corpus BLEU, ROUGE-L and CIDEr, without ROUGE-1, ROUGE-2 and METEOR.
         clean: "reg2rg" to prepare both texts by [`clean_reg2rg`]; `None` to score them as they are.
         meteor: off, to do without METEOR where WordNet is not installed.
         workers: processes for METEOR, which takes most of the time.
@@ -91,7 +97,10 @@ def score_reports(
     prepared = f"prepared:{clean or 'no'}"
     if scorer == "coco":
         counts = coco_bleu_counts(predictions, references)
-        per_report = {"rouge_l": coco_rouge_per_report(predictions, references)}
+        per_report = {
+            "rouge_l": coco_rouge_per_report(predictions, references),
+            "cider": coco_cider_per_report(predictions, references),
+        }
         return ReportScores(per_report, counts, coco_bleu_from_counts, f"{prepared} {coco_signature()}")
 
     counts = bleu_counts(predictions, references)

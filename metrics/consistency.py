@@ -1,0 +1,301 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Does a report agree with itself, and with the classifier that prompted it? No truth is needed to ask.
+
+- [`contradictions`]: one region states a thing twice with two values (presence, side, size, severity).
+- [`label_consistency`]: the labels that the rule labeler reads in the text against the classifier's findings.
+- [`report_consistency`]: both, as `consistency` in report.json and in the lines of `diffvp batch`.
+
+Only what cannot both be true counts. Two nodules of two sizes in one lung, an effusion on either side, a finding
+denied here and stated there, and "no other nodule" are ordinary radiology; how often true reports are accused is
+measured in docs/metrics.md.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..processing_diffvp import DiffVPProcessor
+from .labelers import RuleLabeler
+
+# Statements of the normal that name no finding, so that the labeler has nothing to deny.
+_AERATION = re.compile(r"\baeration\b[^.;]*\bnormal\b|\bnormal(?:ly)? aerat\w+")
+_NORMAL = {
+    "Cardiomegaly": re.compile(
+        r"\b(?:heart|cardiac)\b[^.;]*\b(?:size|sizes|dimensions?)\b[^.;]*\b(?:normal|natural)\b"
+    ),
+    "Emphysema": _AERATION,
+    "Mosaic attenuation pattern": _AERATION,
+    "Consolidation": _AERATION,
+}
+
+# There is one of it in a chest, or one on each side: two sizes or severities of it at one place exclude each other.
+_ONE = frozenset({"Cardiomegaly", "Pericardial effusion", "Hiatal hernia"})
+_ONE_A_SIDE = frozenset({"Pleural effusion"})
+# A state of the lung or of the vessels: two severities at one place exclude each other.
+_STATES = frozenset(
+    {"Arterial wall calcification", "Bronchiectasis", "Cardiomegaly", "Coronary artery wall calcification",
+     "Emphysema", "Interlobular septal thickening", "Lung opacity", "Mosaic attenuation pattern",
+     "Peribronchial thickening"}
+)  # fmt: skip
+_COUNTABLE = frozenset({"Consolidation", "Lung nodule", "Lymphadenopathy"})
+
+_BOTH = re.compile(r"\b(?:both|bilateral(?:ly)?|each)\b")
+_SIDE = re.compile(r"\b(right|left)\b")
+_WALL = re.compile(r"\b(right|left) (?:anterior |upper )*(?:chest wall|pectoral|prepectoral|hemithorax)")
+_LEVEL = re.compile(
+    r"\b(upper|middle|lower|lingula|apical|apex|apices|\w*basal|bases?|superior|inferior|segment|anterior|posterior|"
+    r"lateral|medial|axilla|hil|"
+    r"(?:para|pre)tracheal|subcarinal|prevascular|paraaortic|aortopulmonary|mediastin|retroperiton|cervical|"
+    r"supraclavicular|abdom)"
+)
+_SIZE = re.compile(r"(\d+(?:[.,]\d+)?)(?: ?(?:x|×) ?\d+(?:[.,]\d+)?)* ?(mm|cm)\b")
+_PAUSE = re.compile(r"[,;.](?!\d)")
+_SEVERITY = re.compile(r"\b(minimal|mild|slight|moderate|severe|marked)\b")
+_SEVERITIES = {"minimal": "mild", "slight": "mild", "marked": "severe"}
+# A size that is not that of the one thing: a change, a limit, a second thing, or the rest.
+_COMPARED = re.compile(
+    r"\b(?:previous\w*|prior|old|earlier|last|increas\w*|decreas\w*|regress\w*|progress\w*|chang\w*|before|current\w*|"
+    r"disappear\w*|described|january|february|march|april|may|june|july|august|september|october|november|december)\b"
+    r"|\?"
+)
+_OTHER = re.compile(
+    r"\b(?:other|others|another|additional\w*|further|else|elsewhere|except|apart|besides?|second|remaining|rest|new|"
+    r"newly|also|more|only|same|again|free|loculated|localized|this|distal|proximal)\b"
+)
+# A denial of one kind only: "no suspicious nodule" leaves the calcified one where it is.
+_KIND = re.compile(
+    r"\b(?:suspicio\w*|patholog\w*|malign\w*|metasta\w*|significan\w*|active|acute|specific|obvious|definite|large\w*|"
+    r"great\w*|solid|mass\w*[ ,-]+(?:or )?nodul\w*|calcifi\w*|cavit\w*|prominent|occlusive|typical|evident|gross)\b"
+)
+_LARGEST = re.compile(r"\b(?:largest|biggest)\b")
+_ONE_OF = re.compile(r"^(?:there is |there was )?(?:an?|one)\b")
+_SINGLE = re.compile(r"\b(?:solitary|unilateral)\b")
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """
+    Two sentences of one region that cannot both be true.
+
+    Attributes:
+        label: the finding, one of the 18.
+        kind: "presence", "side", "size" or "severity".
+        region: the region that holds both, as `post_process` names it; "other" in a text without regions.
+        values: what the two say: "present" and "absent"; "right" and "left"; "6 mm" and "9 mm"; "mild" and "severe".
+        sentences: the two, as the report has them.
+    """
+
+    label: str
+    kind: str
+    region: str
+    values: tuple[str, str]
+    sentences: tuple[str, str]
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "label": self.label, "kind": self.kind, "region": self.region,
+            "values": list(self.values), "sentences": list(self.sentences),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """
+    A sentence about one finding, and the `part` of it between commas that names the finding. `alone`: the sentence is
+    about no other, so that its values are this finding's. What is denied, is denied at all places of the sentence.
+    """
+
+    label: str
+    present: bool
+    rule: str
+    sentence: str
+    part: str
+    alone: bool
+
+    @property
+    def lower(self) -> str:
+        return self.sentence.lower()
+
+    @property
+    def _around(self) -> str:
+        return self.lower if self.alone or not self.present else ""
+
+    @property
+    def sides(self) -> frozenset[str]:
+        if self.label == "Medical material":
+            return frozenset(_WALL.findall(self.lower))
+        return _sides(self.part) or _sides(self._around)
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return frozenset(_LEVEL.findall(self.part) or _LEVEL.findall(self._around))
+
+    @property
+    def sizes(self) -> list[float]:
+        """mm; the first number of "13 x 9 mm"."""
+        return [
+            float(number.replace(",", ".")) * (10 if unit == "cm" else 1) for number, unit in _SIZE.findall(self.lower)
+        ]
+
+    @property
+    def severities(self) -> set[str]:
+        return {_SEVERITIES.get(word, word) for word in _SEVERITY.findall(self.lower)}
+
+
+@lru_cache(maxsize=1)
+def _labeler() -> RuleLabeler:
+    return RuleLabeler()
+
+
+def contradictions(text: str) -> list[Contradiction]:
+    """
+    What a report says twice with two values, in the order of the regions; one entry for each region, finding and kind.
+
+    Args:
+        text: a whole report. "Lung: ..." opens a region, as in [`DiffVPProcessor.post_process`]; a report without
+            such headings is one region, "other".
+
+    Raises:
+        TypeError: `text` is not a str.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A report must be a str, got {type(text).__name__}")
+    found: dict[tuple[str, str, str], Contradiction] = {}
+    for region, words in DiffVPProcessor.post_process(text).items():
+        for first, second in combinations(_statements(words), 2):
+            if first.label == second.label and first.sentence != second.sentence:
+                for kind, values in _conflicts(first, second):
+                    key = (region, first.label, kind)
+                    sentences = (first.sentence, second.sentence)
+                    found.setdefault(key, Contradiction(first.label, kind, region, values, sentences))
+    return list(found.values())
+
+
+def label_consistency(text: str, findings: Iterable[Mapping]) -> dict:
+    """
+    The labels of the text against the classifier's.
+
+    Args:
+        text: a whole report.
+        findings: `findings` of report.json: a dict for each diagnosis, with `label` and `positive`. Diagnoses that are
+            not among the 18 of the rules are left out.
+
+    Returns:
+        "labels", how many were compared; "agree", on how many both say the same; "only_in_text" and
+        "only_in_findings", the labels that one of them says are there and the other not.
+
+    Raises:
+        TypeError: `text` is not a str.
+    """
+    classified = {
+        finding["label"]: finding["positive"] for finding in findings if finding["label"] in DIAGNOSIS_LABELS
+    }
+    written = _labeler().label(text)
+    only_in_text = [label for label, positive in classified.items() if written[label] and not positive]
+    only_in_findings = [label for label, positive in classified.items() if positive and not written[label]]
+    return {
+        "labels": len(classified),
+        "agree": len(classified) - len(only_in_text) - len(only_in_findings),
+        "only_in_text": only_in_text,
+        "only_in_findings": only_in_findings,
+    }
+
+
+def report_consistency(text: str, findings: Sequence[Mapping]) -> dict:
+    """`consistency` of a report: [`label_consistency`], `None` without findings, and [`contradictions`]."""
+    return {
+        "text_against_findings": label_consistency(text, findings) if findings else None,
+        "contradictions": [contradiction.to_dict() for contradiction in contradictions(text)],
+    }
+
+
+def _statements(words: str) -> list[_Statement]:
+    """What a region states or denies, by sentence. What it only suspects, or tells of the past, is left out."""
+    hits = _labeler().explain(words)
+    labels: dict[str, set[str]] = {}
+    for hit in hits:
+        labels.setdefault(hit.sentence, set()).add(hit.label)
+    said = {
+        (hit.label, hit.sentence): _Statement(
+            hit.label, hit.polarity == "positive", hit.rule, hit.sentence, _part(words, *hit.span),
+            len(labels[hit.sentence]) == 1,
+        )
+        for hit in reversed(hits)  # the first of a sentence counts
+        if hit.polarity in ("positive", "negated")
+    }  # fmt: skip
+    both_ways = {
+        (hit.label, hit.sentence) for hit in hits if hit.polarity != "positive"
+    } & {(hit.label, hit.sentence) for hit in hits if hit.polarity == "positive"}  # fmt: skip
+    statements = [statement for key, statement in said.items() if key not in both_ways]
+    for label, normal in _NORMAL.items():
+        for sentence in re.split(r"(?<=[.;])\s+", words):
+            if normal.search(sentence.lower()) and label not in labels.get(sentence, ()):
+                statements.append(_Statement(label, False, "normal", sentence, sentence.lower(), True))
+    return sorted(statements, key=lambda statement: words.find(statement.sentence))
+
+
+def _part(words: str, start: int, end: int) -> str:
+    """What lies between the commas around a place in a text, in lower case."""
+    before = [match.end() for match in _PAUSE.finditer(words, 0, start)]
+    after = _PAUSE.search(words, end)
+    return words[before[-1] if before else 0 : after.start() if after else len(words)].lower()
+
+
+def _sides(words: str) -> frozenset[str]:
+    return frozenset(("right", "left") if _BOTH.search(words) else _SIDE.findall(words))
+
+
+def _conflicts(first: _Statement, second: _Statement) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(kind, values) of what two statements about one finding cannot both be right about."""
+    if first.present != second.present:
+        stated, denied = (first, second) if first.present else (second, first)
+        everywhere = _covers(denied.sides, stated.sides) and _covers(denied.levels, stated.levels)
+        if everywhere and not any(pattern.search(denied.lower) for pattern in (_OTHER, _KIND, _COMPARED)):
+            yield "presence", ("present", "absent") if first.present else ("absent", "present")
+        return
+    if not (first.present and first.alone and second.alone):
+        return
+    if any(pattern.search(statement.lower) for statement in (first, second) for pattern in (_COMPARED, _OTHER)):
+        return
+    label = first.label
+    alike = _LARGEST.search(first.lower) and _LARGEST.search(second.lower)
+    single = _SINGLE.search(first.lower) and _SINGLE.search(second.lower)
+    unique = label in _ONE or alike or single or (label == "Medical material" and first.rule == second.rule)
+    if unique and label != "Lymphadenopathy" and first.sides and second.sides and not first.sides & second.sides:
+        yield "side", (_words(first.sides), _words(second.sides))
+        return
+    if not _same_place(first, second):
+        return
+    sized = (unique or label in _ONE_A_SIDE) and label != "Medical material"
+    if label in _COUNTABLE and _ONE_OF.search(first.lower) and _ONE_OF.search(second.lower):
+        sized |= bool(first.sides and first.levels) and first.sides == second.sides and first.levels == second.levels
+    if sized and len(first.sizes) == len(second.sizes) == 1 and first.sizes != second.sizes:
+        yield "size", (f"{first.sizes[0]:g} mm", f"{second.sizes[0]:g} mm")
+    if label in _STATES and first.sides == second.sides and first.levels == second.levels:
+        if len(first.severities) == len(second.severities) == 1 and first.severities != second.severities:
+            yield "severity", (first.severities.copy().pop(), second.severities.copy().pop())
+
+
+def _same_place(first: _Statement, second: _Statement) -> bool:
+    """Whether two statements may be about one place: neither names a side or a level that the other excludes."""
+    return all(
+        not one or not other or one & other
+        for one, other in ((first.sides, second.sides), (first.levels, second.levels))
+    )
+
+
+def _covers(denied: frozenset[str], stated: frozenset[str]) -> bool:
+    """Whether a denial at these places reaches the stated ones: one without a place reaches all."""
+    return not denied or bool(denied & stated)
+
+
+def _words(sides: frozenset[str]) -> str:
+    return "both" if len(sides) == 2 else next(iter(sides))
+
+
+__all__ = ["Contradiction", "contradictions", "label_consistency", "report_consistency"]
