@@ -291,7 +291,7 @@ def _check_complete(
             if there < promised != total and not derived:
                 missing.append((count, promised, there))
     if allow_incomplete:
-        unread = [f"{len(lost)} files of the series could not be read."] if lost else []
+        unread = [f"Files of the series that could not be read: {len(lost)}."] if lost else []
         return (
             *unread,
             *(f"{count} is {promised}, of which {there} are there." for count, promised, there in missing),

@@ -110,7 +110,7 @@ def test_an_incomplete_series_is_read_on_request_with_a_warning(tmp_path):
         read_ct(tmp_path / "s")
     volume = read_ct(tmp_path / "s", allow_incomplete=True)
     check(volume, LPS[:, :, 1:16])
-    assert volume.warnings == ("3 files of the series could not be read.",)
+    assert volume.warnings == ("Files of the series that could not be read: 3.",)
     assert resample(volume, (8, 8, 8))[1].warnings == volume.warnings
     files[8].write_bytes(b"")
     with pytest.raises(CTGeometryError, match="slices are missing"):
