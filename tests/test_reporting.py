@@ -359,7 +359,8 @@ def test_an_incomplete_series_has_a_warning(loaded, tmp_path):
     (folder / "001.dcm").write_bytes(b"")
     with pytest.raises(CTInputError, match="001.dcm: content: empty"):
         write_report(*loaded, folder, tmp_path / "report")
-    report = write_report(*loaded, folder, tmp_path / "report", allow_incomplete=True)
+    options = {"allow_incomplete": True, "allow_any_anatomy": True}
+    report = write_report(*loaded, folder, tmp_path / "report", **options)
     assert "Files of the series that could not be read: 1." in report.document["warnings"]
     assert "001.dcm" not in json.dumps(report.document)
 
