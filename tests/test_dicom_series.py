@@ -570,8 +570,8 @@ def test_declared_padding_is_air_however_it_is_stored(tmp_path, case):
 
 
 @pytest.mark.parametrize("step", [0.2, 0.3, 0.4, 0.5, 0.6, 0.625, 0.75, 0.8, 1.25, 3.75])
-@pytest.mark.parametrize("bottom", [-899.8, -752.35, -101.6, 0.05])
-@pytest.mark.parametrize("digits", [1, 2, 6])
+@pytest.mark.parametrize("bottom", [-899.8, -752.35])
+@pytest.mark.parametrize("digits", [1, 6])
 def test_positions_are_rounded(tmp_path, step, bottom, digits):
     if step < 0.5 and digits == 1 and not round(bottom * 10, 6).is_integer():
         pytest.skip("no scanner rounds to half of a slice")
