@@ -90,6 +90,9 @@ def report(
     series: Annotated[
         str | None, typer.Option(help="DICOM series to read if there are several (number or UID).")
     ] = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Read what is there of a DICOM series that lacks files.")
+    ] = False,
     spacing: Annotated[
         tuple[float, float, float] | None,
         typer.Option(help="Voxel size in mm along x, y, z, for a NIfTI file with a blank header."),
@@ -115,7 +118,8 @@ def report(
     with _reporting() as reporting:
         written = reporting(
             checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
-            spacing=spacing, metadata=None if metadata is None else _metadata(metadata, ct.name),
+            allow_incomplete=allow_incomplete, spacing=spacing,
+            metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip

@@ -143,6 +143,7 @@ def write_report(
     spacing: tuple[float, float, float] | None = None,
     metadata: CTMetadata | None = None,
     series: int | str | None = None,
+    allow_incomplete: bool = False,
     allow_non_hu: bool = False,
     allow_any_anatomy: bool = False,
     hu_window: tuple[float, float] | None = None,
@@ -161,8 +162,8 @@ def write_report(
         ct: whatever [`read_ct`] takes.
         output_dir: appears complete or not at all; replaces an earlier report, and nothing else.
         reference: a normal scan of the caller's; `None` samples from the checkpoint's pool by `reference_seed`.
-        spacing, metadata, series: what `ct` needs to be understood, see [`read_ct`]; `spacing` also holds for a
-            reference given as an array.
+        spacing, metadata, series, allow_incomplete: what `ct` needs to be understood, see [`read_ct`]; `spacing` also
+            holds for a reference given as an array.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         allow_any_anatomy: also of scans without lungs, for which the model has no words.
         max_new_tokens: where to stop; the default is the checkpoint's.
@@ -187,7 +188,7 @@ def write_report(
     if isinstance(ct, (list, tuple)):
         raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
     # Both are read once, for the tensor and for the figure.
-    scan = ct if isinstance(ct, CTVolume) else read_ct(ct, spacing, allow_non_hu, metadata, series)
+    scan = ct if isinstance(ct, CTVolume) else read_ct(ct, spacing, allow_non_hu, metadata, series, allow_incomplete)
     sampled, reference_name = reference is None, GIVEN_REFERENCE
     if sampled:
         reference_name, reference = processor.choose_reference(scan.sha256, reference_seed)
@@ -293,6 +294,7 @@ def describe_report(
         "This model takes no difference: the map is empty.": model.config.difference_level == "none",
         f"The file states no grid. Read as: {geometry.layout}.": geometry.layout not in (STATED, GIVEN)
         and not geometry.layout.startswith("DICOM"),
+        **dict.fromkeys(geometry.warnings, True),
     }
     applying = [warning for warning, applies in warnings.items() if applies]
     document = {

@@ -1,9 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What readers make of malformed and hostile files: diffvp, nibabel, SimpleITK and MONAI on the corpus of `tests/`.
+What readers make of malformed and hostile files, and of legitimate ones, on the corpora of `tests/`: diffvp, nibabel,
+SimpleITK, MONAI, pydicom, dicom2nifti and dcm2niix.
 
     pip install itk pynrrd   # with which MONAI reads NRRD, MetaImage and DICOM
+    pip install --no-deps dicom2nifti python-gdcm
+    apt-get install dcm2niix
     python benchmarks/bad_inputs.py --output benchmarks/results
 
 Each case runs in a process of its own, forked from one that has imported the reader, with a limit on time and on
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -28,12 +32,15 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI")
+READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI", "pydicom", "dicom2nifti", "dcm2niix")
 FORMATS = {
     "diffvp": {"NIfTI", "NRRD", "MetaImage", "DICOM", "zip"},
     "nibabel": {"NIfTI"},
     "SimpleITK": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
     "MONAI": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
+    "pydicom": {"DICOM"},
+    "dicom2nifti": {"DICOM"},
+    "dcm2niix": {"DICOM"},
 }
 OUTCOMES = ("accepted", "other voxels", "typed error", "generic error", "crash", "hang")
 PLAIN = "good: .nii.gz"  # the scan that all good cases hold
@@ -60,19 +67,30 @@ SOUND = {
     ),
     "DICOM": (
         "gantry tilt", "two series", "rescale applied already", "no rescale", "MR",
-        "MONOCHROME1", "RGB", "several frames a file", "secondary capture", "DICOMDIR alone",
+        "MONOCHROME1", "RGB", "several frames a file", "secondary capture", "DICOMDIR alone", "MIP alone",
+        "MinIP alone", "localizer alone",
     ),
 }  # fmt: skip
 
 
-def reader(name: str):
-    """The function that reads a path, with its imports done."""
+def reader(name: str, voxels: bool = False):
+    """The function that reads a path, with its imports done.
+
+    Args:
+        voxels: read Hounsfield units; else as far as the reader goes, to the model's tensor where it makes one.
+    """
     if name == "diffvp":
         import diffvp.dicom_diffvp  # noqa: F401 - else imported at the first series
         from diffvp.reading_diffvp import read_ct
         from diffvp.volume_diffvp import resample
 
-        return lambda path: resample(read_ct(path), (32, 64, 64))[0]
+        def read_hu(path: str) -> np.ndarray:
+            volume = read_ct(path)
+            return volume.array * volume.slope + volume.intercept
+
+        return read_hu if voxels else lambda path: resample(read_ct(path), (32, 64, 64))[0]
+    if name in CONVERTERS:
+        return CONVERTERS[name]()
     if name == "nibabel":
         import nibabel
 
@@ -100,6 +118,8 @@ def reader(name: str):
         Spacing,
     )
 
+    if voxels:
+        return LoadImage(image_only=True)
     # ITK loads itself bit by bit, for seconds.
     for part in ("ImageFileReader", "ImageSeriesReader", "GDCMSeriesFileNames", "NrrdImageIO", "MetaImageIO"):
         getattr(itk, part)
@@ -114,6 +134,72 @@ def reader(name: str):
             Resize((64, 64, 32), mode="trilinear"),
         ]
     )
+
+
+def by_pydicom():
+    """As its documentation does it: pixels and rescale of every file, in the order of their positions."""
+    import pydicom
+    from pydicom.fileset import FileSet
+    from pydicom.pixels import apply_rescale
+
+    def read(path: str) -> np.ndarray:
+        path = Path(path)
+        if path.name == "DICOMDIR":
+            slices = [instance.load() for instance in FileSet(path)]
+        else:
+            files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+            slices = []
+            for file in files:
+                try:
+                    slices.append(pydicom.dcmread(file))
+                except pydicom.errors.InvalidDicomError:  # notes, which folders also hold
+                    continue
+        if len(slices) > 1:
+            slices.sort(key=lambda one: one.ImagePositionPatient[2])
+        return np.stack([apply_rescale(one.pixel_array, one) for one in slices])
+
+    return read
+
+
+def by_dicom2nifti():
+    import logging
+
+    import dicom2nifti
+    import nibabel
+
+    logging.disable()
+
+    def read(path: str) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            output, source = os.path.join(folder, "scan.nii"), path if os.path.isdir(path) else os.path.dirname(path)
+            dicom2nifti.dicom_series_to_nifti(source, output, reorient_nifti=False)
+            return nibabel.load(output).get_fdata()
+
+    return read
+
+
+def by_dcm2niix():
+    import nibabel
+
+    def read(path: str) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.dirname(path) if os.path.basename(path) == "DICOMDIR" else path
+            command = ["dcm2niix", "-z", "n", "-b", "n", "-f", "%s", "-o", folder, source]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # It converts all series that it finds; the first by name is taken.
+            return nibabel.load(sorted(Path(folder).glob("*.nii"))[0]).get_fdata()
+
+    return read
+
+
+CONVERTERS = {"pydicom": by_pydicom, "dicom2nifti": by_dicom2nifti, "dcm2niix": by_dcm2niix}
+
+
+def version_of(name: str) -> str:
+    if name != "dcm2niix":
+        return version(name)
+    lines = subprocess.run(["dcm2niix", "--version"], capture_output=True, text=True).stdout.split()
+    return lines[-1].removeprefix("v")
 
 
 def resident_mb() -> float:
@@ -138,7 +224,7 @@ def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: f
             if check:
                 if package == "SimpleITK":
                     voxels = sys.modules[package].GetArrayFromImage(voxels)
-                result["sum"] = float(np.sum(np.asarray(voxels), dtype=np.float64))
+                result["sum"], result["size"] = float(np.sum(np.asarray(voxels), dtype=np.float64)), np.size(voxels)
         except BaseException as error:  # whatever comes is the result
             own = type(error).__module__.split(".")[0] == package
             result |= {"outcome": "typed error" if own else "generic error", "error": type(error).__name__}
@@ -180,6 +266,24 @@ def cases(folder: Path) -> list[dict]:
     return written
 
 
+def legitimate(folder: Path) -> list[dict]:
+    """Write the legitimate files, and say what they hold."""
+    from diffvp.tests.ct_samples import make_ct
+    from diffvp.tests.good_inputs import GOOD
+    from diffvp.tests.good_volumes import GOOD as VOLUMES
+
+    written = []
+    volumes = [(name, lambda folder, make=make: (Path(make(folder)), make_ct())) for name, make in VOLUMES]
+    for number, (name, write) in enumerate(GOOD + volumes):
+        place = folder / f"good{number:03d}"
+        place.mkdir()
+        path, hu = write(place)
+        form = "zip" if path.suffix == ".zip" else re.split("[:, ]", name)[0]
+        row = {"name": name, "format": form, "group": "legitimate", "path": str(path)}
+        written.append(row | {"sum": float(hu.sum(dtype=np.float64)), "size": hu.size})
+    return written
+
+
 def page(results: dict) -> str:
     rows, readers = results["cases"], results["readers"]
     lines = [
@@ -188,10 +292,10 @@ def page(results: dict) -> str:
         f"{results['limit']:.0f} s for each case. {', '.join(f'{name} {readers[name]}' for name in readers)}.",
         "A dash: not a format of this reader, so not counted. A typed error is of a class of the reader's own; any",
         "other exception is generic. Other voxels: accepted, but not those of the file that was asked for. The",
-        "generator is `tests/bad_inputs.py`.", "",
+        "generators are `tests/bad_inputs.py` and `tests/good_inputs.py`.", "",
     ]  # fmt: skip
     titles = {
-        "damaged": "Damaged, contradictory or hostile files",
+        "damaged": "Damaged, incomplete, ambiguous, contradictory or hostile files",
         "no CT": "Sound files that are no CT on a grid the model can take (a general reader may well accept them)",
         "good": "Good files (here, accepting is right)",
     }
@@ -205,6 +309,15 @@ def page(results: dict) -> str:
             worst = f"{max(one['seconds'] for one in found):.2f} | {max(one['mb'] for one in found):.0f}"
             lines.append(f"| {name} | {len(found)} | {numbers} | {worst} |")
         lines.append("")
+    lines += ["## Legitimate files wrongly refused, or read wrong", ""]
+    lines += ["| reader | files | refused | other voxels | read |", "|---|---|---|---|---|"]
+    for name in readers:
+        found = [row["results"][name]["outcome"] for row in rows
+                 if row["group"] == "legitimate" and name in row.get("results", {})]  # fmt: skip
+        counts = Counter("refused" if one not in ("accepted", "other voxels") else one for one in found)
+        numbers = (len(found), counts["refused"], counts["other voxels"], counts["accepted"])
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |" if found else f"| {name} | 0 | - | - | - |")
+    lines.append("")
     lines += ["## Case by case", "", f"| case | {' | '.join(readers)} |", "|---" * (len(readers) + 1) + "|"]
     for row in rows:
         cells = []
@@ -216,7 +329,8 @@ def page(results: dict) -> str:
             slow = f", {one['seconds']:.1f} s" if one["seconds"] > 2 else ""
             hungry = f", {one['mb']:.0f} MB" if one["mb"] > 600 else ""
             text = one["error"] or "accepted"
-            wrong = text == "other voxels" or (text == "accepted" and row["group"] == "damaged")
+            wrong = text == "other voxels" or (text == "accepted") == (row["group"] == "damaged")
+            wrong = wrong if row["group"] in ("damaged", "legitimate") else text == "other voxels"
             cells.append((f"**{text}**" if wrong else text) + slow + hungry)
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -231,17 +345,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.reader:
         name, manifest = options.reader
-        read, package = reader(name), {"MONAI": "monai"}.get(name, name)
-        found = {
-            row["name"]: attempt(read, package, row["path"], row["group"] == "good", options.gigabytes, options.limit)
-            for row in track(json.loads(Path(manifest).read_text()), name)
-            if row["format"] in FORMATS[name]
-        }
+        package = {"MONAI": "monai"}.get(name, name)
+        readers = {True: reader(name, voxels=True), False: reader(name)}
+        found = {}
+        for row in track(json.loads(Path(manifest).read_text()), name):
+            if row["format"] in FORMATS[name]:
+                group, limits = row["group"], (options.gigabytes, options.limit)
+                read = readers[group == "legitimate"]
+                found[row["name"]] = attempt(read, package, row["path"], group in ("good", "legitimate"), *limits)
         Path(manifest).with_name(f"{name}.json").write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        rows = cases(folder)
+        rows = cases(folder) + legitimate(folder)
         (folder / "cases.json").write_text(json.dumps(rows))
         for name in READERS:
             command = [sys.executable, __file__, "--reader", name, str(folder / "cases.json")]
@@ -252,13 +368,18 @@ def main() -> None:
                 if row["name"] in found:
                     one = row.setdefault("results", {})[name] = found[row["name"]]
                     # Equal voxels have an equal sum in whatever order; resampling an oblique grid changes it by 9 %.
-                    if "sum" in one and abs(one["sum"] / found[PLAIN]["sum"] - 1) > 0.2:
+                    if row["group"] == "legitimate" and "sum" in one:
+                        other = one["size"] != row["size"] or abs(one["sum"] / row["sum"] - 1) > 1e-3
+                    else:
+                        other = "sum" in one and PLAIN in found and abs(one["sum"] / found[PLAIN]["sum"] - 1) > 0.2
+                    if other:
                         one |= {"outcome": "other voxels", "error": "other voxels"}
     for row in rows:
         del row["path"]
     results = {
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
-        "limit": options.limit, "gigabytes": options.gigabytes, "readers": {name: version(name) for name in READERS},
+        "limit": options.limit, "gigabytes": options.gigabytes,
+        "readers": {name: version_of(name) for name in READERS},
         "cases": rows,
     }  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)

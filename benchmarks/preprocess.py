@@ -3,7 +3,7 @@
 """
 From a CT file to the model's tensor: time and memory against MONAI, TorchIO and SimpleITK.
 
-    pip install torchio
+    pip install torchio imagecodecs
     python benchmarks/preprocess.py --rounds 5 --output benchmarks/results
 
 All pipelines take the same file to 64 x 256 x 256 voxels in [-1, 1]. In each round they take turns in one process, and
@@ -84,6 +84,52 @@ def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{z:04d}.dcm"))
         writer.Execute(image)
+
+
+def write_compressed(folder: Path, source: Path, kind: str) -> None:
+    """The slices of a folder, compressed without loss: JPEG 2000 by SimpleITK, JPEG-LS by imagecodecs."""
+    import pydicom
+    import SimpleITK as sitk
+    from pydicom.encaps import encapsulate
+
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetUseCompression(True)
+    writer.SetImageIO("GDCMImageIO")
+    for path in sorted(source.iterdir()):
+        if kind == "JPEG 2000":
+            whole = sitk.ReadImage(str(path))
+            image = whole[:, :, 0]
+            for key in whole.GetMetaDataKeys():
+                image.SetMetaData(key, whole.GetMetaData(key))
+            writer.SetFileName(str(folder / path.name))
+            writer.Execute(image)
+            continue
+        import imagecodecs
+
+        one = pydicom.dcmread(path)
+        pixels = (one.pixel_array.astype(np.int32) + 1024).astype(np.uint16)
+        one.PixelRepresentation, one.RescaleIntercept = 0, -1024
+        one.PixelData = encapsulate([imagecodecs.jpegls_encode(pixels)])
+        one["PixelData"].VR, one["PixelData"].is_undefined_length = "OB", True
+        one.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.80"
+        pydicom.dcmwrite(folder / path.name, one, implicit_vr=False, little_endian=True)
+
+
+def hounsfield(path) -> np.ndarray:
+    """A DICOM folder or file in HU: what a reader does, without resampling."""
+    volume = read_ct(path)
+    assert (volume.slope, volume.intercept) == (1, 0)
+    return volume.array
+
+
+def hounsfield_simpleitk(path) -> np.ndarray:
+    import SimpleITK as sitk
+
+    if not Path(path).is_dir():
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    return sitk.GetArrayFromImage(sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))))
 
 
 def ours(path, antialias: bool = False, digest: bool = False) -> torch.Tensor:
@@ -173,18 +219,19 @@ PIPELINES = {
     "TorchIO": torchio,
     "SimpleITK, one resampling": simpleitk,
 }
+READERS = {OURS: hounsfield, "SimpleITK": hounsfield_simpleitk}
 NOT_DICOM = {"TorchIO"}  # reads a folder through ITK as well; no other way to time
 
 
-def interleaved(path: Path, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(path: Path, names: list[str], rounds: int, pipelines=PIPELINES) -> dict[str, dict[str, float]]:
     times = {name: [] for name in names}
     for name in names:
-        PIPELINES[name](path)  # imports, page cache
+        pipelines[name](path)  # imports, page cache
     for turn in track(range(rounds), path.name):
         # In another order each time: behind a pipeline that gives much memory back, the next has its pages to fault.
         for name in np.random.default_rng(turn).permutation(names).tolist():
             start = time.perf_counter()
-            PIPELINES[name](path)
+            pipelines[name](path)
             times[name].append(time.perf_counter() - start)
     return {
         name: {
@@ -219,6 +266,23 @@ def threads(path: Path, rounds: int) -> float:
             seconds[workers] = time.perf_counter() - start
         ratios.append(seconds[1] / seconds[2])
     return statistics.median(ratios)
+
+
+def readers(folder: Path, rounds: int) -> dict[str, dict]:
+    """Reading alone, of series as they come: uncompressed, JPEG 2000, JPEG-LS, and enhanced CT."""
+    from diffvp.tests.ct_samples import write_enhanced
+
+    array = scan((512, 512, 300), 12)
+    write_dicom(folder / "whole", array, (0.7, 0.7, 1.0))
+    write_dicom(folder / "part", array[:, :, :60], (0.7, 0.7, 1.0))
+    write_enhanced(folder / "enhanced.dcm", array)
+    paths = {"uncompressed, 300 slices": folder / "whole", "enhanced CT, 300 frames": folder / "enhanced.dcm"}
+    for kind in ("JPEG 2000", "JPEG-LS"):
+        paths[f"{kind}, 60 slices"] = folder / kind
+        write_compressed(folder / kind, folder / "part", kind)
+    return {
+        f"Reading DICOM: {name}": interleaved(path, list(READERS), rounds, READERS) for name, path in paths.items()
+    }
 
 
 def exponent(folder: Path, rounds: int) -> dict:
@@ -324,6 +388,7 @@ def main() -> None:
         path = folder / "series"
         write_dicom(path, scan((512, 512, 120), 12), (0.7, 0.7, 2.5))
         results["shapes"][DICOM] = interleaved(path, [n for n in PIPELINES if n not in NOT_DICOM], options.rounds)
+        results["shapes"] |= readers(folder, options.rounds)
         results["scaling"] = exponent(folder, options.rounds)
         small = folder / "small.nii.gz"
         write_nifti(small, scan((256, 256, 100), 12), (1.4, 1.4, 3.0))

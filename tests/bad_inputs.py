@@ -36,6 +36,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from diffvp.reading_diffvp import CTMetadata, read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, resample
 
+from .bad_dicom import LOST
 from .ct_samples import SPACING, make_ct, write_dicom
 
 SIZE = (16, 24, 24)  # of the tensor
@@ -725,8 +726,9 @@ def without_slice(folder: Path) -> Path:
 
 
 def copied_slice(folder: Path) -> Path:
-    """The same slice once more, under other names, as a faulty export leaves it."""
+    """Two slices of one place, under other names, as a faulty export leaves them."""
     content = pydicom.dcmread(write_dicom(folder / "series", make_ct()) / "010.dcm")
+    content.PixelData = content.PixelData[::-1]
     content.SOPInstanceUID = content.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
     content.save_as(folder / "series" / "copy.dcm")
     return folder / "series"
@@ -1031,7 +1033,7 @@ def _cases() -> list[Case]:
         ("NIfTI", NIFTI, "scan.nii"),
         ("NRRD", NRRD, "scan.nrrd"),
         ("MetaImage", META, "scan.mha"),
-        ("DICOM", DICOM, ""),
+        ("DICOM", DICOM | LOST, ""),
         ("object", OBJECTS, ""),
     ):
         for title, (content, error, names, *options) in table.items():

@@ -3,8 +3,9 @@
 """A synthetic scan, and the same scan as a DICOM series: what the tests of the readers share."""
 
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 SPACING = (1.5, 1.25, 2.5)  # mm along x, y, z
 
@@ -56,3 +57,59 @@ def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=Non
             change(k, one)
         one.save_as(path, enforce_file_format=True)
     return folder
+
+
+def group(**fields) -> Sequence:
+    """A sequence of one item with these fields."""
+    item = Dataset()
+    for name, value in fields.items():
+        setattr(item, name, value)
+    return Sequence([item])
+
+
+def write_enhanced(path, lps: np.ndarray, frames=None, rescales=None, change=None, kind=EnhancedCTImageStorage):
+    """A CT of many frames in one file, in pydicom's own hand.
+
+    Args:
+        frames: which slices it holds, in the order of its frames; all by default.
+        rescales: slope and intercept of each slice; by default the shared group states one for all.
+        change: `change(dataset)` may alter it before it is written.
+    """
+    path.parent.mkdir(exist_ok=True, parents=True)
+    frames = list(range(lps.shape[2]) if frames is None else frames)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    one = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    one.SOPClassUID, one.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
+    one.PatientName, one.PatientID, one.Modality = "Secret^Name", "SECRET-ID", "CT"
+    one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = "1.2.3.1", "1.2.3.2", "1.2.3.3"
+    one.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    one.SeriesNumber, one.InstanceNumber, one.NumberOfFrames = 1, frames[0] + 1, len(frames)
+    one.Rows, one.Columns = lps.shape[1], lps.shape[0]
+    one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+    one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+    shared = Dataset()
+    shared.PixelMeasuresSequence = group(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=SPACING[2])
+    shared.PlaneOrientationSequence = group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    if rescales is None:
+        shared.PixelValueTransformationSequence = group(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+    one.SharedFunctionalGroupsSequence = Sequence([shared])
+    items, planes = [], []
+    for k in frames:
+        slope, intercept = (1, -1024) if rescales is None else rescales[k]
+        item = Dataset()
+        item.FrameContentSequence = group(StackID="1", InStackPositionNumber=k + 1, FrameAcquisitionNumber=1)
+        item.PlanePositionSequence = group(ImagePositionPatient=[40, -25, 300 + k * SPACING[2]])
+        if rescales is not None:
+            item.PixelValueTransformationSequence = group(
+                RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="HU"
+            )
+        items.append(item)
+        planes.append(np.rint((lps[:, :, k].T.astype(float) - intercept) / slope).astype("<u2"))
+    one.PerFrameFunctionalGroupsSequence = Sequence(items)
+    one.PixelData = b"".join(plane.tobytes() for plane in planes)
+    if change is not None:
+        change(one)
+    one.save_as(path, enforce_file_format=True)
+    return path

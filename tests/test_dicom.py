@@ -17,8 +17,6 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     BasicTextSRStorage,
-    DeflatedExplicitVRLittleEndian,
-    EnhancedCTImageStorage,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -28,7 +26,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from diffvp import dicom_diffvp
+from diffvp import decoding_diffvp, dicom_diffvp, slices_diffvp
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, CTVolume
 
@@ -109,7 +107,7 @@ REFUSED = {
     "one position": (lambda k, one: moved(k, one, -k * Z), CTGeometryError, "slice positions: all the same"),
     "uneven": (move([5], 0.4 * Z), CTGeometryError, "slice spacing: 1.5 to 3.5 mm"),
     "gantry tilt": (lambda k, one: moved(k, one, 0.8 * k, 1), CTGeometryError, "gantry tilt: 17.7 degrees"),
-    "slice out of line": (move([7], 2.0, 0), CTGeometryError, "slice positions: 2 mm aside in 011.dcm"),
+    "slice out of line": (move([7], 2.0, 0), CTGeometryError, "slice positions: 1.88 mm aside in 011.dcm"),
     "mixed orientation": (
         set_tag("ImageOrientationPatient", [0, 1, 0, 1, 0, 0], 3),
         CTGeometryError,
@@ -163,11 +161,6 @@ REFUSED = {
         "ModalityLUTSequence: present",
     ),
     "not CT": (set_tag("Modality", "MR"), CTReadError, "Modality: MR"),
-    "multi-frame": (
-        sop_class(EnhancedCTImageStorage),
-        CTReadError,
-        r"SOPClassUID: Enhanced CT \(multi-frame\)",
-    ),
     "two frames": (two_frames, CTReadError, "NumberOfFrames: 2"),
     "secondary capture": (sop_class(SecondaryCaptureImageStorage), CTReadError, "SOPClassUID: Secondary Capture"),
     "secondary capture in the file's head only": (
@@ -199,11 +192,10 @@ REFUSED = {
         CTReadError,
         r"pixel data: 1144 bytes \(expected 8589672450 bytes",
     ),
-    "deflated": (syntax(DeflatedExplicitVRLittleEndian), CTReadError, "TransferSyntaxUID: 1.2.840.*99"),
-    "high-throughput JPEG 2000": (
+    "garbage for high-throughput JPEG 2000": (
         syntax(HTJ2K, lambda one: b"\xff\x4f\xff\x51" * 9),
         CTReadError,
-        f"TransferSyntaxUID: {HTJ2K}",
+        "dcm: pixel data: undecodable",
     ),
     "private syntax": (syntax("1.2.3.4", lambda one: b"\0" * 8), CTReadError, "TransferSyntaxUID: a private one"),
     "garbage for JPEG 2000": (
@@ -237,8 +229,11 @@ def test_folders_that_hold_no_series(tmp_path):
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        (140, "001.dcm: content: damaged"),
-        (-1200, "001.dcm: content: damaged"),  # within the element before the pixels
+        (140, "001.dcm: (content: damaged|pixel data: missing or truncated)"),
+        (
+            -1157,
+            "001.dcm: (content: damaged|pixel data: missing or truncated)",
+        ),  # within the element before the pixels
         (-1144, "001.dcm: pixel data: missing or truncated"),
         (-1, "001.dcm: pixel data: missing or truncated"),
     ],
@@ -537,17 +532,26 @@ def test_sequence_of_unknown_type_is_implicit_inside(tmp_path):
     assert (read_ct(folder).array == make_ct()).all()
 
 
+def _header(path):
+    [found] = slices_diffvp.read_header(slices_diffvp.DicomFile(path, "", path.name))
+    return found
+
+
 @pytest.mark.parametrize("name", ["totalsegmentator/dicom_series", "dcm_qa_ct_GE", "dcmqi_ct-3slice"])
 def test_headers_of_real_files_agree_with_pydicom(check_data, name):
     for path in sorted((check_data / "ct" / name).iterdir()):
-        ours, theirs = dicom_diffvp._read_header(path, path.name), pydicom.dcmread(path)
+        ours, theirs = _header(path), pydicom.dcmread(path)
         for field in ("Rows", "Columns", "BitsStored", "HighBit", "PixelRepresentation"):
             assert ours.values[field] == theirs[field].value
         for field, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
             np.testing.assert_array_equal(ours.numbers(field, count), np.array(theirs[field].value, dtype=float))
         assert ours.syntax == theirs.file_meta.TransferSyntaxUID
         pixels = theirs.PixelData
-        assert ours.length <= len(pixels) and path.read_bytes()[ours.start :].startswith(pixels[:100])
+        assert ours.length <= len(pixels)
+        if ours.fragments:
+            assert sum(length for _, length in ours.fragments) == ours.length
+        else:
+            assert path.read_bytes()[ours.start :].startswith(pixels[:100])
 
 
 # Where the patient lies.
@@ -781,7 +785,8 @@ def test_bombs(tmp_path, temporary, monkeypatch):
         archive.writestr("a.dcm", b"\0" * 128 + b"DICM" + b"\0" * 10**7)
     with pytest.raises(CTReadError, match="unpacked size: 10000132 bytes"):
         read_ct(tmp_path / "a.zip")
-    monkeypatch.setattr(dicom_diffvp, "MAX_FILES", 10)
+    for module in (dicom_diffvp, decoding_diffvp):
+        monkeypatch.setattr(module, "MAX_FILES", 10)
     folder = write_dicom(tmp_path / "series", make_ct())
     for path in (folder, zipped(tmp_path / "b.zip", folder)):
         with pytest.raises(CTReadError, match="number of files: .*at most 10"):

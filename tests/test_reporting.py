@@ -22,6 +22,8 @@ from diffvp.references_diffvp import index_references
 from diffvp.reporting import ReportError, load_checkpoint, write_report
 from diffvp.volume_diffvp import CTInputError
 
+from .ct_samples import make_ct, write_dicom
+
 FILES = {"report.txt", "report.json", "difference_map.nii.gz", "figure.png"}
 DOMAIN = "boxes of noise, and nothing else"
 
@@ -350,6 +352,17 @@ def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
     assert report.document["provenance"]["scan"]["is_hu"] is False
     assert report.document["provenance"]["preprocessing"]["hu_window"] == [0, 200]
     assert "not Hounsfield units" in (report.folder / "report.txt").read_text()
+
+
+def test_an_incomplete_series_has_a_warning(loaded, tmp_path):
+    folder = write_dicom(tmp_path / "series", make_ct())
+    (folder / "001.dcm").write_bytes(b"")
+    with pytest.raises(CTInputError, match="001.dcm: content: empty"):
+        write_report(*loaded, folder, tmp_path / "report")
+    options = {"allow_incomplete": True, "allow_any_anatomy": True}
+    report = write_report(*loaded, folder, tmp_path / "report", **options)
+    assert "Files of the series that could not be read: 1." in report.document["warnings"]
+    assert "001.dcm" not in json.dumps(report.document)
 
 
 def test_truth_is_written_and_compared(loaded, scan, tmp_path):

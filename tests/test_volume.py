@@ -384,7 +384,7 @@ def test_refusals_name_field_value_and_expectation(name):
     ("name", "content", "message"),
     [
         ("missing.nii.gz", None, "path: missing"),
-        ("scan.dcm", b"x", "suffix: '.dcm'"),
+        ("scan.dcm", b"x", "content: no DICOM file"),
         ("scan.nii", b"x" * 400, "sizeof_hdr: "),
         ("scan.nii.gz", b"x" * 400, "sizeof_hdr: "),
         ("scan.nrrd", b"x" * 400, "content: unreadable"),
