@@ -670,8 +670,7 @@ def _model_judge(
         raise JudgeError(
             "a judge takes --base-url and --model, such as those of a local server; --judge rules takes none"
         )
-    chat = ChatServer(base_url, model, **server)
-    with AnswerFile(answers) as kept:
+    with ChatServer(base_url, model, **server) as chat, AnswerFile(answers) as kept:
         yield ModelJudge(chat, kept, orders=orders, workers=workers)
 
 

@@ -51,6 +51,7 @@ SCHEMA = _object(
 )
 SHA256 = hashlib.sha256(json.dumps([VERSION, TEMPLATE, AGAIN, SCHEMA]).encode()).hexdigest()[:12]
 
+_START = re.compile(r'\{(?=\s*"\w+_winner")')  # of an object whose first field is a winner
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FIELDS = re.compile(r"\{(truth|first|second)\}")
 
@@ -124,19 +125,17 @@ def _json_object(text: str) -> tuple[dict | None, bool]:
         return (whole, False) if _has_winners(whole) else (None, True)
     except UNREADABLE:
         pass
-    decoder = json.JSONDecoder(object_pairs_hook=_without_contradiction)
-    found, start = None, text.find("{")
-    first = start
-    while start >= 0:
+    found = None
+    starts = [match.start() for match in _START.finditer(text)]
+    for start in starts:
         try:
-            value, end = decoder.raw_decode(text, start)
-            found = value if _has_winners(value) else found
+            found, _ = _DECODER.raw_decode(text, start)
         except UNREADABLE:
-            end = start + 1
-        start = text.find("{", end)
-    if found is None and first >= 0:
+            continue
+    if found is None and "_winner" in text:
+        begin = starts[0] if starts else max(text.rfind("{", 0, text.index("_winner")), 0)
         try:
-            values = json_repair.loads(text[first:])
+            values = json_repair.loads(text[begin:])
         except UNREADABLE:
             return None, True
         values = values if isinstance(values, list) else [values]
@@ -154,3 +153,6 @@ def _without_contradiction(pairs: list[tuple[str, object]]) -> dict:
     for key, value in pairs:
         values[key] = value if values.get(key, value) == value else None
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_contradiction)

@@ -178,6 +178,15 @@ class ChatServer:
             self.answered = True
             return _reply(completion)
 
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> "ChatServer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
     def _make_simpler(self, form: RequestForm, error: openai.APIStatusError) -> None:
         """Change the form of requests after one of `form` was refused, or raise what it was refused for."""
         status, said = error.status_code, _what_it_said(error)
