@@ -305,6 +305,14 @@ def score(
         Path | None, typer.Option(help="Folder of a converted RadBERT classifier (default: the rules).")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
+    radmatch: Annotated[
+        Path | None, typer.Option(help="Also count errors by RadMatch, a language model's; folder for what it finds.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Of the server of RadMatch's language model.")] = None,
+    model: Annotated[str | None, typer.Option(help="As that server calls it.")] = None,
+    reports_leave_machine: Annotated[
+        bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
@@ -312,7 +320,10 @@ def score(
         from .metrics.labelers import load_labeler
         from .metrics.labelers.radbert import RadBertError
         from .metrics.nlg import LexiconError
-        from .metrics.report_table import score_table, table_page
+        from .metrics.report_table import read_pairs, score_table, table_page
+    if radmatch is not None:
+        with _needs_extra("radmatch"):
+            from .metrics.radmatch import radmatch_page, score_radmatch
     with _one_line_errors(ValueError, TypeError, RadBertError, LexiconError), _listed_problems():
         document = score_table(
             reports, load_labeler(radbert),
@@ -320,7 +331,18 @@ def score(
             labels=labels, training=training, training_column=training_column, scorer=scorer, regions=regions,
             workers=workers,
         )  # fmt: skip
-    typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
+        if radmatch is not None:
+            if not (base_url and model):
+                raise ValueError("--radmatch takes --base-url and --model: the server of its language model")
+            pairs = read_pairs(reports, id_column, prediction_column, reference_column)
+            options = {"base_url": base_url, "model": model, "reports_leave_machine": reports_leave_machine}
+            document["radmatch"] = score_radmatch(*pairs, radmatch, **options)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    typer.echo(table_page(document))
+    if radmatch is not None:
+        typer.echo(radmatch_page(document["radmatch"]))
 
 
 @app.command()
@@ -442,6 +464,13 @@ def experiment(
     jobs: Annotated[
         int, typer.Option(min=1, help="Models that are trained at once, each on a part of the cores.")
     ] = 1,
+    base_url: Annotated[
+        str | None, typer.Option(help="Of a server whose language model judges reports, too (fig4b): docs/judge.md.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The judge, as that server calls it.")] = None,
+    reports_leave_machine: Annotated[
+        bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, and list the models to train.")] = False,
 ) -> None:
     """Make tables and figures of the paper anew: train what they need, write the reports, score them."""
@@ -458,14 +487,22 @@ def experiment(
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError), _listed_problems():
+    with (
+        _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError),  # a JudgeError is a ValueError
+        _listed_problems(),
+        contextlib.ExitStack() as stack,
+    ):
+        judge = None
+        if (base_url or model) and not dry_run:
+            options = {"reports_leave_machine": reports_leave_machine}
+            judge = stack.enter_context(_model_judge(base_url, model, runs / "judge.jsonl", 2, 4, **options))
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)
                 _print_plan(name, plan)
                 _print_estimate(plan[0][0].config, processes=1, tflops=None)
                 continue
-            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers, jobs=jobs)
+            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers, jobs=jobs, judge=judge)
             page = write_page(result.parent)
             out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
 

@@ -60,7 +60,7 @@ def score_table(
     """
     if regions is not None and regions not in SPLITTERS:
         raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
-    ids, predictions, references = _read_pairs(Path(source), id_column, prediction_column, reference_column)
+    ids, predictions, references = read_pairs(Path(source), id_column, prediction_column, reference_column)
     clean = "reg2rg" if regions == "reg2rg" else None
     options = {"scorer": scorer, "clean": clean, "workers": workers}
     truth = "labeler" if labels is None else "csv"
@@ -128,10 +128,15 @@ def table_page(document: dict) -> str:
     return "\n".join([*lines, "", *(f"`{signature}`" for signature in document["signatures"]), ""])
 
 
-def _read_pairs(
+def read_pairs(
     path: Path, id_column: str, prediction_column: str, reference_column: str
 ) -> tuple[list[str], list[str], list[str]]:
-    """Ids, generated and true reports."""
+    """
+    Ids, generated and true reports of a table.
+
+    Raises:
+        DatasetError: a column is missing, an id is empty or there twice, a true report is empty.
+    """
     problems: list[Problem] = []
     rows = read_csv(path, [id_column, prediction_column, reference_column], problems)
     named = by_name(rows, id_column, path.name, lambda name: True, problems) or {}

@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server on this machine that speaks OpenAI's chat protocol, and says or does whatever a test wants."""
 
+import csv
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+from diffvp.metrics.judge.calibration import calibration_items
 from diffvp.metrics.judge.rules import RuleJudge
 from diffvp.metrics.judge.verdicts import Comparison
 
@@ -68,6 +72,22 @@ def by_rules(prompt: str) -> str:
 
 
 RULES = RuleJudge()
+
+
+def write_tables(folder: Path, count: int) -> list[str]:
+    """A.csv and B.csv of `count` pairs; their names."""
+    items = [item.comparison for item in calibration_items(2 * count) if item.kind == "graded"][:count]
+    for name, column in (("A.csv", 1), ("B.csv", 2)):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["id", "prediction", "reference"])
+            rows.writerows([f"case-{number}", item[column], item.truth] for number, item in enumerate(items))
+    return [str(folder / "A.csv"), str(folder / "B.csv")]
+
+
+def command(*arguments: object) -> list[str]:
+    """`diffvp judge` in a process of its own."""
+    return [sys.executable, "-c", "from diffvp.cli import main; main()", "judge", *map(str, arguments)]
 
 
 class ChatServer(ThreadingHTTPServer):

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge of pairs of reports: the model, against a server that misbehaves; the rules; and what either is worth."""
 
-import csv
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from diffvp import cli
 from diffvp.data.cases import DatasetError
 from diffvp.metrics.judge import JudgeError
-from diffvp.metrics.judge.calibration import calibrate, calibration_items, faulty, other_side, right, true_place
+from diffvp.metrics.judge.calibration import calibrate, faulty, other_side, right, true_place
 from diffvp.metrics.judge.rules import RuleJudge, lengths_mm, named_lobes, named_sides
 from diffvp.metrics.judge.table import judged, read_comparisons
 from diffvp.metrics.judge.verdicts import Comparison, Verdicts, position_bias, win_rates
@@ -41,8 +40,10 @@ from .chat_server import (
     Wait,
     answer,
     by_rules,
+    command,
     longer,
     shown_texts,
+    write_tables,
 )
 
 TRUTH = "Heart: Normal. Lung: A nodule measuring 8 mm is observed in the right upper lobe."
@@ -410,21 +411,6 @@ def test_signature_names_all_servers_whose_answers_were_used(tmp_path):
                 names.append(model.server.name)
         assert model.signature.startswith("judge|pairwise|dims:5|orders:2|prompt:")
         assert f"|model:a,b|server:{','.join(sorted(names))}" in model.signature
-
-
-def write_tables(folder: Path, count: int) -> list[str]:
-    """A.csv and B.csv of `count` pairs; their names."""
-    items = [item.comparison for item in calibration_items(2 * count) if item.kind == "graded"][:count]
-    for name, column in (("A.csv", 1), ("B.csv", 2)):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["id", "prediction", "reference"])
-            rows.writerows([f"case-{number}", item[column], item.truth] for number, item in enumerate(items))
-    return [str(folder / "A.csv"), str(folder / "B.csv")]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from diffvp.cli import main; main()", "judge", *map(str, arguments)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")

@@ -117,11 +117,11 @@ def calibration_page(calibration: dict | None) -> str:
         return "This judge has not been measured: nobody knows what the win rates below are worth.\n"
     names = list(calibration["unanswered"])
     agreement = calibration["agreement"]
-    rows = [["agrees with the known winner", *(_measured(agreement.get(name)) for name in names)]]
+    rows = [["agrees with the known winner", *(measured(agreement.get(name)) for name in names)]]
     for kind, about in KINDS.items():
         of = calibration["corruptions"][kind]
-        rows.append([f"truth wins against {about}", *(_measured(of[name]) for name in names)])
-    rows.append(["report against itself: first wins (0.5)", *(_measured(calibration["self"][name]) for name in names)])
+        rows.append([f"truth wins against {about}", *(measured(of[name]) for name in names)])
+    rows.append(["report against itself: first wins (0.5)", *(measured(calibration["self"][name]) for name in names)])
     rows += _position_rows(calibration["position"], names)
     rows.append(["comparisons without an answer", *(str(calibration["unanswered"][name]) for name in names)])
     lines = [
@@ -148,7 +148,7 @@ def verdict_page(document: dict, names: tuple[str, str], calibration: dict | Non
     """Win rates of the first system, each beside the judge's agreement with the truth of phantoms."""
     agreement = {} if calibration is None else calibration["agreement"]
     rows = [
-        [SHORT[name], _measured(agreement.get(name)), _measured(of), str(of["wins"]), str(of["split"]),
+        [SHORT[name], measured(agreement.get(name)), measured(of), str(of["wins"]), str(of["split"]),
          str(of["losses"]), str(of["unanswered"]), f"{of['p']:.3g}", f"{of['p_holm']:.3g}"]
         for name, of in document["dimensions"].items()
     ]  # fmt: skip
@@ -169,7 +169,8 @@ def verdict_page(document: dict, names: tuple[str, str], calibration: dict | Non
     return "\n".join([*lines, *near_chance(agreement), *_refused(document), f"`{document['signature']}`", ""])
 
 
-def _measured(of: dict | None) -> str:
+def measured(of: dict | None) -> str:
+    """A mean with its interval; "-" where there is none."""
     if of is None or of["value"] is None:
         return "-"
     return with_interval(of["value"], of["interval"])
@@ -180,7 +181,7 @@ def _position_rows(position: dict | None, names: Sequence[str]) -> list[list[str
         return []
     disagree = [position[name]["disagree"] for name in names]
     return [
-        ["answers for the report shown first (0.5)", *(_measured(position[name]["first"]) for name in names)],
+        ["answers for the report shown first (0.5)", *(measured(position[name]["first"]) for name in names)],
         ["the two orders disagree", *("-" if share is None else f"{share:.3f}" for share in disagree)],
     ]
 
