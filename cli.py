@@ -323,7 +323,12 @@ def score(
         from .metrics.report_table import read_pairs, score_table, table_page
     if radmatch is not None:
         with _needs_extra("radmatch"):
+            from .metrics.judge.server import check_endpoint
             from .metrics.radmatch import radmatch_page, score_radmatch
+        with _one_line_errors(ValueError):  # before scores that take minutes
+            if not (base_url and model):
+                raise ValueError("--radmatch takes --base-url and --model: the server of its language model")
+            check_endpoint(base_url, reports_leave_machine)
     with _one_line_errors(ValueError, TypeError, RadBertError, LexiconError), _listed_problems():
         document = score_table(
             reports, load_labeler(radbert),
@@ -332,8 +337,6 @@ def score(
             workers=workers,
         )  # fmt: skip
         if radmatch is not None:
-            if not (base_url and model):
-                raise ValueError("--radmatch takes --base-url and --model: the server of its language model")
             pairs = read_pairs(reports, id_column, prediction_column, reference_column)
             options = {"base_url": base_url, "model": model, "reports_leave_machine": reports_leave_machine}
             document["radmatch"] = score_radmatch(*pairs, radmatch, **options)
