@@ -40,7 +40,6 @@ from .chat_server import (
     Wait,
     answer,
     by_rules,
-    command,
     longer,
     shown_texts,
     write_tables,
@@ -413,35 +412,45 @@ def test_signature_names_all_servers_whose_answers_were_used(tmp_path):
         assert f"|model:a,b|server:{','.join(sorted(names))}" in model.signature
 
 
+JUDGE_PAIRS = """
+import json, sys
+from diffvp.metrics.judge.answers import AnswerFile
+from diffvp.metrics.judge.model import ModelJudge
+from diffvp.metrics.judge.server import ChatServer
+from diffvp.metrics.judge.verdicts import Comparison
+
+with ChatServer(sys.argv[1], "m") as chat, AnswerFile(sys.argv[2]) as file:
+    pairs = [Comparison(*of) for of in json.load(open(sys.argv[3], encoding="utf-8"))]
+    print(json.dumps(ModelJudge(chat, file, workers=2).judge(pairs).scores.tolist()))
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
 def test_killed_run_goes_on_without_asking_twice(tmp_path):
     def slow(prompt, number):
-        time.sleep(0.02)
-        return by_rules(prompt)
+        time.sleep(0.05)
+        return longer(prompt)
 
-    tables = write_tables(tmp_path, 8)
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs(12)), encoding="utf-8")
     kept = tmp_path / "kept.jsonl"
     with ChatServer(slow) as served:
-        line = command(
-            *tables, "--base-url", served.url, "--model", "m", "--answers", kept, "--calibration", 2, "--json"
-        )
+        line = [sys.executable, "-c", JUDGE_PAIRS, served.url, str(kept), str(tmp_path / "pairs.json")]
         killed = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while not (kept.exists() and kept.read_bytes().count(b"\n") >= 12):
+        while not (kept.exists() and kept.read_bytes().count(b"\n") >= 8):
             assert killed.poll() is None, killed.communicate()
             time.sleep(0.02)
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        lines = kept.read_bytes()
-        done = {json.loads(line)["key"] for line in lines[: lines.rindex(b"\n")].splitlines()}
+        content = kept.read_bytes()
+        done = content[: content.rindex(b"\n") + 1]
+        assert 8 <= done.count(b"\n") < 24
         before = len(served.requests)
         resumed = subprocess.run(line, capture_output=True, text=True)
         assert resumed.returncode == 0, resumed.stderr
-        document = json.loads(resumed.stdout)
-        records = [json.loads(line) for line in kept.read_text().splitlines()]
-        assert len(records) == len({record["key"] for record in records})
-        assert len(served.requests) - before == len(records) - len(done)
-        # As a run that nothing disturbed.
-        assert document["n"] == 8 and document["dimensions"]["finding_coverage"]["unanswered"] == 0
+        assert len(served.requests) - before == 24 - done.count(b"\n")
+    assert json.loads(resumed.stdout) == [[1.0] * 5] * 12
+    assert kept.read_bytes().startswith(done)
+    assert len({json.loads(line)["key"] for line in kept.read_text().splitlines()}) == 24
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------
