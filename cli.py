@@ -376,7 +376,7 @@ def judge(
     ] = Path("outputs/judge.jsonl"),
     workers: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=64, help="Of an answer.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 120,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600,
     price: Annotated[
         tuple[float, float] | None, typer.Option(help="Of a million prompt and completion tokens, for the cost.")
     ] = None,

@@ -20,7 +20,7 @@ from diffvp.data.cases import DatasetError
 from diffvp.metrics.judge import JudgeError
 from diffvp.metrics.judge.calibration import calibrate, faulty, other_side, right, true_place
 from diffvp.metrics.judge.rules import RuleJudge, lengths_mm, named_lobes, named_sides
-from diffvp.metrics.judge.table import judged, read_comparisons
+from diffvp.metrics.judge.table import calibration_page, judged, read_comparisons
 from diffvp.metrics.judge.verdicts import Comparison, Verdicts, position_bias, win_rates
 
 pytest.importorskip("openai", reason='the judge needs the extra "judge": pip install -e ".[judge]"')
@@ -529,6 +529,13 @@ def test_calibration_finds_out_a_judge_that_does_not_read(ask, reply):
     assert {entry["value"] for entry in of["agreement"].values()} == {0.5}
     assert {entry["value"] for entry in of["self"].values()} == {0.5}
     assert {entry["first"]["value"] for entry in of["position"].values()} <= {0.0, 1.0}
+
+
+def test_judge_without_an_answer_has_not_been_measured(ask):
+    _, _, model = ask(lambda prompt, number: "Once upon a time")
+    page = calibration_page(calibrate(model, 2))
+    assert "NOT MEASURED, for want of answers, in coverage, specificity, quantification" in page
+    assert "no JSON object with winners" in page
 
 
 def test_calibration_finds_a_judge_right_that_reads(ask):

@@ -118,7 +118,7 @@ class ChatServer:
         model: as the server calls it.
         reports_leave_machine: the server may be another machine, which then sees the reports.
         max_tokens: of an answer.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer. Few servers stop when nobody waits: asked again, a slow one gets slower.
 
     Raises:
         JudgeError: see [`check_endpoint`].
@@ -131,7 +131,7 @@ class ChatServer:
         *,
         reports_leave_machine: bool = False,
         max_tokens: int = 1024,
-        timeout: float = 120.0,
+        timeout: float = 600.0,
         retries: int = RETRIES,
     ):
         self.name = check_endpoint(base_url, reports_leave_machine)

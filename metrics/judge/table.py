@@ -137,11 +137,15 @@ def calibration_page(calibration: dict | None) -> str:
 
 
 def near_chance(agreement: dict) -> list[str]:
-    """A line that names the dimensions in which the judge is not shown to be better than a coin."""
-    names = [SHORT[name] for name, of in agreement.items() if not (of["interval"] and of["interval"][0] > 0.5)]
-    if not names:
-        return []
-    return [f"NEAR CHANCE in {', '.join(names)}: its win rates there say nothing of the reports.", ""]
+    """What a calibration does not show: dimensions in which the judge may be a coin."""
+    unknown = [SHORT[name] for name, of in agreement.items() if of["interval"] is None]
+    chance = [SHORT[name] for name, of in agreement.items() if of["interval"] and of["interval"][0] <= 0.5]
+    lines = []
+    if chance:
+        lines += [f"NEAR CHANCE in {', '.join(chance)}: its win rates there say nothing of the reports.", ""]
+    if unknown:
+        lines += [f"NOT MEASURED, for want of answers, in {', '.join(unknown)}: nor are its win rates there.", ""]
+    return lines
 
 
 def verdict_page(document: dict, names: tuple[str, str], calibration: dict | None) -> str:
