@@ -144,7 +144,7 @@ def near_chance(agreement: dict) -> list[str]:
     if chance:
         lines += [f"NEAR CHANCE in {', '.join(chance)}: its win rates there say nothing of the reports.", ""]
     if unknown:
-        lines += [f"NOT MEASURED, for want of answers, in {', '.join(unknown)}: nor are its win rates there.", ""]
+        lines += [f"NOT MEASURED in {', '.join(unknown)}: too few answers to know what win rates there say.", ""]
     return lines
 
 
