@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -82,6 +82,10 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 
 test-kills: $(DEV)  ## kill a training run and each way to save 50 times: no checkpoint is lost or mixed
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py tests/test_interrupted_saves.py -k kill --timeout 1800
+
+test-judge: $(DEV)  ## judge 40 pairs by a real model on a real server, kill it, go on (half an hour on two cores)
+	$(PIP) install --quiet --editable ".[judge,radmatch]" "transformers[serving]"
+	DIFFVP_JUDGE_SERVER=1 $(BIN)/pytest tests/test_judge_server.py tests/test_judge.py tests/test_radmatch.py $(PYTEST_ARGS)
 
 test-vllm: $(ENGINES)/.installed  ## test that vLLM writes what transformers writes, in .venv-vllm (ten minutes on two cores)
 	$(ENGINES)/bin/python -m pytest tests/test_vllm.py $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -259,7 +260,7 @@ def train(
     """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
-    with _one_line_errors(ModuleNotFoundError):  # the extra `train` is not installed
+    with _needs_extra("train"):
         import yaml
 
         from .checkpoint_diffvp import DiffVPCheckpointError
@@ -292,7 +293,7 @@ def label(
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
-    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+    with _needs_extra("metrics"):
         from .metrics.labelers import load_labeler
         from .metrics.labelers.radbert import RadBertError
         from .metrics.labelers.table import label_table
@@ -326,14 +327,30 @@ def score(
         str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
+    radmatch: Annotated[
+        Path | None, typer.Option(help="Also count errors by RadMatch, a language model's; folder for what it finds.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Of the server of RadMatch's language model.")] = None,
+    model: Annotated[str | None, typer.Option(help="As that server calls it.")] = None,
+    reports_leave_machine: Annotated[
+        bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
-    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+    with _needs_extra("metrics"):
         from .metrics.labelers import load_labeler
         from .metrics.labelers.radbert import RadBertError
         from .metrics.nlg import LexiconError
-        from .metrics.report_table import score_table, table_page
+        from .metrics.report_table import read_pairs, score_table, table_page
+    if radmatch is not None:
+        with _needs_extra("radmatch"):
+            from .metrics.judge.server import check_endpoint
+            from .metrics.radmatch import radmatch_page, score_radmatch
+        with _one_line_errors(ValueError):  # before scores that take minutes
+            if not (base_url and model):
+                raise ValueError("--radmatch takes --base-url and --model: the server of its language model")
+            check_endpoint(base_url, reports_leave_machine)
     with _one_line_errors(ValueError, TypeError, RadBertError, LexiconError), _listed_problems():
         document = score_table(
             reports, load_labeler(radbert),
@@ -341,7 +358,102 @@ def score(
             nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
             scorer=scorer, regions=regions, workers=workers,
         )  # fmt: skip
-    typer.echo(json.dumps(document, indent=2) if as_json else table_page(document))
+        if radmatch is not None:
+            pairs = read_pairs(reports, id_column, prediction_column, reference_column)
+            options = {"base_url": base_url, "model": model, "reports_leave_machine": reports_leave_machine}
+            document["radmatch"] = score_radmatch(*pairs, radmatch, **options)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2))
+        return
+    typer.echo(table_page(document))
+    if radmatch is not None:
+        typer.echo(radmatch_page(document["radmatch"]))
+
+
+@app.command()
+def judge(
+    first: Annotated[
+        Path | None, typer.Argument(metavar="[A.csv]", help="CSV file with a column of ids and one of reports.")
+    ] = None,
+    second: Annotated[
+        Path | None, typer.Argument(metavar="[B.csv]", help="That of the other system, with the same ids.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="CSV file of the true reports by id (default: they stand in A.csv).")
+    ] = None,
+    by: Annotated[str, typer.Option("--judge", help="model, a language model on a server; or rules.")] = "model",
+    base_url: Annotated[str | None, typer.Option(help="Of a server that speaks OpenAI's chat protocol.")] = None,
+    model: Annotated[str | None, typer.Option(help="As the server calls it.")] = None,
+    reports_leave_machine: Annotated[
+        bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
+    ] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Only measure the judge; takes no tables.")] = False,
+    calibration: Annotated[
+        int | None,
+        typer.Option(min=0, help="Phantoms to measure the judge on (default: 40 of a model, 200 of the rules)."),
+    ] = None,
+    orders: Annotated[int, typer.Option(min=1, max=2, help="2: each pair in both orders. 1: in a random one.")] = 2,
+    answers: Annotated[
+        Path, typer.Option(help="Where answers are kept; a run that was interrupted goes on with it.")
+    ] = Path("outputs/judge.jsonl"),
+    workers: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=64, help="Of an answer.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 600,
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(help="Of a million prompt and completion tokens, for the cost.")
+    ] = None,
+    id_column: Annotated[str, typer.Option(help="Its name in the tables.")] = "id",
+    prediction_column: Annotated[str, typer.Option(help="Its name in A.csv and B.csv.")] = "prediction",
+    reference_column: Annotated[str, typer.Option(help="Its name in the table of true reports.")] = "reference",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; ask nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
+) -> None:
+    """Judge which of two systems writes the better reports, once the judge has been measured: docs/judge.md."""
+    from .metrics.judge import JudgeError
+    from .metrics.judge.calibration import calibrate as measure
+    from .metrics.judge.calibration import calibration_items
+    from .metrics.judge.rules import RuleJudge
+    from .metrics.judge.table import calibration_page, is_same, judged, read_comparisons, verdict_page
+
+    with _one_line_errors(JudgeError), _listed_problems(), contextlib.ExitStack() as stack:
+        if by not in ("model", "rules"):
+            raise JudgeError(f"--judge is {by!r}; expected model or rules")
+        if not calibrate and (first is None or second is None):
+            raise JudgeError("expected two tables of reports, A.csv and B.csv, or --calibrate")
+        columns = {"id_column": id_column, "prediction_column": prediction_column}
+        comparisons = [] if calibrate else read_comparisons(
+            first, second, reference, reference_column=reference_column, **columns
+        )  # fmt: skip
+        if by == "rules":
+            asked, phantoms = RuleJudge(), 200 if calibration is None else calibration
+        else:
+            options = {"reports_leave_machine": reports_leave_machine, "max_tokens": max_tokens, "timeout": timeout}
+            asked = stack.enter_context(_model_judge(base_url, model, answers, orders, workers, **options))
+            phantoms = 40 if calibration is None else calibration
+            everything = [item.comparison for item in calibration_items(phantoms)]
+            _print_questions(asked, [*everything, *(one for one in comparisons if not is_same(one))], price)
+        if calibrate and not phantoms:
+            raise JudgeError("--calibrate takes at least one phantom")
+        if dry_run:
+            return
+        stack.enter_context(_goes_on_with(answers))
+        document: dict = {"calibration": None}
+        if phantoms:
+            with _counting("Calibration") as count:
+                document["calibration"] = measure(asked, phantoms, count)
+        if not as_json:
+            typer.echo(calibration_page(document["calibration"]))
+        if not calibrate:
+            names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+            with _counting("Comparisons") as count:
+                document |= {"systems": names, **judged(asked, comparisons, count)}
+            if not as_json:
+                typer.echo(verdict_page(document, names, document["calibration"]))
+        if by == "model":
+            document["tokens"] = asked.tokens
+            _print_tokens(asked.tokens, price)
+        if as_json:
+            typer.echo(json.dumps(document, indent=2))
 
 
 @app.command()
@@ -353,7 +465,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
 ) -> None:
     """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
-    with _one_line_errors(ModuleNotFoundError):  # the extra `metrics` is not installed
+    with _needs_extra("metrics"):
         from .experiments.evaluate import evaluate as run
         from .reporting import EXPECTED_ERRORS
     _quiet()
@@ -379,12 +491,19 @@ def experiment(
     jobs: Annotated[
         int, typer.Option(min=1, help="Models that are trained at once, each on a part of the cores.")
     ] = 1,
+    base_url: Annotated[
+        str | None, typer.Option(help="Of a server whose language model judges reports, too (fig4b): docs/judge.md.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The judge, as that server calls it.")] = None,
+    reports_leave_machine: Annotated[
+        bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, and list the models to train.")] = False,
 ) -> None:
     """Make tables and figures of the paper anew: train what they need, write the reports, score them."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
-    with _one_line_errors(ModuleNotFoundError):  # an extra is not installed
+    with _needs_extra("train,metrics"):
         import yaml
 
         from .experiments.page import write_page
@@ -397,15 +516,22 @@ def experiment(
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
-    expected = *EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError
-    with _one_line_errors(*expected), _listed_problems():
+    with (
+        _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError),
+        _listed_problems(),
+        contextlib.ExitStack() as stack,
+    ):
+        judge = None
+        if (base_url or model) and not dry_run:
+            options = {"reports_leave_machine": reports_leave_machine}
+            judge = stack.enter_context(_model_judge(base_url, model, runs / "judge.jsonl", 2, 4, **options))
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)
                 _print_plan(name, plan)
                 _print_estimate(plan[0][0].config, processes=1, tflops=None)
                 continue
-            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers, jobs=jobs)
+            result = run_experiment(name, loaded, runs, output, seeds=seed, workers=workers, jobs=jobs, judge=judge)
             page = write_page(result.parent)
             out.print(f"{result}\n{page}", soft_wrap=True, markup=False)
 
@@ -417,7 +543,7 @@ def serve_page(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
-    with _one_line_errors(ModuleNotFoundError):  # the extra `app` is not installed
+    with _needs_extra("app"):
         from .hub.space.page import serve
         from .reporting import EXPECTED_ERRORS
     _quiet()
@@ -615,6 +741,95 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _model_judge(
+    base_url: str | None, model: str | None, answers: Path, orders: int, workers: int, **server
+) -> Iterator:
+    """The judge that is a language model, with its file of answers open."""
+    with _needs_extra("judge"):
+        from .metrics.judge.answers import AnswerFile
+        from .metrics.judge.model import ModelJudge
+        from .metrics.judge.server import ChatServer
+    from .metrics.judge import JudgeError
+
+    if not (base_url and model):
+        raise JudgeError(
+            "a judge takes --base-url and --model, such as those of a local server; --judge rules takes none"
+        )
+    with ChatServer(base_url, model, **server) as chat, AnswerFile(answers) as kept:
+        yield ModelJudge(chat, kept, orders=orders, workers=workers)
+
+
+def _print_questions(judge, comparisons: list, price: tuple[float, float] | None) -> None:
+    """What a judge is about to be asked, and what that is about to cost."""
+    plan = judge.plan(comparisons)
+    err.print(
+        f"{plan['answers']} answers of {judge.server.model} at {judge.server.name}, {plan['kept']} of them kept from "
+        f"before; the others take about {plan['prompt']:,} prompt and {plan['completion']:,} completion tokens"
+        f"{_cost(plan, price)}.",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _print_tokens(tokens: dict, price: tuple[float, float] | None) -> None:
+    uncounted = f"; of {tokens['uncounted']} requests the server counts none" if tokens["uncounted"] else ""
+    err.print(
+        f"{tokens['requests']} requests took {tokens['prompt']:,} prompt and {tokens['completion']:,} completion "
+        f"tokens{_cost(tokens, price)}{uncounted}.",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _cost(tokens: dict, price: tuple[float, float] | None) -> str:
+    if price is None:
+        return " (no --price given)"
+    return f", which cost {(tokens['prompt'] * price[0] + tokens['completion'] * price[1]) / 1e6:.2f} at that price"
+
+
+@contextlib.contextmanager
+def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows how many of how many are done: a bar, or a line every ten seconds without a terminal."""
+    if err.is_terminal:
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
+            task = progress.add_task(title)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def count(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            err.print(f"{title}: {done} of {total}", markup=False, highlight=False)
+
+    yield count
+
+
+@contextlib.contextmanager
+def _goes_on_with(file: Path) -> Iterator[None]:
+    """Ctrl-C ends a run without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"Interrupted. The same command goes on with {file}.", soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _needs_extra(extra: str) -> Iterator[None]:
+    """Around imports of libraries that an extra installs: which one to install where they are not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or __package__).partition(".")[0] == __package__:  # our own: a defect
+            raise
+        err.print(
+            f'This takes {error.name}, which is not installed: pip install "diffvp[{extra}]"',
+            style="red", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(2) from error
 
 
 @contextlib.contextmanager

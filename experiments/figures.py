@@ -13,9 +13,10 @@ from ..data.cases import Case
 from ..data.pool import is_normal
 from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.markdown import table_lines, with_interval
-from ..metrics.statistics import bootstrap_mean, compare_means
+from ..metrics.statistics import bootstrap_mean
 from ..training.cohort import load_cohort
 from .information import information_lines, score_information
+from .judging import judge_content, judge_lines
 from .lesions import score_findings
 from .maps import draw_importance, draw_maps, map_example, score_importance, score_maps
 from .references import choose_references
@@ -23,11 +24,6 @@ from .runs import HeldOut, Run
 from .study import Condition, Table
 
 SHOWN = 4  # cases in a picture or beside each other
-DETAILS = {
-    "sensitivity": "findings that are named",
-    "localization": "findings named with the right lobes or sides",
-    "quantification": "findings named with a size within a quarter of the true one",
-}
 
 
 def figure_content(
@@ -37,6 +33,7 @@ def figure_content(
     test: HeldOut,
     labeler: Labeler,
     picture: Path,
+    judge=None,
 ) -> dict:
     """
     What a figure shows, by the kind of its table, under "figure".
@@ -46,9 +43,10 @@ def figure_content(
         reports: its reports, as `make_reports` returns them.
         labeler: reads the findings of reports, for the kinds that compare them.
         picture: the PNG to draw, for the kinds that have one.
+        judge: a [`ModelJudge`] that compares reports, too, for the kind "lesions".
     """
     if table.kind == "lesions":
-        return {"figure": lesion_content(reports, test), "wins": wins(table.compare, reports, test)}
+        return {"figure": lesion_content(reports, test), **judge_content(table.compare, reports, test, judge, picture)}
     if table.kind == "cases":
         return {"figure": case_content(reports, test)}
     if table.kind == "stability":
@@ -99,45 +97,6 @@ def lesion_content(reports: Mapping[str, dict], test: HeldOut) -> dict:
         name: score_findings(test.patients, {row["id"]: row["report"] for row in document["reports"]})
         for name, document in reports.items()
     }
-
-
-def detail_scores(document: dict, test: HeldOut) -> dict[str, np.ndarray]:
-    """For each abnormal case how many of its findings are right, by [`DETAILS`]: (cases,)."""
-    columns = {name: [] for name in DETAILS}
-    for row in document["reports"]:
-        if not test.patients[row["id"]]:
-            continue
-        scores = score_findings(test.patients, {row["id"]: row["report"]})
-        sums = {key: sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right")}
-        columns["sensitivity"].append(scores["counts"]["found"])
-        columns["localization"].append(sums["place_right"])
-        columns["quantification"].append(sums["size_right"])
-    return {name: np.array(values) for name, values in columns.items()}
-
-
-def wins(pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: HeldOut) -> list[dict]:
-    """
-    Case by case, whose report has more of its findings right: the paper's Fig. 4b asked a language model, here the
-    truth is known. "rate" is wins / (wins + losses).
-    """
-    compared = {name for pair in pairs for name in pair}
-    details = {name: detail_scores(document, test) for name, document in reports.items() if name in compared}
-    entries = []
-    for first, second in pairs:
-        sides = details[first], details[second]
-        entry = {"first": first, "second": second, "details": {}}
-        for name in DETAILS:
-            difference = sides[0][name] - sides[1][name]
-            won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-            entry["details"][name] = {
-                "wins": won,
-                "losses": lost,
-                "ties": int((difference == 0).sum()),
-                "rate": won / (won + lost) if won + lost else None,
-                "p_cases": compare_means(sides[0][name], sides[1][name]).p_value,
-            }
-        entries.append(entry)
-    return entries
 
 
 def stability(draws: Sequence[Sequence[dict]], labeler: Labeler) -> dict:
@@ -193,7 +152,7 @@ def figure_lines(document: dict) -> list[str]:
     if document["kind"] == "stability":
         return _stability_lines(document["figure"])
     if document["kind"] == "lesions":
-        return _lesion_lines(document["figure"]) + _win_lines(document["wins"])
+        return judge_lines(document) + _lesion_lines(document["figure"])
     if document["kind"] == "information":
         return information_lines(document["figure"])
     lines = [f"![{document['title']}]({document['picture']})", ""]
@@ -258,19 +217,6 @@ def _lesion_lines(content: Mapping[str, dict]) -> list[str]:
     head = ["", "findings named", "of these, right lobes or sides", "of these, size within a quarter"]
     by_size = table_lines(["finding", "size", "cases", *(f"found, {name}" for name in names)], rows)
     return [*table_lines(head, details), "", *by_size, ""]
-
-
-def _win_lines(entries: Sequence[dict]) -> list[str]:
-    rows = [
-        [f"{entry['first']} against {entry['second']}", name, str(of["wins"]), str(of["losses"]), str(of["ties"]),
-         "-" if of["rate"] is None else f"{of['rate']:.2f}", p_value(of["p_cases"])]
-        for entry in entries
-        for name, of in entry["details"].items()
-    ]  # fmt: skip
-    if not rows:
-        return []
-    note = "; ".join(f"{name}: {about}" for name, about in DETAILS.items())
-    return [*table_lines(["", "", "wins", "losses", "ties", "win rate", "p"], rows), "", f"{note}.", ""]
 
 
 def _stability_lines(content: Mapping) -> list[str]:

@@ -58,6 +58,7 @@ def run_experiment(
     seeds: list[int] | None = None,
     workers: int = 1,
     jobs: int = 1,
+    judge=None,
 ) -> Path:
     """
     Make a table or figure with all that it needs; writes `output/STUDY/NAME.json` and returns it.
@@ -66,6 +67,7 @@ def run_experiment(
         seeds: instead of the table's own, for a trial.
         workers: processes for METEOR.
         jobs: models that are trained at once, each in a process with its part of the cores.
+        judge: a [`ModelJudge`] for `fig4b`; without it, rules judge alone.
 
     Raises:
         ValueError: there is no such experiment.
@@ -150,7 +152,7 @@ def run_experiment(
             "comparisons": [compared(table, systems, *pair) for pair in table.compare],
         }
     else:
-        result |= figure_content(table, first_runs, first_reports, test, labeler, path.with_suffix(".png"))
+        result |= figure_content(table, first_runs, first_reports, test, labeler, path.with_suffix(".png"), judge)
     write_json(path, result)
     return path
 

@@ -164,6 +164,16 @@ def collapse_lines(collapse: dict[str, dict], rare: Sequence[str]) -> list[str]:
     ]
 
 
+def read_pairs(path: Path, id_column: str, prediction_column: str, reference_column: str) -> list[list[str]]:
+    """
+    Ids, generated and true reports of a table.
+
+    Raises:
+        DatasetError: a column is missing, an id is empty or there twice, a true report is empty.
+    """
+    return _read_reports(path, id_column, reference_column, [prediction_column, reference_column])
+
+
 def _read_reports(path: Path, id_column: str, reference_column: str, columns: Sequence[str]) -> list[list[str]]:
     """Ids, and the texts of each column, that of the true reports among them."""
     problems: list[Problem] = []

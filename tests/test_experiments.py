@@ -608,6 +608,31 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     assert json.loads(again.read_text()) == ours
 
 
+def test_language_model_judges_beside_the_rules(made, tmp_path):
+    pytest.importorskip("openai", reason='the judge needs the extra "judge": pip install -e ".[judge]"')
+    from diffvp.metrics.judge.answers import AnswerFile
+    from diffvp.metrics.judge.model import ModelJudge
+    from diffvp.metrics.judge.server import ChatServer as Chat
+
+    from .chat_server import ChatServer, answer
+
+    loaded, runs, _ = made
+    rows = [{"name": "ours", "variant": "diffvp"}, {"name": "control", "variant": "target"}]
+    figure = {"title": "A figure", "about": "About it.", "kind": "lesions", "seeds": [1], "rows": rows}
+    path = tmp_path / "fig.yaml"
+    path.write_text(yaml.safe_dump({**figure, "compare": [["ours", "control"]]}))
+    with ChatServer(lambda prompt, number: answer("Report A")) as served:
+        with Chat(served.url, "always A") as chat, AnswerFile(tmp_path / "answers.jsonl") as file:
+            judge = ModelJudge(chat, file, workers=4)
+            result = run_experiment(str(path), loaded, runs, tmp_path / "results", judge=judge)
+    document, page = json.loads(result.read_text()), write_page(result.parent).read_text()
+    rules, model = document["wins"]
+    assert rules["judge"] == "rules" and list(model["dimensions"]) != list(rules["dimensions"])
+    assert {of["value"] for of in model["dimensions"].values()} == {0.5}
+    assert {of["value"] for of in document["calibration"]["agreement"].values()} == {0.5}
+    assert "NEAR CHANCE in coverage, specificity, quantification" in page
+
+
 @pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information", "maps"])
 def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     loaded, runs, _ = made
@@ -628,9 +653,10 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
     elif kind == "lesions":
         findings = sum(case.labels.sum() for case in tested)
         assert document["figure"]["control"]["counts"]["findings"] == findings
-        for of in document["wins"][0]["details"].values():
-            assert of["wins"] + of["losses"] + of["ties"] == ill
-        assert "| ours against control | localization |" in page
+        for of in document["wins"][0]["dimensions"].values():
+            assert of["wins"] + of["losses"] + of["split"] == of["n"] == ill
+        assert "| ours against control | specificity |" in page
+        assert (result.parent / document["picture"]).stat().st_size > 1000 and document["picture"] in page
     elif kind == "stability":
         assert document["figure"]["draws"] == 2 and 0.5 < document["figure"]["changed"] <= 1
         assert "| the same findings |" in page

@@ -1,0 +1,149 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Fig. 4b: whose reports win, by rules that know the findings of a phantom and by a language model if one is given."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..metrics.judge.calibration import calibrate
+from ..metrics.judge.rules import DIMENSIONS as COUNTED
+from ..metrics.judge.table import SHORT, calibration_page, judged, measured
+from ..metrics.judge.verdicts import Comparison, Verdicts, win_rates
+from ..metrics.markdown import table_lines
+from .lesions import score_findings
+from .runs import HeldOut
+
+PHANTOMS = 40  # that a language model is measured on
+KNOWN_TRUTH = f"judge|pairwise|dims:{len(COUNTED)}|rules|truth:findings of the phantom"
+ABOUT_RULES = (
+    "By rules, which know the findings of each phantom: coverage counts those that are named, specificity those with "
+    "the right lobes or sides, quantification those with a length within a quarter of the true one. Split cases, in "
+    "which both have as many of them right, are half a win each; p is that of a sign test over the others."
+)
+
+
+def judge_content(
+    pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: HeldOut, judge, picture: Path
+) -> dict:
+    """
+    Case by case, whose report is better. The paper's Fig. 4b asks a language model; a phantom's truth is known, too.
+
+    Args:
+        pairs: names of the rows that are compared.
+        reports: of each row, as `make_reports` returns them.
+        judge: a [`ModelJudge`], or `None`.
+        picture: the PNG to draw.
+
+    Returns:
+        "wins", an entry for each judge and pair, of the form of [`judged`] with "judge", "first" and "second";
+        "calibration" of the language model, or `None`; "picture".
+    """
+    texts = {name: {row["id"]: row["report"] for row in document["reports"]} for name, document in reports.items()}
+    entries = [
+        {"judge": "rules", "first": first, "second": second, **known_winners(texts[first], texts[second], test)}
+        for first, second in pairs
+    ]
+    calibration = None
+    if judge is not None:
+        calibration = calibrate(judge, PHANTOMS)
+        for first, second in pairs:
+            asked = [Comparison(case.report, texts[first][case.name], texts[second][case.name]) for case in test.cases]
+            entries.append({"judge": "model", "first": first, "second": second, **judged(judge, asked)})
+    if entries:
+        draw_radar(picture, entries)
+    return {"wins": entries, "calibration": calibration, "picture": picture.name if entries else None}
+
+
+def known_winners(first: Mapping[str, str], second: Mapping[str, str], test: HeldOut) -> dict:
+    """Win rates of the first system's reports, by how many of a case's findings each has right."""
+    cases = [name for name in first if test.patients[name]]
+    sides = [np.array([_right({name: of[name]}, test) for name in cases]) for of in (first, second)]
+    scores = (np.sign(sides[0] - sides[1]) + 1) / 2
+    same = sum(first[name].split() == second[name].split() for name in cases)
+    return {
+        "signature": KNOWN_TRUTH,
+        "n": len(cases),
+        "same": same,
+        "dimensions": win_rates(Verdicts(COUNTED, scores)),
+        "position": None,
+        "refused": {},
+        "repaired": 0,
+    }
+
+
+def _right(report: Mapping[str, str], test: HeldOut) -> tuple[int, int, int]:
+    """Of the findings of one case: named, placed and measured."""
+    scores = score_findings(test.patients, report)
+    placed, measured = (sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right"))
+    return scores["counts"]["found"], placed, measured
+
+
+def judge_lines(document: dict) -> list[str]:
+    """The part of the page."""
+    if not document["wins"]:
+        return []
+    lines = [f"![{document['title']}]({document['picture']})", ""]
+    for judge in ("rules", "model"):
+        entries = [entry for entry in document["wins"] if entry["judge"] == judge]
+        if not entries:
+            continue
+        rows = [
+            [f"{entry['first']} against {entry['second']}", SHORT[name], measured(of), str(of["wins"]),
+             str(of["split"]), str(of["losses"]), str(of["unanswered"]), f"{of['p_holm']:.3g}"]
+            for entry in entries
+            for name, of in entry["dimensions"].items()
+        ]  # fmt: skip
+        head = ["", "", "win rate", "wins", "split", "losses", "no answer", "p (Holm)"]
+        about = ABOUT_RULES if judge == "rules" else calibration_page(document["calibration"])
+        lines += [about, "", *table_lines(head, rows), "", f"{entries[0]['n']} cases. `{entries[0]['signature']}`", ""]
+    return lines
+
+
+def draw_radar(path: Path, entries: Sequence[dict]) -> None:
+    """A panel for each judge: an axis for each dimension, a line for each pair, the win rate with its interval."""
+    judges = list(dict.fromkeys(entry["judge"] for entry in entries))
+    figure = Figure((5.2 * len(judges), 5.6), dpi=130)
+    FigureCanvasAgg(figure)
+    for column, name in enumerate(judges, start=1):
+        of_judge = [entry for entry in entries if entry["judge"] == name]
+        panel = figure.add_subplot(1, len(judges), column, projection="polar")
+        _draw_panel(panel, of_judge)
+        title = (
+            "rules, findings known" if name == "rules" else of_judge[0]["signature"].split("|model:")[1].split("|")[0]
+        )
+        panel.set_title(title, pad=24, fontsize=11)
+    figure.text(0.5, 0.01, "Win rate with its 95 % interval; dashed: one half.", ha="center", va="bottom", fontsize=9)
+    figure.subplots_adjust(left=0.16, right=0.84, top=0.82, bottom=0.2, wspace=0.5)
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
+
+
+def _draw_panel(panel, entries: Sequence[dict]) -> None:
+    dimensions = list(entries[0]["dimensions"])
+    angles = [2 * math.pi * number / len(dimensions) for number in range(len(dimensions))]
+    panel.set_theta_offset(math.pi / 2)
+    panel.set_theta_direction(-1)
+    panel.set_ylim(0, 1)
+    panel.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "0.5", "", "1"], fontsize=8, color="dimgray")
+    panel.set_xticks(angles, [SHORT[name] for name in dimensions], fontsize=10)
+    panel.tick_params(axis="x", pad=8)
+    for label, angle in zip(panel.get_xticklabels(), angles, strict=True):
+        across = math.sin(angle)
+        label.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
+    around = np.linspace(0, 2 * math.pi, 200)
+    panel.plot(around, np.full_like(around, 0.5), color="black", linewidth=1, linestyle=(0, (4, 4)))
+    for number, entry in enumerate(entries):
+        of = [entry["dimensions"][name] for name in dimensions]
+        values = [math.nan if one["value"] is None else one["value"] for one in of]
+        # Beside each other, so that one interval does not hide another.
+        beside = [angle + 0.09 * (number - (len(entries) - 1) / 2) for angle in angles]
+        label = f"{entry['first']} against {entry['second']}"
+        [line] = panel.plot([*beside, beside[0]], [*values, values[0]], marker="o", markersize=5, label=label)
+        for angle, one in zip(beside, of, strict=True):
+            if one["interval"] is not None:
+                panel.plot([angle] * 2, one["interval"], color=line.get_color(), linewidth=4, alpha=0.4)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8, frameon=False)

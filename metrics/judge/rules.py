@@ -1,0 +1,146 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A judge that is nothing but rules: it needs no server, and judges the three dimensions that can be counted.
+
+The labeler reads the findings out of the true report and out of both others. Of the true findings a report
+
+- covers those that it names (finding_coverage);
+- places those whose lobes, or else sides, it names as the truth does (anatomical_specificity);
+- quantifies those whose length is within a quarter of the true one, or whose severity is the true one
+  (quantification_detail).
+
+Where a report states two of a finding's three lobes, it has two thirds of the place. A finding that the truth does not
+have neither gains nor loses anything: these rules do not see inventions. Places are read for findings of the lungs and
+the pleura alone, whose sides mean something.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...data.phantom_geometry import LOBES
+from ..labelers.rules import RuleLabeler
+from .verdicts import Comparison, Verdicts
+
+DIMENSIONS = ("finding_coverage", "anatomical_specificity", "quantification_detail")
+PLACED = frozenset(
+    (
+        "Emphysema",
+        "Atelectasis",
+        "Lung nodule",
+        "Lung opacity",
+        "Pulmonary fibrotic sequela",
+        "Pleural effusion",
+        "Peribronchial thickening",
+        "Consolidation",
+        "Bronchiectasis",
+        "Interlobular septal thickening",
+    )
+)
+SIZE_TOLERANCE = 0.25  # of the true size
+
+_MILLIMETRES = re.compile(r"(\d+(?:[.,]\d+)?)(?: ?[x×] ?\d+(?:[.,]\d+)?)* ?(mm|cm)\b")
+_LOBE = re.compile(r"\b(right|left|both) (?:lung )?(upper|middle|lower) (?:lung )?(?:lobe|zone)s?\b")
+_LOBE_OF = re.compile(r"\b(upper|middle|lower) (?:lobe|zone)s? (?:of|in) (?:the )?(right|left|both) lungs?\b")
+_BOTH_SIDES = re.compile(r"\b(?:both|bilateral(?:ly)?)\b")
+_SIDE = re.compile(r"\b(right|left)\b")
+_SEVERITY = re.compile(r"\b(minimal|mild|moderate|severe|massive)(?:ly)?\b")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a report says of a finding."""
+
+    places: frozenset[str]
+    lengths: tuple[float, ...]  # mm
+    severities: frozenset[str]
+
+
+def named_lobes(sentence: str) -> frozenset[str]:
+    """The lobes that a sentence in small letters names."""
+    pairs = _LOBE.findall(sentence) + [(side, level) for level, side in _LOBE_OF.findall(sentence)]
+    named = {f"{side} {level} lobe" for given, level in pairs for side in _sides(given)}
+    named |= {"right middle lobe"} if re.search(r"\bmiddle lobe\b", sentence) else set()
+    named |= {"left upper lobe"} if re.search(r"\blingula", sentence) else set()
+    return frozenset(named & set(LOBES))
+
+
+def _sides(given: str) -> tuple[str, ...]:
+    return ("right", "left") if given == "both" else (given,)
+
+
+def named_sides(sentence: str) -> frozenset[str]:
+    """The sides that a sentence in small letters names: "right", "left"."""
+    return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
+
+
+def lengths_mm(sentence: str) -> tuple[float, ...]:
+    """The lengths that a sentence in small letters states, in mm; of "12 x 9 mm" the first."""
+    found = _MILLIMETRES.findall(sentence)
+    return tuple(float(number.replace(",", ".")) * (10 if unit == "cm" else 1) for number, unit in found)
+
+
+def right_lengths(stated: Sequence[float], true: Sequence[float]) -> bool:
+    """Whether lengths are stated, and each of them is within a quarter of a true one."""
+    return bool(stated) and all(any(abs(one - of) <= SIZE_TOLERANCE * of for of in true) for one in stated)
+
+
+class RuleJudge:
+    """Compares reports by what the labeler reads in them; see the head of this file."""
+
+    dimensions = DIMENSIONS
+
+    def __init__(self, labeler: RuleLabeler | None = None):
+        self.labeler = labeler or RuleLabeler()
+
+    @property
+    def signature(self) -> str:
+        labeler = self.labeler.signature.replace("|", ",")
+        return f"judge|pairwise|dims:{len(DIMENSIONS)}|rules|labeler:{labeler}"
+
+    def judge(
+        self, comparisons: Sequence[Comparison], on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Verdicts:
+        """One half where a dimension does not tell the reports apart."""
+        scores = np.empty((len(comparisons), len(DIMENSIONS)))
+        for row, (truth, first, second) in enumerate(comparisons):
+            true = self.statements(truth)
+            won = np.subtract(*(counted(true, self.statements(report)) for report in (first, second)))
+            scores[row] = (np.sign(np.round(won, 9)) + 1) / 2
+            on_progress(row + 1, len(comparisons))
+        return Verdicts(DIMENSIONS, scores)
+
+    def statements(self, report: str) -> dict[str, Statement]:
+        """What a report states of each finding that it has, by label."""
+        sentences: dict[str, dict[str, None]] = defaultdict(dict)
+        for hit in self.labeler.explain(report):
+            if hit.counts:
+                sentences[hit.label][hit.sentence.lower()] = None
+        return {label: _statement(label, list(of)) for label, of in sentences.items()}
+
+
+def _statement(label: str, sentences: Sequence[str]) -> Statement:
+    places: frozenset[str] = frozenset()
+    if label in PLACED:
+        lobes = frozenset().union(*map(named_lobes, sentences))
+        places = lobes or frozenset().union(*map(named_sides, sentences))
+    lengths = tuple(length for sentence in sentences for length in lengths_mm(sentence))
+    severities = frozenset(word for sentence in sentences for word in _SEVERITY.findall(sentence))
+    return Statement(places, lengths, severities)
+
+
+def counted(true: dict[str, Statement], stated: dict[str, Statement]) -> tuple[float, float, float]:
+    """How many of the true findings a report covers, places and quantifies."""
+    both = [(true[label], stated[label]) for label in true if label in stated]
+    placed = sum(len(one.places & of.places) / len(one.places | of.places) for of, one in both if of.places)
+    return float(len(both)), placed, float(sum(_quantified(of, one) for of, one in both))
+
+
+def _quantified(true: Statement, stated: Statement) -> bool:
+    if true.lengths:
+        return right_lengths(stated.lengths, true.lengths)
+    return bool(true.severities) and stated.severities == true.severities

@@ -1,0 +1,200 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Judge two tables of generated reports: what `diffvp judge` does, and its page."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...data.cases import Problem, Row, by_name, is_missing, raise_problems, read_csv
+from ..markdown import table_lines, with_interval
+from .calibration import KINDS
+from .verdicts import Comparison, Verdicts, position_bias, win_rates
+
+SHORT = {
+    "finding_coverage": "coverage",
+    "clinical_actionability": "actionability",
+    "detail_richness": "detail",
+    "anatomical_specificity": "specificity",
+    "quantification_detail": "quantification",
+}
+
+
+def read_comparisons(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    reference: str | os.PathLike | None = None,
+    *,
+    id_column: str = "id",
+    prediction_column: str = "prediction",
+    reference_column: str = "reference",
+) -> list[Comparison]:
+    """
+    The reports of two systems on the same scans, with the true ones, in the order of the first table.
+
+    Args:
+        reference: CSV file of the true reports by id; without it, they stand in the first table.
+
+    Raises:
+        DatasetError: a column is missing, an id is empty or there twice or in one of the tables alone, or there is no
+            true report of a scan, or another one in the second table.
+    """
+    first, second = Path(first), Path(second)
+    problems: list[Problem] = []
+    wanted = [id_column, prediction_column, *([reference_column] if reference is None else [])]
+    one = _rows(first, wanted, id_column, problems)
+    other = _rows(second, [id_column, prediction_column], id_column, problems)
+    truths = one if reference is None else _rows(Path(reference), [id_column, reference_column], id_column, problems)
+    raise_problems(problems)
+    truth_name = first.name if reference is None else Path(reference).name
+    comparisons = []
+    for name, row in one.items():
+        if name not in other:
+            problems.append(Problem(second.name, None, id_column, "missing", f"the row of {first.name}", name))
+            continue
+        truth = truths[name].values[reference_column] if name in truths else None
+        if is_missing(truth) or not str(truth).strip():
+            problems.append(Problem(truth_name, None, reference_column, "missing", "the true report", name))
+            continue
+        again = other[name].values.get(reference_column)
+        if reference is None and not is_missing(again) and str(again).strip() not in ("", str(truth).strip()):
+            problems.append(
+                Problem(second.name, other[name].number, reference_column, "another", f"that of {first.name}", name)
+            )
+        texts = (str(of.values[prediction_column] or "") for of in (row, other[name]))
+        comparisons.append(Comparison(str(truth), *texts))
+    for name in other.keys() - one.keys():
+        problems.append(Problem(first.name, None, id_column, "missing", f"the row of {second.name}", name))
+    if not (comparisons or problems):
+        problems.append(Problem(first.name, None, "rows", "none", "at least one report"))
+    raise_problems(problems)
+    return comparisons
+
+
+def _rows(path: Path, required: Sequence[str], id_column: str, problems: list[Problem]) -> dict[str, Row]:
+    rows = read_csv(path, required, problems)
+    return by_name(rows, id_column, path.name, lambda name: True, problems) or {}
+
+
+def is_same(comparison: Comparison) -> bool:
+    """Whether both reports are the same: half a win each, and nothing to ask."""
+    return comparison.first.split() == comparison.second.split()
+
+
+def judged(
+    judge, comparisons: Sequence[Comparison], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict:
+    """
+    Win rates of the first system against the second.
+
+    Returns:
+        "n", of which "same" have equal reports; "dimensions", see [`win_rates`]; "position", see [`position_bias`], of
+        those that were asked; "refused"; "repaired"; "signature".
+    """
+    asked = [row for row, comparison in enumerate(comparisons) if not is_same(comparison)]
+    verdicts = judge.judge([comparisons[row] for row in asked], on_progress)
+    scores = np.full((len(comparisons), len(judge.dimensions)), 0.5)
+    scores[asked] = verdicts.scores
+    return {
+        "signature": judge.signature,
+        "n": len(comparisons),
+        "same": len(comparisons) - len(asked),
+        "dimensions": win_rates(Verdicts(judge.dimensions, scores)),
+        "position": position_bias(verdicts),
+        "refused": verdicts.refused,
+        "repaired": verdicts.repaired,
+    }
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def calibration_page(calibration: dict | None) -> str:
+    """What the judge is worth, as Markdown."""
+    if calibration is None:
+        return "This judge has not been measured: nobody knows what the win rates below are worth.\n"
+    names = list(calibration["unanswered"])
+    agreement = calibration["agreement"]
+    rows = [["agrees with the known winner", *(measured(agreement.get(name)) for name in names)]]
+    for kind, about in KINDS.items():
+        of = calibration["corruptions"][kind]
+        rows.append([f"truth wins against {about}", *(measured(of[name]) for name in names)])
+    rows.append(["report against itself: first wins (0.5)", *(measured(calibration["self"][name]) for name in names)])
+    rows += _position_rows(calibration["position"], names)
+    rows.append(["comparisons without an answer", *(str(calibration["unanswered"][name]) for name in names)])
+    lines = [
+        f"What this judge is worth: {calibration['comparisons']} comparisons of reports of {calibration['patients']} "
+        "phantoms, whose better report is known. Mean over comparisons, with the 95 % interval.",
+        "",
+        *table_lines(["", *(SHORT[name] for name in names)], rows),
+        "",
+        *near_chance(agreement),
+        *_refused(calibration),
+    ]
+    return "\n".join([*lines, f"`{calibration['signature']}`", ""])
+
+
+def near_chance(agreement: dict) -> list[str]:
+    """What a calibration does not show: dimensions in which the judge may be a coin."""
+    unknown = [SHORT[name] for name, of in agreement.items() if of["interval"] is None]
+    chance = [SHORT[name] for name, of in agreement.items() if of["interval"] and of["interval"][0] <= 0.5]
+    lines = []
+    if chance:
+        lines += [f"NEAR CHANCE in {', '.join(chance)}: its win rates there say nothing of the reports.", ""]
+    if unknown:
+        lines += [f"NOT MEASURED in {', '.join(unknown)}: too few answers to know what win rates there say.", ""]
+    return lines
+
+
+def verdict_page(document: dict, names: tuple[str, str], calibration: dict | None) -> str:
+    """Win rates of the first system, each beside the judge's agreement with the truth of phantoms."""
+    agreement = {} if calibration is None else calibration["agreement"]
+    rows = [
+        [SHORT[name], measured(agreement.get(name)), measured(of), str(of["wins"]), str(of["split"]),
+         str(of["losses"]), str(of["unanswered"]), f"{of['p']:.3g}", f"{of['p_holm']:.3g}"]
+        for name, of in document["dimensions"].items()
+    ]  # fmt: skip
+    head = ["", "agreement on phantoms", "win rate", "wins", "split", "losses", "no answer", "p", "p (Holm)"]
+    dimensions = list(document["dimensions"])
+    lines = [
+        f"{names[0]} against {names[1]}: {document['n']} cases, {document['same']} of them with equal reports, which "
+        "count half a win each and are not judged.",
+        "Split cases, half a win each: the two orders disagree, or a rule finds no difference. p: two-sided sign test "
+        "over the other cases.",
+        "",
+        *table_lines(head, rows),
+        "",
+    ]
+    positions = _position_rows(document["position"], dimensions)
+    if positions:
+        lines += [*table_lines(["position bias", *(SHORT[name] for name in dimensions)], positions), ""]
+    return "\n".join([*lines, *near_chance(agreement), *_refused(document), f"`{document['signature']}`", ""])
+
+
+def measured(of: dict | None) -> str:
+    """A mean with its interval; "-" where there is none."""
+    if of is None or of["value"] is None:
+        return "-"
+    return with_interval(of["value"], of["interval"])
+
+
+def _position_rows(position: dict | None, names: Sequence[str]) -> list[list[str]]:
+    if position is None:
+        return []
+    disagree = [position[name]["disagree"] for name in names]
+    return [
+        ["answers for the report shown first (0.5)", *(measured(position[name]["first"]) for name in names)],
+        ["the two orders disagree", *("-" if share is None else f"{share:.3f}" for share in disagree)],
+    ]
+
+
+def _refused(document: dict) -> list[str]:
+    lines = []
+    if document["refused"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in document["refused"].items())
+        lines += [f"Answers without all winners: {reasons}.", ""]
+    if document["repaired"]:
+        lines += [f"Answers that were no strict JSON: {document['repaired']}.", ""]
+    return lines

@@ -1,0 +1,168 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""A server on this machine that speaks OpenAI's chat protocol, and says or does whatever a test wants."""
+
+import csv
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from diffvp.metrics.judge.calibration import calibration_items
+from diffvp.metrics.judge.rules import RuleJudge
+from diffvp.metrics.judge.verdicts import Comparison
+
+DIMENSIONS = (
+    "finding_coverage",
+    "clinical_actionability",
+    "detail_richness",
+    "anatomical_specificity",
+    "quantification_detail",
+)
+
+
+class HalfAnswer(str):
+    """Sent with the length of the whole answer, and cut off: the connection breaks."""
+
+
+class RawBody(str):
+    """Sent as the body, with status 200."""
+
+
+class Status(int):
+    """An HTTP status; `body` and `headers` may say more."""
+
+    def __new__(cls, status: int, message: str = "no", **headers: str):
+        value = super().__new__(cls, status)
+        value.message, value.headers = message, headers
+        return value
+
+
+class Wait(float):
+    """Seconds until the answer, which is too late."""
+
+
+def answer(*winners: str, **more) -> str:
+    """The JSON of an answer; one winner for all dimensions, or one for each."""
+    winners = winners * 5 if len(winners) == 1 else winners
+    return json.dumps({**{f"{name}_winner": w for name, w in zip(DIMENSIONS, winners, strict=True)}, **more})
+
+
+def shown_texts(prompt: str) -> Comparison:
+    """The true report, Report A and Report B of a prompt."""
+    return Comparison(
+        *(prompt.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] for tag in ("GT", "Report A", "Report B"))
+    )
+
+
+def longer(prompt: str) -> str:
+    """A judge that prefers the longer report, and Report A of two equal ones."""
+    _, first, second = shown_texts(prompt)
+    return answer("Report A" if len(first) >= len(second) else "Report B")
+
+
+def by_rules(prompt: str) -> str:
+    """A judge that finds what the rules find, and otherwise prefers Report A."""
+    verdicts = RULES.judge([shown_texts(prompt)])
+    scores = dict(zip(verdicts.dimensions, verdicts.scores[0], strict=True))
+    return answer(*("Report A" if scores.get(name, 1) >= 0.5 else "Report B" for name in DIMENSIONS))
+
+
+RULES = RuleJudge()
+
+
+def write_tables(folder: Path, count: int) -> list[str]:
+    """A.csv and B.csv of `count` pairs; their names."""
+    items = [item.comparison for item in calibration_items(2 * count) if item.kind == "graded"][:count]
+    for name, column in (("A.csv", 1), ("B.csv", 2)):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["id", "prediction", "reference"])
+            rows.writerows([f"case-{number}", item[column], item.truth] for number, item in enumerate(items))
+    return [str(folder / "A.csv"), str(folder / "B.csv")]
+
+
+def command(*arguments: object) -> list[str]:
+    """`diffvp judge` in a process of its own."""
+    return [sys.executable, "-c", "from diffvp.cli import main; main()", "judge", *map(str, arguments)]
+
+
+class ChatServer(ThreadingHTTPServer):
+    """
+    Attributes:
+        reply: the prompt and the number of the request, from 1, to what to answer: the text of a completion, or one of
+            the classes above.
+        requests: bodies, in the order in which they came.
+        headers: of each of them.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, reply: Callable[[str, int], object]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.reply, self.requests, self.headers = reply, [], []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def __enter__(self) -> "ChatServer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # clients that gave up
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.headers.append(dict(self.headers))
+            number = len(self.server.requests)
+        prompt = body["messages"][-1]["content"]
+        reply = self.server.reply(body if getattr(self.server, "whole", False) else prompt, number)
+        if isinstance(reply, Wait):
+            time.sleep(reply)
+            reply = answer("Report A")
+        if isinstance(reply, Status):
+            self._send(int(reply), json.dumps({"error": {"message": reply.message}}), reply.headers)
+        elif isinstance(reply, RawBody):
+            self._send(200, str(reply), {})
+        else:
+            message = {"role": "assistant", "content": str(reply)}
+            document = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+            }
+            self._send(200, json.dumps(document), {}, half=isinstance(reply, HalfAnswer))
+
+    def _send(self, status: int, text: str, headers: dict, half: bool = False) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if half else content)
+        if half:
+            self.close_connection = True

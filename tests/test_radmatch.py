@@ -1,0 +1,157 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The bridge to RadMatch, whose own stages run here against a server of the tests."""
+
+import csv
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("radmatch", reason='RadMatch is not installed: pip install -e ".[radmatch]"')
+
+from diffvp import cli
+from diffvp.metrics.judge import JudgeError
+from diffvp.metrics.radmatch import radmatch_page, score_radmatch
+
+from .chat_server import ChatServer, Status
+
+NODULE, EFFUSION, HEART = "A nodule of 8 mm.", "Left pleural effusion.", "Normal heart."
+MISSED, WRONG_SIDE = "", "Right pleural effusion."
+
+
+def judge(body: dict, number: int):
+    """What a model would answer: a finding a sentence, those with the same last word match, other words are wrong."""
+    content = body["messages"][-1]["content"]
+    stage = body["response_format"]["json_schema"]["name"]
+    if stage == "findings_output":
+        sentences = [of for of in (NODULE, EFFUSION, HEART, WRONG_SIDE) if of in content]
+        keys = {"clinical_significance": "urgent", "comparison": None, "measurements": []}
+        status = {of: "normal" if of == HEART else "abnormal" for of in sentences}
+        return json.dumps({"findings": [{"text": of, "clinical_status": status[of], **keys} for of in sentences]})
+    asked = json.loads(content)
+    if stage == "matching_output":
+        found, true = asked["pred_findings"], asked["gt_findings"]
+        pairs = [(one["finding_id"], of["finding_id"]) for one in found for of in true
+                 if one["text"].split()[-1] == of["text"].split()[-1]]  # fmt: skip
+        return json.dumps(
+            {
+                "matches": [{"pred_id": one, "gt_id": of, "reasoning": ""} for one, of in pairs],
+                "unmatched_pred": [
+                    one["finding_id"] for one in found if one["finding_id"] not in {p for p, _ in pairs}
+                ],
+                "unmatched_gt": [of["finding_id"] for of in true if of["finding_id"] not in {t for _, t in pairs}],
+            }
+        )
+    wrong = {"dimension": "location", "severity": "major", "reasoning": ""}
+    same = [pair["pred_finding"]["text"] == pair["gt_finding"]["text"] for pair in asked["pairs"]]
+    return json.dumps({"errors_per_match": [[] if of else [wrong] for of in same]})
+
+
+@pytest.fixture
+def served():
+    with ChatServer(judge) as server:
+        server.whole = True
+        yield server
+
+
+def score(served, predictions, references, folder, **options):
+    ids = [f"case {number}/é" for number in range(len(predictions))]
+    return score_radmatch(ids, predictions, references, folder, base_url=served.url, model="m", **options)
+
+
+def test_errors_are_counted_report_by_report(served, tmp_path):
+    truth = f"{NODULE} {EFFUSION}"
+    scores = score(served, [truth, NODULE, f"{NODULE} {WRONG_SIDE}"], [truth] * 3, tmp_path / "out")
+    assert scores["n"] == scores["scored"] == 3
+    assert scores["actionable_errors_per_report"] == pytest.approx(2 / 3)  # one missed, one on the wrong side
+    assert scores["summary"]["muc_counts"] == {"COR": 4, "PAR": 0, "INC": 1, "MIS": 1, "SPU": 0}
+    assert scores["summary"]["clinical_safety_summary"]["triage_recall"] == pytest.approx(4 / 6)
+    assert scores["signature"].startswith("radmatch:0.2") and "|model:m|server:127.0.0.1:" in scores["signature"]
+    assert "3 of 3 reports | 0.667 (" in radmatch_page(scores)
+
+
+def test_report_without_text_misses_everything_and_is_not_dropped(served, tmp_path):
+    scores = score(served, [NODULE, MISSED], [f"{NODULE} {EFFUSION}"] * 2, tmp_path)
+    assert scores["scored"] == 2 and scores["summary"]["muc_counts"]["MIS"] == 3
+
+
+def test_second_run_asks_nothing_and_other_reports_are_asked(served, tmp_path):
+    first = score(served, [NODULE, EFFUSION, MISSED], [NODULE] * 3, tmp_path)
+    asked = len(served.requests)
+    assert (
+        score(served, [NODULE, EFFUSION, MISSED], [NODULE] * 3, tmp_path)["summary"]["muc_counts"]
+        == (first["summary"]["muc_counts"])
+    )
+    assert len(served.requests) == asked
+    changed = score(served, [NODULE], [NODULE], tmp_path)  # fewer reports: those of before do not count
+    assert changed["scored"] == 1 and changed["actionable_errors_per_report"] == 0
+    assert score(served, [EFFUSION], [NODULE], tmp_path)["actionable_errors_per_report"] == 2
+
+
+def test_report_that_fails_is_counted_and_said(served, tmp_path):
+    served.reply = lambda body, number: (
+        Status(400) if WRONG_SIDE in body["messages"][-1]["content"] else judge(body, number)
+    )
+    scores = score(served, [NODULE, WRONG_SIDE], [NODULE] * 2, tmp_path)
+    assert (scores["n"], scores["scored"], scores["interval"]) == (2, 1, None)
+    assert "1 reports failed at the server" in radmatch_page(scores)
+    with pytest.raises(JudgeError, match="no usable answer"):
+        score(served, [WRONG_SIDE], [NODULE], tmp_path / "other")
+
+
+def test_reports_leave_the_machine_only_if_somebody_says_so(tmp_path):
+    with pytest.raises(JudgeError, match="reports-leave-machine"):
+        score_radmatch(["1"], ["a"], ["b"], tmp_path / "o", base_url="https://api.example.com/v1", model="m")
+    assert not (tmp_path / "o").exists()
+
+
+def test_environment_is_as_before_and_no_proxy_is_used(served, tmp_path, monkeypatch):
+    import os
+
+    with ChatServer(judge) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "example.org")
+        before = dict(os.environ)
+        score(served, [NODULE], [NODULE], tmp_path)
+        assert dict(os.environ) == before and not proxy.requests
+
+
+def test_ids_stay_in_their_own_table(served, tmp_path):
+    score(served, [NODULE], [NODULE], tmp_path)
+    with open(tmp_path / "reports.csv", newline="", encoding="utf-8") as file:
+        [row] = csv.DictReader(file)
+    assert row["id"] == "case 0/é" and (tmp_path / "true" / f"{row['report']}.txt").read_text() == NODULE
+    assert not any("case" in path.name for path in tmp_path.rglob("*.json"))
+
+
+def table(folder):
+    path = folder / "reports.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "prediction", "reference"), ("1", NODULE, NODULE), ("2", HEART, EFFUSION)])
+    return str(path)
+
+
+def test_command_prints_it_below_the_other_scores(served, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffvp.metrics.report_table.score_table", lambda *args, **options: {})
+    monkeypatch.setattr("diffvp.metrics.report_table.table_page", lambda document: "the other scores")
+    options = ["--radmatch", str(tmp_path / "out"), "--base-url", served.url, "--model", "m"]
+    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.index("the other scores") < result.stdout.index("2 of 2 reports | 1.000 (0.000–2.000)")
+    document = json.loads(CliRunner().invoke(cli.app, ["score", table(tmp_path), *options, "--json"]).stdout)
+    assert document["radmatch"]["summary"]["muc_counts"]["COR"] == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--base-url", "https://example.com/v1", "--model", "m"]])
+def test_server_is_asked_for_before_anything_is_scored(options, tmp_path):
+    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), "--radmatch", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+
+def test_missing_extra_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "diffvp.metrics.radmatch")
+    monkeypatch.setitem(sys.modules, "radmatch", None)
+    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), "--radmatch", str(tmp_path / "out")])
+    assert result.exit_code == 2 and 'pip install "diffvp[radmatch]"' in result.stderr
