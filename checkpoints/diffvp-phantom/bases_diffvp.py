@@ -22,9 +22,9 @@ class DiffVPBaseModelError(ValueError):
     """A causal LLM cannot be a base of DiffVP."""
 
 
-def takes_position_ids(language_model: PreTrainedModel) -> bool:
-    """Whether the LLM's forward is told positions. ALiBi and state-space models count for themselves."""
-    return "position_ids" in inspect.signature(language_model.forward).parameters
+def accepts(language_model: PreTrainedModel, argument: str) -> bool:
+    """Whether the LLM's forward names an argument. ALiBi and state-space models take no `position_ids`."""
+    return argument in inspect.signature(language_model.forward).parameters
 
 
 def real_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def check_language_model(language_model: PreTrainedModel, name: str) -> None:
 
 
 def _read(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    positions = {"position_ids": real_positions(mask)} if takes_position_ids(language_model) else {}
+    positions = {"position_ids": real_positions(mask)} if accepts(language_model, "position_ids") else {}
     result = language_model(inputs_embeds=embeddings, attention_mask=mask, return_dict=True, **positions)
     return result.logits.float()
 

@@ -15,11 +15,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every hyper-parameter of DiffVP, validated, with the reason for each choice on which the paper is silent."""
 
+import difflib
 import math
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -59,17 +61,56 @@ REGIONS = (
     "trachea and bronchie",
 )
 
-# What transformers itself writes into config.json or passes along besides the fields of PreTrainedConfig.
-_LOADER_KEYS = {
+# 1: without this field and without digests. 2: with both.
+FORMAT_VERSION = 2
+
+# What transformers, trainers, PEFT, quantisers and engines write into any config.json or set on any configuration
+# besides the fields of PreTrainedConfig. DiffVP keeps it and does without.
+_FOREIGN_KEYS = {
+    "add_cross_attention",
     "attn_implementation",
     "auto_map",
+    "bos_token_id",
+    "cross_attention_hidden_size",
     "custom_pipelines",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "experts_implementation",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "hidden_size",
+    "is_decoder",
+    "is_encoder_decoder",
+    "keys_to_ignore_at_inference",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_labels",
+    "output_router_logits",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",
+    "pruned_heads",
     "quantization_config",
+    "router_aux_loss_coef",
+    "sep_token_id",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tokenizer_class",
     "torch_dtype",
+    "torchscript",
     "transformers_version",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+    "vocab_size",
 }
 
 DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by region."
+
+
+class DiffVPConfigError(StrictDataclassClassValidationError, ValueError):
+    """A value of [`DiffVPConfig`] is impossible, by itself or beside the others."""
 
 
 @strict
@@ -86,6 +127,9 @@ class DiffVPConfig(PreTrainedConfig):
         base_model_gguf_file (`str`, *optional*): the file to read when the base comes as GGUF.
         has_adapter (`bool`): whether the checkpoint comes with LoRA weights, so that their absence is noticed; set by
             `save_pretrained`.
+        file_digests (`dict[str, str]`, *optional*): SHA-256 of the adapter's files and of the own weights, by their
+            names in the checkpoint, checked when it is loaded; written by `save_pretrained`.
+        format_version (`int`): of the checkpoint. Older ones are read, newer ones are refused.
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
@@ -93,6 +137,16 @@ class DiffVPConfig(PreTrainedConfig):
             eight times the cost; the paper does not say which. The weights fit either.
         encoder_max_pool (`bool`): keep the max-pooling after the first convolution, as ResNet and MedicalNet do.
         encoder_shortcut_type (`"A"` or `"B"`): `"A"` fits MedicalNet's ResNet-18 weights.
+        encoder_windows (`list[list[float]]`, *optional*): windows of HU, each a channel of the encoder's input. `None`
+            gives it the tensor as it is, the paper's single window. One of 1,200 HU shows neither fat beside fluid
+            nor calcium beside bone: on phantoms three windows were worth 0.08 of micro-F1.
+        hu_range (`list[float]`, *optional*): the HU that are -1 and 1 in the tensor (the processor's `hu_window`);
+            needed to take windows out of it.
+        encoder_coordinates (`bool`): three more channels say where in the volume a voxel lies, so that a crop knows,
+            and left is not right.
+        encoder_pyramid_channels (`int`, *optional*): channels of a top-down path (a feature pyramid) from the last
+            stage to a quarter of the tensor's resolution; then they are C. `None` ends at the last stage, as the
+            paper does: its tokens are larger than most findings. The stem then folds 2x2x2 voxels into channels.
         use_diagnosis (`bool`): put the frozen classifier's findings into the LLM input (D of eq. 9).
         share_encoder (`bool`): the classifier reads the features of the visual encoder, which was trained with it.
             `False`: it has an encoder of its own, and every scan is encoded twice.
@@ -101,6 +155,12 @@ class DiffVPConfig(PreTrainedConfig):
         diagnosis_prompt_ids (`dict`, *optional*): the diagnosis prompt's fragments as token ids of the base LLM's
             tokenizer, so that the model can write the prompt from its own predictions
             (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
+        finding_regions (`list[str]`, *optional*): the regions that the voxel head tells apart, right before left,
+            such as the lobes; for the places of findings.
+        finding_attributes (`dict`, *optional*): by label, what the diagnosis prompt tells beside a finding's name:
+            `{"place": "region", "regions" or "side", "size": bool, "margin": float}`. Of "region" it is the one at
+            the peak of the voxel logits; of the others all whose evidence is within a factor exp(margin) of the
+            strongest. Needs `share_encoder`, because they are read from the features.
         instruction (`str`): the default instruction.
         instruction_ids (`list[int]`, *optional*): the default instruction, formatted and tokenised.
         visual_tokens (`"resampler"` or `"linear"`): V of eq. 3, or every voxel token mapped to the LLM as it is.
@@ -112,9 +172,14 @@ class DiffVPConfig(PreTrainedConfig):
         latent_locality (`float`, *optional*): width of a Gaussian around a place of its own that each latent token
             prefers, as a fraction of the axes. Without it (the paper names none) nothing keeps the queries apart, and
             on few cases they come to attend alike: then v_i - r_i says what differs but not where.
-        difference_level (`"latent"`, `"pixel"`, `"target"` or `"none"`): where the difference is taken. `"pixel"` is
+        difference_level (`"latent"`, `"aligned"`, `"pixel"`, `"target"` or `"none"`): where the difference is taken.
+            `"aligned"` compares the voxel tokens themselves, each with what the reference shows near its place (see
+            `DiffVPAlignedDifference`): two bodies never lie alike, and latents mix what is far apart. `"pixel"` is
             the variant of Fig. 5b, `"none"` the baseline without a difference prompt. `"target"` takes the difference
-            to zeros: a prompt of the same length, parameters and work that knows no reference.
+            to zeros: a prompt of the same length and parameters that knows no reference.
+        difference_radius (`int`): of "aligned", how many voxel tokens away along each axis the reference is searched.
+        difference_temperature (`float`): of "aligned", the squared whitened distance over which a token of the
+            reference loses a factor e of its weight.
         use_global_delta, use_local_delta (`bool`): the two operators of the hierarchical difference extractor.
         local_delta_weights (`"distance"` or `"uniform"`): w of eq. 6, or 1 / K, a plain subtraction.
         global_delta_layers, global_delta_heads (`int`): size of the Transformer of eq. 4.
@@ -126,9 +191,21 @@ class DiffVPConfig(PreTrainedConfig):
         classification_loss_weight (`float`): the lambda of eq. 11; the paper gives no value.
         intended_domain (`str`, *optional*): what kind of scans the weights were trained on, in words; written into
             every report.
+        true_findings (`float`, *optional*): the share of training prompts that named the true findings instead of the
+            predicted ones; `None` where nobody has written it down. A disclosure: nothing is computed with it.
     """
 
     model_type = "diffvp"
+    # What `Trainer` does not gather of an evaluation: its predictions are the logits, as those of any causal LLM.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "latents",
+        "reference_latents",
+        "difference_weights",
+        "diagnosis_logits",
+        "generation_loss",
+        "classification_loss",
+    ]
     sub_configs = {"text_config": AutoConfig}  # the later sub_configs_defaults does not exist in transformers 5.19
 
     # Base LLM
@@ -137,6 +214,8 @@ class DiffVPConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_gguf_file: str | None = None
     has_adapter: bool = False
+    file_digests: dict | None = None
+    format_version: int = FORMAT_VERSION
 
     # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)
@@ -144,6 +223,10 @@ class DiffVPConfig(PreTrainedConfig):
     encoder_stride: int = 2
     encoder_max_pool: bool = True
     encoder_shortcut_type: Literal["A", "B"] = "A"
+    encoder_windows: list | tuple | None = None
+    hu_range: list[float | int] | tuple[float | int, ...] | None = None
+    encoder_coordinates: bool = False
+    encoder_pyramid_channels: int | None = None
 
     # Text around the report
     use_diagnosis: bool = True
@@ -151,6 +234,8 @@ class DiffVPConfig(PreTrainedConfig):
     diagnosis_labels: list[str] | tuple[str, ...] = DIAGNOSIS_LABELS
     diagnosis_threshold: float | list[float] = 0.5
     diagnosis_prompt_ids: dict | None = None
+    finding_regions: list[str] | tuple[str, ...] | None = None
+    finding_attributes: dict | None = None
     instruction: str = DEFAULT_INSTRUCTION
     instruction_ids: list[int] | None = None
 
@@ -164,7 +249,7 @@ class DiffVPConfig(PreTrainedConfig):
     latent_locality: float | None = None
 
     # Hierarchical difference extractor (eq. 4-7)
-    difference_level: Literal["latent", "pixel", "target", "none"] = "latent"
+    difference_level: Literal["latent", "aligned", "pixel", "target", "none"] = "latent"
     use_global_delta: bool = True
     use_local_delta: bool = True
     local_delta_weights: Literal["distance", "uniform"] = "distance"
@@ -172,6 +257,8 @@ class DiffVPConfig(PreTrainedConfig):
     global_delta_heads: int = 8
     use_side_embedding: bool = True
     difference_epsilon: float = 1e-6
+    difference_radius: int = 2
+    difference_temperature: float = 8.0
 
     # Difference-to-prompt generator (eq. 8)
     num_prefix_tokens: int = 16
@@ -182,21 +269,73 @@ class DiffVPConfig(PreTrainedConfig):
 
     # What the weights are for
     intended_domain: str | None = None
+    true_findings: float | None = None
 
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         # v5 accepts unknown keys silently and sets them as attributes, so that a typo would pass as a hyper-parameter.
-        known = {field.name for field in fields(PreTrainedConfig)} | set(dir(PreTrainedConfig)) | _LOADER_KEYS
-        unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
-        if unknown:
+        if unknown := self._unknown_keys(kwargs):
             raise ValueError(f"Unknown key(s) in DiffVPConfig: {', '.join(unknown)}. Known: {self._own_fields()}.")
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         # The tied weights live in the language model, and the composite must know about them to load and save them.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._refuse_impossible()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An impossible value is refused here as in the constructor, and the former one stays."""
+        complete = "_name_or_path" in vars(self)  # which PreTrainedConfig sets once all fields are there
+        former = vars(self).get(name)
+        super().__setattr__(name, value)
+        if complete and name in self._own_fields():
+            try:
+                self._refuse_impossible()
+            except DiffVPConfigError:
+                super().__setattr__(name, former)
+                raise
+
+    def _refuse_impossible(self) -> None:
+        try:
+            self.validate_shapes()
+        except (TypeError, ValueError) as error:
+            raise DiffVPConfigError("validate_shapes", error) from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers, for `config.json` of this and every older `format_version`.
+
+        Keys that are neither known nor a field misspelt are kept: whatever else worked on the checkpoint wrote them.
+
+        Raises:
+            ValueError: the file is of a newer version, or a key looks like a field misspelt.
+        """
+        version = config_dict.get("format_version", 1)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"config.json has format_version {version}, this code reads 1 to {FORMAT_VERSION}: update diffvp, or "
+                "load the checkpoint with trust_remote_code=True, by the code that lies in it."
+            )
+        overrides = {name: kwargs.pop(name) for name in set(cls._own_fields()) & kwargs.keys() - {"text_config"}}
+        config_dict = config_dict | {"format_version": FORMAT_VERSION} | overrides
+        foreign = {
+            key: config_dict.pop(key)
+            for key in cls._unknown_keys(config_dict)
+            if not hasattr(cls, key) and not difflib.get_close_matches(key, cls._own_fields(), cutoff=0.75)
+        }
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
+        for key, value in foreign.items():
+            setattr(config, key, value)
+        return loaded
+
+    @classmethod
+    def _unknown_keys(cls, keys) -> list[str]:
+        known = {field.name for field in fields(cls)} | set(dir(PreTrainedConfig)) | _FOREIGN_KEYS
+        return sorted(key for key in keys if key not in known and not key.startswith("_"))
 
     @classmethod
     def _own_fields(cls) -> list[str]:
@@ -205,17 +344,26 @@ class DiffVPConfig(PreTrainedConfig):
 
     @property
     def encoder_hidden_size(self) -> int:
-        """C: channels of the encoder's last stage."""
-        return self.encoder_block_channels[-1]
+        """C: channels of the encoder's last stage, or of its top-down path."""
+        return self.encoder_pyramid_channels or self.encoder_block_channels[-1]
 
     @property
     def feature_grid(self) -> tuple[int, int, int]:
-        """Voxel tokens (depth, height, width) of the encoder's last stage; their product is N."""
+        """Voxel tokens (depth, height, width) of the encoder's output; their product is N."""
+        if self.encoder_pyramid_channels is not None:
+            return tuple(size // 4 for size in self.image_size)
         halvings = 3 + int(self.encoder_max_pool)
         grid = [-(-size // self.encoder_stride) for size in self.image_size]
         for _ in range(halvings):
             grid = [-(-size // 2) for size in grid]
         return tuple(grid)
+
+    @property
+    def resampler_grid(self) -> tuple[int, int, int]:
+        """The tokens that the resampler attends to: all, or those of a pyramid in averages over 2x2x2."""
+        if self.encoder_pyramid_channels is None:
+            return self.feature_grid
+        return tuple(size // 2 for size in self.feature_grid)
 
     @property
     def visual_size(self) -> int:
@@ -243,7 +391,9 @@ class DiffVPConfig(PreTrainedConfig):
         return int(self.use_global_delta) + int(self.use_local_delta)
 
     def validate_shapes(self):
-        """Cross-field checks; each message names the field, the value found and what was expected."""
+        """Each message names the field, the value found and what was expected."""
+        self._validate_numbers()
+        self._validate_prompt_ids()
         if len(self.image_size) != 3 or min(self.image_size) < 16:
             raise ValueError(f"image_size must be (depth, height, width), 16 voxels or more, got {self.image_size}.")
         if len(self.encoder_block_channels) != 4 or min(self.encoder_block_channels) < 1:
@@ -252,14 +402,13 @@ class DiffVPConfig(PreTrainedConfig):
             )
         if self.encoder_stride not in (1, 2):
             raise ValueError(f"encoder_stride must be 1 or 2, got {self.encoder_stride}.")
+        self._validate_encoder_input()
+        self._validate_attributes()
         for heads in ("resampler_heads", "global_delta_heads"):
             if self.latent_size % getattr(self, heads):
                 raise ValueError(
                     f"latent_size ({self.latent_size}) must be divisible by {heads} ({getattr(self, heads)})."
                 )
-        for count in ("num_latents", "resampler_layers", "global_delta_layers", "num_prefix_tokens"):
-            if getattr(self, count) < 1:
-                raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
         per_label = isinstance(self.diagnosis_threshold, list)
         thresholds = self.diagnosis_threshold if per_label else [self.diagnosis_threshold]
         if not all(0 <= threshold <= 1 for threshold in thresholds):
@@ -268,7 +417,8 @@ class DiffVPConfig(PreTrainedConfig):
             raise ValueError(
                 f"diagnosis_threshold has {len(thresholds)} values for {len(self.diagnosis_labels)} diagnosis_labels."
             )
-        if len(set(self.diagnosis_labels)) != len(self.diagnosis_labels) or not self.diagnosis_labels:
+        named = [label for label in self.diagnosis_labels if isinstance(label, str) and label.strip()]
+        if len(set(named)) != len(self.diagnosis_labels) or not named:
             raise ValueError(f"diagnosis_labels must be distinct and not empty, got {self.diagnosis_labels}.")
         if self.difference_level != "none" and self.visual_tokens == "linear":
             raise ValueError(
@@ -284,8 +434,82 @@ class DiffVPConfig(PreTrainedConfig):
             raise ValueError("base_model_gguf_file is set but base_model_name_or_path is not.")
         if self.latent_locality is not None and self.latent_locality <= 0:
             raise ValueError(f"latent_locality must be None or positive, got {self.latent_locality}.")
-        if self.difference_epsilon <= 0:
-            raise ValueError(f"difference_epsilon must be positive, got {self.difference_epsilon}.")
+        if self.true_findings is not None and not 0 <= self.true_findings <= 1:
+            raise ValueError(f"true_findings must be None or a share from 0 to 1, got {self.true_findings}.")
+        for name in ("difference_epsilon", "difference_radius", "difference_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def _validate_encoder_input(self):
+        rising = [] if self.hu_range is None else [("hu_range", self.hu_range)]
+        rising += [("encoder_windows", window) for window in self.encoder_windows or ()]
+        for name, window in rising:
+            if len(window) != 2 or not window[0] < window[1]:
+                raise ValueError(f"{name} must hold two rising HU, got {list(window)}.")
+        if self.encoder_windows is not None and (not self.encoder_windows or self.hu_range is None):
+            raise ValueError(
+                f"encoder_windows is {self.encoder_windows} and hu_range {self.hu_range}: expected at least one "
+                "window, and the HU that are -1 and 1 in the tensor."
+            )
+        if self.encoder_pyramid_channels is None:
+            return
+        if self.encoder_pyramid_channels < 1:
+            raise ValueError(f"encoder_pyramid_channels must be positive, got {self.encoder_pyramid_channels}.")
+        if any(size % 16 for size in self.image_size):
+            raise ValueError(f"image_size must be multiples of 16 for a pyramid, got {self.image_size}.")
+        if self.encoder_stride != 2 or self.encoder_max_pool:
+            raise ValueError(
+                f"encoder_stride is {self.encoder_stride} and encoder_max_pool {self.encoder_max_pool}: a pyramid "
+                "begins at half the resolution, expected 2 and False."
+            )
+
+    def _validate_attributes(self):
+        for label, wanted in (self.finding_attributes or {}).items():
+            if label not in self.diagnosis_labels:
+                raise ValueError(f"finding_attributes names {label!r}, which is not among diagnosis_labels.")
+            unknown = set(wanted) - {"place", "size", "margin"}
+            if unknown or wanted.get("place") not in (None, "region", "regions", "side"):
+                raise ValueError(
+                    f"finding_attributes of {label!r} is {wanted}; expected place (region, regions or side), size "
+                    "and margin."
+                )
+            if wanted.get("place") in ("region", "regions") and not self.finding_regions:
+                raise ValueError(f"finding_attributes of {label!r} names a region, but finding_regions is empty.")
+        if self.finding_attributes and self.use_diagnosis and not self.share_encoder:
+            raise ValueError("finding_attributes are read from the visual encoder's features: set share_encoder=True.")
+
+    def _validate_numbers(self):
+        counts = ("latent_size", "num_latents", "resampler_layers", "resampler_heads", "global_delta_layers")
+        for count in (*counts, "global_delta_heads", "num_prefix_tokens", "prompt_hidden_size"):
+            if getattr(self, count) < 1:
+                raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
+        for name in ("classification_loss_weight", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}.")
+        for name in ("difference_epsilon", "latent_locality"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(f"format_version must be 1 to {FORMAT_VERSION}, got {self.format_version}.")
+
+    def _validate_prompt_ids(self):
+        lists = {} if self.instruction_ids is None else {"instruction_ids": self.instruction_ids}
+        if self.diagnosis_prompt_ids is not None:
+            parts = self.diagnosis_prompt_ids
+            if missing := sorted({"prefix", "labels", "separator", "none", "suffix"} - parts.keys()):
+                raise ValueError(f"diagnosis_prompt_ids has no {', '.join(missing)}.")
+            if len(parts["labels"]) != len(self.diagnosis_labels):
+                raise ValueError(
+                    f"diagnosis_prompt_ids has {len(parts['labels'])} labels for {len(self.diagnosis_labels)} "
+                    "diagnosis_labels: make it with DiffVPProcessor.diagnosis_prompt_ids(tokenizer, labels)."
+                )
+            lists |= {f"diagnosis_prompt_ids[{name!r}]": parts[name] for name in parts if name != "labels"}
+            named = zip(self.diagnosis_labels, parts["labels"], strict=True)
+            lists |= {f"diagnosis_prompt_ids of {label!r}": ids for label, ids in named}
+        vocabulary = getattr(self.text_config, "vocab_size", None) or math.inf
+        for name, ids in lists.items():
+            if wrong := [one for one in ids if isinstance(one, int) and not 0 <= one < vocabulary]:
+                raise ValueError(f"{name} has token {wrong[0]}; the LLM's vocabulary has {vocabulary}.")
 
 
 DiffVPConfig.register_for_auto_class()

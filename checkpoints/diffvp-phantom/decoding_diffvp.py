@@ -2,13 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exactly the bytes that a header promises, from a file that may be compressed: no more are allocated or given out.
 
+Of gzip and zlib streams ([`decode`], [`inflate`]), of zip archives ([`extract`]), and of deflated DICOM data sets
+([`inflate_data_set`]).
+
 Zero bytes behind them are no error: files that are copied in blocks, or from a tape, end with some.
 """
 
 import io
 import os
+import struct
 import sys
 import threading
+import zipfile
+from collections.abc import Callable
 from functools import partial
 from gzip import BadGzipFile
 from pathlib import Path
@@ -24,6 +30,11 @@ MAX_COMPRESSION = 200  # a chest CT deflates to a half or, with much padding, to
 MAX_PADDING = 2**24  # zero bytes behind the voxels: blocks have kilobytes, at most a few megabytes
 CHUNK = 2**17  # bytes of a compressed file in memory at a time
 MAX_KEPT = 2**29  # bytes that a thread keeps for its next scan
+MAX_FILES = 20_000  # a study of several series; a folder or archive with more is not one, and would take minutes
+MAX_ARCHIVE_BYTES = 4 * 2**30  # unpacked: 8,000 slices of 512 x 512, of which the temporary folder has to hold a copy
+MAX_DIRECTORY_BYTES = 512 * MAX_FILES  # of an archive: an entry has 46 bytes and a path
+# Of a deflated DICOM data set: a slice of nothing but air deflates to a thousandth, a whole scan to no tenth.
+MAX_DEFLATED_BYTES, MAX_DEFLATION = 2**26, 20
 
 
 def read_bytes(content: Path | bytes, count: int, source: str) -> bytes:
@@ -168,4 +179,96 @@ def _memory(count: int) -> np.ndarray:
     return _kept.memory[:count]
 
 
-__all__ = ["MAX_BYTES", "MAX_COMPRESSION", "decode", "inflate", "read_bytes"]
+def extract(path: Path, folder: Path, wanted: Callable[[bytes], bool]) -> list[tuple[Path | None, str]]:
+    """The members of a zip archive, of which the wanted ones are written under names of our own.
+
+    Their own may lead out of the folder. What the archive's directory promises is checked first: `zipfile` reads no
+    more of a member than it promises, and checks its checksum, so that a directory that lies is an error and not a
+    full disk.
+
+    Args:
+        wanted: whether a member is written, by its first 132 bytes.
+
+    Returns:
+        Where each member was written (`None` where it was not), and its path in the archive.
+
+    Raises:
+        CTReadError: too large, encrypted, of an unknown method.
+        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError: damaged.
+    """
+    _check_directory_size(path)
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.filename.endswith("/")]
+        total = sum(member.file_size for member in members)
+        limit = min(MAX_ARCHIVE_BYTES, MAX_COMPRESSION * size)
+        if not all(0 <= member.header_offset < size for member in members):
+            raise zipfile.BadZipFile("a member outside the archive")
+        if len(members) > MAX_FILES:
+            raise CTReadError(path.name, "number of files", len(members), f"at most {MAX_FILES}: one study")
+        if total > limit:
+            raise CTReadError(path.name, "unpacked size", f"{total} bytes", f"at most {limit} of this archive")
+        if any(member.flag_bits & 0x41 for member in members):  # bit 0: encrypted, bit 6: strongly
+            raise CTReadError(path.name, "archive", "encrypted", "one without a password")
+        methods = {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+        if methods:
+            raise CTReadError(path.name, "compression method", max(methods), "0 or 8: stored or deflated")
+        files = []
+        for number, member in enumerate(sorted(members, key=lambda member: member.filename)):
+            target = None
+            with archive.open(member) as stream:
+                head = stream.read(132)
+                if wanted(head):
+                    target = folder / f"{number:06d}"
+                    with target.open("wb") as file:
+                        file.write(head)
+                        while chunk := stream.read(2**20):
+                            file.write(chunk)
+            files.append((target, member.filename))
+    return files
+
+
+def _check_directory_size(path: Path) -> None:
+    """Refuse an archive whose directory is longer than that of any study, before `zipfile` reads it to memory."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 100))
+        tail = file.read()
+    end, end64 = tail.rfind(b"PK\5\6"), tail.rfind(b"PK\6\6")
+    sizes = [struct.unpack_from("<I", tail, end + 12)[0]] if 0 <= end <= len(tail) - 22 else []
+    if sizes == [0xFFFFFFFF] and 0 <= end64 <= len(tail) - 56:
+        sizes = [struct.unpack_from("<Q", tail, end64 + 40)[0]]
+    if sizes and sizes[0] > MAX_DIRECTORY_BYTES:
+        raise CTReadError(path.name, "archive directory", f"{sizes[0]} bytes", f"at most {MAX_DIRECTORY_BYTES}")
+
+
+def inflate_data_set(content, source: str) -> io.BytesIO:
+    """A deflated DICOM data set (PS3.5, A.5): pydicom would inflate it without a limit.
+
+    Args:
+        content: the bytes behind the meta header.
+
+    Raises:
+        CTReadError: damaged, or longer than what a CT deflates to.
+    """
+    limit = min(MAX_BYTES, max(MAX_DEFLATED_BYTES, MAX_DEFLATION * len(content)))
+    stream = isal_zlib.decompressobj(wbits=-15)
+    try:
+        result = stream.decompress(content, max_length=limit)
+    except isal_zlib.error as error:
+        raise CTReadError(source, "content", "a damaged deflated stream", "one that inflates") from error
+    if not stream.eof:
+        found = f"above {limit} bytes" if len(result) >= limit else "truncated"
+        raise CTReadError(source, "deflated size", found, "a stream that ends within what a CT deflates to")
+    return io.BytesIO(result)
+
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_COMPRESSION",
+    "MAX_FILES",
+    "decode",
+    "extract",
+    "inflate",
+    "inflate_data_set",
+    "read_bytes",
+]

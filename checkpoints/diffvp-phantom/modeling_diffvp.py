@@ -23,8 +23,6 @@ DiffVP: CT report generation conditioned on the difference between a scan and a 
 `modules_diffvp.py` has the building blocks (eq. 3-8), `checkpoint_diffvp.py` loads, saves and merges.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,23 +32,25 @@ from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .bases_diffvp import real_positions, takes_position_ids
-from .checkpoint_diffvp import DiffVPCheckpointMixin
+from .bases_diffvp import accepts, real_positions
+from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
+from .findings_diffvp import diagnosis_prompt_ids, read_attributes
+from .generation_diffvp import decoding_config
 from .modules_diffvp import (
+    DiffVPAlignedDifference,
     DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
     DiffVPVisionEncoder,
-    diagnosis_prompt_ids,
     pad_left,
 )
 from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
 
 
-class DiffVPPreTrainedModel(PreTrainedModel):
+class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
     config: DiffVPConfig
     base_model_prefix = "model"
     main_input_name = "ct"
@@ -86,6 +86,7 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
 
     input_modalities = ("image",)
     supports_gradient_checkpointing = False  # the layers are MONAI's
+    _prefixes_in_whole = {"vision_encoder.": "classifier.vision_encoder.", "diagnosis.": "classifier."}
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
@@ -112,6 +113,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
     same name in both.
     """
 
+    _prefixes_in_whole = {"": ""}
+
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
         self.vision_encoder = DiffVPVisionEncoder(config)
@@ -122,6 +125,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
         self.classification_head = nn.Linear(config.visual_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
+        self.aligned_difference = DiffVPAlignedDifference(config) if config.difference_level == "aligned" else None
         self.global_delta = self.prompt_generator = None
         # "none" is the baseline without a difference prompt.
         if config.difference_level != "none":
@@ -131,7 +135,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.post_init()
 
     def _freeze(self) -> None:
-        for module in (self.vision_encoder, self.diagnosis):
+        for name in ("vision_encoder", "diagnosis", "language_model"):
+            module = getattr(self, name, None)
             if module is not None:
                 module.requires_grad_(False)
 
@@ -187,7 +192,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
         Either side can be encoded alone and the two dicts merged, so that one reference serves many scans.
 
         Args:
-            ct, reference: `(batch, 1, D, H, W)`.
+            ct, reference: `(batch, 1, D, H, W)`. An aligned difference takes several references of each scan,
+                `(batch, R, D, H, W)`.
 
         Returns:
             `ct_features` and, with a classifier, `diagnosis_logits` of `ct`; `reference_features` of `reference`. A
@@ -202,7 +208,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
             given = {"ct": ct, "reference": reference}
             return encoded | {name: volume.to(self.device) for name, volume in given.items() if volume is not None}
         if reference is not None:
-            encoded["reference_features"] = self.extract_features(reference)
+            encoded["reference_features"] = self._reference_features(reference, None)
         return encoded
 
     # Comparison, eq. 3-8
@@ -237,19 +243,37 @@ class DiffVPModel(DiffVPPreTrainedModel):
 
         Features are those of the volume of the same name. Where they are given, the volume is not encoded again.
         """
-        latents, attention = self._visual_tokens(self._features("ct", ct, ct_features))
-        level, nothing = self.config.difference_level, torch.zeros_like(latents)
-        if level == "none":
-            return DiffVPComparison(latents, None, latents, latents, attention)
+        features = self._features("ct", ct, ct_features)
+        latents, attention = self._visual_tokens(features)
+        level, nothing, residual = self.config.difference_level, torch.zeros_like(latents), None
+        reference_latents, pair = None, (latents, latents)
         if level == "target":
-            return DiffVPComparison(latents, None, latents, nothing, attention)
-        if level == "pixel":
+            pair = latents, nothing
+        elif level == "pixel":
             if ct is None or reference is None:
                 raise ValueError('difference_level="pixel" subtracts volumes: give `ct` and `reference`.')
             difference, attention = self.resampler(self.extract_features(ct - reference.to(ct.device)))
-            return DiffVPComparison(latents, None, difference, nothing, attention)
-        reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
-        return DiffVPComparison(latents, reference_latents, latents, reference_latents, attention)
+            pair = difference, nothing
+        elif level == "aligned":
+            reference_features = self._reference_features(reference, reference_features)
+            with torch.autocast(self.device.type, enabled=False):  # distances of tokens that hardly differ
+                *pair, residual = self.aligned_difference(features, reference_features)
+            reference_latents = pair[1]
+        elif level == "latent":
+            reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
+            pair = latents, reference_latents
+        attributes = None
+        if self.config.finding_attributes and self.diagnosis is not None:
+            with torch.autocast(self.device.type, enabled=False):  # in training the same as in use
+                attributes = read_attributes(self.config, self.diagnosis.locate(features))
+        return DiffVPComparison(latents, reference_latents, *pair, attention, residual, attributes)
+
+    def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
+        """(batch, N, C), or of several references of each scan (batch, R, N, C)."""
+        if volumes is None or features is not None or volumes.ndim != 5 or volumes.shape[1] == 1:
+            return self._features("reference", volumes, features)
+        encoded = self.extract_features(volumes.flatten(0, 1)[:, None])
+        return encoded.unflatten(0, volumes.shape[:2])
 
     def difference_prompt(self, comparison: DiffVPComparison) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Eqs. 4-8: the prompt P (batch, m, h), `None` without one, and the weights w of eq. 6 (batch, K)."""
@@ -272,21 +296,25 @@ class DiffVPModel(DiffVPPreTrainedModel):
     ) -> torch.Tensor:
         """
         Fig. 5a: the squared token distances of eq. 6, spread over voxel tokens by the resampler's attention and
-        interpolated to the volume. Shape (batch, D, H, W), float32, non-negative, arbitrary units.
+        interpolated to the volume; of an aligned difference, the norm of its residual, in units of what normal scans
+        differ by. Shape (batch, D, H, W), float32, non-negative.
 
         Takes the result of `compare`, or what `compare` takes.
         """
         seen = self.compare(ct, reference, **features) if comparison is None else comparison
         size = tuple(self.config.image_size)
+        if seen.residual is not None:
+            grid = seen.residual.unflatten(-1, self.config.feature_grid)[:, None]
+            return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
         if seen.attention is None:  # without a resampler, and so without a difference
             return seen.latents.new_zeros(seen.latents.shape[0], *size, dtype=torch.float32)
         distances = (seen.difference_from.float() - seen.difference_to.float()).square().sum(dim=-1)
         tokens = torch.einsum("bk,bkn->bn", distances, seen.attention.float())
-        grid = tokens.unflatten(-1, self.config.feature_grid)[:, None]
+        grid = tokens.unflatten(-1, self.config.resampler_grid)[:, None]
         return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
 
 
-class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, GenerationMixin):
+class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):
     """
     The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
 
@@ -307,26 +335,22 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
-            # Loaded weights must survive the initialisation that post_init runs over every sub-module.
-            for tensor in (*language_model.parameters(), *language_model.buffers()):
-                tensor._is_hf_initialized = True
+            self._keep_weights(language_model)
         self.language_model = language_model
+        # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
+        language_model.generation_config = GenerationConfig()
         self._freeze()
         self.post_init()
 
-    def _freeze(self) -> None:
-        super()._freeze()
-        if hasattr(self, "language_model"):
-            self.language_model.requires_grad_(False)
+    def diagnosis_prompt(
+        self, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left.
 
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
-
-    def diagnosis_prompt(self, diagnosis_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left."""
+        Args:
+            attributes: their places and sizes, from a [`DiffVPComparison`]; `None` names the findings alone.
+        """
         fragments = self.config.diagnosis_prompt_ids
         if fragments is None:
             raise ValueError(
@@ -335,7 +359,11 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
             )
         probabilities = diagnosis_logits.float().sigmoid()
         positive = probabilities >= torch.tensor(self.config.diagnosis_threshold, device=probabilities.device)
-        rows = [diagnosis_prompt_ids(fragments, findings) for findings in positive.tolist()]
+        attributes = attributes or [None] * len(positive)
+        rows = [
+            diagnosis_prompt_ids(fragments, findings, known)
+            for findings, known in zip(positive.tolist(), attributes, strict=True)
+        ]
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -379,7 +407,7 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         if self.config.use_diagnosis:
             if diagnosis_logits is None:
                 diagnosis_logits = self.diagnose(ct, encoded["ct_features"])
-            ids, mask = self.diagnosis_prompt(diagnosis_logits)
+            ids, mask = self.diagnosis_prompt(diagnosis_logits, comparison.attributes)
             parts.append(embed(ids))
             masks.append(mask)
         parts.append(text)
@@ -406,6 +434,7 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         ct_features: torch.Tensor | None = None,
         reference_features: torch.Tensor | None = None,
         diagnosis_logits: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DiffVPOutput:
         """
@@ -415,16 +444,30 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
                 the config's instruction.
             labels: like `input_ids`, with -100 on everything but the report and its end token.
             diagnosis_labels: (batch, labels) in {0, 1}, for the auxiliary loss.
+            num_items_in_batch: report tokens of the whole optimizer step, as `transformers.Trainer` counts them. Both
+                losses are then this batch's part of the step's: each case weighs with its tokens, however the step is
+                divided. By default they are means over the batch's tokens and cases.
             ct_features, reference_features: output of `extract_features`, instead of `ct` and `reference`.
             diagnosis_logits: output of `diagnose`, instead of running the classifier.
             kwargs: go to the LLM and to the loss.
+
+        Raises:
+            ValueError: `num_items_in_batch` without `labels`: label smoothing of `Trainer` takes them away, and would
+                then compare each token with the logits of the next one, without the auxiliary loss.
         """
+        if num_items_in_batch is not None and labels is None:
+            raise ValueError(
+                "`labels` is missing: Trainer takes it away for label_smoothing_factor and compute_loss_func, and "
+                "would train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
+            )
         embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
         text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
-        if takes_position_ids(self.language_model):
+        if accepts(self.language_model, "position_ids"):
             kwargs["position_ids"] = real_positions(mask)
+        if labels is not None and accepts(self.language_model, "use_cache"):
+            kwargs.setdefault("use_cache", False)  # nothing is decoded: the keys of all layers would only cost memory
         decoded = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -434,15 +477,25 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
         )
         loss = generation_loss = classification_loss = None
         if labels is not None:
-            generation_loss = self.loss_function(
-                decoded.logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            generation_loss = loss = self.loss_function(
+                decoded.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
-            loss = generation_loss
-        if diagnosis_labels is not None:
+        if labels is not None or diagnosis_labels is not None:
             scores = self.classification_head(computed["latents"].mean(dim=1)).float()
-            classification_loss = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores))
+        if diagnosis_labels is not None:
+            losses = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores), reduction="none").mean(1)
+            parts = 1 / len(losses)
+            if num_items_in_batch is not None:
+                parts = (labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch
+            classification_loss = (parts * losses).sum()
             weighted = self.config.classification_loss_weight * classification_loss
             loss = weighted if loss is None else loss + weighted
+        elif labels is not None:
+            loss = loss + 0 * scores.sum()  # DistributedDataParallel waits for a gradient of every trained parameter
         return DiffVPOutput(
             loss=loss,
             logits=decoded.logits,
@@ -491,32 +544,21 @@ class DiffVPForConditionalGeneration(DiffVPCheckpointMixin, DiffVPModel, Generat
 
         Args:
             comparison: result of `compare`, instead of scans and features.
+            generation_config: instead of the model's; the special tokens that it does not name are the model's.
+                `max_length` and `min_length`, here or in `kwargs`, count what is returned, as `max_new_tokens` and
+                `min_new_tokens` do: the prompt's embeddings are none of the caller's tokens.
         """
         embeddings, mask, _ = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison
         )
-        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        kwargs = generation_config.update(**kwargs)  # what is left is not a generation parameter
+        decoding, kwargs = decoding_config(self.generation_config, generation_config, kwargs)
         return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=generation_config, **kwargs
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
         )
 
 
 DiffVPForDiagnosis.register_for_auto_class("AutoModel")
+DiffVPModel.register_for_auto_class("AutoModel")
 DiffVPForConditionalGeneration.register_for_auto_class("AutoModel")
 
-__all__ = [
-    "DiffVPComparison",
-    "DiffVPDiagnosisClassifier",
-    "DiffVPDiagnosisOutput",
-    "DiffVPForConditionalGeneration",
-    "DiffVPForDiagnosis",
-    "DiffVPGlobalDelta",
-    "DiffVPLocalDelta",
-    "DiffVPModel",
-    "DiffVPOutput",
-    "DiffVPPreTrainedModel",
-    "DiffVPPromptGenerator",
-    "DiffVPResampler",
-    "DiffVPVisionEncoder",
-]
+__all__ = ["DiffVPForConditionalGeneration", "DiffVPForDiagnosis", "DiffVPModel", "DiffVPPreTrainedModel"]

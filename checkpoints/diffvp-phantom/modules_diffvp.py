@@ -18,6 +18,7 @@ The building blocks of DiffVP, from the scan to the difference prompt.
 
 - `DiffVPVisionEncoder`: frozen 3D ResNet-18 (MONAI), voxel tokens F of shape (batch, N, C)
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
+- `DiffVPAlignedDifference`: voxel tokens against what the reference shows near each of them
 - `DiffVPGlobalDelta`, `DiffVPLocalDelta`: the hierarchical difference extractor, eq. 4-7
 - `DiffVPPromptGenerator`: difference prompt P of shape (batch, m, h), eq. 8
 - `DiffVPDiagnosisClassifier`: voxel logits and Noisy-OR pooling (appendix D)
@@ -43,37 +44,107 @@ class DiffVPResNet(ResNet):
 
 
 class DiffVPVisionEncoder(nn.Module):
-    """3D ResNet-18 (section 3.2). MONAI's network, so that MedicalNet's weights fit by name."""
+    """
+    3D ResNet-18 (section 3.2). MONAI's network, so that MedicalNet's weights fit by name.
+
+    With `encoder_pyramid_channels` its stages lie at 1/2, 1/4, 1/8 and 1/16 of the tensor's resolution, and a top-down
+    path leads what the last one knows back to 1/4.
+    """
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
         self.image_size = tuple(config.image_size)
+        self.hu_range, self.windows = config.hu_range, config.encoder_windows
+        self.coordinates = config.encoder_coordinates
+        self.is_pyramid = config.encoder_pyramid_channels is not None
+        channels = len(self.windows or [None])
+        if self.is_pyramid:
+            # Eight voxels as channels at half the resolution: a 7x7x7 convolution of few channels costs more than the
+            # four stages behind it, and a 3x3x3 one sees as much here.
+            channels *= 8
         self.resnet = DiffVPResNet(
             block="basic",
             layers=[2, 2, 2, 2],
             block_inplanes=list(config.encoder_block_channels),
-            n_input_channels=1,
-            conv1_t_stride=config.encoder_stride,
+            n_input_channels=channels + 3 * self.coordinates,
+            conv1_t_size=3 if self.is_pyramid else 7,
+            conv1_t_stride=1 if self.is_pyramid else config.encoder_stride,
             no_max_pool=not config.encoder_max_pool,
             shortcut_type=config.encoder_shortcut_type,
             feed_forward=False,
         )
+        self.pyramid = DiffVPPyramid(config) if self.is_pyramid else None
 
-    def forward(self, ct: torch.Tensor) -> torch.Tensor:
-        """`ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N runs depth-major."""
-        if ct.ndim != 5 or tuple(ct.shape[1:]) != (1, *self.image_size):
+    def forward(self, ct: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        `ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N runs depth-major.
+
+        With `start` (batch, 3), each `ct` is a crop of a volume, which begins at this voxel (depth, height, width).
+        """
+        if ct.ndim != 5 or ct.shape[1] != 1 or (start is None and tuple(ct.shape[2:]) != self.image_size):
             raise ValueError(
                 f"ct must have shape (batch, 1, {', '.join(map(str, self.image_size))}), got {tuple(ct.shape)}. "
                 "Let the processor of this checkpoint prepare it."
             )
         net = self.resnet
+        hidden = self._channels(ct, start)
         # Channels last is 1.3 to 2.6 times faster for 3D convolutions on CPU and the layout of tensor cores on GPU.
-        hidden = ct.to(net.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        hidden = hidden.to(net.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
         hidden = net.act(net.bn1(net.conv1(hidden)))
         if not net.no_max_pool:
             hidden = net.maxpool(hidden)
-        hidden = net.layer4(net.layer3(net.layer2(net.layer1(hidden))))
+        stages = []
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            hidden = layer(hidden)
+            stages.append(hidden)
+        if self.pyramid is not None:
+            hidden = self.pyramid(stages)
         return hidden.flatten(2).transpose(1, 2)
+
+    def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+        """What the first convolution sees: windows, folded for a pyramid, and coordinates in [-1, 1]."""
+        if self.windows is not None:
+            low, high = self.hu_range
+            hu = low + (ct.float() + 1) * ((high - low) / 2)
+            ct = torch.cat([((hu - a) / (b - a)).clamp(0, 1) * 2 - 1 for a, b in self.windows], dim=1)
+        step = 1
+        if self.is_pyramid:
+            step = 2
+            depth, height, width = (size // 2 for size in ct.shape[2:])
+            ct = ct.reshape(*ct.shape[:2], depth, 2, height, 2, width, 2)
+            ct = ct.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+        if not self.coordinates:
+            return ct
+        axes = []
+        for axis, whole in enumerate(self.image_size):
+            first = torch.zeros(len(ct), device=ct.device) if start is None else start[:, axis].to(ct.device)
+            centres = (torch.arange(ct.shape[2 + axis], device=ct.device) + 0.5) * step
+            place = (first[:, None] + centres) * (2 / whole) - 1
+            shape = [len(ct), 1, 1, 1, 1]
+            shape[2 + axis] = -1
+            axes.append(place.view(shape).expand(-1, -1, *ct.shape[2:]))
+        return torch.cat([ct, *(axis.to(ct.dtype) for axis in axes)], dim=1)
+
+
+class DiffVPPyramid(nn.Module):
+    """Top-down path (Lin et al. 2017) from the fourth stage to the second: upsample, add the stage, convolve."""
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        channels, width = config.encoder_block_channels, config.encoder_pyramid_channels
+        self.lateral = nn.ModuleList([nn.Conv3d(channels[stage], width, 1) for stage in (3, 2, 1)])
+        self.smooth = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv3d(width, width, 3, padding=1, bias=False), nn.BatchNorm3d(width), nn.ReLU())
+                for _ in (2, 1)
+            ]
+        )
+
+    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        hidden = self.lateral[0](stages[3])
+        for lateral, smooth, stage in zip(self.lateral[1:], self.smooth, (stages[2], stages[1]), strict=True):
+            hidden = smooth(F.interpolate(hidden, scale_factor=2, mode="nearest") + lateral(stage))
+        return hidden
 
 
 def voxel_positions(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
@@ -180,7 +251,7 @@ class DiffVPResampler(nn.Module):
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
-        self.grid = config.feature_grid
+        self.feature_grid, self.grid = config.feature_grid, config.resampler_grid
         self.position_embedding = config.position_embedding
         self.locality = config.latent_locality
         self.initializer_range = config.initializer_range
@@ -190,12 +261,19 @@ class DiffVPResampler(nn.Module):
         self.norm = nn.LayerNorm(config.latent_size)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """F (batch, N, C) → V (batch, K, d) and the last layer's attention averaged over heads (batch, K, N)."""
-        if features.ndim != 3 or features.shape[1] != math.prod(self.grid):
+        """
+        F (batch, N, C) → V (batch, K, d) and the last layer's attention averaged over heads (batch, K, N).
+
+        The tokens of a pyramid are averaged over 2x2x2 first: the attention is over N / 8 of them.
+        """
+        if features.ndim != 3 or features.shape[1] != math.prod(self.feature_grid):
             raise ValueError(
-                f"Expected {math.prod(self.grid)} voxel tokens (a grid of {self.grid}), got features of shape "
-                f"{tuple(features.shape)}."
+                f"Expected {math.prod(self.feature_grid)} voxel tokens (a grid of {self.feature_grid}), got features "
+                f"of shape {tuple(features.shape)}."
             )
+        if self.grid != self.feature_grid:
+            volume = features.transpose(1, 2).unflatten(2, self.feature_grid)
+            features = F.avg_pool3d(volume, 2).flatten(2).transpose(1, 2)
         values = self.feature_norm(features.to(self.queries.dtype))
         keys = values
         if self.position_embedding == "sincos":
@@ -288,9 +366,99 @@ class DiffVPPromptGenerator(nn.Module):
         return self.fc2(hidden).unflatten(-1, (self.num_prefix_tokens, -1))
 
 
+class DiffVPAlignedDifference(nn.Module):
+    """
+    The residual of the voxel tokens to a reference, after a soft alignment, and the K places where it is largest.
+
+    Tokens are whitened by the pool's own mean and covariance, so that a unit is what normal scans differ by. Around
+    each token t, the tokens r_j of the reference within `difference_radius` are averaged by
+    softmax(−‖t − r_j‖² / `difference_temperature`), and the average is taken from t. The pairs (token, average) at the
+    K largest local maxima of the residual's norm, mapped to the latents' width, are V and V_r of eq. 4-7. The map has
+    no bias, so that a residual of zero is a Δ_l of zero; it has the only parameters here.
+
+    `whitening` (C, C) and `mean` (C,) are buffers of the checkpoint, see [`fit`].
+    """
+
+    def __init__(self, config: DiffVPConfig):
+        super().__init__()
+        self.grid, self.radius = config.feature_grid, config.difference_radius
+        self.temperature, self.num_places = config.difference_temperature, config.num_latents
+        width = config.encoder_hidden_size
+        self.register_buffer("whitening", torch.eye(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.projection = nn.Linear(width, config.latent_size, bias=False)
+
+    @torch.no_grad()
+    def fit(self, tokens: torch.Tensor, shrinkage: float = 0.05) -> None:
+        """
+        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations, with `shrinkage` added to each axis,
+        so that directions in which normal tokens hardly vary are not blown up.
+        """
+        tokens = tokens.double()
+        deviation = tokens.std(dim=0) + 1e-3
+        scaled = tokens / deviation
+        covariance = torch.cov(scaled.T) + shrinkage * torch.eye(scaled.shape[1], dtype=scaled.dtype)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.whitening.copy_(vectors @ torch.diag(values.rsqrt()) @ vectors.T @ torch.diag(1 / deviation))
+        self.mean.copy_(tokens.mean(dim=0))
+
+    def align(self, features: torch.Tensor, reference_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        F (batch, N, C) of target and reference → the whitened target and what the reference shows near each of its
+        tokens, both (batch, C, *grid) in float32. Of R references, (batch, R, N, C), all are searched.
+        """
+        target = self._whiten(features)
+        if reference_features.ndim == 3:
+            reference_features = reference_features[:, None]
+        r, sizes = self.radius, self.grid
+        references = [F.pad(self._whiten(one), (r,) * 6) for one in reference_features.unbind(1)]
+        inside = F.pad(torch.ones(sizes, device=target.device), (r,) * 6)
+        shifts = [(a, b, c) for a in range(2 * r + 1) for b in range(2 * r + 1) for c in range(2 * r + 1)]
+
+        def shifted(volume: torch.Tensor, shift: tuple[int, int, int]) -> torch.Tensor:
+            return volume[(..., *(slice(start, start + size) for start, size in zip(shift, sizes, strict=True)))]
+
+        candidates = [(reference, shift) for reference in references for shift in shifts]
+        distances = torch.stack([(target - shifted(*one)).square().sum(dim=1) for one in candidates])
+        outside = torch.stack([shifted(inside, shift) for _, shift in candidates]) == 0
+        weights = (-distances / self.temperature).masked_fill(outside[:, None], -torch.inf).softmax(dim=0)
+        aligned = torch.zeros_like(target)
+        for weight, one in zip(weights, candidates, strict=True):
+            aligned.addcmul_(weight[:, None], shifted(*one))
+        return target, aligned
+
+    def _whiten(self, features: torch.Tensor) -> torch.Tensor:
+        white = (features.float() - self.mean.float()) @ self.whitening.float().T
+        return white.transpose(1, 2).unflatten(2, self.grid)
+
+    def forward(
+        self, features: torch.Tensor, reference_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """F of target and reference → V, V_r (batch, K, d), and the residual's norm (batch, N) in float32."""
+        with torch.no_grad():
+            target, aligned = self.align(features, reference_features)
+            norm = (target - aligned).square().sum(dim=1).sqrt()
+            width = 2 * self.radius + 1
+            peaks = F.max_pool3d(norm[:, None], width, 1, self.radius)[:, 0] == norm
+            # A grid too small for K local maxima is filled up with what comes next.
+            order = (norm * peaks + norm * 1e-3).flatten(1).topk(min(self.num_places, norm[0].numel()), dim=1).indices
+            pair = [
+                volume.flatten(2).transpose(1, 2).take_along_dim(order[..., None], dim=1)
+                for volume in (target, aligned)
+            ]
+            # Where a place is: the same on both sides, so that it leaves the difference.
+            position = sincos_position_embedding(self.grid, self.projection.out_features, norm.device)[order]
+        dtype = self.projection.weight.dtype
+        latents, reference_latents = (self.projection(one.to(dtype)) + position.to(dtype) for one in pair)
+        return latents, reference_latents, norm.flatten(1)
+
+
 class DiffVPDiagnosisClassifier(nn.Module):
     """
     3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D).
+
+    With `finding_regions` a second head tells the regions apart, and with `finding_attributes` a third one the size of
+    the finding that a token belongs to: what [`locate`] reads places and sizes from.
 
     Args:
         own_encoder: without one it has `classify` alone, on the features of another module's encoder.
@@ -299,7 +467,13 @@ class DiffVPDiagnosisClassifier(nn.Module):
     def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
         super().__init__()
         self.vision_encoder = DiffVPVisionEncoder(config) if own_encoder else None
-        self.head = nn.Linear(config.encoder_hidden_size, config.num_labels_diagnosis)
+        self.grid, self.attributes = config.feature_grid, config.finding_attributes
+        self.labels = tuple(config.diagnosis_labels)
+        width, labels = config.encoder_hidden_size, config.num_labels_diagnosis
+        self.head = nn.Linear(width, labels)
+        # Background, then the regions.
+        self.region_head = nn.Linear(width, 1 + len(config.finding_regions)) if config.finding_regions else None
+        self.size_head = nn.Linear(width, labels) if config.finding_attributes else None
 
     def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels)."""
@@ -308,11 +482,66 @@ class DiffVPDiagnosisClassifier(nn.Module):
     def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Voxel features (batch, N, C) → what `forward` returns."""
         voxel_logits = self.head(features)
-        log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
-        # Bounded away from 0, where every voxel is certainly negative and log p would be −∞.
-        log_negative = log_negative.clamp(max=-1e-12)
-        log_positive = torch.log(-torch.expm1(log_negative))
-        return log_positive - log_negative, voxel_logits
+        return noisy_or(voxel_logits), voxel_logits
+
+    def sizes(self, features: torch.Tensor) -> torch.Tensor:
+        """Voxel features (batch, N, C) → the natural logarithm of each finding's size in mm, (batch, N, labels)."""
+        return self.size_head(features).float() + SIZE_LOG_MM
+
+    @torch.no_grad()
+    def locate(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Where each finding is and how large, given that it is there: voxel features (batch, N, C) →
+
+        - `peak` (batch, labels): the token that shows it most; of a finding with sizes, the largest of several.
+        - `size_mm` (batch, labels)
+        - `region` (batch, labels): the region at the peak; -1 without a region head.
+        - `region_evidence` (batch, labels, regions), `side_evidence` (batch, labels, 2), right and left: log of the
+          probability mass of the tokens that show it at least half as much as any other.
+        """
+        probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
+        log_size = self.sizes(features).transpose(1, 2)
+        sized = [bool((self.attributes or {}).get(label, {}).get("size")) for label in self.labels]
+        scale = torch.where(torch.tensor(sized, device=features.device)[:, None], log_size.exp(), 1.0)
+        peak = (probability * scale).argmax(dim=2)
+        evidence = probability * (probability >= 0.5 * probability.amax(dim=2, keepdim=True))
+        around = self._smoothed(evidence, 3).clamp(min=1e-12)
+        size = (self._smoothed(evidence * log_size, 3) / around).take_along_dim(peak[..., None], dim=2)[..., 0].exp()
+        # Width runs from the patient's right to the left.
+        volume = evidence.unflatten(2, self.grid)
+        half = (self.grid[2] + 1) // 2
+        sides = torch.stack([volume[..., :half].sum(dim=(2, 3, 4)), volume[..., -half:].sum(dim=(2, 3, 4))], dim=-1)
+        found = {"peak": peak, "size_mm": size, "side_evidence": (sides + EVIDENCE_FLOOR).log()}
+        found["region"] = torch.full_like(peak, -1)
+        if self.region_head is None:
+            return found
+        regions = self.region_head(features).float().softmax(dim=-1)[..., 1:].transpose(1, 2)
+        # A finding hides the region that it lies in: its tokens are those of the region around them.
+        regions = self._smoothed(regions, 5)
+        regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        by_region = torch.einsum("bln,brn->blr", evidence, regions)
+        index = peak[:, None].expand(-1, regions.shape[1], -1)
+        found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
+        found["region_evidence"] = (by_region + EVIDENCE_FLOOR).log()
+        return found
+
+    def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:
+        """Means over `width` tokens along each axis, of values (batch, ..., N)."""
+        return F.avg_pool3d(values.unflatten(2, self.grid), width, 1, width // 2).flatten(2)
+
+
+# Of the sizes that a report states, in mm: about the geometric mean, where the size head begins.
+SIZE_LOG_MM = math.log(20.0)
+EVIDENCE_FLOOR = 0.02  # of a token: what counts as no evidence
+
+
+def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
+    """Voxel logits (batch, N, labels) → log-odds of 1 − Π(1 − p_voxel), (batch, labels) in float32."""
+    log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
+    # Bounded away from 0, where every voxel is certainly negative and log p would be −∞.
+    log_negative = log_negative.clamp(max=-1e-12)
+    log_positive = torch.log(-torch.expm1(log_negative))
+    return log_positive - log_negative
 
 
 def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,12 +560,3 @@ def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> 
     moves = (mask == 0) & (places < first_of_text[:, None])
     order = moves.long().neg().argsort(dim=1, stable=True)
     return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order)
-
-
-def diagnosis_prompt_ids(fragments: dict, positive: list[bool]) -> list[int]:
-    """Token ids of the diagnosis prompt D: the positive labels between prefix and suffix, or the words for none."""
-    named = [label for label, found in zip(fragments["labels"], positive, strict=True) if found]
-    ids = list(fragments["prefix"])
-    for position, label in enumerate(named):
-        ids += (fragments["separator"] if position else []) + label
-    return ids + (fragments["none"] if not named else []) + fragments["suffix"]

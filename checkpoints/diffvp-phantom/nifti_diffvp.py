@@ -101,7 +101,7 @@ def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
         with open(path, "rb") as file:
             wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         with open(path, newline="", encoding="utf-16" if wide else "utf-8-sig") as file:
-            stated = re.match(r"sep=(.)\r?\n?$", file.readline(80))
+            stated = re.match(r"\ufeff*sep=(.)\r?\n?$", file.readline(80))
             widths = {stated[1]: 1} if stated else {}
             for delimiter in "" if stated else ",;\t":
                 file.seek(0)
@@ -111,7 +111,12 @@ def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
                     widths[delimiter] = 0
             if not stated:
                 file.seek(0)
-            yield from enumerate(csv.reader(file, delimiter=max(widths, key=widths.get), strict=True), start=1)
+            for number, fields in enumerate(
+                csv.reader(file, delimiter=max(widths, key=widths.get), strict=True), start=1
+            ):
+                if number == 1 and fields:
+                    fields[0] = fields[0].lstrip("\ufeff")  # a second mark, of a second program
+                yield number, fields
     except UnicodeError as error:
         raise CTReadError(source, "content", "not UTF-8", expected) from error
     except csv.Error as error:

@@ -17,6 +17,9 @@ class DiffVPComparison(ModelOutput):
         latents, reference_latents: V and V_r of eq. 3, `(batch, K, d)`; V_r is `None` where no reference is encoded.
         difference_from, difference_to: the two sides v_i and r_i of eqs. 4-7, `(batch, K, d)`.
         attention: the resampler's attention to the voxel tokens of v_i, `(batch, K, N)`; `None` without a resampler.
+        residual: of an aligned difference, the norm of each voxel token's residual, `(batch, N)`.
+        attributes: with `config.finding_attributes`, the places and sizes of the scan's findings, as
+            `read_attributes` gives them: for each scan a list, in the order of the labels.
     """
 
     latents: torch.FloatTensor | None = None
@@ -24,6 +27,8 @@ class DiffVPComparison(ModelOutput):
     difference_from: torch.FloatTensor | None = None
     difference_to: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
+    residual: torch.FloatTensor | None = None
+    attributes: list | None = None
 
 
 @dataclass

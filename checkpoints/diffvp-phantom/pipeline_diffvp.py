@@ -57,8 +57,9 @@ class DiffVPPipeline(Pipeline):
 
         Returns:
             A dict, or a list of them, one a scan: `report`; `regions`, {region: text}; `findings`, a label,
-            probability, threshold and `positive` each; `complete`, whether the report came to its end; `reference`,
-            the id of the sampled one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
+            probability, threshold and `positive` each, of some checkpoints also `location`, `size_mm` and `peak` (see
+            `describe_findings`); `complete`, whether the report came to its end; `reference`, the id of the sampled
+            one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
             `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
             and `intended_domain`, which belong beside the report wherever it goes.
         """
@@ -136,10 +137,13 @@ class DiffVPPipeline(Pipeline):
             comparison=comparison,
             **generate_kwargs,
         )
+        attributes, batched = comparison.attributes, isinstance(inputs["geometry"], list)
         return {
             # A row a scan, as transformers takes a batch apart again: of several sequences, all of the scan.
             "tokens": tokens.unflatten(0, (len(inputs["ct"]), -1)),
             "logits": logits,
+            # transformers takes a batch apart again, but not what is one scan.
+            "attributes": attributes if attributes is None or batched else attributes[0],
             "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
@@ -153,10 +157,12 @@ class DiffVPPipeline(Pipeline):
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
         }
-        ends = end_tokens(self.model.generation_config)
+        ends, findings = end_tokens(self.model.generation_config), []
+        if outputs["logits"] is not None:
+            attributes = None if outputs["attributes"] is None else [outputs["attributes"]]
+            [findings] = describe_findings(self.model.config, outputs["logits"], attributes, [outputs["geometry"]])
         reports = [
-            describe_text(self.processor, self.model.config, tokens, outputs["logits"], ends) | of_scan
-            for tokens in outputs["tokens"][0].tolist()
+            describe_text(self.processor, tokens, findings, ends) | of_scan for tokens in outputs["tokens"][0].tolist()
         ]
         return reports if len(reports) > 1 else reports[0]
 
@@ -172,40 +178,57 @@ def end_tokens(generation_config) -> list[int]:
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
 
 
-def describe_text(processor, config, tokens: list[int], logits: torch.Tensor | None, ends: list[int]) -> dict:
+def describe_text(processor, tokens: list[int], findings: list[dict], ends: list[int]) -> dict:
     """
     A written report, in the one form that the pipeline, report.json and `diffvp batch` share.
 
     Args:
         tokens: new token ids of one report; padding may follow its end.
-        logits: of the classifier, (1, labels); `None` without one.
+        findings: of the scan, from [`describe_findings`]; empty without a classifier.
         ends: see [`end_tokens`].
 
     Returns:
-        `report`, the text; `regions`, {region: text}; `findings`, see [`describe_findings`]; `complete`, whether the
+        `report`, the text; `regions`, {region: text}; `findings`; `complete`, whether the
         report came to its end.
     """
     text = processor.decode(tokens, skip_special_tokens=True).strip()
     return {
         "report": text,
         "regions": processor.post_process(text),
-        "findings": [] if logits is None else describe_findings(config, logits)[0],
+        "findings": findings,
         "complete": any(token in ends for token in tokens),
     }
 
 
-def describe_findings(config, logits: torch.Tensor) -> list[list[dict]]:
-    """The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order."""
+def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=()) -> list[list[dict]]:
+    """
+    The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order.
+
+    Args:
+        attributes: of a model with `finding_attributes`, those of its `compare`. Each finding then also has
+            `location`, in words, and `size_mm`, both `None` where the model reads none, and `peak`, where it shows
+            most, (x, y, z) in RAS+ mm of the scan's own frame.
+        geometries: then the [`CTGeometry`] of each scan.
+    """
     thresholds = config.diagnosis_threshold
     if not isinstance(thresholds, list):
         thresholds = [thresholds] * len(config.diagnosis_labels)
-    return [
+    described = [
         [
             {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
             for label, value, threshold in zip(config.diagnosis_labels, row, thresholds, strict=True)
         ]
         for row in logits.float().sigmoid().tolist()
     ]
+    if attributes is None:
+        return described
+    for findings, of_scan, geometry in zip(described, attributes, geometries, strict=True):
+        for finding, known in zip(findings, of_scan, strict=True):
+            peak = geometry.tensor_affine @ (*known["voxel"], 1.0)
+            finding["location"] = " and ".join(known["places"]) or None
+            finding["size_mm"] = known["size_mm"]
+            finding["peak"] = [round(float(value), 1) for value in peak[:3]]
+    return described
 
 
 __all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings", "describe_text", "end_tokens"]

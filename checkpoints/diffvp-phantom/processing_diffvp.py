@@ -37,15 +37,16 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils.hub import resolve_revision
 
 from .anatomy_diffvp import check_chest, measure_coverage
+from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
-from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, resample, save_map, to_input_grid
+from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
+from .storage_diffvp import HUB_KWARGS
+from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers itself writes beside an image processor's attributes.
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
-HUB_KWARGS = ("cache_dir", "local_files_only", "proxies", "token", "revision")
 OTHER = "other"  # what post_process calls text that belongs to no region
 # What opens a region or a section of a report, and its name. Departments write plurals and other spellings.
 REGION_HEADINGS = {region: region for region in REGIONS} | {
@@ -148,10 +149,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             CTInputError: an input is not a usable chest CT; the message names source, field, value and expectation.
             CTAnatomyError: the one among them for a CT of another region.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)
-        options = self._standardize_kwargs(
-            **{key: getattr(self, key) for key in self.valid_kwargs.__annotations__} | kwargs
-        )
+        options = self._options(kwargs)
         inputs = list(each(ct))
         if not inputs:
             raise ValueError("The list of CTs is empty.")
@@ -159,7 +157,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         tensors, geometry = [], []
         for one in inputs:
-            volume = read_ct(one, spacing if _is_array(one) else None, options["allow_non_hu"])
+            volume = _read(one, spacing, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
                     volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
@@ -167,22 +165,25 @@ class DiffVPImageProcessor(BaseImageProcessor):
             coverage = measure_coverage(volume)
             if not allow_any_anatomy:
                 check_chest(coverage, volume.source)
-            tensor, place = resample(
-                volume,
-                tuple(options["size"][axis] for axis in AXES),
-                options["target_spacing"],
-                options["crop_foreground"],
-                options["foreground_hu"],
-                options["hu_window"],
-                options["antialias"],
-                digest,
-            )
+            tensor, place = _resample(volume, options, digest)
             tensors.append(tensor)
             geometry.append(replace(place, coverage=coverage))
         batch = torch.stack(tensors)
         return BatchFeature(
             {"ct": batch.numpy() if options["return_tensors"] == "np" else batch, "geometry": geometry}
         )
+
+    def resample(
+        self, volume: CTVolume, **kwargs: Unpack[DiffVPImageProcessorKwargs]
+    ) -> tuple[torch.Tensor, CTGeometry]:
+        """A volume that [`read_ct`] returned as a tensor (1, depth, height, width), and its place in the file."""
+        return _resample(volume, self._options(kwargs), digest=False)
+
+    def _options(self, kwargs: dict) -> dict:
+        """The settings, with those of a call."""
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        settings = {key: getattr(self, key) for key in self.valid_kwargs.__annotations__}
+        return self._standardize_kwargs(**settings | kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         size, spacing, window = kwargs["size"], kwargs["target_spacing"], kwargs["hu_window"]
@@ -294,8 +295,33 @@ def _texts(text, count: int) -> list[str | None]:
     return texts
 
 
+def _read(ct, spacing, allow_non_hu: bool) -> CTVolume:
+    return ct if isinstance(ct, CTVolume) else read_ct(ct, spacing if _is_array(ct) else None, allow_non_hu)
+
+
+def _resample(volume: CTVolume, options: dict, digest: bool) -> tuple[torch.Tensor, CTGeometry]:
+    return resample(
+        volume,
+        tuple(options["size"][axis] for axis in AXES),
+        options["target_spacing"],
+        options["crop_foreground"],
+        options["foreground_hu"],
+        options["hu_window"],
+        options["antialias"],
+        digest,
+    )
+
+
 def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+# What other processors call their arguments.
+HABITS = {
+    **dict.fromkeys(("image", "images", "pixel_values", "video", "videos", "volume", "volumes"), "ct"),
+    **dict.fromkeys(("reference_image", "reference_images", "references", "normal"), "reference"),
+    **dict.fromkeys(("prompt", "prompts", "texts", "instruction", "messages", "conversation"), "text"),
+}
 
 
 class DiffVPBatchFeature(BatchFeature):
@@ -405,7 +431,7 @@ class DiffVPProcessor(ProcessorMixin):
             hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
         if given:
             allow_non_hu = images_kwargs.get("allow_non_hu", self.image_processor.allow_non_hu)
-            volumes = [read_ct(one, spacing if _is_array(one) else None, allow_non_hu) for one in given]
+            volumes = [_read(one, spacing, allow_non_hu) for one in given]
             parts = [
                 self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs, allow_any_anatomy)
                 for one in volumes
@@ -430,7 +456,9 @@ class DiffVPProcessor(ProcessorMixin):
         groups = {"text_kwargs", "images_kwargs", "common_kwargs"}
         unknown = sorted(set(kwargs) - set(TextKwargs.__annotations__) - image_names - groups)
         if unknown:
-            raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for {type(self).__name__}.")
+            meant = sorted({f"{HABITS[name]}=" for name in unknown if name in HABITS})
+            hint = f" Expected {' and '.join(meant)}." if meant else ""
+            raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for {type(self).__name__}.{hint}")
         # Most base tokenizers pad on the right; that must not win over the reason for the left.
         init_kwargs = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
         merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
@@ -443,19 +471,41 @@ class DiffVPProcessor(ProcessorMixin):
             scans, spacing=spacing, digest=True, allow_any_anatomy=allow_any_anatomy, **images_kwargs
         )
 
-    def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
-        """One reference for each scan, from the pool."""
+    def choose_reference(self, sha256: str, seed: int = 0) -> tuple[str, CTVolume]:
+        """
+        Id and volume of the reference that `__call__` samples for a scan.
+
+        Args:
+            sha256: of the scan's content, `CTVolume.sha256`.
+
+        Raises:
+            ReferencePoolError: there is no pool, or nothing in it but the scan.
+        """
+        pool = self._pool()
+
+        def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
+            volume = read_ct(pool.fetch(entry))
+            return volume.sha256, volume
+
+        return pool.choose(seed, sha256, load)
+
+    def _pool(self) -> ReferencePool:
         if self.reference_pool is None:
             raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+        return self.reference_pool
+
+    def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
+        """One reference for each scan, from the pool."""
+        pool = self._pool()
         loaded, tensors, places, ids = {}, [], [], []
 
         def load(entry: dict[str, str]) -> tuple[str, BatchFeature]:
             if entry["id"] not in loaded:
-                loaded[entry["id"]] = self._preprocess([self.reference_pool.fetch(entry)], None, images_kwargs)
+                loaded[entry["id"]] = self._preprocess([pool.fetch(entry)], None, images_kwargs)
             return loaded[entry["id"]]["geometry"][0].sha256, loaded[entry["id"]]
 
         for place in geometry:
-            name, reference = self.reference_pool.choose(seed, place.sha256, load)
+            name, reference = pool.choose(seed, place.sha256, load)
             tensors.append(reference["ct"])
             places += reference["geometry"]
             ids.append(name)
@@ -504,32 +554,52 @@ class DiffVPProcessor(ProcessorMixin):
         return ids + [self.tokenizer.eos_token_id]
 
     @staticmethod
-    def diagnosis_prompt(labels: Sequence[str]) -> str:
-        """The diagnosis prompt D of eq. 9, findings in the order of `DIAGNOSIS_LABELS`."""
+    def diagnosis_prompt(labels: Sequence[str], attributes: Mapping[str, str] | None = None) -> str:
+        """
+        The diagnosis prompt D of eq. 9, findings in the order of `DIAGNOSIS_LABELS`.
+
+        Args:
+            attributes: what stands in brackets behind a finding, by label: "right upper lobe, 12 mm".
+        """
         unknown = sorted(set(labels) - set(DIAGNOSIS_LABELS))
         if unknown:
             raise ValueError(f"Unknown finding(s) {', '.join(unknown)}. Known: {', '.join(DIAGNOSIS_LABELS)}.")
-        named = [label.lower() for label in DIAGNOSIS_LABELS if label in labels]
+        brackets = {label: f" ({text})" for label, text in (attributes or {}).items() if text}
+        named = [label.lower() + brackets.get(label, "") for label in DIAGNOSIS_LABELS if label in labels]
         return f"Predicted findings: {', '.join(named) or 'none'}.\n"
 
     @staticmethod
-    def diagnosis_prompt_ids(tokenizer, labels: Sequence[str] = DIAGNOSIS_LABELS) -> dict:
+    def diagnosis_prompt_ids(
+        tokenizer, labels: Sequence[str] = DIAGNOSIS_LABELS, places: Sequence[str] | None = None
+    ) -> dict:
         """The fragments of the diagnosis prompt as token ids, for `config.diagnosis_prompt_ids`.
 
         Their concatenation *defines* the prompt's ids: prefix, then the found labels with the separator between them
-        or `none`, then suffix. `labels` holds one list for each label, in the given order.
+        or `none`, then suffix. `labels` holds one list for each label, in the given order. With `places`, fragments
+        for the attributes of a finding, sizes digit by digit.
         """
 
         def ids(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        return {
+        fragments = {
             "prefix": ids("Predicted findings:"),
             "labels": [ids(f" {label.lower()}") for label in labels],
             "separator": ids(","),
             "none": ids(" none"),
             "suffix": ids(".\n"),
         }
+        if places is not None:
+            fragments["attributes"] = {
+                "open": ids(" ("),
+                "close": ids(")"),
+                "and": ids(" and "),
+                "comma": ids(", "),
+                "places": {place: ids(place) for place in places},
+                "digits": [ids(str(digit)) for digit in range(10)],
+                "mm": ids(" mm"),
+            }
+        return fragments
 
     @staticmethod
     def post_process(text: str, sections: bool = False) -> dict[str, str]:
@@ -585,9 +655,9 @@ class DiffVPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; also finds the pool in `references/` of the same repository and revision."""
-        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
         access = {key: hub_kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in hub_kwargs}
-        revision = resolve_revision(pretrained_model_name_or_path, kwargs.get("revision", "main"), **access)
+        revision = resolve_revision(pretrained_model_name_or_path, kwargs.get("revision") or "main", **access)
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"revision": revision})
         processor = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
         subfolder = "/".join(part for part in (kwargs.get("subfolder", ""), REFERENCE_FOLDER) if part)
@@ -608,12 +678,15 @@ class DiffVPProcessor(ProcessorMixin):
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers; the reference pool is copied along."""
+        """As in transformers; the reference pool is copied along, and one of an earlier save is taken away."""
         files = super().save_pretrained(save_directory, **kwargs)
         # transformers leaves auto_map on what it saves but not on what it loads, and the two should be equal.
         vars(self).pop("auto_map", None)
-        if self.reference_pool is not None:
-            self.reference_pool.copy_to(Path(save_directory) / REFERENCE_FOLDER)
+        references = Path(save_directory) / REFERENCE_FOLDER
+        if self.reference_pool is None:
+            remove_references(references)
+        else:
+            self.reference_pool.copy_to(references)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
@@ -622,8 +695,11 @@ class DiffVPProcessor(ProcessorMixin):
 DiffVPImageProcessor.register_for_auto_class()
 DiffVPProcessor.register_for_auto_class()
 
+# The collator comes along: every checkpoint can be trained further, and the saver copies what is imported.
 __all__ = [
     "DiffVPBatchFeature",
+    "DiffVPDataCollator",
+    "DiffVPDataset",
     "DiffVPImageProcessor",
     "DiffVPImageProcessorKwargs",
     "DiffVPProcessor",

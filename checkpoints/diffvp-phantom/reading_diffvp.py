@@ -9,12 +9,13 @@ would inflate to gigabytes, is refused at once. Each format has a file of its ow
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from .decoding_diffvp import MAX_BYTES
+from .decoding_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
@@ -43,15 +44,16 @@ def read_ct(
     allow_non_hu: bool = False,
     metadata: CTMetadata | None = None,
     series: int | str | None = None,
+    allow_incomplete: bool = False,
 ) -> CTVolume:
     """Read and validate one CT.
 
     Args:
         ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI); a nibabel NIfTI
-            image; a SimpleITK image; a `datasets.Nifti` value, decoded or not; or a NumPy array or torch tensor of
-            HU, **indexed [x, y, z] with x growing to the patient's left, y to posterior, z to superior (LPS)**,
-            together with `spacing`.
+            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI), a DICOMDIR or a
+            multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not;
+            or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
+            posterior, z to superior (LPS)**, together with `spacing`.
         spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
             known to be in LPS order. Other files carry their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
@@ -59,6 +61,8 @@ def read_ct(
         metadata: what the dataset's table says of a NIfTI file; used where the header is blank and the voxels are
             raw, compared where the header states a grid, and refused where the two disagree.
         series: which DICOM series of several: its number in the list that the refusal gives, or its UID.
+        allow_incomplete: read what is there of a DICOM series of which files are damaged or missing at its ends. The
+            volume then has a warning.
 
     Raises:
         CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
@@ -94,7 +98,7 @@ def read_ct(
             return read_nifti(content, Path(path).name if path else "NIfTI bytes", **options)
         if path is None:
             raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
-        return read_ct(path, spacing, allow_non_hu, metadata, series)
+        return read_ct(path, spacing, allow_non_hu, metadata, series, allow_incomplete)
     if isinstance(ct, nib.spatialimages.SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
@@ -111,14 +115,14 @@ def read_ct(
         found = "not a regular file" if ct != "" and os.path.lexists(path) else "missing"
         raise CTReadError(source, "path", found, "an existing file or a DICOM folder")
     suffix = path.suffix.lower()
-    if folder or suffix == ".zip":
+    if folder or suffix == ".zip" or _is_dicom(path, source):
         _refuse(source, spacing=spacing, metadata=metadata)
         from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
 
         try:
-            return read_dicom(path, series=series, allow_non_hu=allow_non_hu)
+            return read_dicom(path, series, allow_non_hu, allow_incomplete)
         except CTReadError as error:
-            if (error.source, error.field) != (source, "content"):
+            if (error.source, error.field) != (source, "content") or not (folder or suffix == ".zip"):
                 raise
             return _read_other(path, error, allow_non_hu, series)
     _refuse(source, series=series)
@@ -129,8 +133,16 @@ def read_ct(
         return read_nrrd(path, source, allow_non_hu)
     if suffix in (".mha", ".mhd"):
         return read_metaimage(path, source, allow_non_hu)
-    expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices"
+    expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices, or .dcm"
     raise CTReadError(source, "suffix", repr(path.suffix), expected)
+
+
+def _is_dicom(path: Path, source: str) -> bool:
+    """By its name, or of a name that is no other format's, by its content."""
+    suffix, name = path.suffix.lower(), path.name.upper()
+    if suffix == ".dcm" or name == "DICOMDIR":
+        return True
+    return not name.lower().endswith((*FORMATS, ".gz")) and read_bytes(path, 132, source)[128:] == b"DICM"
 
 
 def unwrapped(value):
@@ -146,34 +158,39 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
     Args:
         error: that there is none; raised where there is nothing else, either.
     """
-    archive = None if path.is_dir() else path
-    if archive is None:
+    content, archived = None, not path.is_dir()
+    if not archived:
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:
         try:
-            with zipfile.ZipFile(archive) as members:  # within its limits, or it were another error
-                found = [Path(name) for name in members.namelist()]
-        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
-            raise error from None
-    found = sorted(file for file in found if _format(file) and file.name[:2] != "._")  # macOS's copies of attributes
+            with zipfile.ZipFile(path) as archive:  # within its limits, or it were another error
+                members = {Path(one.filename): one for one in archive.infolist() if _is_scan(one.filename)}
+                found = list(members)
+                if len(found) == 1 and _format(found[0]) == "NIfTI" and members[found[0]].file_size <= MAX_BYTES:
+                    content = archive.read(members[found[0]])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as damage:
+            raise CTReadError(path.name, "content", "a damaged archive", "a zip that passes its checksums") from damage
+    found = sorted(file for file in found if _is_scan(str(file)))
     if not found:
         raise error
-    if len(found) == 1 and archive is None:
+    if len(found) == 1 and not archived:
         return read_ct(found[0], allow_non_hu=allow_non_hu, series=series)
-    if len(found) == 1 and _format(found[0]) == "NIfTI":
-        _refuse(archive.name, series=series)
-        with zipfile.ZipFile(archive) as members:
-            [member] = [one for one in members.infolist() if Path(one.filename) == found[0]]
-            if member.file_size <= MAX_BYTES:
-                return read_nifti(members.read(member), found[0].name, allow_non_hu=allow_non_hu)
+    if content is not None:
+        _refuse(path.name, series=series)
+        return read_nifti(content, found[0].name, allow_non_hu=allow_non_hu)
     formats = " and ".join(sorted({_format(file) for file in found}))
     names = ", ".join(file.name for file in found[:SHOWN_FILES]) + (", ..." if len(found) > SHOWN_FILES else "")
-    expected = f"one scan: {'' if archive is None else 'unpack it and '}give the path of the file"
+    expected = f"one scan: {'unpack it and ' if archived else ''}give the path of the file"
     raise CTReadError(path.name, "content", f"no DICOM file, but {formats} ({names})", expected) from error
 
 
-def _format(path: Path) -> str | None:
-    return next((name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix)), None)
+def _is_scan(name: str) -> bool:
+    """Whether a file is one of these formats, and none of macOS's copies of attributes, nor a folder of an archive."""
+    return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
+
+
+def _format(path: Path) -> str:
+    return next(name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix))
 
 
 def _source(ct) -> str:

@@ -5,7 +5,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -54,6 +54,7 @@ class ReferencePool:
                 raise ReferencePoolError(f"{REFERENCE_INDEX}: file is {file!r}; expected a name without folders.")
         if len({name for name, _, _ in names}) != len(names) or not names:
             raise ReferencePoolError(f"{REFERENCE_INDEX}: ids must be distinct and at least one.")
+        hub_kwargs.pop("force_download", None)  # has been done, and each `fetch` would do it again
         return cls(str(name_or_path), subfolder, tuple(entries), hub_kwargs)
 
     def fetch(self, entry: dict[str, str]) -> Path:
@@ -104,13 +105,28 @@ class ReferencePool:
         raise ReferencePoolError("The scan is the only one of the reference pool: give another reference.")
 
     def copy_to(self, folder: Path) -> None:
-        """Write all references and their index into a folder."""
+        """Write all references and their index into a folder, and take away those of an earlier save."""
         folder.mkdir(exist_ok=True)
         for entry in self.entries:
             source, target = self.fetch(entry), folder / entry["file"]
             if not (target.exists() and target.samefile(source)):
                 shutil.copyfile(source, target)
+        remove_references(folder, keep={entry["file"] for entry in self.entries})
         _write_index(folder, self.entries)
+
+
+def remove_references(folder: Path, keep: Collection[str] = ()) -> None:
+    """Take away a pool: its index first, then the files that the index lists, but those to `keep`."""
+    index = folder / REFERENCE_INDEX
+    if not index.is_file():
+        return
+    files = [entry["file"] for entry in json.loads(index.read_text(encoding="utf-8"))]
+    index.unlink()
+    for file in files:
+        if Path(file).name == file and file not in keep:
+            (folder / file).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write_index(folder: Path, entries) -> Path:
@@ -134,4 +150,4 @@ def index_references(folder) -> Path:
     return _write_index(folder, entries)
 
 
-__all__ = ["ReferencePool", "ReferencePoolError", "index_references"]
+__all__ = ["ReferencePool", "ReferencePoolError", "index_references", "remove_references"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch  # takes longer to import than a scan to read: imported where a tensor is made
 
 # Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
-MIN_SPACING, MAX_SPACING = 0.2, 10.0  # mm
+MIN_SPACING, MAX_SPACING = 0.1, 10.0  # mm
 MIN_LENGTH = 8  # voxels along each axis
 MAX_LENGTH = 4096  # the longest CT-RATE volume has 1,617 slices
 MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear moves a voxel by 3 mm over 300 mm
@@ -38,9 +38,10 @@ MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it 
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
 MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
 SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
-# Share of the voxels in that range: 0.3 to 0.6 in real chest CTs, below 0.015 in the same after a second rescale or
-# with the bytes in the other order, of which the range of the voxels need not tell.
-MIN_SOFT_TISSUE = 0.02
+# Share in that range of the voxels, and of those that are neither air nor lung: a small patient's field is mostly air.
+# Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale, or with bytes in the
+# other order, of which the range of the voxels need not tell. One of the two suffices.
+MIN_SOFT_TISSUE, MIN_SOFT_BODY, BODY_HU = 0.02, 0.25, -700.0
 # A rescale of the wrong sign makes air the densest of all. A few hundredths of a chest, of bone and metal, lie above
 # DENSE_HU, and fewer than are as light as lung.
 AIRY_HU, DENSE_HU, MAX_DENSE = -500.0, 500.0, 0.25
@@ -100,6 +101,7 @@ class CTVolume:
         slope, intercept: stored values to Hounsfield units.
         is_hu: False where the caller overrode the test for Hounsfield units.
         contrast: True where the header names a contrast medium; `None` where it says nothing.
+        warnings: what the reader found wanting and was allowed to read, in words that name nobody.
     """
 
     array: np.ndarray
@@ -114,6 +116,7 @@ class CTVolume:
     intercept: float = 0.0
     is_hu: bool = True
     contrast: bool | None = None
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -152,6 +155,7 @@ class CTGeometry:
     offset: tuple[float, float, float]
     scale: tuple[float, float, float]
     coverage: dict | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def tensor_spacing(self) -> tuple[float, float, float]:
@@ -312,20 +316,22 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
     in_range = MIN_HU <= low <= MAX_HU_MINIMUM and MIN_HU_MAXIMUM <= high <= MAX_HU
     sample = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)] * float(slope) + float(intercept)
     soft = float(np.mean((sample > SOFT_TISSUE[0]) & (sample < SOFT_TISSUE[1])))
+    body = float(np.mean(sample > BODY_HU))
     airy, dense = float(np.mean(sample < AIRY_HU)), float(np.mean(sample > DENSE_HU))
     inverted = dense > max(airy, MAX_DENSE)
-    if in_range and soft >= MIN_SOFT_TISSUE and not inverted:
+    enough = soft >= MIN_SOFT_TISSUE or soft > MIN_SOFT_BODY * body
+    if in_range and enough and not inverted:
         return True
     if allow_non_hu:
         return False
-    if in_range and soft < MIN_SOFT_TISSUE:
+    if in_range and not enough:
         raise CTIntensityError(
             source,
             "soft tissue",
             f"{soft:.1%} of the voxels",
-            f"at least {MIN_SOFT_TISSUE:.0%} between {SOFT_TISSUE[0]:g} and {SOFT_TISSUE[1]:g} HU; a rescale is "
-            "missing or was applied twice, or the bytes of a voxel are in the other order; allow_non_hu=True accepts "
-            "it with your own hu_window",
+            f"at least {MIN_SOFT_TISSUE:.0%}, or {MIN_SOFT_BODY:.0%} of the body, between {SOFT_TISSUE[0]:g} and "
+            f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the bytes of a voxel are in the "
+            "other order; allow_non_hu=True accepts it with your own hu_window",
         )
     if in_range:
         raise CTIntensityError(
@@ -354,7 +360,7 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing, spacing, 1))) < 1e-3:
         raise CTGeometryError(source, "affine", "singular", "three independent axes")
-    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+    if spacing.min() < MIN_SPACING * (1 - 1e-4) or spacing.max() > MAX_SPACING * (1 + 1e-4):  # positions are rounded
         found = " x ".join(f"{mm:.4g}" for mm in spacing)
         raise CTGeometryError(source, "spacing", f"{found} mm", f"{MIN_SPACING} to {MAX_SPACING} mm along each axis")
     units = affine[:3, :3] / spacing
@@ -467,6 +473,7 @@ def resample(
         size=tuple(int(n) for n in size),
         offset=tuple(float(value) for value in offset),
         scale=tuple(float(value) for value in scale),
+        warnings=volume.warnings,
     )
     return tensor, geometry
 

@@ -1,0 +1,169 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The files of a checkpoint: written all or none, with digests in `config.json`.
+
+A checkpoint is several files, and a folder of a former save may hold others. `config.json` leaves first and comes
+last, so that a folder with a `config.json` is whole at any moment.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+WEIGHTS_NAME = SAFE_WEIGHTS_NAME
+ADAPTER_SUBFOLDER = "adapter"
+STAGING_PREFIX = ".saving-"
+# What only a save writes, so that a later one may delete it.
+_OWNED = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{ADAPTER_SUBFOLDER}/[^/]+")
+
+
+class DiffVPCheckpointError(RuntimeError):
+    """A checkpoint, or the base LLM it names, does not fit the configuration."""
+
+
+@contextlib.contextmanager
+def replace_files(folder: str | os.PathLike, is_main_process: bool = True) -> Iterator[Path]:
+    """
+    Yields an empty folder. What lies in it at the end becomes the checkpoint in `folder`: all of it or nothing.
+
+    Files that are no part of a checkpoint stay as they are, such as the processor's. A kill leaves the former
+    checkpoint, the new one, or a folder without `config.json`, which nothing loads.
+
+    Args:
+        is_main_process: of the others, what they write is thrown away.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{STAGING_PREFIX}*") if is_main_process else ():
+        shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
+    # Inside, since only there the same file system is certain: `folder` may be a mount.
+    staged = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+    staged.mkdir()
+    complete = False
+    try:
+        yield staged
+        if is_main_process:
+            _commit(staged, folder)
+        complete = True
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if made and not complete:
+            with contextlib.suppress(OSError):  # others may have written into it
+                folder.rmdir()
+
+
+def _commit(staged: Path, folder: Path) -> None:
+    new = _files(staged)
+    for name in new:
+        flush(staged / name)
+    stale = [name for name in _files(folder) if _OWNED.fullmatch(name) and name not in new]
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(folder / CONFIG_NAME)
+    flush(folder)
+    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
+        if name == CONFIG_NAME:
+            for old in stale:
+                os.unlink(folder / old)
+            with contextlib.suppress(OSError):  # it holds others, or is not there
+                (folder / ADAPTER_SUBFOLDER).rmdir()
+            for changed in {(folder / other).parent for other in new}:
+                flush(changed)
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(staged / name, folder / name)
+    flush(folder)
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of the files in a folder and in its adapter's."""
+    found = [*folder.iterdir()]
+    if (folder / ADAPTER_SUBFOLDER).is_dir():
+        found += (folder / ADAPTER_SUBFOLDER).iterdir()
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def flush(path: Path) -> None:
+    """Have the kernel write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def digests(folder: Path, own_weights: bool) -> dict[str, str]:
+    """
+    {relative name: SHA-256} of the adapter and, if asked for, the weights in `folder`.
+
+    Without the weights where they are those of a whole LLM: reading them twice would double the time to load them.
+    """
+    names = [name for name in _files(folder) if _OWNED.fullmatch(name)]
+    return {name: digest(folder / name) for name in names if own_weights or name.startswith(ADAPTER_SUBFOLDER)}
+
+
+def check_digest(expected: dict[str, str] | None, name: str, path: str) -> None:
+    """
+    Raises:
+        DiffVPCheckpointError: the file at `path`, `name` in the checkpoint, is not the one that was saved with it.
+    """
+    if expected is None:
+        return
+    if name not in expected:
+        raise DiffVPCheckpointError(f"{path} is not among the file_digests of config.json: it is from another save.")
+    found = digest(path)
+    if found != expected[name]:
+        raise DiffVPCheckpointError(
+            f"{path} has SHA-256 {found}, config.json was saved with {expected[name]}: the files are of two saves. "
+            "Save or download the checkpoint again; if the file was changed on purpose, delete file_digests from "
+            "config.json."
+        )
+
+
+def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
+    """
+    {relative name: local path} of the weights of a checkpoint, in one file or in shards with their index.
+
+    Raises:
+        OSError: there are none, or they cannot be had.
+        DiffVPCheckpointError: the index names a file outside the checkpoint.
+    """
+    try:
+        return {SAFE_WEIGHTS_NAME: cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)}
+    except OSError:  # not there, or the Hub failed
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if index is None:
+            raise
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    if wrong := [shard for shard in shards if not _OWNED.fullmatch(shard)]:
+        raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
+    return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: cached_file(name, shard, **hub_kwargs) for shard in shards}
+
+
+def read_weights(files: dict[str, str], keep=lambda key: True) -> dict:
+    """The tensors, on the CPU, of the files that [`locate_weights`] found, for which `keep(key)` holds."""
+    state = {}
+    for name, path in files.items():
+        if name.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                state |= {key: file.get_tensor(key) for key in file.keys() if keep(key)}
+    return state
