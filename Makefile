@@ -62,10 +62,11 @@ lint: $(DEV) $(RULES)  ## ruff, and transformers' structural linter on the files
 	$(BIN)/mlinter --no-progress --rules-toml $(RULES) $(MODEL_FILES)
 
 # Off: TRF057 (auto_docstring would replace our docstrings by generic text), TRF041 (a comment at each branch on a config
-# value; here they are the paper's ablations, which DiffVPConfig documents), TRF019 (`_defaults`, which 5.19 reads).
+# value; here they are the paper's ablations, which DiffVPConfig documents), TRF019 (`_defaults`, which 5.19 reads), TRF028 (the licence
+# in full; each file names it by its SPDX line).
 $(RULES): $(DEV) Makefile
 	@rules=$$($(BIN)/python -c "import mlinter, pathlib; print(pathlib.Path(mlinter.__file__).with_name('rules.toml'))"); \
-	for rule in TRF019 TRF041 TRF057; do script="$$script;/^\[rules.$$rule\]/,/^default_enabled/s/= true/= false/"; done; \
+	for rule in TRF019 TRF028 TRF041 TRF057; do script="$$script;/^\[rules.$$rule\]/,/^default_enabled/s/= true/= false/"; done; \
 	sed "$${script#;}" "$$rules" > $@
 
 format: $(DEV)  ## put the code into ruff's form

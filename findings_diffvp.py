@@ -55,6 +55,31 @@ def read_attributes(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> lis
     return attributes
 
 
+def diagnosis_prompts(
+    config: DiffVPConfig, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
+) -> list[list[int]]:
+    """
+    Token ids of each scan's diagnosis prompt.
+
+    Args:
+        diagnosis_logits: (batch, labels); a finding is named from `config.diagnosis_threshold` on.
+        attributes: from [`read_attributes`]; `None` names the findings alone.
+
+    Raises:
+        ValueError: the configuration has no fragments of the prompt.
+    """
+    fragments = config.diagnosis_prompt_ids
+    if fragments is None:
+        raise ValueError(
+            "config.diagnosis_prompt_ids is not set: make it with DiffVPProcessor.diagnosis_prompt_ids(), or set "
+            "use_diagnosis=False."
+        )
+    probabilities = diagnosis_logits.float().sigmoid()
+    positive = probabilities >= torch.tensor(config.diagnosis_threshold, device=probabilities.device)
+    known = attributes or [None] * len(positive)
+    return [diagnosis_prompt_ids(fragments, *of_scan) for of_scan in zip(positive.tolist(), known, strict=True)]
+
+
 def diagnosis_prompt_ids(fragments: dict, positive: list[bool], attributes: list[dict] | None = None) -> list[int]:
     """
     Token ids of the diagnosis prompt D: the positive labels between prefix and suffix, or the words for none.

@@ -1,17 +1,4 @@
-# Copyright 2026 The DiffVP Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-#
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
 DiffVP: CT report generation conditioned on the difference between a scan and a normal reference.
@@ -27,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -35,7 +21,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
-from .findings_diffvp import diagnosis_prompt_ids, read_attributes
+from .findings_diffvp import diagnosis_prompts, read_attributes
 from .generation_diffvp import decoding_config
 from .modules_diffvp import (
     DiffVPAlignedDifference,
@@ -45,6 +31,9 @@ from .modules_diffvp import (
     DiffVPPromptGenerator,
     DiffVPResampler,
     DiffVPVisionEncoder,
+    auxiliary_loss,
+    check_labels,
+    init_weights,
     pad_left,
 )
 from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
@@ -69,16 +58,7 @@ class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Conv3d):
-            # ResNet's own initialisation; a fixed range would shrink the signal layer by layer.
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, DiffVPResampler):
-            # Unit-scale queries: rows that start alike attend alike, and the latents would stay near copies.
-            init.normal_(module.queries, std=1.0)
-        elif isinstance(module, DiffVPGlobalDelta):
-            init.normal_(module.query, std=module.initializer_range)
-            if module.side_embedding is not None:
-                init.normal_(module.side_embedding, std=module.initializer_range)
+        init_weights(module)
 
 
 class DiffVPForDiagnosis(DiffVPPreTrainedModel):
@@ -157,10 +137,8 @@ class DiffVPModel(DiffVPPreTrainedModel):
 
     def diagnose(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Volume log-odds of the frozen classifier, (batch, labels).
-
-        `ct_features` spare the encoding of `ct`, if the classifier shares the encoder (`config.share_encoder`); else
-        they are not looked at.
+        Volume log-odds of the frozen classifier, (batch, labels). `ct_features` spare the encoding of `ct` where the
+        classifier shares the encoder (`config.share_encoder`).
         """
         return self.diagnose_voxels(ct, ct_features)[0]
 
@@ -175,10 +153,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
                 features = self.extract_features(ct) if ct_features is None else ct_features.to(self.device)
                 return self.diagnosis.classify(features)
             if ct is None:
-                raise ValueError(
-                    "The classifier has an encoder of its own (share_encoder=False): give `ct`, or `diagnosis_logits` "
-                    "of an earlier `diagnose`."
-                )
+                raise ValueError("The classifier has an encoder of its own: give `ct`, or `diagnosis_logits`.")
             return self.diagnosis(ct.to(self.device))
 
     @torch.no_grad()
@@ -272,8 +247,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         """(batch, N, C), or of several references of each scan (batch, R, N, C)."""
         if volumes is None or features is not None or volumes.ndim != 5 or volumes.shape[1] == 1:
             return self._features("reference", volumes, features)
-        encoded = self.extract_features(volumes.flatten(0, 1)[:, None])
-        return encoded.unflatten(0, volumes.shape[:2])
+        return self.extract_features(volumes.flatten(0, 1)[:, None]).unflatten(0, volumes.shape[:2])
 
     def difference_prompt(self, comparison: DiffVPComparison) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Eqs. 4-8: the prompt P (batch, m, h), `None` without one, and the weights w of eq. 6 (batch, K)."""
@@ -302,16 +276,14 @@ class DiffVPModel(DiffVPPreTrainedModel):
         Takes the result of `compare`, or what `compare` takes.
         """
         seen = self.compare(ct, reference, **features) if comparison is None else comparison
-        size = tuple(self.config.image_size)
-        if seen.residual is not None:
-            grid = seen.residual.unflatten(-1, self.config.feature_grid)[:, None]
-            return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
-        if seen.attention is None:  # without a resampler, and so without a difference
+        size, tokens, grid = tuple(self.config.image_size), seen.residual, self.config.feature_grid
+        if tokens is None and seen.attention is None:  # without a resampler, and so without a difference
             return seen.latents.new_zeros(seen.latents.shape[0], *size, dtype=torch.float32)
-        distances = (seen.difference_from.float() - seen.difference_to.float()).square().sum(dim=-1)
-        tokens = torch.einsum("bk,bkn->bn", distances, seen.attention.float())
-        grid = tokens.unflatten(-1, self.config.resampler_grid)[:, None]
-        return F.interpolate(grid, size=size, mode="trilinear", align_corners=False)[:, 0]
+        if tokens is None:
+            distances = (seen.difference_from.float() - seen.difference_to.float()).square().sum(dim=-1)
+            tokens = torch.einsum("bk,bkn->bn", distances, seen.attention.float())
+            grid = self.config.resampler_grid
+        return F.interpolate(tokens.unflatten(-1, grid)[:, None], size, mode="trilinear", align_corners=False)[:, 0]
 
 
 class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):
@@ -351,35 +323,16 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         Args:
             attributes: their places and sizes, from a [`DiffVPComparison`]; `None` names the findings alone.
         """
-        fragments = self.config.diagnosis_prompt_ids
-        if fragments is None:
-            raise ValueError(
-                "config.diagnosis_prompt_ids is not set: make it with DiffVPProcessor.diagnosis_prompt_ids(), or set "
-                "use_diagnosis=False."
-            )
-        probabilities = diagnosis_logits.float().sigmoid()
-        positive = probabilities >= torch.tensor(self.config.diagnosis_threshold, device=probabilities.device)
-        attributes = attributes or [None] * len(positive)
-        rows = [
-            diagnosis_prompt_ids(fragments, findings, known)
-            for findings, known in zip(positive.tolist(), attributes, strict=True)
-        ]
+        rows = diagnosis_prompts(self.config, diagnosis_logits, attributes)
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
 
     def _prepare(
-        self,
-        ct: torch.Tensor | None,
-        reference: torch.Tensor | None,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        ct_features: torch.Tensor | None = None,
-        reference_features: torch.Tensor | None = None,
-        diagnosis_logits: torch.Tensor | None = None,
-        comparison: DiffVPComparison | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
+        self, ct, reference, input_ids, attention_mask, ct_features=None, reference_features=None,
+        diagnosis_logits=None, comparison=None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:  # fmt: skip
         """
         Eq. 9: embeddings and mask of [P ; W V ; D ; text], and what was computed on the way.
 
@@ -400,9 +353,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         if input_ids.shape[0] != batch:
             raise ValueError(f"input_ids has batch size {input_ids.shape[0]}, the scans have {batch}.")
         text = embed(input_ids)
-        parts = [self.visual_projection(comparison.latents)]
-        if prefix is not None:
-            parts.insert(0, prefix)
+        parts = [part for part in (prefix, self.visual_projection(comparison.latents)) if part is not None]
         masks = [torch.ones(part.shape[:2], dtype=torch.long, device=text.device) for part in parts]
         if self.config.use_diagnosis:
             if diagnosis_logits is None:
@@ -452,14 +403,9 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
             kwargs: go to the LLM and to the loss.
 
         Raises:
-            ValueError: `num_items_in_batch` without `labels`: label smoothing of `Trainer` takes them away, and would
-                then compare each token with the logits of the next one, without the auxiliary loss.
+            ValueError: `num_items_in_batch` without `labels`, which `Trainer` takes away for label smoothing.
         """
-        if num_items_in_batch is not None and labels is None:
-            raise ValueError(
-                "`labels` is missing: Trainer takes it away for label_smoothing_factor and compute_loss_func, and "
-                "would train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
-            )
+        check_labels(labels, num_items_in_batch)
         embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
@@ -477,21 +423,12 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         )
         loss = generation_loss = classification_loss = None
         if labels is not None:
-            generation_loss = loss = self.loss_function(
-                decoded.logits,
-                labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            size = self.config.text_config.vocab_size
+            generation_loss = loss = self.loss_function(decoded.logits, labels, size, num_items_in_batch, **kwargs)
         if labels is not None or diagnosis_labels is not None:
             scores = self.classification_head(computed["latents"].mean(dim=1)).float()
         if diagnosis_labels is not None:
-            losses = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores), reduction="none").mean(1)
-            parts = 1 / len(losses)
-            if num_items_in_batch is not None:
-                parts = (labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch
-            classification_loss = (parts * losses).sum()
+            classification_loss = auxiliary_loss(scores, diagnosis_labels, labels, num_items_in_batch)
             weighted = self.config.classification_loss_weight * classification_loss
             loss = weighted if loss is None else loss + weighted
         elif labels is not None:

@@ -1,17 +1,4 @@
-# Copyright 2026 The DiffVP Authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-#
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
 The building blocks of DiffVP, from the scan to the difference prompt.
@@ -30,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets.resnet import ResNet
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_diffvp import DiffVPConfig
@@ -560,3 +548,50 @@ def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> 
     moves = (mask == 0) & (places < first_of_text[:, None])
     order = moves.long().neg().argsort(dim=1, stable=True)
     return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise what transformers' own `_init_weights` does not know, unless it is loaded."""
+    if isinstance(module, nn.Conv3d):
+        # ResNet's own initialisation; a fixed range would shrink the signal layer by layer.
+        init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, DiffVPResampler):
+        # Unit-scale queries: rows that start alike attend alike, and the latents would stay near copies.
+        init.normal_(module.queries, std=1.0)
+    elif isinstance(module, DiffVPGlobalDelta):
+        init.normal_(module.query, std=module.initializer_range)
+        if module.side_embedding is not None:
+            init.normal_(module.side_embedding, std=module.initializer_range)
+
+
+def auxiliary_loss(
+    scores: torch.Tensor,
+    diagnosis_labels: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    L_cls of eq. 11: binary cross-entropy, its mean over labels and cases.
+
+    Args:
+        scores, diagnosis_labels: (batch, labels).
+        labels: (batch, text), -100 on all but the report.
+        num_items_in_batch: report tokens of the whole step. The result is then this batch's part of the step's loss,
+            in which each case weighs with its tokens.
+    """
+    losses = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores), reduction="none").mean(1)
+    if num_items_in_batch is None:
+        return losses.mean()
+    return ((labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch * losses).sum()
+
+
+def check_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
+    """
+    Raises:
+        ValueError: there are no labels where `Trainer` has counted them.
+    """
+    if num_items_in_batch is not None and labels is None:
+        raise ValueError(
+            "`labels` is missing: Trainer takes it away for label_smoothing_factor and compute_loss_func, and "
+            "would train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
+        )
