@@ -368,7 +368,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         computed = {
             "latents": comparison.latents,
             "reference_latents": comparison.reference_latents,
-            "difference_weights": weights if self.config.difference_level != "none" else None,
+            "difference_weights": None if prefix is None else weights,
             "diagnosis_logits": diagnosis_logits,
         }
         return *pad_left(embeddings, mask, input_ids.shape[1]), computed
