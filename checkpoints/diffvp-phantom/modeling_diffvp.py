@@ -79,9 +79,7 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
     ) -> DiffVPDiagnosisOutput:
         """`ct` (batch, 1, depth, height, width); `labels` (batch, labels) in {0, 1}."""
         logits, voxel_logits = self.classifier(ct)
-        loss = None
-        if labels is not None:
-            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        loss = None if labels is None else F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return DiffVPDiagnosisOutput(loss=loss, logits=logits, voxel_logits=voxel_logits)
 
 
