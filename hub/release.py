@@ -38,8 +38,8 @@ def write_pool(folder: Path) -> None:
         if patient.findings or patient.slice_mm < POOL_THICKNESS:
             continue
         scan = render_patient(patient)
-        # Below -1000 HU and above 200 the window of the processor clips anyway, and constants compress well.
-        image = nib.Nifti1Image(np.clip(scan.hu, -1000, 400), scan.affine)
+        # Below -1000 HU and above 1200 the windows of the encoder clip anyway, and constants compress well.
+        image = nib.Nifti1Image(np.clip(scan.hu, -1000, 1200), scan.affine)
         image.header.set_xyzt_units("mm")
         image.to_filename(folder / f"normal_{kept + 1}.nii.gz")
         kept += 1
@@ -57,9 +57,11 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         raise ValueError(f"{target} is not a checkpoint folder: it would be lost.")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(str(source))
-    # Matrices in bfloat16 halve the download. Norms and biases are few, and variances lose most by rounding.
+    # Matrices in bfloat16 halve the download. Norms and biases are few, and variances and the whitening, which are
+    # buffers, lose most by rounding.
+    trained = dict(model.named_parameters())
     state = {
-        name: value.bfloat16() if value.is_floating_point() and value.ndim > 1 else value
+        name: value.bfloat16() if name in trained and value.is_floating_point() and value.ndim > 1 else value
         for name, value in model.state_dict().items()
         if not name.startswith(BASE_PREFIX) or "lora_" in name
     }
