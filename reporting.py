@@ -32,12 +32,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .anatomy_diffvp import anatomy_warnings
-from .checkpoint_diffvp import (
-    ADAPTER_SUBFOLDER,
-    DiffVPCheckpointError,
-    check_checkpoint_name,
-    locate_base_model,
-)
+from .bases_diffvp import locate_base_model
+from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
 from .engines import Engine, EngineError, TransformersEngine

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig
 
-from .checkpoint_diffvp import check_checkpoint_name, locate_base_model
+from .bases_diffvp import locate_base_model
+from .checkpoint_diffvp import check_checkpoint_name
 from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from .data.cache import VolumeCache, state_sha256
 from .data.cases import raise_problems

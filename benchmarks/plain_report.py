@@ -39,7 +39,7 @@ def plain(checkpoint: str, target: str, reference: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from diffvp.checkpoint_diffvp import locate_base_model
+    from diffvp.bases_diffvp import locate_base_model
 
     folder = Path(checkpoint)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -6,18 +6,27 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 
-TRIPS = ("saved", "saved again", "merged", "exported", "exported with a new adapter")
+TRIPS = ("saved", "saved again", "adapter alone", "merged", "exported", "exported with a new adapter")
+AFTER = {"saved again": "saved", "adapter alone": "saved", "exported with a new adapter": "exported"}
 
 
 @torch.no_grad()
 def logits(model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a model says of some inputs, in float32."""
     return model.eval()(**inputs).logits.float()
+
+
+def batch_against_alone(model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a logit between rows of a batch and the same rows alone; prompts differ in length."""
+    together, count = logits(model, inputs), inputs["ct"].shape[0]
+    alone = [logits(model, {name: value[row : row + 1] for name, value in inputs.items()}) for row in range(count)]
+    return float((together - torch.cat(alone)).abs().max())
 
 
 @torch.no_grad()
@@ -33,7 +42,9 @@ def round_trip(
     model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor], folder: Path, new_adapter: LoraConfig
 ) -> dict[str, float | str]:
     """
-    Save, load, save again, merge and export a model, which stays as it is.
+    Save, load, save again, merge and export a model with an adapter, which stays as it is.
+
+    "adapter alone" is what PEFT makes of the folder `adapter/` and the checkpoint's LLM.
 
     Args:
         inputs: of `forward`.
@@ -57,6 +68,15 @@ def round_trip(
         load(folder / "saved").save_pretrained(folder / "again")
         return difference(load(folder / "again"))
 
+    def adapter_alone() -> float:
+        config = DiffVPConfig.from_pretrained(folder / "saved")
+        config.has_adapter = False
+        bare = load(folder / "saved", config=config)
+        if difference(bare) < 1e-3:
+            raise AssertionError("The adapter does nothing, so that losing it would not be seen.")
+        PeftModel.from_pretrained(bare.language_model, folder / "saved" / "adapter")  # in place
+        return difference(bare)
+
     def merged() -> float:
         other = copy.deepcopy(model)
         other.merge_adapter()
@@ -74,17 +94,16 @@ def round_trip(
         other.save_pretrained(folder / "adapted")
         return difference(load(folder / "adapted"), before)
 
+    trips = (saved, saved_again, adapter_alone, merged, exported, exported_with_a_new_adapter)
     result: dict[str, float | str] = {}
-    for name, trip in zip(TRIPS, (saved, saved_again, merged, exported, exported_with_a_new_adapter), strict=True):
-        if name == "saved again" and isinstance(result["saved"], str):
-            result[name] = result["saved"]
-        elif name == "exported with a new adapter" and isinstance(result["exported"], str):
-            result[name] = result["exported"]
-        else:
-            try:
-                result[name] = trip()
-            except DiffVPCheckpointError as error:
-                result[name] = str(error)
+    for name, trip in zip(TRIPS, trips, strict=True):
+        if isinstance(refusal := result.get(AFTER.get(name)), str):
+            result[name] = refusal
+            continue
+        try:
+            result[name] = trip()
+        except DiffVPCheckpointError as error:
+            result[name] = str(error)
     unchanged = difference(model)
     if unchanged:
         raise AssertionError(f"The model itself says something else afterwards: {unchanged:.2g}.")

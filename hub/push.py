@@ -20,7 +20,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX, PYPI_SCHEME
+from ..bases_diffvp import PYPI_SCHEME
+from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
 from ..data.cache import weights_sha256
 from ..pipeline_diffvp import RESEARCH_USE
 from ..references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError

@@ -72,26 +72,9 @@ def fresh_accelerate():
 @pytest.fixture(scope="session")
 def tiny_fields() -> dict:
     """Fields of DiffVPConfig for a tiny model over a vocabulary of 96."""
-    return {
-        "image_size": [32, 32, 32],
-        "encoder_block_channels": [4, 8, 8, 16],
-        "encoder_max_pool": False,
-        "encoder_shortcut_type": "B",
-        "num_latents": 4,
-        "latent_size": 24,
-        "resampler_heads": 2,
-        "global_delta_heads": 3,
-        "num_prefix_tokens": 4,
-        "prompt_hidden_size": 8,
-        "diagnosis_prompt_ids": {
-            "prefix": [5, 6],
-            "labels": [[10 + label] for label in range(17)] + [[27, 28]],
-            "separator": [7],
-            "none": [8],
-            "suffix": [9],
-        },
-        "instruction_ids": [1, 40, 41],
-    }
+    from diffvp.tests.base_families import TINY_FIELDS
+
+    return TINY_FIELDS
 
 
 @pytest.fixture(scope="session")
@@ -150,10 +133,9 @@ def make_model(tiny_fields, tiny_llm):
 @pytest.fixture
 def scans():
     """Two targets and two references for the tiny model."""
-    import torch
+    from diffvp.tests.base_families import make_scans
 
-    generator = torch.Generator().manual_seed(3)
-    return tuple(torch.rand(2, 1, 32, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
+    return make_scans()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from diffvp.adapter_diffvp import fingerprints
 from diffvp.benchmarks.round_trip import logits, move_adapter, round_trip
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.tests.base_families import write_base_with_own_code
 
 load = DiffVPForConditionalGeneration.from_pretrained
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -254,16 +255,7 @@ def test_fingerprints_see_every_bit():
 
 
 def test_a_base_with_code_of_its_own_is_refused_when_the_model_is_made(bases, tiny_fields, tmp_path):
-    import shutil
-
-    own = tmp_path / "own-code"
-    shutil.copytree(bases / "tied", own)
-    (own / "my_llama.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass MyLLM(LlamaForCausalLM):\n    pass\n"
-    )
-    config = json.loads((own / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "my_llama.MyLLM"}
-    (own / "config.json").write_text(json.dumps(config))
+    own = write_base_with_own_code(tmp_path / "own-code")
     with pytest.raises(DiffVPCheckpointError, match="code of its own"):
         DiffVPForConditionalGeneration.from_base(str(own), config=tiny_fields, trust_remote_code=True)
     DiffVPForConditionalGeneration.from_base(str(bases / "tied"), config=tiny_fields, trust_remote_code=True)

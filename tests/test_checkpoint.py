@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import check_imports
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError, load_base_model, locate_base_model
+from diffvp.bases_diffvp import load_base_model, locate_base_model
+from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 

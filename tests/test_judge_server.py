@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory):
         return os.environ["DIFFVP_JUDGE_MODEL"]
     from transformers import AutoTokenizer
 
-    from diffvp.checkpoint_diffvp import load_base_model, locate_base_model
+    from diffvp.bases_diffvp import load_base_model, locate_base_model
 
     folder = tmp_path_factory.mktemp("smollm2")
     load_base_model(*SMOLLM2).save_pretrained(folder)

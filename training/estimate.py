@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..checkpoint_diffvp import BASE_PREFIX, locate_adapter, locate_base_model
+from ..adapter_diffvp import locate_adapter
+from ..bases_diffvp import locate_base_model
+from ..checkpoint_diffvp import BASE_PREFIX
 from ..configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, DiffVPConfig
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from .cohort import Cohort
