@@ -2,13 +2,13 @@
 # accelerate 1.15.0: whether a dataset is told the epoch depends on the number of processes.
 #
 # A prepared DataLoader has set_epoch(), which hands the epoch on to samplers and to a dataset that has set_epoch() of
-# its own (to choose augmentations or negatives, say). It hands it to the dataset only if it found no sampler to tell
-# within a batch sampler within the batch sampler. Two levels of batch sampler there are only with several processes.
+# its own (to choose augmentations or negatives, say). The dataset is told only if no sampler was found two levels down,
+# and with several processes there is one: the batch sampler is wrapped in another that shares it out.
 #
 # Expected: after set_epoch(2) each process's dataset knows epoch 2, whatever the number of processes and the sampler.
 # Seen, with use_seedable_sampler=True (the default of the transformers Trainer) and shuffle=True:
 #   1 process: 2.   2 processes: never told.   2 processes without the seedable sampler: 2.
-#   So what was tested on one device draws the same augmentations in every epoch on two. No warning.
+#   Augmentations that vary by epoch on one device are those of the first epoch for ever on two. No warning.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # dcm2niix 1.0.20260724: a slice turned by 0.0002 rad is left out, and the volume shows its neighbours' mean there.
 #
-# ImageOrientationPatient stands in each slice. Scanners and reconstructions round it differently now and then; 0.0002
-# rad is a hundredth of a degree, 0.05 mm at the edge of a 500 mm field of view.
+# ImageOrientationPatient stands in each slice, as decimal text. 0.0002 rad is a hundredth of a degree, or 0.05 mm at the
+# edge of a 500 mm field of view.
 #
 # Expected: one volume of six slices, slice 4 as stored; or, if six slices are too unequal for that, no volume.
 # Seen: one volume for 0.0001. For 0.0002 three files: slice 4 alone, the five others, and an "_Eq_1" volume in which the

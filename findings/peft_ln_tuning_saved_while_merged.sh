@@ -7,7 +7,7 @@
 #
 # Expected: merge_adapter(), save_pretrained(), PeftModel.from_pretrained() give back the tuned model, as with LoRA.
 # Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit; what was
-#   trained is lost without a word. The parameters that are trainable while merged are the base's as well.
+#   trained is lost without a word.
 #
 # Exits 1 once that changes.
 set -euo pipefail

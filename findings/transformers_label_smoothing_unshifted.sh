@@ -3,7 +3,7 @@
 #
 # Labels of a decoder are the input ids; somebody has to shift them by one. Without smoothing the model does, with
 # smoothing the Trainer, but only for classes in its table of causal LMs. LLaVA, Qwen-VL, PaliGemma, Idefics and every
-# class of one's own have decoders and are in another table (88 of the 97 image-text-to-text classes; the few true
+# class of one's own have decoders and are in another table (88 of the 97 image-text-to-text entries; the few true
 # encoder-decoders among them are rightly not shifted).
 #
 # Expected: a LLaVA that is trained to count (3 4 5 6 ...) counts, with smoothing 0.1 as without.
