@@ -2,8 +2,8 @@
 # accelerate 1.15.0: whether a dataset is told the epoch depends on the number of processes.
 #
 # A prepared DataLoader has set_epoch(), which hands the epoch on to samplers and to a dataset that has set_epoch() of
-# its own (to choose augmentations or negatives, say). The dataset is told only if no sampler was found two levels down,
-# and with several processes there is one: the batch sampler is wrapped in another that shares it out.
+# its own (to choose augmentations or negatives, say). The dataset is told only if no sampler was found two levels
+# down, and with several processes there is one: the batch sampler is wrapped in another that shares it out.
 #
 # Expected: after set_epoch(2) each process's dataset knows epoch 2, whatever the number of processes and the sampler.
 # Seen, with use_seedable_sampler=True (the default of the transformers Trainer) and shuffle=True:

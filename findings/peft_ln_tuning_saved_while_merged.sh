@@ -6,8 +6,8 @@
 # norm and the base's norm change places. The names under which they are saved do not change places with them.
 #
 # Expected: merge_adapter(), save_pretrained(), PeftModel.from_pretrained() give back the tuned model, as with LoRA.
-# Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit; what was
-#   trained is lost without a word.
+# Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit; what
+#   was trained is lost without a word.
 #
 # Exits 1 once that changes.
 set -euo pipefail
@@ -25,7 +25,13 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.manual_seed(0)
-sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+sizes = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 base = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 tokens = torch.randint(0, 64, (1, 9))
 from_tuned, from_base = {}, {}

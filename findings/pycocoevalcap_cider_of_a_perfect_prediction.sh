@@ -4,10 +4,10 @@
 # CIDEr weighs n-grams by how few of the *scored set's* references contain them, and is the mean over n = 1 to 4.
 #
 # Expected: a prediction that equals its only reference gets the full score, 10.
-# Seen: 10 in a set of three different reports. The same pair scored alone gets 0 (each n-gram is in every reference, so
-#   each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal reports are. A
-#   report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets
-#   ("normal scans only") or of another test set cannot be set beside each other.
+# Seen: 10 in a set of three different reports. The same pair scored alone gets 0 (each n-gram is in every reference,
+#   so each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal reports can be. A
+#   report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets ("normal
+#   scans only") or of another test set cannot be set beside each other.
 #
 # Exits 1 once that changes.
 set -euo pipefail
@@ -22,7 +22,12 @@ from pycocoevalcap.cider.cider import Cider
 
 report = "there is no pleural effusion on either side"
 others = ["a nodule lies in the right upper lobe", "the heart is enlarged with calcified vessels"]
-sets = {"three different": [report, *others], "alone": [report], "all alike": [report] * 3, "one word": ["normal", *others]}
+sets = {
+    "three different": [report, *others],
+    "alone": [report],
+    "all alike": [report] * 3,
+    "one word": ["normal", *others],
+}
 seen = {}
 for name, references in sets.items():
     cases = {i: [text] for i, text in enumerate(references)}

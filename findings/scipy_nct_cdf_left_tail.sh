@@ -4,7 +4,8 @@
 # A noncentral t variable T is (Z + nc) / sqrt(V / df). So P(T < 0) = Phi(-nc), whatever df is, and P(T < t) for t < 0
 # is smaller still. The power of a t-test against both sides, cdf(-t) + sf(t), needs this tail.
 #
-# Expected: for nc = 24 a number of at most Phi(-24) = 1.4e-127 (or 0.0), and a cdf that never falls from left to right.
+# Expected: for nc = 24 a number of at most Phi(-24) = 1.4e-127 (or 0.0), and a cdf that never falls from left to
+#   right.
 # Seen (df = 5, nc = 24):  cdf(-5) = 1.6e-33,  cdf(-2.5) = nan,  cdf(0) = 1.4e-127,  sf(-2.5) = 1.0
 #   The error is nothing in absolute size, but the NaN goes through every sum: the power of a sure test becomes NaN.
 #   For the left tail, 1 - sf is right to about 1e-16 where cdf is not a number.

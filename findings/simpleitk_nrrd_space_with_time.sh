@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7: a 4-D NRRD in "right-anterior-superior-time" is read as if it were left-posterior-superior.
 #
-# NRRD names the directions of its coordinates: `space: right-anterior-superior` in 3-D, and with `-time` for a series of
-# volumes. ITK's coordinates are left-posterior-superior, so its NRRD reader turns RAS round. With time it does not.
+# NRRD names the directions of its coordinates: `space: right-anterior-superior` in 3-D, and with `-time` for a series
+# of volumes. ITK's coordinates are left-posterior-superior, so its NRRD reader turns RAS round. With time it does not.
 #
 # Expected: the same origin and directions in the first three axes, whether the volume stands alone or in a series.
 # Seen: origin (10, 20, 30) and axes (1, 1, 1) in RAS are read as (-10, -20, 30) and (-1, -1, 1), which is right. In

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # transformers 5.23.0, torch 2.13.0: model.bfloat16() is not the model that its own bfloat16 checkpoint loads as.
 #
-# Rotary embeddings keep their frequencies in a buffer that is not saved. Module.bfloat16() and Module.to(dtype) cast all
-# floating-point buffers, this one too; from_pretrained() makes it anew in float32.
+# Rotary embeddings keep their frequencies in a buffer that is not saved. Module.bfloat16() and Module.to(dtype) cast
+# all floating-point buffers, this one too; from_pretrained() makes it anew in float32.
 #
 # Expected: cast, save, load: all weights are equal and have the same dtype, so the logits are equal. A comparison of
 #   state_dict() says that nothing differs.
 # Seen: the logits differ. The cast model turns a distance of d tokens by d * 0.31641 where the loaded one turns it by
 #   d * 0.31623, and so for each frequency: the error grows with the length. With the loaded model's buffer cast by
-#   hand, the logits are equal bit for bit. The loaded model is the better one; the cast one is what was trained or scored.
+#   hand, the logits are equal bit for bit. The loaded model is the better one; the cast one is what was trained or
+#   scored.
 #
 # Exits 1 once that changes.
 set -euo pipefail
@@ -24,7 +25,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.manual_seed(0)
-sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+sizes = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 cast = LlamaForCausalLM(LlamaConfig(**sizes)).eval().bfloat16()
 cast.save_pretrained("checkpoint")
 loaded = LlamaForCausalLM.from_pretrained("checkpoint").eval()

@@ -41,7 +41,9 @@ for name, model in models.items():
         unmasked = model(padded).logits[0, -1]
     error[name] = ((alone - masked).abs().max() / alone.std()).item()
     use[name] = (masked - unmasked).abs().max().item()
-    print(f"{name}: padded and alone differ by {error[name]:.2g} standard deviations; the mask changes {use[name]:.2g}")
+    print(
+        f"{name}: padded and alone differ by {error[name]:.2g} standard deviations; the mask changes {use[name]:.2g}"
+    )
 same = error["rwkv"] > 0.5 and use["rwkv"] == 0 and error["mamba"] < 1e-3 and use["mamba"] > 0
 sys.exit(0 if same else "the behaviour has changed")
 PY
