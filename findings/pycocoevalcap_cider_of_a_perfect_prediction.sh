@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# pycocoevalcap 1.2: CIDEr of a prediction equal to its reference can be 0, 2.5 or 10, depending on its neighbours.
+#
+# CIDEr weighs n-grams by how few of the *scored set's* references contain them, and is the mean over n = 1 to 4.
+#
+# Expected: a prediction that equals its only reference gets the full score, 10.
+# Seen: 10 in a set of three different reports. The same pair scored alone gets 0 (each n-gram is in every reference,
+#   so each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal reports can be. A
+#   report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets ("normal
+#   scans only") or of another test set cannot be set beside each other.
+#
+# Exits 1 once that changes.
+set -euo pipefail
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+python3 -m venv "$dir/venv"
+"$dir/venv/bin/pip" install -q --no-deps pycocoevalcap==1.2 numpy==2.4.6
+"$dir/venv/bin/python" - <<'PY'
+import sys
+
+from pycocoevalcap.cider.cider import Cider
+
+report = "there is no pleural effusion on either side"
+others = ["a nodule lies in the right upper lobe", "the heart is enlarged with calcified vessels"]
+sets = {
+    "three different": [report, *others],
+    "alone": [report],
+    "all alike": [report] * 3,
+    "one word": ["normal", *others],
+}
+seen = {}
+for name, references in sets.items():
+    cases = {i: [text] for i, text in enumerate(references)}
+    seen[name] = round(float(Cider().compute_score(cases, cases)[1][0]), 6)
+    print(f"{name}: CIDEr of the first prediction, equal to its reference: {seen[name]}")
+same = seen == {"three different": 10.0, "alone": 0.0, "all alike": 0.0, "one word": 2.5}
+sys.exit(0 if same else "the behaviour has changed")
+PY
