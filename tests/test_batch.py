@@ -170,7 +170,7 @@ def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer
     assert header["settings"]["decoding"]["engine"].startswith("transformers ")
     for record in records:
         single = write_report(*load_checkpoint(checkpoint), cohort / record["id"], tmp_path / "single").document
-        assert record["report"] == single["text"] and record["regions"] == single["report"]
+        assert record["report"] == single["report"] and record["regions"] == single["regions"]
         assert record["findings"] == single["findings"]
         assert record["sha256"] == single["provenance"]["scan"]["sha256"]
         assert record["reference"] == single["provenance"]["reference"]["id"]

@@ -137,7 +137,8 @@ def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(reposito
 def test_only_what_a_variant_names_is_otherwise(repository_root):
     study = Study.load(repository_root / "configs/study_phantom.yaml")
     full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
-    assert target["model"].pop("difference_level") == "target" and target == full
+    levels = [settings["model"].pop("difference_level") for settings in (full, target)]
+    assert levels == ["aligned", "target"] and target == full
 
 
 @pytest.mark.parametrize(
@@ -230,9 +231,9 @@ def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
     assert own.shape == prompts[0].shape
     swapped = [scan.flip(0) for scan in scans]
     with changed_prompt(model, "shuffled"):
-        prompts = model.embed_prompt(*scans)
+        changed = model.embed_prompt(*scans)
     length = model.config.num_prefix_tokens
-    for prompt, expected in zip(prompts, model.embed_prompt(*swapped), strict=True):
+    for prompt, expected in zip(changed, model.embed_prompt(*swapped), strict=True):
         assert torch.equal(prompt[:length], expected[:length])
     with (
         pytest.raises(ValueError, match="no difference prompt"),

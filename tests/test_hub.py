@@ -100,7 +100,7 @@ def test_release_is_small_safe_and_loads_alone(
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     written = json.loads((tmp_path / "demo/report/report.json").read_text())
     card = (released / "README.md").read_text()
-    assert written["text"] in card and written["truth"]["text"] in card
+    assert written["report"] in card and written["truth"]["report"] in card
     assert f"with reference `{written['provenance']['reference']['id']}`" in card and "model-index" not in card
 
     loaded = AutoModel.from_pretrained(released, trust_remote_code=True)

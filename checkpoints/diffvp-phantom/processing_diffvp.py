@@ -385,7 +385,7 @@ class DiffVPProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         spacing: Sequence[float] | None = None,
         reference_seed: int | None = None,
-        allow_any_anatomy: bool = True,
+        allow_any_anatomy: bool | None = None,
         **kwargs: Unpack[DiffVPProcessorKwargs],
     ) -> DiffVPBatchFeature:
         """Prepare scans, their references and the instruction for [`DiffVPForConditionalGeneration`].
@@ -399,7 +399,8 @@ class DiffVPProcessor(ProcessorMixin):
             text: instruction for all or for each; `None` is the default one.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed of the sampling; 0 if not given.
-            allow_any_anatomy: `False` refuses scans, and given references, that are not of a chest, as reports do.
+            allow_any_anatomy: `False` refuses scans, and given references, that are not of a chest, as reports do;
+                `True` if not given.
             kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
                 given for a scan that is not in Hounsfield units does not apply to a reference that is.
 
@@ -413,6 +414,8 @@ class DiffVPProcessor(ProcessorMixin):
                 raise ValueError("Give ct=, or text= alone.")
             text = list(each(text))
             return DiffVPBatchFeature(self._tokenize(_texts(text, len(text)), text_kwargs))
+        # transformers' suite wants `None` for the default of what a call may leave out.
+        allow_any_anatomy = True if allow_any_anatomy is None else allow_any_anatomy
         seed = 0 if reference_seed is None else reference_seed
         if not isinstance(seed, int):
             raise TypeError(f"reference_seed must be an integer, got {seed!r}.")
