@@ -5,8 +5,8 @@
 #
 # Expected: a prediction that equals its only reference gets the full score, 10.
 # Seen: 10 in a set of three different reports. The same pair scored alone gets 0 (each n-gram is in every reference,
-#   so each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal reports can be. A
-#   report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets ("normal
+#   so each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal ones can be.
+#   A report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets ("normal
 #   scans only") or of another test set cannot be set beside each other.
 #
 # Exits 1 once that changes.
