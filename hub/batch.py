@@ -321,10 +321,13 @@ class ReportFile:
         self.failed += len(failures)
 
     def waiting(self, scans: Sequence[Scan]) -> tuple[list[Scan], int]:
-        """The scans without a report, and how many of them have the name of another scan that has one."""
+        """The scans without a report, no longer `done`, and how many have the name of another that has one."""
         named = [scan for scan in scans if scan.id in self.done]
         same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
-        return [scan for scan in scans if scan.id not in same], len(named) - len(same)
+        waiting = [scan for scan in scans if scan.id not in same]
+        for scan in waiting:
+            self.done.pop(scan.id, None)
+        return waiting, len(named) - len(same)
 
     def __enter__(self) -> "ReportFile":
         return self
@@ -361,8 +364,6 @@ def write_reports(
         waiting, replaced = file.waiting(scans)
         if replaced:
             on_replaced(replaced)
-        for scan in waiting:
-            file.done.pop(scan.id, None)
         on_progress(file)
         for batch in _ahead(_batches(writer.read(waiting, workers, file.digest), batch_size)):
             file.add(*writer.write(batch))

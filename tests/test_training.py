@@ -332,7 +332,7 @@ class FrozenFeatures:
     def load(self, case):
         return {"features": torch.zeros(8, 16), "diagnosis_logits": torch.zeros(18)}
 
-    def inputs(self, case, references):
+    def inputs(self, case, references, frozen=None):
         return {"ct_features": torch.zeros(8, 16), "reference_features": torch.zeros(8, 16)}
 
 

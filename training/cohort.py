@@ -258,16 +258,25 @@ class Features:
             frozen["features"] = self.regions.pool(case, frozen["features"])
         return frozen
 
-    def inputs(self, case: Case, references: Sequence[Case]) -> dict[str, torch.Tensor]:
-        """What `model.compare` takes, without a batch axis. Of several references the mean, or all if aligned."""
+    def inputs(
+        self, case: Case, references: Sequence[Case], frozen: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        What `model.compare` takes, without a batch axis. Of several references the mean, or all if aligned.
+
+        Args:
+            frozen: what `load` returned of the case, where the caller has it: megabytes need not be read twice.
+        """
         if self.model.config.compares_voxels:
             names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
+            own = load(case)
         else:
             names, load = ("ct_features", "reference_features"), lambda one: self.load(one)["features"]
+            own = load(case) if frozen is None else frozen["features"]
         several = torch.stack(list(map(load, references)))
         if self.model.config.difference_level != "aligned" or len(references) == 1:
             several = several.mean(0)
-        return dict(zip(names, (load(case), several), strict=True))
+        return dict(zip(names, (own, several), strict=True))
 
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:

@@ -110,7 +110,7 @@ class ReportSplit(Split):
     def sample(self, index: int, epoch: int) -> dict:
         case, reference = self.cases[index], self.reference(index, epoch)
         frozen = self.features.load(case)
-        sample = {"report": self.reports[index], **self.features.inputs(case, [reference])}
+        sample = {"report": self.reports[index], **self.features.inputs(case, [reference], frozen)}
         if self.labelled:
             sample["diagnosis_labels"] = torch.from_numpy(case.labels).float()
         if "diagnosis_logits" in frozen:
