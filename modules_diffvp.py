@@ -484,8 +484,10 @@ class DiffVPDiagnosisClassifier(nn.Module):
         - `peak` (batch, labels): the token that shows it most; of a finding with sizes, the largest of several.
         - `size_mm` (batch, labels)
         - `region` (batch, labels): the region at the peak; -1 without a region head.
-        - `region_evidence` (batch, labels, regions), `side_evidence` (batch, labels, 2), right and left: log of the
-          probability mass of the tokens that show it at least half as much as any other.
+        - `region_evidence` (batch, labels, regions): log of the highest probability of a token of the region. A patch
+          that reaches across a fissure has much mass there, but not its peak.
+        - `side_evidence` (batch, labels, 2), right and left: log of the probability mass of the tokens that show it at
+          least half as much as any other.
         """
         probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
         log_size = self.sizes(features).transpose(1, 2)
@@ -507,7 +509,7 @@ class DiffVPDiagnosisClassifier(nn.Module):
         # A finding hides the region that it lies in: its tokens are those of the region around them.
         regions = self._smoothed(regions, 5)
         regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        by_region = torch.einsum("bln,brn->blr", evidence, regions)
+        by_region = torch.stack([(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)], dim=2)
         index = peak[:, None].expand(-1, regions.shape[1], -1)
         found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
         found["region_evidence"] = (by_region + EVIDENCE_FLOOR).log()

@@ -431,7 +431,7 @@ def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) 
         if not known:
             continue
         right = []
-        margins = np.linspace(0.1, 5.0, 50)
+        margins = np.linspace(0.05, 5.0, 100)
         for margin in margins:
             wanted["margin"] = float(margin)
             config.finding_attributes = fitted
