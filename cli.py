@@ -463,14 +463,17 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
     cache_dir: Annotated[Path, typer.Option(help="Preprocessed volumes, as in training.")] = Path("runs/cache"),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
+    volume_labels: Annotated[
+        Path | None, typer.Option(help="Also the classifier of this checkpoint, trained without lesion masks.")
+    ] = None,
 ) -> None:
-    """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
+    """Score a checkpoint on a phantom test split: findings, reports and maps, beside the baselines it has to beat."""
     with _needs_extra("metrics"):
         from .experiments.evaluate import evaluate as run
         from .reporting import EXPECTED_ERRORS
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, ValueError), _listed_problems():
-        page = run(data, checkpoint, output, cache_dir, limit)
+        page = run(data, checkpoint, output, cache_dir, limit, volume_labels)
     out.print(page.read_text(encoding="utf-8"), markup=False)
 
 

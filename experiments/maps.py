@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -42,7 +43,7 @@ TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phan
 # edges that do not match would else decide where its maximum lies.
 SMOOTHING_MM = 10.0
 TOP_TOKENS = 8  # of Fig. 4a
-SCORES = ("pointing", "pointing_body", "auroc")
+SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
 MARGIN = 4  # voxels of air that a figure shows around the body
 
 
@@ -111,12 +112,14 @@ class MapScores:
     Attributes:
         pointing: whether its maximum lies in a lesion or within the tolerance of one.
         pointing_body: the same for its maximum inside the body.
+        pointing_lesion: whether that one lies in a lesion itself.
         auroc: of lesion against the rest of the body.
         reached: by label, whether the lesion holds one of the map's top voxels of the body.
     """
 
     pointing: float
     pointing_body: float
+    pointing_lesion: float
     auroc: float
     reached: dict[str, float]
 
@@ -163,10 +166,12 @@ def score_map(difference: NDArray, truth: Truth, top_percent: float = TOP_PERCEN
         raise ValueError("the map has values that are not finite")
     values = difference[truth.body]
     inside = {label: mask[truth.body] for label, mask in truth.lesions.items()}
+    lesions = np.any(list(inside.values()), axis=0)
     return MapScores(
         pointing=pointing(difference, truth.near),
         pointing_body=pointing(values, truth.near[truth.body]),
-        auroc=auroc(values, np.any(list(inside.values()), axis=0)),
+        pointing_lesion=pointing(values, lesions),
+        auroc=auroc(values, lesions),
         reached={label: reaches_top(values, mask, top_percent) for label, mask in inside.items()},
     )
 
@@ -194,6 +199,31 @@ def difference_map(
 ) -> NDArray[np.float32]:
     """The model's map of a case (depth, height, width), from the caches."""
     return model.difference_map(**scan_inputs(model, features, [case], [[reference]]))[0].float().cpu().numpy()
+
+
+def target_maps(
+    model: DiffVPForConditionalGeneration, features: Features, case: Case
+) -> dict[str, NDArray[np.float32]]:
+    """
+    Maps that know no reference, (depth, height, width): "target alone", the norm of each voxel token of the scan, and
+    of an aligned difference "target alone, whitened", the norm of what that compares with the reference.
+    """
+    tokens = features.load(case)["features"].float()
+    forms = {"target alone": tokens}
+    if model.config.difference_level == "aligned":
+        of = model.aligned_difference
+        forms["target alone, whitened"] = (tokens - of.mean.float().cpu()) @ of.whitening.float().cpu().T
+    grid, size = model.config.feature_grid, tuple(model.config.image_size)
+    return {
+        name: F.interpolate(values.norm(dim=1).view(1, 1, *grid), size, mode="trilinear")[0, 0].numpy()
+        for name, values in forms.items()
+    }
+
+
+def correlation(first: NDArray, second: NDArray) -> float:
+    """Pearson's correlation of two maps' values; of a constant one 0, and of two constant ones 1."""
+    constant = [np.ptp(values) == 0 for values in (first, second)]
+    return float(all(constant)) if any(constant) else float(np.corrcoef(first, second)[0, 1])
 
 
 def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> dict[str, Case]:
@@ -234,6 +264,8 @@ def score_maps(
     - "latent, another reference": what of it does not hang on the reference that was drawn;
     - "latent, another patient": of the next case and its reference, scored against this one's lesions: what a map owes
       to where lesions mostly are. It is as smooth as the first, which chance is not;
+    - "target alone", and of an aligned difference "target alone, whitened": what no reference is needed for, see
+      [`target_maps`];
     - "pixel": |target - reference|, voxel by voxel of the model's tensors, as they are compared in the model;
     - "pixel, smoothed": the same after a Gaussian;
     - "chance": a map that is the same everywhere, so that its top voxels are scattered over the body;
@@ -247,6 +279,7 @@ def score_maps(
         For each map the scores of [`MapScores`] as means over cases with 95 % intervals, "above_chance" (pointing in
         the body less what chance has on the same lesions), "sensitivity" by label and of "all" findings (the share
         whose lesion holds one of the top voxels), and paired comparisons of the first map with each other one.
+        "correlation" of the first map with the second, within the body: 1 where the reference changes nothing.
 
     Raises:
         ValueError: fewer than two cases have a lesion in the tensor, or the references are too few.
@@ -255,12 +288,14 @@ def score_maps(
     targets = [case for case in cases if not is_normal(case)]
     others = other_references(targets, references)
     scores: dict[str, list[MapScores]] = {}
-    scored, outside = [], []
+    scored, outside, correlations = [], [], []
+    following_map = None
     for index, case in enumerate(track(targets, "Difference maps")):
         geometry = volumes.preprocess(case)["geometry"][0]
         codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
         target, reference = (volumes.load(of)[0].float().numpy() for of in (case, references[case.name]))
         body = body_voxels(target)
+        own_map, following_map = following_map, None
         if not codes[body].any():
             outside.append(case.name)
             continue
@@ -268,10 +303,14 @@ def score_maps(
         following = targets[(index + 1) % len(targets)]
         subtraction = np.abs(target - reference)
         sigma = [smoothing_mm / mm for mm in geometry.tensor_spacing]
+        if own_map is None:
+            own_map = difference_map(model, features, case, references[case.name])
+        following_map = difference_map(model, features, following, references[following.name])
         maps = {
-            "latent": difference_map(model, features, case, references[case.name]),
+            "latent": own_map,
             "latent, another reference": difference_map(model, features, case, others[case.name]),
-            "latent, another patient": difference_map(model, features, following, references[following.name]),
+            "latent, another patient": following_map,
+            **target_maps(model, features, case),
             "pixel": subtraction,
             "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
             "chance": np.zeros_like(subtraction),
@@ -281,6 +320,7 @@ def score_maps(
         of_case["chance, in one piece"] = score_ball(truth, top_percent)
         for name, of_map in of_case.items():
             scores.setdefault(name, []).append(of_map)
+        correlations.append(correlation(maps["latent"][body], maps["latent, another reference"][body]))
     if len(scored) < 2:
         raise ValueError(f"{len(scored)} of {len(cases)} case(s) have a lesion in the tensor: this takes at least 2")
     return {
@@ -291,6 +331,7 @@ def score_maps(
         "smoothing_mm": smoothing_mm,
         "maps": {name: summary(of_map, scores["chance"]) for name, of_map in scores.items()},
         "comparisons": compare_maps(scores, "latent"),
+        "correlation": mean_and_interval(correlations),
         "per_case": {
             case: {name: {score: getattr(of_map[row], score) for score in SCORES} for name, of_map in scores.items()}
             for row, case in enumerate(scored)
