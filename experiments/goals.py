@@ -186,7 +186,7 @@ def goal_lines(result: Mapping) -> list[str]:
     classifier, report, maps = (result[name] for name in ("classifier", "report", "maps"))
     alone = result.get("volume_labels")
     seen = [
-        ("micro-F1", "micro_f1", "≥ 0.93"),
+        ("micro-F1", "micro_f1", "≥ 0.93, report ≥ 0.90"),
         ("macro-F1", "macro_f1", "≥ 0.88"),
         ("recall of nodules of 6–8 mm", "small_nodules", "≥ 0.45"),
         ("false findings in a normal patient", "false_findings", "≤ 1 in 28"),
