@@ -30,8 +30,8 @@ from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
 from ..figures import COLORS, EDGES, OPACITY, plane
 from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
-from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..reporting import BODY_LEVEL, RESEARCH_USE
+from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
+from ..reporting import RESEARCH_USE
 from ..training.cohort import Features
 from .runs import scan_inputs
 
@@ -44,19 +44,22 @@ TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phan
 SMOOTHING_MM = 10.0
 TOP_TOKENS = 8  # of Fig. 4a
 SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
+TISSUE_HU = -520.0  # a voxel above it is tissue
 MARGIN = 4  # voxels of air that a figure shows around the body
 
 
 # Scores of one map --------------------------------------------------------------------------------------------------
 
 
-def body_voxels(volume: NDArray) -> NDArray[np.bool_]:
-    """What the skin encloses in each axial plane of a volume in [-1, 1].
+def body_voxels(volume: NDArray, hu_window: Sequence[float] = (-1000.0, 200.0)) -> NDArray[np.bool_]:
+    """What the skin encloses in each axial plane of a volume in [-1, 1], which are the HU of the window.
 
     Not `figures.body_mask`, which takes what is thinner than 9 voxels for the scanner's table: at the spacing of the
     tensor that is the chest wall.
     """
-    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > BODY_LEVEL])
+    low, high = hu_window
+    level = 2 * (TISSUE_HU - low) / (high - low) - 1
+    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > level])
 
 
 def dilated(mask: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float) -> NDArray[np.bool_]:
@@ -208,7 +211,12 @@ def target_maps(
     Maps that know no reference, (depth, height, width): "target alone", the norm of each voxel token of the scan, and
     of an aligned difference "target alone, whitened", the norm of what that compares with the reference.
     """
-    tokens = features.load(case)["features"].float()
+    return token_maps(model, features.load(case)["features"])
+
+
+def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+    """[`target_maps`] of the voxel tokens (N, C) of a scan."""
+    tokens = tokens.float().cpu()
     forms = {"target alone": tokens}
     if model.config.difference_level == "aligned":
         of = model.aligned_difference
@@ -294,7 +302,7 @@ def score_maps(
         geometry = volumes.preprocess(case)["geometry"][0]
         codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
         target, reference = (volumes.load(of)[0].float().numpy() for of in (case, references[case.name]))
-        body = body_voxels(target)
+        body = body_voxels(target, volumes.image_processor.hu_window)
         own_map, following_map = following_map, None
         if not codes[body].any():
             outside.append(case.name)
@@ -497,6 +505,7 @@ class MapExample:
         title: the case and its findings.
         shown: the finding through which the axial plane goes.
         index: of that plane.
+        hu_window: the HU that are -1 and 1 in target and reference.
         lesions: of all findings; `lesion`: of the one that is shown.
     """
 
@@ -509,6 +518,7 @@ class MapExample:
     lesions: NDArray[np.bool_]
     lesion: NDArray[np.bool_]
     spacing: tuple[float, float, float]
+    hu_window: tuple[float, float]
 
 
 def map_example(
@@ -542,10 +552,11 @@ def map_example(
         lesions=codes != 0,
         lesion=lesions[shown],
         spacing=geometry.tensor_spacing,
+        hu_window=tuple(volumes.image_processor.hu_window),
     )
 
 
-def draw_maps(path: str | Path, examples: Sequence[MapExample]) -> None:
+def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Synthetic phantoms.") -> None:
     """
     Fig. 5a as PNG, a case in each row: target, reference, difference map over the target, true lesions outlined (the
     one that chose the plane in green, the others in blue), and pixel subtraction. Axial planes, seen from the feet:
@@ -579,13 +590,13 @@ def draw_maps(path: str | Path, examples: Sequence[MapExample]) -> None:
             text.set_path_effects([withStroke(linewidth=2, foreground="black")])
         panels[0].set_ylabel(f"plane {example.index}: {example.shown}", color="white", fontsize=8)
         panels[2].set_xlabel(example.title, color="white", fontsize=8)
-    figure.supxlabel(f"Synthetic phantoms. {RESEARCH_USE}", color="white", fontsize=8)
+    figure.supxlabel(f"{about} {RESEARCH_USE}", color="white", fontsize=8)
     figure.savefig(path, format="png")
 
 
 def _axial_images(example: MapExample) -> dict[str, NDArray]:
     """What a row shows, cut to the bodies; both maps between 0 and 1."""
-    body = body_voxels(example.target)
+    body = body_voxels(example.target, example.hu_window)
     volumes = {
         "target": example.target,
         "reference": example.reference,
@@ -596,7 +607,7 @@ def _axial_images(example: MapExample) -> dict[str, NDArray]:
         "body": body,
     }
     images = {name: plane(volume, "axial", example.index) for name, volume in volumes.items()}
-    shown = images["body"] | plane(body_voxels(example.reference), "axial", example.index)
+    shown = images["body"] | plane(body_voxels(example.reference, example.hu_window), "axial", example.index)
     box = []
     for axis in (1, 0):
         span = np.flatnonzero(shown.any(axis=axis))

