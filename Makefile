@@ -110,9 +110,12 @@ train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that 
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 
-evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, beside the baselines; write its card
-	$(BIN)/diffvp phantom phantom --train 350 --valid 300 --seed 0 --no-masks
-	$(BIN)/diffvp evaluate phantom --output experiments/results
+# VOLUME_LABELS="--volume-labels FOLDER" adds the classifier of a checkpoint that was trained without masks.
+evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, and on 300 of another seed; write its card
+	$(BIN)/diffvp phantom phantom --train 350 --valid 300 --seed 0
+	$(BIN)/diffvp evaluate phantom --output experiments/results $(VOLUME_LABELS)
+	$(BIN)/diffvp phantom phantom-new --train 350 --valid 300 --seed 5
+	$(BIN)/diffvp evaluate phantom-new --output experiments/results/new_seed $(VOLUME_LABELS)
 	$(BIN)/python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 
 clean:  ## remove what builds and tests leave

@@ -146,11 +146,12 @@ class DiffVPCheckpointMixin:
         return bool(larger - {base.__name__ for base in cls.__mro__})
 
     @classmethod
-    def _read_part(cls, files: dict[str, str]) -> dict[str, torch.Tensor]:
+    def _read_part(cls, files: dict[str, str], config: DiffVPConfig) -> dict[str, torch.Tensor]:
         state = read_weights(files, lambda key: not key.startswith(BASE_PREFIX))
         return {
             there + key.removeprefix(here): value
             for here, there in cls._prefixes_in_whole.items()
+            if config.share_encoder or here != "vision_encoder."  # a classifier that does not share it has its own
             for key, value in state.items()
             if key.startswith(here)
         }
@@ -196,7 +197,7 @@ class DiffVPCheckpointMixin:
         loading_info = kwargs.pop("output_loading_info", False)
         options = kwargs | {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if cls._is_part_of(config):
-            model, info = super().from_pretrained(None, state_dict=cls._read_part(files), **options)
+            model, info = super().from_pretrained(None, state_dict=cls._read_part(files, config), **options)
             model.name_or_path = str(name)
         else:
             model, info = super().from_pretrained(name, **options, **hub_kwargs)

@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 pool_app = typer.Typer(help="The pool of normal references.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(pool_app, name="pool")
+encoder_app = typer.Typer(help="Encoders of others.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(encoder_app, name="encoder")
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
@@ -247,6 +249,22 @@ def pool_build(
     out.print(f"{len(pool.cases):,} normal references by {pool.rule}: {output}", soft_wrap=True, markup=False)
 
 
+@encoder_app.command("convert")
+def encoder_convert(
+    source: Annotated[str, typer.Argument(help="astra, MedicalNet's .pth file, or the folder of a checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="safetensors file, for encoder_weights.")],
+    sha256: Annotated[str | None, typer.Option(help="That the source must have (of astra it is known).")] = None,
+) -> None:
+    """Convert the weights of an encoder to safetensors, once; its header says what they are and where from."""
+    from .encoders_diffvp import DiffVPEncoderError
+    from .training.encoder import convert_encoder
+
+    with _one_line_errors(DiffVPEncoderError):
+        header = convert_encoder(source, target, sha256)
+    for key, value in header.items():
+        out.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
@@ -264,6 +282,7 @@ def train(
         import yaml
 
         from .checkpoint_diffvp import DiffVPCheckpointError
+        from .encoders_diffvp import DiffVPEncoderError
         from .train_accelerate import run
         from .training.checkpoints import CheckpointError
         from .training.config import TrainingConfig
@@ -271,7 +290,7 @@ def train(
         from .training.report import BaseModelError
     with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    told = (CheckpointError, BaseModelError, DiffVPCheckpointError, TrainingDivergedError)
+    told = (CheckpointError, BaseModelError, DiffVPCheckpointError, DiffVPEncoderError, TrainingDivergedError)
     with _one_line_errors(*told), _listed_problems():
         if dry_run:
             _print_estimate(loaded, processes, tflops)
@@ -463,14 +482,17 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
     cache_dir: Annotated[Path, typer.Option(help="Preprocessed volumes, as in training.")] = Path("runs/cache"),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
+    volume_labels: Annotated[
+        Path | None, typer.Option(help="Also the classifier of this checkpoint, trained without lesion masks.")
+    ] = None,
 ) -> None:
-    """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
+    """Score a checkpoint on a phantom test split: findings, reports and maps, beside the baselines it has to beat."""
     with _needs_extra("metrics"):
         from .experiments.evaluate import evaluate as run
         from .reporting import EXPECTED_ERRORS
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, ValueError), _listed_problems():
-        page = run(data, checkpoint, output, cache_dir, limit)
+        page = run(data, checkpoint, output, cache_dir, limit, volume_labels)
     out.print(page.read_text(encoding="utf-8"), markup=False)
 
 

@@ -36,6 +36,7 @@ from .bases_diffvp import locate_base_model
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
+from .encoders_diffvp import DiffVPEncoderError
 from .engines import Engine, EngineError, TransformersEngine
 from .figures import draw_figure
 from .metrics.consistency import report_consistency
@@ -72,7 +73,14 @@ class ReportError(ValueError):
 
 
 # What the caller can cause and repair, with messages that say how.
-EXPECTED_ERRORS = (CTInputError, ReferencePoolError, DiffVPCheckpointError, EngineError, ReportError)
+EXPECTED_ERRORS = (
+    CTInputError,
+    ReferencePoolError,
+    DiffVPCheckpointError,
+    DiffVPEncoderError,
+    EngineError,
+    ReportError,
+)
 
 
 @dataclass(frozen=True)

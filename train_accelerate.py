@@ -26,15 +26,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, GenerationConfig
 
 from .bases_diffvp import locate_base_model
 from .checkpoint_diffvp import check_checkpoint_name
 from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from .data.cache import VolumeCache, state_sha256
+from .data.cache import VolumeCache
 from .data.cases import raise_problems
+from .encoders_diffvp import encoder_sha256, state_sha256
 from .findings_diffvp import SIDES
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
@@ -43,6 +43,7 @@ from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
 from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1, predict
+from .training.encoder import import_encoder, load_encoder
 from .training.loop import Log, Stage, Trainer
 from .training.report import ReportStage, check_base, check_reports, quantization
 
@@ -139,6 +140,8 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     output = Path(config.output_dir) / "model"
     set_seed(config.seed)
     model, processor = load_start(config) if config.init_from else build_generator(config)
+    if config.encoder is not None:
+        model.attach_encoder(import_encoder(config.encoder))
     # Before training, for the reports of each epoch are written with it, and what cannot be saved is said now.
     model.generation_config = own_generation_config(
         model.generation_config, processor.tokenizer, config.report.max_report_tokens
@@ -158,7 +161,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
         choose_thresholds(model, cohort, features)
     if model.config.difference_level == "aligned" and config.init_from is None:
         fit_whitening(model, cohort, features)
-    frozen = {"encoder_sha256": state_sha256(model.vision_encoder)}
+    frozen = {"encoder_sha256": encoder_sha256(model.vision_encoder)}
     if model.config.use_diagnosis:
         frozen["classifier_sha256"] = state_sha256(model.diagnosis)
     samples = Path(config.output_dir) / "samples"
@@ -247,8 +250,9 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
     # Both from the first stage: the classifier then needs no encoder of its own.
-    fields.setdefault("share_encoder", config.encoder_weights is None)
-    needs_classifier = fields.get("use_diagnosis", True) or config.encoder_weights is None
+    own = config.encoder_weights is None and fields.get("encoder_type") != "external"
+    fields.setdefault("share_encoder", own)
+    needs_classifier = fields.get("use_diagnosis", True) or own
     if needs_classifier:
         folder = config.classifier or Path(config.output_dir) / "diagnosis"
         encoder, classifier = load_classifier(folder, labels if fields.get("use_diagnosis", True) else None)
@@ -270,10 +274,10 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         if model.config.share_encoder:
             classifier.vision_encoder = None
         model.diagnosis.load_state_dict(classifier.state_dict())
-    if config.encoder_weights is None:
+    if config.encoder_weights is not None:
+        load_encoder(model, config.encoder_weights)
+    elif own:
         model.vision_encoder.load_state_dict(encoder.state_dict())
-    else:
-        model.vision_encoder.load_state_dict(load_file(config.encoder_weights))
     return model, processor
 
 

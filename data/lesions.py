@@ -142,7 +142,11 @@ def lesion_voxels(path: Path, geometry) -> torch.Tensor:
 
     Arguments and errors as of [`lesion_cells`].
     """
-    codes = lps_mask(path, geometry, "lesion mask")
+    return mask_voxels(lps_mask(path, geometry, "lesion mask"), geometry)
+
+
+def mask_voxels(codes: np.ndarray, geometry) -> torch.Tensor:
+    """[`lesion_voxels`] of codes that are read already, on the grid and in the axis order of the volume, [x, y, z]."""
     voxels = _gathered(codes, geometry, 1)
     outputs, inputs = [], []
     for axis in range(3):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
-from ..data.cases import Case
-from ..data.lesions import read_patients
-from ..data.pool import normal_pool
+from ..data.cases import Case, Problem, raise_problems
+from ..data.lesions import lesion_mask_path, read_patients
+from ..data.pool import is_normal, normal_pool
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
 from ..metrics.clinical_efficacy import classification_scores, label_counts, precision_recall_f1
@@ -34,6 +34,8 @@ from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
+from ..train_accelerate import load_classifier
+from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesions import score_findings
 from .scores import FINDINGS, PhantomReader, micro
 
@@ -74,10 +76,34 @@ def generate_reports(
     reports, probabilities = [], []
     for start in track(range(0, len(targets), BATCH_SIZE), "Reports"):
         inputs = processor(ct=[case.volume for case in targets[start : start + BATCH_SIZE]]).to(model.device)
-        logits = model.diagnose(inputs["ct"])
-        reports += processor.batch_decode(model.generate(**inputs, diagnosis_logits=logits), skip_special_tokens=True)
-        probabilities.append(logits.float().sigmoid().cpu().numpy())
+        encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
+        reports += processor.batch_decode(model.generate(**inputs, **encoded), skip_special_tokens=True)
+        probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
     return reports, np.concatenate(probabilities)
+
+
+@torch.no_grad()
+def predict(folder: str | os.PathLike, volumes: VolumeCache, cases: list[Case]) -> tuple[np.ndarray, DiffVPConfig]:
+    """
+    Probabilities (cases, labels) of the classifier of a checkpoint, or of a first stage's, and its configuration.
+
+    Raises:
+        ValueError: there is no classifier, its labels are others, or it takes tensors of another shape.
+    """
+    _, classifier = load_classifier(folder, DIAGNOSIS_LABELS)
+    config = DiffVPConfig.from_pretrained(folder)
+    shape = tuple(volumes.image_processor.size.values())
+    if tuple(config.image_size) != shape:
+        raise ValueError(
+            f"{folder}: image_size: {list(config.image_size)} (expected {list(shape)}, as the checkpoint)"
+        )
+    classifier.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = classifier.head.weight.device
+    logits = [
+        classifier(volumes.load(case)[None].float().to(device))[0]
+        for case in track(cases, f"Findings, {Path(folder).name}")
+    ]
+    return torch.cat(logits).sigmoid().cpu().numpy(), config
 
 
 def bounds(interval: Interval) -> list[float]:
@@ -122,27 +148,39 @@ def evaluate(
     output: str | os.PathLike,
     cache_dir: str | os.PathLike,
     limit: int | None = None,
+    volume_labels: str | os.PathLike | None = None,
 ) -> Path:
     """
-    Evaluate on the `valid` split of `data`; writes `NAME_checkpoint.json` and `NAME_checkpoint.md`, NAME being that of
-    the checkpoint without "diffvp-".
+    Evaluate on the `valid` split of `data`, a cohort with masks; writes `NAME_checkpoint.json` and
+    `NAME_checkpoint.md`, NAME being that of the checkpoint without "diffvp-".
 
     Args:
-        cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
+        cache_dir: preprocessed volumes and features; the folder that training uses.
         limit: only the first so many test cases, for a trial.
+        volume_labels: another checkpoint, or the first stage of one, whose classifier was trained on labels of whole
+            volumes alone: what a dataset without masks allows. It is scored by its own thresholds.
+
+    Raises:
+        ValueError: the test split has too few cases or lesions, the checkpoint too few references, or the classifier
+            of `volume_labels` does not fit.
+        DatasetError: the cohort has no masks.
     """
+    train, test = load_phantom(data, "train"), load_phantom(data, "valid")[:limit]
+    patients = read_patients(data)
+    _check_cases(test, data)
+    normal = [constant_normal_report(train)] * len(test)
     model, processor = load_checkpoint(str(checkpoint))
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor)
-    train, test = load_phantom(data, "train"), load_phantom(data, "valid")[:limit]
-    patients = read_patients(data)
-    if len(test) < 2:
-        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+    pool = pool_cases(processor.reference_pool)
+    alone = None
+    if volume_labels is not None:
+        probabilities, config = predict(volume_labels, volumes, test)
+        alone = classifier_scores(probabilities, config.diagnosis_threshold, test, patients)
     reports, probabilities = generate_reports(model, processor, test)
     # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
     # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
     shuffled = reports[1:] + reports[:1]
-    normal = [constant_normal_report(train)] * len(test)
     nearest = nearest_reports(
         pooled_features(model, volumes, test, "test"),
         pooled_features(model, volumes, train, "training"),
@@ -170,9 +208,19 @@ def evaluate(
         if name != "DiffVP on another patient's scan"  # the same reports
     }
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
+    maps = map_scores(model, volumes, data, test, pool)
+    map_of = maps.pop("per_case")
+    scored = {
+        "classifier": classifier_scores(probabilities, model.config.diagnosis_threshold, test, patients),
+        "report": report_scores(reports, written, classifier, test, patients),
+        "maps": maps,
+    }
+    if alone is not None:
+        scored["volume_labels"] = alone
+    options = {"--limit": limit, "--volume-labels": None if volume_labels is None else Path(volume_labels).as_posix()}
     result = {
         "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
-        + ("" if limit is None else f" --limit {limit}"),
+        + "".join(f" {option} {value}" for option, value in options.items() if value is not None),
         "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "cases": len(test),
@@ -182,6 +230,7 @@ def evaluate(
             LABELS_SIGNATURE,
         ],
         "systems": systems,
+        **scored,
         "per_label": per_label,
         "collapse": collapse,
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
@@ -192,7 +241,7 @@ def evaluate(
             for size, counts in bins.items()
         },
         "predictions": [
-            {"name": case.name, "reference": case.report, "prediction": report}
+            {"name": case.name, "reference": case.report, "prediction": report, "map": map_of.get(case.name)}
             for case, report in zip(test, reports, strict=True)
         ],
     }
@@ -207,8 +256,23 @@ def evaluate(
     return output / f"{name}_checkpoint.md"
 
 
+def _check_cases(test: list[Case], data: str | os.PathLike) -> None:
+    """What would else be found missing after an hour."""
+    if len(test) < 2:
+        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+    paths = [lesion_mask_path(data, case.name) for case in test if not is_normal(case)]
+    raise_problems(
+        [
+            Problem(path.name, None, "lesion mask", "missing", "a cohort with masks")
+            for path in paths
+            if not path.is_file()
+        ]
+    )
+
+
 def _page(result: dict) -> str:
     """The results as Markdown."""
+    bleu = result["systems"]["DiffVP"]
     lines = [
         f"# {result['checkpoint']['name']} on unseen phantoms",
         "",
@@ -224,6 +288,8 @@ def _page(result: dict) -> str:
                 for name, scores in result["systems"].items()
             ],
         ),
+        "",
+        *goal_lines(result | {"bleu4": {"value": bleu["bleu4"], "interval": bleu["bleu4_interval"]}}),
         "",
         "Findings of the generated reports, by label:",
         "",

@@ -23,13 +23,9 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from diffvp import cli
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.cli import SHIPPED_CHECKPOINT
-from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.hub import release as release_module
-from diffvp.hub.convert_encoder import convert_medicalnet
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
-from diffvp.modules_diffvp import DiffVPVisionEncoder
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import digest
 
@@ -37,35 +33,6 @@ from .hub_samples import document, make_pushable, write_scan
 from .hub_server import LOST, Hub
 
 BASE = "tester/tiny-llama"  # the base LLM of the tiny checkpoint
-
-
-@pytest.fixture(scope="module")
-def medicalnet_state():
-    """A state dict under the names MedicalNet uses: DataParallel, a segmentation head, no batch counters."""
-    from monai.networks.nets import resnet18
-
-    torch.manual_seed(0)
-    network = resnet18(n_input_channels=1, feed_forward=False, shortcut_type="A", bias_downsample=True)
-    state = {f"module.{name}": value for name, value in network.state_dict().items() if "num_batches" not in name}
-    return {**state, "module.conv_seg.0.weight": torch.zeros(2, 2)}
-
-
-def test_medicalnet_weights_become_an_encoder(medicalnet_state, tmp_path):
-    torch.save({"state_dict": medicalnet_state}, tmp_path / "resnet_18.pth")
-    state = load_file(convert_medicalnet(tmp_path / "resnet_18.pth", tmp_path / "encoder.safetensors"))
-    encoder = DiffVPVisionEncoder(DiffVPConfig())
-    encoder.load_state_dict(state)
-    assert torch.equal(encoder.resnet.layer4[1].conv2.weight, medicalnet_state["module.layer4.1.conv2.weight"])
-    assert torch.equal(encoder.resnet.bn1.running_var, medicalnet_state["module.bn1.running_var"])
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_another_network_is_refused(medicalnet_state, tmp_path):
-    smaller = {name: value for name, value in medicalnet_state.items() if "layer4" not in name}
-    torch.save(smaller, tmp_path / "resnet_10.pth")
-    with pytest.raises(DiffVPCheckpointError, match=r"resnet_10.pth is not .* missing, such as resnet.layer4"):
-        convert_medicalnet(tmp_path / "resnet_10.pth", tmp_path / "encoder.safetensors")
-    assert not (tmp_path / "encoder.safetensors").exists()
 
 
 def test_release_is_small_safe_and_loads_alone(

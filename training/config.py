@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
     "classifier": True,  # its weights are, by their digest
-    "data": {"root", "cache_dir"},
+    "data": {"root", "cache_dir", "features"},
     "diagnosis": {"micro_batch_size"},
     "report": {"micro_batch_size", "samples"},
 }
@@ -43,6 +43,9 @@ class DataSection(_Section):
     # Encoder output averaged within the dataset's masks of the regions, instead of voxel tokens: what Reg2RG does.
     # Such a model reads `ct_features` alone. (Null, not false: runs from before there was this have no such setting.)
     region_tokens: Literal[True] | None = None
+    # A folder of encoder output that was computed beforehand, NAME.safetensors with a tensor `features` (N, C) of each
+    # case, for model.encoder_type: external.
+    features: str | None = None
     skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
     validation_fraction: float | None = None
     diagnosis_cases: tuple[int, int] | None = None
@@ -140,7 +143,8 @@ class TrainingConfig(_Section):
     image_processor: dict | None = None
     base: BaseSection | None = None
     model: dict | None = None
-    encoder_weights: str | None = None
+    encoder_weights: str | None = None  # of another encoder than the first stage's, from `diffvp encoder convert`
+    encoder: str | None = None  # of model.encoder_type: external, MODULE:NAME of what makes the module of your own
     # A checkpoint whose classifier and encoder are taken, instead of those of a first stage of this run.
     classifier: str | None = None
     lora: dict | None = None
@@ -181,7 +185,9 @@ class TrainingConfig(_Section):
     def of_the_result(self, stage: str) -> dict:
         """The settings that the weights of a stage depend on, as JSON values."""
         values = self.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
-        for other in ("lora", "encoder_weights", "base", "report") if stage == "diagnosis" else ("diagnosis",):
+        for other in (
+            ("lora", "encoder_weights", "encoder", "base", "report") if stage == "diagnosis" else ("diagnosis",)
+        ):
             del values[other]
         return values
 

@@ -217,7 +217,7 @@ class Study:
         self._logits, evidence = None, None
         if model.diagnosis is not None:
             self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
-            evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
+            evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.resnet_grid).cpu()
         self.findings = []
         if self._logits is not None:
             known = self._comparison.attributes
