@@ -35,6 +35,7 @@ from .bases_diffvp import base_tokenizer, check_language_model, load_base_model
 from .configuration_diffvp import DiffVPConfig
 from .drafts_diffvp import ReportDrafts
 from .generation_diffvp import own_generation_config
+from .gguf_diffvp import KNOWN_FINGERPRINTS
 from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
     ADAPTER_SUBFOLDER,
@@ -465,7 +466,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
     # Is the LLM still the base that the configuration names?
 
     def _remember_base(self) -> None:
-        self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
+        self._base_fingerprints = vars(self.language_model).pop(KNOWN_FINGERPRINTS, None)  # those of a GGUF, checked
+        if self._base_fingerprints is None:
+            self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
 
     def _base_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The LLM's weights in its state, without the adapter's and under the names that they have without one."""

@@ -23,6 +23,7 @@ from transformers.generation import GenerationMode
 
 from .pipeline_diffvp import end_tokens
 from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
+from .threads_diffvp import quickest_threads
 
 START = -1  # stands before the first token of a report
 CONTEXT = 8  # tokens that a draft looks back; more were no better on phantoms
@@ -160,7 +161,10 @@ def decode(
     plain = decoding.get_generation_mode() == GenerationMode.GREEDY_SEARCH and asked <= CHECKABLE and not others
     if drafts is not None and length and plain and not followed and not decoding.return_dict_in_generate:
         kwargs["custom_generate"] = DraftedDecoding(drafts, length, kwargs.get("streamer"))
-    return language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs)
+    with quickest_threads(language_model, len(embeddings) * (DRAFT_TOKENS if "custom_generate" in kwargs else 1)):
+        return language_model.generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
+        )
 
 
 class DraftedDecoding:

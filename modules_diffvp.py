@@ -3,7 +3,7 @@
 """
 The building blocks of DiffVP, from the scan to the difference prompt.
 
-- `DiffVPVisionEncoder`: frozen 3D ResNet-18 (MONAI), voxel tokens F of shape (batch, N, C)
+- `DiffVPVisionEncoder`: frozen 3D ResNet-18, voxel tokens F of shape (batch, N, C)
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
 - `DiffVPAlignedDifference`: voxel tokens against what the reference shows near each of them
 - `DiffVPGlobalDelta`, `DiffVPLocalDelta`: the hierarchical difference extractor, eq. 4-7
@@ -15,25 +15,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.resnet import ResNet
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_diffvp import DiffVPConfig
-
-
-class DiffVPResNet(ResNet):
-    """MONAI's ResNet with a type-A shortcut that lets gradients through and runs in bfloat16 on CPU."""
-
-    def _downsample_basic_block(self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3):
-        # The same values as MONAI's average pooling with kernel 1 on detached data.
-        return F.pad(x[:, :, ::stride, ::stride, ::stride], (0, 0, 0, 0, 0, 0, 0, planes - x.shape[1]))
+from .resnet_diffvp import DiffVPResNet
 
 
 class DiffVPVisionEncoder(nn.Module):
     """
-    3D ResNet-18 (section 3.2). MONAI's network, so that MedicalNet's weights fit by name.
+    3D ResNet-18 (section 3.2).
 
     With `encoder_pyramid_channels` its stages lie at 1/2, 1/4, 1/8 and 1/16 of the tensor's resolution, and a top-down
     path leads what the last one knows back to 1/4.
@@ -51,15 +43,12 @@ class DiffVPVisionEncoder(nn.Module):
             # four stages behind it, and a 3x3x3 one sees as much here.
             channels *= 8
         self.resnet = DiffVPResNet(
-            block="basic",
-            layers=[2, 2, 2, 2],
-            block_inplanes=list(config.encoder_block_channels),
-            n_input_channels=channels + 3 * self.coordinates,
-            conv1_t_size=3 if self.is_pyramid else 7,
-            conv1_t_stride=1 if self.is_pyramid else config.encoder_stride,
-            no_max_pool=not config.encoder_max_pool,
+            channels + 3 * self.coordinates,
+            config.encoder_block_channels,
+            size=3 if self.is_pyramid else 7,
+            stride=1 if self.is_pyramid else config.encoder_stride,
+            max_pool=config.encoder_max_pool,
             shortcut_type=config.encoder_shortcut_type,
-            feed_forward=False,
         )
         self.pyramid = DiffVPPyramid(config) if self.is_pyramid else None
 
@@ -74,19 +63,11 @@ class DiffVPVisionEncoder(nn.Module):
                 f"ct must have shape (batch, 1, {', '.join(map(str, self.image_size))}), got {tuple(ct.shape)}. "
                 "Let the processor of this checkpoint prepare it."
             )
-        net = self.resnet
         hidden = self._channels(ct, start)
         # Channels last is 1.3 to 2.6 times faster for 3D convolutions on CPU and the layout of tensor cores on GPU.
-        hidden = hidden.to(net.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
-        hidden = net.act(net.bn1(net.conv1(hidden)))
-        if not net.no_max_pool:
-            hidden = net.maxpool(hidden)
-        stages = []
-        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
-            hidden = layer(hidden)
-            stages.append(hidden)
-        if self.pyramid is not None:
-            hidden = self.pyramid(stages)
+        hidden = hidden.to(self.resnet.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        stages = self.resnet(hidden)
+        hidden = stages[-1] if self.pyramid is None else self.pyramid(stages)
         return hidden.flatten(2).transpose(1, 2)
 
     def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ last, so that a folder with a `config.json` is whole at any moment.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -105,7 +106,13 @@ def flush(path: Path) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """SHA-256 of a file in hexadecimal; of one that has not changed it is computed once."""
+    status = os.stat(path)
+    return _digest(os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: str, inode: int, modified: int, size: int) -> str:
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
