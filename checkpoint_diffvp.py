@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
 
 from .adapter_diffvp import (
     adapter_names,
@@ -33,10 +33,13 @@ from .adapter_diffvp import (
 )
 from .bases_diffvp import base_tokenizer, check_language_model, load_base_model
 from .configuration_diffvp import DiffVPConfig
+from .drafts_diffvp import ReportDrafts
 from .generation_diffvp import own_generation_config
+from .gguf_diffvp import KNOWN_FINGERPRINTS
 from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
     ADAPTER_SUBFOLDER,
+    DRAFTS_NAME,
     HUB_KWARGS,
     DiffVPCheckpointError,
     check_digest,
@@ -397,6 +400,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             load_adapter(model.language_model, adapter, is_trainable)
             beside = model._adapter_beside
             model._check_adapter_twice(name, read_weights(locate_weights(name, **hub_kwargs), beside.__contains__))
+        drafts = cached_file(name, DRAFTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if drafts is not None:
+            model.drafts = ReportDrafts.load(drafts, model.get_input_embeddings().weight.shape[0])
         model.eval()
         return (model, info) if loading_info else model
 
@@ -461,7 +467,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
     # Is the LLM still the base that the configuration names?
 
     def _remember_base(self) -> None:
-        self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
+        self._base_fingerprints = vars(self.language_model).pop(KNOWN_FINGERPRINTS, None)  # those of a GGUF, checked
+        if self._base_fingerprints is None:
+            self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
 
     def _base_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The LLM's weights in its state, without the adapter's and under the names that they have without one."""
@@ -539,6 +547,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             save_adapter(
                 language_model, adapter, folder / ADAPTER_SUBFOLDER, given or language_model.state_dict(), *base
             )
+        if self.drafts is not None and is_main_process:
+            self.drafts.save(folder)
         self._write_weights(folder, is_main_process, own, own_weights=not whole, **kwargs)
 
     def _check_whole(self, state: dict[str, torch.Tensor]) -> None:

@@ -19,12 +19,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 
+from .drafts_diffvp import decode
 from .pipeline_diffvp import end_tokens
 
 # Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
 PLAIN = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample", "num_beams",
     "temperature", "top_k", "top_p", "use_cache", "output_attentions", "output_hidden_states", "transformers_version",
+    "num_assistant_tokens",
 }  # fmt: skip
 
 
@@ -49,18 +51,16 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The model's own LLM, all prompts in one batch."""
+    """The model's own LLM with the checkpoint's drafts, all prompts in one batch."""
 
     def __init__(self, model):
-        self.language_model = model.language_model
-        self.name = f"transformers {transformers_version}"
+        self.language_model, self.drafts = model.language_model, model.drafts
+        self.name = f"transformers {transformers_version}" + (", with drafts" if self.drafts else "")
 
     def generate(self, prompts: Sequence[torch.Tensor], decoding: GenerationConfig) -> list[list[int]]:
         masks = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
         embeddings, mask = (pad_sequence(rows, True, padding_side="left") for rows in (list(prompts), masks))
-        tokens = self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding
-        )
+        tokens = decode(self.language_model, self.drafts, embeddings, mask, decoding)
         ends = set(end_tokens(decoding))
         return [_until_end(row, ends) for row in tokens.tolist()]
 

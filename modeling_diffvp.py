@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
+from .drafts_diffvp import ReportDrafts, decode
 from .encoders_diffvp import DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
 from .findings_diffvp import diagnosis_prompts, read_attributes
 from .generation_diffvp import decoding_config
@@ -322,6 +323,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         else:
             self._keep_weights(language_model)
         self.language_model = language_model
+        self.drafts: ReportDrafts | None = None
         # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
         language_model.generation_config = GenerationConfig()
         self._freeze()
@@ -490,7 +492,8 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         """
         Write a report. Arguments as in `forward`; `kwargs` go to the LLM's `generate`. Returns the new tokens only.
 
-        The scans are encoded once, before decoding: what enters the decoding loop is embeddings.
+        The scans are encoded once, before decoding: what enters the decoding loop is embeddings. Greedy decoding
+        takes fewer steps with the checkpoint's `drafts`; `num_assistant_tokens=0` does without them.
 
         Args:
             comparison: result of `compare`, instead of scans and features.
@@ -502,9 +505,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison
         )
         decoding, kwargs = decoding_config(self.generation_config, generation_config, kwargs)
-        return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
-        )
+        return decode(self.language_model, self.drafts, embeddings, mask, decoding, **kwargs)
 
 
 DiffVPForDiagnosis.register_for_auto_class("AutoModel")

@@ -397,10 +397,10 @@ class DiffVPDiagnosisClassifier(nn.Module):
         # A finding hides the region that it lies in: its tokens are those of the region around them.
         regions = self._smoothed(regions, 5)
         regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        by_region = torch.stack([(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)], dim=2)
+        peaks = [(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)]
         index = peak[:, None].expand(-1, regions.shape[1], -1)
         found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
-        found["region_evidence"] = (by_region + EVIDENCE_FLOOR).log()
+        found["region_evidence"] = (torch.stack(peaks, dim=2) + EVIDENCE_FLOOR).log()
         return found
 
     def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from . import __version__
 from .anatomy_diffvp import anatomy_warnings
 from .bases_diffvp import locate_base_model
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
-from .data.cache import file_sha256, preprocessing
+from .data.cache import preprocessing
 from .data.phantom_report import labels_from_report
 from .encoders_diffvp import DiffVPEncoderError
 from .engines import Engine, EngineError, TransformersEngine
@@ -52,7 +51,7 @@ from .pipeline_diffvp import (
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
-from .storage_diffvp import WEIGHTS_NAME
+from .storage_diffvp import WEIGHTS_NAME, digest
 from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
@@ -382,7 +381,7 @@ def _checkpoint(model, hub_kwargs: dict) -> dict:
     return {
         "name": _public_name(name),
         "commit": extract_commit_hash(str(found["config.json"]), None),
-        "sha256": {file: _sha256(path) for file, path in found.items()},
+        "sha256": {file: digest(path) for file, path in found.items()},
     }
 
 
@@ -401,7 +400,7 @@ def _base_model(model, hub_kwargs: dict) -> dict:
         place = _local_file(path, file or "config.json", access | {"revision": revision or "main"})
         return entry | {"commit": extract_commit_hash(str(place), None)}
     weights = [Path(path) / file] if file else sorted(Path(path).glob("*.safetensors"))
-    return entry | {"sha256": {weight.name: _sha256(weight) for weight in weights}}
+    return entry | {"sha256": {weight.name: digest(weight) for weight in weights}}
 
 
 def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
@@ -418,23 +417,13 @@ def _public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _sha256_once(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=64)
-def _sha256_once(path: Path, modified: int, size: int) -> str:
-    return file_sha256(path)
-
-
 def public_fields(values: dict) -> dict:
     """The settings of a generation config, without its book-keeping."""
     return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
 
 
 def library_versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "numpy")
+    packages = ("torch", "transformers", "peft", "nibabel", "SimpleITK", "numpy")
     return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

@@ -45,7 +45,7 @@ from .training.config import TrainingConfig
 from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1, predict
 from .training.encoder import import_encoder, load_encoder
 from .training.loop import Log, Stage, Trainer
-from .training.report import ReportStage, check_base, check_reports, quantization
+from .training.report import ReportStage, check_base, check_reports, make_drafts, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     samples = Path(config.output_dir) / "samples"
     stage = ReportStage(config.report, model, processor, cohort, features, config.seed, samples)
     train(stage, config, accelerator, cohort, frozen)
+    model.drafts = make_drafts(cohort.report, processor, config.report.draft_patients)
     state = accelerator.get_state_dict(stage.model) if accelerator.num_processes > 1 else model.state_dict()
 
     def write(folder: Path) -> None:

@@ -278,7 +278,7 @@ def machine() -> dict:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "monai")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 

@@ -25,6 +25,7 @@ from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
 from ..data.cache import weights_sha256
 from ..pipeline_diffvp import RESEARCH_USE
 from ..references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
+from ..storage_diffvp import DRAFTS_NAME
 from .card import CARD, EVALUATION, LICENSE, NOTICE, PACKAGE, measured_values
 
 # Formats that run code when they are loaded, or that a reader may load as if they did not.
@@ -38,6 +39,7 @@ KINDS = {
     "adapter": rf"{ADAPTER_SUBFOLDER}/(adapter_config\.json|generation_config\.json|adapter_model\.safetensors)",
     "processor": r"processor_config\.json|chat_template\.jinja|tokenizer(_config)?\.json|tokenizer\.model|"
     r"special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt",
+    "drafts": re.escape(DRAFTS_NAME),
     "references": rf"{REFERENCE_FOLDER}/(references\.json|[^/]+\.nii(\.gz)?)",
     "card": rf"{re.escape(CARD)}|{re.escape(EVALUATION)}",
     "licence": rf"{LICENSE}|{NOTICE}|USE_POLICY\.md",

@@ -15,7 +15,7 @@ NOT_OF_THE_RESULT = {
     "classifier": True,  # its weights are, by their digest
     "data": {"root", "cache_dir", "features"},
     "diagnosis": {"micro_batch_size"},
-    "report": {"micro_batch_size", "samples"},
+    "report": {"micro_batch_size", "samples", "draft_patients"},
 }
 
 
@@ -122,6 +122,8 @@ class ReportSection(_Section):
     gradient_checkpointing: bool = False
     gradient_clip: float = Field(default=1.0, gt=0)
     patience: int | None = Field(default=None, ge=1)
+    # Drafts for quicker decoding: what follows what in the reports of at least so many patients; null: none.
+    draft_patients: int | None = Field(default=10, ge=2)
     samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
 
 
