@@ -553,6 +553,53 @@ def serve_page(
 
 
 @app.command()
+def serve(
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    engine: Engine = "transformers",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in, which have to send the token in $DIFFVP_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Waiting scans that are decoded together.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests without an answer; others get 429.")] = 32,
+    max_upload: Annotated[int, typer.Option(min=1, help="MB of a request; larger ones get 413.")] = 512,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds from a request to its answer, or 503.")] = 300,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what is there when told to end.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
+    ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
+) -> None:
+    """Write reports for programs over HTTP: docs/serving.md."""
+    with _needs_extra("serve"):
+        from .service.app import is_loopback
+        from .service.app import serve as run
+        from .service.jobs import Limits, ReportQueue
+    _quiet()
+    from .hub.batch import ReportWriter
+    from .reporting import EXPECTED_ERRORS, ReportError
+
+    with _one_line_errors(*EXPECTED_ERRORS):
+        token = os.environ.get("DIFFVP_TOKEN") or None
+        if token is None and not is_loopback(host):
+            raise ReportError(f"host is {host}, which lets other machines in; expected a token in $DIFFVP_TOKEN.")
+        name, hub_kwargs = _checkpoint(checkpoint, revision)
+        err.print(STATEMENT, style="bold yellow")
+        writer = ReportWriter(
+            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            hub_kwargs=hub_kwargs,
+        )  # fmt: skip
+        limits = Limits(
+            batch_size=batch_size, workers=workers, waiting=max_waiting, upload_bytes=max_upload * 2**20,
+            timeout=timeout, grace=grace,
+        )  # fmt: skip
+        run(ReportQueue(writer, limits), host, port, token=token)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder with card, results and licence.")],
     repo: Annotated[str, typer.Argument(help="Id on the Hub, NAME/MODEL; made if it is not there.")],
