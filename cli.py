@@ -541,6 +541,9 @@ def serve_page(
     checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also be a tool for language models (Model Context Protocol).")
+    ] = False,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     with _needs_extra("app"):
@@ -549,7 +552,7 @@ def serve_page(
     _quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
     with _one_line_errors(*EXPECTED_ERRORS):
-        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port)
+        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port, mcp=mcp)
 
 
 @app.command()

@@ -30,8 +30,9 @@ from transformers import BatchFeature
 from ..hub.batch import ReportWriter
 from ..reading_diffvp import read_ct
 from ..reporting import EXPECTED_ERRORS
+from ..scratch import make_folder
 
-FOLDER = "diffvp-serve-"  # and the number of the process, so that the next one can tell what a killed one left
+FOLDER = "diffvp-serve-"
 COMING = ("arriving", "reading")
 log = logging.getLogger("diffvp.serve")
 
@@ -132,8 +133,7 @@ class ReportQueue:
     async def open(self) -> None:
         """Begin to work, on the event loop that this is called on."""
         self._loop = asyncio.get_running_loop()
-        _remove_left_behind()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
+        self._folder = make_folder(FOLDER)
         self._readers = ThreadPoolExecutor(self.limits.workers, "read")
         self._ahead = asyncio.Semaphore(2 * self.limits.batch_size)  # a scan that has been read takes megabytes
         self._ready: asyncio.Queue[Job] = asyncio.Queue()
@@ -327,21 +327,3 @@ def _report(error: Exception) -> None:
         places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
         trace = trace.tb_next
     log.error("%s at %s", type(error).__name__, " < ".join(reversed(places)))
-
-
-def _remove_left_behind() -> None:
-    """Uploads of servers that were killed; they lie in a folder with the number of their process."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        owner = folder.name.removeprefix(FOLDER).split("-")[0]
-        if owner.isdecimal() and (int(owner) == os.getpid() or not _is_running(int(owner))):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

@@ -109,7 +109,7 @@ def ask(url: str, scans: Sequence[Path], broken: Sequence[Path], requests: int, 
     outcome = Outcome()
 
     def one(client: httpx.Client, number: int) -> None:
-        bad = number % 10 == 9
+        bad = bool(broken) and number % 10 == 9
         path = broken[number % len(broken)] if bad else scans[number % len(scans)]
         content = path.read_bytes()
         began = time.perf_counter()

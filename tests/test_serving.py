@@ -23,7 +23,7 @@ pytest.importorskip("fastapi", reason="the service needs FastAPI (pip install di
 import httpx
 from typer.testing import CliRunner
 
-from diffvp import cli
+from diffvp import cli, scratch
 from diffvp.hub.batch import ReportWriter
 from diffvp.service.app import Problem, Report, build_app, is_loopback
 from diffvp.service.jobs import FOLDER, Limits, ReportQueue
@@ -418,9 +418,8 @@ def test_who_hangs_up_is_not_written_for(writer, scans):
         request = client.build_request("POST", "/v1/reports", files={"file": (scans[0].name, scans[0].read_bytes())})
         body = b"".join(request.stream)
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/v1/reports",
-            "raw_path": b"/v1/reports", "query_string": b"", "headers": [(name.lower(), value) for name, value in request.headers.raw], "scheme": "http",
-            "server": ("localhost", 80), "client": ("127.0.0.1", 1), "root_path": "",
+            "type": "http", "method": "POST", "path": "/v1/reports", "query_string": b"", "root_path": "",
+            "headers": [(name.lower(), value) for name, value in request.headers.raw],
         }  # fmt: skip
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -488,14 +487,13 @@ def test_a_study_is_fetched_from_its_server(writer, tmp_path):
 
 
 def test_files_of_servers_that_are_gone(tmp_path, monkeypatch):
-    from diffvp.service import jobs
-
-    monkeypatch.setattr(jobs.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
     mine, running, gone, other = (
         tmp_path / name for name in (f"{FOLDER}{os.getpid()}-a", f"{FOLDER}{os.getppid()}-b", f"{FOLDER}999999999-c",
                                      f"{FOLDER}notes")
     )  # fmt: skip
     for folder in (mine, running, gone, other):
         (folder / "inside").mkdir(parents=True)
-    jobs._remove_left_behind()
+    made = scratch.make_folder(FOLDER)
     assert not mine.exists() and not gone.exists() and running.exists() and other.exists()
+    assert made.is_dir() and made.name.startswith(f"{FOLDER}{os.getpid()}-") and made.stat().st_mode & 0o077 == 0
