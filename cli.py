@@ -191,6 +191,10 @@ def phantom(
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Region and lesion masks.")] = True,
     scanner: Annotated[str, typer.Option(help="a, or b: the same patients in another hospital.")] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload it, with a card, as this dataset on the Hub: NAME/DATASET.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that dataset private.")] = False,
 ) -> None:
     """Make the phantom cohort: synthetic chest CT with 18 findings and the reports that follow from them."""
     from .data.phantom_cohort import write_cohort
@@ -200,6 +204,13 @@ def phantom(
             folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, scanner=scanner, workers=workers
         )
     out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True, markup=False)
+    if push is not None:
+        from .hub.dataset import push_cohort
+        from .hub.push import PushError
+
+        with _listed_problems(PushError):
+            pushed = push_cohort(folder, push, private)
+        out.print(f"Uploaded as commit {pushed.commit}: {pushed.url}", soft_wrap=True, markup=False)
 
 
 @pool_app.command("build")
@@ -609,6 +620,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch (default: main); made if it is not there.")] = None,
     tag: Annotated[str | None, typer.Option(help="Name for the commit, such as v1.0.0.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Dataset that the evaluation was of: its scores go into .eval_results/, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every file; upload nothing.")] = False,
 ) -> None:
     """Check a checkpoint, all of it, and upload it to the Hub in one commit."""
@@ -625,7 +639,7 @@ def push(
         out.print(f"{len(files)} files, {sum(file.size for file in files):,} bytes")
         if dry_run:
             return
-        pushed = upload(folder, repo, revision=revision, tag=tag, private=private)
+        pushed = upload(folder, repo, revision=revision, tag=tag, private=private, benchmark=benchmark)
     out.print(f"Uploaded as commit {pushed.commit}. To load exactly this:\n", soft_wrap=True, markup=False)
     out.print(pushed.how_to_load(), soft_wrap=True, markup=False, highlight=False)
 
