@@ -3,6 +3,7 @@
 """The command `diffvp`. Thin: each command imports the modules that do the work, so that `--help` is quick."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -586,12 +587,20 @@ def serve(
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
+    dicomweb: Annotated[
+        str | None, typer.Option(help="URL of a DICOMweb service, whose studies may be asked for by their UID.")
+    ] = None,
 ) -> None:
     """Write reports for programs over HTTP: docs/serving.md."""
     with _needs_extra("serve"):
         from .service.app import is_loopback
         from .service.app import serve as run
         from .service.jobs import Limits, ReportQueue
+    retrieve = None
+    if dicomweb is not None:
+        with _needs_extra("dicom"):
+            from .clinical.dicomweb import retrieve as retrieve_from
+        retrieve = functools.partial(retrieve_from, dicomweb)
     _quiet()
     from .hub.batch import ReportWriter
     from .reporting import EXPECTED_ERRORS, ReportError
@@ -610,7 +619,7 @@ def serve(
             batch_size=batch_size, workers=workers, waiting=max_waiting, upload_bytes=max_upload * 2**20,
             timeout=timeout, grace=grace,
         )  # fmt: skip
-        run(ReportQueue(writer, limits), host, port, token=token)
+        run(ReportQueue(writer, limits), host, port, token=token, retrieve=retrieve)
 
 
 @app.command()

@@ -1,3 +1,6 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+#
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
@@ -14,8 +17,6 @@
 #   "gguf>=0.10",
 # ]
 # ///
-# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
-# SPDX-License-Identifier: Apache-2.0
 """
 Reports of all scans of a dataset on the Hub, by a checkpoint on the Hub, on a machine of the Hub:
 

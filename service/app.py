@@ -20,7 +20,8 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -46,7 +47,7 @@ LISTENING = 0.2  # seconds between looks at what has been written
 # As far as a name says what is in the file. The rest of it may name the patient, and is forgotten.
 SUFFIX = re.compile(r"(\.nii)?\.[a-z0-9]{1,8}$")
 
-Fetch = Callable[[str, str | None, Path], Path]
+Retrieve = Callable[[str, str | None], AbstractContextManager[Path]]
 
 
 class Problem(BaseModel):
@@ -147,7 +148,7 @@ def of(*statuses: int) -> dict:
     return {status: PROBLEMS[status] for status in statuses}
 
 
-def build_app(queue: ReportQueue, token: str | None = None, fetch: Fetch | None = None) -> FastAPI:
+def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve | None = None) -> FastAPI:
     """
     The service as an ASGI application.
 
@@ -155,7 +156,7 @@ def build_app(queue: ReportQueue, token: str | None = None, fetch: Fetch | None 
         queue: with a loaded checkpoint.
         token: which requests have to carry (`Authorization: Bearer`); without it only names of this machine are
             answered to, so that no web page can ask through a visitor's browser.
-        fetch: puts a study (its UID, and that of a series) of a DICOMweb server into a folder.
+        retrieve: makes a folder of a study, by its UID and that of a series or `None`, of a DICOMweb server.
     """
 
     @contextlib.asynccontextmanager
@@ -233,7 +234,7 @@ def build_app(queue: ReportQueue, token: str | None = None, fetch: Fetch | None 
         job = queue.admit()  # before the upload is read: who is refused need not send it
         kept = False
         try:
-            await _receive(request, job, queue, fetch)
+            await _receive(request, job, queue, retrieve)
             if "respond-async" in prefer:
                 kept = True
                 queue.keep(job)
@@ -305,7 +306,7 @@ def build_app(queue: ReportQueue, token: str | None = None, fetch: Fetch | None 
     return app
 
 
-async def _receive(request: Request, job: Job, queue: ReportQueue, fetch: Fetch | None) -> None:
+async def _receive(request: Request, job: Job, queue: ReportQueue, retrieve: Retrieve | None) -> None:
     """The form of a request, whose scan is then read.
 
     Raises:
@@ -326,14 +327,14 @@ async def _receive(request: Request, job: Job, queue: ReportQueue, fetch: Fetch 
     if (file is None) == (study is None):
         raise FieldError("file", "missing" if file is None else "beside study", "a file, or study")
     if study is None:
-        queue.submit(job, lambda folder: _store(file, folder, job), series)
+        queue.submit(job, _stored(file, job), series)
         return
-    if fetch is None:
+    if retrieve is None:
         raise FieldError("study", "no DICOMweb server", "a file, or a service with --dicomweb")
     for name, value in (("study", study), ("series", series)):
         if value is not None and not re.fullmatch(r"[0-9.]{1,64}", value):
             raise FieldError(name, "no UID", "digits and dots, 64 at most")
-    queue.submit(job, lambda folder: fetch(study, series, folder), None)
+    queue.submit(job, retrieve(study, series), series)
 
 
 def _bounded(request: Request, limit: int) -> Callable[[], Awaitable[dict]]:
@@ -362,16 +363,21 @@ async def _form(request: Request) -> FormData:
     return await request.form(max_files=1, max_fields=2, max_part_size=1024)
 
 
-def _store(file: UploadFile, folder: Path, job: Job) -> Path:
+@contextlib.contextmanager
+def _stored(file: UploadFile, job: Job) -> Iterator[Path]:
+    """An upload as a file, under a name of ours."""
     suffix = SUFFIX.search((file.filename or "").lower())
-    path, digest = folder / f"scan{suffix[0] if suffix else ''}", hashlib.sha256()
-    with file.file as source, path.open("wb") as target:
-        source.seek(0)
-        while block := source.read(2**20):
-            digest.update(block)
-            target.write(block)
-    job.file_sha256 = digest.hexdigest()
-    return path
+    path, digest = job.folder / f"scan{suffix[0] if suffix else ''}", hashlib.sha256()
+    try:
+        with file.file as source, path.open("wb") as target:
+            source.seek(0)
+            while block := source.read(2**20):
+                digest.update(block)
+                target.write(block)
+        job.file_sha256 = digest.hexdigest()
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 async def _has_left(request: Request) -> None:
@@ -404,12 +410,12 @@ def serve(
     port: int,
     *,
     token: str | None = None,
-    fetch: Fetch | None = None,
+    retrieve: Retrieve | None = None,
     log_level: str = "info",
 ) -> None:
     """Serve until the process is told to end; what is under way is then finished, within the time of grace."""
     config = uvicorn.Config(
-        build_app(queue, token, fetch), host=host, port=port, log_level=log_level, server_header=False,
+        build_app(queue, token, retrieve), host=host, port=port, log_level=log_level, server_header=False,
         timeout_graceful_shutdown=round(queue.limits.grace) + 5,
     )  # fmt: skip
     _Server(config, queue).run()

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class Job:
     Attributes:
         folder: where its file lies until it has been read.
         outcome: the report's record, or the exception that takes its place.
+        followed: somebody may look on while it is written.
         tokens: of the report as far as it is written.
     """
 
@@ -91,6 +93,7 @@ class Job:
     folder: Path
     outcome: asyncio.Future
     state: str = "arriving"
+    followed: bool = False
     tokens: list[int] = field(default_factory=list)
     file_sha256: str | None = None
     features: BatchFeature | None = None
@@ -198,28 +201,29 @@ class ReportQueue:
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def keep(self, job: Job) -> None:
-        """Forget a job some time after its outcome, if nobody has fetched it by then."""
+        """Somebody will ask for it, and may look on; forget it some time after its outcome if nobody does."""
+        job.followed = True
         job.outcome.add_done_callback(
             lambda _: job.timers.append(self._loop.call_later(self.limits.timeout, self.forget, job))
         )
 
-    def submit(self, job: Job, fetch: Callable[[Path], Path], series: str | None) -> None:
+    def submit(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
         """
         Args:
-            fetch: puts the scan into the job's folder, and gives its path.
+            scan: its file or folder, which is there as long as it is being read.
             series: of DICOM, if there are several.
         """
         job.state = "reading"
-        task = asyncio.create_task(self._read(job, fetch, series))
+        task = asyncio.create_task(self._read(job, scan, series))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
-    async def _read(self, job: Job, fetch: Callable[[Path], Path], series: str | None) -> None:
+    async def _read(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
         await self._ahead.acquire()
         try:
             if not job.outcome.done():
                 with self._seconds.labels("reading").time():
-                    job.features = await self._loop.run_in_executor(self._readers, self._features, job, fetch, series)
+                    job.features = await self._loop.run_in_executor(self._readers, self._features, scan, series)
         except EXPECTED_ERRORS as error:
             job.fail(error)
         except Exception as error:  # of one scan: the others are read
@@ -231,11 +235,9 @@ class ReportQueue:
         job.state = "waiting"
         self._ready.put_nowait(job)
 
-    def _features(self, job: Job, fetch: Callable[[Path], Path], series: str | None):
-        try:
-            volume = read_ct(fetch(job.folder), series=series)
-        finally:
-            shutil.rmtree(job.folder, ignore_errors=True)
+    def _features(self, scan: AbstractContextManager[Path], series: str | None) -> BatchFeature:
+        with scan as path:
+            volume = read_ct(path, series=series)
         options = {"digest": True, "allow_any_anatomy": self.writer.allow_any_anatomy}
         return self.writer.processor.image_processor(volume, **options)
 
@@ -307,7 +309,8 @@ class ReportQueue:
                 job.tokens.append(token)
 
         read = [(job.id, job.file_sha256, job.features) for job in batch]
-        records, _ = self.writer.write(read, on_tokens)
+        # Only then: where nobody looks on, an engine may decode several tokens at a time.
+        records, _ = self.writer.write(read, on_tokens if any(job.followed for job in batch) else None)
         return records
 
     def text(self, job: Job) -> str:

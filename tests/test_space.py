@@ -3,11 +3,13 @@
 """A visitor's run without a browser: what is read and forgotten, what is written, and on which side it is shown."""
 
 import base64
+import inspect
 import io
 import json
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import time
 import types
@@ -392,7 +394,7 @@ class TestPage:
         monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: asked.update(options) or (0, "", ""))
         launch(page, "127.0.0.1", 7999)
         assert asked["share"] is False and asked["max_file_size"] == MAX_FILE_BYTES
-        assert asked["run_history"] is False and asked["mcp_server"] is False
+        assert asked["run_history"] is False and asked["mcp_server"] is None
         public = [fn.api_name for fn in page.fns.values() if fn.api_visibility != "private"]
         assert [name for name in public if name != "leave"] == ["report"]
 
@@ -434,3 +436,52 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, 
     one.close()
     assert not list(elsewhere.rglob("*")) and not [path for path in (tmp_path / "desk").rglob("*") if path.is_file()]
     assert not list(desk.studies.iterdir()) and not list(desk._claimed.iterdir())
+
+
+class TestZeroGPU:
+    @pytest.fixture
+    def zero_gpu(self, monkeypatch):
+        """A package `spaces` that passes arguments and results on as ZeroGPU does: to another process and back."""
+        calls = []
+
+        def passed_on(value):
+            return pickle.loads(pickle.dumps(value))
+
+        def on_gpu(function):
+            if inspect.isgeneratorfunction(function):
+
+                def run(*arguments):
+                    calls.append(function.__name__)
+                    for value in function(*map(passed_on, arguments)):
+                        yield passed_on(value)
+
+            else:
+
+                def run(*arguments):
+                    calls.append(function.__name__)
+                    return passed_on(function(*map(passed_on, arguments)))
+
+            return run
+
+        monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=on_gpu))
+        return calls
+
+    def test_what_computes_does_so_where_there_is_a_gpu(self, checkpoint, zero_gpu, study, tmp_path):
+        for _ in study.stream():
+            pass
+        remote = Desk(str(checkpoint), tmp_path / "desk")
+        scan = remote.read(save(tmp_path / "scan.nii.gz", body(1)))
+        name = study.reference_name
+        again = Study(remote, scan, remote.reference(name), reference_name=name, seed=3)
+        assert zero_gpu == ["encode", "encode", "compare"]
+        pieces = list(again.stream())
+        assert zero_gpu[3:] == ["write"] and len(pieces) > 2 and again.text == study.text
+        assert again.findings == study.findings and again.places == study.places
+
+    def test_elsewhere_the_package_changes_nothing(self):
+        pytest.importorskip("spaces")
+
+        def function():
+            pass
+
+        assert session.on_gpu(function) is function

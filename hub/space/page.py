@@ -307,12 +307,13 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, mcp: bool = False, b
     Serve the page and give its address; never through a public link of Gradio's.
 
     Args:
-        mcp: also serve its endpoint as a tool, by the Model Context Protocol, at `/gradio_api/mcp/`.
+        mcp: also serve its endpoint as a tool, by the Model Context Protocol, at `/gradio_api/mcp/`; so does the
+            environment's GRADIO_MCP_SERVER=True.
     """
     _, address, _ = page.queue(max_size=MAX_WAITING).launch(
         server_name=host, server_port=port, share=False, max_file_size=MAX_FILE_BYTES, footer_links=[], quiet=True,
         theme=theme(), css_paths=STYLE, js=SCRIPT.read_text(encoding="utf-8"), ssr_mode=False,
-        prevent_thread_lock=not block, mcp_server=mcp, allowed_paths=[str(page.desk.studies)],
+        prevent_thread_lock=not block, mcp_server=mcp or None, allowed_paths=[str(page.desk.studies)],
         run_history=False,  # it would keep reports in the visitor's browser
         app_kwargs={"middleware": [Middleware(UploadLimit, desk=page.desk)]},
     )  # fmt: skip
