@@ -171,7 +171,7 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
     )  # fmt: skip
     requests = Counter("diffvp_requests", "Answers by status", ["status"], registry=queue.registry)
     if token is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]"])
 
     def problem(status: int, error: Exception, title: str | None = None, retry: int | None = None) -> JSONResponse:
         requests.labels(status).inc()
@@ -190,6 +190,8 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
             return problem(422, error)
         if isinstance(error, FieldError):
             return problem(400, error)
+        if isinstance(error, Abandoned):  # read by nobody but the metrics, with nginx's status for it
+            return problem(499, RuntimeError("Nobody waits for this report."), "Abandoned")
         return problem(500, RuntimeError("The report could not be written; the server's log says where it failed."))
 
     @app.exception_handler(Refused)

@@ -120,6 +120,7 @@ class ReportQueue:
         self.writer, self.limits = writer, limits
         self.draining = False
         self.registry = CollectorRegistry()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: dict[str, Job] = {}
         ProcessCollector(registry=self.registry)
         waiting = Gauge("diffvp_requests_waiting", "Requests without an answer", registry=self.registry)
@@ -158,7 +159,8 @@ class ReportQueue:
     def drain(self) -> None:
         """Accept nothing more, and finish what is there within the time of grace. May be called by a signal."""
         self.draining = True
-        self._loop.call_soon_threadsafe(self._loop.call_later, self.limits.grace, self._give_up)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.limits.grace, self._give_up)
 
     def _give_up(self) -> None:
         for job in list(self._jobs.values()):
@@ -203,9 +205,12 @@ class ReportQueue:
     def keep(self, job: Job) -> None:
         """Somebody will ask for it, and may look on; forget it some time after its outcome if nobody does."""
         job.followed = True
-        job.outcome.add_done_callback(
-            lambda _: job.timers.append(self._loop.call_later(self.limits.timeout, self.forget, job))
-        )
+
+        def wait(_: asyncio.Future) -> None:
+            if job.id in self._jobs:
+                job.timers.append(self._loop.call_later(self.limits.timeout, self.forget, job))
+
+        job.outcome.add_done_callback(wait)
 
     def submit(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
         """
@@ -227,7 +232,8 @@ class ReportQueue:
         except EXPECTED_ERRORS as error:
             job.fail(error)
         except Exception as error:  # of one scan: the others are read
-            _report(error)
+            if not job.outcome.done():  # else its folder is gone because nobody waits for it
+                _report(error)
             job.fail(error)
         if job.outcome.done():
             self._ahead.release()
@@ -254,11 +260,13 @@ class ReportQueue:
                     break
             for _ in batch:
                 self._ahead.release()
-            batch = [job for job in batch if not job.outcome.done()]
-            if batch:
-                await self._write(batch)
+            await self._write([job for job in batch if not job.outcome.done()])
+            for job in batch:  # which would otherwise lie in memory until the next one
+                job.features = None
 
     async def _write(self, batch: list[Job]) -> None:
+        if not batch:
+            return
         self._sizes.observe(len(batch))
         for job in batch:
             job.state, job.tokens = "writing", []

@@ -73,14 +73,14 @@ class Server:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(30)
+            self.process.wait(300)
         self.log.close()
 
 
 def send(client: httpx.Client, path: Path, content: bytes | None = None, **headers) -> httpx.Response:
     """One scan. A file of another name than its own: names of files say nothing of what was sent."""
     files = {"file": (path.name, path.read_bytes() if content is None else content)}
-    return client.post("/v1/reports", files=files, headers=headers, timeout=120)
+    return client.post("/v1/reports", files=files, headers=headers, timeout=1800)
 
 
 @dataclass

@@ -83,7 +83,7 @@ def test_release_is_small_safe_and_loads_alone(
     released = release_module.release(tmp_path / "trained", tmp_path / "released")
 
     files = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
-    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "LICENSE", "NOTICE"}
+    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "txt", "LICENSE", "NOTICE"}
     assert {file.rsplit(".", 1)[-1] for file in files} <= suffixes
     assert len(json.loads((released / "references/references.json").read_text())) == 2
     stored = load_file(released / "model.safetensors")
