@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space test-serve test-hub fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -96,7 +96,14 @@ test-ray: $(ENGINES)/.installed  ## test reports on a Ray cluster of this machin
 
 test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromium, and npm for axe-core)
 	$(BIN)/python -m pip install --quiet --editable ".[app,browser]"
-	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
+	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_public.py tests/test_space_browser.py $(PYTEST_ARGS)
+
+test-serve: $(DEV)  ## test the HTTP service, and measure it under load with the shipped checkpoint (half an hour)
+	$(BIN)/pytest tests/test_serving.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/serving.py
+
+test-hub: $(DEV)  ## push checkpoint, dataset, Space and job to a Hub on this machine, and read them back
+	$(BIN)/pytest tests/test_hub.py tests/test_hub_kit.py tests/test_push.py tests/test_handler.py $(PYTEST_ARGS)
 
 $(AXE):
 	@mkdir -p $(VENV)/axe

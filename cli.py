@@ -3,6 +3,7 @@
 """The command `diffvp`. Thin: each command imports the modules that do the work, so that `--help` is quick."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -193,6 +194,10 @@ def phantom(
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Region and lesion masks.")] = True,
     scanner: Annotated[str, typer.Option(help="a, or b: the same patients in another hospital.")] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload it, with a card, as this dataset on the Hub: NAME/DATASET.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that dataset private.")] = False,
 ) -> None:
     """Make the phantom cohort: synthetic chest CT with 18 findings and the reports that follow from them."""
     from .data.phantom_cohort import write_cohort
@@ -202,6 +207,13 @@ def phantom(
             folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, scanner=scanner, workers=workers
         )
     out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True, markup=False)
+    if push is not None:
+        from .hub.dataset import push_cohort
+        from .hub.push import PushError
+
+        with _listed_problems(PushError):
+            pushed = push_cohort(folder, push, private)
+        out.print(f"Uploaded as commit {pushed.commit}: {pushed.url}", soft_wrap=True, markup=False)
 
 
 @pool_app.command("build")
@@ -563,6 +575,9 @@ def serve_page(
     checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also be a tool for language models (Model Context Protocol).")
+    ] = False,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     with _needs_extra("app"):
@@ -571,7 +586,62 @@ def serve_page(
     _quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
     with _one_line_errors(*EXPECTED_ERRORS):
-        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port)
+        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port, mcp=mcp)
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    engine: Engine = "transformers",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in, which have to send the token in $DIFFVP_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Waiting scans that are decoded together.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests without an answer; others get 429.")] = 32,
+    max_upload: Annotated[int, typer.Option(min=1, help="MB of a request; larger ones get 413.")] = 512,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds from a request to its answer, or 503.")] = 300,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what is there when told to end.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
+    ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
+    dicomweb: Annotated[
+        str | None, typer.Option(help="URL of a DICOMweb service, whose studies may be asked for by their UID.")
+    ] = None,
+) -> None:
+    """Write reports for programs over HTTP: docs/serving.md."""
+    with _needs_extra("serve"):
+        from .service.app import is_loopback
+        from .service.app import serve as run
+        from .service.jobs import Limits, ReportQueue
+    retrieve = None
+    if dicomweb is not None:
+        with _needs_extra("dicom"):
+            from .clinical.dicomweb import retrieve as retrieve_from
+        retrieve = functools.partial(retrieve_from, dicomweb)
+    _quiet()
+    from .hub.batch import ReportWriter
+    from .reporting import EXPECTED_ERRORS, ReportError
+
+    with _one_line_errors(*EXPECTED_ERRORS):
+        token = os.environ.get("DIFFVP_TOKEN") or None
+        if token is None and not is_loopback(host):
+            raise ReportError(f"host is {host}, which lets other machines in; expected a token in $DIFFVP_TOKEN.")
+        name, hub_kwargs = _checkpoint(checkpoint, revision)
+        err.print(STATEMENT, style="bold yellow")
+        writer = ReportWriter(
+            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            hub_kwargs=hub_kwargs,
+        )  # fmt: skip
+        limits = Limits(
+            batch_size=batch_size, workers=workers, waiting=max_waiting, upload_bytes=max_upload * 2**20,
+            timeout=timeout, grace=grace,
+        )  # fmt: skip
+        run(ReportQueue(writer, limits), host, port, token=token, retrieve=retrieve)
 
 
 @app.command()
@@ -581,6 +651,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch (default: main); made if it is not there.")] = None,
     tag: Annotated[str | None, typer.Option(help="Name for the commit, such as v1.0.0.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Dataset that the evaluation was of: its scores go into .eval_results/, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every file; upload nothing.")] = False,
 ) -> None:
     """Check a checkpoint, all of it, and upload it to the Hub in one commit."""
@@ -597,7 +670,7 @@ def push(
         out.print(f"{len(files)} files, {sum(file.size for file in files):,} bytes")
         if dry_run:
             return
-        pushed = upload(folder, repo, revision=revision, tag=tag, private=private)
+        pushed = upload(folder, repo, revision=revision, tag=tag, private=private, benchmark=benchmark)
     out.print(f"Uploaded as commit {pushed.commit}. To load exactly this:\n", soft_wrap=True, markup=False)
     out.print(pushed.how_to_load(), soft_wrap=True, markup=False, highlight=False)
 

@@ -202,8 +202,14 @@ class ReportWriter:
         for scan, of in zip(scans, features, strict=True):
             yield scan.id, digests.popleft(), of
 
-    def write(self, batch: Iterable[ReadScan]) -> tuple[list[dict], list[dict]]:
-        """The records of a batch of what [`read`] yields, and those of its failures."""
+    def write(
+        self, batch: Iterable[ReadScan], on_tokens: Callable[[list[int]], None] | None = None
+    ) -> tuple[list[dict], list[dict]]:
+        """The records of a batch of what [`read`] yields, and those of its failures.
+
+        Args:
+            on_tokens: see [`Engine.generate`].
+        """
         prompts, drafts, failures, coverages = [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
@@ -213,7 +219,7 @@ class ReportWriter:
             prompt, draft = self._prompt(features)
             prompts.append(prompt)
             drafts.append({"id": name, "file_sha256": file_sha256, **draft})
-        written = self.engine.generate(prompts, self.decoding) if prompts else []
+        written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
         records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
         for record, coverage in zip(records, coverages, strict=True):
             record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)

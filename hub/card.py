@@ -20,6 +20,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .. import __version__
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
@@ -31,6 +32,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE = PACKAGE / "hub" / "model_card.md.jinja"
 CARD, EVALUATION = "README.md", "evaluation.json"
 LICENSE, NOTICE = "LICENSE", "NOTICE"
+ARXIV = "2603.17718"  # of the method's paper
+
+# What Inference Endpoints look for beside a checkpoint, and where it is kept here.
+ENDPOINT = {"handler.py": "hub/handler.py", "requirements.txt": "hub/handler_requirements.txt"}
 
 # Of the results' scores: what they are called in a card, and by the Hub.
 METRICS = {
@@ -65,6 +70,7 @@ class CardFacts:
         reproduce: commands from nothing to the results.
         dataset, dataset_name: of the evaluation, for the metadata.
         tags: besides those of every DiffVP checkpoint.
+        changes: (version, what is new in it), the last first.
     """
 
     title: str
@@ -79,6 +85,7 @@ class CardFacts:
     dataset_name: str
     tags: tuple[str, ...] = ()
     true_findings: float | None = None
+    changes: tuple[tuple[str, str], ...] = ()
 
 
 PHANTOM = CardFacts(
@@ -101,6 +108,7 @@ PHANTOM = CardFacts(
     dataset_name="DiffVP phantoms",
     tags=("synthetic",),
     true_findings=1.0,  # configs/phantom.yaml
+    changes=(("0.1.0", "the first one."),),
 )
 
 
@@ -195,6 +203,9 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         facts=facts,
         name=folder.name,
+        version=__version__,
+        arxiv=ARXIV,
+        has_endpoint=(folder / "handler.py").is_file(),
         task=TASK,
         statement=RESEARCH_USE,
         config=config,
@@ -241,9 +252,16 @@ def write_licence(folder: str | os.PathLike) -> None:
         shutil.copyfile(PACKAGE / file, Path(folder) / file)
 
 
+def write_endpoint(folder: str | os.PathLike) -> None:
+    """Write what Inference Endpoints need beside the checkpoint."""
+    for file, kept in ENDPOINT.items():
+        shutil.copyfile(PACKAGE / kept, Path(folder) / file)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a released checkpoint")
     parser.add_argument("results", type=Path, help="JSON file that `diffvp evaluate` wrote about it")
     arguments = parser.parse_args()
+    write_endpoint(arguments.checkpoint)
     write_card(arguments.checkpoint, PHANTOM, json.loads(arguments.results.read_text(encoding="utf-8")))

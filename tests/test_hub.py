@@ -7,11 +7,7 @@ own, against a server on this machine. What is refused before that is in `test_p
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +25,7 @@ from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import digest
 
-from .hub_samples import document, make_pushable, write_scan
+from .hub_samples import document, make_pushable, run_client, run_command, write_scan
 from .hub_server import LOST, Hub
 
 BASE = "tester/tiny-llama"  # the base LLM of the tiny checkpoint
@@ -54,7 +50,7 @@ def test_release_is_small_safe_and_loads_alone(
     released = release_module.release(tmp_path / "trained", tmp_path / "released")
 
     files = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
-    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "LICENSE", "NOTICE"}
+    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "txt", "LICENSE", "NOTICE"}
     assert {file.rsplit(".", 1)[-1] for file in files} <= suffixes
     assert len(json.loads((released / "references/references.json").read_text())) == 2
     stored = load_file(released / "model.safetensors")
@@ -97,38 +93,6 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_fac
 
 
 # To the Hub and back
-
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocked:  # as if the package were not installed
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "diffvp":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocked())
-"""
-
-
-def run_client(hub: Hub, folder: Path, script: str, installed: bool = True, **environment):
-    """Run a script as a user of the Hub would, in a folder of its own; what it leaves in the variable `answer`."""
-    script = ("" if installed else WITHOUT_PACKAGE) + textwrap.dedent(script)
-    ending = '\nimport json; json.dump(answer, open("answer.json", "w"))\n'
-    settings = os.environ | hub.environment(folder / "home") | environment
-    done = subprocess.run(
-        [sys.executable, "-c", script + ending], cwd=folder, env=settings, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "answer.json").read_text())
-
-
-def run_command(hub: Hub, folder: Path, program: str, *arguments) -> str:
-    """What a command of this environment prints, in the same circumstances."""
-    command = [Path(sys.executable).with_name(program), *arguments]
-    settings = os.environ | hub.environment(folder / "home")
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
