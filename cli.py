@@ -164,9 +164,14 @@ def batch(
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
+    dicom: Dicom = None,
+    fhir: Fhir = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
     _quiet()
+    if dicom is not None:
+        with _needs_extra("dicom"):
+            import highdicom  # noqa: F401
     from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
     from .reporting import EXPECTED_ERRORS
 
@@ -176,7 +181,7 @@ def batch(
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
-            hub_kwargs=hub_kwargs,
+            dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
         )  # fmt: skip
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
             task = progress.add_task("Scans", total=len(listed))

@@ -79,7 +79,7 @@ CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
 THRESHOLD = Code("122411", "DCM", "Threshold Value")
 LENGTH = Code("410668003", "SCT", "Length")
 PERCENT = Code("%", "UCUM", "Percent")
-MILLIMETRE = Code("mm", "UCUM", "millimeter")
+MILLIMETRE = Code("mm", "UCUM", "mm")
 NO_UNITS = Code("1", "UCUM", "no units")
 
 # DICOM has no concept for what was looked for and is below its threshold. Under "Finding" a viewer that shows no

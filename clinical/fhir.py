@@ -34,7 +34,7 @@ def diagnostic_report(document: dict, source: SourceSeries | None = None, report
     ]
     resource = {
         "resourceType": "DiagnosticReport",
-        "contained": [_device(document), *observations],
+        "contained": [_device(document), *observations] if observations else [],  # FHIR has none that nothing names
         "status": "preliminary",
         "category": [{"coding": [{"system": CATEGORY, "code": "RAD", "display": "Radiology"}]}],
         "code": _concept(codes.REPORT, "CT report by a program. " + RESEARCH_USE),

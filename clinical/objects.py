@@ -9,6 +9,7 @@ Both have the patient and study modules of the source as they are. Neither is ve
 import hashlib
 import json
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from ..pipeline_diffvp import RESEARCH_USE
-from ..volume_diffvp import CTReadError
 from . import codes
 from .codes import Code
 from .source import SourceSeries, values_as_they_are
@@ -28,12 +28,12 @@ from .source import SourceSeries, values_as_they_are
 SR_FILE, MAP_FILE = "structured_report.dcm", "difference_map.dcm"
 MANUFACTURER, DEVICE = "The DiffVP Authors", "DiffVP"
 REPORT_SERIES, MAP_SERIES = 9001, 9002  # SeriesNumber: behind those of the scanner
-MAX_PIXEL_BYTES = 2**32 - 2  # of one element
 PATIENT_AND_STUDY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
 UTF_8 = "ISO_IR 192"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")  # what a text of DICOM may not have
 
 
 def dicom_objects(
@@ -47,7 +47,6 @@ def dicom_objects(
         difference: (columns, rows, slices), on the grid of `source`, as difference_map.nii.gz has it.
 
     Raises:
-        CTReadError: the map is larger than DICOM allows.
         ValueError: the map is on another grid.
     """
     if difference.shape[:3] != source.shape:
@@ -87,7 +86,7 @@ def _equipment(document: dict) -> dict:
     created = datetime.fromisoformat(provenance["created"]).astimezone()
     return {
         "manufacturer": MANUFACTURER,
-        "manufacturer_model_name": f"{DEVICE} {provenance['checkpoint']['name']}"[:64],
+        "manufacturer_model_name": f"{DEVICE} {provenance['checkpoint']['name']}".replace("\\", "/")[:64],
         "software_versions": provenance["versions"]["diffvp"],
         "device_serial_number": checkpoint_digest(document),
         "content_date": created.date(),
@@ -115,8 +114,6 @@ def _image(source: SourceSeries, **fields) -> pydicom.Dataset:
 
 def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries) -> hd.pm.ParametricMap:
     frames = np.ascontiguousarray(difference.T, dtype=np.float32)  # (slices, rows, columns)
-    if frames.nbytes > MAX_PIXEL_BYTES:
-        raise CTReadError(source.source, "difference map", f"{frames.nbytes} bytes", f"at most {MAX_PIXEL_BYTES}")
     low, high = float(frames.min()), float(frames.max())
     width = max(high - low, 1e-6)
     columns, rows, _ = source.shape
@@ -329,7 +326,7 @@ def _code(name: Code, value: Code, relationship: str = "CONTAINS") -> sr.CodeCon
 
 
 def _text(name: Code, value: str, relationship: str = "CONTAINS") -> sr.TextContentItem:
-    return sr.TextContentItem(_concept(name), value, relationship)
+    return sr.TextContentItem(_concept(name), CONTROL.sub(" ", value), relationship)
 
 
 def _number(name: Code, value: float, unit: Code) -> sr.NumContentItem:

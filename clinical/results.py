@@ -1,11 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What `diffvp report` does beside a report: fetch the scan from a PACS, write DICOM and FHIR, send them back."""
+"""What `diffvp report` and `diffvp batch` do besides: read from a PACS, write DICOM and FHIR, send them back."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +99,76 @@ def clinical_results(
 
     with retrieve(dicomweb, study, options.get("series"), options.get("allow_incomplete", False)) as folder:
         yield ClinicalResults(folder, store_at=dicomweb if store else None, **options)
+
+
+class BatchResults:
+    """
+    Args:
+        dicom: folder for SR and map of each scan, in a folder of their own whose name says nothing; or `None`.
+        fhir: whether each record gets a DiagnosticReport.
+    """
+
+    def __init__(self, dicom: str | os.PathLike | None, fhir: bool):
+        self.dicom, self._fhir = None if dicom is None else Path(dicom), fhir
+
+    def with_source(self, features, path: Path):
+        """The features of a scan with the series that they are of as `source`, or the error that there is none."""
+        from ..volume_diffvp import CTInputError
+        from .source import read_source
+
+        [geometry] = features["geometry"]
+        if self.dicom is None and not geometry.layout.startswith("DICOM"):
+            return features
+        try:
+            source = read_source(path)
+            source.check_grid(geometry.shape, geometry.affine)
+        except CTInputError as error:
+            return error
+        features["source"] = source
+        return features
+
+    def write(self, record: dict, header: dict, source) -> None:
+        """
+        Make what was asked for of a record, and note it there: `dicom`, the folder of its objects, and `fhir`.
+
+        Args:
+            header: of the file of records.
+            source: of the scan, or `None` where it is no DICOM.
+        """
+        from ..volume_diffvp import to_input_grid
+
+        report_uid, document = None, _document(record, header)
+        difference = record.pop("difference", None)
+        if self.dicom is not None:
+            from .objects import dicom_objects, write_objects
+
+            made = dicom_objects(document, to_input_grid(*difference), source)
+            report_uid = made[0].SOPInstanceUID
+            record["dicom"] = hashlib.sha256(record["id"].encode(errors="surrogateescape")).hexdigest()[:16]
+            write_objects(self.dicom / record["dicom"], *made)
+        if self._fhir:
+            from .fhir import diagnostic_report
+
+            record["fhir"] = diagnostic_report(document, source, report_uid)
+
+
+def _document(record: dict, header: dict) -> dict:
+    """A record as report.json would have it, as far as the objects say it."""
+    settings = header["settings"]
+    cut_off = [] if record["complete"] else ["The report is cut off."]
+    return {
+        **{name: record[name] for name in ("report", "regions", "findings")},
+        "warnings": [*cut_off, *record["warnings"]],
+        "statement": header["statement"],
+        "intended_domain": header["intended_domain"],
+        "provenance": {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **{name: settings[name] for name in ("checkpoint", "base_model")},
+            "scan": {"sha256": record["sha256"]},
+            "reference": {"id": record["reference"], "sampled": True, "seed": settings["reference_seed"]},
+            "versions": header["versions"],
+        },
+    }
 
 
 def is_dicom(document: dict) -> bool:

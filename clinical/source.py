@@ -20,6 +20,8 @@ from ..volume_diffvp import CTReadError
 
 _validation = threading.Lock()
 
+MAX_PIXEL_BYTES = 2**32 - 2  # of one element: a thousand slices of 1024 x 1024 in float32
+
 # What an object in the source's study has to say of it.
 SHARED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
@@ -109,6 +111,9 @@ def read_source(
             for one in found.slices
         )  # fmt: skip
     rows, columns = first.shape
+    size = 4 * rows * columns * len(frames)
+    if size > MAX_PIXEL_BYTES:
+        raise CTReadError(found.source, "difference map", f"{size} bytes", f"at most {MAX_PIXEL_BYTES} in DICOM")
     return SourceSeries(
         source=found.source,
         header=header,
