@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -97,6 +97,9 @@ test-ray: $(ENGINES)/.installed  ## test reports on a Ray cluster of this machin
 test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromium, and npm for axe-core)
 	$(BIN)/python -m pip install --quiet --editable ".[app,browser]"
 	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
+
+test-dicom: $(DEV)  ## show results for hospitals to dciodvfy and an Orthanc (Debian's dicom3tools orthanc orthanc-dicomweb)
+	DIFFVP_DICOM_TOOLS=1 $(BIN)/pytest tests/test_clinical_tools.py tests/test_clinical.py tests/test_dicomweb.py $(PYTEST_ARGS)
 
 $(AXE):
 	@mkdir -p $(VENV)/axe

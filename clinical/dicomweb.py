@@ -7,6 +7,7 @@ Messages name the server's host, and neither UIDs nor what the server says, whic
 """
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import pydicom
 import requests
 from dicomweb_client import DICOMwebClient
+from pydicom.config import IGNORE
 from pydicom.uid import UID
 from retrying import RetryError
 
@@ -22,6 +24,10 @@ from ..decoding_diffvp import MAX_ARCHIVE_BYTES, MAX_FILES
 from ..slices_diffvp import DAMAGED
 from ..volume_diffvp import CTInputError
 from .source import values_as_they_are
+
+# They would print tracebacks, and what a server warns of, where no log is set up.
+for library in ("dicomweb_client", "retrying"):
+    logging.getLogger(library).addHandler(logging.NullHandler())
 
 TIMEOUT = (10, 120)  # seconds to connect, and between two reads
 AS_STORED = (("application/dicom", "*"),)  # in the transfer syntax that the server has: nothing is transcoded
@@ -46,10 +52,10 @@ def retrieve(url: str, study: str, series: str | None = None, allow_incomplete: 
         DicomWebError: no such study or series, more than [`read_ct`] takes of an archive, or the server fails.
     """
     host = _host(url)
-    for name, uid in (("StudyInstanceUID", study), ("SeriesInstanceUID", series)):
-        if uid is not None and not (name == "SeriesInstanceUID" and uid.isdecimal()) and not UID(uid).is_valid:
-            raise DicomWebError(host, name, "not a UID", "digits and dots, at most 64")
     one = None if series is None or series.isdecimal() else series
+    for name, uid in (("StudyInstanceUID", study), ("SeriesInstanceUID", one)):
+        if uid is not None and not UID(uid, IGNORE).is_valid:
+            raise DicomWebError(host, name, "not a UID", "digits and dots, at most 64")
     with tempfile.TemporaryDirectory(prefix="diffvp-") as temporary:
         folder = Path(temporary) / "study"
         folder.mkdir()

@@ -4,10 +4,14 @@
 
 from pathlib import Path
 
+import highdicom
+import nibabel as nib
+import numpy as np
 import pydicom
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
+from diffvp.clinical.objects import MAP_FILE
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 
 from .ct_samples import encoded_by_gdcm, write_dicom, write_enhanced
@@ -107,3 +111,16 @@ def make_document(**changes) -> dict:
         },
     }
     return document | changes
+
+
+def read_map(folder) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (columns, rows, slices) and affine to RAS+ mm of a parametric map, by highdicom."""
+    volume = highdicom.pm.ParametricMap.from_dataset(pydicom.dcmread(folder / MAP_FILE)).get_volume(dtype=np.float32)
+    return volume.array.T, np.diag([-1, -1, 1, 1]) @ volume.affine[:, [2, 1, 0, 3]]
+
+
+def in_the_order_of(array: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A volume and its affine with axes that run as those of another."""
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(other))
+    moved = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+    return nib.orientations.apply_orientation(array, turn), moved

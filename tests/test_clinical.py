@@ -34,7 +34,17 @@ from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTReadError
 
 from .batch_samples import read_lines, write_checkpoint
-from .clinical_samples import PATIENT, SECRETS, SOURCES, STUDY, files_of, make_document, of_a_hospital
+from .clinical_samples import (
+    PATIENT,
+    SECRETS,
+    SOURCES,
+    STUDY,
+    files_of,
+    in_the_order_of,
+    make_document,
+    of_a_hospital,
+    read_map,
+)
 from .ct_samples import write_dicom, write_enhanced
 from .hub_samples import make_chest, write_scan
 
@@ -80,19 +90,6 @@ def made(request, checkpoint, no_figures, tmp_path_factory):
             folder / "report",
         )  # fmt: skip
     return source, printed, folder
-
-
-def read_map(folder) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (columns, rows, slices) and affine to RAS+ mm of a parametric map, by highdicom."""
-    volume = highdicom.pm.ParametricMap.from_dataset(pydicom.dcmread(folder / MAP_FILE)).get_volume(dtype=np.float32)
-    return volume.array.T, np.diag([-1, -1, 1, 1]) @ volume.affine[:, [2, 1, 0, 3]]
-
-
-def in_the_order_of(array: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A volume and its affine with axes that run as those of another."""
-    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(other))
-    moved = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
-    return nib.orientations.apply_orientation(array, turn), moved
 
 
 # Objects
