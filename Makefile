@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space test-serve test-hub fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -104,6 +104,9 @@ test-serve: $(DEV)  ## test the HTTP service, and measure it under load with the
 
 test-hub: $(DEV)  ## push checkpoint, dataset, Space and job to a Hub on this machine, and read them back
 	$(BIN)/pytest tests/test_hub.py tests/test_hub_kit.py tests/test_push.py tests/test_handler.py $(PYTEST_ARGS)
+
+test-dicom: $(DEV)  ## show results for hospitals to dciodvfy and an Orthanc (Debian's dicom3tools orthanc orthanc-dicomweb)
+	DIFFVP_DICOM_TOOLS=1 $(BIN)/pytest tests/test_clinical_tools.py tests/test_clinical.py tests/test_dicomweb.py $(PYTEST_ARGS)
 
 $(AXE):
 	@mkdir -p $(VENV)/axe

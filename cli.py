@@ -41,6 +41,10 @@ Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
+Dicom = Annotated[
+    Path | None, typer.Option(help="Folder for structured report and difference map as DICOM (docs/clinical.md).")
+]
+Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -80,7 +84,9 @@ def demo(
 
 @app.command()
 def report(
-    ct: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder or .zip of DICOM slices.")],
+    ct: Annotated[
+        Path | None, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder or .zip of DICOM slices.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="A normal scan (default: one of the checkpoint's own).")
     ] = None,
@@ -115,18 +121,29 @@ def report(
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
     engine: Engine = "transformers",
+    dicom: Dicom = None,
+    fhir: Fhir = False,
+    dicomweb: Annotated[
+        str | None, typer.Option(help="URL of a DICOMweb service to read --study from, instead of a file.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="StudyInstanceUID, for --dicomweb.")] = None,
+    store: Annotated[bool, typer.Option("--store", help="Send structured report and map to --dicomweb.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
-    with _reporting() as reporting:
+    if (ct is None) == (study is None) or (study is None) != (dicomweb is None) or (store and dicomweb is None):
+        raise typer.BadParameter("a scan, or --dicomweb URL and --study UID, which --store takes, too")
+    clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
+    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
         written = reporting(
-            checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, results.ct, output, engine, reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
-            metadata=None if metadata is None else _metadata(metadata, ct.name),
+            metadata=None if metadata is None else _metadata(metadata, results.ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
+        results.write(written)
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
     else:
@@ -150,9 +167,14 @@ def batch(
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
+    dicom: Dicom = None,
+    fhir: Fhir = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
     _quiet()
+    if dicom is not None:
+        with _needs_extra("dicom"):
+            import highdicom  # noqa: F401
     from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
     from .reporting import EXPECTED_ERRORS
 
@@ -162,7 +184,7 @@ def batch(
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
-            hub_kwargs=hub_kwargs,
+            dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
         )  # fmt: skip
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
             task = progress.add_task("Scans", total=len(listed))
@@ -790,6 +812,20 @@ def _reporting() -> Iterator[Callable]:
 
         with _one_line_errors(CTInputError):
             yield write
+
+
+@contextlib.contextmanager
+def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: bool, **options) -> Iterator:
+    """What `diffvp report` reads, and what it makes besides its folder."""
+    with _needs_extra("dicom"):
+        if options["dicom"] is not None or options["store"]:
+            import highdicom  # noqa: F401  whether it is there, before a minute of work
+        if options["dicomweb"] is not None:
+            import dicomweb_client  # noqa: F401
+    from .clinical.results import clinical_results
+
+    with clinical_results(ct, series=series, allow_incomplete=allow_incomplete, **options) as results:
+        yield results
 
 
 def _read_scans(options: dict) -> dict:

@@ -56,7 +56,8 @@ from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
 DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
-REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE}
+DIAGNOSTIC_REPORT = "diagnostic_report.json"  # of `diffvp report --fhir`
+REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE, DIAGNOSTIC_REPORT}
 
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")

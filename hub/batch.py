@@ -27,6 +27,7 @@ import torch
 from transformers import BatchFeature
 
 from ..anatomy_diffvp import anatomy_warnings
+from ..clinical.results import BatchResults
 from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.table import PATH_COLUMNS
@@ -129,6 +130,8 @@ class ReportWriter:
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
+        dicom: folder that gets structured report and difference map of each scan; what is no DICOM then fails.
+        fhir: whether each record has a FHIR DiagnosticReport.
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -148,10 +151,13 @@ class ReportWriter:
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
         allow_any_anatomy: bool = False,
+        dicom: str | os.PathLike | None = None,
+        fhir: bool = False,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
         hub_kwargs = hub_kwargs or {}
+        self.clinical = BatchResults(dicom, fhir) if dicom is not None or fhir else None
         self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
         if self.processor.reference_pool is None:
             raise ReferencePoolError("This checkpoint has no normal references: put some into references/ of its own.")
@@ -171,6 +177,8 @@ class ReportWriter:
                 "generation_config": public_fields(self.decoding.to_diff_dict()),
             },
         }
+        if self.clinical is not None:
+            settings["results"] = {"dicom": dicom is not None, "fhir": fhir}
         self.header = {
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
@@ -200,6 +208,8 @@ class ReportWriter:
             paths(), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
         )
         for scan, of in zip(scans, features, strict=True):
+            if self.clinical is not None and not isinstance(of, CTInputError):
+                of = self.clinical.with_source(of, scan.path)
             yield scan.id, digests.popleft(), of
 
     def write(
@@ -210,12 +220,13 @@ class ReportWriter:
         Args:
             on_tokens: see [`Engine.generate`].
         """
-        prompts, drafts, failures, coverages = [], [], [], []
+        prompts, drafts, failures, coverages, sources = [], [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
             coverages.append(features["geometry"][0].coverage)
+            sources.append(features.get("source"))
             prompt, draft = self._prompt(features)
             prompts.append(prompt)
             drafts.append({"id": name, "file_sha256": file_sha256, **draft})
@@ -224,6 +235,9 @@ class ReportWriter:
         for record, coverage in zip(records, coverages, strict=True):
             record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
             record["consistency"] = report_consistency(record["report"], record["findings"])
+        if self.clinical is not None:
+            for record, source in zip(records, sources, strict=True):
+                self.clinical.write(record, self.header, source)
         return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
@@ -239,7 +253,10 @@ class ReportWriter:
         findings = []
         if logits is not None:
             [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
-        return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        draft = {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        if self.clinical is not None and self.clinical.dicom is not None:
+            draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
+        return prompt, draft
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
         findings, ends = draft.pop("findings"), end_tokens(self.decoding)
