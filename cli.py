@@ -3,6 +3,7 @@
 """The command `diffvp`. Thin: each command imports the modules that do the work, so that `--help` is quick."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from rich.text import Text
 from . import __version__
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
+MOST_COLUMNS = 8  # of a table on a terminal
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
 app = typer.Typer(
@@ -38,6 +40,7 @@ Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables for a terminal.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -247,6 +250,36 @@ def pool_build(
     out.print(f"{len(pool.cases):,} normal references by {pool.rule}: {output}", soft_wrap=True, markup=False)
 
 
+@app.command("init")
+def init_folder(
+    folder: Annotated[Path, typer.Argument(help="Your scans: NIfTI, NRRD, MetaImage, folders of DICOM slices.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Which scans these are, in words; every report of the model will say it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Causal LLM: Hub id or folder (default: the demo's).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="For the training file and what training writes (default: FOLDER).")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small model, trained in minutes: to walk the road, not for use.")
+    ] = False,
+) -> None:
+    """Begin a training on scans and reports of your own: write its table and training file, say what is missing."""
+    from .data.start import StartError, start
+
+    with _one_line_errors(StartError, ValueError):
+        started = start(folder, output, domain=domain, base=base, quick=quick)
+    for path in started.written:
+        out.print(f"Written: {path}", soft_wrap=True, markup=False, highlight=False)
+    for fact in started.facts:
+        out.print(fact, soft_wrap=True, markup=False, highlight=False)
+    for one in started.missing:
+        err.print(f"Missing: {one}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    if not started.ready:
+        raise typer.Exit(2)
+    out.print(f"\nNext: diffvp train {started.config} --dry-run", soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
@@ -260,23 +293,27 @@ def train(
     """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
+    if not err.is_terminal:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of libraries, which would fill a log
     with _needs_extra("train"):
         import yaml
 
-        from .checkpoint_diffvp import DiffVPCheckpointError
-        from .train_accelerate import run
-        from .training.checkpoints import CheckpointError
-        from .training.config import TrainingConfig
-        from .training.loop import TrainingDivergedError
-        from .training.report import BaseModelError
-    with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
+        from .training.config import SettingsError, TrainingConfig
+    with _listed_problems(SettingsError), _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    told = (CheckpointError, BaseModelError, DiffVPCheckpointError, TrainingDivergedError)
-    with _one_line_errors(*told), _listed_problems():
+    with _needs_extra("train"):
+        from .checkpoint_diffvp import DiffVPCheckpointError
+        from .train_accelerate import prepare, run
+        from .training.checkpoints import CheckpointError
+        from .training.loop import TrainingDivergedError
+    with _one_line_errors(ValueError, DiffVPCheckpointError), _listed_problems():
         if dry_run:
             _print_estimate(loaded, processes, tflops)
-        else:
-            run(loaded)
+            return
+        cohort = prepare(loaded)
+    with _one_line_errors(CheckpointError, DiffVPCheckpointError, TrainingDivergedError), _listed_problems():
+        finished = run(loaded, cohort)
+    _print_finished(finished, config, bool(cohort.test), [one for one in overrides or () if "=" in one])
 
 
 @app.command()
@@ -458,20 +495,76 @@ def judge(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="Folder of a phantom cohort; its `valid` split is the test set.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
-    cache_dir: Annotated[Path, typer.Option(help="Preprocessed volumes, as in training.")] = Path("runs/cache"),
+    data: Annotated[
+        Path, typer.Argument(help="Training file, whose test cases and model are taken; or the folder of a dataset.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as training had them")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results (default: evaluation/ beside a trained model).")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder (default: the trained model, or that which ships).")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="Of a folder: phantom, radgenome, ct-rate, ctrg or table.")] = "phantom",
+    split: Annotated[str, typer.Option(help="Of a folder, the split to score on.")] = "valid",
+    training_split: Annotated[str, typer.Option(help="Of a folder, the split that the baselines know.")] = "train",
+    radbert: Annotated[
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
+    ] = None,
+    cache_dir: Annotated[Path, typer.Option(help="Of a folder: preprocessed volumes, as in training.")] = Path(
+        "runs/cache"
+    ),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
+    markdown: Markdown = False,
 ) -> None:
-    """Score a checkpoint on a phantom test split, beside the baselines it has to beat."""
-    with _needs_extra("metrics"):
-        from .experiments.evaluate import evaluate as run
-        from .reporting import EXPECTED_ERRORS
+    """Score a checkpoint on cases that it has not seen, beside the baselines it has to beat."""
+    from .training.config import SettingsError, TrainingConfig
+
+    config = None
+    if data.suffix.lower() in (".yaml", ".yml"):
+        with _listed_problems(SettingsError), _one_line_errors(ValueError):
+            config = TrainingConfig.load(str(data), overrides)
+            checkpoint = checkpoint or Path(config.output_dir) / "model"
+            output, cache_dir = output or Path(config.output_dir) / "evaluation", Path(config.data.cache_dir)
+    with _one_line_errors(ValueError):
+        if config is None and not data.is_dir():
+            raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
+        if config is None and output is None:
+            raise ValueError("--output: missing (expected a folder for the results)")
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder; `diffvp train` makes one)")
+    from .experiments import evaluate as run
+    from .metrics.labelers import load_labeler
+    from .metrics.labelers.radbert import RadBertError
+    from .reporting import EXPECTED_ERRORS
+
     _quiet()
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError), _listed_problems():
-        page = run(data, checkpoint, output, cache_dir, limit)
-    out.print(page.read_text(encoding="utf-8"), markup=False)
+    with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
+        labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
+        command = " ".join(["diffvp evaluate", data.name if config is None else str(data), *(overrides or [])])
+        if config is not None:
+            tests = run.trained_set(config, labeler)
+        elif layout == "phantom":
+            tests = run.phantom_set(data)
+        else:
+            tests = run.dataset_set(layout, data, split, training_split, labeler)
+            command += f" --layout {layout} --split {split} --training-split {training_split}"
+        if config is None:
+            command += f" --output {output.as_posix()}"
+        page, results = run.evaluate(tests, checkpoint, output, cache_dir, limit, command)
+        is_own = config is not None and config.card is not None and limit is None
+        if is_own and checkpoint == Path(config.output_dir) / "model":
+            from .hub.card import own_facts, write_card, write_licence
+
+            base = config.init_from if config.base is None else config.base.name
+            reproduce = (f"diffvp train {data}", results["command"])
+            write_licence(checkpoint)
+            write_card(checkpoint, own_facts(config.card, base, results, reproduce), results)
+            out.print(f"Card and evaluation.json: {checkpoint}", soft_wrap=True, markup=False, highlight=False)
+    _print_page(page.read_text(encoding="utf-8"), markdown)
+    out.print(f"\nResults: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -586,15 +679,17 @@ def main() -> None:
 
 def _print_estimate(config, processes: int, tflops: float | None) -> None:
     """What a training run would take, once its data is found to be in order."""
-    from .training.cohort import load_cohort
+    from .train_accelerate import prepare, read_volumes
+    from .training.check import memory_warning
     from .training.estimate import ASSUMED_WORDS, TOKENS_PER_WORD, estimate
 
     cohort = None
-    if Path(config.data.root).exists():
-        cohort = load_cohort(config)
+    if config.data.layout == "hub" or Path(config.data.root).exists():
+        cohort = read_volumes(config, prepare(config))
         out.print(
             f"Data: {len(cohort.diagnosis)} cases for the classifier, {len(cohort.report)} for the generator, "
-            f"{len(cohort.validation)} for validation, {len(cohort.pool)} normal references. No problems found."
+            f"{len(cohort.validation)} for validation, {len(cohort.test)} kept apart for evaluation, "
+            f"{len(cohort.pool)} normal references; every volume was read. No problems found."
         )
     else:
         out.print(f"No data at {config.data.root}: 1,000 reports of {ASSUMED_WORDS} words are assumed.")
@@ -612,8 +707,55 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
         hours = found.hours_per_epoch(tflops * processes)
         table.add_row(f"time per epoch, {processes} x {tflops:g} TFLOP/s", f"{hours:.2f} h")
     out.print(table)
+    warning = memory_warning(found.memory_gb)
+    if warning is not None:
+        err.print(warning, style="yellow", soft_wrap=True, markup=False)
+    if config.base is not None:
+        out.print(f"Base LLM: {config.base.name}. Its licence goes with the checkpoint.", soft_wrap=True, markup=False)
     if tflops is None:
         out.print("For a time per epoch give --tflops: about 200 for an A100, 400 for an H100 in bfloat16.")
+
+
+def _print_finished(finished, config: Path, tested: bool, overrides: list[str]) -> None:
+    """Where the model of a run is, which epoch it is and why, and what to do with it."""
+    out.print(
+        f"\nThe {'model' if finished.folder.name == 'model' else 'classifier'} is in {finished.folder}: epoch "
+        f"{finished.epoch} of {finished.epochs}, which had the lowest validation loss ({finished.loss:.4f}).",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+    if finished.folder.name != "model":
+        return
+    with_reference = "" if finished.references else " --reference NORMAL_SCAN"
+    steps = {"Write a report": f"diffvp report SCAN --checkpoint {finished.folder}{with_reference}"}
+    if tested:
+        steps["Score it"] = " ".join(["diffvp evaluate", str(config), *overrides])
+    steps["Share it"] = f"diffvp push {finished.folder} NAME/MODEL --dry-run"
+    for what, command in steps.items():
+        out.print(f"{what + ':':<16}{command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_page(page: str, markdown: bool) -> None:
+    """A page of results; its Markdown tables as tables for people, those with many columns turned."""
+    if markdown:
+        typer.echo(page)
+        return
+    for is_table, lines in itertools.groupby(page.splitlines(), lambda line: line.startswith("|")):
+        lines = list(lines)
+        if not is_table:
+            text = "\n".join(lines).replace("`", "")
+            out.print(text, soft_wrap=True, markup=False, highlight=False)
+            continue
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")
+        ]
+        if len(rows[0]) > MOST_COLUMNS and len(rows) <= MOST_COLUMNS:
+            rows = [list(column) for column in zip(*rows, strict=True)]
+        table = Table()
+        for head in rows[0]:
+            table.add_column(head, overflow="fold")  # a number that is cut short would be another
+        for row in rows[1:]:
+            table.add_row(*map(Text, row))
+        out.print(table)
 
 
 def _print_plan(name: str, runs) -> None:

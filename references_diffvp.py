@@ -85,19 +85,13 @@ class ReferencePool:
         Scans of this machine by their ids.
 
         Args:
-            digests: of each, where they are known already; see [`path_sha256`].
+            digests: of each, see [`path_sha256`], for a pool that is kept; one that is used at once can do without.
         """
         if not paths:
             raise ReferencePoolError("The pool of references is empty; expected at least one scan.")
-        known = digests or {}
-        return cls(
-            "",
-            "",
-            tuple(
-                {"id": name, "path": str(Path(path).absolute()), "sha256": known.get(name) or path_sha256(path)}
-                for name, path in paths.items()
-            ),
-        )
+        entries = ({"id": name, "path": str(Path(path).absolute())} for name, path in paths.items())
+        digests = digests or {}
+        return cls("", "", tuple({**one, "sha256": digests.get(one["id"])} for one in entries))
 
     @property
     def is_local(self) -> bool:
@@ -122,7 +116,7 @@ class ReferencePool:
 
     @staticmethod
     def _checked(entry: dict[str, str], path: Path) -> Path:
-        found = path_sha256(path)
+        found = None if entry["sha256"] is None else path_sha256(path)
         if found != entry["sha256"]:
             file = entry.get("file", "the scan")
             raise ReferencePoolError(

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint_diffvp import check_checkpoint_name
@@ -35,6 +34,7 @@ from ..data.pool import load_pool, pool_by_rule
 from ..data.regions import RegionMasks
 from ..data.table import load_hub
 from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..progress import counted
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
 
@@ -192,7 +192,7 @@ def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
     folder = Path(data.cache_dir) / "hub"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
-    for case in track(load_hub(data.root, split, **data.load_options), "Fetching"):
+    for case in load_hub(data.root, split, **data.load_options):
         content = case.volume["bytes"]
         if content is None:
             cases.append(replace(case, volume=Path(case.volume["path"])))
@@ -344,7 +344,7 @@ def compute_all(
     problems = []
     share = cases[accelerator.process_index :: accelerator.num_processes]
     loading = DataLoader(_Loading(share, load), batch_size=None, num_workers=min(workers, len(share)))
-    for problem in track(loading, description, total=len(share), disable=not accelerator.is_main_process):
+    for problem in counted(loading, description, len(share), accelerator.is_main_process):
         problems += problem
     if accelerator.num_processes > 1:
         problems = gather_object(problems)

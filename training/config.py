@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # takes at once changes sums in their last digit only.
 NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
+    "card": True,
     "classifier": True,  # its weights are, by their digest
     "data": {"root", "cache_dir"},
     "diagnosis": {"micro_batch_size"},
@@ -140,6 +141,14 @@ class ReportSection(_Section):
     samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
 
 
+class CardSection(_Section):
+    """What the model card says that neither the weights nor the scores tell; see `hub/card.py`."""
+
+    title: str
+    license: str  # of the checkpoint, as the Hub calls it; "other" where it is none of the Hub's
+    data: str  # what it was trained on, where that came from, and under which licence
+
+
 class TrainingConfig(_Section):
     """A training run; the YAML files under `configs/` explain the fields."""
 
@@ -164,6 +173,7 @@ class TrainingConfig(_Section):
     lora: dict | None = None
     diagnosis: DiagnosisSection | None = None
     report: ReportSection
+    card: CardSection | None = None
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
