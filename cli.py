@@ -7,18 +7,18 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .files import writing_problem
+from .progress import counting
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
 MOST_COLUMNS = 8  # of a table on a terminal
@@ -68,6 +68,7 @@ def demo(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a phantom patient that no training saw, beside the true one."""
+    _check_writable(output)
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
         written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
@@ -119,6 +120,10 @@ def report(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
+    _check_writable(output)
+    with _one_line_errors(ValueError):
+        if hu_window is not None and not hu_window[0] < hu_window[1]:
+            raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     with _reporting() as reporting:
         written = reporting(
             checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
@@ -136,7 +141,9 @@ def report(
 
 @app.command()
 def batch(
-    scans: Annotated[Path, typer.Argument(help="Folder of scans, or list of them: text, or .csv with a column path.")],
+    scans: Annotated[
+        Path, typer.Argument(help="Folder of scans, a list of them (text, or .csv with a column path), or one scan.")
+    ],
     output: Annotated[Path, typer.Option(help="JSON lines file; a run that was interrupted goes on with it.")] = Path(
         "outputs/reports.jsonl"
     ),
@@ -145,13 +152,23 @@ def batch(
     engine: Engine = "transformers",
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A normal scan, a folder or list of them, or nearest (default: drawn from the checkpoint's)."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
+    allow_failures: Annotated[
+        bool, typer.Option("--allow-failures", help="Exit with 0 although scans could not be read.")
+    ] = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
+    _check_writable(output)
     _quiet()
     from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
     from .reporting import EXPECTED_ERRORS
@@ -161,27 +178,24 @@ def batch(
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
-            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens,
+            allow_any_anatomy=allow_any_anatomy,
             hub_kwargs=hub_kwargs,
         )  # fmt: skip
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
-            task = progress.add_task("Scans", total=len(listed))
-            try:
-                file = write_reports(
-                    listed, output, writer, batch_size=batch_size, workers=workers,
-                    on_progress=lambda file: progress.update(task, completed=len(file.done) + file.failed),
-                    on_replaced=lambda count: err.print(
-                        f"{output.name} has reports of other scans of the same name as {count} of these: they are "
-                        "read, and their reports added.", soft_wrap=True, markup=False,
-                    ),
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                progress.stop()
-                err.print(f"Interrupted. The same command goes on with {output}.", soft_wrap=True, markup=False)
-                raise typer.Exit(130) from None
+        with _goes_on_with(output), counting("Scans", err) as count:
+            file = write_reports(
+                listed, output, writer, batch_size=batch_size, workers=workers,
+                on_progress=lambda file: count(len(file.done) + file.failed, len(listed)),
+                on_replaced=lambda count: err.print(
+                    f"{output.name} has reports of other scans of the same name as {count} of these: they are "
+                    "read, and their reports added.", soft_wrap=True, markup=False,
+                ),
+            )  # fmt: skip
     out.print(f"{len(file.done)} reports: {file.path}", soft_wrap=True, markup=False)
     if file.failed:
         out.print(f"{file.failed} scans could not be read: {file.failures}", soft_wrap=True, markup=False)
+        if not allow_failures:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -221,6 +235,7 @@ def pool_build(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
 ) -> None:
     """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
+    _check_writable(output)
     with _one_line_errors(ValueError), _listed_problems():
         from .data.cases import read_ids
         from .data.load import load_dataset_cases
@@ -330,6 +345,7 @@ def label(
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
+    _check_writable(output, explain)
     with _needs_extra("metrics"):
         from .metrics.labelers import load_labeler
         from .metrics.labelers.radbert import RadBertError
@@ -476,13 +492,13 @@ def judge(
         stack.enter_context(_goes_on_with(answers))
         document: dict = {"calibration": None}
         if phantoms:
-            with _counting("Calibration") as count:
+            with counting("Calibration", err) as count:
                 document["calibration"] = measure(asked, phantoms, count)
         if not as_json:
             typer.echo(calibration_page(document["calibration"]))
         if not calibrate:
             names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-            with _counting("Comparisons") as count:
+            with counting("Comparisons", err) as count:
                 document |= {"systems": names, **judged(asked, comparisons, count)}
             if not as_json:
                 typer.echo(verdict_page(document, names, document["calibration"]))
@@ -531,10 +547,11 @@ def evaluate(
     with _one_line_errors(ValueError):
         if config is None and not data.is_dir():
             raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
-        if config is None and output is None:
+        if output is None:
             raise ValueError("--output: missing (expected a folder for the results)")
         if checkpoint is not None and not checkpoint.is_dir():
-            raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder; `diffvp train` makes one)")
+            raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
+    _check_writable(output)
     from .experiments import evaluate as run
     from .metrics.labelers import load_labeler
     from .metrics.labelers.radbert import RadBertError
@@ -930,23 +947,16 @@ def _cost(tokens: dict, price: tuple[float, float] | None) -> str:
     return f", which cost {(tokens['prompt'] * price[0] + tokens['completion'] * price[1]) / 1e6:.2f} at that price"
 
 
-@contextlib.contextmanager
-def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how many of how many are done: a bar, or a line every ten seconds without a terminal."""
-    if err.is_terminal:
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
-            task = progress.add_task(title)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
-
-    def count(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            err.print(f"{title}: {done} of {total}", markup=False, highlight=False)
-
-    yield count
+def _check_writable(*outputs: Path | None) -> None:
+    """End with a sentence where an output cannot be written, before anything is computed."""
+    for output in outputs:
+        found = None if output is None else writing_problem(output)
+        if found is not None:
+            err.print(
+                f"{output}: output: {found} (expected a place that can be written)",
+                style="red", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            raise typer.Exit(2)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ class ReferencePoolError(ValueError):
     """No pool, nothing in it to compare the scan with, or a file that is not what the index says."""
 
 
+class NoOtherReferenceError(ReferencePoolError):
+    """The scan is the only one of the pool."""
+
+
 def path_sha256(path: str | os.PathLike, of_file: Callable[[Path], str] = digest) -> str:
     """Hex SHA-256 of a file, or of the names and files of a folder."""
     path = Path(path)
@@ -136,7 +140,7 @@ class ReferencePool:
             id of the reference, and what `load` returned of it.
 
         Raises:
-            ReferencePoolError: as [`first_other`].
+            NoOtherReferenceError: as [`first_other`].
         """
         drawn = sorted(
             self.entries, key=lambda entry: hashlib.sha256(f"{seed}:{scan}:{entry['id']}".encode()).hexdigest()
@@ -150,13 +154,13 @@ class ReferencePool:
         The first of `entries` that is not the scan itself; arguments and result as in [`choose`].
 
         Raises:
-            ReferencePoolError: the scan is the only one of the pool.
+            NoOtherReferenceError: the scan is the only one of the pool.
         """
         for entry in entries:
             content, loaded = load(entry)
             if content != scan:
                 return entry["id"], loaded
-        raise ReferencePoolError("The scan is the only one of the reference pool: give another reference.")
+        raise NoOtherReferenceError("The scan is the only one of the reference pool: give another reference.")
 
     def write_paths(self, folder: str | os.PathLike) -> Path:
         """Note in the folder of a checkpoint where the references lie on this machine."""
@@ -222,4 +226,11 @@ def index_references(folder) -> Path:
     return _write_index(folder, entries)
 
 
-__all__ = ["LOCAL_REFERENCES", "ReferencePool", "ReferencePoolError", "index_references", "remove_references"]
+__all__ = [
+    "LOCAL_REFERENCES",
+    "NoOtherReferenceError",
+    "ReferencePool",
+    "ReferencePoolError",
+    "index_references",
+    "remove_references",
+]

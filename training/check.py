@@ -17,6 +17,7 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
 from ..data.cases import Problem, raise_problems
 from ..data.lesions import lesion_mask_path, lobe_mask_path, read_patients
 from ..data.regions import region_mask_path
+from ..files import nearest_folder, writing_problem
 from ..findings_diffvp import SIDES
 from ..modules_diffvp import DiffVPVisionEncoder
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
@@ -131,19 +132,12 @@ def _scratch(config: TrainingConfig) -> bool:
 def _folders(config: TrainingConfig) -> list[Problem]:
     """Folders that cannot be written."""
     problems = []
-    for field, folder in (("output_dir", Path(config.output_dir)), ("data.cache_dir", Path(config.data.cache_dir))):
-        there = _existing(folder)
-        if not there.is_dir():
-            problems.append(Problem("training file", None, field, f"below the file {there.name}", "a folder"))
-        elif not os.access(there, os.W_OK | os.X_OK):
-            problems.append(Problem("training file", None, field, "not writable", "a folder of yours"))
+    for field, folder in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
+        # Of a file in it: the folder itself may be there already.
+        found = writing_problem(Path(folder) / "file")
+        if found is not None:
+            problems.append(Problem("training file", None, field, found, "a folder that can be written"))
     return problems
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _libraries(config: TrainingConfig) -> list[Problem]:
@@ -223,7 +217,7 @@ def _disk(config: TrainingConfig, cohort: Cohort, model: DiffVPConfig) -> list[P
     needed = cases * (voxels * 2 + tokens * channels * 4) * SPARE
     folder = Path(config.data.cache_dir)
     cached = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if needed <= free + cached:
         return []
     expected = f"at least {(needed - cached) / 1e9:.1f} GB for {cases} cases, or another folder"
