@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel
@@ -95,18 +96,37 @@ _NEUTRAL = {
 }
 
 
-def check_checkpoint_name(name: str | os.PathLike) -> None:
+def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = None, **hub_kwargs) -> None:
     """
+    Asks the Hub once, where the checkpoint is not in its cache: transformers would ask for a minute.
+
+    Args:
+        token, hub_kwargs: the Hub's; of these `revision` and `cache_dir` count.
+
     Raises:
-        DiffVPCheckpointError: `name` is no folder, and cannot be the id of a Hub repository either: a path mistyped.
+        DiffVPCheckpointError: `name` is no folder, and no repository on the Hub either: a path mistyped.
     """
     if Path(name).is_dir():
         return
+    expected = "a folder with a checkpoint, or the id of a Hub repository"
     try:
         validate_repo_id(str(name))
     except HFValidationError as error:
-        expected = "a folder with a checkpoint, or the id of a Hub repository"
         raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
+    access = {key: hub_kwargs[key] for key in ("revision", "cache_dir") if hub_kwargs.get(key) is not None}
+    if isinstance(try_to_load_from_cache(str(name), CONFIG_NAME, **access), str):
+        return
+    try:
+        there = HfApi(token=token).repo_exists(str(name))
+    except (HTTPError, OSError) as error:  # OSError: offline, by its setting
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and the Hub cannot be reached; expected {expected}."
+        ) from error
+    if not there:
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and no such repository on the Hub that you may read; expected "
+            f"{expected}."
+        )
 
 
 def _habits(cls: type, kwargs: dict) -> dict:

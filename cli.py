@@ -4,23 +4,25 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .files import writing_problem
+from .progress import counting
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-phantom"
+MOST_COLUMNS = 8  # of a table on a terminal
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
 app = typer.Typer(
@@ -45,6 +47,7 @@ Dicom = Annotated[
     Path | None, typer.Option(help="Folder for structured report and difference map as DICOM (docs/clinical.md).")
 ]
 Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables for a terminal.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -72,6 +75,7 @@ def demo(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a phantom patient that no training saw, beside the true one."""
+    _check_writable(output)
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
         written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
@@ -132,8 +136,12 @@ def report(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
+    _check_writable(output)
     if (ct is None) == (study is None) or (study is None) != (dicomweb is None) or (store and dicomweb is None):
         raise typer.BadParameter("a scan, or --dicomweb URL and --study UID, which --store takes, too")
+    with _one_line_errors(ValueError):
+        if hu_window is not None and not hu_window[0] < hu_window[1]:
+            raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
     with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
         written = reporting(
@@ -153,7 +161,9 @@ def report(
 
 @app.command()
 def batch(
-    scans: Annotated[Path, typer.Argument(help="Folder of scans, or list of them: text, or .csv with a column path.")],
+    scans: Annotated[
+        Path, typer.Argument(help="Folder of scans, a list of them (text, or .csv with a column path), or one scan.")
+    ],
     output: Annotated[Path, typer.Option(help="JSON lines file; a run that was interrupted goes on with it.")] = Path(
         "outputs/reports.jsonl"
     ),
@@ -162,6 +172,12 @@ def batch(
     engine: Engine = "transformers",
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A normal scan, a folder or list of them, or nearest (default: drawn from the checkpoint's)."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
@@ -169,8 +185,12 @@ def batch(
     allow_any_anatomy: AnyAnatomy = False,
     dicom: Dicom = None,
     fhir: Fhir = False,
+    allow_failures: Annotated[
+        bool, typer.Option("--allow-failures", help="Exit with 0 although scans could not be read.")
+    ] = False,
 ) -> None:
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
+    _check_writable(output)
     _quiet()
     if dicom is not None:
         with _needs_extra("dicom"):
@@ -183,27 +203,23 @@ def batch(
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
-            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
-            dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
+            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens,
+            allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
         )  # fmt: skip
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
-            task = progress.add_task("Scans", total=len(listed))
-            try:
-                file = write_reports(
-                    listed, output, writer, batch_size=batch_size, workers=workers,
-                    on_progress=lambda file: progress.update(task, completed=len(file.done) + file.failed),
-                    on_replaced=lambda count: err.print(
-                        f"{output.name} has reports of other scans of the same name as {count} of these: they are "
-                        "read, and their reports added.", soft_wrap=True, markup=False,
-                    ),
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                progress.stop()
-                err.print(f"Interrupted. The same command goes on with {output}.", soft_wrap=True, markup=False)
-                raise typer.Exit(130) from None
+        with _goes_on_with(output), counting("Scans", err) as count:
+            file = write_reports(
+                listed, output, writer, batch_size=batch_size, workers=workers,
+                on_progress=lambda file: count(len(file.done) + file.failed, len(listed)),
+                on_replaced=lambda count: err.print(
+                    f"{output.name} has reports of other scans of the same name as {count} of these: they are "
+                    "read, and their reports added.", soft_wrap=True, markup=False,
+                ),
+            )  # fmt: skip
     out.print(f"{len(file.done)} reports: {file.path}", soft_wrap=True, markup=False)
     if file.failed:
         out.print(f"{file.failed} scans could not be read: {file.failures}", soft_wrap=True, markup=False)
+        if not allow_failures:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -254,6 +270,7 @@ def pool_build(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
 ) -> None:
     """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
+    _check_writable(output)
     with _one_line_errors(ValueError), _listed_problems():
         from .data.cases import read_ids
         from .data.load import load_dataset_cases
@@ -299,6 +316,36 @@ def encoder_convert(
         out.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("init")
+def init_folder(
+    folder: Annotated[Path, typer.Argument(help="Your scans: NIfTI, NRRD, MetaImage, folders of DICOM slices.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Which scans these are, in words; every report of the model will say it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Causal LLM: Hub id or folder (default: the demo's).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="For the training file and what training writes (default: FOLDER).")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small model, trained in minutes: to walk the road, not for use.")
+    ] = False,
+) -> None:
+    """Begin a training on scans and reports of your own: write its table and training file, say what is missing."""
+    from .data.start import StartError, start
+
+    with _one_line_errors(StartError, ValueError):
+        started = start(folder, output, domain=domain, base=base, quick=quick)
+    for path in started.written:
+        out.print(f"Written: {path}", soft_wrap=True, markup=False, highlight=False)
+    for fact in started.facts:
+        out.print(fact, soft_wrap=True, markup=False, highlight=False)
+    for one in started.missing:
+        err.print(f"Missing: {one}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    if not started.ready:
+        raise typer.Exit(2)
+    out.print(f"\nNext: diffvp train {started.config} --dry-run", soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training file, such as configs/phantom.yaml.")],
@@ -312,24 +359,29 @@ def train(
     """Train a model in both stages, or go on with a run that was interrupted: the same command again."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
+    if not err.is_terminal:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of libraries, which would fill a log
     with _needs_extra("train"):
         import yaml
 
+        from .training.config import SettingsError, TrainingConfig
+    with _listed_problems(SettingsError), _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
+        loaded = TrainingConfig.load(str(config), overrides)
+    with _needs_extra("train"):
         from .checkpoint_diffvp import DiffVPCheckpointError
         from .encoders_diffvp import DiffVPEncoderError
-        from .train_accelerate import run
+        from .train_accelerate import prepare, run
         from .training.checkpoints import CheckpointError
-        from .training.config import TrainingConfig
         from .training.loop import TrainingDivergedError
-        from .training.report import BaseModelError
-    with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
-        loaded = TrainingConfig.load(str(config), overrides)
-    told = (CheckpointError, BaseModelError, DiffVPCheckpointError, DiffVPEncoderError, TrainingDivergedError)
-    with _one_line_errors(*told), _listed_problems():
+    told = (DiffVPCheckpointError, DiffVPEncoderError)
+    with _one_line_errors(ValueError, *told), _listed_problems():
         if dry_run:
             _print_estimate(loaded, processes, tflops)
-        else:
-            run(loaded)
+            return
+        cohort = prepare(loaded)
+    with _one_line_errors(CheckpointError, TrainingDivergedError, *told), _listed_problems():
+        finished = run(loaded, cohort)
+    _print_finished(finished, config, bool(cohort.test), [one for one in overrides or () if "=" in one])
 
 
 @app.command()
@@ -346,6 +398,7 @@ def label(
     ] = None,
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
+    _check_writable(output, explain)
     with _needs_extra("metrics"):
         from .metrics.labelers import load_labeler
         from .metrics.labelers.radbert import RadBertError
@@ -492,13 +545,13 @@ def judge(
         stack.enter_context(_goes_on_with(answers))
         document: dict = {"calibration": None}
         if phantoms:
-            with _counting("Calibration") as count:
+            with counting("Calibration", err) as count:
                 document["calibration"] = measure(asked, phantoms, count)
         if not as_json:
             typer.echo(calibration_page(document["calibration"]))
         if not calibrate:
             names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-            with _counting("Comparisons") as count:
+            with counting("Comparisons", err) as count:
                 document |= {"systems": names, **judged(asked, comparisons, count)}
             if not as_json:
                 typer.echo(verdict_page(document, names, document["calibration"]))
@@ -511,23 +564,84 @@ def judge(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="Folder of a phantom cohort; its `valid` split is the test set.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")] = SHIPPED_CHECKPOINT,
-    cache_dir: Annotated[Path, typer.Option(help="Preprocessed volumes, as in training.")] = Path("runs/cache"),
+    data: Annotated[
+        Path, typer.Argument(help="Training file, whose test cases and model are taken; or the folder of a dataset.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as training had them")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results (default: evaluation/ beside a trained model).")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder (default: the trained model, or that which ships).")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="Of a folder: phantom, radgenome, ct-rate, ctrg or table.")] = "phantom",
+    split: Annotated[str, typer.Option(help="Of a folder, the split to score on.")] = "valid",
+    training_split: Annotated[str, typer.Option(help="Of a folder, the split that the baselines know.")] = "train",
+    radbert: Annotated[
+        str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
+    ] = None,
+    cache_dir: Annotated[Path, typer.Option(help="Of a folder: preprocessed volumes, as in training.")] = Path(
+        "runs/cache"
+    ),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
     volume_labels: Annotated[
-        Path | None, typer.Option(help="Also the classifier of this checkpoint, trained without lesion masks.")
+        Path | None, typer.Option(help="Of phantoms: also the classifier of this checkpoint, trained without masks.")
     ] = None,
+    markdown: Markdown = False,
 ) -> None:
-    """Score a checkpoint on a phantom test split: findings, reports and maps, beside the baselines it has to beat."""
-    with _needs_extra("metrics"):
-        from .experiments.evaluate import evaluate as run
-        from .reporting import EXPECTED_ERRORS
+    """Score a checkpoint on cases that it has not seen, beside the baselines it has to beat."""
+    from .training.config import SettingsError, TrainingConfig
+
+    config = None
+    if data.suffix.lower() in (".yaml", ".yml"):
+        with _listed_problems(SettingsError), _one_line_errors(ValueError):
+            config = TrainingConfig.load(str(data), overrides)
+            checkpoint = checkpoint or Path(config.output_dir) / "model"
+            output, cache_dir = output or Path(config.output_dir) / "evaluation", Path(config.data.cache_dir)
+    with _one_line_errors(ValueError):
+        if config is None and not data.is_dir():
+            raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
+        if output is None:
+            raise ValueError("--output: missing (expected a folder for the results)")
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
+    _check_writable(output)
+    from .experiments import evaluate as run
+    from .metrics.labelers import load_labeler
+    from .metrics.labelers.radbert import RadBertError
+    from .reporting import EXPECTED_ERRORS
+
     _quiet()
-    with _one_line_errors(*EXPECTED_ERRORS, ValueError), _listed_problems():
-        page = run(data, checkpoint, output, cache_dir, limit, volume_labels)
-    out.print(page.read_text(encoding="utf-8"), markup=False)
+    with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
+        labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
+        command = " ".join(["diffvp evaluate", data.name if config is None else str(data), *(overrides or [])])
+        if config is not None:
+            tests = run.trained_set(config, labeler)
+        elif layout == "phantom":
+            tests = run.phantom_set(data)
+        else:
+            tests = run.dataset_set(layout, data, split, training_split, labeler)
+            command += f" --layout {layout} --split {split} --training-split {training_split}"
+        if config is None:
+            command += f" --output {output.as_posix()}"
+        if volume_labels is not None:
+            if tests.phantoms is None:
+                raise ValueError("--volume-labels: given (expected only with a cohort of phantoms)")
+            command += f" --volume-labels {volume_labels.as_posix()}"
+        page, results = run.evaluate(tests, checkpoint, output, cache_dir, limit, command, volume_labels)
+        is_own = config is not None and config.card is not None and limit is None
+        if is_own and checkpoint == Path(config.output_dir) / "model":
+            from .hub.card import own_facts, write_card, write_licence
+
+            base = config.init_from if config.base is None else config.base.name
+            reproduce = (f"diffvp train {data}", results["command"])
+            write_licence(checkpoint)
+            write_card(checkpoint, own_facts(config.card, base, results, reproduce), results)
+            out.print(f"Card and evaluation.json: {checkpoint}", soft_wrap=True, markup=False, highlight=False)
+    _print_page(page.read_text(encoding="utf-8"), markdown)
+    out.print(f"\nResults: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -703,15 +817,17 @@ def main() -> None:
 
 def _print_estimate(config, processes: int, tflops: float | None) -> None:
     """What a training run would take, once its data is found to be in order."""
-    from .training.cohort import load_cohort
+    from .train_accelerate import prepare, read_volumes
+    from .training.check import memory_warning
     from .training.estimate import ASSUMED_WORDS, TOKENS_PER_WORD, estimate
 
     cohort = None
-    if Path(config.data.root).exists():
-        cohort = load_cohort(config)
+    if config.data.layout == "hub" or Path(config.data.root).exists():
+        cohort = read_volumes(config, prepare(config))
         out.print(
             f"Data: {len(cohort.diagnosis)} cases for the classifier, {len(cohort.report)} for the generator, "
-            f"{len(cohort.validation)} for validation, {len(cohort.pool)} normal references. No problems found."
+            f"{len(cohort.validation)} for validation, {len(cohort.test)} kept apart for evaluation, "
+            f"{len(cohort.pool)} normal references; every volume was read. No problems found."
         )
     else:
         out.print(f"No data at {config.data.root}: 1,000 reports of {ASSUMED_WORDS} words are assumed.")
@@ -729,8 +845,55 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
         hours = found.hours_per_epoch(tflops * processes)
         table.add_row(f"time per epoch, {processes} x {tflops:g} TFLOP/s", f"{hours:.2f} h")
     out.print(table)
+    warning = memory_warning(found.memory_gb)
+    if warning is not None:
+        err.print(warning, style="yellow", soft_wrap=True, markup=False)
+    if config.base is not None:
+        out.print(f"Base LLM: {config.base.name}. Its licence goes with the checkpoint.", soft_wrap=True, markup=False)
     if tflops is None:
         out.print("For a time per epoch give --tflops: about 200 for an A100, 400 for an H100 in bfloat16.")
+
+
+def _print_finished(finished, config: Path, tested: bool, overrides: list[str]) -> None:
+    """Where the model of a run is, which epoch it is and why, and what to do with it."""
+    out.print(
+        f"\nThe {'model' if finished.folder.name == 'model' else 'classifier'} is in {finished.folder}: epoch "
+        f"{finished.epoch} of {finished.epochs}, which had the lowest validation loss ({finished.loss:.4f}).",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
+    if finished.folder.name != "model":
+        return
+    with_reference = "" if finished.references else " --reference NORMAL_SCAN"
+    steps = {"Write a report": f"diffvp report SCAN --checkpoint {finished.folder}{with_reference}"}
+    if tested:
+        steps["Score it"] = " ".join(["diffvp evaluate", str(config), *overrides])
+    steps["Share it"] = f"diffvp push {finished.folder} NAME/MODEL --dry-run"
+    for what, command in steps.items():
+        out.print(f"{what + ':':<16}{command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_page(page: str, markdown: bool) -> None:
+    """A page of results; its Markdown tables as tables for people, those with many columns turned."""
+    if markdown:
+        typer.echo(page)
+        return
+    for is_table, lines in itertools.groupby(page.splitlines(), lambda line: line.startswith("|")):
+        lines = list(lines)
+        if not is_table:
+            text = "\n".join(lines).replace("`", "")
+            out.print(text, soft_wrap=True, markup=False, highlight=False)
+            continue
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")
+        ]
+        if len(rows[0]) > MOST_COLUMNS and len(rows) <= MOST_COLUMNS:
+            rows = [list(column) for column in zip(*rows, strict=True)]
+        table = Table()
+        for head in rows[0]:
+            table.add_column(head, overflow="fold")  # a number that is cut short would be another
+        for row in rows[1:]:
+            table.add_row(*map(Text, row))
+        out.print(table)
 
 
 def _print_plan(name: str, runs) -> None:
@@ -919,23 +1082,16 @@ def _cost(tokens: dict, price: tuple[float, float] | None) -> str:
     return f", which cost {(tokens['prompt'] * price[0] + tokens['completion'] * price[1]) / 1e6:.2f} at that price"
 
 
-@contextlib.contextmanager
-def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how many of how many are done: a bar, or a line every ten seconds without a terminal."""
-    if err.is_terminal:
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
-            task = progress.add_task(title)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
-
-    def count(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            err.print(f"{title}: {done} of {total}", markup=False, highlight=False)
-
-    yield count
+def _check_writable(*outputs: Path | None) -> None:
+    """End with a sentence where an output cannot be written, before anything is computed."""
+    for output in outputs:
+        found = None if output is None else writing_problem(output)
+        if found is not None:
+            err.print(
+                f"{output}: output: {found} (expected a place that can be written)",
+                style="red", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            raise typer.Exit(2)
 
 
 @contextlib.contextmanager

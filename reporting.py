@@ -127,7 +127,7 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kw
     Raises:
         DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
     """
-    check_checkpoint_name(name)
+    check_checkpoint_name(name, **hub_kwargs)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs).to(device)

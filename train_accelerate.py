@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +28,56 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from .bases_diffvp import locate_base_model
 from .checkpoint_diffvp import check_checkpoint_name
-from .configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache
-from .data.cases import raise_problems
+from .data.cases import Case
 from .encoders_diffvp import encoder_sha256, state_sha256
-from .findings_diffvp import SIDES
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from .references_diffvp import ReferencePool
+from .training.check import check_run, has_own_encoder, make_processor, model_fields
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
-from .training.diagnosis import DiagnosisStage, Truth, best_thresholds, calibrate, fit_margins, micro_f1, predict
+from .training.diagnosis import (
+    DiagnosisStage,
+    Truth,
+    best_thresholds,
+    calibrate,
+    crossfitted_f1,
+    fit_margins,
+)
 from .training.encoder import import_encoder, load_encoder
 from .training.loop import Log, Stage, Trainer
-from .training.report import ReportStage, check_base, check_reports, make_drafts, quantization
+from .training.report import ReportStage, check_base, make_drafts, quantization
 
 logger = logging.getLogger(__name__)
 
 WHITENING_SCANS = 100  # of the pool; more would not change a covariance of a few dozen channels
 BODY_LEVEL = -0.5  # of the tensor's [-1, 1], above which a voxel is tissue: -450 HU of -1000 to 1200
+
+
+@dataclass(frozen=True)
+class Finished:
+    """
+    What a run has made.
+
+    Attributes:
+        folder: of the model, or of the classifier where only the first stage was asked for.
+        epoch, epochs: which was kept, and after how many; chosen by the lowest validation loss.
+        loss: that loss.
+        references: how many normal scans `references.local.json` names, for the commands that follow.
+    """
+
+    folder: Path
+    epoch: int
+    epochs: int
+    loss: float
+    references: int = 0
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -80,8 +107,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def train(
     stage: Stage, config: TrainingConfig, accelerator: Accelerator, cohort: Cohort, depends_on: dict[str, str]
-) -> None:
-    """Train a stage to its end, or go on with it; its best weights are then in its model.
+) -> dict:
+    """
+    Train a stage to its end, or go on with it; its best weights are then in its model. What [`Finished`] says of them.
 
     Args:
         depends_on: what else the result depends on, by name.
@@ -97,34 +125,35 @@ def train(
     if trainer.resume():
         logger.info("Going on with the stage %s after step %d.", stage.name, trainer.position.step)
     trainer.fit()
+    position = trainer.position
+    return {
+        "epoch": position.best_step // trainer.steps_per_epoch,
+        "epochs": position.epoch,
+        "loss": position.best_loss,
+    }
 
 
-def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Path:
-    """Stage 1. Writes `<output_dir>/diagnosis` (the epoch with the lowest validation loss) and returns it."""
+def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Finished:
+    """Stage 1. Writes `<output_dir>/diagnosis`, the epoch with the lowest validation loss."""
     output = Path(config.output_dir) / "diagnosis"
     set_seed(config.seed)
     image_processor = DiffVPImageProcessor(**config.image_processor)
     model = DiffVPForDiagnosis(DiffVPConfig(**config.model))
-    check_hu_range(model.config, image_processor)
     volumes = make_volumes(config, image_processor)
     cohort = without_unreadable(
         cohort, cohort.diagnosis + cohort.validation, volumes.load, config, accelerator, "Volumes", config.num_workers
     )
     truth = None
     if config.diagnosis.crops is not None:
-        if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
-            raise ValueError("lesion masks are of the 18 labels: with diagnosis_labels of your own set crops: null")
         truth = Truth(config.data.root, config.data.cache_dir, volumes)
         cases = cohort.diagnosis + cohort.validation
         compute_all(cases, truth.load, accelerator, "Lesions", skip=False, workers=config.num_workers)
     parts = (model, cohort.diagnosis, cohort.validation, volumes, truth, config.seed, accelerator)
     stage = DiagnosisStage(config.diagnosis, *parts)
-    train(stage, config, accelerator, cohort, {})
+    kept = train(stage, config, accelerator, cohort, {})
     if truth is not None:
         calibrate(model, stage.whole, torch.from_numpy(stage.labels))
-        logger.info(
-            "Classifier: micro-F1 %.3f, calibrated.", micro_f1(predict(model, stage.whole) >= 0.5, stage.labels)
-        )
+        logger.info("Classifier: calibrated on %d validation cases, which so cannot score it.", len(stage.labels))
         if model.config.finding_attributes:
             model.config.finding_attributes = fit_margins(model, stage.whole, truth)
     if accelerator.is_main_process:
@@ -132,11 +161,11 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
         write_folder(output, model.save_pretrained)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return output
+    return Finished(output, **kept)
 
 
-def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Path:
-    """Stage 2. Writes `<output_dir>/model` (the epoch with the lowest validation loss) and returns it."""
+def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Finished:
+    """Stage 2. Writes `<output_dir>/model`, the epoch with the lowest validation loss."""
     output = Path(config.output_dir) / "model"
     set_seed(config.seed)
     model, processor = load_start(config) if config.init_from else build_generator(config)
@@ -147,10 +176,8 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
         model.generation_config, processor.tokenizer, config.report.max_report_tokens
     )
     model.config.true_findings = config.report.true_findings if model.config.use_diagnosis else None
-    raise_problems(check_reports(cohort, processor, config.report, model))
     model.to(accelerator.device)  # before the caches, which it computes
     volumes = make_volumes(config, processor.image_processor)
-    check_hu_range(model.config, processor.image_processor)
     features = make_features(config.data, volumes, model)
     needed = list({case.name: case for case in cohort.report + cohort.validation + cohort.pool}.values())
     cohort = without_unreadable(cohort, needed, volumes.load, config, accelerator, "Volumes", config.num_workers)
@@ -166,19 +193,30 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
         frozen["classifier_sha256"] = state_sha256(model.diagnosis)
     samples = Path(config.output_dir) / "samples"
     stage = ReportStage(config.report, model, processor, cohort, features, config.seed, samples)
-    train(stage, config, accelerator, cohort, frozen)
+    kept = train(stage, config, accelerator, cohort, frozen)
     model.drafts = make_drafts(cohort.report, processor, config.report.draft_patients)
+    references = local_references(cohort.pool, volumes)
     state = accelerator.get_state_dict(stage.model) if accelerator.num_processes > 1 else model.state_dict()
 
     def write(folder: Path) -> None:
         save_model(model, folder, state)
         processor.save_pretrained(folder)
+        if references is not None:
+            references.write_paths(folder)
 
     if accelerator.is_main_process:
         recover_folder(output)
         write_folder(output, write)
     accelerator.wait_for_everyone()
-    return output
+    return Finished(output, **kept, references=0 if references is None else len(references.entries))
+
+
+def local_references(pool: list[Case], volumes: VolumeCache) -> ReferencePool | None:
+    """The pool as paths and digests; `None` of scans whose files do not say by themselves what they are."""
+    paths = {case.name: case.volume for case in pool if isinstance(case.volume, Path) and case.metadata is None}
+    if not paths or volumes.spacing is not None:
+        return None
+    return ReferencePool.of_paths(paths, {name: volumes.hashes(path) for name, path in paths.items()})
 
 
 def save_model(model: DiffVPForConditionalGeneration, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -192,18 +230,6 @@ def save_model(model: DiffVPForConditionalGeneration, folder: Path, state: dict[
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.__class__ = sharded
-
-
-def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) -> None:
-    """
-    Raises:
-        ValueError: the encoder takes the tensor for other Hounsfield units than the processor puts into it.
-    """
-    if config.hu_range is not None and tuple(config.hu_range) != tuple(image_processor.hu_window):
-        raise ValueError(
-            f"model.hu_range is {list(config.hu_range)} and image_processor.hu_window "
-            f"{list(image_processor.hu_window)}; expected the same HU"
-        )
 
 
 def make_volumes(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> VolumeCache:
@@ -235,28 +261,14 @@ def without_unreadable(
 def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
     """A model for stage 2 with the classifier of stage 1 inside, and its processor."""
     base = config.base
-    path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
-    options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
-    processor = DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
-    labels, places = DiffVPConfig(**config.model).diagnosis_labels, None
-    if config.model.get("finding_attributes"):
-        places = [*(config.model.get("finding_regions") or ()), *SIDES]
-    fields = {
-        **config.model,
-        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(tokenizer, labels, places=places),
-        "instruction": processor.instruction,
-        "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
-    }
-    # Both from the first stage: the classifier then needs no encoder of its own.
-    own = config.encoder_weights is None and fields.get("encoder_type") != "external"
-    fields.setdefault("share_encoder", own)
+    processor = make_processor(config)
+    tokenizer, fields = processor.tokenizer, model_fields(config, processor)
+    own = has_own_encoder(config)
     needs_classifier = fields.get("use_diagnosis", True) or own
     if needs_classifier:
         folder = config.classifier or Path(config.output_dir) / "diagnosis"
-        encoder, classifier = load_classifier(folder, labels if fields.get("use_diagnosis", True) else None)
+        labels = DiffVPConfig(**config.model).diagnosis_labels if fields.get("use_diagnosis", True) else None
+        encoder, classifier = load_classifier(folder, labels)
         fields["finding_attributes"] = classifier.attributes  # with the margins that the first stage has fitted
     if base.from_scratch is not None:
         model = build_from_scratch(base.from_scratch, tokenizer, fields)
@@ -324,6 +336,14 @@ def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, 
     model = DiffVPForConditionalGeneration.from_pretrained(config.init_from, is_trainable=True, **options)
     processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
     processor.reference_pool = None
+    logger.warning(
+        "The visual encoder and the classifier stay as %s has them. What that was made for: %s. What they cannot see, "
+        "no report of this model will tell.",
+        config.init_from,
+        model.config.intended_domain or "not stated",
+    )
+    if config.model is not None:
+        model.config.intended_domain = config.model["intended_domain"]
     return model, processor
 
 
@@ -336,8 +356,9 @@ def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, fea
     logits = torch.stack([features.load(case)["diagnosis_logits"] for case in unseen])
     probabilities, labels = logits.sigmoid().numpy(), np.stack([case.labels for case in unseen])
     model.config.diagnosis_threshold = best_thresholds(probabilities, labels)
-    score = micro_f1(probabilities >= np.array(model.config.diagnosis_threshold), labels)
-    logger.info("Classifier: micro-F1 %.3f on %d cases that it has not seen.", score, len(unseen))
+    score = crossfitted_f1(probabilities, labels, [case.patient_id for case in unseen])
+    told = "too few to say how good the classifier is" if score is None else f"cross-fitted micro-F1 {score:.3f}"
+    logger.info("Thresholds: chosen on %d cases that the classifier has not trained on; %s.", len(unseen), told)
 
 
 def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
@@ -350,23 +371,57 @@ def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, feature
     model.aligned_difference.fit(torch.cat(tokens))
 
 
-def run(config: TrainingConfig) -> None:
-    """Run the stages that the configuration asks for, or go on with them.
+def prepare(config: TrainingConfig) -> Cohort:
+    """
+    The cases of a run, after everything that would stop it has been looked for.
 
     Raises:
         ValueError: the configuration contradicts itself or the data.
-        DatasetError: all that is wrong with the data.
+        DatasetError: all that is wrong with the data, or in the way of the run.
+    """
+    cohort = load_cohort(config)
+    check_run(config, cohort)
+    return cohort
+
+
+def read_volumes(config: TrainingConfig, cohort: Cohort) -> Cohort:
+    """
+    Read every volume of a run into the cache, where the run then finds it; the cohort without the unreadable ones.
+
+    Raises:
+        DatasetError: there are such, and the training file does not say to leave them out.
+    """
+    if config.init_from is None:
+        image_processor = DiffVPImageProcessor(**config.image_processor)
+    else:
+        options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+        image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
+    cases = list({case.name: case for case in cohort.everyone() + cohort.pool}.values())
+    volumes, options = make_volumes(config, image_processor), (config.data.skip_unreadable, config.num_workers)
+    problems = compute_all(cases, volumes.load, Accelerator(), "Volumes", *options)
+    return cohort.without({problem.name for problem in problems})
+
+
+def run(config: TrainingConfig, cohort: Cohort | None = None) -> Finished:
+    """Run the stages that the configuration asks for, or go on with them.
+
+    Args:
+        cohort: what [`prepare`] has returned, where it was called before.
+
+    Raises:
+        ValueError, DatasetError: see [`prepare`].
         Interrupted: after a Ctrl-C or SIGTERM, once the step is done and saved.
     """
     accelerator = make_accelerator(config)
-    cohort = load_cohort(config)
+    cohort = prepare(config) if cohort is None else cohort
     if config.log_with:
         accelerator.init_trackers("diffvp", config={"seed": config.seed, "output_dir": config.output_dir})
     if config.stage in ("all", "diagnosis") and config.init_from is None:  # `classifier` goes with stage: report
-        train_diagnosis(config, accelerator, cohort)
+        finished = train_diagnosis(config, accelerator, cohort)
     if config.stage in ("all", "report"):
-        train_report(config, accelerator, cohort)
+        finished = train_report(config, accelerator, cohort)
     accelerator.end_training()
+    return finished
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from transformers import BatchFeature
 
 from ..encoders_diffvp import encoder_sha256, raw_bytes
 from ..reading_diffvp import read_ct
+from ..references_diffvp import path_sha256
 from ..volume_diffvp import PREPROCESSING_VERSION
 from .cases import Case
 
@@ -33,17 +34,6 @@ def file_sha256(path: str | os.PathLike) -> str:
     with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
         while chunk := file.read(2**20):
             digest.update(chunk)
-    return digest.hexdigest()
-
-
-def path_sha256(path: str | os.PathLike, of_file: Callable[[Path], str] = file_sha256) -> str:
-    """Hex SHA-256 of a file, or of the names and files of a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return of_file(path)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{of_file(file)}\0".encode())
     return digest.hexdigest()
 
 

@@ -137,7 +137,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 # Choosing among cases -----------------------------------------------------------------------------------------------
 
 
-def split_by_patient(cases: Sequence[Case], fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
+def split_by_patient(cases: Sequence[Case], fraction: float, seed: int | str) -> tuple[list[Case], list[Case]]:
     """
     (training, validation): about `fraction` of the patients, with all their scans, go to validation.
 
@@ -181,8 +181,11 @@ def _reconstruction(case: Case) -> int:
     return int(digits[1]) if digits else 0
 
 
-def check_no_leak(train: Iterable[Case], validation: Iterable[Case]) -> None:
+def check_no_leak(train: Iterable[Case], validation: Iterable[Case], other: str = "validation") -> None:
     """
+    Args:
+        other: what the second side is for, in the message.
+
     Raises:
         DatasetError: a patient, or a file, is on both sides.
     """
@@ -193,10 +196,10 @@ def check_no_leak(train: Iterable[Case], validation: Iterable[Case]) -> None:
     for case in validation:
         if case.patient_id in patients and case.patient_id not in seen:
             seen.add(case.patient_id)
-            found = f"{shown(case.patient_id)} in training and in validation"
+            found = f"{shown(case.patient_id)} in training and in {other}"
             problems.append(Problem("splits", case.row, "patient_id", found, "one of the two", case.name))
         elif isinstance(case.volume, Path) and case.volume in volumes:
-            found = f"{shown(case.volume.name)} in training and in validation"
+            found = f"{shown(case.volume.name)} in training and in {other}"
             problems.append(Problem("splits", case.row, "volume", found, "one of the two", case.name))
     raise_problems(problems)
 

@@ -81,11 +81,8 @@ def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | 
     """
     if ids is not None:
         members, rule = named_cases(ids, cases), "a list of ids"
-    elif any(case.normal is not None for case in cases):
-        members, rule = [case for case in cases if case.normal], "the column normal of the table"
-        members = first_reconstructions(members)
-    elif cases and all(case.labels is not None for case in cases):
-        members, rule = first_reconstructions(normal_pool(cases)), RULE
+    elif (found := pool_by_rule(cases)) is not None:
+        members, rule = first_reconstructions(found[0]), found[1]
     else:
         expected = (
             "the 18 labels, a column `normal` in the table, a list of ids of normal scans by --ids, or --read-reports "
@@ -95,6 +92,15 @@ def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | 
     if not members:
         raise DatasetError([Problem("dataset", None, "normal scans", f"none by {rule}", "at least one normal scan")])
     return Pool(members, rule, count_normal(cases), pool_warnings(members, cases, layout))
+
+
+def pool_by_rule(cases: Sequence[Case]) -> tuple[list[Case], str] | None:
+    """The normal cases, every reconstruction of them, and by which rule; `None` where nothing tells which they are."""
+    if any(case.normal is not None for case in cases):
+        return [case for case in cases if case.normal], "the column normal of the table"
+    if cases and all(case.labels is not None for case in cases):
+        return normal_pool(cases), RULE
+    return None
 
 
 def load_pool(path: str | Path, cases: Sequence[Case]) -> list[Case]:

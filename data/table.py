@@ -262,7 +262,7 @@ def _row_case(
         return None
     volume = table.parent / str(value).strip()
     default = Path(str(value).strip())
-    default = _without_suffix(default.name if default.is_absolute() else default.as_posix())
+    default = without_suffix(default.name if default.is_absolute() else default.as_posix())
     name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
     if not keep(name):
         return None
@@ -284,7 +284,7 @@ def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) ->
     if path is not None:
         # `datasets` writes "gzip://scan.nii::folder/scan.nii.gz" for what it could open by itself.
         path = path.split("::")[-1]
-    default = _without_suffix(Path(path or "").name)
+    default = without_suffix(Path(path or "").name)
     name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
     volume = {"path": path, "bytes": value.get("bytes")}
     return _text_case(row, name, volume, source, row.values, problems)
@@ -322,6 +322,6 @@ def _text_case(
     )
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
     suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]

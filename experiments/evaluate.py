@@ -1,53 +1,157 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Score a checkpoint on a phantom test split beside the baselines that a report generator has to beat.
+Score a checkpoint on cases that it has not seen, beside the baselines that a report generator has to beat.
 
-    diffvp evaluate phantom --checkpoint checkpoints/diffvp-phantom --output experiments/results
+    diffvp evaluate my_scans/own_scans.yaml                     # the test cases of a training file, and its model
+    diffvp evaluate phantom --output experiments/results        # a phantom cohort, and the checkpoint that ships
+    diffvp evaluate DIR --layout ct-rate --output results --checkpoint FOLDER
 
-Every system sees what a user would have: the scan, and a reference from the pool that ships with the checkpoint.
-Findings are read from the text by the phantom's own sentence reader and compared with the labels of the case.
+Every system sees what a user would have: the scan, and a reference from the pool of the checkpoint. Findings are read
+from the text, of phantoms by their own sentence reader and of others by the rules or RadBERT, and compared with the
+labels of the case; where a dataset has none, with those that the same labeler reads out of the true report.
 """
 
 import json
 import os
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
-from ..data.cases import Case, Problem, raise_problems
+from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
-from ..data.pool import is_normal, normal_pool
+from ..data.load import load_dataset_cases
+from ..data.pool import is_normal, normal_pool, pool_by_rule
 from ..data.radgenome import load_phantom
-from ..metrics.baselines import label_baselines, most_frequent_report_by_region, nearest_reports
+from ..metrics.baselines import (
+    label_baselines,
+    most_frequent_report,
+    most_frequent_report_by_region,
+    nearest_reports,
+)
 from ..metrics.clinical_efficacy import classification_scores, label_counts, precision_recall_f1
+from ..metrics.clinical_efficacy.reports import Labeler
 from ..metrics.collapse import collapse_panel, rare_findings
+from ..metrics.labelers.table import label_cases
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.nlg import score_reports
 from ..metrics.report_table import collapse_lines
 from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..pipeline_diffvp import RESEARCH_USE
 from ..processing_diffvp import DiffVPProcessor
+from ..progress import counted
+from ..reading_diffvp import read_ct
+from ..references_diffvp import ReferencePool
 from ..reporting import load_checkpoint
 from ..train_accelerate import load_classifier
+from ..training.cohort import load_cohort
+from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesions import score_findings
 from .scores import FINDINGS, PhantomReader, micro
 
 BATCH_SIZE = 16
-LABELS_SIGNATURE = "clinical-efficacy|micro|labels:18|truth:cohort|reader:phantom_report.labels_from_report"
+FEWEST_OF_LABEL = 5  # cases with a finding; of fewer its scores say nothing
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """
+    What a checkpoint is scored on.
+
+    Attributes:
+        name: of the dataset, for the page.
+        training, test: the cases of the baselines, and those that are scored; all with the 18 labels.
+        labeler: reads the findings out of the text.
+        truth: where the labels come from: "dataset", "labeler", or "cohort" of phantoms.
+        pool: normal cases for a checkpoint that has no references of its own.
+        spacing: mm along x, y, z of scans whose files do not say it.
+        phantoms: folder of the cohort, for the sizes of lesions.
+        split: of the test cases, by name.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    name: str
+    training: list[Case]
+    test: list[Case]
+    labeler: Labeler
+    truth: str
+    pool: list[Case] = field(default_factory=list)
+    spacing: tuple[float, float, float] | None = None
+    phantoms: Path | None = None
+    split: str = "test"
+
+    @property
+    def signature(self) -> str:
+        """How findings are scored."""
+        reader = self.labeler.signature.replace("|", ",")
+        return f"clinical-efficacy|micro|labels:18|truth:{self.truth}|reader:{reader}"
+
+
+def phantom_set(data: str | os.PathLike) -> TestSet:
+    """The `valid` split of a phantom cohort."""
+    train, test = load_phantom(data, "train"), load_phantom(data, "valid")
+    return TestSet(Path(data).name, train, test, PhantomReader(), "cohort", phantoms=Path(data), split="valid")
+
+
+def dataset_set(
+    layout: str, root: str | os.PathLike, split: str, training_split: str, labeler: Labeler, **options
+) -> TestSet:
+    """A split of a dataset, with another for the baselines; `options` are those of [`TestSet`]."""
+    train, test = (load_dataset_cases(layout, root, one) for one in (training_split, split))
+    check_no_leak(train, test, "test")
+    tests = _labelled(TestSet(Path(root).name, train, test, labeler, "dataset", split=split, **options))
+    return replace(tests, pool=(pool_by_rule(tests.training) or ([], ""))[0])
+
+
+def trained_set(config: TrainingConfig, labeler: Labeler) -> TestSet:
+    """The test cases of a training file, which its model has not seen.
+
+    Raises:
+        ValueError: it keeps none apart.
+    """
+    cohort = load_cohort(config)
+    if not cohort.test:
+        raise ValueError(
+            "The training file keeps no cases apart; expected data.test_fraction or data.test_split, and a model that "
+            "was trained so."
+        )
+    training = list({case.name: case for case in cohort.diagnosis + cohort.report}.values())
+    name = Path(config.data.root).name
+    options = {"pool": cohort.pool, "spacing": config.data.spacing}
+    if config.data.layout == "phantom":
+        options["phantoms"] = Path(config.data.root)
+        return TestSet(name, training, cohort.test, PhantomReader(), "cohort", **options)
+    truth = "labeler" if config.data.labeler else "dataset"
+    return _labelled(TestSet(name, training, cohort.test, labeler, truth, **options))
+
+
+def _labelled(tests: TestSet) -> TestSet:
+    """With labels that the labeler reads out of the reports, where the dataset has none."""
+    everything = tests.training + tests.test
+    if any(case.labels is not None and len(case.labels) != len(DIAGNOSIS_LABELS) for case in everything):
+        raise ValueError(f"The labels of {tests.name} are others than the 18 that a labeler reads.")
+    if all(case.labels is not None for case in everything):
+        return tests
+    options = {name: label_cases(getattr(tests, name), tests.labeler) for name in ("training", "test")}
+    return replace(tests, truth="labeler", **options)
 
 
 def constant_normal_report(cases: list[Case]) -> str:
-    """The most common wording of each region among the normal cases of the training split."""
+    """The most common wording of each region among the normal cases of the training split, or the most common report
+    where reports are not written by region."""
     normal = [case.report for case in normal_pool(cases)]
     if not normal:
         raise ValueError("The training split has no normal case to take the constant report from.")
+    if not any(set(DiffVPProcessor.post_process(report)) & set(REGIONS) for report in normal):
+        return most_frequent_report(normal)
     return most_frequent_report_by_region(normal, DiffVPProcessor.post_process, REGIONS)
 
 
@@ -64,22 +168,29 @@ def pooled_features(
 
     pooled = [
         cache.get(volumes.digest(case), lambda case=case: compute(case))["pooled"]
-        for case in track(cases, f"Features, {name}")
+        for case in counted(cases, f"Features, {name}")
     ]
     return torch.stack(pooled).numpy()
 
 
 def generate_reports(
-    model: DiffVPForConditionalGeneration, processor: DiffVPProcessor, targets: list[Case]
-) -> tuple[list[str], np.ndarray]:
-    """Greedy reports of the targets, and the classifier's probabilities (cases, labels)."""
+    model: DiffVPForConditionalGeneration,
+    processor: DiffVPProcessor,
+    targets: list[Case],
+    spacing: tuple[float, float, float] | None = None,
+) -> tuple[list[str], np.ndarray | None]:
+    """Greedy reports of the targets, and the classifier's probabilities (cases, labels) of a model that has one."""
     reports, probabilities = [], []
-    for start in track(range(0, len(targets), BATCH_SIZE), "Reports"):
-        inputs = processor(ct=[case.volume for case in targets[start : start + BATCH_SIZE]]).to(model.device)
+    allow_non_hu = processor.image_processor.allow_non_hu
+    for start in counted(range(0, len(targets), BATCH_SIZE), "Reports"):
+        batch = targets[start : start + BATCH_SIZE]
+        scans = [read_ct(case.volume, spacing, allow_non_hu, case.metadata) for case in batch]
+        inputs = processor(ct=scans).to(model.device)
         encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
         reports += processor.batch_decode(model.generate(**inputs, **encoded), skip_special_tokens=True)
-        probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
-    return reports, np.concatenate(probabilities)
+        if model.config.use_diagnosis:
+            probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
+    return reports, np.concatenate(probabilities) if probabilities else None
 
 
 @torch.no_grad()
@@ -101,7 +212,7 @@ def predict(folder: str | os.PathLike, volumes: VolumeCache, cases: list[Case]) 
     device = classifier.head.weight.device
     logits = [
         classifier(volumes.load(case)[None].float().to(device))[0]
-        for case in track(cases, f"Findings, {Path(folder).name}")
+        for case in counted(cases, f"Findings, {Path(folder).name}")
     ]
     return torch.cat(logits).sigmoid().cpu().numpy(), config
 
@@ -143,41 +254,52 @@ def score_labels(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
 
 
 def evaluate(
-    data: str | os.PathLike,
+    tests: TestSet,
     checkpoint: str | os.PathLike,
     output: str | os.PathLike,
     cache_dir: str | os.PathLike,
     limit: int | None = None,
+    command: str = "diffvp evaluate",
     volume_labels: str | os.PathLike | None = None,
-) -> Path:
+) -> tuple[Path, dict]:
     """
-    Evaluate on the `valid` split of `data`, a cohort with masks; writes `NAME_checkpoint.json` and
-    `NAME_checkpoint.md`, NAME being that of the checkpoint without "diffvp-".
+    Evaluate on the test cases; writes `NAME_checkpoint.json` and `NAME_checkpoint.md`, NAME being that of the
+    checkpoint without "diffvp-". The path of the second, and the content of the first.
 
     Args:
-        cache_dir: preprocessed volumes and features; the folder that training uses.
+        cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
         limit: only the first so many test cases, for a trial.
-        volume_labels: another checkpoint, or the first stage of one, whose classifier was trained on labels of whole
-            volumes alone: what a dataset without masks allows. It is scored by its own thresholds.
+        command: what the results say that they were made by.
+        volume_labels: of phantoms, another checkpoint, or the first stage of one, whose classifier was trained on
+            labels of whole volumes alone: what a dataset without masks allows. It is scored by its own thresholds.
 
     Raises:
-        ValueError: the test split has too few cases or lesions, the checkpoint too few references, or the classifier
-            of `volume_labels` does not fit.
-        DatasetError: the cohort has no masks.
+        ValueError: the test split has too few cases or lesions, the checkpoint too few references, or a classifier
+            of other labels.
+        DatasetError: a cohort of phantoms has no masks.
     """
-    train, test = load_phantom(data, "train"), load_phantom(data, "valid")[:limit]
-    patients = read_patients(data)
-    _check_cases(test, data)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)  # before anything is computed
+    train, test = tests.training, tests.test[:limit]
+    if len(test) < 2:
+        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+    if tests.phantoms is not None:
+        _check_masks(tests.phantoms, test)
     normal = [constant_normal_report(train)] * len(test)
     model, processor = load_checkpoint(str(checkpoint))
+    if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
+        raise ValueError("The checkpoint tells other findings than the 18 that a labeler reads out of reports.")
+    if processor.reference_pool is None:
+        paths = {case.name: case.volume for case in tests.pool if isinstance(case.volume, Path)}
+        processor.reference_pool = ReferencePool.of_paths(paths)
     model.merge_adapter()
-    volumes = VolumeCache(cache_dir, processor.image_processor)
-    pool = pool_cases(processor.reference_pool)
-    alone = None
+    volumes = VolumeCache(cache_dir, processor.image_processor, tests.spacing)
+    alone = {}
     if volume_labels is not None:
         probabilities, config = predict(volume_labels, volumes, test)
-        alone = classifier_scores(probabilities, config.diagnosis_threshold, test, patients)
-    reports, probabilities = generate_reports(model, processor, test)
+        patients = read_patients(tests.phantoms)
+        alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, test, patients)}
+    reports, probabilities = generate_reports(model, processor, test, tests.spacing)
     # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
     # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
     shuffled = reports[1:] + reports[:1]
@@ -186,8 +308,7 @@ def evaluate(
         pooled_features(model, volumes, train, "training"),
         [case.report for case in train],
     )
-    classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
-    reader = PhantomReader()
+    reader = tests.labeler
     texts = {
         "DiffVP": reports,
         "constant normal report": normal,
@@ -195,71 +316,70 @@ def evaluate(
         "DiffVP on another patient's scan": shuffled,
     }
     systems = {name: score(written, reader.label_all(written), test) for name, written in texts.items()}
-    systems["diagnosis classifier alone"] = score(None, classifier, test)
+    written = reader.label_all(reports)
+    truth = np.stack([case.labels for case in test]).astype(int)
+    agreement = {}
+    if probabilities is not None:
+        classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
+        systems["diagnosis classifier alone"] = score(None, classifier, test)
+        agreement = {"text_agrees_with_classifier": mean_with_interval((written == classifier).mean(axis=1))}
     guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
-    written = reader.label_all(reports)
-    per_label = score_labels(written, test)
-    truth = np.stack([case.labels for case in test]).astype(int)
     collapse = {
         name: collapse_panel(of, truth, reader, split=DiffVPProcessor.post_process)
         for name, of in (texts | {"true reports": [case.report for case in test]}).items()
         if name != "DiffVP on another patient's scan"  # the same reports
     }
-    named = {case.name: report for case, report in zip(test, reports, strict=True)}
-    maps = map_scores(model, volumes, data, test, pool)
-    map_of = maps.pop("per_case")
-    scored = {
-        "classifier": classifier_scores(probabilities, model.config.diagnosis_threshold, test, patients),
-        "report": report_scores(reports, written, classifier, test, patients),
-        "maps": maps,
-    }
-    if alone is not None:
-        scored["volume_labels"] = alone
-    options = {"--limit": limit, "--volume-labels": None if volume_labels is None else Path(volume_labels).as_posix()}
+    goals, map_of = {}, {}
+    if tests.phantoms is not None:
+        patients = read_patients(tests.phantoms)
+        goals["maps"] = map_scores(model, volumes, tests.phantoms, test, pool_cases(processor.reference_pool))
+        map_of = goals["maps"].pop("per_case")
+        if probabilities is not None:
+            goals["classifier"] = classifier_scores(probabilities, model.config.diagnosis_threshold, test, patients)
+            goals["report"] = report_scores(reports, written, classifier, test, patients)
     result = {
-        "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
-        + "".join(f" {option} {value}" for option, value in options.items() if value is not None),
+        "command": command + ("" if limit is None else f" --limit {limit}"),
+        "dataset": {"name": tests.name, "split": tests.split, "phantoms": tests.phantoms is not None},
+        "intended_domain": model.config.intended_domain,
         "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "cases": len(test),
         "training_cases": len(train),
         "signatures": [
             *score_reports(reports[:1], [test[0].report], meteor=False).signature.split(),
-            LABELS_SIGNATURE,
+            tests.signature,
         ],
         "systems": systems,
-        **scored,
-        "per_label": per_label,
+        **goals,
+        **alone,
+        "per_label": score_labels(written, test),
         "collapse": collapse,
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
-        "text_agrees_with_classifier": mean_with_interval((written == classifier).mean(axis=1)),
-        "lesion_sizes": {
-            f"{label}, {size}": counts
-            for label, bins in score_findings(patients, named)["by_size"].items()
-            for size, counts in bins.items()
+        **agreement,
+        "reports": {
+            "distinct": len(set(reports)),
+            "all_findings_right": int((written == truth).all(axis=1).sum()),
         },
+        "lesion_sizes": _lesion_sizes(tests, test, reports),
         "predictions": [
-            {"name": case.name, "reference": case.report, "prediction": report, "map": map_of.get(case.name)}
+            {"name": case.name, "reference": case.report, "prediction": report}
+            | ({"map": map_of[case.name]} if case.name in map_of else {})
             for case, report in zip(test, reports, strict=True)
         ],
     }
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     name = Path(checkpoint).name.removeprefix("diffvp-")
     texts = {f"{name}_checkpoint.json": json.dumps(result, indent=1) + "\n", f"{name}_checkpoint.md": _page(result)}
     for file, text in texts.items():
         (output / f".{file}").write_text(text, encoding="utf-8")
     for file in texts:
         os.replace(output / f".{file}", output / file)
-    return output / f"{name}_checkpoint.md"
+    return output / f"{name}_checkpoint.md", result
 
 
-def _check_cases(test: list[Case], data: str | os.PathLike) -> None:
+def _check_masks(data: Path, test: list[Case]) -> None:
     """What would else be found missing after an hour."""
-    if len(test) < 2:
-        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
     paths = [lesion_mask_path(data, case.name) for case in test if not is_normal(case)]
     raise_problems(
         [
@@ -270,16 +390,36 @@ def _check_cases(test: list[Case], data: str | os.PathLike) -> None:
     )
 
 
+def _lesion_sizes(tests: TestSet, test: list[Case], reports: list[str]) -> dict[str, dict]:
+    """Of phantoms, whose lesions are known: how many of each size the reports name."""
+    if tests.phantoms is None:
+        return {}
+    named = {case.name: report for case, report in zip(test, reports, strict=True)}
+    by_size = score_findings(read_patients(tests.phantoms), named)["by_size"]
+    return {f"{label}, {size}": counts for label, bins in by_size.items() for size, counts in bins.items()}
+
+
 def _page(result: dict) -> str:
     """The results as Markdown."""
-    bleu = result["systems"]["DiffVP"]
+    name, phantoms = result["checkpoint"]["name"], result["dataset"]["phantoms"]
+    domain = (
+        "Synthetic phantoms only: these numbers say nothing about patients."
+        if phantoms
+        else f"Intended domain, as the checkpoint says: {result['intended_domain'] or 'not stated'}."
+    )
+    agreement = result.get("text_agrees_with_classifier")
+    goals = []
+    if "report" in result:
+        of = result["systems"]["DiffVP"]
+        bleu = {"value": of["bleu4"], "interval": of["bleu4_interval"]}
+        goals = [*goal_lines(result | {"bleu4": bleu}), ""]
     lines = [
-        f"# {result['checkpoint']['name']} on unseen phantoms",
+        f"# {name} on unseen {'phantoms' if phantoms else 'scans'}",
         "",
-        f"{result['cases']} cases of the `valid` split, which no training uses. Synthetic phantoms only: these "
-        "numbers say nothing about patients.",
+        f"{result['cases']} cases of the `{result['dataset']['split']}` split, which no training uses; the baselines "
+        f"know {result['training_cases']} others. {domain}",
         f"Weights {result['checkpoint']['sha256']['model.safetensors'][:12]}.",
-        f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases.",
+        f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases. {RESEARCH_USE}",
         "",
         *table_lines(
             ["system", "precision", "recall", "micro-F1", "BLEU-4", "ROUGE-L"],
@@ -289,30 +429,29 @@ def _page(result: dict) -> str:
             ],
         ),
         "",
-        *goal_lines(result | {"bleu4": {"value": bleu["bleu4"], "interval": bleu["bleu4_interval"]}}),
-        "",
-        "Findings of the generated reports, by label:",
+        *goals,
+        f"Findings of the generated reports, by label; of fewer than {FEWEST_OF_LABEL} cases no score is told:",
         "",
         *table_lines(
             ["label", "cases", "precision", "recall", "F1"],
-            [
-                [
-                    label,
-                    str(scores["support"]),
-                    f"{scores['precision']:.3f}",
-                    f"{scores['recall']:.3f}",
-                    _cell(scores, "f1"),
-                ]
-                for label, scores in result["per_label"].items()
-            ],
+            [[label, str(scores["support"]), *_label_cells(scores)] for label, scores in result["per_label"].items()],
         ),
         "",
         *collapse_lines(result["collapse"], result["rare"]),
-        "",
-        "Labels on which a report and the diagnosis classifier that prompted it agree: "
-        f"{with_interval(**result['text_agrees_with_classifier'])}.",
     ]
+    if agreement is not None:
+        lines += [
+            "",
+            "Labels on which a report and the diagnosis classifier that prompted it agree: "
+            f"{with_interval(**agreement)}.",
+        ]
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])
+
+
+def _label_cells(scores: dict) -> list[str]:
+    if scores["support"] < FEWEST_OF_LABEL:
+        return ["-"] * 3
+    return [f"{scores['precision']:.3f}", f"{scores['recall']:.3f}", _cell(scores, "f1")]
 
 
 def _cell(scores: dict, column: str) -> str:

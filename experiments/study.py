@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..training.config import TrainingConfig, override, read_settings, set_value
+from ..training.config import TrainingConfig, override, read_settings, set_value, validated
 
 FOLDER = Path(__file__).parent
 NO_TABLES = ("variants", "labeler_noise")  # other files of this folder
@@ -73,7 +73,7 @@ class Study(_Section):
             set_value(training, dotted, value)
         values["training"] = {key: value for key, value in training.items() if key not in ("output_dir", "seed")}
         override(values, overrides or [])
-        study = cls.model_validate(values)
+        study = validated(cls, values, Path(path).name)
         study.training_config(Variant(name="", about=""), seed=0, output_dir="")  # a typo shows before hours of work
         return study
 
@@ -82,7 +82,7 @@ class Study(_Section):
         values = copy.deepcopy(self.training)
         for dotted, value in variant.settings.items():
             set_value(values, dotted, value)
-        return TrainingConfig.model_validate({**values, "seed": seed, "output_dir": str(output_dir)})
+        return validated(TrainingConfig, {**values, "seed": seed, "output_dir": str(output_dir)}, "training")
 
 
 class Variant(_Section):

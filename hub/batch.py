@@ -30,17 +30,19 @@ from ..anatomy_diffvp import anatomy_warnings
 from ..clinical.results import BatchResults
 from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
+from ..data.scans import find_scans
 from ..data.table import PATH_COLUMNS
 from ..engines import load_engine
 from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
-from ..references_diffvp import ReferencePoolError
+from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
 from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
 from ..volume_diffvp import CTInputError
 
 # Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
 # 1,024 voxel tokens each takes 2 MB.
 KEPT_REFERENCES = 2048
+NEAREST = "nearest"
 
 
 class BatchError(ValueError):
@@ -57,21 +59,24 @@ class Scan:
 
 def list_scans(source: str | os.PathLike) -> list[Scan]:
     """
-    The scans of a folder, at any depth, or of a list: a text file with a path in each line, or a .csv file with a
-    column `path` (or `file_name`) and, if the paths are not to be the names, one `id`.
+    The scans of a folder, at any depth; or of a list: a text file with a path in each line, or a .csv file with a
+    column `path` (or `file_name`) and, if the paths are not to be the names, one `id`; or the one scan that is named.
 
-    Paths are relative to the list. Of DICOM, a folder holds .zip files; folders of slices have to be listed.
+    Paths are relative to the list. A folder that holds DICOM slices is a scan, wherever it lies.
 
     Raises:
         DatasetError: all that is wrong with the list. Whether its files can be read, only reading them tells.
     """
     source, problems = Path(source).absolute(), []
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.name.lower().endswith(SCAN_SUFFIXES))
-        if not files:
-            expected = f"one of {', '.join(SCAN_SUFFIXES)}, or a list of DICOM folders"
+        found = find_scans(source)
+        if not found:
+            expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
             raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
-        return [Scan(path.relative_to(source).as_posix(), path) for path in files]
+        names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
+        return list(map(Scan, names, found))
+    if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
+        return [Scan(source.name, source)]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
         if not path:
@@ -113,6 +118,25 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
         yield number, (values.get("id") or path).strip(), path
 
 
+def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
+    """The references that a user names, and a digest of their ids and contents.
+
+    Raises:
+        DatasetError: there are none, or one is missing.
+    """
+    scans = list_scans(source)
+    raise_problems(
+        [
+            Problem(Path(source).name, None, "reference", "missing", "an existing file or folder", scan.id)
+            for scan in scans
+            if not scan.path.exists()
+        ]
+    )
+    digests = {scan.id: path_sha256(scan.path) for scan in scans}
+    digest = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    return ReferencePool.of_paths({scan.id: scan.path for scan in scans}, digests), digest
+
+
 # Name, SHA-256 of the file (`None` where there is none), and features or the error that refused the scan.
 ReadScan = tuple[str, str | None, BatchFeature | CTInputError]
 
@@ -127,6 +151,8 @@ class ReportWriter:
     Args:
         checkpoint: folder or Hub id.
         engine: see [`load_engine`].
+        reference: a normal scan, or a folder or list of them (see [`list_scans`]), instead of the checkpoint's pool;
+            or "nearest": of the checkpoint's pool the scan whose mean features are closest.
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
@@ -148,6 +174,7 @@ class ReportWriter:
         checkpoint: str | os.PathLike,
         engine: str = "transformers",
         *,
+        reference: str | os.PathLike | None = None,
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
         allow_any_anatomy: bool = False,
@@ -159,8 +186,21 @@ class ReportWriter:
         hub_kwargs = hub_kwargs or {}
         self.clinical = BatchResults(dicom, fhir) if dicom is not None or fhir else None
         self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
+        self.nearest = reference == NEAREST
+        given = {}
+        if reference is not None and not self.nearest:
+            self.processor.reference_pool, digest = _given_pool(reference)
+            given = {"references": {"scans": len(self.processor.reference_pool.entries), "sha256": digest}}
+        elif self.nearest:
+            given = {"references": NEAREST}
+            if self.model.config.compares_voxels:
+                raise ReferencePoolError(
+                    "This checkpoint compares voxels, not features, by which the nearest is told."
+                )
         if self.processor.reference_pool is None:
-            raise ReferencePoolError("This checkpoint has no normal references: put some into references/ of its own.")
+            raise ReferencePoolError(
+                "This checkpoint has no normal references: give --reference, a normal scan or a folder of them."
+            )
         made_by = identify_model(self.model, hub_kwargs)
         self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
         self.decoding = greedy(self.model, max_new_tokens)
@@ -168,6 +208,7 @@ class ReportWriter:
         self.allow_any_anatomy = allow_any_anatomy
         settings = {
             **made_by,
+            **given,
             "reference_seed": reference_seed,
             "preprocessing": preprocessing(self.processor.image_processor),
             "decoding": {
@@ -193,6 +234,7 @@ class ReportWriter:
         self._instruction = dict(self.processor(text=self.processor.instruction).to(self.model.device))
         self._pool = {entry["id"]: entry for entry in self.processor.reference_pool.entries}
         self._reference = lru_cache(KEPT_REFERENCES)(self._encode_reference)
+        self._signature = lru_cache(None)(self._mean_features)  # a few hundred numbers each
 
     def read(self, scans: Sequence[Scan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
         """Name, file digest and features of each scan, or the error that refused it, in their order."""
@@ -225,9 +267,13 @@ class ReportWriter:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
+            try:
+                prompt, draft = self._prompt(features)
+            except NoOtherReferenceError as error:
+                failures.append({"id": name, "error": type(error).__name__, "message": str(error)})
+                continue
             coverages.append(features["geometry"][0].coverage)
             sources.append(features.get("source"))
-            prompt, draft = self._prompt(features)
             prompts.append(prompt)
             drafts.append({"id": name, "file_sha256": file_sha256, **draft})
         written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
@@ -245,8 +291,7 @@ class ReportWriter:
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
         logits = scan.pop("diagnosis_logits", None)
-        pool = self.processor.reference_pool
-        reference, compared = pool.choose(self.reference_seed, geometry.sha256, lambda one: self._reference(one["id"]))
+        reference, compared = self._choose(geometry.sha256, scan)
         with torch.no_grad():
             comparison = self.model.compare(**scan, **compared)
         [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
@@ -257,6 +302,23 @@ class ReportWriter:
         if self.clinical is not None and self.clinical.dicom is not None:
             draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
         return prompt, draft
+
+    def _choose(self, scan: str, encoded: dict) -> tuple[str, dict[str, torch.Tensor]]:
+        """Id and encoding of the reference of a scan, of its digest and encoding."""
+        pool = self.processor.reference_pool
+
+        def load(entry: dict[str, str]) -> tuple[str, dict[str, torch.Tensor]]:
+            return self._reference(entry["id"])
+
+        if not self.nearest:
+            return pool.choose(self.reference_seed, scan, load)
+        own = encoded["ct_features"].mean(dim=1)
+        return pool.first_other(
+            sorted(pool.entries, key=lambda entry: float(torch.dist(self._signature(entry["id"]), own))), scan, load
+        )
+
+    def _mean_features(self, name: str) -> torch.Tensor:
+        return self._reference(name)[1]["reference_features"].mean(dim=1)
 
     def _finish(self, draft: dict, tokens: list[int]) -> dict:
         findings, ends = draft.pop("findings"), end_tokens(self.decoding)

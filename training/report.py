@@ -11,6 +11,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from ..checkpoint_diffvp import BASE_PREFIX
 from ..collator_diffvp import DiffVPDataCollator, pair_reference
+from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import Case, Problem
 from ..data.pairing import chance
 from ..data.pool import other_scans
@@ -207,11 +208,10 @@ def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int
 
 
 def check_reports(
-    cohort: Cohort, processor: DiffVPProcessor, section: ReportSection, model: DiffVPForConditionalGeneration
+    cohort: Cohort, processor: DiffVPProcessor, section: ReportSection, config: DiffVPConfig
 ) -> list[Problem]:
     """Reports that do not fit: longer than `max_report_tokens`, or with the prompt than the LLM's context."""
-    problems, config = [], model.config
-    longest = 0
+    problems, longest = [], 0
     for case in {case.name: case for case in cohort.report + cohort.validation}.values():
         tokens = len(processor.encode_report(case.report))
         longest = max(longest, min(tokens, section.max_report_tokens))

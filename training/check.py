@@ -1,0 +1,228 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that would stop a run later, found before it starts, by `diffvp train` and by its `--dry-run`."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from ..bases_diffvp import locate_base_model
+from ..checkpoint_diffvp import check_checkpoint_name
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
+from ..data.cases import Problem, raise_problems
+from ..data.lesions import lesion_mask_path, lobe_mask_path, read_patients
+from ..data.regions import region_mask_path
+from ..encoders_diffvp import make_encoder
+from ..files import nearest_folder, writing_problem
+from ..findings_diffvp import SIDES
+from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from .cohort import Cohort
+from .config import TrainingConfig
+from .report import check_base, check_reports
+
+SPARE = 1.1  # of the disk space that is computed
+
+
+def make_processor(config: TrainingConfig) -> DiffVPProcessor:
+    """The processor of a model that begins with a base LLM."""
+    base = config.base
+    path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
+    options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
+    return DiffVPProcessor(DiffVPImageProcessor(**config.image_processor), tokenizer)
+
+
+def model_fields(config: TrainingConfig, processor: DiffVPProcessor) -> dict:
+    """The fields of its configuration, with what the model says in tokens."""
+    labels, places = DiffVPConfig(**config.model).diagnosis_labels, None
+    if config.model.get("finding_attributes"):
+        places = [*(config.model.get("finding_regions") or ()), *SIDES]
+    fields = {
+        **config.model,
+        "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(processor.tokenizer, labels, places=places),
+        "instruction": processor.instruction,
+        "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
+    }
+    # Both from the first stage: the classifier then needs no encoder of its own.
+    fields.setdefault("share_encoder", has_own_encoder(config))
+    return fields
+
+
+def has_own_encoder(config: TrainingConfig) -> bool:
+    """Whether the visual encoder is that of the run's own first stage."""
+    return config.encoder_weights is None and config.model.get("encoder_type") != "external"
+
+
+def base_config(config: TrainingConfig) -> AutoConfig:
+    """The configuration of the base LLM, compared with what the training file expects of it.
+
+    Raises:
+        BaseModelError: it is another.
+    """
+    base = config.base
+    path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
+    options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
+    found = AutoConfig.from_pretrained(path, **options)
+    check_base(found, base.expected_config)
+    return found
+
+
+def check_run(config: TrainingConfig, cohort: Cohort) -> None:
+    """
+    Raises:
+        DatasetError: all that would stop the run, but for volumes that cannot be read, which only reading them tells.
+        DiffVPCheckpointError, BaseModelError, OSError: a base or a checkpoint cannot be had, or is another.
+    """
+    problems = _folders(config) + _libraries(config) + _masks(config, cohort)
+    if config.init_from is None:
+        image_processor, model = DiffVPImageProcessor(**config.image_processor), DiffVPConfig(**config.model)
+        problems += _encoder(config, model) + _classifier(config, model)
+    else:
+        check_checkpoint_name(config.init_from)
+        options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+        model = DiffVPConfig.from_pretrained(config.init_from, **options)
+        image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
+    check_hu_range(model, image_processor)
+    problems += _disk(config, cohort, model)
+    if config.stage != "diagnosis":
+        if config.init_from is None:
+            processor = make_processor(config)
+            fields = model_fields(config, processor)
+            text = {"vocab_size": len(processor.tokenizer), **config.base.from_scratch} if _scratch(config) else None
+            model = DiffVPConfig(text_config=text or base_config(config), **fields)
+        else:
+            processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
+        problems += check_reports(cohort, processor, config.report, model)
+    raise_problems(problems)
+
+
+def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) -> None:
+    """
+    Raises:
+        ValueError: the encoder takes the tensor for other Hounsfield units than the processor puts into it.
+    """
+    if config.hu_range is not None and tuple(config.hu_range) != tuple(image_processor.hu_window):
+        raise ValueError(
+            f"model.hu_range is {list(config.hu_range)} and image_processor.hu_window "
+            f"{list(image_processor.hu_window)}; expected the same HU"
+        )
+
+
+def memory_warning(needed_gb: dict[str, float]) -> str | None:
+    """What a run takes beyond what this machine has, by the estimate; `None` where it fits, as far as that knows."""
+    needed, place = sum(needed_gb.values()), "this machine"
+    if torch.cuda.is_available():
+        available, place = torch.cuda.get_device_properties(0).total_memory / 1e9, "its GPU"
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed <= available:
+        return None
+    return (
+        f"The run is estimated to take {needed:.1f} GB, and {place} has {available:.1f} GB: lower "
+        "report.micro_batch_size, set report.gradient_checkpointing, or take a smaller base."
+    )
+
+
+def _scratch(config: TrainingConfig) -> bool:
+    return config.base.from_scratch is not None
+
+
+def _folders(config: TrainingConfig) -> list[Problem]:
+    """Folders that cannot be written."""
+    problems = []
+    for field, folder in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
+        # Of a file in it: the folder itself may be there already.
+        found = writing_problem(Path(folder) / "file")
+        if found is not None:
+            problems.append(Problem("training file", None, field, found, "a folder that can be written"))
+    return problems
+
+
+def _libraries(config: TrainingConfig) -> list[Problem]:
+    """Packages that the settings ask for and that are not installed."""
+    needed = {f"log_with: {name}": name for name in config.log_with}
+    if config.base is not None and config.base.quantization is not None:
+        needed[f"base.quantization: {config.base.quantization}"] = "bitsandbytes"
+    return [
+        Problem("training file", None, field, f"{package} is not installed", f"`pip install {package}`")
+        for field, package in needed.items()
+        if importlib.util.find_spec(package) is None
+    ]
+
+
+def _masks(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
+    """Masks that stage 1 learns from, or that regions are averaged in."""
+    root, problems = config.data.root, []
+    wanted = {}
+    if config.diagnosis is not None and config.diagnosis.crops is not None and config.stage != "report":
+        if tuple(config.model.get("diagnosis_labels", DIAGNOSIS_LABELS)) != DIAGNOSIS_LABELS:
+            expected = "null, as masks are of the 18 labels"
+            problems.append(Problem("training file", None, "diagnosis.crops", "beside labels of your own", expected))
+        patients = read_patients(root)
+        for case in cohort.diagnosis + cohort.validation:
+            wanted[case.name] = [lesion_mask_path(root, case.name), lobe_mask_path(root, case.name)]
+            if case.name not in patients:
+                problems.append(Problem("patients.jsonl", None, "line", "missing", "one for this case", case.name))
+    if config.data.region_tokens:
+        for case in cohort.everyone():
+            wanted.setdefault(case.name, []).extend(region_mask_path(root, case.name, region) for region in REGIONS)
+    problems += [
+        Problem(path.parent.name, None, "mask", "missing", f"the file {path.name} for this case", name)
+        for name, paths in wanted.items()
+        for path in paths
+        if not path.is_file()
+    ]
+    return problems
+
+
+def _encoder(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
+    """Weights of an encoder that are not there, or of another one."""
+    if config.encoder_weights is None:
+        return []
+    path, problem = Path(config.encoder_weights), ("training file", None, "encoder_weights")
+    if not path.is_file():
+        return [Problem(*problem, "missing", "a .safetensors file, such as `diffvp encoder convert` writes")]
+    with torch.device("meta"):
+        expected = {name: list(value.shape) for name, value in make_encoder(model).state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if not wrong:
+        return []
+    shapes = f"{wrong[0]} of shape {found.get(wrong[0])}"
+    return [Problem(*problem, shapes, f"{expected.get(wrong[0])}, that of the encoder in the section model")]
+
+
+def _classifier(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
+    """A classifier to take over that is of other findings."""
+    if config.classifier is None or not model.use_diagnosis:
+        return []
+    check_checkpoint_name(config.classifier)
+    known = list(DiffVPConfig.from_pretrained(config.classifier).diagnosis_labels)
+    if known == list(model.diagnosis_labels):
+        return []
+    expected = f"{len(model.diagnosis_labels)}, those of model.diagnosis_labels"
+    return [Problem("training file", None, "classifier", f"one of {len(known)} other findings", expected)]
+
+
+def _disk(config: TrainingConfig, cohort: Cohort, model: DiffVPConfig) -> list[Problem]:
+    """A disk that has no room for the caches."""
+    cases = len({case.name for case in cohort.everyone() + cohort.pool})
+    voxels, tokens = 1, 1
+    for size, token in zip(model.image_size, model.feature_grid, strict=True):
+        voxels, tokens = voxels * size, tokens * token
+    needed = cases * (voxels * 2 + tokens * model.encoder_hidden_size * 4) * SPARE
+    folder = Path(config.data.cache_dir)
+    cached = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if needed <= free + cached:
+        return []
+    expected = f"at least {(needed - cached) / 1e9:.1f} GB for {cases} cases, or another folder"
+    return [Problem("training file", None, "data.cache_dir", f"{free / 1e9:.1f} GB free", expected)]
