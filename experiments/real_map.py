@@ -52,7 +52,7 @@ INFLATED_SIZE, INFLATED_FOREGROUND = (160, 224, 224), -1000.0
 # A token of theirs is some 25 x 40 x 40 mm: one to each side is what two or more are to the phantom's encoder. Squared
 # distances grow with the channels, of which it has 48 at a temperature of 8.
 INFLATED_RADIUS, TEMPERATURE_PER_CHANNEL = 1, 8 / 48
-PEAK_MM = 24.0
+PEAK_MM = 12.0
 INSIDE = 0.95  # share of a moved lesion that has to lie in the body, to count as a place of it
 
 
@@ -170,7 +170,7 @@ def score(values: NDArray, seen: Seen) -> dict[str, float]:
 
     Returns:
         "inside": whether the maximum lies in the lesion; "near": or within the tolerance; "distance_mm" from it to the
-        lesion; "rank" of the lesion among the map's local maxima, which are the largest value in 24 mm to each side;
+        lesion; "rank" of the lesion among the map's local maxima, which are the largest value in 12 mm to each side;
         "auroc"; "dice" of the lesion with as many of the largest values; "by_chance": see [`share_of_places`].
     """
     body = body_voxels(seen.target, seen.hu_window)
