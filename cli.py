@@ -38,6 +38,10 @@ Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of the weights: float32 or bfloat16 (default: the checkpoint's; docs/scaling.md)."),
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -67,7 +71,7 @@ def demo(
     """Write the report of a phantom patient that no training saw, beside the true one."""
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
-        written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
+        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
     out.print(
@@ -112,13 +116,14 @@ def report(
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
     engine: Engine = "transformers",
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
     with _reporting() as reporting:
         written = reporting(
-            checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, ct, output, engine, dtype, reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
             metadata=None if metadata is None else _metadata(metadata, ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
@@ -140,6 +145,7 @@ def batch(
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     engine: Engine = "transformers",
+    dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
@@ -159,7 +165,7 @@ def batch(
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
-            hub_kwargs=hub_kwargs,
+            dtype=dtype, hub_kwargs=hub_kwargs,
         )  # fmt: skip
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err) as progress:
             task = progress.add_task("Scans", total=len(listed))
@@ -667,7 +673,10 @@ def _reporting() -> Iterator[Callable]:
             if not err.is_terminal:  # where no line can be rewritten
                 err.print(text, soft_wrap=True, markup=False)
 
-        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
+        def write(
+            checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str = "transformers",
+            dtype: str | None = None, **options,
+        ):  # fmt: skip
             step("Reading the scan")  # before the libraries, which take seconds: a bad file is refused at once
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
@@ -678,7 +687,7 @@ def _reporting() -> Iterator[Callable]:
             with _one_line_errors(*EXPECTED_ERRORS):
                 name, hub_kwargs = _checkpoint(checkpoint, revision)
                 step(f"Loading {name}")
-                model, processor = load_checkpoint(name, **hub_kwargs)
+                model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # A single report by transformers is not worth merging LoRA for.
                 decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
                 domain = model.config.intended_domain or "not stated by the checkpoint"

@@ -129,6 +129,7 @@ class ReportWriter:
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
+        dtype: see [`load_checkpoint`].
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -148,11 +149,12 @@ class ReportWriter:
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
         allow_any_anatomy: bool = False,
+        dtype: str | None = None,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
         hub_kwargs = hub_kwargs or {}
-        self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=dtype, **hub_kwargs)
         if self.processor.reference_pool is None:
             raise ReferencePoolError("This checkpoint has no normal references: put some into references/ of its own.")
         made_by = identify_model(self.model, hub_kwargs)
