@@ -3,8 +3,8 @@
 """
 A report by this build and by an earlier one, in turns: seconds of the clock and of the processor, memory, words.
 
-    git worktree add /tmp/before/diffvp 63a5407
-    python benchmarks/before.py /tmp/before/diffvp --minutes 10 --output benchmarks/results
+    git worktree add ../before/diffvp 63a5407
+    python benchmarks/before.py ../before/diffvp --minutes 10 --output benchmarks/results
 
 Whole processes are timed from outside. Decoding is timed in this process: the LLM's own `generate`, which is how the
 build before decoded, and this one with drafts, on the same prompts. Rounds go on until the minutes are spent; a ratio
