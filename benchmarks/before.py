@@ -10,7 +10,8 @@ Whole processes are timed from outside. Decoding is timed in this process: the L
 build before decoded, and this one with drafts, on the same prompts. Rounds go on until the minutes are spent; a ratio
 is the median over the rounds of one round's ratio. The first round of each, which fills caches, does not count.
 
-With `--llama FILE` the tokens a second of `llama-bench` (llama.cpp) stand beside it: the same GGUF file and threads.
+With `--llama FOLDER` the tokens a second of llama.cpp stand beside it, on the same GGUF file with as many threads:
+`pip install --no-deps --target FOLDER xllamacpp` (its wheel for CPUs is built for any of them, without AVX-512).
 """
 
 import argparse
@@ -134,14 +135,28 @@ def beside_two(measure: Callable[[], dict]) -> dict:
             other.wait()
 
 
-def llama_bench(command: str) -> float:
-    """Tokens a second of llama.cpp on the base LLM's own file, with as many threads as torch has here."""
+LLAMA = """
+import json, sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, threads = sys.argv[1], int(sys.argv[2])
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+parameters.n_ctx, parameters.n_parallel = 1024, 1
+server = xllamacpp.Server(parameters)
+request = {"prompt": "Write the report.", "n_predict": 128, "ignore_eos": True, "temperature": 0}
+print(json.dumps([server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)]))
+"""
+
+
+def llama(folder: str) -> float:
+    """Tokens a second of llama.cpp on the base LLM's own file, with as many threads as torch has here: the median."""
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    base = (config[f"base_model_{key}"] for key in ("name_or_path", "revision", "gguf_file"))
-    folder, file = locate_base_model(*base)
-    threads = str(torch.get_num_threads())
-    line = [command, "-m", f"{folder}/{file}", "-p", "0", "-n", "128", "-t", threads, "-o", "json"]
-    return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)[0]["avg_ts"]
+    place, file = locate_base_model(
+        *(config[f"base_model_{key}"] for key in ("name_or_path", "revision", "gguf_file"))
+    )
+    line = [sys.executable, "-c", LLAMA, f"{place}/{file}", str(torch.get_num_threads())]
+    environment = os.environ | {"PYTHONPATH": folder}
+    said = subprocess.run(line, env=environment, check=True, capture_output=True, text=True).stdout
+    return statistics.median(json.loads(said.strip().splitlines()[-1]))
 
 
 def median(rows: list[dict], key: str) -> float:
@@ -191,7 +206,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="working tree of the build before, in a folder named diffvp")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=9, help="at most")
-    parser.add_argument("--llama", help="llama-bench of llama.cpp")
+    parser.add_argument("--llama", metavar="FOLDER", help="where xllamacpp, a build of llama.cpp, is installed")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     results = {
@@ -210,7 +225,7 @@ def main() -> None:
         ways, same = decoding(scans)
         found |= in_turns(ways, start + sum(SHARE.values()) * seconds, options.rounds)
         results |= {"found": found, "same_tokens": same(), "busy": beside_two(kinds["report, this"])}
-    results["llama"] = None if options.llama is None else llama_bench(options.llama)
+    results["llama"] = None if options.llama is None else llama(options.llama)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "before.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (options.output / "before.md").write_text(page(results), encoding="utf-8")
