@@ -48,6 +48,10 @@ Dicom = Annotated[
 ]
 Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables for a terminal.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of the weights: float32 or bfloat16 (default: the checkpoint's; docs/scaling.md)."),
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -78,7 +82,7 @@ def demo(
     _check_writable(output)
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
-        written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
+        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
     out.print(
@@ -132,6 +136,7 @@ def report(
     ] = None,
     study: Annotated[str | None, typer.Option(help="StudyInstanceUID, for --dicomweb.")] = None,
     store: Annotated[bool, typer.Option("--store", help="Send structured report and map to --dicomweb.")] = False,
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
@@ -145,7 +150,7 @@ def report(
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
     with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
         written = reporting(
-            checkpoint, revision, results.ct, output, engine, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, results.ct, output, engine, dtype, reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
             metadata=None if metadata is None else _metadata(metadata, results.ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
@@ -170,6 +175,7 @@ def batch(
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     engine: Engine = "transformers",
+    dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
     reference: Annotated[
@@ -203,7 +209,7 @@ def batch(
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
-            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens,
+            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
             allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
         )  # fmt: skip
         with _goes_on_with(output), counting("Scans", err) as count:
@@ -947,7 +953,10 @@ def _reporting() -> Iterator[Callable]:
             if not err.is_terminal:  # where no line can be rewritten
                 err.print(text, soft_wrap=True, markup=False)
 
-        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
+        def write(
+            checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str = "transformers",
+            dtype: str | None = None, **options,
+        ):  # fmt: skip
             step("Reading the scan")  # before the libraries, which take seconds: a bad file is refused at once
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
@@ -958,7 +967,7 @@ def _reporting() -> Iterator[Callable]:
             with _one_line_errors(*EXPECTED_ERRORS):
                 name, hub_kwargs = _checkpoint(checkpoint, revision)
                 step(f"Loading {name}")
-                model, processor = load_checkpoint(name, **hub_kwargs)
+                model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # A single report by transformers is not worth merging LoRA for.
                 decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
                 domain = model.config.intended_domain or "not stated by the checkpoint"

@@ -63,6 +63,8 @@ WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
 CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
 
+DTYPES = ("float32", "bfloat16")  # float16 takes minutes a report on CPUs
+
 # The figure is sampled from the scan itself, not from the model's coarser tensor.
 FIGURE_SPACING = 1.5  # mm
 BODY_LEVEL = -0.2  # of [-1, 1]; a voxel above it is tissue: -520 HU in the default window
@@ -116,12 +118,13 @@ class Report:
         return self.folder / FIGURE
 
 
-def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kwargs):
+def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: str | None = None, **hub_kwargs):
     """
     Model and processor of a checkpoint in a folder or on the Hub, run by this package's own code.
 
     Args:
         device: where the model computes; `None` takes a GPU if there is one.
+        dtype: "float32" or "bfloat16", of all weights; `None` is the checkpoint's.
         hub_kwargs: the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -130,7 +133,10 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kw
     check_checkpoint_name(name, **hub_kwargs)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs).to(device)
+    if dtype not in (None, *DTYPES):
+        raise DiffVPCheckpointError(f"{name}: dtype: {dtype} (expected {' or '.join(DTYPES)}).")
+    weights = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = DiffVPForConditionalGeneration.from_pretrained(name, **weights, **hub_kwargs).to(device)
     # Else transformers would ask at the console whether to run the checkpoint's copy of the code.
     processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
     return model, processor
@@ -316,6 +322,7 @@ def describe_report(
             "preprocessing": preprocessing(processor.image_processor) | (options or {}),
             "decoding": {
                 "engine": engine,
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "instruction": processor.instruction,
                 "generation_config": public_fields(decoding.to_diff_dict()),
                 "new_tokens": len(tokens),

@@ -4,7 +4,7 @@
 Do quicker ways to decode write the same reports? Drafts, batches, and weights of fewer bits, on unseen phantoms.
 
     python benchmarks/agreement.py --cases 200 --output benchmarks/results                  # drafts and batches
-    python benchmarks/agreement.py --cases 100 --ways plain bfloat16 int8 --output ...      # fewer bits
+    python benchmarks/agreement.py --cases 100 --ways plain bfloat16 "bfloat16, batch" --output ...
     python benchmarks/agreement.py --ways plain drafts --scans a.nii.gz b.nii.gz --output ...
 
 All ways decode the same prompts, which the float32 model has embedded: what differs is decoding alone. `plain` is
@@ -42,7 +42,7 @@ WAYS = {
     "drafts, batch": ("float32", True, BATCH),
     "bfloat16": ("bfloat16", True, 1),
     "bfloat16, plain": ("bfloat16", False, 1),
-    "int8": ("int8", True, 1),
+    "bfloat16, batch": ("bfloat16", False, BATCH),
 }
 
 
@@ -51,8 +51,7 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, way: str):
         weights, drafted, self.batch = WAYS[way]
-        options = {} if weights == "float32" else {"dtype": weights}
-        self.model, self.processor = load_checkpoint(checkpoint, **options)
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=weights)
         if not drafted:
             self.model.drafts = None
         self.steps = 0

@@ -158,6 +158,7 @@ class ReportWriter:
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
         dicom: folder that gets structured report and difference map of each scan; what is no DICOM then fails.
         fhir: whether each record has a FHIR DiagnosticReport.
+        dtype: see [`load_checkpoint`].
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -180,12 +181,13 @@ class ReportWriter:
         allow_any_anatomy: bool = False,
         dicom: str | os.PathLike | None = None,
         fhir: bool = False,
+        dtype: str | None = None,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
         hub_kwargs = hub_kwargs or {}
         self.clinical = BatchResults(dicom, fhir) if dicom is not None or fhir else None
-        self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=dtype, **hub_kwargs)
         self.nearest = reference == NEAREST
         given = {}
         if reference is not None and not self.nearest:

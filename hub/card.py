@@ -27,6 +27,7 @@ from ..data.phantom_cohort import single_phantom
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..references_diffvp import REFERENCE_FOLDER
 from ..reporting import compare_findings, load_checkpoint
+from ..storage_diffvp import DRAFTS_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE = PACKAGE / "hub" / "model_card.md.jinja"
@@ -202,6 +203,16 @@ def describe_weights(path: Path, folder: Path) -> dict:
     return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "numbers": numbers}
 
 
+def describe_drafts(folder: Path) -> dict | None:
+    """The drafts of a checkpoint that has some: how many, of how many patients at least, and the size of the file."""
+    path = folder / DRAFTS_NAME
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    counted = {"entries": len(document["following"]), "min_patients": document["min_patients"]}
+    return {"file": path.name, "bytes": path.stat().st_size, **counted}
+
+
 def demo(folder: Path) -> dict:
     """The report of `make demo`'s patient and how it compares with the true one."""
     model, processor = load_checkpoint(str(folder), device="cpu")
@@ -249,6 +260,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         decoding=decoding,
         has_references=has_references,
         weights=[describe_weights(path, folder) for path in (*own, adapter) if path.is_file()],
+        drafts=describe_drafts(folder),
         evaluation=evaluation,
         missed={label: row for label, row in labels.items() if row["support"] and row["recall"] < MISSED},
         overcalled={label: row for label, row in labels.items() if row["predicted"] > OVERCALLED * row["support"]},

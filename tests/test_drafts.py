@@ -10,12 +10,18 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from diffvp.cli import SHIPPED_CHECKPOINT
+from diffvp.data.load import load_dataset_cases
 from diffvp.drafts_diffvp import CONTEXT, START, ReportDrafts, decode
 from diffvp.engines import TransformersEngine
+from diffvp.hub.drafts import phantom_drafts
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reporting import greedy
 from diffvp.storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from diffvp.tests.base_families import FAMILIES, TINY_FIELDS, write_base
+from diffvp.training.config import read_settings
+from diffvp.training.report import make_drafts
 
 TOKENS = 40
 
@@ -219,3 +225,25 @@ def test_decode_leaves_the_callers_config_alone(make_model, prompts):
     before = decoding.to_dict()
     decode(model.language_model, model.drafts, prompts[0][None], torch.ones(1, 12, dtype=torch.long), decoding)
     assert decoding.to_dict() == before
+
+
+def test_those_of_the_shipped_checkpoint_are_of_its_training_reports():
+    """Made again from the seeds of the cases that configs/phantom.yaml trains the generator on."""
+    settings = read_settings(SHIPPED_CHECKPOINT.parents[1] / "configs" / "phantom.yaml")
+    first, stop = settings["data"]["report_cases"]
+    made = phantom_drafts(SHIPPED_CHECKPOINT, settings["seed"], first, stop - 1)
+    shipped = ReportDrafts.load(SHIPPED_CHECKPOINT / DRAFTS_NAME, len(made.following) + 50_000)
+    assert (shipped.following, shipped.min_patients) == (made.following, made.min_patients)
+    assert len(shipped.following) > 500 and shipped.min_patients == 10
+
+
+def test_training_writes_them(small_cohort, tokenizer):
+    cases = load_dataset_cases("phantom", small_cohort, "train")
+    processor = DiffVPProcessor(DiffVPImageProcessor(), tokenizer)
+    drafts = make_drafts(cases, processor, 10)
+    rows = [[token for token in (*context, token) if token >= 0] for context, token in drafts.following.items()]
+    ends = [tokenizer.decode(row) for row in rows]
+    assert drafts.min_patients == 10 and ends
+    for text in ends:
+        assert sum(text.removesuffix("</s>") in case.report for case in cases) >= 10, text
+    assert make_drafts(cases, processor, None) is None and make_drafts(cases, processor, 1000) is None

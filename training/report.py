@@ -204,7 +204,8 @@ def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int
     if min_patients is None:
         return None
     reports = [processor.encode_report(case.report) for case in cases]
-    return ReportDrafts.build(reports, [case.patient_id for case in cases], min_patients)
+    drafts = ReportDrafts.build(reports, [case.patient_id for case in cases], min_patients)
+    return drafts if drafts.following else None
 
 
 def check_reports(
