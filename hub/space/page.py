@@ -226,7 +226,8 @@ def build_page(desk: Desk) -> gr.Blocks:
 
         def go_to(request: gr.Request, place, *look):
             study = visits.get(request)
-            return {} if study is None else moved(study, place, *look)
+            # A choice of the last study may come in after the next one has taken its place.
+            return {} if study is None or place not in study.places else moved(study, place, *look)
 
         def scroll(name: str):
             def show(number, window, overlay, opacity, request: gr.Request):
