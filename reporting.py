@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .anatomy_diffvp import anatomy_warnings
-from .bases_diffvp import locate_base_model
+from .bases_diffvp import locate_base_model, public_name
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
 from .data.cache import file_sha256, preprocessing
 from .data.phantom_report import labels_from_report
@@ -371,9 +371,9 @@ def _checkpoint(model, hub_kwargs: dict) -> dict:
             files[shard] = _local_file(name, shard, hub_kwargs)
     found = {file: path for file, path in files.items() if path is not None}
     if "config.json" not in found:
-        raise ReportError(f"The checkpoint {_public_name(name)} is no longer where the model was loaded from.")
+        raise ReportError(f"The checkpoint {public_name(name)} is no longer where the model was loaded from.")
     return {
-        "name": _public_name(name),
+        "name": public_name(name),
         "commit": extract_commit_hash(str(found["config.json"]), None),
         "sha256": {file: _sha256(path) for file, path in found.items()},
     }
@@ -387,7 +387,7 @@ def _base_model(model, hub_kwargs: dict) -> dict:
     name, revision, gguf_file = model.language_model.name_or_path, None, None
     if name == config.base_model_name_or_path:  # else another place was given on loading
         revision, gguf_file = config.base_model_revision, config.base_model_gguf_file
-    entry = {"name": _public_name(name), "revision": revision}
+    entry = {"name": public_name(name), "revision": revision}
     path, file = locate_base_model(name, revision, gguf_file)
     if not Path(path).is_dir():
         access = {key: value for key, value in hub_kwargs.items() if key != "revision"}
@@ -404,11 +404,6 @@ def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
         _raise_exceptions_for_connection_errors=False, **hub_kwargs,
     )  # fmt: skip
     return None if found is None else Path(found)
-
-
-def _public_name(name: str) -> str:
-    """A Hub id or package as it is, of a folder the last part: its path may name people and projects."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256, without_place
 from ..data.cases import Case
 from ..data.lesions import read_patients
 from ..data.pool import normal_pool
@@ -171,7 +171,7 @@ def evaluate(
     }
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
     result = {
-        "command": f"diffvp evaluate {Path(data).name} --output {Path(output).as_posix()}"
+        "command": f"diffvp evaluate {Path(data).name} --output {without_place(output)}"
         + ("" if limit is None else f" --limit {limit}"),
         "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
