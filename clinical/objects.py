@@ -157,10 +157,11 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
         content_description="Difference from a normal reference. Research use only.",
         specific_character_set=UTF_8,
     )
-    made.Laterality = None  # unknown, where neither is there
     for name in ("BodyPartExamined", "Laterality"):
-        if name in source.header:
+        if source.header.get(name):
             made[name] = source.header[name]
+    if "BodyPartExamined" not in made and "Laterality" not in made:
+        made.Laterality = None  # it could be a paired part (PS3.3, C.7.3.1)
     made.DerivationDescription = _derivation(document)
     _refer_to(made, planes)
     return made
