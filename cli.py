@@ -150,7 +150,8 @@ def report(
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
     with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
         written = reporting(
-            checkpoint, revision, results.ct, output, engine, dtype, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, results.ct, output, engine, dtype,
+            reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
             metadata=None if metadata is None else _metadata(metadata, results.ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
@@ -614,6 +615,7 @@ def evaluate(
         if checkpoint is not None and not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
     _check_writable(output)
+    from .data.cache import without_place
     from .experiments import evaluate as run
     from .metrics.labelers import load_labeler
     from .metrics.labelers.radbert import RadBertError
@@ -622,7 +624,7 @@ def evaluate(
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
         labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
-        command = " ".join(["diffvp evaluate", data.name if config is None else str(data), *(overrides or [])])
+        command = " ".join(["diffvp evaluate", data.name if config is None else without_place(data), *(overrides or [])])
         if config is not None:
             tests = run.trained_set(config, labeler)
         elif layout == "phantom":
@@ -631,11 +633,11 @@ def evaluate(
             tests = run.dataset_set(layout, data, split, training_split, labeler)
             command += f" --layout {layout} --split {split} --training-split {training_split}"
         if config is None:
-            command += f" --output {output.as_posix()}"
+            command += f" --output {without_place(output)}"
         if volume_labels is not None:
             if tests.phantoms is None:
                 raise ValueError("--volume-labels: given (expected only with a cohort of phantoms)")
-            command += f" --volume-labels {volume_labels.as_posix()}"
+            command += f" --volume-labels {without_place(volume_labels)}"
         page, results = run.evaluate(tests, checkpoint, output, cache_dir, limit, command, volume_labels)
         is_own = config is not None and config.card is not None and limit is None
         if is_own and checkpoint == Path(config.output_dir) / "model":

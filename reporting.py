@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .anatomy_diffvp import anatomy_warnings
-from .bases_diffvp import locate_base_model
+from .bases_diffvp import locate_base_model, public_name
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
 from .data.cache import preprocessing
 from .data.phantom_report import labels_from_report
@@ -385,9 +385,9 @@ def _checkpoint(model, hub_kwargs: dict) -> dict:
             files[shard] = _local_file(name, shard, hub_kwargs)
     found = {file: path for file, path in files.items() if path is not None}
     if "config.json" not in found:
-        raise ReportError(f"The checkpoint {_public_name(name)} is no longer where the model was loaded from.")
+        raise ReportError(f"The checkpoint {public_name(name)} is no longer where the model was loaded from.")
     return {
-        "name": _public_name(name),
+        "name": public_name(name),
         "commit": extract_commit_hash(str(found["config.json"]), None),
         "sha256": {file: digest(path) for file, path in found.items()},
     }
@@ -401,7 +401,7 @@ def _base_model(model, hub_kwargs: dict) -> dict:
     name, revision, gguf_file = model.language_model.name_or_path, None, None
     if name == config.base_model_name_or_path:  # else another place was given on loading
         revision, gguf_file = config.base_model_revision, config.base_model_gguf_file
-    entry = {"name": _public_name(name), "revision": revision}
+    entry = {"name": public_name(name), "revision": revision}
     path, file = locate_base_model(name, revision, gguf_file)
     if not Path(path).is_dir():
         access = {key: value for key, value in hub_kwargs.items() if key != "revision"}
@@ -420,9 +420,6 @@ def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _public_name(name: str) -> str:
-    """A Hub id or package as it is, of a folder the last part: its path may name people and projects."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def public_fields(values: dict) -> dict:

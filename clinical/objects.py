@@ -32,6 +32,7 @@ PATIENT_AND_STUDY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
+LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 UTF_8 = "ISO_IR 192"
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")  # what a text of DICOM may not have
 
@@ -119,12 +120,14 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
     columns, rows, _ = source.shape
     # Each slice as an image of its own, also of a file of many: highdicom takes all frames of one file, or none.
     planes = {f"{frame.sop_instance}.{k}": frame for k, frame in enumerate(source.frames)}
+    # What was compressed with loss is so for good, and so is what was made of it.
+    lossy = {name: source.header[name].value for name in LOSSY if name in source.header}
     images = [
         _image(
             source, SOPClassUID=CTImageStorage, SOPInstanceUID=uid, Rows=rows, Columns=columns,
             ImagePositionPatient=list(frame.position), ImageOrientationPatient=list(source.orientation),
             PixelSpacing=list(source.pixel_spacing), SliceThickness=source.thickness,
-            SpacingBetweenSlices=source.slice_spacing,
+            SpacingBetweenSlices=source.slice_spacing, **lossy,
         )
         for uid, frame in planes.items()
     ]  # fmt: skip
@@ -154,7 +157,11 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
         content_description="Difference from a normal reference. Research use only.",
         specific_character_set=UTF_8,
     )
-    made.BodyPartExamined = source.header.get("BodyPartExamined") or "CHEST"  # what is not of a chest was refused
+    for name in ("BodyPartExamined", "Laterality"):
+        if source.header.get(name):
+            made[name] = source.header[name]
+    if "BodyPartExamined" not in made and "Laterality" not in made:
+        made.Laterality = None  # it could be a paired part (PS3.3, C.7.3.1)
     made.DerivationDescription = _derivation(document)
     _refer_to(made, planes)
     return made

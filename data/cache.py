@@ -37,6 +37,12 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def without_place(path: str | os.PathLike) -> str:
+    """A path as the record of a command has it: relative as it is, of an absolute one the last part."""
+    path = Path(path)
+    return path.name if path.is_absolute() else path.as_posix()
+
+
 def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
     """Digests of a checkpoint's weights, by file."""
     root = Path(folder)

@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .. import __version__
+from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
@@ -228,6 +229,8 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("config", "processor_config", "generation_config")
     )
+    if config.get("base_model_name_or_path") is not None:
+        config["base_model_name_or_path"] = public_name(config["base_model_name_or_path"])
     adapter = folder / ADAPTER_SUBFOLDER / "adapter_model.safetensors"
     own = sorted(folder.glob("model*.safetensors"))
     data = ModelCardData(

@@ -423,6 +423,22 @@ def test_japanese_names_survive(tmp_path):
         assert written.StudyDescription == "胸部" and written.SpecificCharacterSet == "ISO_IR 192"
 
 
+def test_what_was_compressed_with_loss_says_so(tmp_path):
+    def change(k, one):
+        of_a_hospital(k, one)
+        one.LossyImageCompression, one.LossyImageCompressionRatio = "01", "9.5"
+        one.LossyImageCompressionMethod, one.BodyPartExamined = "ISO_10918_1", "ABDOMEN"
+
+    _, image, _, _ = objects_of(write_dicom(tmp_path / "lossy", make_chest(1), change=change))
+    assert (image.LossyImageCompression, image.LossyImageCompressionRatio) == ("01", 9.5)
+    assert image.LossyImageCompressionMethod == "ISO_10918_1" and image.BodyPartExamined == "ABDOMEN"
+    assert "Laterality" not in image  # DICOM has it for paired parts alone
+    _, image, _, _ = objects_of(write_dicom(tmp_path / "plain", make_chest(1), change=without("BodyPartExamined")))
+    assert image.LossyImageCompression == "00"
+    # With --allow-any-anatomy it may be any part.
+    assert "BodyPartExamined" not in image and "Laterality" in image and not image.Laterality
+
+
 def without(name: str):
     def change(k, one):
         of_a_hospital(k, one)

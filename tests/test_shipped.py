@@ -106,6 +106,7 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
     cohort = write_cohort(tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, workers=1, progress=False)
     page = evaluate(cohort, SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache").read_text()
     result = json.loads((tmp_path / "results/phantom_checkpoint.json").read_text())
+    assert str(tmp_path) not in page + json.dumps(result)
     assert set(result["systems"]) >= {
         "DiffVP",
         "constant normal report",
