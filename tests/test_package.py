@@ -126,7 +126,10 @@ def test_wheel_carries_the_checkpoint_and_the_training_files(wheel_members, proj
         if (relative := path.relative_to(repository_root)).parts[0] in ("checkpoints", "configs")
         and "accelerate" not in relative.parts
     }
-    assert {"diffvp/checkpoints/diffvp-phantom/adapter/adapter_model.safetensors", "diffvp/configs/own_scans.yaml"} < wanted
+    assert {
+        "diffvp/checkpoints/diffvp-phantom/adapter/adapter_model.safetensors",
+        "diffvp/configs/own_scans.yaml",
+    } < wanted
     assert wanted <= wheel_members
 
 
