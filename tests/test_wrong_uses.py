@@ -18,8 +18,7 @@ from diffvp.cli import app
 
 from .ct_samples import make_ct, write_dicom
 
-# The command, and a part of the sentence. In the folder: scan.txt, empty/, reports.csv (id, report), bad.yaml, list.txt,
-# config.yaml (a training file without data), file (a file), scan/ (DICOM).
+# The command, and a part of the sentence. They run in the folder that `place` makes.
 WRONG = {
     "report absent.nii.gz": "absent.nii.gz: path: missing",
     "report scan.txt": "scan.txt: suffix: .txt",
