@@ -18,6 +18,7 @@ from ..data.cases import (
     plain_text,
     raise_problems,
     read_csv,
+    shown,
 )
 from ..data.table import without_suffix
 from ..processing_diffvp import DiffVPProcessor
@@ -213,11 +214,12 @@ def _read_reports(path: Path, id_column: str, reference_column: str, columns: Se
     """Ids, and the texts of each column, that of the true reports among them."""
     problems: list[Problem] = []
     named, _ = rows_by_scan(path, id_column, (columns[0],), problems)
-    for column in columns[1:] if named else ():
-        if not any(column in row.values for row in named.values()):
-            problems.append(Problem(path.name, 1, "header", f"column {column} missing", f"also {column}"))
-    raise_problems(problems)
-    references = [_true_report(path, row, reference_column, name, problems) for name, row in named.items()]
+    known = {column for row in named.values() for column in row.values}
+    missing = [column for column in columns if column not in known]
+    if named and missing:
+        problems.append(Problem(path.name, 1, "header", ", ".join(map(shown, known)), f"also {', '.join(missing)}"))
+    elif named:
+        references = [_true_report(path, row, reference_column, name, problems) for name, row in named.items()]
     raise_problems(problems)
     # A prediction is scored as it was written, whatever stands in it.
     texts = {

@@ -21,7 +21,7 @@ from .ct_samples import make_ct, write_dicom
 # The command, and a part of the sentence. They run in the folder that `place` makes.
 WRONG = {
     "report absent.nii.gz": "absent.nii.gz: path: missing",
-    "report scan.txt": "scan.txt: suffix: .txt",
+    "report scan.txt": "scan.txt: suffix",
     "report empty": "empty: ",
     "report scan --hu-window 200 -1000": "--hu-window: 200 -1000 (expected two rising HU)",
     "report scan --output file/report": "file/report: output: below the file file",

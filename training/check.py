@@ -203,7 +203,11 @@ def _encoder(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
 
 
 def _classifier(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
-    """A classifier to take over that is of other findings."""
+    """A classifier to take over that is not there, or of other findings."""
+    if config.stage == "report" and config.classifier is None and (model.use_diagnosis or not config.encoder_weights):
+        if not (Path(config.output_dir) / "diagnosis" / "config.json").is_file():
+            expected = "stage: all, or the first stage in output_dir, or `classifier`"
+            return [Problem("training file", None, "stage", "report, without a classifier", expected)]
     if config.classifier is None or not model.use_diagnosis:
         return []
     check_checkpoint_name(config.classifier)
