@@ -727,8 +727,9 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
         out.print(
             f"Data: {len(cohort.diagnosis)} cases for the classifier, {len(cohort.report)} for the generator, "
             f"{len(cohort.validation)} for validation, {len(cohort.test)} kept apart for evaluation, "
-            f"{len(cohort.pool)} normal references; every volume was read. No problems found."
-        )
+            f"{len(cohort.pool)} normal references; every volume was read. No problems found.",
+            soft_wrap=True, markup=False, highlight=False,
+        )  # fmt: skip
     else:
         out.print(f"No data at {config.data.root}: 1,000 reports of {ASSUMED_WORDS} words are assumed.")
     found = estimate(config, cohort, processes)

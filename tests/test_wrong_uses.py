@@ -53,7 +53,7 @@ WRONG = {
 def place(tmp_path, monkeypatch, repository_root):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    write_dicom(tmp_path / "scan", make_ct((12, 12, 4)))
+    write_dicom(tmp_path / "scan", make_ct((16, 16, 12)))
     for name, content in {
         "scan.txt": "no scan",
         "file": "",
