@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -80,6 +80,12 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		PYTHONPATH=.conformance/$$release/site:.conformance/$$release $(BIN)/pytest tests/conformance $(PYTEST_ARGS); \
 		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
+
+test-road: $(DEV)  ## walk the road of a user with 40 scans, from a wheel in an environment of its own (an hour on two cores)
+	DIFFVP_ROAD=1 $(BIN)/pytest -s tests/test_own_road.py tests/test_wrong_uses.py $(PYTEST_ARGS)
+
+test-docs: $(DEV)  ## run every code block of README and docs in a fresh clone (an hour on two cores)
+	DIFFVP_DOCS=1 $(BIN)/pytest tests/test_docs.py $(PYTEST_ARGS)
 
 test-kills: $(DEV)  ## kill a training run and each way to save 50 times: no checkpoint is lost or mixed
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py tests/test_interrupted_saves.py -k kill --timeout 1800

@@ -16,8 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from . import __version__
+from .extras import needs_libraries
 from .files import writing_problem
 from .progress import counting
 
@@ -25,8 +27,18 @@ SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "diffvp-p
 MOST_COLUMNS = 8  # of a table on a terminal
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 
+
+class Commands(TyperGroup):
+    """The commands, each of which says in a sentence what it lacks of the libraries that only some of them need."""
+
+    def invoke(self, ctx):
+        with needs_libraries():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="diffvp",
+    cls=Commands,
     help="CT report generation by comparison with a normal reference. " + STATEMENT,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # its traceback shows local variables: paths and report text
@@ -200,8 +212,7 @@ def batch(
     _check_writable(output)
     _quiet()
     if dicom is not None:
-        with _needs_extra("dicom"):
-            import highdicom  # noqa: F401
+        import highdicom  # noqa: F401
     from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
     from .reporting import EXPECTED_ERRORS
 
@@ -368,18 +379,18 @@ def train(
     logging.getLogger("diffvp").setLevel(logging.INFO)
     if not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # bars of libraries, which would fill a log
-    with _needs_extra("train"):
-        import yaml
+    import yaml
 
-        from .training.config import SettingsError, TrainingConfig
+    from .training.config import SettingsError, TrainingConfig
+
     with _listed_problems(SettingsError), _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
-    with _needs_extra("train"):
-        from .checkpoint_diffvp import DiffVPCheckpointError
-        from .encoders_diffvp import DiffVPEncoderError
-        from .train_accelerate import prepare, run
-        from .training.checkpoints import CheckpointError
-        from .training.loop import TrainingDivergedError
+    from .checkpoint_diffvp import DiffVPCheckpointError
+    from .encoders_diffvp import DiffVPEncoderError
+    from .train_accelerate import prepare, run
+    from .training.checkpoints import CheckpointError
+    from .training.loop import TrainingDivergedError
+
     told = (DiffVPCheckpointError, DiffVPEncoderError)
     with _one_line_errors(ValueError, *told), _listed_problems():
         if dry_run:
@@ -406,10 +417,10 @@ def label(
 ) -> None:
     """Read the 18 findings out of chest CT reports in English."""
     _check_writable(output, explain)
-    with _needs_extra("metrics"):
-        from .metrics.labelers import load_labeler
-        from .metrics.labelers.radbert import RadBertError
-        from .metrics.labelers.table import label_table
+    from .metrics.labelers import load_labeler
+    from .metrics.labelers.radbert import RadBertError
+    from .metrics.labelers.table import label_table
+
     with _one_line_errors(ValueError, TypeError, RadBertError), _listed_problems():
         labeler = load_labeler(radbert)
         columns = {"report_column": report_column, "id_column": id_column}
@@ -420,7 +431,12 @@ def label(
 
 @app.command()
 def score(
-    reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids, of generated and of true reports.")],
+    reports: Annotated[
+        Path, typer.Argument(help="What diffvp batch writes; or .csv, .jsonl, .parquet with ids and both reports.")
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="File of the true reports by id or path (default: they stand beside).")
+    ] = None,
     id_column: Annotated[str, typer.Option(help="Column that holds the ids.")] = "id",
     prediction_column: Annotated[str, typer.Option(help="Column that holds the generated reports.")] = "prediction",
     reference_column: Annotated[str, typer.Option(help="Its name in the table.")] = "reference",
@@ -439,6 +455,7 @@ def score(
     radbert: Annotated[
         str | None, typer.Option(help="RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub.")
     ] = None,
+    meteor: Annotated[bool, typer.Option("--meteor/--no-meteor", help="METEOR, which needs data of its own.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes for METEOR.")] = os.cpu_count() or 1,
     radmatch: Annotated[
         Path | None, typer.Option(help="Also count errors by RadMatch, a language model's; folder for what it finds.")
@@ -449,18 +466,21 @@ def score(
         bool, typer.Option("--reports-leave-machine", help="The server is another machine, and may see all reports.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    markdown: Markdown = False,
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
-    with _needs_extra("metrics"):
-        from .metrics.labelers import load_labeler
-        from .metrics.labelers.radbert import RadBertError
-        from .metrics.nlg import LexiconError
-        from .metrics.report_table import read_pairs, score_table, table_page
+    from .metrics.labelers import load_labeler
+    from .metrics.labelers.radbert import RadBertError
+    from .metrics.nlg import LexiconError
+    from .metrics.report_table import read_pairs, score_table, table_page
+
     if radmatch is not None:
-        with _needs_extra("radmatch"):
-            from .metrics.judge.server import check_endpoint
-            from .metrics.radmatch import radmatch_page, score_radmatch
+        from .metrics.judge.server import check_endpoint
+        from .metrics.radmatch import radmatch_page, score_radmatch
+
         with _one_line_errors(ValueError):  # before scores that take minutes
+            if reference is not None:
+                raise ValueError("--radmatch reads both reports from one table; expected no --reference")
             if not (base_url and model):
                 raise ValueError("--radmatch takes --base-url and --model: the server of its language model")
             check_endpoint(base_url, reports_leave_machine)
@@ -468,8 +488,8 @@ def score(
         document = score_table(
             reports, load_labeler(radbert),
             id_column=id_column, prediction_column=prediction_column, reference_column=reference_column,
-            nearest_column=nearest_column, labels=labels, training=training, training_column=training_column,
-            scorer=scorer, regions=regions, workers=workers,
+            nearest_column=nearest_column, reference=reference, labels=labels, training=training,
+            training_column=training_column, scorer=scorer, regions=regions, workers=workers, meteor=meteor,
         )  # fmt: skip
         if radmatch is not None:
             pairs = read_pairs(reports, id_column, prediction_column, reference_column)
@@ -478,9 +498,9 @@ def score(
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
-    typer.echo(table_page(document))
+    _print_page(table_page(document), markdown)
     if radmatch is not None:
-        typer.echo(radmatch_page(document["radmatch"]))
+        _print_page(radmatch_page(document["radmatch"]), markdown)
 
 
 @app.command()
@@ -624,7 +644,8 @@ def evaluate(
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
         labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
-        command = " ".join(["diffvp evaluate", data.name if config is None else without_place(data), *(overrides or [])])
+        of = data.name if config is None else without_place(data)
+        command = " ".join(["diffvp evaluate", of, *(overrides or [])])
         if config is not None:
             tests = run.trained_set(config, labeler)
         elif layout == "phantom":
@@ -681,16 +702,16 @@ def experiment(
     """Make tables and figures of the paper anew: train what they need, write the reports, score them."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
-    with _needs_extra("train,metrics"):
-        import yaml
+    import yaml
 
-        from .experiments.page import write_page
-        from .experiments.study import Study
-        from .experiments.tables import planned_runs, run_experiment
-        from .metrics.labelers.radbert import RadBertError
-        from .metrics.nlg import LexiconError
-        from .reporting import EXPECTED_ERRORS
-        from .training.checkpoints import CheckpointError
+    from .experiments.page import write_page
+    from .experiments.study import Study
+    from .experiments.tables import planned_runs, run_experiment
+    from .metrics.labelers.radbert import RadBertError
+    from .metrics.nlg import LexiconError
+    from .reporting import EXPECTED_ERRORS
+    from .training.checkpoints import CheckpointError
+
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
         loaded = Study.load(study, overrides)
@@ -724,9 +745,9 @@ def serve_page(
     ] = False,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
-    with _needs_extra("app"):
-        from .hub.space.page import serve
-        from .reporting import EXPECTED_ERRORS
+    from .hub.space.page import serve
+    from .reporting import EXPECTED_ERRORS
+
     _quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
     with _one_line_errors(*EXPECTED_ERRORS):
@@ -758,14 +779,12 @@ def serve(
     ] = None,
 ) -> None:
     """Write reports for programs over HTTP: docs/serving.md."""
-    with _needs_extra("serve"):
-        from .service.app import is_loopback
-        from .service.app import serve as run
-        from .service.jobs import Limits, ReportQueue
+    from .service.app import is_loopback
+    from .service.app import serve as run
+    from .service.jobs import Limits, ReportQueue
     retrieve = None
     if dicomweb is not None:
-        with _needs_extra("dicom"):
-            from .clinical.dicomweb import retrieve as retrieve_from
+        from .clinical.dicomweb import retrieve as retrieve_from
         retrieve = functools.partial(retrieve_from, dicomweb)
     _quiet()
     from .hub.batch import ReportWriter
@@ -835,8 +854,9 @@ def _print_estimate(config, processes: int, tflops: float | None) -> None:
         out.print(
             f"Data: {len(cohort.diagnosis)} cases for the classifier, {len(cohort.report)} for the generator, "
             f"{len(cohort.validation)} for validation, {len(cohort.test)} kept apart for evaluation, "
-            f"{len(cohort.pool)} normal references; every volume was read. No problems found."
-        )
+            f"{len(cohort.pool)} normal references; every volume was read. No problems found.",
+            soft_wrap=True, markup=False, highlight=False,
+        )  # fmt: skip
     else:
         out.print(f"No data at {config.data.root}: 1,000 reports of {ASSUMED_WORDS} words are assumed.")
     found = estimate(config, cohort, processes)
@@ -991,11 +1011,10 @@ def _reporting() -> Iterator[Callable]:
 @contextlib.contextmanager
 def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: bool, **options) -> Iterator:
     """What `diffvp report` reads, and what it makes besides its folder."""
-    with _needs_extra("dicom"):
-        if options["dicom"] is not None or options["store"]:
-            import highdicom  # noqa: F401  whether it is there, before a minute of work
-        if options["dicomweb"] is not None:
-            import dicomweb_client  # noqa: F401
+    if options["dicom"] is not None or options["store"]:
+        import highdicom  # noqa: F401  whether it is there, before a minute of work
+    if options["dicomweb"] is not None:
+        import dicomweb_client  # noqa: F401
     from .clinical.results import clinical_results
 
     with clinical_results(ct, series=series, allow_incomplete=allow_incomplete, **options) as results:
@@ -1053,11 +1072,10 @@ def _model_judge(
     base_url: str | None, model: str | None, answers: Path, orders: int, workers: int, **server
 ) -> Iterator:
     """The judge that is a language model, with its file of answers open."""
-    with _needs_extra("judge"):
-        from .metrics.judge.answers import AnswerFile
-        from .metrics.judge.model import ModelJudge
-        from .metrics.judge.server import ChatServer
     from .metrics.judge import JudgeError
+    from .metrics.judge.answers import AnswerFile
+    from .metrics.judge.model import ModelJudge
+    from .metrics.judge.server import ChatServer
 
     if not (base_url and model):
         raise JudgeError(
@@ -1113,21 +1131,6 @@ def _goes_on_with(file: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         err.print(f"Interrupted. The same command goes on with {file}.", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
-
-
-@contextlib.contextmanager
-def _needs_extra(extra: str) -> Iterator[None]:
-    """Around imports of libraries that an extra installs: which one to install where they are not."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or __package__).partition(".")[0] == __package__:  # our own: a defect
-            raise
-        err.print(
-            f'This takes {error.name}, which is not installed: pip install "diffvp[{extra}]"',
-            style="red", markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        raise typer.Exit(2) from error
 
 
 @contextlib.contextmanager

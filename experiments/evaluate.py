@@ -26,7 +26,7 @@ from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha25
 from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
-from ..data.pool import is_normal, normal_pool, pool_by_rule
+from ..data.pool import is_normal, pool_by_rule
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import (
     label_baselines,
@@ -147,7 +147,8 @@ def _labelled(tests: TestSet) -> TestSet:
 def constant_normal_report(cases: list[Case]) -> str:
     """The most common wording of each region among the normal cases of the training split, or the most common report
     where reports are not written by region."""
-    normal = [case.report for case in normal_pool(cases)]
+    members, _ = pool_by_rule(cases) or ([], "")
+    normal = [case.report for case in members]
     if not normal:
         raise ValueError("The training split has no normal case to take the constant report from.")
     if not any(set(DiffVPProcessor.post_process(report)) & set(REGIONS) for report in normal):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
 from ..references_diffvp import path_sha256
 from .batch import NEAREST, ReportFile, ReportWriter, Scan, list_scans
@@ -142,7 +143,8 @@ def write_reports(
 
 
 def main() -> None:
-    import ray
+    with needs_libraries():
+        import ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", type=Path, help="folder of scans, or list of them (text or .csv)")

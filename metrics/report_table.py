@@ -12,20 +12,30 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..data.cases import (
     DatasetError,
     Problem,
-    by_name,
+    Row,
     check_markup,
     is_missing,
     plain_text,
     raise_problems,
     read_csv,
+    shown,
 )
+from ..data.table import without_suffix
 from ..processing_diffvp import DiffVPProcessor
 from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
-from .clinical_efficacy.reports import Labeler, finding_scores, label_reports, read_label_table, table_labels
+from .clinical_efficacy.reports import (
+    ID_COLUMN,
+    Labeler,
+    finding_scores,
+    label_reports,
+    read_label_table,
+    table_labels,
+)
 from .collapse import COLUMNS as COLLAPSE
 from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
+from .report_files import read_rows, rows_by_scan
 from .statistics import Interval, bootstrap_counts, bootstrap_mean
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
@@ -43,28 +53,34 @@ def score_table(
     prediction_column: str = "prediction",
     reference_column: str = "reference",
     nearest_column: str | None = None,
+    reference: str | os.PathLike | None = None,
     labels: str | os.PathLike | None = None,
     training: str | os.PathLike | None = None,
     training_column: str = "report",
     scorer: str = "paper",
     regions: str | None = None,
     workers: int = 1,
+    meteor: bool = True,
 ) -> dict:
     """
-    All scores of a CSV file of generated and true reports.
+    All scores of a file of generated and true reports: CSV, JSON lines, Parquet, or what `diffvp batch` writes.
 
     Args:
         labeler: reads the findings out of the generated reports and, without `labels`, out of the true ones.
         nearest_column: a column with the report of the most similar training scan, to score it as a baseline. Only
             scans tell which that is: see `nearest_reports`.
-        labels: a CSV file with the true labels by id, as `read_label_table` takes it.
+        reference: another such file with the true reports by id, in the column `reference_column` or `report`; the
+            generated ones are then in `prediction_column` or `report`. Its ids may be the paths of the scans.
+        labels: a CSV file with the true labels by id, as `read_label_table` takes it or `label_table` writes it.
         training: a CSV file of training reports: the constant normal report and the prevalences are taken from it.
         scorer: see [`score_reports`].
+        meteor: off, to do without METEOR's data.
         regions: also score by region; "diffvp" for reports with "Heart: ..." on a line for each region, "reg2rg" for
             "The region 3 is heart: ...", whose headings the scores then leave out as Reg2RG's do.
 
     Returns:
-        `n`; `signatures`; `systems`: {name: {score: {"value", "interval"}}}; `collapse`, of the same form, see
+        `n`; `without_prediction`, the true reports of `reference` without a generated one; `signatures`;
+        `systems`: {name: {score: {"value", "interval"}}}; `collapse`, of the same form, see
         [`collapse_panel`], of the predictions, the true reports and the constant report; `rare`, the findings that
         count as rare there; `views`, of the same form with `n`, `missing` and `extra`, where there are regions.
 
@@ -76,14 +92,24 @@ def score_table(
     if regions is not None and regions not in SPLITTERS:
         raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
     columns = [prediction_column, reference_column, *([nearest_column] if nearest_column else [])]
-    ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
+    left = 0
+    if reference is None:
+        ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
+    else:
+        if nearest_column:
+            raise ValueError("nearest_column is of a table with both reports; expected no reference beside it")
+        ids, predictions, references, left = _read_two(
+            Path(source), Path(reference), id_column, prediction_column, reference_column
+        )
+        nearest = []
     clean = "reg2rg" if regions == "reg2rg" else None
-    options = {"scorer": scorer, "clean": clean, "workers": workers}
+    options = {"scorer": scorer, "clean": clean, "workers": workers, "meteor": meteor}
     truth = "labeler" if labels is None else "csv"
     if labels is None:
         actual = label_reports(labeler, references, "references")
     else:
-        actual = table_labels(read_label_table(labels), ids)
+        by_name = read_label_table(labels, id_column=_id_column(Path(labels), id_column))
+        actual = table_labels({without_suffix(name): row for name, row in by_name.items()}, ids)
 
     def found(predicted: np.ndarray, name: str | None) -> dict:
         return finding_scores(predicted, actual, truth=truth, labeler=name)
@@ -114,7 +140,14 @@ def score_table(
         systems[f"labels alone, {name}"] = _findings(found(guess, None))
     collapse["true reports"] = panel(references)
     rare = [label for label, is_rare in zip(DIAGNOSIS_LABELS, rare_findings(actual), strict=True) if is_rare]
-    document = {"n": len(ids), "signatures": signatures, "systems": systems, "collapse": collapse, "rare": rare}
+    document = {
+        "n": len(ids),
+        "without_prediction": left,
+        "signatures": signatures,
+        "systems": systems,
+        "collapse": collapse,
+        "rare": rare,
+    }
     if regions is not None:
         views = region_views(predictions, references, SPLITTERS[regions], REGIONS, headings=clean is None)
         document["views"] = {
@@ -133,7 +166,10 @@ def table_page(document: dict) -> str:
     """The document as Markdown: a row a system, each score with its interval."""
     systems = document["systems"]
     columns = list(systems["predictions"])
-    lines = [f"{document['n']} reports; 95 % bootstrap intervals over reports.", ""]
+    lines = [f"{document['n']} reports; 95 % bootstrap intervals over reports."]
+    if document["without_prediction"]:
+        lines += [f"{document['without_prediction']} true reports have no generated one, and are in no score."]
+    lines += [""]
     lines += table_lines(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
     if "constant normal report" not in systems:
         lines += ["", "Without training reports there is no constant normal report to compare with."]
@@ -177,32 +213,64 @@ def read_pairs(path: Path, id_column: str, prediction_column: str, reference_col
 def _read_reports(path: Path, id_column: str, reference_column: str, columns: Sequence[str]) -> list[list[str]]:
     """Ids, and the texts of each column, that of the true reports among them."""
     problems: list[Problem] = []
-    rows = read_csv(path, [id_column, *columns], problems)
-    named = by_name(rows, id_column, path.name, lambda name: True, problems) or {}
-    references = []
-    for name, row in named.items():
-        # An empty prediction is what a model may write, and scores 0; without a true report nothing can be scored.
-        text = plain_text(row.values[reference_column])
-        if is_missing(text):
-            problems.append(Problem(path.name, row.number, reference_column, "empty", "the true report", name))
-        check_markup(text, path.name, row.number, reference_column, name, problems)
-        references.append(text)
-    if not named and not problems:
-        problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
+    named, _ = rows_by_scan(path, id_column, (columns[0],), problems)
+    known = {column for row in named.values() for column in row.values}
+    missing = [column for column in columns if column not in known]
+    if named and missing:
+        problems.append(Problem(path.name, 1, "header", ", ".join(map(shown, known)), f"also {', '.join(missing)}"))
+    elif named:
+        references = [_true_report(path, row, reference_column, name, problems) for name, row in named.items()]
     raise_problems(problems)
     # A prediction is scored as it was written, whatever stands in it.
     texts = {
-        column: references if column == reference_column else [str(row.values[column] or "") for row in named.values()]
+        column: references
+        if column == reference_column
+        else [str(row.values.get(column) or "") for row in named.values()]
         for column in columns
     }
     return [list(named), *(texts[column] for column in columns)]
 
 
+def _read_two(
+    source: Path, truth: Path, id_column: str, prediction_column: str, reference_column: str
+) -> tuple[list[str], list[str], list[str], int]:
+    """Ids, generated and true reports of two files, and how many true ones have no generated one."""
+    problems: list[Problem] = []
+    written, predicted = rows_by_scan(source, id_column, (prediction_column, "report"), problems)
+    true, column = rows_by_scan(truth, id_column, (reference_column, "report"), problems)
+    for name, row in written.items() if true else ():
+        if name not in true:
+            expected = f"a row for this id, which row {row.number} of {source.name} has"
+            problems.append(Problem(truth.name, None, "row", "missing", expected, name))
+    raise_problems(problems)
+    references = [_true_report(truth, true[name], column, name, problems) for name in written]
+    raise_problems(problems)
+    predictions = [str(row.values.get(predicted) or "") for row in written.values()]
+    return list(written), predictions, references, len(true) - len(written)
+
+
+def _true_report(path: Path, row: Row, column: str, name: str, problems: list[Problem]) -> str:
+    """The true report of a row. An empty prediction scores 0; without a true report nothing can be scored."""
+    text = "" if is_missing(row.values.get(column)) else plain_text(row.values[column])
+    if is_missing(text):
+        problems.append(Problem(path.name, row.number, column, "empty", "the true report", name))
+    check_markup(text, path.name, row.number, column, name, problems)
+    return text
+
+
+def _id_column(path: Path, id_column: str) -> str:
+    """Of a table of labels: CT-RATE's, or that of `diffvp label`."""
+    rows = read_csv(path, (), []) or []
+    return id_column if rows and ID_COLUMN not in rows[0].values and id_column in rows[0].values else ID_COLUMN
+
+
 def _read_training(path: Path, column: str) -> list[str]:
     problems: list[Problem] = []
-    rows = read_csv(path, [column], problems) or []
+    rows = read_rows(path, problems)
+    if rows and not any(column in row.values for row in rows):
+        problems.append(Problem(path.name, 1, "header", f"column {column} missing", "training reports in it"))
     raise_problems(problems)
-    reports = [plain_text(row.values[column] or "") for row in rows]
+    reports = [plain_text(row.values.get(column) or "") for row in rows]
     if not any(report.strip() for report in reports):
         raise DatasetError([Problem(path.name, None, column, "empty in all rows", "training reports")])
     return [report for report in reports if report.strip()]

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -242,13 +243,25 @@ def test_train_reads_the_configuration(run, repository_root, tmp_path, monkeypat
     from diffvp import train_accelerate
 
     ran = []
-    monkeypatch.setattr(train_accelerate, "run", ran.append)
+
+    def finish(config, cohort):
+        ran.append(config)
+        return train_accelerate.Finished(tmp_path / "model", epoch=2, epochs=3, loss=0.5)
+
+    monkeypatch.setattr(train_accelerate, "prepare", lambda config: SimpleNamespace(test=[]))
+    monkeypatch.setattr(train_accelerate, "run", finish)
     config = repository_root / "configs" / "phantom.yaml"
-    assert run("train", config, "seed=5", "data.root=elsewhere").exit_code == 0
+    result = run("train", config, "seed=5", "data.root=elsewhere")
+    assert result.exit_code == 0 and f"{tmp_path / 'model'}: epoch 2 of 3" in result.stdout, result.output
+    assert "diffvp report SCAN" in result.stdout and "diffvp push" in result.stdout
     assert ran[0].seed == 5 and ran[0].data.root == "elsewhere"
     assert_one_line_error(run("train", config, "seed"), "key=value")
-    assert_one_line_error(run("train", config, "sede=5"), "sede")
-    assert_one_line_error(run("train", config, "stages.one=5"), "stages")
+    for wrong, said in {
+        "sede=5": "phantom.yaml: sede: unknown (expected seed)",
+        "stages.one=5": "phantom.yaml: stages: unknown (expected stage)",
+    }.items():
+        refused = run("train", config, wrong)
+        assert refused.exit_code == 2 and refused.stderr.splitlines() == [said]
     assert_one_line_error(run("train", tmp_path / "absent.yaml"), "absent.yaml")
     (tmp_path / "broken.yaml").write_text("seed: [")
     assert_one_line_error(run("train", tmp_path / "broken.yaml"), "broken.yaml")

@@ -105,7 +105,7 @@ def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
 
 
 def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, repository_root):
-    outside_the_package = {"tests", "benchmarks", "checkpoints", "docs"}
+    outside_the_package = {"tests", "benchmarks", "docs"}
     expected = {
         f"diffvp/{relative.as_posix()}"
         for path in project_files
@@ -116,6 +116,21 @@ def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, r
     assert {member for member in wheel_members if member.endswith(".py")} == expected
     tops = {PurePosixPath(member).parts[0] for member in wheel_members}
     assert tops == {"diffvp", f"diffvp-{diffvp.__version__}.dist-info"}
+
+
+def test_wheel_carries_the_checkpoint_and_the_training_files(wheel_members, project_files, repository_root):
+    """`diffvp demo`, `report` and `init` work without a clone."""
+    wanted = {
+        f"diffvp/{relative.as_posix()}"
+        for path in project_files
+        if (relative := path.relative_to(repository_root)).parts[0] in ("checkpoints", "configs")
+        and "accelerate" not in relative.parts
+    }
+    assert {
+        "diffvp/checkpoints/diffvp-phantom/adapter/adapter_model.safetensors",
+        "diffvp/configs/own_scans.yaml",
+    } < wanted
+    assert wanted <= wheel_members
 
 
 def test_wheel_carries_the_licence(wheel_members):

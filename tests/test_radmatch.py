@@ -154,4 +154,4 @@ def test_missing_extra_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "diffvp.metrics.radmatch")
     monkeypatch.setitem(sys.modules, "radmatch", None)
     result = CliRunner().invoke(cli.app, ["score", table(tmp_path), "--radmatch", str(tmp_path / "out")])
-    assert result.exit_code == 2 and 'pip install "diffvp[radmatch]"' in result.stderr
+    assert result.exit_code == 2 and "pip install" in result.stderr and "radmatch" in result.stderr

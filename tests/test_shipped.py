@@ -19,7 +19,7 @@ from diffvp.data.cases import DatasetError
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.experiments import evaluate as evaluate_module
-from diffvp.experiments.evaluate import evaluate
+from diffvp.experiments.evaluate import evaluate, phantom_set
 from diffvp.reporting import load_checkpoint
 
 NEW_TOKENS = 24
@@ -99,12 +99,13 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
     """The table of the docs, on a cohort of a few: a model that writes the true reports has the full score, and with
     the next patient's scan it has not."""
 
-    def generate_truth(model, processor, targets):
+    def generate_truth(model, processor, targets, spacing):
         return [case.report for case in targets], np.stack([case.labels for case in targets]).astype(float)
 
     monkeypatch.setattr(evaluate_module, "generate_reports", generate_truth)
     cohort = write_cohort(tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, workers=1, progress=False)
-    page = evaluate(cohort, SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache").read_text()
+    page, _ = evaluate(phantom_set(cohort), SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache")
+    page = page.read_text()
     result = json.loads((tmp_path / "results/phantom_checkpoint.json").read_text())
     assert str(tmp_path) not in page + json.dumps(result)
     assert set(result["systems"]) >= {

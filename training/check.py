@@ -30,9 +30,7 @@ SPARE = 1.1  # of the disk space that is computed
 
 def make_processor(config: TrainingConfig) -> DiffVPProcessor:
     """The processor of a model that begins with a base LLM."""
-    base = config.base
-    path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
-    options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
+    path, options = _locate_base(config)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # LLaMA has none; padding is masked everywhere
@@ -66,12 +64,21 @@ def base_config(config: TrainingConfig) -> AutoConfig:
     Raises:
         BaseModelError: it is another.
     """
+    path, options = _locate_base(config)
+    found = AutoConfig.from_pretrained(path, **options)
+    check_base(found, config.base.expected_config)
+    return found
+
+
+def _locate_base(config: TrainingConfig) -> tuple[str, dict[str, str]]:
+    """Name or folder of the base LLM, and what else `from_pretrained` takes to find its files."""
     base = config.base
     path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
-    options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
-    found = AutoConfig.from_pretrained(path, **options)
-    check_base(found, base.expected_config)
-    return found
+    if gguf_file is not None:
+        return path, {"gguf_file": gguf_file}
+    revision = {"revision": base.revision or "main"}
+    check_checkpoint_name(path, **revision)
+    return path, revision
 
 
 def check_run(config: TrainingConfig, cohort: Cohort) -> None:
@@ -201,7 +208,11 @@ def _encoder(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
 
 
 def _classifier(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
-    """A classifier to take over that is of other findings."""
+    """A classifier to take over that is not there, or of other findings."""
+    if config.stage == "report" and config.classifier is None and (model.use_diagnosis or not config.encoder_weights):
+        if not (Path(config.output_dir) / "diagnosis" / "config.json").is_file():
+            expected = "stage: all, or the first stage in output_dir, or `classifier`"
+            return [Problem("training file", None, "stage", "report, without a classifier", expected)]
     if config.classifier is None or not model.use_diagnosis:
         return []
     check_checkpoint_name(config.classifier)

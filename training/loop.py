@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from ..data.cache import compare
+from ..progress import counting
 from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
@@ -479,8 +481,18 @@ class Trainer:
         cases = len(self.stage.training)
         this_epoch = self.stage.training.batches(self.position.epoch, self.stage.section.batch_size)
         done = self.position.epoch * cases + sum(map(len, this_epoch[: self.position.step_of_epoch]))
+        total = cases * self.stage.section.epochs
+        if self.accelerator.is_main_process and not Console().is_terminal:
+            with counting(f"{self.stage.name.capitalize()}, cases") as count:
+
+                def tell(more: int) -> None:
+                    nonlocal done
+                    done += more
+                    count(done, total)
+
+                yield tell
+            return
         with Progress(*columns, disable=not self.accelerator.is_main_process) as progress:
-            total = cases * self.stage.section.epochs
             task = progress.add_task(self.stage.name.capitalize(), total=total, completed=done, rate="")
 
             def advance(count: int) -> None:

@@ -22,11 +22,12 @@ PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 
 WORDNET_HELP = (
     "METEOR needs WordNet 3.0. Install it with `apt-get install --no-install-recommends wordnet-base` (Debian, "
-    "Ubuntu) or `python -m nltk.downloader wordnet`."
+    "Ubuntu) or `python -m nltk.downloader wordnet`, or score without it (`diffvp score --no-meteor`)."
 )
 PUNKT_HELP = (
     "METEOR needs NLTK's Punkt model to find the ends of sentences. Install it with `python -m nltk.downloader "
-    "punkt_tab`, or from PyPI with `pip install --no-deps llama-index-core`, which carries a copy."
+    "punkt_tab`, or from PyPI with `pip install --no-deps llama-index-core`, which carries a copy; or score without "
+    "it (`diffvp score --no-meteor`)."
 )
 
 Reader = Callable[[str], bytes]

@@ -1,0 +1,94 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Reports in files: CSV, JSON lines, Parquet, and what `diffvp batch` writes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..data.cases import Problem, Row, is_missing, read_csv, shown
+from ..data.table import PATH_COLUMNS, without_suffix
+
+
+def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
+    """
+    The rows of a file of reports, none and a problem where it cannot be read. Of a file that `diffvp batch` wrote the
+    last report of each scan.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".parquet"):
+        return read_csv(path, (), problems) or []
+    if not path.is_file():
+        problems.append(Problem(path.name, None, "file", "missing", "a table in .csv, .tsv, .jsonl or .parquet"))
+        return []
+    return _read_parquet(path, problems) if suffix == ".parquet" else _read_lines(path, problems)
+
+
+def _read_lines(path: Path, problems: list[Problem]) -> list[Row]:
+    rows = []
+    with path.open("rb") as file:  # a report may hold characters that str.splitlines, too, takes for the end of a line
+        for number, line in enumerate(file, start=1):
+            try:
+                values = json.loads(line) if line.strip() else None
+            except (ValueError, UnicodeDecodeError):
+                values = line
+            if values is None or (number == 1 and isinstance(values, dict) and "settings" in values):
+                continue  # what wrote the reports, in the first line of `diffvp batch`
+            if not isinstance(values, dict):
+                problems.append(Problem(path.name, number, "line", "no object of JSON", "one in each line"))
+                continue
+            rows.append(Row(number, values))
+    if rows and all("settings_sha256" in row.values for row in rows):
+        return list({row.values.get("id"): row for row in rows}.values())
+    return rows
+
+
+def _read_parquet(path: Path, problems: list[Problem]) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid:
+        problems.append(Problem(path.name, None, "content", "unreadable", "Parquet"))
+        return []
+    return [Row(number, row) for number, row in enumerate(values, start=1)]
+
+
+def rows_by_scan(
+    path: Path, id_column: str, columns: tuple[str, ...], problems: list[Problem]
+) -> tuple[dict[str, Row], str]:
+    """
+    The rows of a file of reports by the scan that they are about, without the suffix of its file, and the first of
+    `columns` that the file has.
+
+    The ids stand in `id_column`; in a table of scans without one, the path is the id.
+    """
+    before = len(problems)
+    rows = read_rows(path, problems)
+    known = list(dict.fromkeys(name for row in rows for name in row.values))
+    column = next((name for name in columns if name in known), columns[0])
+    ids = next((name for name in (id_column, *PATH_COLUMNS) if name in known), id_column)
+    if len(problems) == before and not rows:
+        problems.append(Problem(path.name, None, "rows", "none", "at least one report"))
+    missing = [name for name in dict.fromkeys((ids, column)) if rows and name not in known]
+    if missing:
+        found = ", ".join(map(shown, known)) or "empty"
+        problems.append(Problem(path.name, 1, "header", found, f"also {', '.join(missing)}"))
+        return {}, column
+    named: dict[str, Row] = {}
+    for row in rows:
+        name = _name(row.values, ids)
+        if not name:
+            problems.append(Problem(path.name, row.number, ids, "empty", "the name of a scan"))
+        elif name in named:
+            again = f"the same as in row {named[name].number}"
+            problems.append(Problem(path.name, row.number, ids, again, "one row per id", name))
+        else:
+            named[name] = row
+    return named, column
+
+
+def _name(values: Mapping[str, object], column: str) -> str:
+    value = values.get(column)
+    return "" if is_missing(value) else without_suffix(str(value).strip())
