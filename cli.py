@@ -782,9 +782,11 @@ def serve(
     from .service.app import is_loopback
     from .service.app import serve as run
     from .service.jobs import Limits, ReportQueue
+
     retrieve = None
     if dicomweb is not None:
         from .clinical.dicomweb import retrieve as retrieve_from
+
         retrieve = functools.partial(retrieve_from, dicomweb)
     _quiet()
     from .hub.batch import ReportWriter

@@ -62,6 +62,16 @@ def locate_base_model(name: str, revision: str | None = None, gguf_file: str | N
     return str(path.parent), path.name
 
 
+def public_name(name: str) -> str:
+    """A Hub id or package as it is; of a folder the last part, for its path may name people and projects."""
+    return Path(name).resolve().name if is_folder(name) else name
+
+
+def is_folder(name: str) -> bool:
+    """Whether a base or checkpoint is a folder of this machine, or was."""
+    return bool(name) and (Path(name).is_absolute() or Path(name).is_dir())
+
+
 def load_base_model(name: str, revision: str | None = None, gguf_file: str | None = None, **kwargs) -> PreTrainedModel:
     """Load a base LLM by its own `from_pretrained`; `kwargs` are its loading options (dtype, device_map, ...)."""
     path, file = locate_base_model(name, revision, gguf_file)
@@ -165,4 +175,12 @@ def _decode(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: tor
     return language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)
 
 
-__all__ = ["DiffVPBaseModelError", "base_tokenizer", "check_language_model", "load_base_model", "locate_base_model"]
+__all__ = [
+    "DiffVPBaseModelError",
+    "base_tokenizer",
+    "check_language_model",
+    "is_folder",
+    "load_base_model",
+    "locate_base_model",
+    "public_name",
+]

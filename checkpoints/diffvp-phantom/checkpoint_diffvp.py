@@ -32,7 +32,7 @@ from .adapter_diffvp import (
     merge_into_weights,
     save_adapter,
 )
-from .bases_diffvp import base_tokenizer, check_language_model, load_base_model
+from .bases_diffvp import base_tokenizer, check_language_model, is_folder, load_base_model, public_name
 from .configuration_diffvp import DiffVPConfig
 from .drafts_diffvp import ReportDrafts
 from .generation_diffvp import own_generation_config
@@ -555,6 +555,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             config.text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
             config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
             own |= {f"{BASE_PREFIX}{key}": value for key, value in llm.items()}
+        config.text_config._name_or_path = public_name(config.text_config._name_or_path)
         if resumed:
             own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
         # Loadable through two auto classes; the saver only knows the one the class is registered for.
@@ -570,6 +571,21 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if self.drafts is not None and is_main_process:
             self.drafts.save(folder)
         self._write_weights(folder, is_main_process, own, own_weights=not whole, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            DiffVPCheckpointError: the base LLM is a folder of this machine: nobody else would find it.
+        """
+        named = self.config.base_model_name_or_path
+        if named is not None and is_folder(named):
+            raise DiffVPCheckpointError(
+                f"config.json: base_model_name_or_path: a folder of this machine, {public_name(named)} (expected a "
+                "Hub id or pypi:NAME; export_merged() writes a checkpoint that holds its base)"
+            )
+        return super().push_to_hub(*args, **kwargs)
 
     def _check_whole(self, state: dict[str, torch.Tensor]) -> None:
         if getattr(self.language_model, "is_quantized", False):
