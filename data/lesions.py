@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS
 from .cases import DatasetError, Problem
 from .phantom import Finding
 
