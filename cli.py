@@ -3,6 +3,7 @@
 """The command `diffvp`. Thin: each command imports the modules that do the work, so that `--help` is quick."""
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -44,6 +45,8 @@ app = typer.Typer(
 )
 pool_app = typer.Typer(help="The pool of normal references.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(pool_app, name="pool")
+encoder_app = typer.Typer(help="Encoders of others.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(encoder_app, name="encoder")
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
 
 Checkpoint = Annotated[str | None, typer.Option(help="Folder or Hub id (default: the checkpoint that ships).")]
@@ -52,7 +55,15 @@ Engine = Annotated[str, typer.Option(help="Engine that decodes: transformers, or
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
+Dicom = Annotated[
+    Path | None, typer.Option(help="Folder for structured report and difference map as DICOM (docs/clinical.md).")
+]
+Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables for a terminal.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of the weights: float32 or bfloat16 (default: the checkpoint's; docs/scaling.md)."),
+]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show the figure when it is done.")]
 
 
@@ -83,7 +94,7 @@ def demo(
     _check_writable(output)
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
-        written = reporting(checkpoint, revision, scan, output / "report", "transformers", truth=truth)
+        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
     out.print(
@@ -93,7 +104,9 @@ def demo(
 
 @app.command()
 def report(
-    ct: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder or .zip of DICOM slices.")],
+    ct: Annotated[
+        Path | None, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder or .zip of DICOM slices.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="A normal scan (default: one of the checkpoint's own).")
     ] = None,
@@ -128,22 +141,35 @@ def report(
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
     engine: Engine = "transformers",
+    dicom: Dicom = None,
+    fhir: Fhir = False,
+    dicomweb: Annotated[
+        str | None, typer.Option(help="URL of a DICOMweb service to read --study from, instead of a file.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="StudyInstanceUID, for --dicomweb.")] = None,
+    store: Annotated[bool, typer.Option("--store", help="Send structured report and map to --dicomweb.")] = False,
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json to stdout, and nothing else.")] = False,
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
     _check_writable(output)
+    if (ct is None) == (study is None) or (study is None) != (dicomweb is None) or (store and dicomweb is None):
+        raise typer.BadParameter("a scan, or --dicomweb URL and --study UID, which --store takes, too")
     with _one_line_errors(ValueError):
         if hu_window is not None and not hu_window[0] < hu_window[1]:
             raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
-    with _reporting() as reporting:
+    clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
+    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
         written = reporting(
-            checkpoint, revision, ct, output, engine, reference=reference, reference_seed=seed, series=series,
+            checkpoint, revision, results.ct, output, engine, dtype,
+            reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
-            metadata=None if metadata is None else _metadata(metadata, ct.name),
+            metadata=None if metadata is None else _metadata(metadata, results.ct.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
+        results.write(written)
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
     else:
@@ -162,6 +188,7 @@ def batch(
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     engine: Engine = "transformers",
+    dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that are decoded together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
     reference: Annotated[
@@ -175,6 +202,8 @@ def batch(
         int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
     ] = None,
     allow_any_anatomy: AnyAnatomy = False,
+    dicom: Dicom = None,
+    fhir: Fhir = False,
     allow_failures: Annotated[
         bool, typer.Option("--allow-failures", help="Exit with 0 although scans could not be read.")
     ] = False,
@@ -182,6 +211,8 @@ def batch(
     """Write the reports of many scans, a JSON line each; go on past those that cannot be read, and list them."""
     _check_writable(output)
     _quiet()
+    if dicom is not None:
+        import highdicom  # noqa: F401
     from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
     from .reporting import EXPECTED_ERRORS
 
@@ -190,9 +221,8 @@ def batch(
         listed = list_scans(scans)
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
-            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens,
-            allow_any_anatomy=allow_any_anatomy,
-            hub_kwargs=hub_kwargs,
+            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
+            allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
         )  # fmt: skip
         with _goes_on_with(output), counting("Scans", err) as count:
             file = write_reports(
@@ -220,6 +250,10 @@ def phantom(
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Region and lesion masks.")] = True,
     scanner: Annotated[str, typer.Option(help="a, or b: the same patients in another hospital.")] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Processes that render.")] = os.cpu_count() or 1,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload it, with a card, as this dataset on the Hub: NAME/DATASET.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that dataset private.")] = False,
 ) -> None:
     """Make the phantom cohort: synthetic chest CT with 18 findings and the reports that follow from them."""
     from .data.phantom_cohort import write_cohort
@@ -229,6 +263,13 @@ def phantom(
             folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, scanner=scanner, workers=workers
         )
     out.print(f"{train} training and {valid} validation cases are in {folder}", soft_wrap=True, markup=False)
+    if push is not None:
+        from .hub.dataset import push_cohort
+        from .hub.push import PushError
+
+        with _listed_problems(PushError):
+            pushed = push_cohort(folder, push, private)
+        out.print(f"Uploaded as commit {pushed.commit}: {pushed.url}", soft_wrap=True, markup=False)
 
 
 @pool_app.command("build")
@@ -275,6 +316,22 @@ def pool_build(
         table.add_row(name, *("-" if of[name] is None else f"{of[name]:,}" for of in pool.counts.values()))
     out.print(table)
     out.print(f"{len(pool.cases):,} normal references by {pool.rule}: {output}", soft_wrap=True, markup=False)
+
+
+@encoder_app.command("convert")
+def encoder_convert(
+    source: Annotated[str, typer.Argument(help="astra, MedicalNet's .pth file, or the folder of a checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="safetensors file, for encoder_weights.")],
+    sha256: Annotated[str | None, typer.Option(help="That the source must have (of astra it is known).")] = None,
+) -> None:
+    """Convert the weights of an encoder to safetensors, once; its header says what they are and where from."""
+    from .encoders_diffvp import DiffVPEncoderError
+    from .training.encoder import convert_encoder
+
+    with _one_line_errors(DiffVPEncoderError):
+        header = convert_encoder(source, target, sha256)
+    for key, value in header.items():
+        out.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("init")
@@ -329,16 +386,18 @@ def train(
     with _listed_problems(SettingsError), _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
         loaded = TrainingConfig.load(str(config), overrides)
     from .checkpoint_diffvp import DiffVPCheckpointError
+    from .encoders_diffvp import DiffVPEncoderError
     from .train_accelerate import prepare, run
     from .training.checkpoints import CheckpointError
     from .training.loop import TrainingDivergedError
 
-    with _one_line_errors(ValueError, DiffVPCheckpointError), _listed_problems():
+    told = (DiffVPCheckpointError, DiffVPEncoderError)
+    with _one_line_errors(ValueError, *told), _listed_problems():
         if dry_run:
             _print_estimate(loaded, processes, tflops)
             return
         cohort = prepare(loaded)
-    with _one_line_errors(CheckpointError, DiffVPCheckpointError, TrainingDivergedError), _listed_problems():
+    with _one_line_errors(CheckpointError, TrainingDivergedError, *told), _listed_problems():
         finished = run(loaded, cohort)
     _print_finished(finished, config, bool(cohort.test), [one for one in overrides or () if "=" in one])
 
@@ -554,6 +613,9 @@ def evaluate(
         "runs/cache"
     ),
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first so many test cases.")] = None,
+    volume_labels: Annotated[
+        Path | None, typer.Option(help="Of phantoms: also the classifier of this checkpoint, trained without masks.")
+    ] = None,
     markdown: Markdown = False,
 ) -> None:
     """Score a checkpoint on cases that it has not seen, beside the baselines it has to beat."""
@@ -573,6 +635,7 @@ def evaluate(
         if checkpoint is not None and not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
     _check_writable(output)
+    from .data.cache import without_place
     from .experiments import evaluate as run
     from .metrics.labelers import load_labeler
     from .metrics.labelers.radbert import RadBertError
@@ -581,7 +644,8 @@ def evaluate(
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
         labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
-        command = " ".join(["diffvp evaluate", data.name if config is None else str(data), *(overrides or [])])
+        of = data.name if config is None else without_place(data)
+        command = " ".join(["diffvp evaluate", of, *(overrides or [])])
         if config is not None:
             tests = run.trained_set(config, labeler)
         elif layout == "phantom":
@@ -590,8 +654,12 @@ def evaluate(
             tests = run.dataset_set(layout, data, split, training_split, labeler)
             command += f" --layout {layout} --split {split} --training-split {training_split}"
         if config is None:
-            command += f" --output {output.as_posix()}"
-        page, results = run.evaluate(tests, checkpoint, output, cache_dir, limit, command)
+            command += f" --output {without_place(output)}"
+        if volume_labels is not None:
+            if tests.phantoms is None:
+                raise ValueError("--volume-labels: given (expected only with a cohort of phantoms)")
+            command += f" --volume-labels {without_place(volume_labels)}"
+        page, results = run.evaluate(tests, checkpoint, output, cache_dir, limit, command, volume_labels)
         is_own = config is not None and config.card is not None and limit is None
         if is_own and checkpoint == Path(config.output_dir) / "model":
             from .hub.card import own_facts, write_card, write_licence
@@ -672,6 +740,9 @@ def serve_page(
     checkpoint: Checkpoint = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also be a tool for language models (Model Context Protocol).")
+    ] = False,
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     from .hub.space.page import serve
@@ -680,7 +751,62 @@ def serve_page(
     _quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
     with _one_line_errors(*EXPECTED_ERRORS):
-        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port)
+        serve(str(SHIPPED_CHECKPOINT) if checkpoint is None else checkpoint, host, port, mcp=mcp)
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    engine: Engine = "transformers",
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 lets other machines in, which have to send the token in $DIFFVP_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Waiting scans that are decoded together.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read scans.")] = os.cpu_count() or 1,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests without an answer; others get 429.")] = 32,
+    max_upload: Annotated[int, typer.Option(min=1, help="MB of a request; larger ones get 413.")] = 512,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds from a request to its answer, or 503.")] = 300,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what is there when told to end.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of references.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest report, in tokens (default: the checkpoint's).")
+    ] = None,
+    allow_any_anatomy: AnyAnatomy = False,
+    dicomweb: Annotated[
+        str | None, typer.Option(help="URL of a DICOMweb service, whose studies may be asked for by their UID.")
+    ] = None,
+) -> None:
+    """Write reports for programs over HTTP: docs/serving.md."""
+    from .service.app import is_loopback
+    from .service.app import serve as run
+    from .service.jobs import Limits, ReportQueue
+
+    retrieve = None
+    if dicomweb is not None:
+        from .clinical.dicomweb import retrieve as retrieve_from
+
+        retrieve = functools.partial(retrieve_from, dicomweb)
+    _quiet()
+    from .hub.batch import ReportWriter
+    from .reporting import EXPECTED_ERRORS, ReportError
+
+    with _one_line_errors(*EXPECTED_ERRORS):
+        token = os.environ.get("DIFFVP_TOKEN") or None
+        if token is None and not is_loopback(host):
+            raise ReportError(f"host is {host}, which lets other machines in; expected a token in $DIFFVP_TOKEN.")
+        name, hub_kwargs = _checkpoint(checkpoint, revision)
+        err.print(STATEMENT, style="bold yellow")
+        writer = ReportWriter(
+            name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
+            hub_kwargs=hub_kwargs,
+        )  # fmt: skip
+        limits = Limits(
+            batch_size=batch_size, workers=workers, waiting=max_waiting, upload_bytes=max_upload * 2**20,
+            timeout=timeout, grace=grace,
+        )  # fmt: skip
+        run(ReportQueue(writer, limits), host, port, token=token, retrieve=retrieve)
 
 
 @app.command()
@@ -690,6 +816,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch (default: main); made if it is not there.")] = None,
     tag: Annotated[str | None, typer.Option(help="Name for the commit, such as v1.0.0.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Dataset that the evaluation was of: its scores go into .eval_results/, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every file; upload nothing.")] = False,
 ) -> None:
     """Check a checkpoint, all of it, and upload it to the Hub in one commit."""
@@ -706,7 +835,7 @@ def push(
         out.print(f"{len(files)} files, {sum(file.size for file in files):,} bytes")
         if dry_run:
             return
-        pushed = upload(folder, repo, revision=revision, tag=tag, private=private)
+        pushed = upload(folder, repo, revision=revision, tag=tag, private=private, benchmark=benchmark)
     out.print(f"Uploaded as commit {pushed.commit}. To load exactly this:\n", soft_wrap=True, markup=False)
     out.print(pushed.how_to_load(), soft_wrap=True, markup=False, highlight=False)
 
@@ -848,7 +977,10 @@ def _reporting() -> Iterator[Callable]:
             if not err.is_terminal:  # where no line can be rewritten
                 err.print(text, soft_wrap=True, markup=False)
 
-        def write(checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str, **options):
+        def write(
+            checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str = "transformers",
+            dtype: str | None = None, **options,
+        ):  # fmt: skip
             step("Reading the scan")  # before the libraries, which take seconds: a bad file is refused at once
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
@@ -859,7 +991,7 @@ def _reporting() -> Iterator[Callable]:
             with _one_line_errors(*EXPECTED_ERRORS):
                 name, hub_kwargs = _checkpoint(checkpoint, revision)
                 step(f"Loading {name}")
-                model, processor = load_checkpoint(name, **hub_kwargs)
+                model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # A single report by transformers is not worth merging LoRA for.
                 decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
                 domain = model.config.intended_domain or "not stated by the checkpoint"
@@ -876,6 +1008,19 @@ def _reporting() -> Iterator[Callable]:
 
         with _one_line_errors(CTInputError):
             yield write
+
+
+@contextlib.contextmanager
+def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: bool, **options) -> Iterator:
+    """What `diffvp report` reads, and what it makes besides its folder."""
+    if options["dicom"] is not None or options["store"]:
+        import highdicom  # noqa: F401  whether it is there, before a minute of work
+    if options["dicomweb"] is not None:
+        import dicomweb_client  # noqa: F401
+    from .clinical.results import clinical_results
+
+    with clinical_results(ct, series=series, allow_incomplete=allow_incomplete, **options) as results:
+        yield results
 
 
 def _read_scans(options: dict) -> dict:

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +68,42 @@ def read_dicom(
         CTGeometryError: slices that are no even stack of one grid at right angles.
         CTIntensityError: no rescale to Hounsfield units, or voxels that are none.
     """
+    with open_series(path, series, allow_incomplete) as found:
+        rescales = [rescale_of(one, allow_non_hu) for one in found.slices]
+        array, slope, intercept = read_voxels(list(found.slices), rescales, found.source)
+    distinct = set(rescales)
+    rescale = "rescale slope {:g} intercept {:g}".format(*rescales[0]) if len(distinct) == 1 else "varying rescale"
+    volume = make_volume(
+        array, found.affine, found.source, f"DICOM series, {len(rescales)} slices, {rescale}",
+        slope=slope, intercept=intercept, allow_non_hu=allow_non_hu,
+    )  # fmt: skip
+    agents = {one.text("ContrastBolusAgent").upper() for one in found.slices} - {"", "NO", "NONE", "N"}
+    return replace(volume, warnings=found.warnings, contrast=True if agents else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """The slices of one CT, in the order of their positions.
+
+    Attributes:
+        source: name of the folder, archive or file.
+        affine: 4x4, index (column, row, slice) -> RAS+ world mm.
+        warnings: what is missing of it.
+    """
+
+    source: str
+    slices: tuple[Slice, ...]
+    affine: np.ndarray
+    warnings: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def open_series(path: Path, series: int | str | None = None, allow_incomplete: bool = False) -> Iterator[Series]:
+    """The slices that [`read_dicom`] reads, with their files there: those of an archive are gone afterwards.
+
+    Raises:
+        CTReadError, CTGeometryError: as `read_dicom`, for all but the pixels.
+    """
     source = path.name or str(path)
     with _files(path) as files:
         found, lost, damaged = [], [], []
@@ -91,17 +127,8 @@ def read_dicom(
             raise CTGeometryError(source, "number of slices", len(slices), f"at least {MIN_LENGTH}")
         for one in slices:
             check_slice(one)
-        rescales = [rescale_of(one, allow_non_hu) for one in slices]
         order, affine = _stack(slices, source)
-        array, slope, intercept = read_voxels([slices[k] for k in order], [rescales[k] for k in order], source)
-    distinct = set(rescales)
-    rescale = "rescale slope {:g} intercept {:g}".format(*rescales[0]) if len(distinct) == 1 else "varying rescale"
-    volume = make_volume(
-        array, LPS_TO_RAS @ affine, source, f"DICOM series, {len(slices)} slices, {rescale}",
-        slope=slope, intercept=intercept, allow_non_hu=allow_non_hu,
-    )  # fmt: skip
-    agents = {one.text("ContrastBolusAgent").upper() for one in slices} - {"", "NO", "NONE", "N"}
-    return replace(volume, warnings=warnings, contrast=True if agents else None)
+        yield Series(source, tuple(slices[k] for k in order), LPS_TO_RAS @ affine, warnings)
 
 
 # Files
@@ -379,4 +406,4 @@ def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
     return order, affine
 
 
-__all__ = ["read_dicom"]
+__all__ = ["Series", "open_series", "read_dicom"]

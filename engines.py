@@ -11,20 +11,23 @@ users send any: engines load tensors, and trust them.
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
+from transformers.generation import BaseStreamer
 
+from .drafts_diffvp import decode
 from .pipeline_diffvp import end_tokens
 
 # Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
 PLAIN = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample", "num_beams",
     "temperature", "top_k", "top_p", "use_cache", "output_attentions", "output_hidden_states", "transformers_version",
+    "num_assistant_tokens",
 }  # fmt: skip
 
 
@@ -37,11 +40,18 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[torch.Tensor], decoding: GenerationConfig) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[torch.Tensor],
+        decoding: GenerationConfig,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> list[list[int]]:
         """
         Args:
             prompts: whole prompts without padding, `(length, h)` each, of `embed_prompt`.
             decoding: greedy; how many tokens at most, and which end a report.
+            on_tokens: is told the next token of each prompt as they come, padding behind an end among them; what it
+                raises ends the decoding. vLLM tells nothing before its end.
 
         Returns:
             new token ids of each, up to its end token, or without one where the limit came first.
@@ -49,18 +59,22 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The model's own LLM, all prompts in one batch."""
+    """The model's own LLM with the checkpoint's drafts, all prompts in one batch."""
 
     def __init__(self, model):
-        self.language_model = model.language_model
-        self.name = f"transformers {transformers_version}"
+        self.language_model, self.drafts = model.language_model, model.drafts
+        self.name = f"transformers {transformers_version}" + (", with drafts" if self.drafts else "")
 
-    def generate(self, prompts: Sequence[torch.Tensor], decoding: GenerationConfig) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[torch.Tensor],
+        decoding: GenerationConfig,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> list[list[int]]:
         masks = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
         embeddings, mask = (pad_sequence(rows, True, padding_side="left") for rows in (list(prompts), masks))
-        tokens = self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding
-        )
+        streamer = None if on_tokens is None else _Streamer(on_tokens)
+        tokens = decode(self.language_model, self.drafts, embeddings, mask, decoding, streamer=streamer)
         ends = set(end_tokens(decoding))
         return [_until_end(row, ends) for row in tokens.tolist()]
 
@@ -107,7 +121,12 @@ class VLLMEngine:
                 **options,
             )
 
-    def generate(self, prompts: Sequence[torch.Tensor], decoding: GenerationConfig) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[torch.Tensor],
+        decoding: GenerationConfig,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> list[list[int]]:
         """
         Raises:
             EngineError: the checkpoint's generation config asks for more than greedy decoding, such as a penalty.
@@ -147,6 +166,20 @@ def load_engine(name: str, model, tokenizer, **options) -> Engine:
     if name == "vllm":
         return VLLMEngine(model, tokenizer, **options)
     raise EngineError(f"engine is {name!r}; expected transformers or vllm.")
+
+
+class _Streamer(BaseStreamer):
+    """transformers' own take one prompt at a time."""
+
+    def __init__(self, on_tokens: Callable[[list[int]], None]):
+        self.on_tokens = on_tokens
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.ndim == 1:  # the first has the ids of the prompts, of which there are none
+            self.on_tokens(value.tolist())
+
+    def end(self) -> None:
+        pass
 
 
 def _keep_embeddings(model) -> None:

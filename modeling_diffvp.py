@@ -21,6 +21,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
+from .drafts_diffvp import ReportDrafts, decode
+from .encoders_diffvp import DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
 from .findings_diffvp import diagnosis_prompts, read_attributes
 from .generation_diffvp import decoding_config
 from .modules_diffvp import (
@@ -30,7 +32,6 @@ from .modules_diffvp import (
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
-    DiffVPVisionEncoder,
     auxiliary_loss,
     check_labels,
     init_weights,
@@ -95,7 +96,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
 
     def __init__(self, config: DiffVPConfig):
         super().__init__(config)
-        self.vision_encoder = DiffVPVisionEncoder(config)
+        self.vision_encoder = make_encoder(config)
         own_encoder = not config.share_encoder
         self.diagnosis = DiffVPDiagnosisClassifier(config, own_encoder) if config.use_diagnosis else None
         # "linear" is the R2GenGPT-style baseline: one projection per voxel token.
@@ -127,6 +128,21 @@ class DiffVPModel(DiffVPPreTrainedModel):
         return self
 
     # Frozen: encoder and classifier
+
+    def attach_encoder(self, module: nn.Module) -> None:
+        """
+        Put the encoder of the user's in its place, frozen: `ct` (batch, 1, *config.image_size) in [-1, 1] → tokens
+        (batch, N, C), N depth-major over `config.encoder_grid`, C being `config.encoder_width`.
+
+        It is no part of a checkpoint: whoever loads one attaches it again, and its weights have to be the same.
+
+        Raises:
+            DiffVPEncoderError: `config.encoder_type` is not "external", or the checkpoint was made with another one.
+        """
+        if not isinstance(self.vision_encoder, DiffVPExternalEncoder):
+            found, expected = self.config.encoder_type, "external, for a module of your own"
+            raise DiffVPEncoderError("config", "encoder_type", found, expected)
+        self.vision_encoder.attach(module.to(self.device))
 
     def extract_features(self, ct: torch.Tensor) -> torch.Tensor:
         """F of section 3.2: `ct` (batch, 1, D, H, W) → (batch, N, C)."""
@@ -307,6 +323,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         else:
             self._keep_weights(language_model)
         self.language_model = language_model
+        self.drafts: ReportDrafts | None = None
         # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
         language_model.generation_config = GenerationConfig()
         self._freeze()
@@ -475,7 +492,8 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         """
         Write a report. Arguments as in `forward`; `kwargs` go to the LLM's `generate`. Returns the new tokens only.
 
-        The scans are encoded once, before decoding: what enters the decoding loop is embeddings.
+        The scans are encoded once, before decoding: what enters the decoding loop is embeddings. Greedy decoding
+        takes fewer steps with the checkpoint's `drafts`; `num_assistant_tokens=0` does without them.
 
         Args:
             comparison: result of `compare`, instead of scans and features.
@@ -487,9 +505,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison
         )
         decoding, kwargs = decoding_config(self.generation_config, generation_config, kwargs)
-        return self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
-        )
+        return decode(self.language_model, self.drafts, embeddings, mask, decoding, **kwargs)
 
 
 DiffVPForDiagnosis.register_for_auto_class("AutoModel")

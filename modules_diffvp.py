@@ -3,7 +3,7 @@
 """
 The building blocks of DiffVP, from the scan to the difference prompt.
 
-- `DiffVPVisionEncoder`: frozen 3D ResNet-18 (MONAI), voxel tokens F of shape (batch, N, C)
+- `encoders_diffvp.py`: the frozen encoder, voxel tokens F of shape (batch, N, C)
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
 - `DiffVPAlignedDifference`: voxel tokens against what the reference shows near each of them
 - `DiffVPGlobalDelta`, `DiffVPLocalDelta`: the hierarchical difference extractor, eq. 4-7
@@ -15,124 +15,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.resnet import ResNet
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_diffvp import DiffVPConfig
-
-
-class DiffVPResNet(ResNet):
-    """MONAI's ResNet with a type-A shortcut that lets gradients through and runs in bfloat16 on CPU."""
-
-    def _downsample_basic_block(self, x: torch.Tensor, planes: int, stride: int, spatial_dims: int = 3):
-        # The same values as MONAI's average pooling with kernel 1 on detached data.
-        return F.pad(x[:, :, ::stride, ::stride, ::stride], (0, 0, 0, 0, 0, 0, 0, planes - x.shape[1]))
-
-
-class DiffVPVisionEncoder(nn.Module):
-    """
-    3D ResNet-18 (section 3.2). MONAI's network, so that MedicalNet's weights fit by name.
-
-    With `encoder_pyramid_channels` its stages lie at 1/2, 1/4, 1/8 and 1/16 of the tensor's resolution, and a top-down
-    path leads what the last one knows back to 1/4.
-    """
-
-    def __init__(self, config: DiffVPConfig):
-        super().__init__()
-        self.image_size = tuple(config.image_size)
-        self.hu_range, self.windows = config.hu_range, config.encoder_windows
-        self.coordinates = config.encoder_coordinates
-        self.is_pyramid = config.encoder_pyramid_channels is not None
-        channels = len(self.windows or [None])
-        if self.is_pyramid:
-            # Eight voxels as channels at half the resolution: a 7x7x7 convolution of few channels costs more than the
-            # four stages behind it, and a 3x3x3 one sees as much here.
-            channels *= 8
-        self.resnet = DiffVPResNet(
-            block="basic",
-            layers=[2, 2, 2, 2],
-            block_inplanes=list(config.encoder_block_channels),
-            n_input_channels=channels + 3 * self.coordinates,
-            conv1_t_size=3 if self.is_pyramid else 7,
-            conv1_t_stride=1 if self.is_pyramid else config.encoder_stride,
-            no_max_pool=not config.encoder_max_pool,
-            shortcut_type=config.encoder_shortcut_type,
-            feed_forward=False,
-        )
-        self.pyramid = DiffVPPyramid(config) if self.is_pyramid else None
-
-    def forward(self, ct: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        `ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N runs depth-major.
-
-        With `start` (batch, 3), each `ct` is a crop of a volume, which begins at this voxel (depth, height, width).
-        """
-        if ct.ndim != 5 or ct.shape[1] != 1 or (start is None and tuple(ct.shape[2:]) != self.image_size):
-            raise ValueError(
-                f"ct must have shape (batch, 1, {', '.join(map(str, self.image_size))}), got {tuple(ct.shape)}. "
-                "Let the processor of this checkpoint prepare it."
-            )
-        net = self.resnet
-        hidden = self._channels(ct, start)
-        # Channels last is 1.3 to 2.6 times faster for 3D convolutions on CPU and the layout of tensor cores on GPU.
-        hidden = hidden.to(net.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
-        hidden = net.act(net.bn1(net.conv1(hidden)))
-        if not net.no_max_pool:
-            hidden = net.maxpool(hidden)
-        stages = []
-        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
-            hidden = layer(hidden)
-            stages.append(hidden)
-        if self.pyramid is not None:
-            hidden = self.pyramid(stages)
-        return hidden.flatten(2).transpose(1, 2)
-
-    def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-        """What the first convolution sees: windows, folded for a pyramid, and coordinates in [-1, 1]."""
-        if self.windows is not None:
-            low, high = self.hu_range
-            hu = low + (ct.float() + 1) * ((high - low) / 2)
-            ct = torch.cat([((hu - a) / (b - a)).clamp(0, 1) * 2 - 1 for a, b in self.windows], dim=1)
-        step = 1
-        if self.is_pyramid:
-            step = 2
-            depth, height, width = (size // 2 for size in ct.shape[2:])
-            ct = ct.reshape(*ct.shape[:2], depth, 2, height, 2, width, 2)
-            ct = ct.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-        if not self.coordinates:
-            return ct
-        axes = []
-        for axis, whole in enumerate(self.image_size):
-            first = torch.zeros(len(ct), device=ct.device) if start is None else start[:, axis].to(ct.device)
-            centres = (torch.arange(ct.shape[2 + axis], device=ct.device) + 0.5) * step
-            place = (first[:, None] + centres) * (2 / whole) - 1
-            shape = [len(ct), 1, 1, 1, 1]
-            shape[2 + axis] = -1
-            axes.append(place.view(shape).expand(-1, -1, *ct.shape[2:]))
-        return torch.cat([ct, *(axis.to(ct.dtype) for axis in axes)], dim=1)
-
-
-class DiffVPPyramid(nn.Module):
-    """Top-down path (Lin et al. 2017) from the fourth stage to the second: upsample, add the stage, convolve."""
-
-    def __init__(self, config: DiffVPConfig):
-        super().__init__()
-        channels, width = config.encoder_block_channels, config.encoder_pyramid_channels
-        self.lateral = nn.ModuleList([nn.Conv3d(channels[stage], width, 1) for stage in (3, 2, 1)])
-        self.smooth = nn.ModuleList(
-            [
-                nn.Sequential(nn.Conv3d(width, width, 3, padding=1, bias=False), nn.BatchNorm3d(width), nn.ReLU())
-                for _ in (2, 1)
-            ]
-        )
-
-    def forward(self, stages: list[torch.Tensor]) -> torch.Tensor:
-        hidden = self.lateral[0](stages[3])
-        for lateral, smooth, stage in zip(self.lateral[1:], self.smooth, (stages[2], stages[1]), strict=True):
-            hidden = smooth(F.interpolate(hidden, scale_factor=2, mode="nearest") + lateral(stage))
-        return hidden
+from .encoders_diffvp import DiffVPVisionEncoder
 
 
 def voxel_positions(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
@@ -455,9 +343,9 @@ class DiffVPDiagnosisClassifier(nn.Module):
     def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
         super().__init__()
         self.vision_encoder = DiffVPVisionEncoder(config) if own_encoder else None
-        self.grid, self.attributes = config.feature_grid, config.finding_attributes
+        self.grid, self.attributes = config.resnet_grid, config.finding_attributes
         self.labels = tuple(config.diagnosis_labels)
-        width, labels = config.encoder_hidden_size, config.num_labels_diagnosis
+        width, labels = config.resnet_hidden_size, config.num_labels_diagnosis
         self.head = nn.Linear(width, labels)
         # Background, then the regions.
         self.region_head = nn.Linear(width, 1 + len(config.finding_regions)) if config.finding_regions else None
@@ -484,8 +372,10 @@ class DiffVPDiagnosisClassifier(nn.Module):
         - `peak` (batch, labels): the token that shows it most; of a finding with sizes, the largest of several.
         - `size_mm` (batch, labels)
         - `region` (batch, labels): the region at the peak; -1 without a region head.
-        - `region_evidence` (batch, labels, regions), `side_evidence` (batch, labels, 2), right and left: log of the
-          probability mass of the tokens that show it at least half as much as any other.
+        - `region_evidence` (batch, labels, regions): log of the highest probability of a token of the region. A patch
+          that reaches across a fissure has much mass there, but not its peak.
+        - `side_evidence` (batch, labels, 2), right and left: log of the probability mass of the tokens that show it at
+          least half as much as any other.
         """
         probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
         log_size = self.sizes(features).transpose(1, 2)
@@ -507,10 +397,10 @@ class DiffVPDiagnosisClassifier(nn.Module):
         # A finding hides the region that it lies in: its tokens are those of the region around them.
         regions = self._smoothed(regions, 5)
         regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        by_region = torch.einsum("bln,brn->blr", evidence, regions)
+        peaks = [(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)]
         index = peak[:, None].expand(-1, regions.shape[1], -1)
         found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
-        found["region_evidence"] = (by_region + EVIDENCE_FLOOR).log()
+        found["region_evidence"] = (torch.stack(peaks, dim=2) + EVIDENCE_FLOOR).log()
         return found
 
     def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:

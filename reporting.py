@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,10 +31,11 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .anatomy_diffvp import anatomy_warnings
-from .bases_diffvp import locate_base_model
+from .bases_diffvp import locate_base_model, public_name
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
-from .data.cache import file_sha256, preprocessing
+from .data.cache import preprocessing
 from .data.phantom_report import labels_from_report
+from .encoders_diffvp import DiffVPEncoderError
 from .engines import Engine, EngineError, TransformersEngine
 from .figures import draw_figure
 from .metrics.consistency import report_consistency
@@ -51,16 +51,19 @@ from .pipeline_diffvp import (
 from .processing_diffvp import DiffVPProcessor
 from .reading_diffvp import CTMetadata, read_ct
 from .references_diffvp import ReferencePoolError
-from .storage_diffvp import WEIGHTS_NAME
+from .storage_diffvp import WEIGHTS_NAME, digest
 from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
 DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
-REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE}
+DIAGNOSTIC_REPORT = "diagnostic_report.json"  # of `diffvp report --fhir`
+REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE, DIAGNOSTIC_REPORT}
 
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
 CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
+
+DTYPES = ("float32", "bfloat16")  # float16 takes minutes a report on CPUs
 
 # The figure is sampled from the scan itself, not from the model's coarser tensor.
 FIGURE_SPACING = 1.5  # mm
@@ -72,7 +75,14 @@ class ReportError(ValueError):
 
 
 # What the caller can cause and repair, with messages that say how.
-EXPECTED_ERRORS = (CTInputError, ReferencePoolError, DiffVPCheckpointError, EngineError, ReportError)
+EXPECTED_ERRORS = (
+    CTInputError,
+    ReferencePoolError,
+    DiffVPCheckpointError,
+    DiffVPEncoderError,
+    EngineError,
+    ReportError,
+)
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,13 @@ class Report:
         return self.folder / FIGURE
 
 
-def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kwargs):
+def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: str | None = None, **hub_kwargs):
     """
     Model and processor of a checkpoint in a folder or on the Hub, run by this package's own code.
 
     Args:
         device: where the model computes; `None` takes a GPU if there is one.
+        dtype: "float32" or "bfloat16", of all weights; `None` is the checkpoint's.
         hub_kwargs: the Hub's: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -122,7 +133,10 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, **hub_kw
     check_checkpoint_name(name, **hub_kwargs)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DiffVPForConditionalGeneration.from_pretrained(name, **hub_kwargs).to(device)
+    if dtype not in (None, *DTYPES):
+        raise DiffVPCheckpointError(f"{name}: dtype: {dtype} (expected {' or '.join(DTYPES)}).")
+    weights = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = DiffVPForConditionalGeneration.from_pretrained(name, **weights, **hub_kwargs).to(device)
     # Else transformers would ask at the console whether to run the checkpoint's copy of the code.
     processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
     return model, processor
@@ -308,6 +322,7 @@ def describe_report(
             "preprocessing": preprocessing(processor.image_processor) | (options or {}),
             "decoding": {
                 "engine": engine,
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "instruction": processor.instruction,
                 "generation_config": public_fields(decoding.to_diff_dict()),
                 "new_tokens": len(tokens),
@@ -370,11 +385,11 @@ def _checkpoint(model, hub_kwargs: dict) -> dict:
             files[shard] = _local_file(name, shard, hub_kwargs)
     found = {file: path for file, path in files.items() if path is not None}
     if "config.json" not in found:
-        raise ReportError(f"The checkpoint {_public_name(name)} is no longer where the model was loaded from.")
+        raise ReportError(f"The checkpoint {public_name(name)} is no longer where the model was loaded from.")
     return {
-        "name": _public_name(name),
+        "name": public_name(name),
         "commit": extract_commit_hash(str(found["config.json"]), None),
-        "sha256": {file: _sha256(path) for file, path in found.items()},
+        "sha256": {file: digest(path) for file, path in found.items()},
     }
 
 
@@ -386,14 +401,14 @@ def _base_model(model, hub_kwargs: dict) -> dict:
     name, revision, gguf_file = model.language_model.name_or_path, None, None
     if name == config.base_model_name_or_path:  # else another place was given on loading
         revision, gguf_file = config.base_model_revision, config.base_model_gguf_file
-    entry = {"name": _public_name(name), "revision": revision}
+    entry = {"name": public_name(name), "revision": revision}
     path, file = locate_base_model(name, revision, gguf_file)
     if not Path(path).is_dir():
         access = {key: value for key, value in hub_kwargs.items() if key != "revision"}
         place = _local_file(path, file or "config.json", access | {"revision": revision or "main"})
         return entry | {"commit": extract_commit_hash(str(place), None)}
     weights = [Path(path) / file] if file else sorted(Path(path).glob("*.safetensors"))
-    return entry | {"sha256": {weight.name: _sha256(weight) for weight in weights}}
+    return entry | {"sha256": {weight.name: digest(weight) for weight in weights}}
 
 
 def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
@@ -405,19 +420,6 @@ def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _public_name(name: str) -> str:
-    """A Hub id or package as it is, of a folder the last part: its path may name people and projects."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _sha256_once(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=64)
-def _sha256_once(path: Path, modified: int, size: int) -> str:
-    return file_sha256(path)
 
 
 def public_fields(values: dict) -> dict:
@@ -426,7 +428,7 @@ def public_fields(values: dict) -> dict:
 
 
 def library_versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "numpy")
+    packages = ("torch", "transformers", "peft", "nibabel", "SimpleITK", "numpy")
     return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

@@ -8,6 +8,7 @@ last, so that a folder with a `config.json` is whole at any moment.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,9 +24,11 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 WEIGHTS_NAME = SAFE_WEIGHTS_NAME
 ADAPTER_SUBFOLDER = "adapter"
+DRAFTS_NAME = "drafts.json"
 STAGING_PREFIX = ".saving-"
 # What only a save writes, so that a later one may delete it.
-_OWNED = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{ADAPTER_SUBFOLDER}/[^/]+")
+_WEIGHTS = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{ADAPTER_SUBFOLDER}/[^/]+")
+_OWNED = re.compile(rf"{_WEIGHTS.pattern}|{re.escape(DRAFTS_NAME)}")
 
 
 class DiffVPCheckpointError(RuntimeError):
@@ -103,7 +106,13 @@ def flush(path: Path) -> None:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """SHA-256 of a file in hexadecimal; of one that has not changed it is computed once."""
+    status = os.stat(path)
+    return _digest(os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: str, inode: int, modified: int, size: int) -> str:
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -117,7 +126,7 @@ def digests(folder: Path, own_weights: bool) -> dict[str, str]:
 
     Without the weights where they are those of a whole LLM: reading them twice would double the time to load them.
     """
-    names = [name for name in _files(folder) if _OWNED.fullmatch(name)]
+    names = [name for name in _files(folder) if _WEIGHTS.fullmatch(name)]  # drafts change no word
     return {name: digest(folder / name) for name in names if own_weights or name.startswith(ADAPTER_SUBFOLDER)}
 
 
@@ -154,7 +163,7 @@ def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
         if index is None:
             raise
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    if wrong := [shard for shard in shards if not _OWNED.fullmatch(shard)]:
+    if wrong := [shard for shard in shards if not _WEIGHTS.fullmatch(shard)]:
         raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
     return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: cached_file(name, shard, **hub_kwargs) for shard in shards}
 

@@ -27,19 +27,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from .checkpoint_diffvp import check_checkpoint_name
 from .configuration_diffvp import DiffVPConfig
-from .data.cache import VolumeCache, state_sha256
+from .data.cache import VolumeCache
 from .data.cases import Case
+from .encoders_diffvp import encoder_sha256, state_sha256
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
-from .training.check import check_run, make_processor, model_fields
+from .training.check import check_run, has_own_encoder, make_processor, model_fields
 from .training.checkpoints import Checkpoints, recover_folder, write_folder
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
@@ -51,8 +51,9 @@ from .training.diagnosis import (
     crossfitted_f1,
     fit_margins,
 )
+from .training.encoder import import_encoder, load_encoder
 from .training.loop import Log, Stage, Trainer
-from .training.report import ReportStage, check_base, quantization
+from .training.report import ReportStage, check_base, make_drafts, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,8 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     output = Path(config.output_dir) / "model"
     set_seed(config.seed)
     model, processor = load_start(config) if config.init_from else build_generator(config)
+    if config.encoder is not None:
+        model.attach_encoder(import_encoder(config.encoder))
     # Before training, for the reports of each epoch are written with it, and what cannot be saved is said now.
     model.generation_config = own_generation_config(
         model.generation_config, processor.tokenizer, config.report.max_report_tokens
@@ -185,12 +188,13 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
         choose_thresholds(model, cohort, features)
     if model.config.difference_level == "aligned" and config.init_from is None:
         fit_whitening(model, cohort, features)
-    frozen = {"encoder_sha256": state_sha256(model.vision_encoder)}
+    frozen = {"encoder_sha256": encoder_sha256(model.vision_encoder)}
     if model.config.use_diagnosis:
         frozen["classifier_sha256"] = state_sha256(model.diagnosis)
     samples = Path(config.output_dir) / "samples"
     stage = ReportStage(config.report, model, processor, cohort, features, config.seed, samples)
     kept = train(stage, config, accelerator, cohort, frozen)
+    model.drafts = make_drafts(cohort.report, processor, config.report.draft_patients)
     references = local_references(cohort.pool, volumes)
     state = accelerator.get_state_dict(stage.model) if accelerator.num_processes > 1 else model.state_dict()
 
@@ -259,7 +263,8 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
     base = config.base
     processor = make_processor(config)
     tokenizer, fields = processor.tokenizer, model_fields(config, processor)
-    needs_classifier = fields.get("use_diagnosis", True) or config.encoder_weights is None
+    own = has_own_encoder(config)
+    needs_classifier = fields.get("use_diagnosis", True) or own
     if needs_classifier:
         folder = config.classifier or Path(config.output_dir) / "diagnosis"
         labels = DiffVPConfig(**config.model).diagnosis_labels if fields.get("use_diagnosis", True) else None
@@ -282,10 +287,10 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         if model.config.share_encoder:
             classifier.vision_encoder = None
         model.diagnosis.load_state_dict(classifier.state_dict())
-    if config.encoder_weights is None:
+    if config.encoder_weights is not None:
+        load_encoder(model, config.encoder_weights)
+    elif own:
         model.vision_encoder.load_state_dict(encoder.state_dict())
-    else:
-        model.vision_encoder.load_state_dict(load_file(config.encoder_weights))
     return model, processor
 
 

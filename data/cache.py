@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BatchFeature
 
+from ..encoders_diffvp import encoder_sha256, raw_bytes
 from ..reading_diffvp import read_ct
 from ..references_diffvp import path_sha256
 from ..volume_diffvp import PREPROCESSING_VERSION
@@ -36,6 +37,12 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def without_place(path: str | os.PathLike) -> str:
+    """A path as the record of a command has it: relative as it is, of an absolute one the last part."""
+    path = Path(path)
+    return path.name if path.is_absolute() else path.as_posix()
+
+
 def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
     """Digests of a checkpoint's weights, by file."""
     root = Path(folder)
@@ -52,19 +59,6 @@ def compare(before: dict, now: dict, path: str = "") -> list[str]:
         elif old != new:
             differences.append(f"{path}{key} was {old}, is {new}")
     return differences
-
-
-def state_sha256(module: torch.nn.Module) -> str:
-    """Hex SHA-256 of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(_raw(tensor))
-    return digest.hexdigest()
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class ContentHashes:
@@ -207,7 +201,7 @@ def _checksum(entry: dict[str, torch.Tensor]) -> str:
     crc = 0
     for name, tensor in sorted(entry.items()):
         crc = isal_zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
-        crc = isal_zlib.crc32(_raw(tensor), crc)
+        crc = isal_zlib.crc32(raw_bytes(tensor), crc)
     return f"{crc:08x}"
 
 
@@ -244,11 +238,14 @@ ENCODER = (
 
 def encoder_recipe(model) -> dict:
     """What the frozen encoder's output depends on, of any model that has a `vision_encoder`."""
-    return {
-        "encoder": state_sha256(model.vision_encoder),
-        "dtype": str(next(model.vision_encoder.parameters()).dtype),
+    recipe = {
+        "encoder": encoder_sha256(model.vision_encoder),
+        "dtype": next((str(weight.dtype) for weight in model.vision_encoder.parameters()), None),
         **{key: getattr(model.config, key) for key in ENCODER},
     }
+    if model.config.encoder_type != "resnet":  # entries from before there was another have no such key
+        recipe |= {"encoder_type": model.config.encoder_type, "encoder_layers": list(model.config.encoder_layers)}
+    return recipe
 
 
 class VolumeCache:

@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-from diffvp.nifti_diffvp import read_table
-from diffvp.reading_diffvp import CTMetadata
-from diffvp.volume_diffvp import CTReadError
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..nifti_diffvp import read_table
+from ..reading_diffvp import CTMetadata
+from ..volume_diffvp import CTReadError
 from .pairing import chance
 
 SHOWN_PROBLEMS = 20

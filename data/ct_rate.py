@@ -15,10 +15,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
-from diffvp.reading_diffvp import CTMetadata
-from diffvp.volume_diffvp import CTInputError
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..reading_diffvp import CTMetadata
+from ..volume_diffvp import CTInputError
 from .cases import (
     SPLITS,
     Case,

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS
 from .cases import DatasetError, Problem
 from .phantom import Finding
 
@@ -142,7 +141,11 @@ def lesion_voxels(path: Path, geometry) -> torch.Tensor:
 
     Arguments and errors as of [`lesion_cells`].
     """
-    codes = lps_mask(path, geometry, "lesion mask")
+    return mask_voxels(lps_mask(path, geometry, "lesion mask"), geometry)
+
+
+def mask_voxels(codes: np.ndarray, geometry) -> torch.Tensor:
+    """[`lesion_voxels`] of codes that are read already, on the grid and in the axis order of the volume, [x, y, z]."""
     voxels = _gathered(codes, geometry, 1)
     outputs, inputs = [], []
     for axis in range(3):

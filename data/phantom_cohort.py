@@ -21,8 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from .phantom import LOBES, PhantomPatient
 
 # Probability of each wording, by the number of wordings.

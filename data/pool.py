@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 import nibabel as nib
 
-from diffvp.volume_diffvp import MAX_HU_MINIMUM
-
+from ..volume_diffvp import MAX_HU_MINIMUM
 from .cases import Case, DatasetError, Problem, first_reconstructions, raise_problems, read_ids, shown, volume_name
 from .phantom_report import labels_from_report
 

@@ -26,8 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from pathlib import Path
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
-
+from ..configuration_diffvp import DIAGNOSIS_LABELS
 from .cases import (
     REGION_NAMES,
     SCAN_SUFFIXES,

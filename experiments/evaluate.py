@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
-from ..data.cases import Case, check_no_leak
-from ..data.lesions import read_patients
+from ..data.cases import Case, Problem, check_no_leak, raise_problems
+from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
-from ..data.pool import pool_by_rule
+from ..data.pool import is_normal, pool_by_rule
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import (
     label_baselines,
@@ -49,8 +49,10 @@ from ..progress import counted
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePool
 from ..reporting import load_checkpoint
+from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
+from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesions import score_findings
 from .scores import FINDINGS, PhantomReader, micro
 
@@ -185,11 +187,35 @@ def generate_reports(
         batch = targets[start : start + BATCH_SIZE]
         scans = [read_ct(case.volume, spacing, allow_non_hu, case.metadata) for case in batch]
         inputs = processor(ct=scans).to(model.device)
+        encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
+        reports += processor.batch_decode(model.generate(**inputs, **encoded), skip_special_tokens=True)
         if model.config.use_diagnosis:
-            inputs["diagnosis_logits"] = model.diagnose(inputs["ct"])
-            probabilities.append(inputs["diagnosis_logits"].float().sigmoid().cpu().numpy())
-        reports += processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+            probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
     return reports, np.concatenate(probabilities) if probabilities else None
+
+
+@torch.no_grad()
+def predict(folder: str | os.PathLike, volumes: VolumeCache, cases: list[Case]) -> tuple[np.ndarray, DiffVPConfig]:
+    """
+    Probabilities (cases, labels) of the classifier of a checkpoint, or of a first stage's, and its configuration.
+
+    Raises:
+        ValueError: there is no classifier, its labels are others, or it takes tensors of another shape.
+    """
+    _, classifier = load_classifier(folder, DIAGNOSIS_LABELS)
+    config = DiffVPConfig.from_pretrained(folder)
+    shape = tuple(volumes.image_processor.size.values())
+    if tuple(config.image_size) != shape:
+        raise ValueError(
+            f"{folder}: image_size: {list(config.image_size)} (expected {list(shape)}, as the checkpoint)"
+        )
+    classifier.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = classifier.head.weight.device
+    logits = [
+        classifier(volumes.load(case)[None].float().to(device))[0]
+        for case in counted(cases, f"Findings, {Path(folder).name}")
+    ]
+    return torch.cat(logits).sigmoid().cpu().numpy(), config
 
 
 def bounds(interval: Interval) -> list[float]:
@@ -235,6 +261,7 @@ def evaluate(
     cache_dir: str | os.PathLike,
     limit: int | None = None,
     command: str = "diffvp evaluate",
+    volume_labels: str | os.PathLike | None = None,
 ) -> tuple[Path, dict]:
     """
     Evaluate on the test cases; writes `NAME_checkpoint.json` and `NAME_checkpoint.md`, NAME being that of the
@@ -244,12 +271,22 @@ def evaluate(
         cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
         limit: only the first so many test cases, for a trial.
         command: what the results say that they were made by.
+        volume_labels: of phantoms, another checkpoint, or the first stage of one, whose classifier was trained on
+            labels of whole volumes alone: what a dataset without masks allows. It is scored by its own thresholds.
+
+    Raises:
+        ValueError: the test split has too few cases or lesions, the checkpoint too few references, or a classifier
+            of other labels.
+        DatasetError: a cohort of phantoms has no masks.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     train, test = tests.training, tests.test[:limit]
     if len(test) < 2:
         raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+    if tests.phantoms is not None:
+        _check_masks(tests.phantoms, test)
+    normal = [constant_normal_report(train)] * len(test)
     model, processor = load_checkpoint(str(checkpoint))
     if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
         raise ValueError("The checkpoint tells other findings than the 18 that a labeler reads out of reports.")
@@ -258,11 +295,15 @@ def evaluate(
         processor.reference_pool = ReferencePool.of_paths(paths)
     model.merge_adapter()
     volumes = VolumeCache(cache_dir, processor.image_processor, tests.spacing)
+    alone = {}
+    if volume_labels is not None:
+        probabilities, config = predict(volume_labels, volumes, test)
+        patients = read_patients(tests.phantoms)
+        alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, test, patients)}
     reports, probabilities = generate_reports(model, processor, test, tests.spacing)
     # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
     # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
     shuffled = reports[1:] + reports[:1]
-    normal = [constant_normal_report(train)] * len(test)
     nearest = nearest_reports(
         pooled_features(model, volumes, test, "test"),
         pooled_features(model, volumes, train, "training"),
@@ -291,6 +332,14 @@ def evaluate(
         for name, of in (texts | {"true reports": [case.report for case in test]}).items()
         if name != "DiffVP on another patient's scan"  # the same reports
     }
+    goals, map_of = {}, {}
+    if tests.phantoms is not None:
+        patients = read_patients(tests.phantoms)
+        goals["maps"] = map_scores(model, volumes, tests.phantoms, test, pool_cases(processor.reference_pool))
+        map_of = goals["maps"].pop("per_case")
+        if probabilities is not None:
+            goals["classifier"] = classifier_scores(probabilities, model.config.diagnosis_threshold, test, patients)
+            goals["report"] = report_scores(reports, written, classifier, test, patients)
     result = {
         "command": command + ("" if limit is None else f" --limit {limit}"),
         "dataset": {"name": tests.name, "split": tests.split, "phantoms": tests.phantoms is not None},
@@ -304,6 +353,8 @@ def evaluate(
             tests.signature,
         ],
         "systems": systems,
+        **goals,
+        **alone,
         "per_label": score_labels(written, test),
         "collapse": collapse,
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
@@ -315,6 +366,7 @@ def evaluate(
         "lesion_sizes": _lesion_sizes(tests, test, reports),
         "predictions": [
             {"name": case.name, "reference": case.report, "prediction": report}
+            | ({"map": map_of[case.name]} if case.name in map_of else {})
             for case, report in zip(test, reports, strict=True)
         ],
     }
@@ -325,6 +377,18 @@ def evaluate(
     for file in texts:
         os.replace(output / f".{file}", output / file)
     return output / f"{name}_checkpoint.md", result
+
+
+def _check_masks(data: Path, test: list[Case]) -> None:
+    """What would else be found missing after an hour."""
+    paths = [lesion_mask_path(data, case.name) for case in test if not is_normal(case)]
+    raise_problems(
+        [
+            Problem(path.name, None, "lesion mask", "missing", "a cohort with masks")
+            for path in paths
+            if not path.is_file()
+        ]
+    )
 
 
 def _lesion_sizes(tests: TestSet, test: list[Case], reports: list[str]) -> dict[str, dict]:
@@ -345,6 +409,11 @@ def _page(result: dict) -> str:
         else f"Intended domain, as the checkpoint says: {result['intended_domain'] or 'not stated'}."
     )
     agreement = result.get("text_agrees_with_classifier")
+    goals = []
+    if "report" in result:
+        of = result["systems"]["DiffVP"]
+        bleu = {"value": of["bleu4"], "interval": of["bleu4_interval"]}
+        goals = [*goal_lines(result | {"bleu4": bleu}), ""]
     lines = [
         f"# {name} on unseen {'phantoms' if phantoms else 'scans'}",
         "",
@@ -361,6 +430,7 @@ def _page(result: dict) -> str:
             ],
         ),
         "",
+        *goals,
         f"Findings of the generated reports, by label; of fewer than {FEWEST_OF_LABEL} cases no score is told:",
         "",
         *table_lines(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..data.cache import without_place
 from ..data.cases import Problem, raise_problems, read_csv
 from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
 from ..metrics.clinical_efficacy.reports import SCORES
@@ -193,7 +194,7 @@ def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_onl
     data = read_reports(path)
     development, test = (data.part(rows) for rows in split_rows(data.texts))
     result = {
-        "command": f"python -m diffvp.experiments.labeler {Path(path).name} --output {Path(output).as_posix()}"
+        "command": f"python -m diffvp.experiments.labeler {Path(path).name} --output {without_place(output)}"
         + (" --development" if development_only else ""),
         "signature": labeler.signature,
         "baseline": f"{BASELINE}; scikit-learn {version('scikit-learn')}",

@@ -8,6 +8,7 @@ and size are right where it does. No dataset of patients knows the size of every
 import re
 from collections.abc import Mapping, Sequence
 
+from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
@@ -63,6 +64,12 @@ def _bin_names(starts: Sequence[int]) -> list[str]:
 def sentences_about(report: str, label: str) -> list[str]:
     """The sentences of a report that state a finding, in small letters."""
     return [part for part in _SENTENCE.split(report.lower()) if labels_from_report(part)[label]]
+
+
+def named_twice(report: str) -> list[str]:
+    """The findings that more than one sentence of a report states: nobody has a second heart."""
+    read = [labels_from_report(part) for part in _SENTENCE.split(report.lower())]
+    return [label for label in DIAGNOSIS_LABELS if sum(of[label] for of in read) > 1]
 
 
 def named_lobes(sentence: str) -> frozenset[str]:

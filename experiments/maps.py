@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -29,8 +30,8 @@ from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
 from ..figures import COLORS, EDGES, OPACITY, plane
 from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
-from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..reporting import BODY_LEVEL, RESEARCH_USE
+from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
+from ..reporting import RESEARCH_USE
 from ..training.cohort import Features
 from .runs import scan_inputs
 
@@ -42,20 +43,23 @@ TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phan
 # edges that do not match would else decide where its maximum lies.
 SMOOTHING_MM = 10.0
 TOP_TOKENS = 8  # of Fig. 4a
-SCORES = ("pointing", "pointing_body", "auroc")
+SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
+TISSUE_HU = -520.0  # a voxel above it is tissue
 MARGIN = 4  # voxels of air that a figure shows around the body
 
 
 # Scores of one map --------------------------------------------------------------------------------------------------
 
 
-def body_voxels(volume: NDArray) -> NDArray[np.bool_]:
-    """What the skin encloses in each axial plane of a volume in [-1, 1].
+def body_voxels(volume: NDArray, hu_window: Sequence[float] = (-1000.0, 200.0)) -> NDArray[np.bool_]:
+    """What the skin encloses in each axial plane of a volume in [-1, 1], which are the HU of the window.
 
     Not `figures.body_mask`, which takes what is thinner than 9 voxels for the scanner's table: at the spacing of the
     tensor that is the chest wall.
     """
-    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > BODY_LEVEL])
+    low, high = hu_window
+    level = 2 * (TISSUE_HU - low) / (high - low) - 1
+    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > level])
 
 
 def dilated(mask: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float) -> NDArray[np.bool_]:
@@ -111,12 +115,14 @@ class MapScores:
     Attributes:
         pointing: whether its maximum lies in a lesion or within the tolerance of one.
         pointing_body: the same for its maximum inside the body.
+        pointing_lesion: whether that one lies in a lesion itself.
         auroc: of lesion against the rest of the body.
         reached: by label, whether the lesion holds one of the map's top voxels of the body.
     """
 
     pointing: float
     pointing_body: float
+    pointing_lesion: float
     auroc: float
     reached: dict[str, float]
 
@@ -163,10 +169,12 @@ def score_map(difference: NDArray, truth: Truth, top_percent: float = TOP_PERCEN
         raise ValueError("the map has values that are not finite")
     values = difference[truth.body]
     inside = {label: mask[truth.body] for label, mask in truth.lesions.items()}
+    lesions = np.any(list(inside.values()), axis=0)
     return MapScores(
         pointing=pointing(difference, truth.near),
         pointing_body=pointing(values, truth.near[truth.body]),
-        auroc=auroc(values, np.any(list(inside.values()), axis=0)),
+        pointing_lesion=pointing(values, lesions),
+        auroc=auroc(values, lesions),
         reached={label: reaches_top(values, mask, top_percent) for label, mask in inside.items()},
     )
 
@@ -194,6 +202,36 @@ def difference_map(
 ) -> NDArray[np.float32]:
     """The model's map of a case (depth, height, width), from the caches."""
     return model.difference_map(**scan_inputs(model, features, [case], [[reference]]))[0].float().cpu().numpy()
+
+
+def target_maps(
+    model: DiffVPForConditionalGeneration, features: Features, case: Case
+) -> dict[str, NDArray[np.float32]]:
+    """
+    Maps that know no reference, (depth, height, width): "target alone", the norm of each voxel token of the scan, and
+    of an aligned difference "target alone, whitened", the norm of what that compares with the reference.
+    """
+    return token_maps(model, features.load(case)["features"])
+
+
+def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+    """[`target_maps`] of the voxel tokens (N, C) of a scan."""
+    tokens = tokens.float().cpu()
+    forms = {"target alone": tokens}
+    if model.config.difference_level == "aligned":
+        of = model.aligned_difference
+        forms["target alone, whitened"] = (tokens - of.mean.float().cpu()) @ of.whitening.float().cpu().T
+    grid, size = model.config.feature_grid, tuple(model.config.image_size)
+    return {
+        name: F.interpolate(values.norm(dim=1).view(1, 1, *grid), size, mode="trilinear")[0, 0].numpy()
+        for name, values in forms.items()
+    }
+
+
+def correlation(first: NDArray, second: NDArray) -> float:
+    """Pearson's correlation of two maps' values; of a constant one 0, and of two constant ones 1."""
+    constant = [np.ptp(values) == 0 for values in (first, second)]
+    return float(all(constant)) if any(constant) else float(np.corrcoef(first, second)[0, 1])
 
 
 def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> dict[str, Case]:
@@ -234,6 +272,8 @@ def score_maps(
     - "latent, another reference": what of it does not hang on the reference that was drawn;
     - "latent, another patient": of the next case and its reference, scored against this one's lesions: what a map owes
       to where lesions mostly are. It is as smooth as the first, which chance is not;
+    - "target alone", and of an aligned difference "target alone, whitened": what no reference is needed for, see
+      [`target_maps`];
     - "pixel": |target - reference|, voxel by voxel of the model's tensors, as they are compared in the model;
     - "pixel, smoothed": the same after a Gaussian;
     - "chance": a map that is the same everywhere, so that its top voxels are scattered over the body;
@@ -247,6 +287,7 @@ def score_maps(
         For each map the scores of [`MapScores`] as means over cases with 95 % intervals, "above_chance" (pointing in
         the body less what chance has on the same lesions), "sensitivity" by label and of "all" findings (the share
         whose lesion holds one of the top voxels), and paired comparisons of the first map with each other one.
+        "correlation" of the first map with the second, within the body: 1 where the reference changes nothing.
 
     Raises:
         ValueError: fewer than two cases have a lesion in the tensor, or the references are too few.
@@ -255,12 +296,14 @@ def score_maps(
     targets = [case for case in cases if not is_normal(case)]
     others = other_references(targets, references)
     scores: dict[str, list[MapScores]] = {}
-    scored, outside = [], []
+    scored, outside, correlations = [], [], []
+    following_map = None
     for index, case in enumerate(track(targets, "Difference maps")):
         geometry = volumes.preprocess(case)["geometry"][0]
         codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
         target, reference = (volumes.load(of)[0].float().numpy() for of in (case, references[case.name]))
-        body = body_voxels(target)
+        body = body_voxels(target, volumes.image_processor.hu_window)
+        own_map, following_map = following_map, None
         if not codes[body].any():
             outside.append(case.name)
             continue
@@ -268,10 +311,14 @@ def score_maps(
         following = targets[(index + 1) % len(targets)]
         subtraction = np.abs(target - reference)
         sigma = [smoothing_mm / mm for mm in geometry.tensor_spacing]
+        if own_map is None:
+            own_map = difference_map(model, features, case, references[case.name])
+        following_map = difference_map(model, features, following, references[following.name])
         maps = {
-            "latent": difference_map(model, features, case, references[case.name]),
+            "latent": own_map,
             "latent, another reference": difference_map(model, features, case, others[case.name]),
-            "latent, another patient": difference_map(model, features, following, references[following.name]),
+            "latent, another patient": following_map,
+            **target_maps(model, features, case),
             "pixel": subtraction,
             "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
             "chance": np.zeros_like(subtraction),
@@ -281,6 +328,7 @@ def score_maps(
         of_case["chance, in one piece"] = score_ball(truth, top_percent)
         for name, of_map in of_case.items():
             scores.setdefault(name, []).append(of_map)
+        correlations.append(correlation(maps["latent"][body], maps["latent, another reference"][body]))
     if len(scored) < 2:
         raise ValueError(f"{len(scored)} of {len(cases)} case(s) have a lesion in the tensor: this takes at least 2")
     return {
@@ -291,6 +339,7 @@ def score_maps(
         "smoothing_mm": smoothing_mm,
         "maps": {name: summary(of_map, scores["chance"]) for name, of_map in scores.items()},
         "comparisons": compare_maps(scores, "latent"),
+        "correlation": mean_and_interval(correlations),
         "per_case": {
             case: {name: {score: getattr(of_map[row], score) for score in SCORES} for name, of_map in scores.items()}
             for row, case in enumerate(scored)
@@ -456,6 +505,7 @@ class MapExample:
         title: the case and its findings.
         shown: the finding through which the axial plane goes.
         index: of that plane.
+        hu_window: the HU that are -1 and 1 in target and reference.
         lesions: of all findings; `lesion`: of the one that is shown.
     """
 
@@ -468,6 +518,7 @@ class MapExample:
     lesions: NDArray[np.bool_]
     lesion: NDArray[np.bool_]
     spacing: tuple[float, float, float]
+    hu_window: tuple[float, float]
 
 
 def map_example(
@@ -501,10 +552,11 @@ def map_example(
         lesions=codes != 0,
         lesion=lesions[shown],
         spacing=geometry.tensor_spacing,
+        hu_window=tuple(volumes.image_processor.hu_window),
     )
 
 
-def draw_maps(path: str | Path, examples: Sequence[MapExample]) -> None:
+def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Synthetic phantoms.") -> None:
     """
     Fig. 5a as PNG, a case in each row: target, reference, difference map over the target, true lesions outlined (the
     one that chose the plane in green, the others in blue), and pixel subtraction. Axial planes, seen from the feet:
@@ -538,13 +590,13 @@ def draw_maps(path: str | Path, examples: Sequence[MapExample]) -> None:
             text.set_path_effects([withStroke(linewidth=2, foreground="black")])
         panels[0].set_ylabel(f"plane {example.index}: {example.shown}", color="white", fontsize=8)
         panels[2].set_xlabel(example.title, color="white", fontsize=8)
-    figure.supxlabel(f"Synthetic phantoms. {RESEARCH_USE}", color="white", fontsize=8)
+    figure.supxlabel(f"{about} {RESEARCH_USE}", color="white", fontsize=8)
     figure.savefig(path, format="png")
 
 
 def _axial_images(example: MapExample) -> dict[str, NDArray]:
     """What a row shows, cut to the bodies; both maps between 0 and 1."""
-    body = body_voxels(example.target)
+    body = body_voxels(example.target, example.hu_window)
     volumes = {
         "target": example.target,
         "reference": example.reference,
@@ -555,7 +607,7 @@ def _axial_images(example: MapExample) -> dict[str, NDArray]:
         "body": body,
     }
     images = {name: plane(volume, "axial", example.index) for name, volume in volumes.items()}
-    shown = images["body"] | plane(body_voxels(example.reference), "axial", example.index)
+    shown = images["body"] | plane(body_voxels(example.reference, example.hu_window), "axial", example.index)
     box = []
     for axis in (1, 0):
         span = np.flatnonzero(shown.any(axis=axis))

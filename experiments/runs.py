@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from ..data.cache import VolumeCache, compare, state_sha256, weights_sha256
+from ..data.cache import VolumeCache, compare, weights_sha256
 from ..data.cases import Case, first_reconstructions
 from ..data.lesions import read_patients
 from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
 from ..data.pool import is_normal
+from ..encoders_diffvp import state_sha256
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reporting import load_checkpoint
@@ -277,7 +278,7 @@ def machine() -> dict:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "monai")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 

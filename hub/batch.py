@@ -27,6 +27,7 @@ import torch
 from transformers import BatchFeature
 
 from ..anatomy_diffvp import anatomy_warnings
+from ..clinical.results import BatchResults
 from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.scans import find_scans
@@ -155,6 +156,9 @@ class ReportWriter:
         reference_seed: of the choice of references.
         max_new_tokens: where to stop; the default is the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
+        dicom: folder that gets structured report and difference map of each scan; what is no DICOM then fails.
+        fhir: whether each record has a FHIR DiagnosticReport.
+        dtype: see [`load_checkpoint`].
         hub_kwargs: of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
@@ -175,11 +179,15 @@ class ReportWriter:
         reference_seed: int = 0,
         max_new_tokens: int | None = None,
         allow_any_anatomy: bool = False,
+        dicom: str | os.PathLike | None = None,
+        fhir: bool = False,
+        dtype: str | None = None,
         hub_kwargs: dict | None = None,
         engine_options: dict | None = None,
     ):
         hub_kwargs = hub_kwargs or {}
-        self.model, self.processor = load_checkpoint(checkpoint, **hub_kwargs)
+        self.clinical = BatchResults(dicom, fhir) if dicom is not None or fhir else None
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=dtype, **hub_kwargs)
         self.nearest = reference == NEAREST
         given = {}
         if reference is not None and not self.nearest:
@@ -212,6 +220,8 @@ class ReportWriter:
                 "generation_config": public_fields(self.decoding.to_diff_dict()),
             },
         }
+        if self.clinical is not None:
+            settings["results"] = {"dicom": dicom is not None, "fhir": fhir}
         self.header = {
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
@@ -242,11 +252,19 @@ class ReportWriter:
             paths(), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
         )
         for scan, of in zip(scans, features, strict=True):
+            if self.clinical is not None and not isinstance(of, CTInputError):
+                of = self.clinical.with_source(of, scan.path)
             yield scan.id, digests.popleft(), of
 
-    def write(self, batch: Iterable[ReadScan]) -> tuple[list[dict], list[dict]]:
-        """The records of a batch of what [`read`] yields, and those of its failures."""
-        prompts, drafts, failures, coverages = [], [], [], []
+    def write(
+        self, batch: Iterable[ReadScan], on_tokens: Callable[[list[int]], None] | None = None
+    ) -> tuple[list[dict], list[dict]]:
+        """The records of a batch of what [`read`] yields, and those of its failures.
+
+        Args:
+            on_tokens: see [`Engine.generate`].
+        """
+        prompts, drafts, failures, coverages, sources = [], [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
@@ -257,13 +275,17 @@ class ReportWriter:
                 failures.append({"id": name, "error": type(error).__name__, "message": str(error)})
                 continue
             coverages.append(features["geometry"][0].coverage)
+            sources.append(features.get("source"))
             prompts.append(prompt)
             drafts.append({"id": name, "file_sha256": file_sha256, **draft})
-        written = self.engine.generate(prompts, self.decoding) if prompts else []
+        written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
         records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
         for record, coverage in zip(records, coverages, strict=True):
             record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
             record["consistency"] = report_consistency(record["report"], record["findings"])
+        if self.clinical is not None:
+            for record, source in zip(records, sources, strict=True):
+                self.clinical.write(record, self.header, source)
         return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
@@ -278,7 +300,10 @@ class ReportWriter:
         findings = []
         if logits is not None:
             [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
-        return prompt, {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        draft = {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        if self.clinical is not None and self.clinical.dicom is not None:
+            draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
+        return prompt, draft
 
     def _choose(self, scan: str, encoded: dict) -> tuple[str, dict[str, torch.Tensor]]:
         """Id and encoding of the reference of a scan, of its digest and encoding."""

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..data.cache import path_sha256
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
+from ..references_diffvp import path_sha256
 from .batch import NEAREST, ReportFile, ReportWriter, Scan, list_scans
 
 # Scans of a reading task: what is lost when it dies. A task for each of a million would be many for the scheduler.

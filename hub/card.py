@@ -20,17 +20,24 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .. import __version__
+from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..references_diffvp import REFERENCE_FOLDER
 from ..reporting import compare_findings, load_checkpoint
+from ..storage_diffvp import DRAFTS_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE = PACKAGE / "hub" / "model_card.md.jinja"
 CARD, EVALUATION = "README.md", "evaluation.json"
 LICENSE, NOTICE = "LICENSE", "NOTICE"
+ARXIV = "2603.17718"  # of the method's paper
+
+# What Inference Endpoints look for beside a checkpoint, and where it is kept here.
+ENDPOINT = {"handler.py": "hub/handler.py", "requirements.txt": "hub/handler_requirements.txt"}
 
 # Of the results' scores: what they are called in a card, and by the Hub.
 METRICS = {
@@ -71,6 +78,7 @@ class CardFacts:
         reproduce: commands from nothing to the results.
         dataset, dataset_name, split: of the evaluation, for the metadata.
         tags: besides those of every DiffVP checkpoint.
+        changes: (version, what is new in it), the last first.
     """
 
     title: str
@@ -86,6 +94,7 @@ class CardFacts:
     split: str = "valid"
     tags: tuple[str, ...] = ()
     true_findings: float | None = None
+    changes: tuple[tuple[str, str], ...] = ()
 
 
 PHANTOM = CardFacts(
@@ -108,6 +117,7 @@ PHANTOM = CardFacts(
     dataset_name="DiffVP phantoms",
     tags=("synthetic",),
     true_findings=1.0,  # configs/phantom.yaml
+    changes=(("0.1.0", "the first one."),),
 )
 
 
@@ -194,6 +204,16 @@ def describe_weights(path: Path, folder: Path) -> dict:
     return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "numbers": numbers}
 
 
+def describe_drafts(folder: Path) -> dict | None:
+    """The drafts of a checkpoint that has some: how many, of how many patients at least, and the size of the file."""
+    path = folder / DRAFTS_NAME
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    counted = {"entries": len(document["following"]), "min_patients": document["min_patients"]}
+    return {"file": path.name, "bytes": path.stat().st_size, **counted}
+
+
 def demo(folder: Path) -> dict:
     """The report of `make demo`'s patient and how it compares with the true one."""
     model, processor = load_checkpoint(str(folder), device="cpu")
@@ -209,6 +229,8 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("config", "processor_config", "generation_config")
     )
+    if config.get("base_model_name_or_path") is not None:
+        config["base_model_name_or_path"] = public_name(config["base_model_name_or_path"])
     adapter = folder / ADAPTER_SUBFOLDER / "adapter_model.safetensors"
     own = sorted(folder.glob("model*.safetensors"))
     data = ModelCardData(
@@ -230,6 +252,9 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         facts=facts,
         name=folder.name,
+        version=__version__,
+        arxiv=ARXIV,
+        has_endpoint=(folder / "handler.py").is_file(),
         task=TASK,
         statement=RESEARCH_USE,
         config=config,
@@ -238,6 +263,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         decoding=decoding,
         has_references=has_references,
         weights=[describe_weights(path, folder) for path in (*own, adapter) if path.is_file()],
+        drafts=describe_drafts(folder),
         evaluation=evaluation,
         missed={label: row for label, row in labels.items() if row["support"] and row["recall"] < MISSED},
         overcalled={label: row for label, row in labels.items() if row["predicted"] > OVERCALLED * row["support"]},
@@ -276,9 +302,16 @@ def write_licence(folder: str | os.PathLike) -> None:
         shutil.copyfile(PACKAGE / file, Path(folder) / file)
 
 
+def write_endpoint(folder: str | os.PathLike) -> None:
+    """Write what Inference Endpoints need beside the checkpoint."""
+    for file, kept in ENDPOINT.items():
+        shutil.copyfile(PACKAGE / kept, Path(folder) / file)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a released checkpoint")
     parser.add_argument("results", type=Path, help="JSON file that `diffvp evaluate` wrote about it")
     arguments = parser.parse_args()
+    write_endpoint(arguments.checkpoint)
     write_card(arguments.checkpoint, PHANTOM, json.loads(arguments.results.read_text(encoding="utf-8")))

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    eval_result_entries_to_yaml,
+)
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -25,7 +32,8 @@ from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
 from ..data.cache import weights_sha256
 from ..pipeline_diffvp import RESEARCH_USE
 from ..references_diffvp import LOCAL_REFERENCES, REFERENCE_FOLDER, ReferencePool, ReferencePoolError
-from .card import CARD, EVALUATION, LICENSE, NOTICE, PACKAGE, measured_values
+from ..storage_diffvp import DRAFTS_NAME
+from .card import CARD, ENDPOINT, EVALUATION, LICENSE, METRICS, NOTICE, PACKAGE, measured_values
 
 # Formats that run code when they are loaded, or that a reader may load as if they did not.
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
@@ -38,12 +46,15 @@ KINDS = {
     "adapter": rf"{ADAPTER_SUBFOLDER}/(adapter_config\.json|generation_config\.json|adapter_model\.safetensors)",
     "processor": r"processor_config\.json|chat_template\.jinja|tokenizer(_config)?\.json|tokenizer\.model|"
     r"special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt",
+    "drafts": re.escape(DRAFTS_NAME),
     "references": rf"{REFERENCE_FOLDER}/(references\.json|[^/]+\.nii(\.gz)?)",
     "card": rf"{re.escape(CARD)}|{re.escape(EVALUATION)}",
     "licence": rf"{LICENSE}|{NOTICE}|USE_POLICY\.md",
+    "endpoint": "|".join(map(re.escape, ENDPOINT)),
 }
 REQUIRED = ("config.json", "generation_config.json", "processor_config.json", CARD, EVALUATION, LICENSE, NOTICE)
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
+RESULTS = ".eval_results/"  # where a benchmark's leaderboard looks; others may propose files there, which stay
 
 # Bases whose weights may be passed on inside a checkpoint, with this project's licence and notice beside them.
 REDISTRIBUTABLE_BASES = {
@@ -161,6 +172,9 @@ def _code_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
             problems.append(f"{path} is not a file of the package diffvp.")
         elif (folder / path).read_bytes() != (PACKAGE / path).read_bytes():
             problems.append(f"{path} is not that of the installed package diffvp: save the checkpoint again.")
+    for path in sorted(path for path in paths if kind_of(path) == "endpoint"):
+        if (folder / path).read_bytes() != (PACKAGE / ENDPOINT[path]).read_bytes():
+            problems.append(f"{path} is not that of the installed package diffvp: write the card again.")
     config, processor = documents.get("config.json", {}), documents.get("processor_config.json", {})
     named = {*config.get("auto_map", {}).values(), *processor.get("auto_map", {}).values()}
     named |= {pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()}
@@ -277,6 +291,7 @@ def push(
     revision: str | None = None,
     tag: str | None = None,
     private: bool = False,
+    benchmark: str | None = None,
 ) -> Pushed:
     """
     Upload a checkpoint in one commit. Files of an earlier upload that the checkpoint no longer has are removed by the
@@ -286,6 +301,7 @@ def push(
         revision: branch, made from `main` if it is not there.
         tag: name for the commit.
         private: of a repository that is made; one that is there has to be so already.
+        benchmark: dataset on the Hub that the evaluation was of; its scores then also go into `.eval_results/`.
 
     Raises:
         PushError: what keeps it from being uploaded, or what went wrong and what is on the Hub now: nothing of it, or
@@ -299,8 +315,11 @@ def push(
             api.create_repo(repo_id, private=private or None)
             state = made = "Nothing was uploaded; the repository was made and is empty."
         head, there = _look_at(api, repo_id, revision, tag, private)
+        there = {path for path in there if not path.startswith(RESULTS)}
         stale = sorted(there - {file.path for file in files} - {GITATTRIBUTES})
         operations = [CommitOperationAdd(file.path, str(folder / file.path)) for file in files]
+        if benchmark is not None:
+            operations.append(_results(api, folder, benchmark))
         operations += [CommitOperationDelete(path) for path in stale]
         state = None  # until it is looked up: an answer can be lost after the commit was made
         commit = api.create_commit(
@@ -320,6 +339,20 @@ def push(
             state = _look_again(api, repo_id, revision, head, made)
         raise PushError(f"{repo_id}: {' '.join(str(error).split())}", [state]) from error
     return Pushed(repo_id, commit.oid, commit.commit_url, tag)
+
+
+def _results(api: HfApi, folder: Path, benchmark: str) -> CommitOperationAdd:
+    """The scores of evaluation.json as a benchmark's leaderboard reads them; a metric is a task of it."""
+    revision = api.dataset_info(benchmark).sha
+    evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    values = dict(zip(METRICS, measured_values(evaluation).values(), strict=True))
+    notes = f"{evaluation['cases']} cases; {evaluation['command']}"
+    entries = [
+        EvalResultEntry(dataset_id=benchmark, dataset_revision=revision, task_id=metric, value=value, notes=notes)
+        for metric, value in values.items()
+    ]
+    content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    return CommitOperationAdd(f"{RESULTS}{benchmark.split('/')[-1]}.yaml", content.encode())
 
 
 def _look_again(api: HfApi, repo_id: str, revision: str | None, head: str | None, unchanged: str) -> str:
@@ -342,7 +375,8 @@ def _look_at(
     problems = [f"The tag {tag} is there already." for named in refs.tags if named.name == tag]
     if private and not head.private:
         problems.append("The repository is there already, and public.")
-    others = sorted(path for path in there if kind_of(path) is None and path != GITATTRIBUTES)
+    own = {path for path in there if path.startswith(RESULTS)} | {GITATTRIBUTES}
+    others = sorted(path for path in there - own if kind_of(path) is None)
     if others:
         problems.append(f"The repository holds files that are no checkpoint's ({', '.join(others[:3])}).")
     if problems:

@@ -20,7 +20,7 @@ from ..checkpoint_diffvp import BASE_PREFIX
 from ..data.phantom import render_patient, sample_patient
 from ..references_diffvp import index_references
 from ..reporting import load_checkpoint
-from .card import write_card, write_licence
+from .card import write_card, write_endpoint, write_licence
 
 POOL_SEED = 0
 POOL_SPLIT = "reference"  # its own stream of patients: neither train nor valid
@@ -72,6 +72,7 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         processor.load_references(staged / "references")
         processor.save_pretrained(staged)
         write_licence(staged)
+        write_endpoint(staged)
         write_card(staged)  # without numbers, which `hub.card` adds when these weights have been evaluated
         if target.exists():
             os.replace(target, Path(temporary) / "previous")

@@ -3,7 +3,7 @@
 """Intervals and tests for scores of reports. Every result says on how many cases it rests and how it was computed.
 
 - One system, many cases: [`bootstrap_mean`] for scores that are a mean over cases (BLEU, ROUGE-L),
-  [`bootstrap_counts`] for scores of pooled counts (micro-F1), which no mean over cases gives.
+  [`bootstrap_counts`] for scores of pooled counts (micro-F1), which no mean over cases gives, and [`bootstrap_auroc`].
 - One system, several seeds: [`mean_std`].
 - Two systems on the same cases: [`compare_means`] and, for pooled counts, [`compare_counts`]: a bootstrap, or below 30
   cases a permutation test. Also [`paired_t_test`] and [`wilcoxon_test`].
@@ -119,6 +119,39 @@ def bootstrap_counts(
     (counts,) = _ordered(_counts("counts", counts))
     sums = _resampled_sums(counts, resamples, seed)
     return _interval(statistic(counts.sum(axis=0)[None])[0], statistic(sums), len(counts), level, seed)
+
+
+def bootstrap_auroc(
+    scores: ArrayLike, positive: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """
+    Area under the ROC curve: the chance that a positive case scores higher than a negative one, ties counting half,
+    with its percentile interval over cases. Resamples with cases of one kind alone are left out.
+
+    Args:
+        scores: (cases,). positive: (cases,) of 0 and 1, or of truth values.
+
+    Raises:
+        ValueError: all cases are positive, or none is; the lengths differ; or a score is not finite.
+    """
+    scores, positive = _vector("scores", scores, at_least=2), np.asarray(positive, dtype=bool)
+    if scores.shape != positive.shape:
+        raise ValueError(f"{len(scores)} scores of {len(positive)} cases: expected one each")
+    if positive.all() or not positive.any():
+        raise ValueError(f"{int(positive.sum())} of {len(scores)} cases are positive: expected some of either kind")
+    order = np.lexsort((scores, positive))
+    scores, positive = scores[order], positive[order]
+    above, below = scores[positive][:, None], scores[~positive]
+    wins = (above > below) + 0.5 * (above == below)  # (positives, negatives)
+
+    def areas(times: NDArray) -> NDArray:
+        of_pairs = ((times[:, positive] @ wins) * times[:, ~positive]).sum(axis=1)
+        pairs = times[:, positive].sum(axis=1) * times[:, ~positive].sum(axis=1)
+        return np.divide(of_pairs, pairs, out=np.full(len(times), np.nan), where=pairs > 0)
+
+    # How often each case was drawn: the sums of the rows of an identity.
+    drawn = _resampled_sums(np.eye(len(scores)), resamples, seed)
+    return _interval(float(areas(np.ones((1, len(scores))))[0]), areas(drawn), len(scores), level, seed)
 
 
 def paired_bootstrap(

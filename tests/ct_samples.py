@@ -3,6 +3,8 @@
 """A synthetic scan, and the same scan as a DICOM series: what the tests of the readers share."""
 
 import numpy as np
+import pydicom
+import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -113,3 +115,18 @@ def write_enhanced(path, lps: np.ndarray, frames=None, rescales=None, change=Non
         change(one)
     one.save_as(path, enforce_file_format=True)
     return path
+
+
+def encoded_by_gdcm(one, compressor, folder) -> bytes:
+    """The pixels of a slice as one compressed fragment, by SimpleITK's writer."""
+    pixels = np.frombuffer(one.PixelData, "<u2").reshape(1, one.Rows, one.Columns)
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetFileName(str(folder / "encoded.dcm"))
+    writer.SetUseCompression(True)
+    writer.SetCompressor(compressor)
+    writer.Execute(sitk.GetImageFromArray(pixels))
+    written = pydicom.dcmread(folder / "encoded.dcm")
+    fragment = next(pydicom.encaps.generate_fragments(written.PixelData[8:]))
+    assert written.PixelRepresentation == 0 and written.BitsStored == 16
+    return fragment

@@ -2,7 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint that may be uploaded, of a tiny model: what the tests of the Hub and of the pipeline share."""
 
+import json
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +24,39 @@ from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.references_diffvp import index_references
 
 from .ct_samples import lps_affine, make_ct
+from .hub_server import Hub
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Blocked:  # as if the package were not installed
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "diffvp":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_client(hub: Hub, folder: Path, script: str, installed: bool = True, **environment):
+    """Run a script as a user of the Hub would, in a folder of its own; what it leaves in the variable `answer`."""
+    script = ("" if installed else WITHOUT_PACKAGE) + textwrap.dedent(script)
+    ending = '\nimport json; json.dump(answer, open("answer.json", "w"))\n'
+    settings = os.environ | hub.environment(folder / "home") | environment
+    done = subprocess.run(
+        [sys.executable, "-c", script + ending], cwd=folder, env=settings, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "answer.json").read_text())
+
+
+def run_command(hub: Hub, folder: Path, program: str, *arguments, cwd: Path | None = None) -> str:
+    """What a command of this environment prints, in the same circumstances."""
+    command = [Path(sys.executable).with_name(program), *arguments]
+    settings = os.environ | hub.environment(folder / "home")
+    done = subprocess.run(command, cwd=cwd or folder, env=settings, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def make_chest(seed: int):

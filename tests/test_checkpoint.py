@@ -213,8 +213,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
-    parts = ("adapter", "bases", "checkpoint", "configuration", "findings", "generation", "modeling", "modules")
-    parts += ("outputs", "pipeline", "storage")
+    parts = ("adapter", "bases", "checkpoint", "configuration", "encoders", "findings", "generation", "modeling")
+    parts += ("modules", "outputs", "pipeline", "storage")
     assert shipped == [f"{part}_diffvp.py" for part in parts]
     for name in shipped:
         check_imports(checkpoint / name)

@@ -30,7 +30,7 @@ from diffvp import decoding_diffvp, dicom_diffvp, slices_diffvp
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, CTVolume
 
-from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
+from .ct_samples import SPACING, encoded_by_gdcm, lps_affine, make_ct, write_dicom
 
 HTJ2K = "1.2.840.10008.1.2.4.201"
 Z = SPACING[2]
@@ -396,21 +396,6 @@ def test_values_beyond_int16_are_kept(tmp_path):
     volume = read_ct(write_dicom(tmp_path / "s", lps))
     assert volume.array.dtype == np.uint16
     assert (volume.array * volume.slope + volume.intercept == lps).all()
-
-
-def encoded_by_gdcm(one, compressor, folder) -> bytes:
-    """The pixels of a slice as one compressed fragment, by SimpleITK's writer."""
-    pixels = np.frombuffer(one.PixelData, "<u2").reshape(1, one.Rows, one.Columns)
-    writer = sitk.ImageFileWriter()
-    writer.SetImageIO("GDCMImageIO")
-    writer.SetFileName(str(folder / "encoded.dcm"))
-    writer.SetUseCompression(True)
-    writer.SetCompressor(compressor)
-    writer.Execute(sitk.GetImageFromArray(pixels))
-    written = pydicom.dcmread(folder / "encoded.dcm")
-    fragment = next(pydicom.encaps.generate_fragments(written.PixelData[8:]))
-    assert written.PixelRepresentation == 0 and written.BitsStored == 16
-    return fragment
 
 
 @pytest.mark.parametrize(("uid", "compressor"), [(JPEG2000Lossless, "JPEG2000"), (JPEGLosslessSV1, "JPEG")])

@@ -286,6 +286,15 @@ def test_places_are_those_with_evidence_near_the_strongest():
     assert named_places(settings, found, 0, HERNIA) == []
 
 
+def test_a_patch_that_reaches_across_a_fissure_is_of_the_lobe_of_its_peak():
+    upper, lower = -10.0, 10.0  # what the region head takes for the right upper and the left lower lobe
+    faint = {(1, row, column): [0, 8.4, 0, upper, 0, 0] for row in range(3, 8) for column in (1, 2, 3)}  # p = 0.6
+    classifier, features = planted_classifier({**faint, (6, 9, 6): [0, 16.0, 0, lower, 0, 0]})
+    evidence = classifier.locate(features)["region_evidence"][0, OPACITY].exp()
+    assert evidence.argmax() == 4, "fifteen tokens of 0.6 have more mass than one of 1"
+    assert 0.1 < evidence[0] < 0.65
+
+
 def test_sides_are_the_patients():
     classifier, features = planted_classifier({(3, 3, 1): [0, 0, 14.0, 0, 0, 0]})  # width grows to the left
     assert named_places(config(), classifier.locate(features), 0, EMPHYSEMA) == ["right"]

@@ -7,11 +7,7 @@ own, against a server on this machine. What is refused before that is in `test_p
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import nibabel as nib
@@ -23,49 +19,16 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from diffvp import cli
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.cli import SHIPPED_CHECKPOINT
-from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.hub import release as release_module
-from diffvp.hub.convert_encoder import convert_medicalnet
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
-from diffvp.modules_diffvp import DiffVPVisionEncoder
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import digest
 
-from .hub_samples import document, make_pushable, write_scan
+from .hub_samples import document, make_pushable, run_client, run_command, write_scan
 from .hub_server import LOST, Hub
 
 BASE = "tester/tiny-llama"  # the base LLM of the tiny checkpoint
-
-
-@pytest.fixture(scope="module")
-def medicalnet_state():
-    """A state dict under the names MedicalNet uses: DataParallel, a segmentation head, no batch counters."""
-    from monai.networks.nets import resnet18
-
-    torch.manual_seed(0)
-    network = resnet18(n_input_channels=1, feed_forward=False, shortcut_type="A", bias_downsample=True)
-    state = {f"module.{name}": value for name, value in network.state_dict().items() if "num_batches" not in name}
-    return {**state, "module.conv_seg.0.weight": torch.zeros(2, 2)}
-
-
-def test_medicalnet_weights_become_an_encoder(medicalnet_state, tmp_path):
-    torch.save({"state_dict": medicalnet_state}, tmp_path / "resnet_18.pth")
-    state = load_file(convert_medicalnet(tmp_path / "resnet_18.pth", tmp_path / "encoder.safetensors"))
-    encoder = DiffVPVisionEncoder(DiffVPConfig())
-    encoder.load_state_dict(state)
-    assert torch.equal(encoder.resnet.layer4[1].conv2.weight, medicalnet_state["module.layer4.1.conv2.weight"])
-    assert torch.equal(encoder.resnet.bn1.running_var, medicalnet_state["module.bn1.running_var"])
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_another_network_is_refused(medicalnet_state, tmp_path):
-    smaller = {name: value for name, value in medicalnet_state.items() if "layer4" not in name}
-    torch.save(smaller, tmp_path / "resnet_10.pth")
-    with pytest.raises(DiffVPCheckpointError, match=r"resnet_10.pth is not .* missing, such as resnet.layer4"):
-        convert_medicalnet(tmp_path / "resnet_10.pth", tmp_path / "encoder.safetensors")
-    assert not (tmp_path / "encoder.safetensors").exists()
 
 
 def test_release_is_small_safe_and_loads_alone(
@@ -87,7 +50,7 @@ def test_release_is_small_safe_and_loads_alone(
     released = release_module.release(tmp_path / "trained", tmp_path / "released")
 
     files = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
-    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "LICENSE", "NOTICE"}
+    suffixes = {"safetensors", "json", "py", "md", "gz", "jinja", "txt", "LICENSE", "NOTICE"}
     assert {file.rsplit(".", 1)[-1] for file in files} <= suffixes
     assert len(json.loads((released / "references/references.json").read_text())) == 2
     stored = load_file(released / "model.safetensors")
@@ -130,38 +93,6 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_fac
 
 
 # To the Hub and back
-
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocked:  # as if the package were not installed
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "diffvp":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocked())
-"""
-
-
-def run_client(hub: Hub, folder: Path, script: str, installed: bool = True, **environment):
-    """Run a script as a user of the Hub would, in a folder of its own; what it leaves in the variable `answer`."""
-    script = ("" if installed else WITHOUT_PACKAGE) + textwrap.dedent(script)
-    ending = '\nimport json; json.dump(answer, open("answer.json", "w"))\n'
-    settings = os.environ | hub.environment(folder / "home") | environment
-    done = subprocess.run(
-        [sys.executable, "-c", script + ending], cwd=folder, env=settings, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "answer.json").read_text())
-
-
-def run_command(hub: Hub, folder: Path, program: str, *arguments) -> str:
-    """What a command of this environment prints, in the same circumstances."""
-    command = [Path(sys.executable).with_name(program), *arguments]
-    settings = os.environ | hub.environment(folder / "home")
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

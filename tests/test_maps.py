@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import lesion_mask_path, lesion_voxels
@@ -174,6 +174,8 @@ def test_the_body_is_what_the_skin_encloses():
     volume[:, 4:20, 4:20] = 0.2
     volume[:, 6:18, 6:18] = -0.9  # lungs behind a thin wall
     body = body_voxels(volume)
+    wide = (volume + 1) * (1200 / 2200) - 1  # the same HU in another window
+    np.testing.assert_array_equal(body_voxels(wide, (-1000, 1200)), body)
     assert body[:, 4:20, 4:20].all() and body.sum() == 3 * 16 * 16
 
 
@@ -238,10 +240,10 @@ def test_maps_that_cannot_be_scored_are_refused():
 
 
 def test_summaries_weigh_cases_and_findings():
-    by_chance = [MapScores(0.1, 0.2, 0.5, {}), MapScores(0.1, 0.4, 0.5, {})]
+    by_chance = [MapScores(0.1, 0.2, 0.1, 0.5, {}), MapScores(0.1, 0.4, 0.1, 0.5, {})]
     scores = [
-        MapScores(1.0, 1.0, 0.9, {"Lung nodule": 1.0}),
-        MapScores(0.0, 1.0, 0.7, {"Lung nodule": 0.0, "Emphysema": 1.0, "Atelectasis": 0.5}),
+        MapScores(1.0, 1.0, 1.0, 0.9, {"Lung nodule": 1.0}),
+        MapScores(0.0, 1.0, 0.0, 0.7, {"Lung nodule": 0.0, "Emphysema": 1.0, "Atelectasis": 0.5}),
     ]
     result = summary(scores, by_chance)
     assert result["pointing"]["mean"] == 0.5 and result["above_chance"]["mean"] == pytest.approx(0.7)
@@ -299,7 +301,10 @@ def volumes(tmp_path_factory):
 class Oracle(Features):
     """A model whose features are a map, which it gives back: the target's true lesions, and half as much around."""
 
-    config, device = DiffVPConfig(), torch.device("cpu")
+    config = SimpleNamespace(
+        feature_grid=(32, 32, 32), image_size=(32, 32, 32), difference_level="latent", compares_voxels=False
+    )
+    device = torch.device("cpu")
 
     def __init__(self, root, volumes, mirror=False):
         self.root, self.volumes, self.mirror, self.model = root, volumes, mirror, self
@@ -308,11 +313,12 @@ class Oracle(Features):
         path = lesion_mask_path(self.root, of.name)
         values = (carried(path, self.volumes.preprocess(of)["geometry"][0]) != 0).astype(np.float32)
         values = (values + ndimage.maximum_filter(values, 3)) / 2
-        return {"features": torch.from_numpy(values[:, :, ::-1].copy() if self.mirror else values)}
+        values = values[:, :, ::-1].copy() if self.mirror else values
+        return {"features": torch.from_numpy(values).reshape(-1, 1)}
 
     def difference_map(self, ct_features, reference_features):
         assert not reference_features.any()  # a normal reference has no lesions
-        return ct_features
+        return ct_features.view(-1, *self.config.image_size)
 
 
 def test_a_perfect_map_is_found_to_be_perfect(cohort, volumes):
@@ -332,7 +338,12 @@ def test_a_perfect_map_is_found_to_be_perfect(cohort, volumes):
     labels = {label for label, any_case in zip(DIAGNOSIS_LABELS, present, strict=True) if any_case}
     assert set(maps["latent"]["sensitivity"]) == labels | {"all"}
     names = [comparison["second"] for comparison in result["comparisons"]]
-    assert names == ["latent, another reference", "latent, another patient", "pixel", "pixel, smoothed", "chance"]
+    assert names == [
+        "latent, another reference", "latent, another patient", "target alone", "pixel", "pixel, smoothed", "chance"
+    ]  # fmt: skip
+    # Its map is what the target alone shows: no reference changes it, and none is worth anything.
+    assert result["correlation"]["mean"] == pytest.approx(1) and maps["target alone"] == maps["latent"]
+    assert maps["latent"]["pointing_lesion"]["mean"] == 1
     against_chance = result["comparisons"][-1]["metrics"]["pointing_body"]
     assert against_chance["difference"] > 0.4 and against_chance["p_cases"] <= against_chance["p_cases_holm"]
     mirrored = Oracle(root, volumes, mirror=True)
@@ -443,6 +454,7 @@ def test_the_figure_has_the_patients_left_on_the_right_and_the_back_below(tmp_pa
         lesions=lesion,
         lesion=lesion,
         spacing=(4.0, 3.0, 3.0),
+        hu_window=(-1000.0, 200.0),
     )
     draw_maps(tmp_path / "fig5a.png", [example])
     image = np.asarray(Image.open(tmp_path / "fig5a.png").convert("RGB")).astype(int)

@@ -246,7 +246,8 @@ def test_paper_encoder_takes_the_weights_of_a_monai_resnet18_by_name():
     assert ours == {name: value.shape for name, value in monai.state_dict().items()}
 
 
-def test_shortcut_a_equals_monai(module_config):
+@pytest.mark.parametrize("shortcut_type", ["A", "B"])
+def test_the_network_equals_monais(shortcut_type, module_config):
     from monai.networks.nets.resnet import ResNet
 
     arguments = {
@@ -255,10 +256,11 @@ def test_shortcut_a_equals_monai(module_config):
         "block_inplanes": list(module_config.encoder_block_channels),
         "n_input_channels": 1,
         "conv1_t_stride": 2,
-        "shortcut_type": "A",
+        "shortcut_type": shortcut_type,
         "feed_forward": False,
     }
-    config = DiffVPConfig(**{**module_config.to_dict(), "encoder_shortcut_type": "A", "encoder_max_pool": True})
+    fields = {"encoder_shortcut_type": shortcut_type, "encoder_max_pool": True}
+    config = DiffVPConfig(**{**module_config.to_dict(), **fields})
     ours, theirs = DiffVPVisionEncoder(config).eval(), ResNet(**arguments).eval()
     theirs.load_state_dict(ours.resnet.state_dict())
     theirs.avgpool = torch.nn.Identity()

@@ -240,7 +240,7 @@ def test_provenance_is_complete_and_true(loaded, checkpoint, tiny_base_with_toke
     assert decoding["generation_config"]["max_new_tokens"] == 4 and decoding["new_tokens"] <= 4
     assert decoding["generation_config"]["do_sample"] is False and decoding["instruction"]
     assert set(provenance["versions"]) >= {
-        "diffvp", "torch", "transformers", "peft", "monai", "nibabel", "SimpleITK", "python",
+        "diffvp", "torch", "transformers", "peft", "nibabel", "SimpleITK", "python",
     }  # fmt: skip
     created = datetime.fromisoformat(provenance["created"])
     assert before <= created <= datetime.now(timezone.utc) and created.utcoffset().total_seconds() == 0

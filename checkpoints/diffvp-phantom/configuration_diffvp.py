@@ -133,6 +133,16 @@ class DiffVPConfig(PreTrainedConfig):
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
+        encoder_type (`"resnet"`, `"i3resnet"` or `"external"`): the paper's 3D ResNet-18; an inflated bottleneck
+            ResNet, as Merlin and Astra have it; or none of ours: tokens that a module of the user's makes
+            (`attach_encoder`), or that were computed beforehand (`ct_features`). See `encoders_diffvp.py`. The other
+            `encoder_` fields are of the ResNet-18, which the classifier then has for itself.
+        encoder_layers (`tuple[int, int, int, int]`): of "i3resnet", the blocks of its stages; the default is
+            ResNet-152. Its last stage has four times as many channels as `encoder_block_channels` says.
+        encoder_grid (`tuple[int, int, int]`), encoder_width (`int`): of "external", its tokens along (depth, height,
+            width) and their channels.
+        encoder_name, encoder_sha256 (`str`, *optional*): where the weights of the encoder come from, and the digest of
+            what they were made from; of "external" of the module itself, which is checked when one is attached.
         encoder_stride (`int`): stride of the first convolution. 2 gives 128 tokens for 64x256x256, 1 gives 1,024 at
             eight times the cost; the paper does not say which. The weights fit either.
         encoder_max_pool (`bool`): keep the max-pooling after the first convolution, as ResNet and MedicalNet do.
@@ -220,6 +230,12 @@ class DiffVPConfig(PreTrainedConfig):
     # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)
     encoder_block_channels: list[int] | tuple[int, ...] = (64, 128, 256, 512)
+    encoder_type: Literal["resnet", "i3resnet", "external"] = "resnet"
+    encoder_layers: list[int] | tuple[int, ...] = (3, 8, 36, 3)
+    encoder_grid: list[int] | tuple[int, ...] | None = None
+    encoder_width: int | None = None
+    encoder_name: str | None = None
+    encoder_sha256: str | None = None
     encoder_stride: int = 2
     encoder_max_pool: bool = True
     encoder_shortcut_type: Literal["A", "B"] = "A"
@@ -344,12 +360,27 @@ class DiffVPConfig(PreTrainedConfig):
 
     @property
     def encoder_hidden_size(self) -> int:
-        """C: channels of the encoder's last stage, or of its top-down path."""
-        return self.encoder_pyramid_channels or self.encoder_block_channels[-1]
+        """C: channels of the visual encoder's tokens."""
+        sizes = {"i3resnet": 4 * self.encoder_block_channels[-1], "external": self.encoder_width}
+        return sizes.get(self.encoder_type, self.resnet_hidden_size)
 
     @property
     def feature_grid(self) -> tuple[int, int, int]:
-        """Voxel tokens (depth, height, width) of the encoder's output; their product is N."""
+        """Voxel tokens (depth, height, width) of the visual encoder's output; their product is N."""
+        if self.encoder_type == "external":
+            return tuple(self.encoder_grid)
+        if self.encoder_type == "i3resnet":
+            return tuple(-(-size // step) for size, step in zip(self.image_size, (16, 32, 32), strict=True))
+        return self.resnet_grid
+
+    @property
+    def resnet_hidden_size(self) -> int:
+        """Channels of the ResNet-18's last stage, or of its top-down path."""
+        return self.encoder_pyramid_channels or self.encoder_block_channels[-1]
+
+    @property
+    def resnet_grid(self) -> tuple[int, int, int]:
+        """Voxel tokens (depth, height, width) of the ResNet-18, which is the classifier's encoder in any case."""
         if self.encoder_pyramid_channels is not None:
             return tuple(size // 4 for size in self.image_size)
         halvings = 3 + int(self.encoder_max_pool)
@@ -361,7 +392,7 @@ class DiffVPConfig(PreTrainedConfig):
     @property
     def resampler_grid(self) -> tuple[int, int, int]:
         """The tokens that the resampler attends to: all, or those of a pyramid in averages over 2x2x2."""
-        if self.encoder_pyramid_channels is None:
+        if self.encoder_pyramid_channels is None or self.encoder_type != "resnet":
             return self.feature_grid
         return tuple(size // 2 for size in self.feature_grid)
 
@@ -402,6 +433,7 @@ class DiffVPConfig(PreTrainedConfig):
             )
         if self.encoder_stride not in (1, 2):
             raise ValueError(f"encoder_stride must be 1 or 2, got {self.encoder_stride}.")
+        self._validate_encoder_type()
         self._validate_encoder_input()
         self._validate_attributes()
         for heads in ("resampler_heads", "global_delta_heads"):
@@ -439,6 +471,28 @@ class DiffVPConfig(PreTrainedConfig):
         for name in ("difference_epsilon", "difference_radius", "difference_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def _validate_encoder_type(self):
+        if len(self.encoder_layers) != 4 or min(self.encoder_layers) < 1:
+            raise ValueError(f"encoder_layers must be four positive block counts, got {list(self.encoder_layers)}.")
+        known = (self.encoder_grid is not None, self.encoder_width is not None)
+        if known != (self.encoder_type == "external",) * 2:
+            raise ValueError(
+                f'encoder_type is "{self.encoder_type}", encoder_grid {self.encoder_grid} and encoder_width '
+                f'{self.encoder_width}: both are of "external", which has none by itself.'
+            )
+        if self.encoder_type == "external" and (
+            len(self.encoder_grid) != 3 or min(*self.encoder_grid, self.encoder_width) < 1
+        ):
+            raise ValueError(
+                f"encoder_grid must be tokens along (depth, height, width), and encoder_width channels, got "
+                f"{list(self.encoder_grid)} and {self.encoder_width}."
+            )
+        if self.encoder_type != "resnet" and self.share_encoder:
+            raise ValueError(
+                f'encoder_type is "{self.encoder_type}" and share_encoder True: the classifier was trained on the '
+                "ResNet-18 of its own, expected share_encoder=False."
+            )
 
     def _validate_encoder_input(self):
         rising = [] if self.hu_range is None else [("hu_range", self.hu_range)]

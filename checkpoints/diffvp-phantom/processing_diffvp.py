@@ -681,12 +681,15 @@ class DiffVPProcessor(ProcessorMixin):
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers; the reference pool is copied along, and one of an earlier save is taken away."""
+        """
+        As in transformers; the reference pool is copied along, and one of an earlier save is taken away. Of references
+        that may not travel neither the scans nor their paths are written.
+        """
         files = super().save_pretrained(save_directory, **kwargs)
         # transformers leaves auto_map on what it saves but not on what it loads, and the two should be equal.
         vars(self).pop("auto_map", None)
         references = Path(save_directory) / REFERENCE_FOLDER
-        if self.reference_pool is None:
+        if self.reference_pool is None or self.reference_pool.is_local:
             remove_references(references)
         else:
             self.reference_pool.copy_to(references)

@@ -4,6 +4,8 @@
 
 import os
 
+import spaces  # noqa: F401  before torch: on ZeroGPU it takes the place of CUDA until a GPU is there
+
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.hub.space.page import serve
 

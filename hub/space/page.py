@@ -1,19 +1,28 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The page: what a visitor can choose, and what happens then. `serve` runs it."""
+"""
+The page: what a visitor can choose, and what happens then. `serve` runs it.
 
+For programs it has one endpoint with a name, `report`, which is also a tool for language models where the page is
+served with `mcp`. Everything else of it has none.
+"""
+
+import logging
 import os
-import tempfile
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ...figures import PLANES
 from ...reporting import EXPECTED_ERRORS
+from ...scratch import make_folder
 from .session import LARGEST, MAX_FILE_BYTES, Desk, Study
+from .upload import Upload, UploadLimit
 from .viewer import (
     LIMITS,
     WAITING,
@@ -32,6 +41,15 @@ RANDOM, NEAREST, OWN = "Random", "Nearest", "Own file"
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("wheel.js")
 DOWNLOADS = ("Report (.txt)", "Report (.json)", "Map (.nii.gz)")
+log = logging.getLogger("diffvp.page")
+
+
+def explained(error: Exception) -> str:
+    """What a visitor is told. A defect goes to the log by its kind alone: its message might quote the scan."""
+    if isinstance(error, EXPECTED_ERRORS):
+        return str(error)
+    log.error("%s", type(error).__name__)
+    return f"Something went wrong here ({type(error).__name__}). Choose again; if it stays, tell who runs this page."
 
 
 class Visits:
@@ -69,7 +87,7 @@ class Visits:
 
 def build_page(desk: Desk) -> gr.Blocks:
     """All components and events. The folder for uploads is the desk's, so that it goes with it."""
-    os.environ["GRADIO_TEMP_DIR"] = str(desk.folder)
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.uploads)
     visits = Visits()
     middle = dict.fromkeys(PLANES, 1)
     with gr.Blocks(title="DiffVP", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
@@ -77,11 +95,11 @@ def build_page(desk: Desk) -> gr.Blocks:
         with gr.Row(elem_id="work"):
             with gr.Column(elem_id="choose", scale=0, min_width=250):
                 sample = gr.Radio(list(desk.sample_names), label="Sample phantom", elem_id="sample")
-                upload = gr.File(label="Own scan", file_types=[".nii", ".gz", ".zip"], height=110, elem_id="upload")
+                upload = Upload(label="Own scan", file_types=[".nii", ".gz", ".zip"], height=110, elem_id="upload")
                 gr.HTML(f'<p class="quiet">{LIMITS}</p>')
                 kind = gr.Radio([RANDOM, NEAREST, OWN], value=RANDOM, label="Normal reference", elem_id="kind")
                 draw = gr.Button("Draw another", size="sm", elem_id="draw")
-                own = gr.File(
+                own = Upload(
                     label="Own reference", file_types=[".nii", ".gz", ".zip"], height=110, visible=False, elem_id="own"
                 )
             with gr.Column(elem_id="view", min_width=300):
@@ -104,6 +122,11 @@ def build_page(desk: Desk) -> gr.Blocks:
                 report = gr.HTML(report_html(None), elem_id="report")
                 with gr.Row(elem_id="downloads"):
                     downloads = [gr.DownloadButton(label, size="sm", interactive=False) for label in DOWNLOADS]
+        for button in downloads:
+            button.GRADIO_CACHE = str(desk.studies)  # else a copy would outlive the study
+        # Of the endpoint for programs.
+        sent, number, written = Upload(visible=False), gr.Number(0, precision=0, visible=False), gr.JSON(visible=False)
+        asked = gr.Button(visible=False)
 
         look = [window, overlay, opacity]
         pictures, numbers = list(views.values()), list(sliders.values())
@@ -160,27 +183,30 @@ def build_page(desk: Desk) -> gr.Blocks:
                 }
 
         def run_sample(request: gr.Request, sample, kind, *look):
+            def read():
+                phantom = desk.sample(sample)
+                return desk.read(phantom.path), phantom.truth
+
             yield {status: status_html(f"Reading {sample}."), upload: None}
-            phantom = desk.sample(sample)
-            yield from started(lambda: desk.read(phantom.path), phantom.truth, kind, look, request)
+            yield from started(read, kind, look, request)
 
         def run_upload(request: gr.Request, path, kind, *look):
             yield {status: status_html("Reading the scan."), sample: None}
-            yield from started(lambda: desk.receive(path), None, kind, look, request)
+            yield from started(lambda: (desk.receive(path), None), kind, look, request)
             yield {upload: None}
 
-        def started(read, truth, chosen, look, request):
+        def started(read, chosen, look, request):
             try:
                 # A reference of the visitor's own was for his last scan.
-                scan, chosen = read(), RANDOM if chosen == OWN else chosen
-                yield {kind: chosen, own: gr.File(value=None, visible=False)}
+                (scan, truth), chosen = read(), RANDOM if chosen == OWN else chosen
+                yield {kind: chosen, own: Upload(value=None, visible=False)}
                 yield from compare(scan, truth, chosen, None, 0, look, request)
-            except EXPECTED_ERRORS as error:
+            except Exception as error:  # whatever it is: else the page would say "Reading" for ever
                 visits.leave(request)
-                yield {**empty(*look), status: status_html(str(error), error=True)}
+                yield {**empty(*look), status: status_html(explained(error), error=True)}
 
         def run_reference(request: gr.Request, chosen, path, *look):
-            yield {own: gr.File(visible=chosen == OWN), draw: gr.Button(visible=chosen == RANDOM)}
+            yield {own: Upload(visible=chosen == OWN), draw: gr.Button(visible=chosen == RANDOM)}
             yield from again(chosen, path, 0, look, request)
 
         def run_draw(request: gr.Request, chosen, path, *look):
@@ -194,13 +220,14 @@ def build_page(desk: Desk) -> gr.Blocks:
             yield {status: status_html("Reading the reference.")}
             try:
                 yield from compare(study.scan, study.truth, chosen, path, seed, look, request)
-            except EXPECTED_ERRORS as error:  # what is shown stays
-                yield {status: status_html(str(error), error=True), report: report_html(study)}
+            except Exception as error:  # what is shown stays
+                yield {status: status_html(explained(error), error=True), report: report_html(study)}
             yield {own: None}
 
         def go_to(request: gr.Request, place, *look):
             study = visits.get(request)
-            return {} if study is None else moved(study, place, *look)
+            # A choice of the last study may come in after the next one has taken its place.
+            return {} if study is None or place not in study.places else moved(study, place, *look)
 
         def scroll(name: str):
             def show(number, window, overlay, opacity, request: gr.Request):
@@ -213,6 +240,36 @@ def build_page(desk: Desk) -> gr.Blocks:
             at = {"axial": axial, "coronal": coronal, "sagittal": sagittal}
             return {} if study is None else images(study, at, *look)
 
+        def write_report(scan: str, reference_seed: int = 0) -> dict:
+            """
+            Write the report of a chest CT by comparing it with a normal scan. Research use only: not a medical
+            device, not for diagnosis.
+
+            Args:
+                scan: an uploaded NIfTI file or .zip of DICOM slices.
+                reference_seed: another number draws another normal reference.
+
+            Returns:
+                the report by region, the findings with probabilities, and where all of it came from.
+            """
+            study = None
+            try:
+                target = desk.receive(scan)
+                seed = int(reference_seed)
+                name = desk.random_reference(target, seed)
+                study = Study(desk, target, desk.reference(name), reference_name=name, seed=seed)
+                for _ in study.stream():
+                    pass
+                return study.document
+            except Exception as error:
+                raise gr.Error(explained(error)) from error
+            finally:
+                if study is not None:
+                    study.close()
+
+        asked.click(
+            write_report, [sent, number], written, api_name="report", concurrency_id="model", concurrency_limit=1
+        )
         everything = [sample, upload, kind, draw, own, status, finding, report, *pictures, *numbers, *downloads]
         silent = {"show_progress": "hidden", "api_visibility": "private"}
         for trigger, run, inputs in (
@@ -234,6 +291,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             queue=False, trigger_mode="always_last", **silent,
         )  # fmt: skip
         page.unload(visits.leave)
+    page.desk = desk
     return page
 
 
@@ -245,21 +303,33 @@ def theme() -> gr.themes.Base:
     )  # fmt: skip
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, *, block: bool = True) -> str:
-    """Serve the page and give its address; never through a public link of Gradio's."""
+def launch(page: gr.Blocks, host: str, port: int | None, *, mcp: bool = False, block: bool = True) -> str:
+    """
+    Serve the page and give its address; never through a public link of Gradio's.
+
+    Args:
+        mcp: also serve its endpoint as a tool, by the Model Context Protocol, at `/gradio_api/mcp/`; so does the
+            environment's GRADIO_MCP_SERVER=True.
+    """
     _, address, _ = page.queue(max_size=MAX_WAITING).launch(
         server_name=host, server_port=port, share=False, max_file_size=MAX_FILE_BYTES, footer_links=[], quiet=True,
         theme=theme(), css_paths=STYLE, js=SCRIPT.read_text(encoding="utf-8"), ssr_mode=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=not block, mcp_server=mcp or None, allowed_paths=[str(page.desk.studies)],
+        run_history=False,  # it would keep reports in the visitor's browser
+        app_kwargs={"middleware": [Middleware(UploadLimit, desk=page.desk)]},
     )  # fmt: skip
     return address
 
 
-def serve(checkpoint: str, host: str, port: int) -> None:
+def serve(checkpoint: str, host: str, port: int, *, mcp: bool = False) -> None:
     """Load a checkpoint and serve the page until the process is ended.
 
     Raises:
         DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
     """
-    with tempfile.TemporaryDirectory(prefix="diffvp-app-") as folder:
-        launch(build_page(Desk(checkpoint, Path(folder))), host, port)
+    folder = make_folder("diffvp-app-")
+    try:
+        desk = Desk(checkpoint, folder)
+        launch(build_page(desk), host, port, mcp=mcp)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -6,13 +6,20 @@ What a visitor's run is: a scan and a reference in; slices, map, findings and a 
 There is no page in it: `viewer.py` shows it, and tests run it alone. A [`Desk`] is what all visitors share, a
 [`Study`] is what one of them looks at. Of an uploaded file nothing stays but what is shown: the file itself is deleted
 as soon as it has been read, and a study's own files when it is closed.
+
+On a Space with ZeroGPU, what computes runs in another process while it has a GPU. Nothing but its arguments and what
+it returns goes over; so these functions are the desk's own, change nothing, and take and give tensors of the CPU.
 """
 
 import contextlib
 import json
-import tempfile
+import os
+import queue
+import secrets
+import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +29,6 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from ...data.phantom_cohort import single_phantom
 from ...engines import TransformersEngine
@@ -45,6 +51,8 @@ from ...volume_diffvp import CTGeometry, CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.
 MAX_FILE_BYTES = 512 * 2**20
+# Of all uploads that nobody has had read yet, and how long they wait for it.
+MAX_UPLOADED_BYTES, MAX_UPLOADED_FILES, UPLOAD_SECONDS = 8 * MAX_FILE_BYTES, 32, 900.0
 SUFFIXES = (".nii", ".nii.gz", ".zip")
 
 # Phantoms of a stream of their own: in no split and in no pool.
@@ -87,13 +95,26 @@ class Sample:
     truth: str
 
 
+def on_gpu(function: Callable) -> Callable:
+    """A function that computes, as ZeroGPU wants it where a Space has that; elsewhere as it is."""
+    try:
+        import spaces
+    except ModuleNotFoundError:  # Spaces have it
+        return function
+    return spaces.GPU(function)
+
+
 class Desk:
     """
     A loaded checkpoint, its references and the sample phantoms.
 
     Args:
         checkpoint: folder or Hub id.
-        folder: where samples and the files of studies lie; whoever made it deletes it.
+        folder: where uploads, samples and the files of studies lie, apart from each other; whoever made it deletes it.
+
+    Attributes:
+        uploads: the only folder that strangers write to, and of which they may name a file.
+        studies: the only folder that they read from.
 
     Raises:
         DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
@@ -101,38 +122,120 @@ class Desk:
 
     def __init__(self, checkpoint: str, folder: Path):
         self.model, self.processor = load_checkpoint(checkpoint)
-        self.folder = Path(folder)
+        self.uploads, self.studies, self._samples, self._claimed = (
+            Path(folder) / name for name in ("uploads", "studies", "samples", "claimed")
+        )
+        for part in (self.uploads, self.studies, self._samples, self._claimed):
+            part.mkdir(parents=True, exist_ok=True)
         self.sample_names = {f"Phantom {number}": seed for number, seed in enumerate(SAMPLE_SEEDS, 1)}
         self.sample = lru_cache(maxsize=None)(self._render)
         # As many as a pool that travels with a checkpoint has; of a larger one, those that were used last.
         self.reference = lru_cache(maxsize=8)(self._read_reference)
         self._signatures: dict[str, torch.Tensor] = {}
+        model, processor = self.model, self.processor
+
+        def encode(tensor: torch.Tensor) -> torch.Tensor:
+            return model.extract_features(tensor.to(model.device)).cpu()
+
+        @torch.no_grad()
+        def compare(scan: Scan, reference: Scan) -> dict:
+            """What a study is made of: the comparison's attributes, the map, the classifier's view, the prompt."""
+            tensors = (scan.tensor, reference.tensor, scan.features, reference.features)
+            ct, other, ct_features, reference_features = (tensor.to(model.device) for tensor in tensors)
+            comparison = model.compare(ct, other, ct_features=ct_features, reference_features=reference_features)
+            logits, evidence = None, None
+            if model.diagnosis is not None:
+                logits, voxel_logits = model.diagnose_voxels(ct, ct_features)
+                evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
+            instruction = processor(text=processor.instruction).to(model.device)
+            [prompt] = model.embed_prompt(**instruction, diagnosis_logits=logits, comparison=comparison)
+            return {
+                "attributes": comparison.attributes,
+                "map": model.difference_map(comparison=comparison)[0].float().cpu(),
+                "logits": None if logits is None else logits.cpu(),
+                "evidence": evidence,
+                "prompt": prompt.cpu(),
+            }
+
+        def write(prompt: torch.Tensor) -> Iterator[list[int]]:
+            """All tokens of a report so far, after each of them."""
+            coming, tokens = queue.SimpleQueue(), []
+            stopped = threading.Event()
+
+            def put(token: list[int]) -> None:
+                if stopped.is_set():
+                    raise _Stopped
+                coming.put(token)
+
+            with ThreadPoolExecutor(1) as thread:
+                engine = TransformersEngine(model)
+                done = thread.submit(engine.generate, [prompt.to(model.device)], greedy(model), put)
+                done.add_done_callback(lambda _: coming.put(None))
+                try:
+                    while (token := coming.get()) is not None:
+                        tokens += token
+                        yield list(tokens)
+                    done.result()  # raises what was raised there
+                finally:  # also where nobody reads on
+                    stopped.set()
+
+        self.encode, self.compare, self.write = on_gpu(encode), on_gpu(compare), on_gpu(write)
 
     def _render(self, name: str) -> Sample:
         scan, truth = single_phantom(self.sample_names[name], SAMPLE_SPLIT)
-        path = self.folder / f"{name.lower().replace(' ', '_')}.nii.gz"
+        path = self._samples / f"{name.lower().replace(' ', '_')}.nii.gz"
         nib.save(scan, path)
         return Sample(name, path, truth)
 
-    def receive(self, path: str | Path) -> Scan:
+    def receive(self, path: str | Path | None) -> Scan:
         """Read an uploaded file and delete it, whether or not it could be read.
 
+        It is claimed before that, by another name: two visitors with the same file have one path, and nobody else's
+        file is deleted in its place.
+
         Raises:
-            CTInputError: it is too large, of another kind, or not a usable chest CT.
+            CTInputError: it is no upload, too large, of another kind, or not a usable chest CT.
         """
-        path = Path(path)
+        if not path:
+            raise CTReadError("upload", "file", "none", "a file")
+        path, folder = Path(os.path.realpath(path)), self._claimed / secrets.token_hex(16)
+        if not path.is_relative_to(os.path.realpath(self.uploads)):
+            raise CTReadError(path.name, "upload", "not an uploaded file", "a file that you have sent")
+        claimed = folder / path.name
+        folder.mkdir()
         try:
-            size = path.stat().st_size
+            try:
+                os.rename(path, claimed)
+            except OSError as error:
+                expected = "the file once more: it is deleted when it has been read, also for who sent the same one"
+                raise CTReadError(path.name, "upload", "no longer there", expected) from error
+            size = claimed.stat().st_size
             if size > MAX_FILE_BYTES:
                 found, expected = f"{size / 2**20:,.0f} MB", f"at most {MAX_FILE_BYTES / 2**20:,.0f} MB"
                 raise CTReadError(path.name, "file size", found, expected)
             if not path.name.lower().endswith(SUFFIXES):
                 raise CTReadError(path.name, "suffix", repr(path.suffix), ".nii, .nii.gz or a .zip of DICOM slices")
-            return self.read(path, allow_any_anatomy=False)
+            return self.read(claimed, allow_any_anatomy=False)
         finally:
-            path.unlink()
-            with contextlib.suppress(OSError):  # the folder that was made for it, unless it holds more
-                path.parent.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many more bytes may be uploaded; uploads that nobody had read in time make room.
+
+        Half of one that was broken off lies there as well.
+        """
+        files, long_ago = {}, time.time() - UPLOAD_SECONDS
+        for path in sorted(self.uploads.rglob("*"), reverse=True):  # what is inside a folder first
+            with contextlib.suppress(OSError):  # it was claimed meanwhile, or the folder holds more
+                status = path.stat()
+                if path.is_dir():
+                    if status.st_mtime < long_ago:
+                        path.rmdir()
+                elif status.st_mtime < long_ago:
+                    path.unlink()
+                else:
+                    files[path] = status.st_size
+        return len(files) < MAX_UPLOADED_FILES and sum(files.values()) + size <= MAX_UPLOADED_BYTES
 
     def read(self, path: Path, allow_any_anatomy: bool = True) -> Scan:
         """Read and encode a scan; a visitor's has to be of a chest."""
@@ -143,8 +246,8 @@ class Desk:
         shown = processor(volume, hu_window=DISPLAY_HU, **display_grid(processor, geometry))
         low, high = DISPLAY_HU
         hu = (shown["ct"][0, 0] + 1) * ((high - low) / 2) + low
-        features = self.model.extract_features(inputs["ct"])
-        return Scan(inputs["ct"], features, geometry, hu.round().short().numpy(), shown["geometry"][0].tensor_spacing)
+        features, spacing = self.encode(inputs["ct"]), shown["geometry"][0].tensor_spacing
+        return Scan(inputs["ct"], features, geometry, hu.round().short().numpy(), spacing)
 
     def _read_reference(self, name: str) -> Scan:
         pool = self._pool()
@@ -207,26 +310,18 @@ class Study:
         self.reference_name, self.seed, self.truth = reference_name or GIVEN_REFERENCE, seed, truth
         self.text, self.document = "", None
         self._stopped = threading.Event()
-        self._folder = tempfile.TemporaryDirectory(prefix="study-", dir=desk.folder)
-        model = desk.model
-        with torch.no_grad():
-            self._comparison = model.compare(
-                scan.tensor, reference.tensor, ct_features=scan.features, reference_features=reference.features
-            )
-        self._map = model.difference_map(comparison=self._comparison)[0].float().cpu()
-        self._logits, evidence = None, None
-        if model.diagnosis is not None:
-            self._logits, voxel_logits = model.diagnose_voxels(scan.tensor, scan.features)
-            evidence = voxel_logits[0].float().sigmoid().T.unflatten(-1, model.config.feature_grid).cpu()
-        self.findings = []
+        self._folder = desk.studies / secrets.token_hex(16)  # which nobody guesses
+        self._folder.mkdir()
+        compared = desk.compare(scan, reference)
+        self._map, self._logits, self._prompt = compared["map"], compared["logits"], compared["prompt"]
+        self._attributes, self.findings = compared["attributes"], []
         if self._logits is not None:
-            known = self._comparison.attributes
-            [self.findings] = describe_findings(model.config, self._logits, known, (scan.geometry,))
+            [self.findings] = describe_findings(desk.model.config, self._logits, self._attributes, (scan.geometry,))
         self.body = body_mask(scan.hu, TISSUE_HU)
         shown = _interpolate(self._map, scan.hu.shape)
         low, high = shown[self.body].min(), shown[self.body].max()
         self.difference = ((shown - low) / ((high - low) or 1.0)).clip(0, 1)
-        self.places = self._find_places(evidence)
+        self.places = self._find_places(compared["evidence"])
 
     @property
     def positive(self) -> list[dict]:
@@ -258,54 +353,32 @@ class Study:
     def close(self) -> None:
         """Stop, and delete the study's files."""
         self.stop()
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def stream(self) -> Iterator[str]:
         """Write the report, greedily; yields it as far as it is written.
 
         It ends without a `document` where [`stop`] was called.
         """
-        model, processor = self.desk.model, self.desk.processor
-        streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        decoding = greedy(model)
-        prompt = processor(text=processor.instruction).to(model.device)
-
-        def write() -> torch.Tensor:
-            try:
-                return model.generate(
-                    **prompt,
-                    comparison=self._comparison,
-                    diagnosis_logits=self._logits,
-                    generation_config=decoding,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stopped(self._stopped)]),
-                )[0]
-            except BaseException:
-                streamer.end()  # else the reader would wait for ever
-                raise
-
-        written = ""
-        with ThreadPoolExecutor(1) as thread:
-            tokens = thread.submit(write)
-            try:
-                for piece in streamer:
-                    written += piece
-                    self.text = written.strip()
-                    yield self.text
-            except GeneratorExit:  # the visitor has left
-                self.stop()
-                raise
-        if self._stopped.is_set():
-            tokens.result()  # raises what was raised there
-            return
+        model, processor, tokens = self.desk.model, self.desk.processor, []
+        with contextlib.closing(self.desk.write(self._prompt)) as steps:
+            for tokens in steps:
+                if self._stopped.is_set():
+                    return
+                text = processor.decode(tokens, skip_special_tokens=True).strip()
+                if not text.endswith("\ufffd"):  # half of a letter
+                    self.text = text
+                    yield text
+        self.text = processor.decode(tokens, skip_special_tokens=True).strip()
+        yield self.text
         self.document = describe_report(
             model,
             processor,
-            tokens.result(),
-            decoding=decoding,
+            tokens,
+            decoding=greedy(model),
             engine=TransformersEngine(model).name,
             logits=self._logits,
-            attributes=self._comparison.attributes,
+            attributes=self._attributes,
             geometries=(self.scan.geometry, self.reference.geometry),
             reference=(self.reference_name, self.seed),
             made_by=identify_model(model, {}),
@@ -314,7 +387,7 @@ class Study:
 
     def write_files(self) -> list[Path]:
         """report.txt, report.json and the map on the grid of the visitor's file; they go when the study is closed."""
-        folder = Path(self._folder.name)
+        folder = self._folder
         text, document = folder / REPORT_TEXT, folder / REPORT_JSON
         text.write_text(report_page(self.document), encoding="utf-8")
         document.write_text(json.dumps(self.document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -323,12 +396,8 @@ class Study:
         ]  # fmt: skip
 
 
-class _Stopped(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+class _Stopped(Exception):
+    """Nobody reads on."""
 
 
 def _interpolate(values: torch.Tensor, size: tuple[int, int, int]) -> np.ndarray:

@@ -1,0 +1,236 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A report by this build and by an earlier one, in turns: seconds of the clock and of the processor, memory, words.
+
+    git worktree add ../before/diffvp 63a5407
+    python benchmarks/before.py ../before/diffvp --minutes 10 --output benchmarks/results
+
+Whole processes are timed from outside. Decoding is timed in this process: the LLM's own `generate`, which is how the
+build before decoded, and this one with drafts, on the same prompts. Rounds go on until the minutes are spent; a ratio
+is the median over the rounds of one round's ratio. The first round of each, which fills caches, does not count.
+
+With `--llama FOLDER` the tokens a second of llama.cpp stand beside it, on the same GGUF file with as many threads:
+`pip install --no-deps --target FOLDER xllamacpp` (its wheel for CPUs is built for any of them, without AVX-512).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from generation import BATCH, CHECKPOINT, phantoms
+from torch.nn.utils.rnn import pad_sequence
+
+from diffvp.bases_diffvp import locate_base_model
+from diffvp.engines import TransformersEngine
+from diffvp.pipeline_diffvp import end_tokens
+from diffvp.reporting import greedy, load_checkpoint
+
+HERE = Path(__file__).resolve().parents[1]
+SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; what is left is for the busy machine
+BUSY = "while True: pass"
+
+
+def run(tree: Path, command: list[str]) -> dict[str, float]:
+    """Seconds and memory of a process that uses the package in `tree`."""
+    environment = os.environ | {"PYTHONPATH": str(tree.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    with process.stderr as stream:
+        said = stream.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {said.decode()[-2000:]}")
+    return {"s": seconds, "CPU s": usage.ru_utime + usage.ru_stime, "MB": usage.ru_maxrss / 1024}
+
+
+def processes(trees: dict[str, Path], scans: list[Path], folder: Path) -> dict[str, Callable[[], dict]]:
+    kinds = {}
+    for name, tree in trees.items():
+        first_token = [str(tree / "benchmarks/plain_report.py"), "diffvp", str(tree / CHECKPOINT.relative_to(HERE))]
+        commands = {
+            "report": ["-m", "diffvp.cli", "report", str(scans[0]), "--output", str(folder / name)],
+            "first token": [*first_token, *map(str, scans[:2])],
+            "demo": ["-m", "diffvp.cli", "demo", "--output", str(folder / f"demo-{name}")],
+        }
+        for what, command in commands.items():
+            kinds[f"{what}, {name}"] = lambda tree=tree, command=command: run(tree, command)
+    return kinds
+
+
+def in_turns(kinds: dict[str, Callable[[], dict]], deadline: float, rounds: int) -> dict[str, list[dict]]:
+    """Measurements of each kind, a round after the other until the deadline; at least one round."""
+    for measure in kinds.values():
+        measure()
+    found = {name: [] for name in kinds}
+    names = list(kinds)
+    for turn in range(rounds):
+        if turn and time.monotonic() > deadline:
+            break
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name].append(kinds[name]())
+    return found
+
+
+def decoding(scans: list[Path]) -> tuple[dict[str, Callable[[], dict]], Callable[[], list[bool]]]:
+    """Ways to decode the same prompts, and whether they write the same words."""
+    model, processor = load_checkpoint(CHECKPOINT)
+    model.merge_adapter()
+    prompts = []
+    for scan in scans[:BATCH]:
+        inputs = dict(processor(ct=scan))
+        encoded = model.encode_inputs(inputs["ct"], inputs["reference"])
+        prompts += model.embed_prompt(input_ids=inputs["input_ids"], **encoded)
+    config, engine, written = greedy(model), TransformersEngine(model), {}
+    ends = set(end_tokens(config))
+
+    def plain(chosen: list[torch.Tensor]) -> list[list[int]]:
+        masks = [torch.ones(len(prompt), dtype=torch.long) for prompt in chosen]
+        embeddings, mask = (pad_sequence(rows, True, padding_side="left") for rows in (chosen, masks))
+        rows = model.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+        return [
+            row[: next((n for n, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows.tolist()
+        ]
+
+    def way(name: str, write: Callable, chosen: list[torch.Tensor]) -> Callable[[], dict]:
+        def measure() -> dict:
+            start, used = time.perf_counter(), time.process_time()
+            written[name] = write(chosen)
+            seconds, used = time.perf_counter() - start, time.process_time() - used
+            tokens = sum(map(len, written[name]))
+            return {"s": seconds / tokens, "CPU s": used / tokens}
+
+        return measure
+
+    kinds = {
+        "a token, one report, plain": way("one, plain", plain, prompts[:1]),
+        "a token, one report, drafts": way("one", lambda chosen: engine.generate(chosen, config), prompts[:1]),
+        f"a token, {BATCH} reports, plain": way("batch, plain", plain, prompts),
+        f"a token, {BATCH} reports, drafts": way("batch", lambda chosen: engine.generate(chosen, config), prompts),
+    }
+    return kinds, lambda: [written["one"] == written["one, plain"], written["batch"] == written["batch, plain"]]
+
+
+def beside_two(measure: Callable[[], dict]) -> dict:
+    """The same, while two other processes keep both cores busy."""
+    others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
+    try:
+        return measure()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+LLAMA = """
+import json, sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, threads = sys.argv[1], int(sys.argv[2])
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+parameters.n_ctx, parameters.n_parallel = 1024, 1
+server = xllamacpp.Server(parameters)
+request = {"prompt": "Write the report.", "n_predict": 128, "ignore_eos": True, "temperature": 0}
+print(json.dumps([server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)]))
+"""
+
+
+def llama(folder: str) -> float:
+    """Tokens a second of llama.cpp on the base LLM's own file, with as many threads as torch has here: the median."""
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    place, file = locate_base_model(
+        *(config[f"base_model_{key}"] for key in ("name_or_path", "revision", "gguf_file"))
+    )
+    line = [sys.executable, "-c", LLAMA, f"{place}/{file}", str(torch.get_num_threads())]
+    environment = os.environ | {"PYTHONPATH": folder}
+    said = subprocess.run(line, env=environment, check=True, capture_output=True, text=True).stdout
+    return statistics.median(json.loads(said.strip().splitlines()[-1]))
+
+
+def median(rows: list[dict], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def ratio(found: dict[str, list[dict]], one: str, other: str, key: str) -> float:
+    return statistics.median(a[key] / b[key] for a, b in zip(found[one], found[other], strict=True))
+
+
+def page(results: dict) -> str:
+    found, lines = results["found"], ["# A report, and the build before", ""]
+    lines += [
+        f"`python benchmarks/before.py` on {results['machine']}, {results['threads']} thread(s) of torch, load "
+        f"{results['load']:.1f}. Medians; ratios are medians over the rounds. The CPU's seconds do not depend on what "
+        "else the machine does, the clock's do.",
+        "", "| | rounds | s | CPU s | MB |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, rows in found.items():
+        memory = f"{median(rows, 'MB'):.0f}" if "MB" in rows[0] else ""
+        lines.append(f"| {name} | {len(rows)} | {median(rows, 's'):.3g} | {median(rows, 'CPU s'):.3g} | {memory} |")
+    lines += ["", "| this build over the one before | s | CPU s | MB |", "|---|---|---|---|"]
+    for what in ("report", "first token", "demo"):
+        values = [f"{ratio(found, f'{what}, this', f'{what}, before', key):.2f}" for key in ("s", "CPU s", "MB")]
+        lines.append(f"| {what} | {' | '.join(values)} |")
+    for what in ("a token, one report", f"a token, {BATCH} reports"):
+        values = [f"{ratio(found, f'{what}, drafts', f'{what}, plain', key):.2f}" for key in ("s", "CPU s")]
+        lines.append(f"| {what} | {' | '.join(values)} | |")
+    lines += [
+        "",
+        f"- The same words: `diffvp report` {results['same_report']}; one report and a batch in this process "
+        f"{', '.join(map(str, results['same_tokens']))}.",
+        f"- Beside two busy processes a report takes {results['busy']['s'] / median(found['report, this'], 's'):.1f} "
+        f"times as long ({results['busy']['s']:.1f} s).",
+    ]
+    if results["llama"] is not None:
+        ours = 1 / median(found["a token, one report, drafts"], "s")
+        lines.append(
+            f"- llama.cpp decodes {results['llama']:.0f} tokens/s of the same file, in 4 bits and without a scan; "
+            f"this build {ours:.0f} in float32: {ours / results['llama']:.2f}."
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="working tree of the build before, in a folder named diffvp")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=9, help="at most")
+    parser.add_argument("--llama", metavar="FOLDER", help="where xllamacpp, a build of llama.cpp, is installed")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    results = {
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+    }  # fmt: skip
+    start, seconds = time.monotonic(), 60 * options.minutes
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        scans = phantoms(folder, BATCH)
+        trees = {"before": options.before.resolve(), "this": HERE}
+        kinds = processes(trees, scans, folder)
+        found = in_turns(kinds, start + SHARE["processes"] * seconds, options.rounds)
+        reports = [json.loads((folder / name / "report.json").read_text(encoding="utf-8"))["report"] for name in trees]
+        results["same_report"] = reports[0] == reports[1]
+        ways, same = decoding(scans)
+        found |= in_turns(ways, start + sum(SHARE.values()) * seconds, options.rounds)
+        results |= {"found": found, "same_tokens": same(), "busy": beside_two(kinds["report, this"])}
+    results["llama"] = None if options.llama is None else llama(options.llama)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "before.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output / "before.md").write_text(page(results), encoding="utf-8")
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()

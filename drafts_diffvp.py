@@ -1,0 +1,296 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Drafts of what a report says next, which the LLM checks many tokens at a time: the same words in fewer steps.
+
+Reports of a department repeat each other. [`ReportDrafts`] knows which token most often follows the last few;
+[`DraftedDecoding`] lets the LLM read such a continuation in one step and keeps what it would have written itself,
+token by token. A step of sixteen tokens costs little more than a step of one, which reads the same weights.
+
+Sums of a longer step are rounded otherwise in the last digit, as they are in a batch: where two words tie to that
+digit, either may be written.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerationMode
+
+from .pipeline_diffvp import end_tokens
+from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
+from .threads_diffvp import quickest_threads
+
+START = -1  # stands before the first token of a report
+CONTEXT = 8  # tokens that a draft looks back; more were no better on phantoms
+DRAFT_TOKENS = 16  # a row's draft at most; on two cores longer ones cost more than they save
+STEP_TOKENS = 64  # of all rows in a step: beyond, a processor computes as long as it reads weights
+MIN_PATIENTS = 10
+
+# Greedy decoding with these, and no others, can be checked many tokens at a time.
+CHECKABLE = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "min_new_tokens", "min_length",
+    "do_sample", "num_beams", "temperature", "top_k", "top_p", "use_cache", "output_attentions",
+    "output_hidden_states", "transformers_version", "repetition_penalty", "no_repeat_ngram_size", "max_time",
+    "num_assistant_tokens", "num_return_sequences", "return_dict_in_generate",
+}  # fmt: skip
+
+
+class ReportDrafts:
+    """
+    Which token follows a few others in most reports.
+
+    Args:
+        following: {tokens: the token that follows them}; the longest tokens that end a text count.
+        min_patients: in how many patients' reports each entry occurs at least.
+
+    ```python
+    drafts = ReportDrafts.build([processor.encode_report(text) for text in reports], patients)
+    model.drafts = drafts  # and model.save_pretrained(folder) writes drafts.json
+    ```
+    """
+
+    def __init__(self, following: dict[tuple[int, ...], int], min_patients: int):
+        self.following, self.min_patients = following, min_patients
+
+    @classmethod
+    def build(
+        cls, reports: Iterable[Sequence[int]], patients: Iterable[str], min_patients: int = MIN_PATIENTS
+    ) -> "ReportDrafts":
+        """
+        Count what follows what.
+
+        Args:
+            reports: token ids of each, with the end token.
+            patients: whose report it is. A sequence of tokens of fewer than `min_patients` patients, be it a name, a
+                number or a rare finding, is left out.
+        """
+        owners: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for report, patient in zip(reports, patients, strict=True):
+            tokens = (START, *report)
+            for end in range(2, len(tokens) + 1):
+                for begin in range(max(end - 1 - CONTEXT, 0), end):
+                    owners[tokens[begin:end]].add(patient)
+        counts: dict[tuple[int, ...], Counter] = defaultdict(Counter)
+        for tokens, whose in owners.items():
+            if len(whose) >= min_patients:
+                counts[tokens[:-1]][tokens[-1]] = len(whose)
+        following: dict[tuple[int, ...], int] = {}
+        for context in sorted(counts, key=lambda tokens: (len(tokens), tokens)):
+            most = max(counts[context].values())
+            token = min(token for token, count in counts[context].items() if count == most)
+            if _longest(following, context[1:]) != token or not context:  # else the shorter context says it
+                following[context] = token
+        return cls(following, min_patients)
+
+    def continuation(self, written: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens that may follow the `written` ones of a report."""
+        context, draft = (START, *written)[-CONTEXT:], []
+        while len(draft) < count and (token := _longest(self.following, context)) is not None:
+            draft.append(token)
+            context = (*context, token)[-CONTEXT:]
+        return draft
+
+    def save(self, folder: Path) -> Path:
+        """Write the file of a checkpoint; where it is."""
+        path = folder / DRAFTS_NAME
+        entries = sorted([*context, token] for context, token in self.following.items())
+        document = {"min_patients": self.min_patients, "following": entries}
+        path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str, vocab_size: int) -> "ReportDrafts":
+        """
+        Raises:
+            DiffVPCheckpointError: the file is damaged, or of another tokenizer.
+        """
+        expected = f"rows of token ids below {vocab_size}, as save_pretrained writes them"
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            min_patients, entries = document["min_patients"], document["following"]
+            wrong = [row for row in entries if not _is_entry(row, vocab_size)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DiffVPCheckpointError(f"{path}: following: unreadable, {error} (expected {expected}).") from error
+        if wrong:
+            raise DiffVPCheckpointError(f"{path}: following: {str(wrong[0])[:80]} (expected {expected}).")
+        return cls({tuple(row[:-1]): row[-1] for row in entries}, min_patients)
+
+
+def _is_entry(row, vocab_size: int) -> bool:
+    whole = isinstance(row, list) and 1 <= len(row) <= CONTEXT + 1 and all(type(token) is int for token in row)
+    return whole and all(START <= token < vocab_size for token in row) and row[-1] != START
+
+
+def _longest(following: dict[tuple[int, ...], int], context: tuple[int, ...]) -> int | None:
+    """What follows the longest end of `context` that is known."""
+    for begin in range(len(context) + 1):
+        token = following.get(context[begin:])
+        if token is not None:
+            return token
+    return None
+
+
+def decode(
+    language_model: PreTrainedModel,
+    drafts: ReportDrafts | None,
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    decoding: GenerationConfig,
+    **kwargs,
+) -> torch.LongTensor:
+    """
+    The LLM's `generate` after a prompt of embeddings, with drafts where they change nothing but the time.
+
+    Greedy decoding alone has drafts. `num_assistant_tokens` of the config, transformers' own field for this, is the
+    length of a draft; 0 is none.
+
+    Args:
+        embeddings, mask: (batch, length, h) and (batch, length), padded on the left.
+        kwargs: more arguments of `generate`.
+    """
+    length = DRAFT_TOKENS if decoding.num_assistant_tokens is None else decoding.num_assistant_tokens
+    # Of several rows at their own pace, nobody could be told what the others write meanwhile.
+    followed = len(embeddings) > 1 and (kwargs.get("streamer"), kwargs.get("stopping_criteria")) != (None, None)
+    others = {key for key, value in kwargs.items() if value is not None} - {"streamer", "stopping_criteria"}
+    asked = {key for key in decoding.to_diff_dict() if key[0] != "_"}
+    plain = decoding.get_generation_mode() == GenerationMode.GREEDY_SEARCH and asked <= CHECKABLE and not others
+    if drafts is not None and length and plain and not followed and not decoding.return_dict_in_generate:
+        kwargs["custom_generate"] = DraftedDecoding(drafts, length, kwargs.get("streamer"))
+    with quickest_threads(language_model, len(embeddings) * (DRAFT_TOKENS if "custom_generate" in kwargs else 1)):
+        return language_model.generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
+        )
+
+
+class DraftedDecoding:
+    """
+    A decoding loop for `generate(custom_generate=)`: greedy, each row with drafts of its own.
+
+    transformers has such a loop for one row, which begins with the prompt's ids. A prompt of embeddings has none, and
+    here rows go on at their own pace: what a row did not accept stays in the cache of keys and values, masked, until
+    all rows are past it.
+    """
+
+    def __init__(self, drafts: ReportDrafts, length: int, streamer=None):
+        self.drafts, self.length = drafts, length
+        self.streamer = streamer  # transformers 5.19 does not hand it to such a loop
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **kwargs,
+    ) -> torch.LongTensor:
+        cache, embeddings, mask = (kwargs.get(key) for key in ("past_key_values", "inputs_embeds", "attention_mask"))
+        positions, keeps = kwargs.get("position_ids"), "logits_to_keep" in kwargs
+        # Of other layers, windows and states, nothing can be taken back; without positions a gap would count.
+        rewinds = isinstance(cache, DynamicCache) and {type(layer) for layer in cache.layers} == {DynamicLayer}
+        placed = len(embeddings) == 1 if positions is None else positions.ndim == 2
+        if synced_gpus or not rewinds or not placed:
+            return type(model)._sample(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+                **kwargs | {"streamer": self.streamer},
+            )  # fmt: skip
+        device, embed = embeddings.device, model.get_input_embeddings()
+        rows, written = list(range(len(embeddings))), [[] for _ in embeddings]
+        place = None if positions is None else positions[:, -1]  # of the last token that is in the cache and counts
+        if mask is None and len(rows) > 1:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=device)
+        while rows:
+            drafts = self._draft(rows, written, generation_config.max_length)
+            width = max(map(len, drafts))
+            fed = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=device).long()
+            if embeddings is not None:  # the prompt, and a draft of how any report begins
+                inputs = {"inputs_embeds": torch.cat([embeddings, embed(fed).to(embeddings)], dim=1)}
+                first = width
+            else:
+                last = torch.tensor([[written[row][-1]] for row in rows], device=device)
+                inputs, first = {"input_ids": torch.cat([last, fed], dim=1)}, width + 1
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), first)], dim=1)
+                inputs["attention_mask"] = mask
+            if place is not None:
+                own = torch.tensor([len(draft) + first - width for draft in drafts], device=device)
+                ahead = torch.arange(1, first + 1, device=device)
+                inputs["position_ids"] = place[:, None] + torch.minimum(ahead, own[:, None])  # padding stays within
+                if embeddings is not None:
+                    inputs["position_ids"] = torch.cat([positions, inputs["position_ids"]], dim=1)
+            if keeps:
+                inputs["logits_to_keep"] = width + 1
+            logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+            logits = logits[:, -width - 1 :].to(torch.float32)
+            accepted, going_on = [], []
+            for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+                new, ended = self._accept(written[row], draft, logits[index], logits_processor, stopping_criteria)
+                accepted.append(len(new) - 1)  # of the draft: the last one is the LLM's own, not in the cache yet
+                if not ended:
+                    going_on.append(index)
+            # Rows keep as much of this step as the one that accepted most of it.
+            kept = max(accepted)
+            if width > kept:
+                cache.crop(kept - width)
+            taken = torch.tensor(accepted, device=device)
+            if mask is not None:
+                mask = mask[:, : mask.shape[1] - (width - kept)]
+                ahead = torch.arange(kept, device=device)
+                mask[:, mask.shape[1] - kept :] = (ahead < taken[:, None]).to(mask)
+            if place is not None:
+                place = place + taken + (first - width)
+            if len(going_on) < len(rows) and going_on:
+                chosen = torch.tensor(going_on, device=device)
+                cache.batch_select_indices(chosen)
+                mask = None if mask is None else mask[chosen]
+                place = None if place is None else place[chosen]
+            rows, embeddings = [rows[index] for index in going_on], None
+        if self.streamer is not None:
+            self.streamer.end()
+        longest, paddings = max(map(len, written)), [generation_config.pad_token_id, *end_tokens(generation_config), 0]
+        padding = next(token for token in paddings if token is not None)
+        padded = [tokens + [padding] * (longest - len(tokens)) for tokens in written]
+        return torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
+
+    def _draft(self, rows: list[int], written: list[list[int]], max_length: int) -> list[list[int]]:
+        """A draft for each row, none longer than what is still to be written."""
+        length = min(self.length, max(STEP_TOKENS // len(rows) - 1, 1))
+        room = [max(min(length, max_length - len(written[row]) - 1), 0) for row in rows]
+        return [self.drafts.continuation(written[row], count) for row, count in zip(rows, room, strict=True)]
+
+    def _accept(
+        self,
+        written: list[int],
+        draft: list[int],
+        logits: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+    ) -> tuple[list[int], bool]:
+        """The tokens that the LLM itself writes next, which it adds to `written`, and whether the last is the end."""
+        new = []
+        choices = None if logits_processor else logits.argmax(dim=-1).tolist()
+        for index in range(len(draft) + 1):
+            if choices is None:
+                so_far = torch.tensor([written], dtype=torch.long, device=logits.device)
+                token = int(logits_processor(so_far, logits[None, index].clone()).argmax())
+            else:
+                token = choices[index]
+            new.append(token)
+            written.append(token)
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([token]))
+            so_far = torch.tensor([written], dtype=torch.long, device=logits.device)
+            if bool(stopping_criteria(so_far, None)[0]):
+                return new, True
+            if index == len(draft) or token != draft[index]:
+                return new, False
+        raise AssertionError("unreachable")
+
+
+__all__ = ["DraftedDecoding", "ReportDrafts", "decode"]

@@ -1,0 +1,304 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where the aligned difference map of a real scan points, by the encoder that it is made with, beside a lesion mask.
+
+    python -m diffvp.experiments.real_map SCAN MASK REFERENCE --encoder astra.safetensors --output OUT
+
+It writes `real_map.json`, `real_map.md` and `real_map.png`. One scan is an example, no measurement of a method: the
+last column says in what share of the places in this body a lesion of this shape would score as high by chance.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage, signal, stats
+
+from ..cli import SHIPPED_CHECKPOINT
+from ..configuration_diffvp import DiffVPConfig
+from ..data.cases import DatasetError, Problem
+from ..data.lesions import mask_voxels
+from ..encoders_diffvp import DiffVPEncoderError
+from ..metrics.markdown import table_lines
+from ..modeling_diffvp import DiffVPModel
+from ..processing_diffvp import DiffVPImageProcessor
+from ..reading_diffvp import read_ct
+from ..reporting import load_checkpoint
+from ..training.encoder import load_encoder, read_header
+from ..volume_diffvp import CTVolume
+from .figures import p_value
+from .maps import (
+    SMOOTHING_MM,
+    TOLERANCE_MM,
+    MapExample,
+    auroc,
+    body_voxels,
+    dilated,
+    draw_maps,
+    pointing,
+    token_maps,
+)
+from .runs import write_bytes, write_json
+
+# Merlin and Astra see a volume of this size, of whatever is above -1000 HU, stretched.
+INFLATED_SIZE, INFLATED_FOREGROUND = (160, 224, 224), -1000.0
+# A token of theirs is some 25 x 40 x 40 mm: one to each side is what two or more are to the phantom's encoder. Squared
+# distances grow with the channels, of which it has 48 at a temperature of 8.
+INFLATED_RADIUS, TEMPERATURE_PER_CHANNEL = 1, 8 / 48
+PEAK_MM = 12.0
+INSIDE = 0.95  # share of a moved lesion that has to lie in the body, to count as a place of it
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    Two scans as an encoder is given them, and its maps of the first; arrays are (depth, height, width).
+
+    Attributes:
+        maps: by name; "difference" is the aligned one.
+        lesion: of the first scan.
+        hu_window: the HU that are -1 and 1.
+    """
+
+    target: NDArray
+    reference: NDArray
+    lesion: NDArray[np.bool_]
+    maps: dict[str, NDArray]
+    spacing: tuple[float, float, float]
+    hu_window: tuple[float, float]
+
+
+def read_lesion(path: str | Path, scan: CTVolume) -> NDArray[np.bool_]:
+    """
+    A mask in any format of SimpleITK, [x, y, z] as the scan's array. (Our own reader takes what is packed as tightly
+    as a mask for an attack.)
+
+    Raises:
+        DatasetError: it cannot be read, is not on the grid of the scan, or is empty.
+    """
+    source = Path(path).name
+
+    def refuse(field: str, found, expected: str) -> DatasetError:
+        return DatasetError([Problem(source, None, field, str(found), expected)])
+
+    try:
+        mask = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
+    except RuntimeError as error:
+        raise refuse("file", "unreadable", "a mask that SimpleITK reads") from error
+    lesion = sitk.GetArrayViewFromImage(mask).T > 0
+    # Where the first voxel of the scan's array lies, in the file's grid and then in the world (LPS).
+    first = np.zeros(3)
+    for axis, flip in zip(scan.axes, scan.flips, strict=True):
+        first[axis] = (scan.shape[axis] - 1) * flip
+    origin = (scan.affine[:3, :3] @ first + scan.affine[:3, 3]) * [-1, -1, 1]
+    grids = [(lesion.shape, *np.round(mask.GetOrigin(), 1)), (scan.array.shape, *np.round(origin, 1))]
+    if lesion.shape != scan.array.shape or not np.allclose(mask.GetOrigin(), origin, atol=0.1):
+        raise refuse("grid", f"{grids[0]}", f"{grids[1]}, as the scan has")
+    if not lesion.any():
+        raise refuse("voxels", "none is above 0", "some, of a lesion")
+    return lesion
+
+
+@torch.no_grad()
+def see(
+    model: DiffVPModel,
+    image_processor: DiffVPImageProcessor,
+    scan: CTVolume,
+    lesion: NDArray[np.bool_],
+    reference: CTVolume,
+    fit: bool = False,
+) -> Seen:
+    """
+    Args:
+        fit: whiten by the tokens of the reference's body, for a model that has not seen a pool of normal scans.
+    """
+    given = [image_processor(of) for of in (scan, reference)]
+    tokens = [model.extract_features(of["ct"]) for of in given]
+    window, geometry = tuple(image_processor.hu_window), given[0]["geometry"][0]
+    volumes = [of["ct"][0, 0].numpy() for of in given]
+    if fit:
+        body = torch.from_numpy(body_voxels(volumes[1], window)).float()[None, None]
+        inside = torch.nn.functional.adaptive_max_pool3d(body, model.config.feature_grid).flatten() > 0
+        model.aligned_difference.fit(tokens[1][0].float().cpu()[inside])
+    difference = model.difference_map(ct_features=tokens[0], reference_features=tokens[1])[0].cpu().numpy()
+    subtraction = np.abs(volumes[0] - volumes[1])
+    sigma = [SMOOTHING_MM / mm for mm in geometry.tensor_spacing]
+    maps = {
+        "difference": difference,
+        **token_maps(model, tokens[0][0]),
+        "pixels subtracted, smoothed": ndimage.gaussian_filter(subtraction, sigma),
+    }
+    mask = mask_voxels(lesion.astype(np.uint32), geometry).numpy() != 0
+    return Seen(*volumes, mask, maps, geometry.tensor_spacing, window)
+
+
+def inflated_model(path: str | Path) -> tuple[DiffVPModel, DiffVPImageProcessor]:
+    """
+    A model around converted weights of Merlin's or Astra's encoder; nothing but the encoder is trained.
+
+    Raises:
+        DiffVPEncoderError: the file has other weights.
+    """
+    fields = json.loads(read_header(path).get("encoder", "{}"))
+    if fields.get("encoder_type") != "i3resnet":
+        raise DiffVPEncoderError(Path(path).name, "encoder_type", fields.get("encoder_type"), "i3resnet")
+    width = 4 * fields["encoder_block_channels"][-1]
+    config = DiffVPConfig(
+        **fields,
+        image_size=INFLATED_SIZE,
+        use_diagnosis=False,
+        difference_level="aligned",
+        difference_radius=INFLATED_RADIUS,
+        difference_temperature=TEMPERATURE_PER_CHANNEL * width,
+    )
+    model = DiffVPModel(config).eval()
+    load_encoder(model, path)
+    size = dict(zip(("depth", "height", "width"), INFLATED_SIZE, strict=True))
+    return model, DiffVPImageProcessor(size=size, foreground_hu=INFLATED_FOREGROUND)
+
+
+def score(values: NDArray, seen: Seen) -> dict[str, float]:
+    """
+    A map against the lesion, within the body.
+
+    Returns:
+        "inside": whether the maximum lies in the lesion; "near": or within the tolerance; "distance_mm" from it to the
+        lesion; "rank" of the lesion among the map's local maxima, which are the largest value in 12 mm to each side;
+        "auroc"; "dice" of the lesion with as many of the largest values; "by_chance": see [`share_of_places`].
+    """
+    body = body_voxels(seen.target, seen.hu_window)
+    lesion = seen.lesion & body
+    inside, of_body = lesion[body], values[body]
+    distance = ndimage.distance_transform_edt(~lesion, sampling=seen.spacing)
+    sides = [2 * round(PEAK_MM / mm) + 1 for mm in seen.spacing]
+    peaks = body & (ndimage.maximum_filter(np.where(body, values, -np.inf), sides) == values)
+    top = np.argsort(-of_body, kind="stable")[: inside.sum()]
+    return {
+        "inside": pointing(of_body, inside),
+        "near": pointing(of_body, dilated(lesion, seen.spacing, TOLERANCE_MM)[body]),
+        "distance_mm": float(distance[body][of_body.argmax()]),
+        "rank": 1 + int((peaks & (values > values[lesion].max())).sum()),
+        "auroc": auroc(of_body, inside),
+        "dice": float(inside[top].mean()),
+        "by_chance": share_of_places(values, lesion, body),
+    }
+
+
+def share_of_places(values: NDArray, lesion: NDArray[np.bool_], body: NDArray[np.bool_]) -> float:
+    """
+    In what share of the places of the body a lesion of this shape holds values of at least this mean rank: what a map
+    that knows nothing of the lesion, and is as smooth, would reach by chance.
+    """
+    ranks = np.zeros(values.shape)
+    ranks[body] = stats.rankdata(values[body]) / body.sum()
+    shape = lesion[ndimage.find_objects(lesion.astype(np.int8))[0]].astype(float)[::-1, ::-1, ::-1]
+    held = signal.fftconvolve(body.astype(float), shape, mode="valid")
+    means = signal.fftconvolve(ranks, shape, mode="valid") / np.maximum(held, 1)
+    places = held >= INSIDE * shape.sum()
+    return float((means[places] >= ranks[lesion].mean() - 1e-6).mean())
+
+
+def make(
+    scan: str | Path,
+    mask: str | Path,
+    reference: str | Path,
+    output: str | Path,
+    checkpoint: str | Path = SHIPPED_CHECKPOINT,
+    encoder: str | Path | None = None,
+) -> Path:
+    """Write the page, its numbers and its picture; returns the page. `encoder` is of `diffvp encoder convert`."""
+    target, normal = read_ct(scan), read_ct(reference)
+    lesion = read_lesion(mask, target)
+    model, processor = load_checkpoint(checkpoint)
+    seen = {Path(checkpoint).name: see(model, processor.image_processor, target, lesion, normal)}
+    sources = {Path(checkpoint).name: model.config.encoder_name or "its own encoder"}
+    if encoder is not None:
+        model, image_processor = inflated_model(encoder)
+        name = model.config.encoder_name
+        seen[name] = see(model, image_processor, target, lesion, normal, fit=True)
+        sources[name] = f"SHA-256 {model.config.encoder_sha256}"
+    result = {
+        "scans": {"target": target.sha256, "reference": normal.sha256},
+        "encoders": sources,
+        "lesion_share": {name: _share(of) for name, of in seen.items()},
+        "scores": {name: {kind: score(values, of) for kind, values in of.maps.items()} for name, of in seen.items()},
+    }
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_maps(output / "real_map.png", [_example(name, of) for name, of in seen.items()], about="A real scan.")
+    write_json(output / "real_map.json", result)
+    write_bytes(output / "real_map.md", ("\n".join(_page(result)) + "\n").encode())
+    return output / "real_map.md"
+
+
+def _share(seen: Seen) -> float:
+    body = body_voxels(seen.target, seen.hu_window)
+    return float((seen.lesion & body).sum() / body.sum())
+
+
+def _example(name: str, seen: Seen) -> MapExample:
+    index = int(seen.lesion.sum(axis=(1, 2)).argmax())
+    return MapExample(
+        title=f"encoder: {name}",
+        shown="the lesion",
+        index=index,
+        target=seen.target,
+        reference=seen.reference,
+        difference=seen.maps["difference"],
+        lesions=seen.lesion,
+        lesion=seen.lesion,
+        spacing=seen.spacing,
+        hu_window=seen.hu_window,
+    )
+
+
+def _page(result: Mapping) -> list[str]:
+    head = [
+        "encoder", "map", "maximum in the lesion", f"or within {TOLERANCE_MM:g} mm", "mm from it", "rank of lesion",
+        "AUROC in the body", "Dice of as many voxels", "share of places that score as high",
+    ]  # fmt: skip
+    rows = [
+        [
+            encoder,
+            kind,
+            *("yes" if of[key] == 1 else "no" for key in ("inside", "near")),
+            f"{of['distance_mm']:.0f}",
+            str(of["rank"]),
+            f"{of['auroc']:.3f}",
+            f"{of['dice']:.3f}",
+            p_value(of["by_chance"]),
+        ]
+        for encoder, maps in result["scores"].items()
+        for kind, of in maps.items()
+    ]
+    shares = ", ".join(f"{share:.5f} ({name})" for name, share in result["lesion_share"].items())
+    return [
+        "# The difference map of a real scan",
+        "",
+        "![Target, reference, difference map, lesion, subtraction](real_map.png)",
+        "",
+        *table_lines(head, rows),
+        "",
+        f"One scan (n = 1). The lesion's share of the body, which is what chance gives as maximum and Dice: {shares}.",
+        f"Rank: among the map's maxima that are the largest value in {PEAK_MM:g} mm to each side.",
+        "Last column: of the places in the body where a lesion of this shape fits, those of as high a mean rank.",
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scan", help="a CT in any format that is read")
+    parser.add_argument("mask", help="its lesion, above 0, on the same grid")
+    parser.add_argument("reference", help="a normal CT")
+    parser.add_argument("--checkpoint", default=SHIPPED_CHECKPOINT, help="with an aligned difference")
+    parser.add_argument("--encoder", help="weights from `diffvp encoder convert` of Merlin's or Astra's encoder")
+    parser.add_argument("--output", required=True, help="folder of the results")
+    given = parser.parse_args()
+    make(given.scan, given.mask, given.reference, given.output, given.checkpoint, given.encoder)

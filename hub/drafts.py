@@ -1,0 +1,40 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Write the drafts of a phantom checkpoint anew, without its cohort: a phantom's report follows from its seed.
+
+    python -m diffvp.hub.drafts checkpoints/diffvp-phantom --first 2500 --last 3599
+
+Training writes them by itself. This is for a checkpoint that was trained before there were drafts, and shows where
+those of the checkpoint that ships come from.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from ..data.phantom import sample_patient
+from ..data.phantom_report import region_sentences, report_text
+from ..drafts_diffvp import MIN_PATIENTS, ReportDrafts
+from ..processing_diffvp import DiffVPProcessor
+from ..storage_diffvp import DRAFTS_NAME
+
+
+def phantom_drafts(checkpoint: str | Path, seed: int, first: int, last: int) -> ReportDrafts:
+    """Drafts of the training reports `first` to `last` of the cohort of a seed, a patient each."""
+    processor = DiffVPProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    patients = [sample_patient(seed, index, "train") for index in range(first, last + 1)]
+    reports = [processor.encode_report(report_text(region_sentences(patient))) for patient in patients]
+    return ReportDrafts.build(reports, [patient.name for patient in patients], MIN_PATIENTS)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, to which they are added")
+    parser.add_argument("--seed", type=int, default=0, help="of the cohort")
+    parser.add_argument("--first", type=int, required=True, help="first case that trained the generator")
+    parser.add_argument("--last", type=int, required=True)
+    options = parser.parse_args()
+    drafts = phantom_drafts(options.checkpoint, options.seed, options.first, options.last)
+    with tempfile.TemporaryDirectory(dir=options.checkpoint) as folder:  # renamed: no reader sees half a file
+        drafts.save(Path(folder)).replace(options.checkpoint / DRAFTS_NAME)

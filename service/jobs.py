@@ -1,0 +1,340 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What happens to a scan between its request and its answer.
+
+    arriving -> reading -> waiting -> writing -> an answer, or a refusal
+
+Threads read, a few scans ahead of the model; one thread writes, all scans that wait at a time. Everything else happens
+on the event loop, so that a job has one state and one outcome, and nothing needs a lock. A scan's file is deleted when
+it has been read, and a job is forgotten when it has been answered.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue as queues
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
+from transformers import BatchFeature
+
+from ..hub.batch import ReportWriter
+from ..reading_diffvp import read_ct
+from ..reporting import EXPECTED_ERRORS
+from ..scratch import make_folder
+
+FOLDER = "diffvp-serve-"
+COMING = ("arriving", "reading")
+log = logging.getLogger("diffvp.serve")
+
+
+class Refused(Exception):
+    """A request that is not answered by a report, through no fault of its scan.
+
+    Attributes:
+        status: of HTTP.
+        retry: seconds after which it may be worth another try.
+    """
+
+    def __init__(self, status: int, message: str, retry: int | None = None):
+        super().__init__(message)
+        self.status, self.retry = status, retry
+
+
+class Abandoned(Exception):
+    """Nobody waits any more for what is being written."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    Attributes:
+        batch_size: scans that are written together.
+        batch_wait: seconds for which a scan waits for others that are arriving or being read.
+        workers: threads that read.
+        waiting: requests without an answer, beyond which others are refused.
+        upload_bytes: of a request, its form included.
+        timeout: seconds from the request to its answer, and for which an answer is kept that nobody fetches.
+        grace: seconds that a server which is told to end still writes.
+    """
+
+    batch_size: int = 16
+    batch_wait: float = 0.1
+    workers: int = os.cpu_count() or 1
+    waiting: int = 32
+    upload_bytes: int = 512 * 2**20
+    timeout: float = 300.0
+    grace: float = 30.0
+
+
+@dataclass(eq=False)
+class Job:
+    """
+    One request.
+
+    Attributes:
+        folder: where its file lies until it has been read.
+        outcome: the report's record, or the exception that takes its place.
+        followed: somebody may look on while it is written.
+        tokens: of the report as far as it is written.
+    """
+
+    id: str
+    folder: Path
+    outcome: asyncio.Future
+    state: str = "arriving"
+    followed: bool = False
+    tokens: list[int] = field(default_factory=list)
+    file_sha256: str | None = None
+    features: BatchFeature | None = None
+    began: float = 0.0
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+    def fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
+class ReportQueue:
+    """
+    Args:
+        writer: the checkpoint with its engine.
+        limits: see [`Limits`].
+
+    Attributes:
+        draining: nothing more is accepted.
+        registry: metrics of Prometheus.
+    """
+
+    def __init__(self, writer: ReportWriter, limits: Limits):
+        self.writer, self.limits = writer, limits
+        self.draining = False
+        self.registry = CollectorRegistry()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._jobs: dict[str, Job] = {}
+        ProcessCollector(registry=self.registry)
+        waiting = Gauge("diffvp_requests_waiting", "Requests without an answer", registry=self.registry)
+        waiting.set_function(lambda: len(self._jobs))
+        self._seconds = Histogram(
+            "diffvp_stage_seconds", "Time of a scan in each stage", ["stage"], registry=self.registry,
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+        )  # fmt: skip
+        self._sizes = Histogram(
+            "diffvp_batch_size", "Scans that were written together", registry=self.registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        """Begin to work, on the event loop that this is called on."""
+        self._loop = asyncio.get_running_loop()
+        self._folder = make_folder(FOLDER)
+        self._readers = ThreadPoolExecutor(self.limits.workers, "read")
+        self._ahead = asyncio.Semaphore(2 * self.limits.batch_size)  # a scan that has been read takes megabytes
+        self._ready: asyncio.Queue[Job] = asyncio.Queue()
+        self._reading: set[asyncio.Task] = set()
+        self._calls: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
+        # A daemon: the process does not wait for a batch that nobody waits for.
+        threading.Thread(target=_work, args=(self._calls,), name="write", daemon=True).start()
+        self._writing = asyncio.create_task(self._write_batches())
+
+    async def close(self) -> None:
+        """End at once: who still waits is told."""
+        self._give_up()
+        for task in (self._writing, *self._reading):
+            task.cancel()
+        self._calls.put(None)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def drain(self) -> None:
+        """Accept nothing more, and finish what is there within the time of grace. May be called by a signal."""
+        self.draining = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.limits.grace, self._give_up)
+
+    def _give_up(self) -> None:
+        for job in list(self._jobs.values()):
+            job.fail(Refused(503, "The server is going down.", retry=10))
+
+    @property
+    def alive(self) -> bool:
+        """Whether reports can still be written."""
+        return not self._writing.done()
+
+    def admit(self) -> Job:
+        """A place in the queue, and a folder for the scan.
+
+        Raises:
+            Refused: there is no place.
+        """
+        if self.draining:
+            raise Refused(503, "The server is going down.", retry=10)
+        if len(self._jobs) >= self.limits.waiting:
+            raise Refused(429, f"{len(self._jobs)} requests are waiting; expected fewer.", retry=5)
+        job = Job(secrets.token_urlsafe(16), Path(tempfile.mkdtemp(dir=self._folder)), self._loop.create_future())
+        job.began = self._loop.time()
+        job.outcome.add_done_callback(lambda future: future.exception())  # else asyncio would log it as forgotten
+        late = Refused(503, f"No report after {self.limits.timeout:g} s.", retry=30)
+        job.timers.append(self._loop.call_later(self.limits.timeout, job.fail, late))
+        self._jobs[job.id] = job
+        return job
+
+    def find(self, name: str) -> Job:
+        if name not in self._jobs:
+            raise Refused(404, "There is no such request, or it has been answered.")
+        return self._jobs[name]
+
+    def forget(self, job: Job) -> None:
+        """What was answered, or is no longer wanted, leaves nothing behind."""
+        job.fail(Abandoned())
+        for timer in job.timers:
+            timer.cancel()
+        self._jobs.pop(job.id, None)
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+    def keep(self, job: Job) -> None:
+        """Somebody will ask for it, and may look on; forget it some time after its outcome if nobody does."""
+        job.followed = True
+
+        def wait(_: asyncio.Future) -> None:
+            if job.id in self._jobs:
+                job.timers.append(self._loop.call_later(self.limits.timeout, self.forget, job))
+
+        job.outcome.add_done_callback(wait)
+
+    def submit(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
+        """
+        Args:
+            scan: its file or folder, which is there as long as it is being read.
+            series: of DICOM, if there are several.
+        """
+        job.state = "reading"
+        task = asyncio.create_task(self._read(job, scan, series))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _read(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
+        await self._ahead.acquire()
+        try:
+            if not job.outcome.done():
+                with self._seconds.labels("reading").time():
+                    job.features = await self._loop.run_in_executor(self._readers, self._features, scan, series)
+        except EXPECTED_ERRORS as error:
+            job.fail(error)
+        except Exception as error:  # of one scan: the others are read
+            if not job.outcome.done():  # else its folder is gone because nobody waits for it
+                _report(error)
+            job.fail(error)
+        if job.outcome.done():
+            self._ahead.release()
+            return
+        job.state = "waiting"
+        self._ready.put_nowait(job)
+
+    def _features(self, scan: AbstractContextManager[Path], series: str | None) -> BatchFeature:
+        with scan as path:
+            volume = read_ct(path, series=series)
+        options = {"digest": True, "allow_any_anatomy": self.writer.allow_any_anatomy}
+        return self.writer.processor.image_processor(volume, **options)
+
+    async def _write_batches(self) -> None:
+        while True:
+            batch = [await self._ready.get()]
+            until = self._loop.time() + self.limits.batch_wait
+            while len(batch) < self.limits.batch_size and (self._ready.qsize() or self._loop.time() < until):
+                if self._ready.qsize():
+                    batch.append(self._ready.get_nowait())
+                elif any(job.state in COMING and not job.outcome.done() for job in self._jobs.values()):
+                    await asyncio.sleep(0.005)
+                else:
+                    break
+            for _ in batch:
+                self._ahead.release()
+            await self._write([job for job in batch if not job.outcome.done()])
+            for job in batch:  # which would otherwise lie in memory until the next one
+                job.features = None
+
+    async def _write(self, batch: list[Job]) -> None:
+        if not batch:
+            return
+        self._sizes.observe(len(batch))
+        for job in batch:
+            job.state, job.tokens = "writing", []
+            self._seconds.labels("before writing").observe(self._loop.time() - job.began)
+        try:
+            with self._seconds.labels("writing").time():
+                records = await self._in_thread(self._records, batch)
+        except Abandoned:
+            return
+        except Exception as error:
+            if len(batch) > 1:  # one of them may be to blame, or there is memory for fewer only
+                for job in batch:
+                    if not job.outcome.done():
+                        await self._write([job])
+                return
+            if not isinstance(error, EXPECTED_ERRORS):
+                _report(error)
+            batch[0].fail(error)
+            return
+        for job, record in zip(batch, records, strict=True):
+            if not job.outcome.done():
+                job.outcome.set_result(record)
+
+    async def _in_thread(self, function: Callable, *arguments):
+        """What a function returns, in the one thread that writes."""
+        done = self._loop.create_future()
+
+        def settle(settle_it: Callable, value) -> None:
+            if not done.done():
+                settle_it(value)
+
+        def call() -> None:
+            try:
+                outcome = done.set_result, function(*arguments)
+            except Exception as error:
+                outcome = done.set_exception, error
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(settle, *outcome)
+
+        self._calls.put(call)
+        return await done
+
+    def _records(self, batch: list[Job]) -> list[dict]:
+        def on_tokens(tokens: list[int]) -> None:
+            if all(job.outcome.done() for job in batch):
+                raise Abandoned
+            for job, token in zip(batch, tokens, strict=True):
+                job.tokens.append(token)
+
+        read = [(job.id, job.file_sha256, job.features) for job in batch]
+        # Only then: where nobody looks on, an engine may decode several tokens at a time.
+        records, _ = self.writer.write(read, on_tokens if any(job.followed for job in batch) else None)
+        return records
+
+    def text(self, job: Job) -> str:
+        """The report as far as it is written."""
+        return self.writer.processor.decode(job.tokens, skip_special_tokens=True).strip()
+
+
+def _work(calls: queues.SimpleQueue) -> None:
+    while (call := calls.get()) is not None:
+        call()
+
+
+def _report(error: Exception) -> None:
+    """Where a defect arose, without its message: that might quote the scan."""
+    trace, places = error.__traceback__, []
+    while trace is not None:
+        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    log.error("%s at %s", type(error).__name__, " < ".join(reversed(places)))

@@ -1,0 +1,129 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What says where something came from names no place of the machine that it was made on. Reports are in
+test_reporting.py, results for hospitals in test_clinical.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+
+from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.data.cache import without_place
+from diffvp.hub import card as card_module
+from diffvp.hub.card import PHANTOM, make_card
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.pipeline_diffvp import DiffVPPipeline
+from diffvp.processing_diffvp import DiffVPProcessor
+
+from .batch_samples import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factory):
+    """Its base is a folder of this machine."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return write_checkpoint(folder, tiny_base_with_tokenizer, tokenizer, tiny_fields)
+
+
+@pytest.fixture
+def named(checkpoint, tiny_base_with_tokenizer, tmp_path):
+    """Its base is one of the Hub, read from a folder of this machine; model and processor."""
+    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+    model.config.base_model_name_or_path = "somebody/tiny-llama"
+    model.save_pretrained(tmp_path / "named")
+    base = {"base_model_name_or_path": str(tiny_base_with_tokenizer)}
+    return (
+        DiffVPForConditionalGeneration.from_pretrained(tmp_path / "named", **base),
+        DiffVPProcessor.from_pretrained(checkpoint),
+    )
+
+
+@pytest.fixture
+def uploads(monkeypatch, tmp_path):
+    """What `push_to_hub` would upload: {path: content} of each push."""
+    kept = []
+
+    def upload(_, folder, *__, **___):
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        kept.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return type("Repo", (), {"repo_id": repo_id})
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: Api())
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
+    monkeypatch.setattr(transformers.utils.hub.PushToHubMixin, "_upload_modified_files", upload)
+    return kept
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def naming(files: dict[str, bytes], place: Path) -> list[str]:
+    """The files that name a folder."""
+    return [name for name, content in files.items() if str(place).encode() in content]
+
+
+def test_a_self_contained_checkpoint_names_no_folder(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
+    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+    model.export_merged(tmp_path / "merged")
+    DiffVPProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "merged")
+    assert not naming(files_of(tmp_path / "merged"), tiny_base_with_tokenizer.parent)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["text_config"]["_name_or_path"] == tiny_base_with_tokenizer.name
+    DiffVPForConditionalGeneration.from_pretrained(tmp_path / "merged").push_to_hub("somebody/tiny")
+    [uploaded] = uploads
+    assert {"config.json", "model.safetensors"} <= uploaded.keys()
+    assert not [place for place in (tmp_path, tiny_base_with_tokenizer.parent) if naming(uploaded, place)]
+
+
+def test_a_base_of_the_hub_is_named_as_there(named, tiny_base_with_tokenizer, checkpoint, tmp_path, uploads):
+    model, processor = named
+    model.save_pretrained(tmp_path / "saved")
+    model.push_to_hub("somebody/tiny")
+    processor.push_to_hub("somebody/tiny")
+    DiffVPPipeline(model=model, processor=processor, device="cpu").push_to_hub("somebody/tiny")
+    model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="somebody/tiny")
+    assert len(uploads) >= 4 and "adapter/adapter_config.json" in uploads[0]
+    for files in (files_of(tmp_path / "saved"), *uploads):
+        for place in (tiny_base_with_tokenizer.parent, checkpoint.parent, tmp_path):
+            assert not naming(files, place)
+
+
+def test_a_base_that_nobody_else_has_is_not_pushed(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
+    """Nor is where it lies. On this machine the checkpoint needs to say so."""
+    model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
+    pushes = [
+        lambda: model.push_to_hub("somebody/tiny"),
+        lambda: model.save_pretrained(tmp_path / "saved", push_to_hub=True),
+    ]
+    for push in pushes:
+        with pytest.raises(DiffVPCheckpointError) as error:
+            push()
+        assert "base_model_name_or_path: a folder of this machine" in str(error.value)
+        assert str(tiny_base_with_tokenizer.parent) not in str(error.value)
+    assert not uploads
+    assert DiffVPForConditionalGeneration.from_pretrained(tmp_path / "saved")
+
+
+def test_the_card_names_no_folder(checkpoint, tiny_base_with_tokenizer, monkeypatch):
+    shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}
+    findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
+    monkeypatch.setattr(card_module, "demo", lambda _: shown | {"findings": findings})
+    card = str(make_card(checkpoint, PHANTOM))
+    assert f"read from `{tiny_base_with_tokenizer.name}`" in card
+    assert str(tiny_base_with_tokenizer.parent) not in card and str(checkpoint.parent) not in card
+
+
+def test_commands_of_results_name_no_folder(tmp_path):
+    """What `diffvp evaluate` notes of its command, and so the card and evaluation.json."""
+    assert without_place("experiments/results") == "experiments/results"
+    assert without_place(Path("runs") / "a") == "runs/a"
+    assert without_place(tmp_path / "results") == "results"
