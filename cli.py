@@ -383,7 +383,7 @@ def train(
 
     from .training.config import SettingsError, TrainingConfig
 
-    with _listed_problems(SettingsError), _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError):
+    with _one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError), _listed_problems(SettingsError):
         loaded = TrainingConfig.load(str(config), overrides)
     from .checkpoint_diffvp import DiffVPCheckpointError
     from .encoders_diffvp import DiffVPEncoderError
@@ -623,7 +623,7 @@ def evaluate(
 
     config = None
     if data.suffix.lower() in (".yaml", ".yml"):
-        with _listed_problems(SettingsError), _one_line_errors(ValueError):
+        with _one_line_errors(ValueError), _listed_problems(SettingsError):
             config = TrainingConfig.load(str(data), overrides)
             checkpoint = checkpoint or Path(config.output_dir) / "model"
             output, cache_dir = output or Path(config.output_dir) / "evaluation", Path(config.data.cache_dir)
