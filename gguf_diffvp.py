@@ -47,11 +47,12 @@ def load_dequantized(path: Path, name: str, dtype: torch.dtype | str | None = No
     dtype = torch.float32 if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     kept = f"{digest(path)}-{str(dtype).removeprefix('torch.')}-transformers-{transformers_version}"
     folder = Path(HF_HOME) / "diffvp" / kept
-    model = _read(folder, dtype, kwargs) if folder.is_dir() else None
+    found = _identity(folder)
+    model = None if found is None else _read(folder, dtype, kwargs)
     if model is None:
         made = _dequantize(path, dtype)
         try:
-            _keep(made, folder)
+            _keep(made, folder, damaged=found)
         except OSError as error:
             logger.warning(f"{folder} is not written ({error.strerror}): the base LLM is dequantised at each start.")
             options = kwargs | {"config": made.config, "state_dict": made.state_dict(), "dtype": dtype}
@@ -104,8 +105,20 @@ def _dequantize(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _keep(model: PreTrainedModel, folder: Path) -> None:
-    """Write the files under another name first, so that no process reads a half; one that was faster is as good."""
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that has taken its place; `None` if there is none."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _keep(model: PreTrainedModel, folder: Path, damaged: tuple[int, int] | None) -> None:
+    """
+    Write the files under another name first, so that no process reads a half. One that was faster is as good: only the
+    folder that was found `damaged` is replaced, for another process may read what has taken its place.
+    """
     stage = folder.with_name(f".{uuid.uuid4().hex}")
     try:
         model.save_pretrained(stage)
@@ -115,11 +128,11 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
         (stage / FINGERPRINTS).write_text(json.dumps(document), encoding="utf-8")
         for path in (*stage.iterdir(), stage):
             flush(path)
-        if folder.exists():
-            damaged = folder.with_name(f".{uuid.uuid4().hex}")
+        if damaged is not None and _identity(folder) == damaged:
+            aside = folder.with_name(f".{uuid.uuid4().hex}")
             with contextlib.suppress(FileNotFoundError):  # another process was as quick
-                os.rename(folder, damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+                os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was quicker; if it was not, nothing can be read
             os.rename(stage, folder)
     finally:

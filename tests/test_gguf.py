@@ -140,6 +140,24 @@ def test_a_cache_that_cannot_be_written_is_said(file, tmp_path, monkeypatch):
     assert len(warned) == 1 and "is not written" in warned[0]
 
 
+def test_what_another_process_has_made_meanwhile_stays(file, home, monkeypatch):
+    """That process may be reading it."""
+    load(file)
+    [made] = home.iterdir()
+    inode = made.stat().st_ino
+    aside = made.rename(home.parent / "aside")
+    dequantize = gguf_diffvp._dequantize
+
+    def slow(*args):
+        model = dequantize(*args)
+        aside.rename(made)
+        return model
+
+    monkeypatch.setattr(gguf_diffvp, "_dequantize", slow)
+    load(file)
+    assert [folder.stat().st_ino for folder in home.iterdir()] == [inode]
+
+
 def test_processes_that_start_together(file, tmp_path):
     """Each makes the cache or reads another's: none sees a half."""
     code = (
