@@ -31,6 +31,7 @@ COLORS = "inferno"
 OPACITY = 0.65  # of the map's largest value in the body; its smallest is transparent
 MARGIN = 8  # voxels of air that are shown around the bodies
 TABLE = 9  # voxels: what is thinner in an axial plane is the scanner's table or a blanket
+SOLID = 0.8  # of the voxels of a square of that size: with fewer that are denser than air it holds no lung
 TISSUE_HU = -520.0  # a voxel above it is tissue
 AIR_HU = -960.0  # lung is above it, but for bullae; the air around the patient is below
 MIN_LUNG = 0.03  # of the body: with less lung its ends say nothing
@@ -40,7 +41,7 @@ NEAR_MM = 10.0  # a finding is marked on slices that pass so near
 SHOWN = 8  # findings with a slice of their own
 BARS_MM = (50, 10)  # scale bars: the longer one where it fits twice
 # Inches: all columns of planes, a row at most, the text beside them, and what stands around them.
-INCHES, HIGHEST, TEXT, LEFT, TOP, BOTTOM, GAP = 12.0, 4.0, 4.0, 0.4, 0.7, 0.6, 0.05
+INCHES, HIGHEST, TEXT, LEFT, TOP, BOTTOM, GAP = 12.0, 4.0, 4.0, 0.4, 0.85, 0.6, 0.05
 TITLE = 0.45  # above the slice of a finding
 LINE, LETTERS, REPORT_LINES = 0.165, 56, 26  # inches a line of text, letters in it, lines of the report
 MARK = "lime"
@@ -113,9 +114,11 @@ def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = 
     for axis in (1, 2):
         sides += np.logical_or.accumulate(tissue, axis=axis)
         sides += np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis=axis), axis)
-    around = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[:, None]  # noise makes lung of single voxels
-    around = F.avg_pool2d(around, TABLE, stride=1, padding=TABLE // 2, count_include_pad=False)[:, 0].numpy()
-    inside = (sides == 4) | ((sides >= 2) & (volume > air_hu) & (around > air_hu))
+    # Noise makes lung of single voxels and holes in lung; a blanket is denser than air, but thin.
+    dense = torch.from_numpy(volume > air_hu).float()[:, None]
+    lung = F.avg_pool2d(dense, TABLE, stride=1, padding=TABLE // 2, count_include_pad=False) > SOLID
+    lung = dense * F.max_pool2d(lung.float(), TABLE, stride=1, padding=TABLE // 2)
+    inside = (sides == 4) | ((sides >= 2) & (lung[:, 0].numpy() > 0))
     return inside if inside.any() else np.ones_like(inside)
 
 
@@ -236,7 +239,7 @@ def compose_figure(
             axes.set_label(f"{label}: {name}, {window}")
             _show(axes, drawn, name, where, (low, high))
             if row == 0:
-                axes.set_title(f"{name}, {window}", color="white", fontsize=9)
+                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
             if left == LEFT:
                 axes.set_ylabel(label, color="white", fontsize=11)
             left += width + GAP
