@@ -130,35 +130,46 @@ def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
     return tuple(int(index) for index in np.unravel_index(values.argmax(), values.shape))
 
 
-def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[int | None, int | None]]:
-    """First and last voxel of the lungs along each axis; `None` where the scan cuts them off, or holds too little."""
+def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], tuple[int, bool]]] | None:
+    """
+    First and last voxel of the lungs along each axis, each with whether they end there: else the scan cuts them off.
+
+    `None`: there is too little lung to tell.
+    """
     lung = body & (hu > AIR_HU) & (hu < TISSUE_HU)
     if lung.sum() < MIN_LUNG * body.sum():
-        return [(None, None)] * 3
+        return None
     ends = []
     for others in ((1, 2), (0, 2), (0, 1)):
         sections = lung.sum(axis=others) / lung.sum(axis=others).max()
         span = np.flatnonzero(sections > END)
-        ends.append(tuple(int(end) if sections[end] < CUT else None for end in (span[0], span[-1])))
+        ends.append(tuple((int(end), bool(sections[end] < CUT)) for end in (span[0], span[-1])))
     return ends
 
 
 def matching_place(at: Sequence[int], target: Drawn, reference: Drawn, ends, reference_ends) -> tuple[int, ...]:
     """
-    The voxel of the reference at the same place of the lungs; along each axis in proportion between their two ends, in
-    mm from the one that both scans hold, or at the same index where they hold none.
+    The voxel of the reference at the same place of the lungs; the same index where one of the scans shows none.
+
+    Along each axis it lies in proportion between their ends; where a scan cuts one of these off, as many mm from the
+    other, but not beyond the lungs for a voxel that is not; where it cuts off both, at the same index.
 
     Args:
         at: index in the target.
         ends, reference_ends: from [`lung_ends`].
     """
-    steps = target.spacing / reference.spacing
+    if ends is None or reference_ends is None:
+        return tuple(at)
     found = []
+    steps = target.spacing / reference.spacing
     for index, ours, theirs, step, length in zip(at, ends, reference_ends, steps, reference.hu.shape, strict=True):
-        both = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
-        if len(both) == 2 and ours[0] < ours[1]:
-            step = (theirs[1] - theirs[0]) / (ours[1] - ours[0])
-        place = both[0][1] + (index - both[0][0]) * step if both else index
+        (first, last), (start, stop) = (tuple(end for end, _ in span) for span in (ours, theirs))
+        known = [(one, other) for (one, real), (other, true) in zip(ours, theirs, strict=True) if real and true]
+        if len(known) == 2 and first < last:
+            step = (stop - start) / (last - first)
+        place = known[0][1] + (index - known[0][0]) * step if known else index
+        if known and first <= index <= last:
+            place = min(max(place, start), stop)
         found.append(int(np.clip(round(place), 0, length - 1)))
     return tuple(found)
 
@@ -202,7 +213,7 @@ def compose_figure(
     one, other = Drawn(target, target_affine).cropped(box), Drawn(reference, reference_affine).cropped(box)
     difference, body, reference_body = difference[box], body[box], reference_body[box]
     at = peak(difference, body)
-    ends = [lung_ends(one.hu, body), lung_ends(other.hu, reference_body)] if is_hu else [[(None, None)] * 3] * 2
+    ends = [lung_ends(one.hu, body), lung_ends(other.hu, reference_body)] if is_hu else [None, None]
     place = matching_place(at, one, other, *ends)
     # Units are arbitrary: what can be read off is where the difference is large against its largest value.
     difference = difference / (difference[body].max() or 1.0)
@@ -219,7 +230,7 @@ def compose_figure(
     own_width = (across - GAP * (columns - 1)) / columns
     own_height = min(own_width * lengths[1] / lengths[2], height)
     rows = -(-len(marked) // columns)
-    lines = _text(report, findings, len(marked), known=any(pair != (None, None) for pair in ends[0] + ends[1]))
+    lines = _text(report, findings, len(marked), known=None not in ends)
     used = max(3 * (height + GAP) + rows * (own_height + TITLE), (len(lines) + 5) * LINE)
     size = np.array((LEFT + across + 0.2 + TEXT, TOP + used + BOTTOM))
 
