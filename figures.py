@@ -1,12 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of a report: target, reference and difference map in three planes, in radiological convention.
+"""The figure of a report: target, reference and difference map in three planes, the findings that are named, the text.
 
 Volumes are indexed [depth, height, width] as the model's tensors: depth runs from inferior to superior, height from
 anterior to posterior, width from the patient's right to left. Axial and coronal planes are shown as seen from the feet
 and from the front, so that the patient's right is on the left of the image; sagittal ones have anterior on the left.
 """
 
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +25,59 @@ from matplotlib.ticker import MaxNLocator
 PLANES = ("axial", "coronal", "sagittal")
 # What stands at the left, right, top and bottom of each plane.
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}  # HU: black, white
+VIEWS = (("axial", "lung"), ("axial", "mediastinum"), ("coronal", "lung"), ("sagittal", "mediastinum"))
 COLORS = "inferno"
 OPACITY = 0.65  # of the map's largest value in the body; its smallest is transparent
 MARGIN = 8  # voxels of air that are shown around the bodies
 TABLE = 9  # voxels: what is thinner in an axial plane is the scanner's table or a blanket
-# Inches: the three planes side by side, and what stands around them.
-INCHES, LEFT, RIGHT, TOP, BOTTOM = 9.5, 0.4, 0.9, 0.7, 0.6
+SOLID = 0.8  # of the voxels of a square of that size: with fewer that are denser than air it holds no lung
+TISSUE_HU = -520.0  # a voxel above it is tissue
+AIR_HU = -960.0  # lung is above it, but for bullae; the air around the patient is below
+MIN_LUNG = 0.03  # of the body: with less lung its ends say nothing
+# Of the largest section through the lungs: less is beyond their end. Where their end has more, the scan cuts them off.
+END, CUT = 0.05, 0.3
+NEAR_MM = 10.0  # a finding is marked on slices that pass so near
+SHOWN = 8  # findings with a slice of their own
+BARS_MM = (50, 10)  # scale bars: the longer one where it fits twice
+# Inches: all columns of planes, a row at most, the text beside them, and what stands around them.
+INCHES, HIGHEST, TEXT, LEFT, TOP, BOTTOM, GAP = 12.0, 4.0, 4.0, 0.4, 0.85, 0.6, 0.05
+TITLE = 0.45  # above the slice of a finding
+LINE, LETTERS, REPORT_LINES = 0.165, 56, 26  # inches a line of text, letters in it, lines of the report
+MARK = "lime"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A volume (depth, height, width) in HU, and its `affine`: 4x4, index -> RAS+ mm of the scan's own frame."""
+
+    hu: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """mm (depth, height, width)."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    def position(self, at: Sequence[float]) -> np.ndarray:
+        """RAS+ mm (x, y, z) of an index (depth, height, width)."""
+        return (self.affine @ (*at, 1.0))[:3]
+
+    def index(self, position: Sequence[float]) -> tuple[int, int, int]:
+        """The voxel that is nearest to RAS+ mm."""
+        at = np.linalg.solve(self.affine, (*position, 1.0))[:3]
+        return tuple(int(n) for n in np.clip(np.rint(at), 0, np.array(self.hu.shape) - 1))
+
+    def cropped(self, box: tuple[slice, ...]) -> "Drawn":
+        affine = self.affine.copy()
+        affine[:3, 3] = self.position([part.start for part in box])
+        return Drawn(self.hu[box], affine)
+
+
+def to_hu(grey: np.ndarray, hu_window: Sequence[float]) -> np.ndarray:
+    """Grey values in [-1, 1] as the HU of the window that they are clipped to."""
+    low, high = hu_window
+    return low + (grey + 1) * ((high - low) / 2)
 
 
 def plane(volume: np.ndarray, name: str, index: int) -> np.ndarray:
@@ -44,22 +94,31 @@ def plane(volume: np.ndarray, name: str, index: int) -> np.ndarray:
     raise ValueError(f"Unknown plane {name!r}; expected one of {', '.join(PLANES)}.")
 
 
-def body_mask(volume: np.ndarray, level: float) -> np.ndarray:
-    """The inside of the body: in each axial plane, what has solid tissue above `level` on all four sides (or is some).
-
-    A volume without any counts as body throughout.
+def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = AIR_HU) -> np.ndarray:
     """
-    tissue = torch.from_numpy(volume > level).float()[:, None]
+    The inside of the body, in each axial plane: solid tissue, and what has some on all four sides.
+
+    Lung at the border of a small field of view has tissue on two sides or three, and is denser than air. A volume
+    without any tissue counts as body throughout.
+
+    Args:
+        tissue_hu, air_hu: above these a voxel is tissue, and may be lung; in the units of the volume.
+    """
+    tissue = torch.from_numpy(volume > tissue_hu).float()[:, None]
     for sign in (-1, 1):  # an opening: shrunk, then grown
         for kernel in ((TABLE, 1), (1, TABLE)):  # row by column, which is the same
             padding = [size // 2 for size in kernel]
             tissue = sign * F.max_pool2d(sign * tissue, kernel, stride=1, padding=padding)
     tissue = tissue[:, 0].numpy() > 0
-    inside = np.ones_like(tissue)
+    sides = np.zeros(tissue.shape, np.uint8)
     for axis in (1, 2):
-        before = np.logical_or.accumulate(tissue, axis=axis)
-        after = np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis=axis), axis)
-        inside &= before & after
+        sides += np.logical_or.accumulate(tissue, axis=axis)
+        sides += np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis=axis), axis)
+    # Noise makes lung of single voxels and holes in lung; a blanket is denser than air, but thin.
+    dense = torch.from_numpy(volume > air_hu).float()[:, None]
+    lung = F.avg_pool2d(dense, TABLE, stride=1, padding=TABLE // 2, count_include_pad=False) > SOLID
+    lung = dense * F.max_pool2d(lung.float(), TABLE, stride=1, padding=TABLE // 2)
+    inside = (sides == 4) | ((sides >= 2) & (lung[:, 0].numpy() > 0))
     return inside if inside.any() else np.ones_like(inside)
 
 
@@ -71,75 +130,214 @@ def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
     return tuple(int(index) for index in np.unravel_index(values.argmax(), values.shape))
 
 
-def draw_figure(
-    path: str | Path,
+def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], tuple[int, bool]]] | None:
+    """
+    First and last voxel of the lungs along each axis, each with whether they end there: else the scan cuts them off.
+
+    `None`: there is too little lung to tell.
+    """
+    lung = body & (hu > AIR_HU) & (hu < TISSUE_HU)
+    if lung.sum() < MIN_LUNG * body.sum():
+        return None
+    ends = []
+    for others in ((1, 2), (0, 2), (0, 1)):
+        sections = lung.sum(axis=others) / lung.sum(axis=others).max()
+        span = np.flatnonzero(sections > END)
+        ends.append(tuple((int(end), bool(sections[end] < CUT)) for end in (span[0], span[-1])))
+    return ends
+
+
+def matching_place(at: Sequence[int], target: Drawn, reference: Drawn, ends, reference_ends) -> tuple[int, ...]:
+    """
+    The voxel of the reference at the same place of the lungs; the same index where one of the scans shows none.
+
+    Along each axis it lies in proportion between their ends; where a scan cuts one of these off, as many mm from the
+    other, but not beyond the lungs for a voxel that is not; where it cuts off both, at the same index.
+
+    Args:
+        at: index in the target.
+        ends, reference_ends: from [`lung_ends`].
+    """
+    if ends is None or reference_ends is None:
+        return tuple(at)
+    found = []
+    steps = target.spacing / reference.spacing
+    for index, ours, theirs, step, length in zip(at, ends, reference_ends, steps, reference.hu.shape, strict=True):
+        (first, last), (start, stop) = (tuple(end for end, _ in span) for span in (ours, theirs))
+        known = [(one, other) for (one, real), (other, true) in zip(ours, theirs, strict=True) if real and true]
+        if len(known) == 2 and first < last:
+            step = (stop - start) / (last - first)
+        place = known[0][1] + (index - known[0][0]) * step if known else index
+        if known and first <= index <= last:
+            place = min(max(place, start), stop)
+        found.append(int(np.clip(round(place), 0, length - 1)))
+    return tuple(found)
+
+
+def draw_figure(path: str | Path, *volumes: np.ndarray, **options) -> None:
+    """Write what [`compose_figure`] makes as a PNG."""
+    compose_figure(*volumes, **options).savefig(path, format="png")
+
+
+def compose_figure(
     target: np.ndarray,
     reference: np.ndarray,
     difference: np.ndarray,
     *,
-    level: float,
-    target_spacing: tuple[float, float, float],
-    reference_spacing: tuple[float, float, float],
+    hu_window: tuple[float, float],
+    is_hu: bool,
+    target_affine: np.ndarray,
+    reference_affine: np.ndarray,
+    findings: Sequence[dict],
+    report: str,
     title: str,
     footer: str,
-) -> None:
+) -> Figure:
     """
-    Write a PNG: rows target, reference, target with map; columns axial, coronal, sagittal through the map's peak.
+    Rows target, reference, target with map, through the map's peak; then an axial slice of each finding; beside them
+    the report's first lines and a legend.
 
     Args:
-        target, difference: (depth, height, width); grey values in [-1, 1], and a map that is not negative.
-        reference: (depth, height, width), of the same shape: the model compares its voxels with the target's voxels of
-            the same index.
-        level: grey value above which a voxel is tissue.
-        target_spacing, reference_spacing: mm (depth, height, width).
+        target, difference: (depth, height, width); HU clipped to `hu_window`, and a map that is not negative.
+        reference: (depth, height, width), of the same shape.
+        is_hu: `False`: the voxels have another unit, and are shown in `hu_window` alone.
+        target_affine, reference_affine: 4x4, index (depth, height, width) -> RAS+ mm of the scan's own frame.
+        findings: to be named: `label`, and for a slice of its own `peak`, RAS+ mm of the target's frame.
     """
     shapes = {volume.shape for volume in (target, reference, difference)}
     if len(shapes) != 1:
         raise ValueError(f"Target, reference and map must have one shape, got {sorted(shapes)}.")
-    body = body_mask(target, level)
-    box = _bounding_box(body | body_mask(reference, level))
-    target, reference, difference, body = (volume[box] for volume in (target, reference, difference, body))
+    levels = {} if is_hu else dict.fromkeys(("tissue_hu", "air_hu"), to_hu(-0.2, hu_window))
+    body, reference_body = body_mask(target, **levels), body_mask(reference, **levels)
+    box = _bounding_box(body | reference_body)
+    one, other = Drawn(target, target_affine).cropped(box), Drawn(reference, reference_affine).cropped(box)
+    difference, body, reference_body = difference[box], body[box], reference_body[box]
     at = peak(difference, body)
+    ends = [lung_ends(one.hu, body), lung_ends(other.hu, reference_body)] if is_hu else [None, None]
+    place = matching_place(at, one, other, *ends)
     # Units are arbitrary: what can be read off is where the difference is large against its largest value.
     difference = difference / (difference[body].max() or 1.0)
     scale = Normalize(difference[body].min(), 1, clip=True)
+    colors = ScalarMappable(scale, COLORS)
 
-    depth, height, width = (size * mm for size, mm in zip(target.shape, target_spacing, strict=True))
-    widths, tallest = (width, width, height), max(depth, height)
-    panel_height = INCHES / sum(widths) * tallest
-    size = (INCHES + LEFT + RIGHT, 3 * panel_height + TOP + BOTTOM)
+    views = list(dict.fromkeys((name, *_window(window, hu_window, is_hu)) for name, window in VIEWS))
+    lengths = one.spacing * one.hu.shape
+    widths = np.array([lengths[1] if name == "sagittal" else lengths[2] for name, *_ in views])
+    inches = min(INCHES / widths.sum(), HIGHEST / max(lengths[:2]))  # of a mm
+    height, across = max(lengths[:2]) * inches, widths.sum() * inches + GAP * (len(views) - 1)
+    marked = [(one.index(finding["peak"]), finding) for finding in findings if "peak" in finding][:SHOWN]
+    columns = max(len(views), 4)
+    own_width = (across - GAP * (columns - 1)) / columns
+    own_height = min(own_width * lengths[1] / lengths[2], height)
+    rows = -(-len(marked) // columns)
+    lines = _text(report, findings, len(marked), known=None not in ends)
+    used = max(3 * (height + GAP) + rows * (own_height + TITLE), (len(lines) + 5) * LINE)
+    size = np.array((LEFT + across + 0.2 + TEXT, TOP + used + BOTTOM))
+
     figure = Figure(size, dpi=130, facecolor="black")
     FigureCanvasAgg(figure)  # the object itself: pyplot's global state would outlive the report
-    left, right = LEFT / size[0], 1 - RIGHT / size[0]
-    bottom, top = BOTTOM / size[1], 1 - TOP / size[1]
-    grid = {"left": left, "right": right, "bottom": bottom, "top": top, "wspace": 0.02, "hspace": 0.03}
-    axes = figure.subplots(3, 3, gridspec_kw={"width_ratios": widths, **grid})
-    rows = [("target", target, target_spacing), ("reference", reference, reference_spacing)]
-    rows.append(("target with difference map", target, target_spacing))
-    colors = ScalarMappable(scale, COLORS)
-    for row, (label, volume, spacing) in enumerate(rows):
-        for column, name in enumerate(PLANES):
-            panel = axes[row, column]
-            _show(panel, plane(volume, name, at[column]), name, spacing)
+
+    def panel(left: float, top: float, width: float, height: float):
+        """Axes at inches from the left and from below the title."""
+        return figure.add_axes((left / size[0], 1 - (TOP + top + height) / size[1], width / size[0], height / size[1]))
+
+    for row, (label, drawn, where) in enumerate(
+        (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
+    ):
+        left = LEFT
+        for width, (name, window, low, high) in zip(widths * inches, views, strict=True):
+            axes = panel(left, row * (height + GAP), width, height)
+            axes.set_label(f"{label}: {name}, {window}")
+            _show(axes, drawn, name, where, (low, high))
             if row == 0:
-                panel.set_title(name, color="white", fontsize=11)
-            if column == 0:
-                panel.set_ylabel(label, color="white", fontsize=11)
+                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
+            if left == LEFT:
+                axes.set_ylabel(label, color="white", fontsize=11)
+            left += width + GAP
             if row < 2:
-                _mark(panel, name, at, volume.shape)
-                continue
-            values = plane(difference, name, at[column])
-            overlay = colors.to_rgba(values)
-            overlay[..., 3] = OPACITY * plane(body, name, at[column]) * scale(values)
-            panel.imshow(overlay, aspect=panel.get_aspect(), interpolation="bilinear")
-    place = figure.add_axes((right + 0.01, bottom, 0.012, panel_height / size[1]))
-    bar = figure.colorbar(colors, cax=place, format="%.3g", ticks=MaxNLocator(4))
+                _cross(axes, drawn, name, where)
+            if row == 0:
+                _mark(axes, drawn, name, where, marked)
+            if row == 2:
+                values = plane(difference, name, at[PLANES.index(name)])
+                overlay = colors.to_rgba(values)
+                overlay[..., 3] = OPACITY * plane(body, name, at[PLANES.index(name)]) * scale(values)
+                axes.imshow(overlay, extent=axes.images[0].get_extent(), interpolation="bilinear")
+    for number, (where, finding) in enumerate(marked, 1):
+        row, column = divmod(number - 1, columns)
+        top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
+        axes = panel(LEFT + column * (own_width + GAP), top, own_width, own_height)
+        window, low, high = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
+        axes.set_label(f"finding {number}: axial, {window}")
+        _show(axes, one, "axial", where, (low, high))
+        axes.set_title(f"{number}  {finding['label']}\n{window}", color=MARK, fontsize=8, parse_math=False)
+        _mark(axes, one, "axial", where, marked[number - 1 : number], number)
+
+    left = LEFT + across + 0.2
+    text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
+    figure.text(left / size[0], 1 - TOP / size[1], "\n".join(lines), **text)
+    bar = figure.colorbar(
+        colors, cax=panel(left, used - 0.45, TEXT * 0.75, 0.12), format="%.3g", orientation="horizontal",
+        ticks=MaxNLocator(4),
+    )  # fmt: skip
     bar.set_label("difference / its maximum", color="white", fontsize=9)
     bar.ax.tick_params(colors="white", labelsize=8)
     bar.outline.set_edgecolor("white")
-    figure.suptitle(title, y=1 - 0.12 / size[1], va="top", color="white", fontsize=12)
-    figure.text(0.5, 0.12 / size[1], footer, ha="center", va="bottom", color="white", fontsize=9)
-    figure.savefig(path, format="png")
+    figure.suptitle(title, y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
+    footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in footer.splitlines())
+    figure.text(
+        0.5, 0.1 / size[1], footer, ha="center", va="bottom", color="white", fontsize=9, parse_math=False
+    )  # fmt: skip
+    return figure
+
+
+def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> list[str]:
+    """The lines beside the pictures."""
+    written = [line for part in report.splitlines() for line in textwrap.wrap(part, LETTERS)]
+    if len(written) > REPORT_LINES:
+        written = [*written[:REPORT_LINES], "... (the rest is in report.txt)"]
+    others = [finding["label"] for finding in findings if "peak" not in finding]
+    others += [finding["label"] for finding in findings if "peak" in finding][marked:]
+    slices = (
+        "Reference: the slices at the same place between the ends of the lungs, not those that the model compares."
+        if known
+        else "Reference: the slices at the same place of the model's grid."
+    )
+    legend = [
+        "Target and map: slices through the maximum of the map in the body.",
+        slices,
+        "Dashed lines: where the other two planes cut. x, y, z: the slice in RAS+ mm of each scan's own frame.",
+    ]
+    if marked:
+        legend.append(
+            "Green rings: the findings that the classifier names, where it sees most of each; on the upper row if the "
+            f"slice passes within {NEAR_MM:g} mm."
+        )
+    if others:
+        legend.append(f"Named without a slice: {', '.join(others)}.")
+    return [
+        "Generated report",
+        "",
+        *(written or ["(empty)"]),
+        "",
+        *(line for part in legend for line in ["", *textwrap.wrap(part, LETTERS)]),
+    ]
+
+
+def _window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str, float, float]:
+    """A window in words with its black and its white; all that the grey values hold, where that is less than half."""
+    low, high = WINDOWS[name]
+    if is_hu and min(high, hu_window[1]) - max(low, hu_window[0]) >= (high - low) / 2:
+        return f"{name} ({low:g} to {high:g} HU)", low, high
+    low, high = hu_window
+    return f"{low:g} to {high:g}{' HU' if is_hu else ''}", low, high
+
+
+def _in_lung(drawn: Drawn, at: tuple[int, int, int]) -> bool:
+    """Whether there is lung around a finding."""
+    reach = [round(15 / mm) for mm in drawn.spacing]
+    around = drawn.hu[tuple(slice(max(n - size, 0), n + size + 1) for n, size in zip(at, reach, strict=True))]
+    return ((around > AIR_HU) & (around < TISSUE_HU)).mean() > 0.25
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -149,24 +347,62 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(max(int(span[0]) - MARGIN, 0), int(span[-1]) + 1 + MARGIN) for span in spans)
 
 
-def _show(panel, image: np.ndarray, name: str, spacing: tuple[float, float, float]) -> None:
-    depth, height, width = spacing
+def _show(axes, drawn: Drawn, name: str, at: Sequence[int], window: tuple[float, float]) -> None:
+    """A slice with its letters, position and scale bar; the axes count mm from the middle of its upper left voxel."""
+    image = plane(drawn.hu, name, at[PLANES.index(name)])
+    depth, height, width = drawn.spacing
     row, column = {"axial": (height, width), "coronal": (depth, width), "sagittal": (depth, height)}[name]
-    panel.imshow(image, cmap="gray", vmin=-1, vmax=1, aspect=row / column, interpolation="bilinear")
-    panel.set_anchor("N")
-    panel.set_xticks([])
-    panel.set_yticks([])
-    panel.spines[:].set_visible(False)
+    right, bottom = (image.shape[1] - 0.5) * column, (image.shape[0] - 0.5) * row
+    extent = (-0.5 * column, right, bottom, -0.5 * row)
+    axes.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="bilinear")
+    axes.set_anchor("N")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    outlined = {
+        "color": "white",
+        "transform": axes.transAxes,
+        "path_effects": [withStroke(linewidth=2, foreground="black")],
+    }
     places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"))
     places += ((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))
     for letter, (x, y, across, along) in zip(EDGES[name], places, strict=True):
-        text = panel.text(x, y, letter, transform=panel.transAxes, ha=across, va=along, color="white", fontsize=9)
-        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        axes.text(x, y, letter, ha=across, va=along, fontsize=9, **outlined)
+    axis = PLANES[::-1].index(name)
+    position = f"{'xyz'[axis]} {drawn.position(at)[axis]:.0f} mm"
+    axes.text(0.02, 0.98, position, ha="left", va="top", fontsize=7.5, **outlined)
+    length = next((mm for mm in BARS_MM if 2 * mm <= right), BARS_MM[-1])
+    start, level = 0.03 * right, 0.96 * bottom
+    axes.plot((start, start + length), (level, level), color="white", linewidth=2, solid_capstyle="butt", gid="scale")
+    outlined["transform"] = axes.transData
+    axes.text(start, level - 0.01 * bottom, f"{length} mm", ha="left", va="bottom", fontsize=7, **outlined)
 
 
-def _mark(panel, name: str, at: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+def _point(drawn: Drawn, name: str, at: Sequence[int]) -> tuple[float, float]:
+    """x and y in the axes of a plane of a voxel, which may lie before or behind it."""
+    depth, height, width = ((drawn.hu.shape[0] - 1 - at[0]), at[1], at[2]) * drawn.spacing
+    return {"axial": (width, height), "coronal": (width, depth), "sagittal": (height, depth)}[name]
+
+
+def _cross(axes, drawn: Drawn, name: str, at: Sequence[int]) -> None:
     """Thin lines where the two other planes cut this one."""
-    row = at[1] if name == "axial" else shape[0] - 1 - at[0]
-    column = at[1] if name == "sagittal" else at[2]
-    for draw, position in ((panel.axhline, row), (panel.axvline, column)):
+    x, y = _point(drawn, name, at)
+    for draw, position in ((axes.axhline, y), (axes.axvline, x)):
         draw(position, color="deepskyblue", linewidth=0.6, alpha=0.7, linestyle=(0, (5, 5)))
+
+
+def _mark(axes, drawn: Drawn, name: str, at: Sequence[int], marked: Sequence, first: int = 1) -> None:
+    """Rings with the numbers of the findings that lie near a slice; those at one place share a ring."""
+    axis = PLANES.index(name)
+    rings = {}
+    for number, (place, _) in enumerate(marked, first):
+        if abs(place[axis] - at[axis]) * drawn.spacing[axis] <= NEAR_MM:
+            rings.setdefault(_point(drawn, name, place), []).append(str(number))
+    for (x, y), numbers in rings.items():
+        axes.plot(
+            x, y, "o", markersize=15, markerfacecolor="none", markeredgecolor=MARK, markeredgewidth=1, gid="ring"
+        )
+        text = axes.annotate(
+            ", ".join(numbers), (x, y), (7, 7), textcoords="offset points", color=MARK, fontsize=8, fontweight="bold"
+        )
+        text.set_path_effects([withStroke(linewidth=1.5, foreground="black")])

@@ -6,7 +6,7 @@ A scan in, a folder out: the generated report, the difference map, the figure, a
     report.txt               the report, below the research-use statement
     report.json              the report by region, findings with probabilities, provenance
     difference_map.nii.gz    on the input's own grid
-    figure.png               target, reference and difference map in three planes
+    figure.png               target, reference and difference map in three planes, the findings and the text
 
 Nothing that is written names the patient or the place of a file: scans appear as digests of their content.
 """
@@ -37,7 +37,7 @@ from .data.cache import preprocessing
 from .data.phantom_report import labels_from_report
 from .encoders_diffvp import DiffVPEncoderError
 from .engines import Engine, EngineError, TransformersEngine
-from .figures import draw_figure
+from .figures import draw_figure, to_hu
 from .metrics.consistency import report_consistency
 from .modeling_diffvp import DiffVPForConditionalGeneration
 from .pipeline_diffvp import (
@@ -67,7 +67,6 @@ DTYPES = ("float32", "bfloat16")  # float16 takes minutes a report on CPUs
 
 # The figure is sampled from the scan itself, not from the model's coarser tensor.
 FIGURE_SPACING = 1.5  # mm
-BODY_LEVEL = -0.2  # of [-1, 1]; a voxel above it is tissue: -520 HU in the default window
 
 
 class ReportError(ValueError):
@@ -244,7 +243,7 @@ def write_report(
         own = {"allow_non_hu": allow_non_hu} if inputs.reference_geometry[0].is_hu and not geometry.is_hu else options
         volumes = (scan, options), (reference, own)
         drawing = _sample_for_figure(processor.image_processor, volumes, geometry, difference)
-        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, level=BODY_LEVEL, **_captions(document))
+        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
         (stage / REPORT_TEXT).write_text(report_page(document), encoding="utf-8")
         (stage / REPORT_JSON).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if truth is not None:
@@ -420,8 +419,6 @@ def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
     return None if found is None else Path(found)
 
 
-
-
 def public_fields(values: dict) -> dict:
     """The settings of a generation config, without its book-keeping."""
     return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
@@ -444,10 +441,17 @@ def _domain(document: dict) -> str:
     return f"Intended for: {document['intended_domain'] or 'not stated by the checkpoint'}."
 
 
-def _captions(document: dict) -> dict[str, str]:
+def _captions(document: dict) -> dict:
+    """What the figure says beside its pictures."""
     entry = document["provenance"]["reference"]
     sampled = f", sampled from the pool (seed {entry['seed']})" if entry["sampled"] else ""
-    return {"title": f"Reference: {entry['id']}{sampled}", "footer": f"{RESEARCH_USE}\n{_domain(document)}"}
+    named = [finding for finding in document["findings"] if finding["positive"]]
+    return {
+        "title": f"Reference: {entry['id']}{sampled}",
+        "footer": f"{RESEARCH_USE}\n{_domain(document)}",
+        "report": document["report"],
+        "findings": sorted(named, key=lambda finding: -finding["probability"]),
+    }
 
 
 def display_grid(image_processor, geometry: CTGeometry) -> dict:
@@ -463,11 +467,15 @@ def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tenso
     grid = display_grid(image_processor, geometry)
     sampled = [image_processor.resample(volume, **options | grid) for volume, options in scans]
     values = F.interpolate(difference[None, None], size=grid["size"], mode="trilinear", align_corners=False)
-    spacings = [place.tensor_spacing for _, place in sampled]
+    # Voxels without Hounsfield units have the window of their own, and grey values are all that both scans share.
+    hu_window = scans[0][1].get("hu_window", image_processor.hu_window)
+    (target, place), (reference, reference_place) = sampled
     return {
-        "volumes": [volume[0].numpy() for volume in (*(tensor for tensor, _ in sampled), values[0])],
-        "target_spacing": spacings[0],
-        "reference_spacing": spacings[1],
+        "volumes": [*(to_hu(tensor[0].numpy(), hu_window) for tensor in (target, reference)), values[0, 0].numpy()],
+        "hu_window": hu_window,
+        "is_hu": place.is_hu and reference_place.is_hu,
+        "target_affine": place.tensor_affine,
+        "reference_affine": reference_place.tensor_affine,
     }
 
 

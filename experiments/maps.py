@@ -28,7 +28,7 @@ from ..data.cases import Case
 from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
-from ..figures import COLORS, EDGES, OPACITY, plane
+from ..figures import COLORS, EDGES, OPACITY, TISSUE_HU, plane, to_hu
 from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
 from ..reporting import RESEARCH_USE
@@ -44,7 +44,6 @@ TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phan
 SMOOTHING_MM = 10.0
 TOP_TOKENS = 8  # of Fig. 4a
 SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
-TISSUE_HU = -520.0  # a voxel above it is tissue
 MARGIN = 4  # voxels of air that a figure shows around the body
 
 
@@ -57,9 +56,7 @@ def body_voxels(volume: NDArray, hu_window: Sequence[float] = (-1000.0, 200.0)) 
     Not `figures.body_mask`, which takes what is thinner than 9 voxels for the scanner's table: at the spacing of the
     tensor that is the chest wall.
     """
-    low, high = hu_window
-    level = 2 * (TISSUE_HU - low) / (high - low) - 1
-    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in volume > level])
+    return np.stack([ndimage.binary_fill_holes(tissue) for tissue in to_hu(volume, hu_window) > TISSUE_HU])
 
 
 def dilated(mask: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float) -> NDArray[np.bool_]:

@@ -296,7 +296,8 @@ def test_nothing_names_the_patient_or_the_place(loaded, tmp_path, drawn):
         content = path.read_bytes()
         content += gzip.decompress(content) if path.suffix == ".gz" else b""
         assert not [secret for secret in secrets if secret in content], path.name
-    assert drawn and not [s for s in secrets if s.decode() in drawn[0]["title"] + drawn[0]["footer"]]
+    said = " ".join(drawn[0][part] for part in ("title", "footer", "report"))
+    assert drawn and not [s for s in secrets if s.decode() in said]
 
 
 def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
@@ -488,7 +489,7 @@ def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report", **options)
     target, reference, difference = drawn[0]["volumes"]
     assert target.shape == reference.shape == difference.shape
-    mark = target > 0.68  # halfway between the mark and the body around it
+    mark = target > 8  # HU: halfway between the mark and the body around it
     assert mark.any()
     depth, height, width = (int(np.median(indices)) for indices in np.nonzero(mark))
     rows, columns = np.nonzero(figures.plane(mark, "axial", depth))
@@ -498,18 +499,158 @@ def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     rows, columns = np.nonzero(figures.plane(mark, "sagittal", width))
     assert columns.mean() < 0.5 * target.shape[1] and rows.mean() < 0.5 * target.shape[0]
     # Proportions in mm: the mark's extents are 24 x 27 x 30 mm.
-    extents = [len(set(indices)) for indices in np.nonzero(mark)] * np.array(drawn[0]["target_spacing"])
+    extents = [len(set(indices)) for indices in np.nonzero(mark)] * np.linalg.norm(
+        drawn[0]["target_affine"][:3, :3], axis=0
+    )
     np.testing.assert_allclose(extents, (30, 27, 24), atol=3)
 
 
 def test_body_holds_the_lungs_but_not_the_table():
-    volume = np.full((4, 60, 60), -1.0)
-    volume[:, 10:40, 10:50] = 0.5  # body
-    volume[:, 20:30, 20:40] = -0.9  # lung
-    volume[:, 50:52, 5:55] = 0.5  # table: thin
-    body = figures.body_mask(volume, -0.2)
+    volume = np.full((4, 60, 60), -1000.0)
+    volume[:, 10:40, 10:50] = 40  # body
+    volume[:, 20:30, 20:40] = -850  # lung
+    volume[:, 50:52, 5:55] = 40  # table: thin
+    body = figures.body_mask(volume)
     assert body[:, 10:40, 10:50].all() and body.sum() == 4 * 30 * 40
-    assert figures.body_mask(np.full((4, 20, 20), -1.0), -0.2).all(), "without tissue nothing is cut away"
+    assert figures.body_mask(np.full((4, 20, 20), -1000.0)).all(), "without tissue nothing is cut away"
+
+
+def test_lung_at_the_border_of_the_scan_is_body():
+    """A small field of view: lung without chest wall, and behind it the air that the grid is filled up with."""
+    noise = np.random.default_rng(0).normal(0, 40, (4, 80, 80))
+    volume = np.full((4, 80, 80), -1000.0)
+    volume[:, 10:60, 20:80] = 40
+    volume[:, 20:50, 20:50] = -850 + noise[:, 20:50, 20:50]  # up to the border at 20
+    volume[:, 4:6, :] = -700  # a blanket
+    body = figures.body_mask(volume)
+    assert body[:, 22:48, 20:50].mean() > 0.98
+    assert not body[:, :, :20].any() and not body[:, :10].any() and not body[:, 60:].any()
+
+
+def test_partial_tissue_is_the_same_in_every_window():
+    """Grey values mean other HU in each window: tissue starts at -520 HU in all."""
+    hu = np.array([-1000.0, -521, -519, 150])
+    for window in ((-1000, 200), (-1000, 1200)):
+        grey = 2 * (hu - window[0]) / (window[1] - window[0]) - 1
+        np.testing.assert_allclose(figures.to_hu(grey, window), hu)
+        assert (figures.to_hu(grey, window) > figures.TISSUE_HU).tolist() == [False, False, True, True]
+
+
+SPACING = np.array((4.0, 2.0, 3.0))
+
+
+def chest(top=30, bottom=10, end=40):
+    """HU (depth, height, width) of a body with a lung between two depths, and its affine."""
+    hu = np.full((40, 50, 60), -1000.0)
+    hu[:, 5:45, 5:55] = 40
+    z, y, x = np.mgrid[:40, :50, :60]
+    middle, half = (top + bottom) / 2, (top - bottom) / 2
+    hu[((z - middle) / half) ** 2 + ((y - 25) / 15) ** 2 + ((x - 30) / 20) ** 2 <= 1] = -850
+    hu[end:] = -1000
+    affine = np.array([[0, 0, -SPACING[2], 90], [0, -SPACING[1], 0, 50], [SPACING[0], 0, 0, -500], [0, 0, 0, 1.0]])
+    return hu, affine
+
+
+def ends_of(hu):
+    return figures.lung_ends(hu, figures.body_mask(hu))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({}, {"top": 35, "bottom": 15}, 27),  # shifted by five slices
+        ({}, {"top": 38, "bottom": 2}, 24),  # as high in a longer lung: 22 lies 0.6 of the way up
+        ({"end": 24}, {"top": 35, "bottom": 15}, 27),  # the top is cut off: as far from the base
+        ({"end": 24}, {"top": 20, "bottom": 10}, 19),  # but in the lungs
+    ],
+)
+def test_reference_is_shown_at_the_same_place_of_the_lungs(ours, theirs, expected):
+    target, reference = (figures.Drawn(*chest(**options)) for options in (ours, theirs))
+    place = figures.matching_place((22, 25, 30), target, reference, ends_of(target.hu), ends_of(reference.hu))
+    assert abs(place[0] - expected) <= 1 and place[1:] == (25, 30)
+
+
+def test_without_lungs_the_reference_is_shown_at_the_same_index():
+    target, reference = figures.Drawn(*chest()), figures.Drawn(*chest(top=35, bottom=15))
+    none = ends_of(np.where(target.hu < -500, 0, target.hu))
+    assert none is None
+    assert figures.matching_place((22, 20, 30), target, reference, none, ends_of(reference.hu)) == (22, 20, 30)
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """A figure, the target's HU, the map's peak, and the place (depth, height, width) of its one finding."""
+    (target, affine), (reference, _) = chest(), chest(top=35, bottom=15)
+    at, place = (22, 25, 40), (14, 20, 30)
+    difference = np.zeros(target.shape)
+    difference[at] = 1
+    finding = {"label": "Lung nodule", "peak": (affine @ (*place, 1))[:3].tolist()}
+    options = {"hu_window": (-1000, 1200), "is_hu": True, "target_affine": affine, "reference_affine": affine}
+    options |= {
+        "findings": [finding, {"label": "Emphysema"}],
+        "report": "Lung: $a nodule_{.",
+        "title": "",
+        "footer": "",
+    }
+    return figures.compose_figure(target, reference, difference, **options), target, at, place
+
+
+def panel(figure, start):
+    [axes] = [axes for axes in figure.axes if axes.get_label().startswith(start)]
+    return axes
+
+
+def test_a_scale_bar_is_as_long_as_it_says(composed):
+    figure = composed[0]
+    panels = [axes for axes in figure.axes if axes.images and ":" in axes.get_label()]
+    assert len(panels) == 3 * 4 + 1
+    for axes in panels:
+        [bar] = [line for line in axes.lines if line.get_gid() == "scale"]
+        [said] = [text.get_text() for text in axes.texts if text.get_text() in ("50 mm", "10 mm")]
+        rows, columns = axes.images[0].get_array().shape
+        left, right, bottom, top = axes.images[0].get_extent()
+        row, column = {"a": (2, 3), "c": (4, 3), "s": (4, 2)}[axes.get_label().split(": ")[1][0]]
+        np.testing.assert_allclose((right - left, bottom - top), (columns * column, rows * row))
+        assert f"{np.ptp(bar.get_xdata()):g} mm" == said
+
+
+def test_slices_say_where_they_are(composed):
+    figure, target, (depth, height, width), _ = composed
+    for name, said in (("axial", "z -412 mm"), ("coronal", "y 0 mm"), ("sagittal", "x -30 mm")):
+        axes = [axes for axes in figure.axes if axes.get_label().startswith(f"target: {name}")][0]
+        assert said in [text.get_text() for text in axes.texts]
+    axes = panel(figure, "reference: axial, lung")
+    assert "z -392 mm" in [text.get_text() for text in axes.texts], "five slices above, as the lungs are"
+    mediastinum = panel(figure, "target: axial, mediastinum").images[0]
+    assert (mediastinum.norm.vmin, mediastinum.norm.vmax) == figures.WINDOWS["mediastinum"]
+    box = figures._bounding_box(figures.body_mask(target))
+    np.testing.assert_array_equal(mediastinum.get_array(), target[box][depth - box[0].start])
+
+
+def test_a_named_finding_is_ringed_in_the_picture(composed):
+    figure, target, _, place = composed
+    axes = panel(figure, "finding 1: axial, lung")
+    assert axes.get_title().startswith("1  Lung nodule")
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())
+    box = figures._bounding_box(figures.body_mask(target))
+    centre = [(place[axis] - box[axis].start) * SPACING[axis] for axis in (2, 1)]
+    x, y = axes.transData.transform(centre)
+    row, column = round(pixels.shape[0] - y), round(x)
+    radius = round(7.5 / 72 * figure.dpi)
+    for side in (-1, 1):
+        near = pixels[row - 2 : row + 3, column + side * radius - 2 : column + side * radius + 3].astype(int)
+        assert (near[..., 1] - near[..., 0]).max() > 100, "green"
+    text = "\n".join(text.get_text() for text in figure.texts)
+    assert "Lung: $a nodule_{." in text and "Named without a slice: Emphysema." in text
+    rings = [line for line in panel(figure, "target: axial, lung").lines if line.get_gid() == "ring"]
+    assert not rings, "the slice passes 32 mm above it"
+
+
+def test_a_window_that_the_model_does_not_see_is_not_claimed():
+    assert figures._window("lung", (-160, 240), True) == ("-160 to 240 HU", -160, 240)
+    assert figures._window("mediastinum", (-1000, 200), True)[1:] == (-160, 240)
+    assert figures._window("lung", (0, 255), False) == ("0 to 255", 0, 255)
 
 
 def test_peak_lies_in_the_body():
@@ -524,6 +665,6 @@ def test_figure_of_volumes_that_do_not_fit_is_refused(tmp_path):
     volumes = np.zeros((4, 9, 9)), np.zeros((4, 9, 9)), np.zeros((4, 9, 8))
     with pytest.raises(ValueError, match=r"\(4, 9, 8\)"):
         figures.draw_figure(
-            tmp_path / "f.png", *volumes, level=0, target_spacing=(1, 1, 1), reference_spacing=(1, 1, 1), title="",
-            footer="",
+            tmp_path / "f.png", *volumes, hu_window=(-1000, 200), is_hu=True, target_affine=np.eye(4),
+            reference_affine=np.eye(4), findings=[], report="", title="", footer="",
         )  # fmt: skip

@@ -61,7 +61,6 @@ SAMPLE_SEEDS = (3, 12, 1, 10)  # effusion, heart and vessels, emphysema, nothing
 
 # What is shown is sampled from the scan itself over the box that the model saw, in a window wider than the model's.
 DISPLAY_HU = (-1024.0, 1600.0)
-TISSUE_HU = -520.0  # a voxel above it is tissue
 
 LARGEST = "Largest difference"  # where the slices go when no finding is chosen
 
@@ -317,7 +316,7 @@ class Study:
         self._attributes, self.findings = compared["attributes"], []
         if self._logits is not None:
             [self.findings] = describe_findings(desk.model.config, self._logits, self._attributes, (scan.geometry,))
-        self.body = body_mask(scan.hu, TISSUE_HU)
+        self.body = body_mask(scan.hu)
         shown = _interpolate(self._map, scan.hu.shape)
         low, high = shown[self.body].min(), shown[self.body].max()
         self.difference = ((shown - low) / ((high - low) or 1.0)).clip(0, 1)

@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...figures import COLORS, EDGES, PLANES, plane
+from ...figures import WINDOWS as FIGURE_WINDOWS
 from ...reporting import RESEARCH_USE
 from .session import LARGEST, MAX_FILE_BYTES, Study
 
-WINDOWS = {"Lung": (-1350, 150), "Mediastinum": (-160, 240), "Bone": (-450, 1050)}  # HU: black, white
+WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
 PIXEL_MM = 0.9  # of an image
 LETTER_PIXELS = 20
 WAITING = "Choose a sample phantom, or drop a scan of your own."
