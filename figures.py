@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -270,12 +271,12 @@ def compose_figure(
         window, low, high = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
         axes.set_label(f"finding {number}: axial, {window}")
         _show(axes, one, "axial", where, (low, high))
-        axes.set_title(f"{number}  {finding['label']}\n{window}", color=MARK, fontsize=8, parse_math=False)
+        axes.set_title(f"{number}  {_drawable(finding['label'])}\n{window}", color=MARK, fontsize=8, parse_math=False)
         _mark(axes, one, "axial", where, marked[number - 1 : number], number)
 
     left = LEFT + across + 0.2
     text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
-    figure.text(left / size[0], 1 - TOP / size[1], "\n".join(lines), **text)
+    figure.text(left / size[0], 1 - TOP / size[1], _drawable("\n".join(lines)), **text)
     bar = figure.colorbar(
         colors, cax=panel(left, used - 0.45, TEXT * 0.75, 0.12), format="%.3g", orientation="horizontal",
         ticks=MaxNLocator(4),
@@ -283,12 +284,18 @@ def compose_figure(
     bar.set_label("difference / its maximum", color="white", fontsize=9)
     bar.ax.tick_params(colors="white", labelsize=8)
     bar.outline.set_edgecolor("white")
-    figure.suptitle(title, y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
-    footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in footer.splitlines())
+    figure.suptitle(_drawable(title), y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
+    footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in _drawable(footer).splitlines())
     figure.text(
         0.5, 0.1 / size[1], footer, ha="center", va="bottom", color="white", fontsize=9, parse_math=False
     )  # fmt: skip
     return figure
+
+
+def _drawable(text: str) -> str:
+    """Letters that the font lacks as boxes: a report may hold anything."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(letter if letter == "\n" or ord(letter) in known else "\N{WHITE SQUARE}" for letter in text)
 
 
 def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> list[str]:

@@ -588,7 +588,7 @@ def composed():
     options = {"hu_window": (-1000, 1200), "is_hu": True, "target_affine": affine, "reference_affine": affine}
     options |= {
         "findings": [finding, {"label": "Emphysema"}],
-        "report": "Lung: $a nodule_{.",
+        "report": "Lung: $a nodule_{. \x03\u809d",
         "title": "",
         "footer": "",
     }
@@ -642,7 +642,8 @@ def test_a_named_finding_is_ringed_in_the_picture(composed):
         near = pixels[row - 2 : row + 3, column + side * radius - 2 : column + side * radius + 3].astype(int)
         assert (near[..., 1] - near[..., 0]).max() > 100, "green"
     text = "\n".join(text.get_text() for text in figure.texts)
-    assert "Lung: $a nodule_{." in text and "Named without a slice: Emphysema." in text
+    assert "Lung: $a nodule_{. \u25a1\u25a1" in text, "what the font lacks is a box"
+    assert "Named without a slice: Emphysema." in text
     rings = [line for line in panel(figure, "target: axial, lung").lines if line.get_gid() == "ring"]
     assert not rings, "the slice passes 32 mm above it"
 
