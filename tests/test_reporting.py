@@ -541,11 +541,11 @@ SPACING = np.array((4.0, 2.0, 3.0))
 
 def chest(top=30, bottom=10, end=40):
     """HU (depth, height, width) of a body with a lung between two depths, and its affine."""
-    hu = np.full((40, 50, 60), -1000.0)
-    hu[:, 5:45, 5:55] = 40
-    z, y, x = np.mgrid[:40, :50, :60]
+    hu = np.full((40, 70, 80), -1000.0)
+    hu[:, 5:65, 5:75] = 40
+    z, y, x = np.mgrid[:40, :70, :80]
     middle, half = (top + bottom) / 2, (top - bottom) / 2
-    hu[((z - middle) / half) ** 2 + ((y - 25) / 15) ** 2 + ((x - 30) / 20) ** 2 <= 1] = -850
+    hu[((z - middle) / half) ** 2 + ((y - 35) / 15) ** 2 + ((x - 40) / 20) ** 2 <= 1] = -850
     hu[end:] = -1000
     affine = np.array([[0, 0, -SPACING[2], 90], [0, -SPACING[1], 0, 50], [SPACING[0], 0, 0, -500], [0, 0, 0, 1.0]])
     return hu, affine
@@ -566,8 +566,8 @@ def ends_of(hu):
 )
 def test_reference_is_shown_at_the_same_place_of_the_lungs(ours, theirs, expected):
     target, reference = (figures.Drawn(*chest(**options)) for options in (ours, theirs))
-    place = figures.matching_place((22, 25, 30), target, reference, ends_of(target.hu), ends_of(reference.hu))
-    assert abs(place[0] - expected) <= 1 and place[1:] == (25, 30)
+    place = figures.matching_place((22, 35, 40), target, reference, ends_of(target.hu), ends_of(reference.hu))
+    assert abs(place[0] - expected) <= 1 and place[1:] == (35, 40)
 
 
 def test_without_lungs_the_reference_is_shown_at_the_same_index():
@@ -581,7 +581,7 @@ def test_without_lungs_the_reference_is_shown_at_the_same_index():
 def composed():
     """A figure, the target's HU, the map's peak, and the place (depth, height, width) of its one finding."""
     (target, affine), (reference, _) = chest(), chest(top=35, bottom=15)
-    at, place = (22, 25, 40), (14, 20, 30)
+    at, place = (22, 35, 50), (14, 30, 40)
     difference = np.zeros(target.shape)
     difference[at] = 1
     finding = {"label": "Lung nodule", "peak": (affine @ (*place, 1))[:3].tolist()}
@@ -616,7 +616,7 @@ def test_a_scale_bar_is_as_long_as_it_says(composed):
 
 def test_slices_say_where_they_are(composed):
     figure, target, (depth, height, width), _ = composed
-    for name, said in (("axial", "z -412 mm"), ("coronal", "y 0 mm"), ("sagittal", "x -30 mm")):
+    for name, said in (("axial", "z -412 mm"), ("coronal", "y -20 mm"), ("sagittal", "x -60 mm")):
         axes = [axes for axes in figure.axes if axes.get_label().startswith(f"target: {name}")][0]
         assert said in [text.get_text() for text in axes.texts]
     axes = panel(figure, "reference: axial, lung")
