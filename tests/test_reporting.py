@@ -561,7 +561,7 @@ def ends_of(hu):
         ({}, {"top": 35, "bottom": 15}, 27),  # shifted by five slices
         ({}, {"top": 38, "bottom": 2}, 24),  # as high in a longer lung: 22 lies 0.6 of the way up
         ({"end": 24}, {"top": 35, "bottom": 15}, 27),  # the top is cut off: as far from the base
-        ({"end": 24}, {"top": 20, "bottom": 10}, 19),  # but in the lungs
+        ({"top": 36, "bottom": 4, "end": 29}, {"top": 24, "bottom": 12}, 23),  # but in the lungs
     ],
 )
 def test_reference_is_shown_at_the_same_place_of_the_lungs(ours, theirs, expected):
