@@ -187,6 +187,7 @@ def compose_figure(
     *,
     hu_window: tuple[float, float],
     is_hu: bool,
+    has_lungs: bool,
     target_affine: np.ndarray,
     reference_affine: np.ndarray,
     findings: Sequence[dict],
@@ -202,6 +203,7 @@ def compose_figure(
         target, difference: (depth, height, width); HU clipped to `hu_window`, and a map that is not negative.
         reference: (depth, height, width), of the same shape.
         is_hu: `False`: the voxels have another unit, and are shown in `hu_window` alone.
+        has_lungs: `False`: the target is not of a chest, and has no slices to match; gas of the bowel looks like lung.
         target_affine, reference_affine: 4x4, index (depth, height, width) -> RAS+ mm of the scan's own frame.
         findings: to be named: `label`, and for a slice of its own `peak`, RAS+ mm of the target's frame.
     """
@@ -214,7 +216,8 @@ def compose_figure(
     one, other = Drawn(target, target_affine).cropped(box), Drawn(reference, reference_affine).cropped(box)
     difference, body, reference_body = difference[box], body[box], reference_body[box]
     at = peak(difference, body)
-    ends = [lung_ends(one.hu, body), lung_ends(other.hu, reference_body)] if is_hu else [None, None]
+    both = [(one, body), (other, reference_body)]
+    ends = [lung_ends(drawn.hu, mask) if is_hu and has_lungs else None for drawn, mask in both]
     place = matching_place(at, one, other, *ends)
     # Units are arbitrary: what can be read off is where the difference is large against its largest value.
     difference = difference / (difference[body].max() or 1.0)

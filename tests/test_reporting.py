@@ -585,7 +585,13 @@ def composed():
     difference = np.zeros(target.shape)
     difference[at] = 1
     finding = {"label": "Lung nodule", "peak": (affine @ (*place, 1))[:3].tolist()}
-    options = {"hu_window": (-1000, 1200), "is_hu": True, "target_affine": affine, "reference_affine": affine}
+    options = {
+        "hu_window": (-1000, 1200),
+        "is_hu": True,
+        "has_lungs": True,
+        "target_affine": affine,
+        "reference_affine": affine,
+    }
     options |= {
         "findings": [finding, {"label": "Emphysema"}],
         "report": "Lung: $a nodule_{. \x03\u809d",
@@ -666,6 +672,6 @@ def test_figure_of_volumes_that_do_not_fit_is_refused(tmp_path):
     volumes = np.zeros((4, 9, 9)), np.zeros((4, 9, 9)), np.zeros((4, 9, 8))
     with pytest.raises(ValueError, match=r"\(4, 9, 8\)"):
         figures.draw_figure(
-            tmp_path / "f.png", *volumes, hu_window=(-1000, 200), is_hu=True, target_affine=np.eye(4),
+            tmp_path / "f.png", *volumes, hu_window=(-1000, 200), is_hu=True, has_lungs=True, target_affine=np.eye(4),
             reference_affine=np.eye(4), findings=[], report="", title="", footer="",
         )  # fmt: skip
