@@ -219,6 +219,8 @@ def compose_figure(
     both = [(one, body), (other, reference_body)]
     ends = [lung_ends(drawn.hu, mask) if is_hu and has_lungs else None for drawn, mask in both]
     place = matching_place(at, one, other, *ends)
+    spans = [(int(indices.min()), int(indices.max())) for indices in np.nonzero(reference_body)]
+    place = tuple(min(max(index, low), high) for index, (low, high) in zip(place, spans, strict=True))
     # Units are arbitrary: what can be read off is where the difference is large against its largest value.
     difference = difference / (difference[body].max() or 1.0)
     scale = Normalize(difference[body].min(), 1, clip=True)
@@ -311,7 +313,7 @@ def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> li
     slices = (
         "Reference: the slices at the same place between the ends of the lungs, not those that the model compares."
         if known
-        else "Reference: the slices at the same place of the model's grid."
+        else "Reference: the slices at the same place of the model's grid, or the nearest that show it."
     )
     legend = [
         "Target and map: slices through the maximum of the map in the body.",
