@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -186,6 +187,7 @@ def compose_figure(
     *,
     hu_window: tuple[float, float],
     is_hu: bool,
+    has_lungs: bool,
     target_affine: np.ndarray,
     reference_affine: np.ndarray,
     findings: Sequence[dict],
@@ -201,6 +203,7 @@ def compose_figure(
         target, difference: (depth, height, width); HU clipped to `hu_window`, and a map that is not negative.
         reference: (depth, height, width), of the same shape.
         is_hu: `False`: the voxels have another unit, and are shown in `hu_window` alone.
+        has_lungs: `False`: the target is not of a chest, and has no slices to match; gas of the bowel looks like lung.
         target_affine, reference_affine: 4x4, index (depth, height, width) -> RAS+ mm of the scan's own frame.
         findings: to be named: `label`, and for a slice of its own `peak`, RAS+ mm of the target's frame.
     """
@@ -213,8 +216,11 @@ def compose_figure(
     one, other = Drawn(target, target_affine).cropped(box), Drawn(reference, reference_affine).cropped(box)
     difference, body, reference_body = difference[box], body[box], reference_body[box]
     at = peak(difference, body)
-    ends = [lung_ends(one.hu, body), lung_ends(other.hu, reference_body)] if is_hu else [None, None]
+    both = [(one, body), (other, reference_body)]
+    ends = [lung_ends(drawn.hu, mask) if is_hu and has_lungs else None for drawn, mask in both]
     place = matching_place(at, one, other, *ends)
+    spans = [(int(indices.min()), int(indices.max())) for indices in np.nonzero(reference_body)]
+    place = tuple(min(max(index, low), high) for index, (low, high) in zip(place, spans, strict=True))
     # Units are arbitrary: what can be read off is where the difference is large against its largest value.
     difference = difference / (difference[body].max() or 1.0)
     scale = Normalize(difference[body].min(), 1, clip=True)
@@ -270,12 +276,12 @@ def compose_figure(
         window, low, high = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
         axes.set_label(f"finding {number}: axial, {window}")
         _show(axes, one, "axial", where, (low, high))
-        axes.set_title(f"{number}  {finding['label']}\n{window}", color=MARK, fontsize=8, parse_math=False)
+        axes.set_title(f"{number}  {_drawable(finding['label'])}\n{window}", color=MARK, fontsize=8, parse_math=False)
         _mark(axes, one, "axial", where, marked[number - 1 : number], number)
 
     left = LEFT + across + 0.2
     text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
-    figure.text(left / size[0], 1 - TOP / size[1], "\n".join(lines), **text)
+    figure.text(left / size[0], 1 - TOP / size[1], _drawable("\n".join(lines)), **text)
     bar = figure.colorbar(
         colors, cax=panel(left, used - 0.45, TEXT * 0.75, 0.12), format="%.3g", orientation="horizontal",
         ticks=MaxNLocator(4),
@@ -283,12 +289,18 @@ def compose_figure(
     bar.set_label("difference / its maximum", color="white", fontsize=9)
     bar.ax.tick_params(colors="white", labelsize=8)
     bar.outline.set_edgecolor("white")
-    figure.suptitle(title, y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
-    footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in footer.splitlines())
+    figure.suptitle(_drawable(title), y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
+    footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in _drawable(footer).splitlines())
     figure.text(
         0.5, 0.1 / size[1], footer, ha="center", va="bottom", color="white", fontsize=9, parse_math=False
     )  # fmt: skip
     return figure
+
+
+def _drawable(text: str) -> str:
+    """Letters that the font lacks as boxes: a report may hold anything."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(letter if letter == "\n" or ord(letter) in known else "\N{WHITE SQUARE}" for letter in text)
 
 
 def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> list[str]:
@@ -301,7 +313,7 @@ def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> li
     slices = (
         "Reference: the slices at the same place between the ends of the lungs, not those that the model compares."
         if known
-        else "Reference: the slices at the same place of the model's grid."
+        else "Reference: the slices at the same place of the model's grid, or the nearest that show it."
     )
     legend = [
         "Target and map: slices through the maximum of the map in the body.",

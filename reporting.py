@@ -30,7 +30,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
-from .anatomy_diffvp import anatomy_warnings
+from .anatomy_diffvp import MIN_VOLUME, anatomy_warnings
 from .bases_diffvp import locate_base_model, public_name
 from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
 from .data.cache import preprocessing
@@ -474,6 +474,7 @@ def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tenso
         "volumes": [*(to_hu(tensor[0].numpy(), hu_window) for tensor in (target, reference)), values[0, 0].numpy()],
         "hu_window": hu_window,
         "is_hu": place.is_hu and reference_place.is_hu,
+        "has_lungs": geometry.coverage is not None and geometry.coverage["lung_share"] >= MIN_VOLUME,
         "target_affine": place.tensor_affine,
         "reference_affine": reference_place.tensor_affine,
     }

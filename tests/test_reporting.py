@@ -541,11 +541,11 @@ SPACING = np.array((4.0, 2.0, 3.0))
 
 def chest(top=30, bottom=10, end=40):
     """HU (depth, height, width) of a body with a lung between two depths, and its affine."""
-    hu = np.full((40, 50, 60), -1000.0)
-    hu[:, 5:45, 5:55] = 40
-    z, y, x = np.mgrid[:40, :50, :60]
+    hu = np.full((40, 70, 80), -1000.0)
+    hu[:, 5:65, 5:75] = 40
+    z, y, x = np.mgrid[:40, :70, :80]
     middle, half = (top + bottom) / 2, (top - bottom) / 2
-    hu[((z - middle) / half) ** 2 + ((y - 25) / 15) ** 2 + ((x - 30) / 20) ** 2 <= 1] = -850
+    hu[((z - middle) / half) ** 2 + ((y - 35) / 15) ** 2 + ((x - 40) / 20) ** 2 <= 1] = -850
     hu[end:] = -1000
     affine = np.array([[0, 0, -SPACING[2], 90], [0, -SPACING[1], 0, 50], [SPACING[0], 0, 0, -500], [0, 0, 0, 1.0]])
     return hu, affine
@@ -561,13 +561,13 @@ def ends_of(hu):
         ({}, {"top": 35, "bottom": 15}, 27),  # shifted by five slices
         ({}, {"top": 38, "bottom": 2}, 24),  # as high in a longer lung: 22 lies 0.6 of the way up
         ({"end": 24}, {"top": 35, "bottom": 15}, 27),  # the top is cut off: as far from the base
-        ({"end": 24}, {"top": 20, "bottom": 10}, 19),  # but in the lungs
+        ({"top": 36, "bottom": 4, "end": 29}, {"top": 24, "bottom": 12}, 23),  # but in the lungs
     ],
 )
 def test_reference_is_shown_at_the_same_place_of_the_lungs(ours, theirs, expected):
     target, reference = (figures.Drawn(*chest(**options)) for options in (ours, theirs))
-    place = figures.matching_place((22, 25, 30), target, reference, ends_of(target.hu), ends_of(reference.hu))
-    assert abs(place[0] - expected) <= 1 and place[1:] == (25, 30)
+    place = figures.matching_place((22, 35, 40), target, reference, ends_of(target.hu), ends_of(reference.hu))
+    assert abs(place[0] - expected) <= 1 and place[1:] == (35, 40)
 
 
 def test_without_lungs_the_reference_is_shown_at_the_same_index():
@@ -581,14 +581,20 @@ def test_without_lungs_the_reference_is_shown_at_the_same_index():
 def composed():
     """A figure, the target's HU, the map's peak, and the place (depth, height, width) of its one finding."""
     (target, affine), (reference, _) = chest(), chest(top=35, bottom=15)
-    at, place = (22, 25, 40), (14, 20, 30)
+    at, place = (22, 35, 50), (14, 30, 40)
     difference = np.zeros(target.shape)
     difference[at] = 1
     finding = {"label": "Lung nodule", "peak": (affine @ (*place, 1))[:3].tolist()}
-    options = {"hu_window": (-1000, 1200), "is_hu": True, "target_affine": affine, "reference_affine": affine}
+    options = {
+        "hu_window": (-1000, 1200),
+        "is_hu": True,
+        "has_lungs": True,
+        "target_affine": affine,
+        "reference_affine": affine,
+    }
     options |= {
         "findings": [finding, {"label": "Emphysema"}],
-        "report": "Lung: $a nodule_{.",
+        "report": "Lung: $a nodule_{. \x03\u809d",
         "title": "",
         "footer": "",
     }
@@ -616,7 +622,7 @@ def test_a_scale_bar_is_as_long_as_it_says(composed):
 
 def test_slices_say_where_they_are(composed):
     figure, target, (depth, height, width), _ = composed
-    for name, said in (("axial", "z -412 mm"), ("coronal", "y 0 mm"), ("sagittal", "x -30 mm")):
+    for name, said in (("axial", "z -412 mm"), ("coronal", "y -20 mm"), ("sagittal", "x -60 mm")):
         axes = [axes for axes in figure.axes if axes.get_label().startswith(f"target: {name}")][0]
         assert said in [text.get_text() for text in axes.texts]
     axes = panel(figure, "reference: axial, lung")
@@ -642,7 +648,8 @@ def test_a_named_finding_is_ringed_in_the_picture(composed):
         near = pixels[row - 2 : row + 3, column + side * radius - 2 : column + side * radius + 3].astype(int)
         assert (near[..., 1] - near[..., 0]).max() > 100, "green"
     text = "\n".join(text.get_text() for text in figure.texts)
-    assert "Lung: $a nodule_{." in text and "Named without a slice: Emphysema." in text
+    assert "Lung: $a nodule_{. \u25a1\u25a1" in text, "what the font lacks is a box"
+    assert "Named without a slice: Emphysema." in text
     rings = [line for line in panel(figure, "target: axial, lung").lines if line.get_gid() == "ring"]
     assert not rings, "the slice passes 32 mm above it"
 
@@ -665,6 +672,6 @@ def test_figure_of_volumes_that_do_not_fit_is_refused(tmp_path):
     volumes = np.zeros((4, 9, 9)), np.zeros((4, 9, 9)), np.zeros((4, 9, 8))
     with pytest.raises(ValueError, match=r"\(4, 9, 8\)"):
         figures.draw_figure(
-            tmp_path / "f.png", *volumes, hu_window=(-1000, 200), is_hu=True, target_affine=np.eye(4),
+            tmp_path / "f.png", *volumes, hu_window=(-1000, 200), is_hu=True, has_lungs=True, target_affine=np.eye(4),
             reference_affine=np.eye(4), findings=[], report="", title="", footer="",
         )  # fmt: skip
