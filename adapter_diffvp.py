@@ -152,6 +152,9 @@ def save_adapter(
     config.inference_mode = True  # as PEFT's own save_pretrained: whoever loads it asks for training
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like change the base when they start, and would once more
+    for field, value in vars(config).items():
+        if isinstance(value, set):  # whose order is another in each process
+            setattr(config, field, sorted(value))
     weights = get_peft_model_state_dict(
         language_model, state_dict=dict(state), adapter_name=name, save_embedding_layers=False
     )

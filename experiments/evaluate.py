@@ -280,13 +280,13 @@ def evaluate(
         DatasetError: a cohort of phantoms has no masks.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     train, test = tests.training, tests.test[:limit]
     if len(test) < 2:
         raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
     if tests.phantoms is not None:
         _check_masks(tests.phantoms, test)
     normal = [constant_normal_report(train)] * len(test)
+    output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     model, processor = load_checkpoint(str(checkpoint))
     if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
         raise ValueError("The checkpoint tells other findings than the 18 that a labeler reads out of reports.")

@@ -7,7 +7,6 @@
 #   "torch>=2.6",
 #   "transformers>=5.19,<5.24",
 #   "peft>=0.20",
-#   "monai>=1.5",
 #   "nibabel>=5",
 #   "isal>=1.9,<2",
 #   "pydicom>=3,<4",

@@ -128,13 +128,9 @@ def test_lists_with_problems(tmp_path, name, content, message):
         list_scans(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("scan.nii.gz", b"\x1f\x8b\xff"), ("list.txt", None), ("list.csv", None)]
-)
-def test_what_is_no_list_is_refused_by_name(tmp_path, name, content):
-    """A scan in place of a list of scans, or a path that was mistyped."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize("name", ["list.txt", "list.csv"])
+def test_what_is_no_list_is_refused_by_name(tmp_path, name):
+    """A path that was mistyped."""
     with pytest.raises(DatasetError) as caught:
         list_scans(tmp_path / name)
     assert [problem.table for problem in caught.value.problems] == [name]

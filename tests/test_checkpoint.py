@@ -71,6 +71,7 @@ def test_checkpoint_holds_no_base_weights_and_only_safe_files(checkpoint):
 def test_adapter_names_the_base_of_the_configuration(model, checkpoint):
     adapter = json.loads((checkpoint / "adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == model.config.base_model_name_or_path
+    assert adapter["target_modules"] == sorted(adapter["target_modules"])
 
 
 def test_adapter_works_in_plain_peft(model, checkpoint, tiny_llm):
@@ -213,8 +214,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
-    parts = ("adapter", "bases", "checkpoint", "configuration", "encoders", "findings", "generation", "modeling")
-    parts += ("modules", "outputs", "pipeline", "storage")
+    parts = ("adapter", "bases", "checkpoint", "configuration", "drafts", "encoders", "findings", "generation")
+    parts += ("gguf", "modeling", "modules", "outputs", "pipeline", "resnet", "storage", "threads")
     assert shipped == [f"{part}_diffvp.py" for part in parts]
     for name in shipped:
         check_imports(checkpoint / name)

@@ -506,7 +506,7 @@ def test_without_the_extra_the_command_says_which(tmp_path, checkpoint, monkeypa
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = SOURCES["single-frame"](tmp_path)
     told = refusal("report", source, "--checkpoint", checkpoint, "--dicom", tmp_path / "out")
-    assert 'This takes highdicom, which is not installed: pip install "diffvp[dicom]"' in told
+    assert "This takes highdicom, which is not installed: pip install 'highdicom" in told
 
 
 def test_an_interrupted_write_leaves_no_report_without_its_map(tmp_path, monkeypatch):
@@ -618,7 +618,7 @@ def test_batch_writes_the_objects_of_each_scan(tmp_path, checkpoint, no_figures)
     listed = tmp_path / "scans.txt"
     listed.write_text("".join(f"{path}\n" for path in [*folders, scans.parent / "scan.nii.gz"]))
     options = ["--checkpoint", checkpoint, "--output", output, "--dicom", tmp_path / "dicom", "--fhir"]
-    run("batch", listed, *options)
+    run("batch", listed, *options, "--allow-failures")
     _, *records = read_lines(output)
     [failure] = read_lines(tmp_path / "reports.failed.jsonl")
     assert failure["message"].startswith("scan.nii.gz: format: NIfTI (expected a DICOM series")

@@ -38,7 +38,7 @@ def blocks(page: str) -> list[re.Match]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_says_why_not(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert len(blocks(page)) == len(re.findall(r"^```(?:bash|python)$", text, re.MULTILINE))
+    assert len(blocks(page)) == len(re.findall(r"^ *```(?:bash|python)$", text, re.MULTILINE))
     assert text.count("<!-- not run:") == sum(block["reason"] is not None for block in blocks(page))
 
 

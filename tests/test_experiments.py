@@ -297,7 +297,10 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
     page = evaluate._page(
         {
             "checkpoint": {"name": "x", "sha256": {"model.safetensors": "0" * 64}},
+            "dataset": {"name": "scans", "split": "test", "phantoms": False},
+            "intended_domain": None,
             "cases": len(cases),
+            "training_cases": 7,
             "command": "diffvp evaluate",
             "systems": {"DiffVP": scores, "labels alone": evaluate.score(None, predicted, cases)},
             "per_label": labels,
@@ -525,7 +528,7 @@ def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
     assert begun == [0, 1, 2, 3, 4, 5], "the sixth was under way beside the one that ended"
 
 
-def test_who_asks_an_experiment_to_end_ends_its_workers(study, table, tmp_path):
+def test_sigterm_stops_the_workers_of_an_experiment(study, table, meteor_data, tmp_path):
     """Else they would train on, seen by nobody; what they have is saved."""
     settings = ["training.report.epochs=1000", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}"]
     command = [sys.executable, "-m", "diffvp.cli", "experiment", table, f"--study={study}", *settings, "--jobs=2"]

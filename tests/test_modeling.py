@@ -525,4 +525,4 @@ def test_bfloat16_forward_is_finite_and_close(make_model, scans):
     expected = model(*scans).logits
     got = model.to(torch.bfloat16)(*scans)
     assert got.logits.dtype == torch.bfloat16 and got.difference_weights.dtype == torch.float32
-    torch.testing.assert_close(got.logits.float(), expected, atol=0.1, rtol=0.1)
+    assert (got.logits.float() - expected).abs().max() < 0.1 * expected.abs().max()

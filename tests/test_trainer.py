@@ -166,7 +166,9 @@ def step_gradients(model, folder, batch: int, steps: int) -> dict[str, torch.Ten
 def assert_same_gradients(one: dict, other: dict) -> None:
     assert one.keys() == other.keys() and "classification_head.weight" in one
     for name, value in one.items():
-        torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-4, msg=name)
+        # Sums over tokens that cancel: what is lost is a part of the largest.
+        atol = 1e-5 * max(float(value.abs().max()), 0.1)
+        torch.testing.assert_close(other[name], value, atol=atol, rtol=1e-4, msg=name)
 
 
 def test_a_step_is_the_same_in_any_number_of_parts(model, tmp_path):

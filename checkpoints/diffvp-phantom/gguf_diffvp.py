@@ -109,7 +109,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     """What tells a folder from another that has taken its place; `None` if there is none."""
     try:
         status = folder.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_ctime_ns
 
