@@ -639,7 +639,7 @@ def test_batch_writes_the_objects_of_each_scan(tmp_path, checkpoint, no_figures)
     assert not [secret for secret in SECRETS if secret in output.read_text(encoding="utf-8")]
 
     kept = {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")}
-    run("batch", listed, *options)  # all is there already
+    run("batch", listed, *options, "--allow-failures")  # all is there already
     assert {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")} == kept
     assert "was begun with other settings: results" in refusal("batch", listed, *options[:4])
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the service needs FastAPI (pip install diffvp[serve])")
+pytest.importorskip("fastapi", reason="the service needs FastAPI (pip install -e .[serve])")
 import httpx
 from typer.testing import CliRunner
 

@@ -384,7 +384,7 @@ def test_statements_and_errors_are_in_plain_sight(desk):
 class TestPage:
     @pytest.fixture(autouse=True)
     def gradio(self):
-        return pytest.importorskip("gradio", reason="the page needs gradio (pip install diffvp[app])")
+        return pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 
     def test_no_public_link_and_no_open_programming_interface(self, gradio, desk, monkeypatch):
         from diffvp.hub.space.page import build_page, launch

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio", reason="the page needs gradio (pip install diffvp[app])")
+pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser (pip install playwright)")
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gradio", reason="the page needs gradio (pip install diffvp[app])")
+pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 import httpx
 from gradio_client import Client, handle_file
 
