@@ -241,16 +241,17 @@ def test_killed_and_started_again_and_told_to_end(checkpoint, scans, broken, tmp
             server.end(signal.SIGKILL)
             slow.result()
         assert list(folder.glob(f"{FOLDER}*/*")), "what a killed server cannot remove"
-    with Server(checkpoint, folder, "--max-new-tokens", 300, "--batch-size", 2, port=port) as server:
+    with Server(checkpoint, folder, "--max-new-tokens", 300, "--batch-size", 1, port=port) as server:
         assert len(list(folder.glob(f"{FOLDER}*"))) == 1 and not list(folder.glob(f"{FOLDER}*/*"))
         outcome = ask(server.url, scans, broken, requests=10, clients=2)
         assert outcome.lost == [] and outcome.mixed_up == []
         with ThreadPoolExecutor(6) as threads:
             asked = [threads.submit(lambda: send(httpx.Client(base_url=server.url), scans[0])) for _ in range(6)]
-            while server.metric("diffvp_requests_waiting") < 6:
-                time.sleep(0.02)
+            while server.metric("diffvp_requests_waiting") < 2 and not all(one.done() for one in asked):
+                time.sleep(0.01)
             assert server.end() == -signal.SIGTERM
-            assert [one.result().status_code for one in asked] == [200] * 6
+            told = [one.result().status_code for one in asked]
+            assert set(told) <= {200, 503} and told.count(200) >= 2, "who waits is answered, who comes later is told"
         assert not list(folder.glob(f"{FOLDER}*")), "nothing is left of one that was told to end"
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url}/readyz")
