@@ -398,7 +398,7 @@ def read_volumes(config: TrainingConfig, cohort: Cohort) -> Cohort:
         image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
     cases = list({case.name: case for case in cohort.everyone() + cohort.pool}.values())
     volumes, options = make_volumes(config, image_processor), (config.data.skip_unreadable, config.num_workers)
-    problems = compute_all(cases, volumes.load, Accelerator(), "Volumes", *options)
+    problems = compute_all(cases, volumes.load, make_accelerator(config), "Volumes", *options)
     return cohort.without({problem.name for problem in problems})
 
 
