@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..data.cache import file_sha256
+from ..storage_diffvp import flush
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +33,10 @@ class CheckpointError(ValueError):
     """A run cannot go on from what its folder holds."""
 
 
-def _flush(path: Path) -> None:
-    """Have the kernel write a file or the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -63,7 +55,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         if target.exists():
             os.rename(target, former)
         os.rename(staging, target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
