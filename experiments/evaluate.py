@@ -26,6 +26,7 @@ from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha25
 from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
+from ..data.phantom import Finding
 from ..data.pool import is_normal, pool_by_rule
 from ..data.radgenome import load_phantom
 from ..metrics.baselines import (
@@ -283,6 +284,7 @@ def evaluate(
     train, test = tests.training, tests.test[:limit]
     if len(test) < 2:
         raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+    patients = None if tests.phantoms is None else read_patients(tests.phantoms)
     if tests.phantoms is not None:
         _check_masks(tests.phantoms, test)
     normal = [constant_normal_report(train)] * len(test)
@@ -298,7 +300,6 @@ def evaluate(
     alone = {}
     if volume_labels is not None:
         probabilities, config = predict(volume_labels, volumes, test)
-        patients = read_patients(tests.phantoms)
         alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, test, patients)}
     reports, probabilities = generate_reports(model, processor, test, tests.spacing)
     # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
@@ -333,8 +334,7 @@ def evaluate(
         if name != "DiffVP on another patient's scan"  # the same reports
     }
     goals, map_of = {}, {}
-    if tests.phantoms is not None:
-        patients = read_patients(tests.phantoms)
+    if patients is not None:
         goals["maps"] = map_scores(model, volumes, tests.phantoms, test, pool_cases(processor.reference_pool))
         map_of = goals["maps"].pop("per_case")
         if probabilities is not None:
@@ -363,7 +363,7 @@ def evaluate(
             "distinct": len(set(reports)),
             "all_findings_right": int((written == truth).all(axis=1).sum()),
         },
-        "lesion_sizes": _lesion_sizes(tests, test, reports),
+        "lesion_sizes": {} if patients is None else _lesion_sizes(patients, test, reports),
         "predictions": [
             {"name": case.name, "reference": case.report, "prediction": report}
             | ({"map": map_of[case.name]} if case.name in map_of else {})
@@ -391,12 +391,10 @@ def _check_masks(data: Path, test: list[Case]) -> None:
     )
 
 
-def _lesion_sizes(tests: TestSet, test: list[Case], reports: list[str]) -> dict[str, dict]:
-    """Of phantoms, whose lesions are known: how many of each size the reports name."""
-    if tests.phantoms is None:
-        return {}
+def _lesion_sizes(patients: dict[str, list[Finding]], test: list[Case], reports: list[str]) -> dict[str, dict]:
+    """How many lesions of each size the reports name, of phantoms, whose findings are known by the case's name."""
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
-    by_size = score_findings(read_patients(tests.phantoms), named)["by_size"]
+    by_size = score_findings(patients, named)["by_size"]
     return {f"{label}, {size}": counts for label, bins in by_size.items() for size, counts in bins.items()}
 
 
