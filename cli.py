@@ -213,8 +213,8 @@ def batch(
     _quiet()
     if dicom is not None:
         import highdicom  # noqa: F401
-    from .hub.batch import BatchError, ReportWriter, list_scans, write_reports
-    from .reporting import EXPECTED_ERRORS
+    from .inference.batch import BatchError, ReportWriter, list_scans, write_reports
+    from .inference.report import EXPECTED_ERRORS
 
     with _one_line_errors(*EXPECTED_ERRORS, BatchError), _listed_problems():
         name, hub_kwargs = _checkpoint(checkpoint, revision)
@@ -637,9 +637,9 @@ def evaluate(
     _check_writable(output)
     from .data.cache import without_place
     from .experiments import evaluate as run
+    from .inference.report import EXPECTED_ERRORS
     from .metrics.labelers import load_labeler
     from .metrics.labelers.radbert import RadBertError
-    from .reporting import EXPECTED_ERRORS
 
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():
@@ -707,9 +707,9 @@ def experiment(
     from .experiments.page import write_page
     from .experiments.study import Study
     from .experiments.tables import planned_runs, run_experiment
+    from .inference.report import EXPECTED_ERRORS
     from .metrics.labelers.radbert import RadBertError
     from .metrics.nlg import LexiconError
-    from .reporting import EXPECTED_ERRORS
     from .training.checkpoints import CheckpointError
 
     overrides = [name for name in names if "=" in name]
@@ -746,7 +746,7 @@ def serve_page(
 ) -> None:
     """Serve the page: scans, difference map and a report that is written as you watch."""
     from .hub.space.page import serve
-    from .reporting import EXPECTED_ERRORS
+    from .inference.report import EXPECTED_ERRORS
 
     _quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
@@ -789,8 +789,8 @@ def serve(
 
         retrieve = functools.partial(retrieve_from, dicomweb)
     _quiet()
-    from .hub.batch import ReportWriter
-    from .reporting import EXPECTED_ERRORS, ReportError
+    from .inference.batch import ReportWriter
+    from .inference.report import EXPECTED_ERRORS, ReportError
 
     with _one_line_errors(*EXPECTED_ERRORS):
         token = os.environ.get("DIFFVP_TOKEN") or None
@@ -949,7 +949,7 @@ def _phantom(path: Path, seed: int) -> tuple[Path, str]:
 
 def _checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[str, str]]:
     """Name of the checkpoint, and how to get it from the Hub."""
-    from .reporting import ReportError
+    from .inference.report import ReportError
 
     if name is None and not SHIPPED_CHECKPOINT.is_dir():
         raise ReportError(f"The checkpoint that ships is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
@@ -985,8 +985,8 @@ def _reporting() -> Iterator[Callable]:
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
             _quiet()
-            from .engines import load_engine
-            from .reporting import EXPECTED_ERRORS, load_checkpoint, write_report
+            from .inference.engines import load_engine
+            from .inference.report import EXPECTED_ERRORS, load_checkpoint, write_report
 
             with _one_line_errors(*EXPECTED_ERRORS):
                 name, hub_kwargs = _checkpoint(checkpoint, revision)

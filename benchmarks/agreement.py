@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_report import labels_from_report, region_sentences, report_text
-from diffvp.engines import TransformersEngine
 from diffvp.experiments.scores import micro
+from diffvp.inference.engines import TransformersEngine
+from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.clinical_efficacy import label_counts
 from diffvp.metrics.statistics import bootstrap_counts
-from diffvp.reporting import greedy, load_checkpoint
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 SEED, SPLIT, BATCH = 25, "valid", 8

@@ -31,9 +31,9 @@ from generation import BATCH, CHECKPOINT, phantoms
 from torch.nn.utils.rnn import pad_sequence
 
 from diffvp.bases_diffvp import locate_base_model
-from diffvp.engines import TransformersEngine
+from diffvp.inference.engines import TransformersEngine
+from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.pipeline_diffvp import end_tokens
-from diffvp.reporting import greedy, load_checkpoint
 
 HERE = Path(__file__).resolve().parents[1]
 SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; what is left is for the busy machine

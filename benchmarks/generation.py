@@ -28,9 +28,9 @@ from preprocess import SHAPES, scan, write_nifti
 from rich.progress import track
 
 from diffvp.data.phantom import render_patient, sample_patient
-from diffvp.engines import TransformersEngine
-from diffvp.hub.batch import ReportWriter
-from diffvp.reporting import greedy, load_checkpoint
+from diffvp.inference.batch import ReportWriter
+from diffvp.inference.engines import TransformersEngine
+from diffvp.inference.report import greedy, load_checkpoint
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 BATCH = 8

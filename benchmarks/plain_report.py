@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def diffvp(checkpoint: str, target: str, reference: str) -> None:
-    from diffvp.reporting import load_checkpoint
+    from diffvp.inference.report import load_checkpoint
 
     model, processor = load_checkpoint(checkpoint)
     inputs = processor(ct=target, reference=reference)

@@ -8,8 +8,8 @@ It names the study by its UID, and no patient: who receives it knows whose study
 
 import base64
 
+from ..inference.report import report_page
 from ..pipeline_diffvp import RESEARCH_USE
-from ..reporting import report_page
 from . import codes
 from .codes import Code
 from .source import SourceSeries

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..reporting import Report  # takes seconds to import, in which a scan would be refused already
+    from ..inference.report import Report  # takes seconds to import, in which a scan would be refused already
 
 
 class ClinicalResults:
@@ -54,7 +54,7 @@ class ClinicalResults:
             import nibabel as nib
             import numpy as np
 
-            from ..reporting import DIFFERENCE_MAP
+            from ..inference.report import DIFFERENCE_MAP
             from .objects import dicom_objects, write_objects
 
             image = nib.load(report.folder / DIFFERENCE_MAP)
@@ -68,7 +68,7 @@ class ClinicalResults:
 
                 store(self._store_at, made)
         if self._fhir:
-            from ..reporting import DIAGNOSTIC_REPORT
+            from ..inference.report import DIAGNOSTIC_REPORT
             from .fhir import diagnostic_report
             from .source import read_source
 

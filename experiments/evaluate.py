@@ -29,6 +29,7 @@ from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
 from ..data.pool import is_normal, pool_by_rule
 from ..data.radgenome import load_phantom
+from ..inference.report import load_checkpoint
 from ..metrics.baselines import (
     label_baselines,
     most_frequent_report,
@@ -49,7 +50,6 @@ from ..processing_diffvp import DiffVPProcessor
 from ..progress import counted
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePool
-from ..reporting import load_checkpoint
 from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig

@@ -28,10 +28,10 @@ from ..data.cases import Case
 from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
-from ..figures import COLORS, EDGES, OPACITY, TISSUE_HU, plane, to_hu
+from ..inference.figure import COLORS, EDGES, OPACITY, TISSUE_HU, plane, to_hu
+from ..inference.report import RESEARCH_USE
 from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
-from ..reporting import RESEARCH_USE
 from ..training.cohort import Features
 from .runs import scan_inputs
 

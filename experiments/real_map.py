@@ -26,11 +26,11 @@ from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import DatasetError, Problem
 from ..data.lesions import mask_voxels
 from ..encoders_diffvp import DiffVPEncoderError
+from ..inference.report import load_checkpoint
 from ..metrics.markdown import table_lines
 from ..modeling_diffvp import DiffVPModel
 from ..processing_diffvp import DiffVPImageProcessor
 from ..reading_diffvp import read_ct
-from ..reporting import load_checkpoint
 from ..training.encoder import load_encoder, read_header
 from ..volume_diffvp import CTVolume
 from .figures import p_value

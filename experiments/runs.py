@@ -33,9 +33,9 @@ from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
 from ..data.pool import is_normal
 from ..encoders_diffvp import state_sha256
+from ..inference.report import load_checkpoint
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
-from ..reporting import load_checkpoint
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features

@@ -25,9 +25,9 @@ from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
+from ..inference.report import compare_findings, load_checkpoint
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..references_diffvp import REFERENCE_FOLDER
-from ..reporting import compare_findings, load_checkpoint
 from ..storage_diffvp import DRAFTS_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]

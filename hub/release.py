@@ -18,8 +18,8 @@ import torch
 
 from ..checkpoint_diffvp import BASE_PREFIX
 from ..data.phantom import render_patient, sample_patient
+from ..inference.report import load_checkpoint
 from ..references_diffvp import index_references
-from ..reporting import load_checkpoint
 from .card import write_card, write_endpoint, write_licence
 
 POOL_SEED = 0

@@ -37,8 +37,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .. import __version__
+from ..inference.report import EXPECTED_ERRORS
 from ..pipeline_diffvp import RESEARCH_USE
-from ..reporting import EXPECTED_ERRORS
 from .jobs import Abandoned, Job, Refused, ReportQueue
 
 PROBLEM = "application/problem+json"

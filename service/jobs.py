@@ -28,9 +28,9 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from transformers import BatchFeature
 
-from ..hub.batch import ReportWriter
+from ..inference.batch import ReportWriter
+from ..inference.report import EXPECTED_ERRORS
 from ..reading_diffvp import read_ct
-from ..reporting import EXPECTED_ERRORS
 from ..scratch import make_folder
 
 FOLDER = "diffvp-serve-"

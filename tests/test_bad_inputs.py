@@ -311,7 +311,8 @@ def test_world_coordinates_are_nibabels(grid, size, spacing):
 def test_command_refuses_every_bad_file_with_the_model_not_loaded(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from diffvp import cli, reporting
+    from diffvp import cli
+    from diffvp.inference import report as reporting
 
     def loaded(*arguments, **options):
         raise AssertionError("the model is loaded")

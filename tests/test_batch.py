@@ -12,12 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffvp import cli, reporting
+from diffvp import cli
 from diffvp.data.cases import DatasetError
-from diffvp.engines import EngineError, TransformersEngine, load_engine
 from diffvp.hub import batch
-from diffvp.hub.batch import BatchError, ReportWriter, list_scans, write_reports
-from diffvp.reporting import greedy, load_checkpoint, write_report
+from diffvp.inference import report as reporting
+from diffvp.inference.batch import BatchError, ReportWriter, list_scans, write_reports
+from diffvp.inference.engines import EngineError, TransformersEngine, load_engine
+from diffvp.inference.report import greedy, load_checkpoint, write_report
 
 from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
 from .ct_samples import make_ct, write_dicom

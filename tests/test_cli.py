@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from diffvp import cli, reporting
+from diffvp import cli
+from diffvp.inference import report as reporting
 
 from .ct_samples import make_ct, write_dicom
 

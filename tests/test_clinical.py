@@ -24,12 +24,13 @@ from fhir.resources.R4B.observation import Observation
 from pydicom.uid import generate_uid
 from typer.testing import CliRunner
 
-from diffvp import cli, reporting
+from diffvp import cli
 from diffvp.clinical import codes
 from diffvp.clinical.fhir import diagnostic_report
 from diffvp.clinical.objects import MAP_FILE, SR_FILE, dicom_objects, write_objects
 from diffvp.clinical.source import read_source, values_as_they_are
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from diffvp.inference import report as reporting
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTReadError
 

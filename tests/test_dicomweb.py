@@ -10,9 +10,10 @@ import pytest
 from pydicom.uid import generate_uid
 from typer.testing import CliRunner
 
-from diffvp import cli, reporting
+from diffvp import cli
 from diffvp.clinical import dicomweb
 from diffvp.clinical.dicomweb import DicomWebError, retrieve, store
+from diffvp.inference import report as reporting
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTReadError
 

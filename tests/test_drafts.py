@@ -13,11 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.data.load import load_dataset_cases
 from diffvp.drafts_diffvp import CONTEXT, START, ReportDrafts, decode
-from diffvp.engines import TransformersEngine
 from diffvp.hub.drafts import phantom_drafts
+from diffvp.inference.engines import TransformersEngine
+from diffvp.inference.report import greedy
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
-from diffvp.reporting import greedy
 from diffvp.storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from diffvp.tests.base_families import FAMILIES, TINY_FIELDS, write_base
 from diffvp.training.config import read_settings

@@ -140,9 +140,9 @@ def test_wheel_carries_the_licence(wheel_members):
 
 CORE = (
     "cli",
-    "reporting",
+    "inference.report",
+    "inference.batch",
     "data.phantom_cohort",
-    "hub.batch",
     "hub.push",
     "references_diffvp",
 )  # what the small install runs

@@ -13,7 +13,8 @@ from transformers import TextIteratorStreamer, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.generation.streamers import BaseStreamer
 
-from diffvp import pipeline_diffvp, reporting
+from diffvp import pipeline_diffvp
+from diffvp.inference import report as reporting
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor

@@ -15,8 +15,8 @@ import psutil
 import ray
 
 from diffvp.hub import batch
-from diffvp.hub.batch import BatchError, ReportWriter, list_scans
-from diffvp.hub.batch_ray import Resources, write_reports
+from diffvp.inference.batch import BatchError, ReportWriter, list_scans
+from diffvp.inference.ray import Resources, write_reports
 
 from .batch_samples import read_lines, write_checkpoint, write_cohort
 

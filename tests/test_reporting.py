@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffvp import figures, reporting
+from diffvp.inference import figure as figures
+from diffvp.inference import report as reporting
+from diffvp.inference.report import ReportError, load_checkpoint, write_report
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import index_references
-from diffvp.reporting import ReportError, load_checkpoint, write_report
 from diffvp.volume_diffvp import CTInputError
 
 from .ct_samples import make_ct, write_dicom

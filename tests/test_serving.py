@@ -25,7 +25,7 @@ import httpx
 from typer.testing import CliRunner
 
 from diffvp import cli, scratch
-from diffvp.hub.batch import ReportWriter
+from diffvp.inference.batch import ReportWriter
 from diffvp.service.app import Problem, Report, build_app, is_loopback
 from diffvp.service.jobs import FOLDER, Limits, ReportQueue
 

@@ -20,7 +20,7 @@ from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.experiments import evaluate as evaluate_module
 from diffvp.experiments.evaluate import evaluate, phantom_set
-from diffvp.reporting import load_checkpoint
+from diffvp.inference.report import load_checkpoint
 
 NEW_TOKENS = 24
 
@@ -36,7 +36,7 @@ def scan(tmp_path_factory):
 
 def test_loading_warns_of_nothing():
     """In a process of its own, as a script of a user sees it, without progress bars."""
-    code = f"from diffvp.reporting import load_checkpoint; load_checkpoint({str(SHIPPED_CHECKPOINT)!r})"
+    code = f"from diffvp.inference.report import load_checkpoint; load_checkpoint({str(SHIPPED_CHECKPOINT)!r})"
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning", "TQDM_DISABLE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True

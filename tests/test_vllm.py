@@ -15,12 +15,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
-from diffvp import reporting
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.data.phantom_cohort import single_phantom
-from diffvp.engines import EngineError
-from diffvp.hub.batch import ReportWriter, list_scans, write_reports
-from diffvp.reporting import write_report
+from diffvp.inference import report as reporting
+from diffvp.inference.batch import ReportWriter, list_scans, write_reports
+from diffvp.inference.engines import EngineError
+from diffvp.inference.report import write_report
 
 from .batch_samples import read_lines
 

@@ -84,7 +84,7 @@ def test_a_sentence_names_the_remedy(command, place, monkeypatch):
 def test_at_once(command, place):
     """Within 3 s beyond what importing the libraries takes, which is the machine's."""
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import diffvp.train_accelerate, diffvp.reporting"], check=True)
+    subprocess.run([sys.executable, "-c", "import diffvp.train_accelerate, diffvp.inference.report"], check=True)
     libraries = time.monotonic() - start
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "diffvp.cli", *command.split()], capture_output=True, text=True)

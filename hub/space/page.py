@@ -18,8 +18,8 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ...figures import PLANES
-from ...reporting import EXPECTED_ERRORS
+from ...inference.figure import PLANES
+from ...inference.report import EXPECTED_ERRORS
 from ...scratch import make_folder
 from .session import LARGEST, MAX_FILE_BYTES, Desk, Study
 from .upload import Upload, UploadLimit

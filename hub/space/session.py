@@ -31,12 +31,9 @@ import torch
 import torch.nn.functional as F
 
 from ...data.phantom_cohort import single_phantom
-from ...engines import TransformersEngine
-from ...figures import body_mask, peak
-from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
-from ...reading_diffvp import read_ct
-from ...references_diffvp import ReferencePoolError
-from ...reporting import (
+from ...inference.engines import TransformersEngine
+from ...inference.figure import body_mask, peak
+from ...inference.report import (
     DIFFERENCE_MAP,
     REPORT_JSON,
     REPORT_TEXT,
@@ -47,6 +44,9 @@ from ...reporting import (
     load_checkpoint,
     report_page,
 )
+from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
+from ...reading_diffvp import read_ct
+from ...references_diffvp import ReferencePoolError
 from ...volume_diffvp import CTGeometry, CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.

@@ -3,8 +3,8 @@
 """
 How a study looks: slices as images, and the pieces of the page that hold them and the report.
 
-Planes are in radiological convention, as in `figures.py`: the patient's right is on the left of axial and coronal
-images, anterior on the left of sagittal ones. Images travel inside the HTML, so that none is written to disk.
+Planes are in radiological convention, as in `inference/figure.py`: the patient's right is on the left of axial and
+coronal images, anterior on the left of sagittal ones. Images travel inside the HTML, so that none is written to disk.
 """
 
 import base64
@@ -15,9 +15,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...figures import COLORS, EDGES, PLANES, plane
-from ...figures import WINDOWS as FIGURE_WINDOWS
-from ...reporting import RESEARCH_USE
+from ...inference.figure import COLORS, EDGES, PLANES, plane
+from ...inference.figure import WINDOWS as FIGURE_WINDOWS
+from ...inference.report import RESEARCH_USE
 from .session import LARGEST, MAX_FILE_BYTES, Study
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
@@ -71,7 +71,7 @@ def slice_image(
     One slice as RGB (rows, columns, 3), square pixels of `PIXEL_MM`, with the letters of its sides.
 
     Args:
-        name: of the plane, see [`figures.plane`]; `index` counts as there.
+        name: of the plane, see [`inference.figure.plane`]; `index` counts as there.
         reference: show the reference instead of the target.
         opacity: of the difference map where it is largest.
     """

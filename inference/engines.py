@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 from transformers.generation import BaseStreamer
 
-from .drafts_diffvp import decode
-from .pipeline_diffvp import end_tokens
+from ..drafts_diffvp import decode
+from ..pipeline_diffvp import end_tokens
 
 # Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
 PLAIN = {

@@ -3,7 +3,7 @@
 """
 `diffvp batch` on many machines, as a pipeline of Ray Data. Needs the extra `ray`.
 
-    python -m diffvp.hub.batch_ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --readers 40
+    python -m diffvp.inference.ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --readers 40
 
 1. Tasks on CPUs read and resample the scans: `--readers` of them at a time, on whichever node has a core.
 2. Actors, one for each GPU, encode and decode them; each holds the model, its engine and the references that it has

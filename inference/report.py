@@ -29,18 +29,16 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from . import __version__
-from .anatomy_diffvp import MIN_VOLUME, anatomy_warnings
-from .bases_diffvp import locate_base_model, public_name
-from .checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
-from .data.cache import preprocessing
-from .data.phantom_report import labels_from_report
-from .encoders_diffvp import DiffVPEncoderError
-from .engines import Engine, EngineError, TransformersEngine
-from .figures import draw_figure, to_hu
-from .metrics.consistency import report_consistency
-from .modeling_diffvp import DiffVPForConditionalGeneration
-from .pipeline_diffvp import (
+from .. import __version__
+from ..anatomy_diffvp import MIN_VOLUME, anatomy_warnings
+from ..bases_diffvp import locate_base_model, public_name
+from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
+from ..data.cache import preprocessing
+from ..data.phantom_report import labels_from_report
+from ..encoders_diffvp import DiffVPEncoderError
+from ..metrics.consistency import report_consistency
+from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..pipeline_diffvp import (
     GIVEN_REFERENCE,
     MAX_NEW_TOKENS,
     RESEARCH_USE,
@@ -48,11 +46,13 @@ from .pipeline_diffvp import (
     describe_text,
     end_tokens,
 )
-from .processing_diffvp import DiffVPProcessor
-from .reading_diffvp import CTMetadata, read_ct
-from .references_diffvp import ReferencePoolError
-from .storage_diffvp import WEIGHTS_NAME, digest
-from .volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
+from ..processing_diffvp import DiffVPProcessor
+from ..reading_diffvp import CTMetadata, read_ct
+from ..references_diffvp import ReferencePoolError
+from ..storage_diffvp import WEIGHTS_NAME, digest
+from ..volume_diffvp import GIVEN, STATED, CTGeometry, CTInputError, CTVolume
+from .engines import Engine, EngineError, TransformersEngine
+from .figure import draw_figure, to_hu
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
 DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"

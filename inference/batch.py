@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports of many scans (`diffvp batch`), on one machine here and on many in `batch_ray.py`.
+Reports of many scans (`diffvp batch`), on one machine here and on many in `ray.py`.
 
     reports.jsonl           line 1: what writes the reports; then a line for each scan
     reports.failed.jsonl    scans that could not be read in the last run, and why
@@ -32,12 +32,12 @@ from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.scans import find_scans
 from ..data.table import PATH_COLUMNS
-from ..engines import load_engine
 from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
-from ..reporting import greedy, identify_model, library_versions, load_checkpoint, public_fields
 from ..volume_diffvp import CTInputError
+from .engines import load_engine
+from .report import greedy, identify_model, library_versions, load_checkpoint, public_fields
 
 # Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
 # 1,024 voxel tokens each takes 2 MB.
