@@ -3,7 +3,7 @@
 """
 Build the package; its settings are in pyproject.toml.
 
-A checkpoint carries the code that loads it. In this repository that code has one source, the files `*_diffvp.py` at the
+A checkpoint carries the code that loads it. Here that code has one source, the files `*_diffvp.py` at the
 root: building or installing the package copies them into the checkpoint that ships, and so does a run of the tests.
 """
 
@@ -19,7 +19,7 @@ CHECKPOINT = ROOT / "checkpoints" / "diffvp-phantom"
 
 
 def copy_code() -> None:
-    """Copy the code and the endpoint's files into the checkpoint that ships; remove code that has no source any more."""
+    """Copy the code and the endpoint's files into the shipped checkpoint; remove code that has no source any more."""
     sources = {path.name: path for path in ROOT.glob("*_diffvp.py")}
     sources |= {"handler.py": ROOT / "hub/handler.py", "requirements.txt": ROOT / "hub/handler_requirements.txt"}
     for path in CHECKPOINT.glob("*_diffvp.py"):
