@@ -20,7 +20,7 @@ from .clinical_efficacy import averages, label_counts
 from .clinical_efficacy.reports import Labeler, label_reports
 from .consistency import contradictions
 from .nlg import check_pairs
-from .statistics import Interval, bootstrap_counts, bootstrap_mean
+from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 RARE = 0.1  # findings of fewer than a tenth of the true reports
 
@@ -92,11 +92,11 @@ def collapse_panel(
     counts = label_counts(predicted, actual)
     distinct = {sentence for report in reports for sentence in sentences(report, split)}
     panel = {
-        "distinct_reports": _value(len({_words(report) for report in reports}) / n),
-        "distinct_sentences": _value(len(distinct) / n),
-        "commonest_report": _value(Counter(map(_words, reports)).most_common(1)[0][1] / n),
+        "distinct_reports": value_entry(len({_words(report) for report in reports}) / n),
+        "distinct_sentences": value_entry(len(distinct) / n),
+        "commonest_report": value_entry(Counter(map(_words, reports)).most_common(1)[0][1] / n),
         "normal_reports": _mean(~predicted.astype(bool).any(axis=1)),
-        "normal_regions": _value(None) if split is None else _normal_regions(reports, labeler, split),
+        "normal_regions": value_entry(None) if split is None else _normal_regions(reports, labeler, split),
     }
     rare = rare_findings(actual)
     of_rare = counts[..., rare]
@@ -107,9 +107,9 @@ def collapse_panel(
             return np.where(sums[..., 2, :].sum(-1) > 0, averages(sums)["micro"][..., 1], np.nan)
 
         interval = bootstrap_counts(of_rare, recall) if n > 1 else None
-        panel["rare_recall"] = _value(float(recall(of_rare.sum(axis=0)[None])[0]), interval)
+        panel["rare_recall"] = value_entry(float(recall(of_rare.sum(axis=0)[None])[0]), interval)
     else:
-        panel["rare_recall"] = _value(None)
+        panel["rare_recall"] = value_entry(None)
     contradicting = {report: bool(contradictions(report)) for report in set(reports)}
     panel["contradicting_reports"] = _mean([contradicting[report] for report in reports])
     return panel
@@ -121,7 +121,7 @@ def _normal_regions(reports: Sequence[str], labeler: Labeler, split: Callable[[s
     # Few texts of regions are different: each is read once.
     known = sorted({text for texts in parts for text in texts})
     if not known:
-        return _value(None)
+        return value_entry(None)
     normal = dict(zip(known, ~label_reports(labeler, known).astype(bool).any(axis=1), strict=True))
     counts = np.array([[sum(bool(normal[text]) for text in texts), len(texts)] for texts in parts])
 
@@ -129,7 +129,7 @@ def _normal_regions(reports: Sequence[str], labeler: Labeler, split: Callable[[s
         return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
 
     interval = bootstrap_counts(counts, share) if len(counts) > 1 else None
-    return _value(float(share(counts.sum(axis=0)[None].astype(float))[0]), interval)
+    return value_entry(float(share(counts.sum(axis=0)[None].astype(float))[0]), interval)
 
 
 def _words(report: str) -> str:
@@ -138,8 +138,4 @@ def _words(report: str) -> str:
 
 def _mean(values: ArrayLike) -> dict:
     values = np.asarray(values, dtype=float)
-    return _value(float(values.mean()), bootstrap_mean(values) if len(values) > 1 else None)
-
-
-def _value(value: float | None, interval: Interval | None = None) -> dict:
-    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
+    return value_entry(float(values.mean()), bootstrap_mean(values) if len(values) > 1 else None)

@@ -36,7 +36,7 @@ from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .report_files import read_rows, rows_by_scan
-from .statistics import Interval, bootstrap_counts, bootstrap_mean
+from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
     "diffvp": DiffVPProcessor.post_process,
@@ -298,9 +298,9 @@ def _language(scores: ReportScores) -> dict[str, dict]:
                 if several
                 else None
             )
-            values[name] = _value(float(total[order]), interval)
+            values[name] = value_entry(float(total[order]), interval)
     for name, of in scores.per_report.items():
-        values[name] = _value(float(of.mean()), bootstrap_mean(of) if several else None)
+        values[name] = value_entry(float(of.mean()), bootstrap_mean(of) if several else None)
     return values
 
 
@@ -309,15 +309,10 @@ def _findings(scores: dict) -> dict[str, dict]:
     values = {}
     for column in FINDINGS:
         average, score = column.split()
-        values[column] = _value(scores[average][score], None if intervals is None else intervals[average][score])
+        values[column] = value_entry(scores[average][score], None if intervals is None else intervals[average][score])
     if scores["crg"] is not None:  # undefined where no report, or every one, has a finding
-        values["CRG"] = _value(scores["crg"], None if intervals is None else intervals["crg"])
+        values["CRG"] = value_entry(scores["crg"], None if intervals is None else intervals["crg"])
     return values
-
-
-def _value(value: float, interval: Interval | None) -> dict:
-    """A single report has no interval."""
-    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
 
 
 def _panel_cell(entry: dict) -> str:

@@ -194,36 +194,6 @@ def score_against_reports(
     return finding_scores(predicted, actual, truth="labeler", labeler=name, **options)
 
 
-def score_against_table(
-    ids: Sequence[str],
-    predictions: Sequence[str],
-    table: Mapping[str, ArrayLike],
-    labeler: Labeler,
-    *,
-    labeler_name: str | None = None,
-    **options,
-) -> dict:
-    """
-    `truth:csv`: a labeler reads the generated reports, and the truth of each is the row of its id.
-
-    Args:
-        ids: of the reports, in their order.
-        table: as [`read_label_table`] returns it.
-        labeler_name, options: as of [`score_against_reports`].
-
-    Raises:
-        DatasetError: an id has no row, or is there twice.
-        TypeError: a report is not text.
-        ValueError: the lengths differ, or there are no reports.
-    """
-    if len(ids) != len(predictions):
-        raise ValueError(f"there are {len(ids)} ids and {len(predictions)} predictions")
-    actual = table_labels(table, ids)
-    predicted = label_reports(labeler, predictions, "predictions")
-    name = labeler_name or type(labeler).__name__
-    return finding_scores(predicted, actual, truth="csv", labeler=name, **options)
-
-
 def _intervals(
     counts: NDArray[np.int64], zero_division: float, resamples: int, seed: int, with_crg: bool
 ) -> dict[str, dict[str, Interval] | Interval | None]:

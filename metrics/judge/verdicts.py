@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from ..statistics import bootstrap_mean, holm
+from ..statistics import bootstrap_mean, holm, value_entry
 
 
 class Comparison(NamedTuple):
@@ -56,7 +56,7 @@ def mean_interval(values: NDArray) -> dict:
     if len(values) == 1:
         return {"value": float(values[0]), "interval": None, "n": 1}
     interval = bootstrap_mean(values)
-    return {"value": interval.estimate, "interval": [interval.low, interval.high], "n": len(values)}
+    return {**value_entry(interval.estimate, interval), "n": len(values)}
 
 
 def win_rates(verdicts: Verdicts) -> dict[str, dict]:

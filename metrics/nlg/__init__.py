@@ -5,7 +5,7 @@
 [`score_reports`] computes all of one scorer; [`region_scores`] sees the regions. Definitions: `docs/metrics.md`.
 """
 
-from .bleu import bleu_counts, bleu_from_counts, bleu_signature, sentence_bleu
+from .bleu import bleu_counts, bleu_from_counts, bleu_signature
 from .coco import (
     coco_bleu_counts,
     coco_bleu_from_counts,
@@ -47,6 +47,5 @@ __all__ = [
     "rouge_per_report",
     "rouge_signature",
     "score_reports",
-    "sentence_bleu",
     "split_reg2rg",
 ]

@@ -81,14 +81,3 @@ def bleu_from_counts(counts: ArrayLike) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):  # an empty prediction: the penalty is exp(-infinity)
         brevity = np.minimum(0.0, 1.0 - counts[..., -1:] / counts[..., -2:-1])
     return np.exp(precisions + brevity)
-
-
-def sentence_bleu(prediction: str, reference: str, max_order: int = MAX_ORDER) -> float:
-    """BLEU-`max_order` of one report, between 0 and 1.
-
-    Raises:
-        TypeError, ValueError: see [`bleu_counts`]; also where `max_order` is not 1 to 4.
-    """
-    if not 1 <= max_order <= MAX_ORDER:
-        raise ValueError(f"max_order must be 1 to {MAX_ORDER}, got {max_order}")
-    return float(bleu_from_counts(bleu_counts([prediction], [reference])[0])[max_order - 1])
