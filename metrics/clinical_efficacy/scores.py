@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class LabelScores(TypedDict):
-    """Scores of one label or one average; `predicted` and `support` are its numbers of predicted and true positives."""
+    """Scores of one label or one average; `predicted` and `support` count its predicted and true positives."""
 
     precision: float
     recall: float
@@ -107,7 +107,7 @@ def per_report(counts: ArrayLike, zero_division: float = 0.0) -> NDArray[np.floa
 
 def crg(counts: ArrayLike, reports: int) -> NDArray[np.float64]:
     """
-    CRG of VLM3D, which weights positives by the prevalence: 1 for perfect labels, 1/3 for all positive or all negative.
+    CRG of VLM3D, which weights positives by their rarity: 1 for perfect labels, 1/3 for all positive or all negative.
 
     With X cells (labels times reports) of which A are positive: r = (X - A) / 2A, U = (X - A) / 2, s = r TP - r FN -
     FP, CRG = U / (2U - s).
