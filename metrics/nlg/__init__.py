@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU, METEOR, ROUGE and CIDEr of generated reports: the paper's, over the corpus, and pycocoevalcap's.
+"""BLEU, METEOR, ROUGE and CIDEr of generated reports, with three scorers: the paper's, corpus, and pycocoevalcap's.
 
-[`score_reports`] computes all of one scorer; [`region_scores`] sees the regions. Definitions: `docs/metrics.md`.
+[`score_reports`] computes all scores of one scorer, [`region_scores`] also by region. docs/metrics.md defines them.
 """
 
 from .bleu import bleu_counts, bleu_from_counts, bleu_signature
