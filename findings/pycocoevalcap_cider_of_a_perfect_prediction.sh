@@ -6,8 +6,8 @@
 # Expected: a prediction that equals its only reference gets the full score, 10.
 # Seen: 10 in a set of three different reports. The same pair scored alone gets 0, because each n-gram is in every
 #   reference and each weight is log(1) = 0. So does every case of a set with equal references, such as normal reports.
-#   A report of one word gets at most 2.5, because it has no longer n-grams. Scores of single cases, of subsets ("normal
-#   scans only") and of different test sets are therefore not comparable.
+#   A report of one word gets at most 2.5, because it has no longer n-grams. Scores of single cases, of subsets
+#   ("normal scans only") and of different test sets are therefore not comparable.
 #
 # Exits 1 once that changes.
 set -euo pipefail

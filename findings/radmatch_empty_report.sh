@@ -7,8 +7,8 @@
 #
 # Expected: the case with a nodule costs one missed finding if the report says "No abnormality." or is empty: 0.5
 #   errors per report over the two cases.
-# Seen: 0.5 for the model that writes "No abnormality.", and 0.0 for the one with an empty report. That case has no file
-#   of generated findings and is left out of all means; the summary says n_reports = 1, and an error is logged.
+# Seen: 0.5 for the model that writes "No abnormality.", and 0.0 for the one with an empty report. That case has no
+#   file of generated findings and is left out of all means; the summary says n_reports = 1, and an error is logged.
 #
 # Exits 1 once that changes.
 set -euo pipefail

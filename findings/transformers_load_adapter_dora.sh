@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with peft 0.21.2: model.load_adapter() reads a DoRA adapter without its magnitudes.
 #
-# DoRA learns a magnitude per output row in addition to the LoRA factors. PEFT saves it as `...lora_magnitude_vector` and
-# restores the missing `.default.weight` on loading. load_adapter() of a transformers model renames the saved keys
+# DoRA learns a magnitude per output row in addition to the LoRA factors. PEFT saves it as `...lora_magnitude_vector`
+# and restores the missing `.default.weight` on loading. load_adapter() of a transformers model renames the saved keys
 # itself, to `...lora_magnitude_vector.default`, and finds no parameter of that name.
 #
 # Expected: load_adapter(folder) gives the logits of PeftModel.from_pretrained(base, folder), as it does for LoRA.

@@ -3,9 +3,9 @@
 #
 # Expected: GPT2LMHeadModel.from_pretrained(folder) and GPT2Config.from_pretrained(folder) raise if the folder has no
 #   config.json. AutoConfig does, and so does GPT2Config for a folder that does not exist.
-# Seen: GPT2Config returns the defaults. If the weights have the default sizes, as in any model fine-tuned from the base
-#   model, the model loads without a warning: here a GPT-2 with the activation "relu" is loaded with "gelu_new", and its
-#   logits differ although every weight is correct.
+# Seen: GPT2Config returns the defaults. If the weights have the default sizes, as in any model fine-tuned from the
+#   base model, the model loads without a warning: here a GPT-2 with the activation "relu" is loaded with "gelu_new",
+#   and its logits differ although every weight is correct.
 #
 # Exits 1 once that changes.
 set -euo pipefail

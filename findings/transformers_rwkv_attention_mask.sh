@@ -2,8 +2,8 @@
 # transformers 5.23.0: RwkvForCausalLM accepts an attention_mask and ignores it.
 #
 # Tokenizers return attention_mask, generate() requires it for batches of unequal length, and RWKV's forward has a
-# parameter of that name. A recurrent model needs it: without attention to skip padding, every padding token in front of
-# a prompt changes the state.
+# parameter of that name. A recurrent model needs it: without attention to skip padding, every padding token in front
+# of a prompt changes the state.
 #
 # Expected: the last logits of a left-padded row equal those of the same row alone (as in Mamba, whose layers use the
 #   mask), or an error or a warning that masks are not supported.
