@@ -2,8 +2,8 @@
 # peft 0.21.2: an LN-tuning adapter saved while merged contains the norms of the base model, not the tuned ones.
 #
 # merge_adapter() merges an adapter into the base weights for fast inference and keeps the adapter. A LoRA adapter
-# saved in that state is complete. The weights of LN tuning replace those of the base, so its merge swaps the tuned norm and
-# the base's norm. It does not swap the names under which they are saved.
+# saved in that state is complete. The weights of LN tuning replace those of the base, so its merge swaps the tuned norm
+# and the base's norm. It does not swap the names under which they are saved.
 #
 # Expected: merge_adapter(), save_pretrained(), PeftModel.from_pretrained() return the tuned model, as with LoRA.
 # Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit. The
