@@ -71,7 +71,7 @@ def collapse_panel(
     Returns:
         {measure: {"value", "interval"}}. A value is `None` if the measure is undefined (no rare finding in the truth,
         no regions). An interval is [low, high] at 95 % over reports, or `None` for a single report and for the first
-        three measures, which are no means over reports.
+        three measures, which are not means over reports.
 
         - distinct_reports, distinct_sentences: number of different ones divided by n. The second may exceed 1.
           Both fall as n grows, so compare only sets of the same size.

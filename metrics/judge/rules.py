@@ -6,7 +6,7 @@ Judge reports by rules, without a server, in the three dimensions that can be co
 The labeler finds the findings in the true report and in both others. A report scores one point for each true finding
 
 - that it names (finding_coverage);
-- whose lobes it names as the truth does, or whose sides if there is no lobe (anatomical_specificity);
+- whose place it gives as the truth does: the lobes, or the sides if there are no lobes (anatomical_specificity);
 - whose length is within a quarter of the true one, or whose severity equals the true one (quantification_detail).
 
 The point for the place is divided: two of a finding's three lobes count two thirds. Findings that the truth does not

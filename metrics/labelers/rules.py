@@ -27,8 +27,8 @@ from .markup import plain_text
 RULES_FILE = Path(__file__).with_name("rules.yaml")
 COUNTED = ("positive", "uncertain")  # polarities that set a label
 
-# Each character is replaced by one character, so that positions in the text do not change. "İ" is here because its
-# lower case is longer than itself, unlike that of any other letter.
+# Each character is replaced by one character, so that positions in the text do not change. "İ" is the only letter with
+# a longer lower case.
 _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _FOLD = dict(zip("İ“”„«»‘’‐‑‒–—―−－＋（）：，", 'I"""""\'\'--------+():,', strict=True)) | dict.fromkeys(_SPACES, " ")
 _FOLDED = re.compile(f"[{''.join(_FOLD)}]")  # several times as fast as str.translate, because a report has few of them
