@@ -30,6 +30,7 @@ from diffvp.experiments.scores import micro
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.clinical_efficacy import label_counts
+from diffvp.metrics.markdown import table_lines, with_interval
 from diffvp.metrics.statistics import bootstrap_counts
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
@@ -95,10 +96,7 @@ def prompts_of(
 
 def table(rows: dict[str, dict[str, dict]], truths: dict[str, str | None]) -> list[str]:
     """Each way beside plain decoding, on the cases that both have."""
-    lines = [
-        "| decoding | cases | equal reports | equal findings | micro-F1 | tokens a step | CPU s a report |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for way, written in rows.items():
         names = [name for name in written if name in rows["plain"]]
         same = sum(written[name]["tokens"] == rows["plain"][name]["tokens"] for name in names)
@@ -108,17 +106,16 @@ def table(rows: dict[str, dict[str, dict]], truths: dict[str, str | None]) -> li
             true = [labels_from_report(truths[name]) for name in names]
             counts = label_counts(*(np.array([list(one.values()) for one in of]).astype(int) for of in (labels, true)))
             interval = bootstrap_counts(counts, lambda sums: micro(sums, "f1"))
-            score = f"{interval.estimate:.3f} ({interval.low:.3f}–{interval.high:.3f})"
+            score = with_interval(interval.estimate, (interval.low, interval.high))
         tokens, steps, seconds = (
             [measure(written[name]) for name in names]
             for measure in (lambda one: len(one["tokens"]), lambda one: one["steps"], lambda one: one["seconds"])
         )
         findings = sum(one == other for one, other in zip(labels, plain, strict=True))
-        lines.append(
-            f"| {way} | {len(names)} | {same} | {findings} | {score} | {sum(tokens) / sum(steps):.1f} "
-            f"| {np.median(seconds):.2f} |"
-        )
-    return lines
+        speed = [f"{sum(tokens) / sum(steps):.1f}", f"{np.median(seconds):.2f}"]
+        lines.append([way, str(len(names)), str(same), str(findings), score, *speed])
+    head = ["decoding", "cases", "equal reports", "equal findings", "micro-F1", "tokens a step", "CPU s a report"]
+    return table_lines(head, lines)
 
 
 def main() -> None:

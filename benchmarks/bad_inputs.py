@@ -32,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from diffvp.metrics.markdown import table_lines
+
 READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI", "pydicom", "dicom2nifti", "dcm2niix")
 FORMATS = {
     "diffvp": {"NIfTI", "NRRD", "MetaImage", "DICOM", "zip", "folder"},
@@ -301,25 +303,26 @@ def page(results: dict) -> str:
         "good": "Good files (here, accepting is right)",
     }
     for group, title in titles.items():
-        lines += [f"## {title}", "", f"| reader | cases | {' | '.join(OUTCOMES)} | longest s | most MB |"]
-        lines.append("|---" * (len(OUTCOMES) + 4) + "|")
+        table = []
         for name in readers:
             found = [row["results"][name] for row in rows if row["group"] == group and name in row.get("results", {})]
             counts = Counter(one["outcome"] for one in found)
-            numbers = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
-            worst = f"{max(one['seconds'] for one in found):.2f} | {max(one['mb'] for one in found):.0f}"
-            lines.append(f"| {name} | {len(found)} | {numbers} | {worst} |")
-        lines.append("")
+            numbers = [str(counts[outcome]) for outcome in OUTCOMES]
+            worst = [f"{max(one['seconds'] for one in found):.2f}", f"{max(one['mb'] for one in found):.0f}"]
+            table.append([name, str(len(found)), *numbers, *worst])
+        lines += [f"## {title}", ""]
+        lines += [*table_lines(["reader", "cases", *OUTCOMES, "longest s", "most MB"], table), ""]
     lines += ["## Legitimate files wrongly refused, or read wrong", ""]
-    lines += ["| reader | files | refused | other voxels | read |", "|---|---|---|---|---|"]
+    table = []
     for name in readers:
         found = [row["results"][name]["outcome"] for row in rows
                  if row["group"] == "legitimate" and name in row.get("results", {})]  # fmt: skip
         counts = Counter("refused" if one not in ("accepted", "other voxels") else one for one in found)
         numbers = (len(found), counts["refused"], counts["other voxels"], counts["accepted"])
-        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |" if found else f"| {name} | 0 | - | - | - |")
-    lines.append("")
-    lines += ["## Case by case", "", f"| case | {' | '.join(readers)} |", "|---" * (len(readers) + 1) + "|"]
+        table.append([name, *map(str, numbers)] if found else [name, "0", "-", "-", "-"])
+    lines += [*table_lines(["reader", "files", "refused", "other voxels", "read"], table), ""]
+    lines += ["## Case by case", ""]
+    table = []
     for row in rows:
         cells = []
         for name in readers:
@@ -333,8 +336,8 @@ def page(results: dict) -> str:
             wrong = text == "other voxels" or (text == "accepted") == (row["group"] == "damaged")
             wrong = wrong if row["group"] in ("damaged", "legitimate") else text == "other voxels"
             cells.append((f"**{text}**" if wrong else text) + slow + hungry)
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        table.append([row["name"], *cells])
+    return "\n".join([*lines, *table_lines(["case", *readers], table), ""])
 
 
 def main() -> None:

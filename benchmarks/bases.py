@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from diffvp.bases_diffvp import DiffVPBaseModelError
 from diffvp.benchmarks.round_trip import TRIPS, batch_against_alone, logits, move_adapter, round_trip
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.tests.base_families import (
     FAMILIES,
@@ -86,8 +87,7 @@ def measure(name: str, folder: Path) -> dict[str, float | str]:
 
 def table(families: dict[str, dict]) -> str:
     """Measured families, and below them those that are refused."""
-    lines = [f"| base | architecture | {' | '.join((BATCH, *TRIPS))} |", "|---" * (len(TRIPS) + 3) + "|"]
-    refusals = []
+    rows, refusals = [], []
     for name, row in families.items():
         cells = []
         for trip in (BATCH, *TRIPS) if "refused" not in row else ():
@@ -98,9 +98,10 @@ def table(families: dict[str, dict]) -> str:
                 figure = f"{row[trip]:.0e}" if row[trip] else "0"
                 cells.append(figure if row[trip] <= LIMIT else f"**{figure}**")
         if cells:
-            lines.append(f"| {name} | {row['architecture']} | {' | '.join(cells)} |")
+            rows.append([name, row["architecture"], *cells])
         else:
             refusals.append(f"- {name} ({row['architecture']}): {row['refused']}")
+    lines = table_lines(["base", "architecture", BATCH, *TRIPS], rows)
     return "\n".join([*lines, "", "Refused:", "", *refusals, ""])
 
 

@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffvp.bases_diffvp import locate_base_model
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
+from diffvp.metrics.markdown import table_lines
 from diffvp.pipeline_diffvp import end_tokens
 
 HERE = Path(__file__).resolve().parents[1]
@@ -173,19 +174,22 @@ def page(results: dict) -> str:
         f"`python benchmarks/before.py` on {results['machine']}, {results['threads']} thread(s) of torch, load "
         f"{results['load']:.1f}. Medians; ratios are medians over the rounds. The CPU's seconds do not depend on what "
         "else the machine does, the clock's do.",
-        "", "| | rounds | s | CPU s | MB |", "|---|---|---|---|---|",
+        "",
     ]  # fmt: skip
+    table = []
     for name, rows in found.items():
         memory = f"{median(rows, 'MB'):.0f}" if "MB" in rows[0] else ""
-        lines.append(f"| {name} | {len(rows)} | {median(rows, 's'):.3g} | {median(rows, 'CPU s'):.3g} | {memory} |")
-    lines += ["", "| this build over the one before | s | CPU s | MB |", "|---|---|---|---|"]
+        table.append([name, str(len(rows)), f"{median(rows, 's'):.3g}", f"{median(rows, 'CPU s'):.3g}", memory])
+    lines += [*table_lines(["", "rounds", "s", "CPU s", "MB"], table), ""]
+    table = []
     for what in ("report", "first token", "demo"):
         values = [f"{ratio(found, f'{what}, this', f'{what}, before', key):.2f}" for key in ("s", "CPU s", "MB")]
-        lines.append(f"| {what} | {' | '.join(values)} |")
+        table.append([what, *values])
     for what in ("a token, one report", f"a token, {BATCH} reports"):
         values = [f"{ratio(found, f'{what}, drafts', f'{what}, plain', key):.2f}" for key in ("s", "CPU s")]
-        lines.append(f"| {what} | {' | '.join(values)} | |")
+        table.append([what, *values, ""])
     lines += [
+        *table_lines(["this build over the one before", "s", "CPU s", "MB"], table),
         "",
         f"- The same words: `diffvp report` {results['same_report']}; one report and a batch in this process "
         f"{', '.join(map(str, results['same_tokens']))}.",

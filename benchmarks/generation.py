@@ -31,6 +31,7 @@ from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.inference.batch import ReportWriter
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
+from diffvp.metrics.markdown import table_lines
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 BATCH = 8
@@ -166,11 +167,14 @@ def page(results: dict) -> str:
         f"`python benchmarks/generation.py --rounds {results['rounds']}` on {results['machine']}, with the",
         f"checkpoint that ships (SmolLM2-135M, float32) and {results['tokens']} new tokens. What is compared is in",
         "the script.", "",
-        "| | median s |", "|---|---|",
     ]  # fmt: skip
-    for part in (vision, decoding, processes):
-        lines += [f"| {name} | {statistics.median(times):.3g} |" for name, times in part["times"].items()]
+    rows = [
+        [name, f"{statistics.median(times):.3g}"]
+        for part in (vision, decoding, processes)
+        for name, times in part["times"].items()
+    ]
     lines += [
+        *table_lines(["", "median s"], rows),
         "",
         f"- Encoding for a report with the reference's features cached, over both encoded: {vision['ratio']:.2f}; "
         f"same tokens: {_yes(vision['same_tokens'])}.",

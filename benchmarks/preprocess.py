@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from diffvp.metrics.markdown import table_lines
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import resample
 
@@ -340,11 +341,11 @@ def page(results: dict) -> str:
         "over the interleaved rounds, against diffvp in the same round.", "",
     ]  # fmt: skip
     for name, rows in results["shapes"].items():
-        lines += [f"## {name}", "", "| pipeline | median s | times diffvp | peak MB |", "|---|---|---|---|"]
+        table = []
         for pipeline, row in rows.items():
             memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"
-            lines.append(f"| {pipeline} | {row['median_s']:.3f} | {row['ratio']:.2f} | {memory} |")
-        lines.append("")
+            table.append([pipeline, f"{row['median_s']:.3f}", f"{row['ratio']:.2f}", memory])
+        lines += [f"## {name}", "", *table_lines(["pipeline", "median s", "times diffvp", "peak MB"], table), ""]
     lines += [
         "- Peak memory is of reading and resampling with torch; `DiffVPImageProcessor` imports transformers, too.",
         f"- Largest difference to MONAI's chain with one interpolation: {results['max_difference']:.2g}.",

@@ -25,6 +25,7 @@ from pathlib import Path
 from generation import CHECKPOINT, phantoms
 from rich.progress import track
 
+from diffvp.metrics.markdown import table_lines
 from diffvp.tests.serving import Outcome, Server, ask
 
 MAX_DRIFT_MB = 50
@@ -85,14 +86,21 @@ def single(server: Server, scans: list[Path]) -> dict:
 
 def page(results: dict) -> str:
     gain, long, alone = results["gain"], results["load"], results["single"]
+    speeds = [
+        ("a client alone", alone["p50"], alone["p95"], 1 / alone["p50"]),
+        (
+            f"{long['clients']} clients, {long['requests']} requests",
+            long["p50"],
+            long["p95"],
+            long["reports_per_second"],
+        ),
+    ]
+    rows = [[name, *(f"{value:.2f}" for value in values)] for name, *values in speeds]
     lines = [
         "# Reports over HTTP", "",
         f"`{results['command']}` on {results['machine']}, with the checkpoint that",
         f"ships (SmolLM2-135M, float32), phantoms, and at most {results['tokens']} new tokens a report.", "",
-        "| | p50, s | p95, s | reports/s |", "|---|---|---|---|",
-        f"| a client alone | {alone['p50']:.2f} | {alone['p95']:.2f} | {1 / alone['p50']:.2f} |",
-        f"| {long['clients']} clients, {long['requests']} requests | {long['p50']:.2f} | {long['p95']:.2f} | "
-        f"{long['reports_per_second']:.2f} |", "",
+        *table_lines(["", "p50, s", "p95, s", "reports/s"], rows), "",
         f"- {gain['requests']} requests of {results['clients']} clients, written together over one by one: "
         f"**{gain['ratio']:.2f}** times as many reports a second (goal {MIN_RATIO}); the same report for "
         f"{gain['same_reports']} of {gain['requests']} scans.",

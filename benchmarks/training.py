@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import Case
+from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor
 from diffvp.training.cohort import Features
@@ -168,12 +169,12 @@ def main() -> None:
         "llm_step_ratio": ratio("LLM step, padded to 2,048", "ours"),
         "cache_hit_ratio": ratio("decode and encode a scan", "cache hit"),
     }
-    rows = [f"| {name} | {value:.4g} |" for name, value in results["median_s"].items()]
+    rows = [[name, f"{value:.4g}"] for name, value in results["median_s"].items()]
     page = "\n".join([
         "# A training step of report generation", "",
         f"`python benchmarks/training.py --rounds {options.rounds}` on {results['machine']}; what is compared is in",
         "the script. Scans of 512 x 512 x 300 voxels, reports of 300 tokens, batches of 1.", "",
-        "| | median s |", "|---|---|", *rows, "",
+        *table_lines(["", "median s"], rows), "",
         f"- Samples per second, ours over the other loop: {results['samples_per_s_ratio']:.1f}.",
         f"- The step of the LLM alone, padded to the report against 2,048: {results['llm_step_ratio']:.1f}.",
         f"- A cache hit against decoding (our reader) and encoding: {results['cache_hit_ratio']:.0f}.", "",

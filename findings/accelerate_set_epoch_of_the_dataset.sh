@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# accelerate 1.15.0: whether a dataset is told the epoch depends on the number of processes.
+# accelerate 1.15.0: set_epoch() of a dataset is called with one process, but not with two.
 #
-# A prepared DataLoader has set_epoch(), which hands the epoch on to samplers and to a dataset that has set_epoch() of
-# its own (to choose augmentations or negatives, say). The dataset is told only if no sampler was found two levels
-# down, and with several processes there is one: the batch sampler is wrapped in another that shares it out.
+# A prepared DataLoader has set_epoch(), which passes the epoch to samplers and to a dataset with a set_epoch() of its
+# own (for example, to choose augmentations or negatives). It calls the dataset only if it finds no sampler two levels
+# down. With several processes it finds one, because the batch sampler is wrapped to divide the batches.
 #
-# Expected: after set_epoch(2) each process's dataset knows epoch 2, whatever the number of processes and the sampler.
+# Expected: after set_epoch(2) each process's dataset knows epoch 2, for any number of processes and any sampler.
 # Seen, with use_seedable_sampler=True (the default of the transformers Trainer) and shuffle=True:
-#   1 process: 2.   2 processes: never told.   2 processes without the seedable sampler: 2.
-#   Augmentations that vary by epoch on one device are those of the first epoch for ever on two. No warning.
+#   1 process: 2.   2 processes: never called.   2 processes without the seedable sampler: 2.
+#   Augmentations that vary by epoch on one device stay those of the first epoch on two. No warning.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# dcm2niix 1.0.20260724: a slice turned by 0.0002 rad is left out, and the volume shows its neighbours' mean there.
+# dcm2niix 1.0.20260724: a slice rotated by 0.0002 rad is replaced by the mean of its neighbours.
 #
-# ImageOrientationPatient stands in each slice, as decimal text. 0.0002 rad is a hundredth of a degree, or 0.05 mm at
+# Each slice has its ImageOrientationPatient, as decimal text. 0.0002 rad is a hundredth of a degree, or 0.05 mm at
 # the edge of a 500 mm field of view.
 #
-# Expected: one volume of six slices, slice 4 as stored; or, if six slices are too unequal for that, no volume.
-# Seen: one volume for 0.0001. For 0.0002 three files: slice 4 alone, the five others, and an "_Eq_1" volume in which
-#   the gap is filled by interpolation. Slice 4 is 1000 all over, its neighbours 0; the six-slice volume is 0 all over:
-#   a lesion of that slice is gone from the one file that looks complete. Messages are printed, the exit status is 0.
+# Expected: one volume of six slices with slice 4 as stored, or no volume if the slices do not fit together.
+# Seen: one volume for 0.0001. For 0.0002 three files: slice 4 alone, the other five, and an "_Eq_1" volume in which
+#   the gap is interpolated. Slice 4 is 1000 everywhere and its neighbours are 0; the six-slice volume is 0 everywhere,
+#   so a lesion in that slice is missing from the only file that looks complete. Messages are printed; exit status 0.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# dicomweb-client 0.61.2: an object that is stored again after a 503 is sent empty, and counts as stored.
+# dicomweb-client 0.61.2: an object that is sent again after a 503 is sent empty, and counts as stored.
 #
-# store_instances() sends what is larger than 1 MB in chunks, from a generator, and repeats a request that the server
-# answered with 503 or another passing error. The generator is made once and outside of what is repeated: the second
-# request has no body. A server that answers it with 200 ends the call as any other.
+# store_instances() sends objects above 1 MB in chunks, from a generator, and repeats a request after a 503 or another
+# temporary error. The generator is created only once, before the first request, so the second request has no body. If
+# the server answers it with 200, the call succeeds.
 #
-# Expected: the second request carries the object as the first did.
-# Seen: 3,000,000 bytes and more, then 0; no error, no warning. An object below 1 MB is sent whole both times.
-#   In a PACS that is busy for a moment, the structured report arrives and the large map beside it does not.
+# Expected: the second request contains the object as the first did.
+# Seen: 3,000,000 bytes and more, then 0; no error, no warning. An object below 1 MB is sent completely both times.
+#   If a PACS is busy for a moment, the structured report arrives and the large parametric map does not.
 #
 # Exits 1 once that changes.
 set -euo pipefail
@@ -28,7 +28,7 @@ sizes = []
 
 
 class Busy(http.server.BaseHTTPRequestHandler):
-    """503 to the first request, 200 to the others; notes how much came."""
+    """Answer 503 to the first request and 200 to the others; record the sizes of the bodies."""
 
     protocol_version = "HTTP/1.1"
 

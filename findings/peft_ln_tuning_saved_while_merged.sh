@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# peft 0.21.2: an LN-tuning adapter saved while it is merged holds the base model's norms, not the tuned ones.
+# peft 0.21.2: an LN-tuning adapter saved while merged contains the norms of the base model, not the tuned ones.
 #
-# merge_adapter() folds an adapter into the base weights for fast inference and keeps it: a LoRA adapter saved in that
-# state is the trained one. LN tuning has nothing to fold (its weights replace the base's), so its merge lets the tuned
-# norm and the base's norm change places. The names under which they are saved do not change places with them.
+# merge_adapter() merges an adapter into the base weights for fast inference and keeps the adapter. A LoRA adapter
+# saved in that state is complete. The weights of LN tuning replace those of the base, so its merge swaps the tuned norm
+# and the base's norm. It does not swap the names under which they are saved.
 #
-# Expected: merge_adapter(), save_pretrained(), PeftModel.from_pretrained() give back the tuned model, as with LoRA.
-# Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit; what
-#   was trained is lost without a word.
+# Expected: merge_adapter(), save_pretrained(), PeftModel.from_pretrained() return the tuned model, as with LoRA.
+# Seen: for LoRA they do (difference 0). For LN tuning the reloaded model equals the *untuned* base bit for bit. The
+#   trained weights are lost without a warning.
 #
 # Exits 1 once that changes.
 set -euo pipefail

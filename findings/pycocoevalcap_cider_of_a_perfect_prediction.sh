@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# pycocoevalcap 1.2: CIDEr of a prediction equal to its reference can be 0, 2.5 or 10, depending on its neighbours.
+# pycocoevalcap 1.2: CIDEr of a prediction equal to its reference is 0, 2.5 or 10, depending on the other references.
 #
-# CIDEr weighs n-grams by how few of the *scored set's* references contain them, and is the mean over n = 1 to 4.
+# CIDEr weights n-grams by their rarity in the references of the *scored set*, and is the mean over n = 1 to 4.
 #
 # Expected: a prediction that equals its only reference gets the full score, 10.
-# Seen: 10 in a set of three different reports. The same pair scored alone gets 0 (each n-gram is in every reference,
-#   so each weight is log(1) = 0), and so does every case of a set whose references are alike, as normal ones can be.
-#   A report of one word gets at most 2.5, for it has no longer n-grams. So scores of single cases, of subsets ("normal
-#   scans only") or of another test set cannot be set beside each other.
+# Seen: 10 in a set of three different reports. The same pair scored alone gets 0, because each n-gram is in every
+#   reference and each weight is log(1) = 0. So does every case of a set with equal references, such as normal reports.
+#   A report of one word gets at most 2.5, because it has no longer n-grams. Scores of single cases, of subsets
+#   ("normal scans only") and of different test sets are therefore not comparable.
 #
 # Exits 1 once that changes.
 set -euo pipefail

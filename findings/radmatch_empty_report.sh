@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# radmatch 0.2.2: a model that writes nothing where it is unsure has fewer errors per report than one that tries.
+# radmatch 0.2.2: a model that writes an empty report has fewer errors per report than one that writes a wrong one.
 #
-# RadMatch counts the errors of generated reports that need action: a missed finding is one. A language model takes the
-# findings out of each report; here a server of the script stands for it ("A nodule of 12 mm." is a finding, "No
-# abnormality." has none), so that nothing is left to chance.
+# RadMatch counts actionable errors of generated reports, such as a missed finding. A language model extracts the
+# findings of each report. Here a server in the script replaces it to make the result deterministic: "A nodule of
+# 12 mm." has one finding, "No abnormality." has none.
 #
-# Expected: a case with a nodule costs one missed finding, whether the report says "No abnormality." or nothing at all:
-#   0.5 errors per report over the two cases.
-# Seen: 0.5 for the model that writes "No abnormality.". For the one whose report is empty 0.0: the case has no file of
-#   generated findings and takes part in no mean; the summary says n_reports = 1, and an error is logged on the way.
+# Expected: the case with a nodule costs one missed finding if the report says "No abnormality." or is empty: 0.5
+#   errors per report over the two cases.
+# Seen: 0.5 for the model that writes "No abnormality.", and 0.0 for the one with an empty report. That case has no
+#   file of generated findings and is left out of all means; the summary says n_reports = 1, and an error is logged.
 #
 # Exits 1 once that changes.
 set -euo pipefail

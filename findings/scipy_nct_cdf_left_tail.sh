@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# scipy 1.17.1: stats.nct.cdf is NaN, or larger than at a point further right, left of zero when nc is large.
+# scipy 1.17.1: stats.nct.cdf left of zero is NaN, or larger than further right, if nc is large.
 #
-# A noncentral t variable T is (Z + nc) / sqrt(V / df). So P(T < 0) = Phi(-nc), whatever df is, and P(T < t) for t < 0
-# is smaller still. The power of a t-test against both sides, cdf(-t) + sf(t), needs this tail.
+# A noncentral t variable T is (Z + nc) / sqrt(V / df). So P(T < 0) = Phi(-nc) for any df, and P(T < t) for t < 0 is
+# even smaller. The power of a two-sided t-test, cdf(-t) + sf(t), needs this tail.
 #
-# Expected: for nc = 24 a number of at most Phi(-24) = 1.4e-127 (or 0.0), and a cdf that never falls from left to
-#   right.
+# Expected: for nc = 24 a number of at most Phi(-24) = 1.4e-127 (or 0.0), and a cdf that never decreases.
 # Seen (df = 5, nc = 24):  cdf(-5) = 1.6e-33,  cdf(-2.5) = nan,  cdf(0) = 1.4e-127,  sf(-2.5) = 1.0
-#   The error is nothing in absolute size, but the NaN goes through every sum: the power of a sure test becomes NaN.
-#   For the left tail, 1 - sf is right to about 1e-16 where cdf is not a number.
+#   The absolute error is negligible, but the NaN propagates: the power of a test that is certain becomes NaN. For the
+#   left tail, 1 - sf is correct to about 1e-16 where cdf is NaN.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7: in an Enhanced CT file the rescale of the first frame is applied to all frames.
 #
-# An Enhanced CT holds its slices as frames of one file. RescaleSlope and RescaleIntercept stand in the Pixel Value
-# Transformation macro, which may be given once for all frames or for each frame.
+# An Enhanced CT stores its slices as frames of one file. RescaleSlope and RescaleIntercept are in the Pixel Value
+# Transformation macro, given once for all frames or for each frame.
 #
 # Expected: each frame in HU by its own values: stored 1000 with intercepts -1000, -1100, -1200 gives 0, -100, -200.
-# Seen: 0, 0, 0. No error or warning. The position of the frames, which stands in the same per-frame sequence, is used
-#   (spacing 2 mm). With pydicom 3.0.2 the right values can be computed frame by frame.
+# Seen: 0, 0, 0. No error or warning. The positions of the frames, from the same per-frame sequence, are used (spacing
+#   2 mm). With pydicom 3.0.2 the correct values can be computed frame by frame.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SimpleITK 2.5.7: a 4-D NRRD in "right-anterior-superior-time" is read as if it were left-posterior-superior.
 #
-# NRRD names the directions of its coordinates: `space: right-anterior-superior` in 3-D, and with `-time` for a series
-# of volumes. ITK's coordinates are left-posterior-superior, so its NRRD reader turns RAS round. With time it does not.
+# NRRD names the directions of its coordinates: `space: right-anterior-superior` in 3-D, with `-time` for a series of
+# volumes. ITK's coordinates are left-posterior-superior, so its NRRD reader converts RAS, but not RAS-time.
 #
-# Expected: the same origin and directions in the first three axes, whether the volume stands alone or in a series.
-# Seen: origin (10, 20, 30) and axes (1, 1, 1) in RAS are read as (-10, -20, 30) and (-1, -1, 1), which is right. In
-#   RAS-time they are read as (10, 20, 30) and (1, 1, 1): left is right and front is back, without an error or warning.
-#   SimpleITK's own 4-D files bear no `space` at all, so nobody else can tell which way round they are.
+# Expected: the same origin and directions of the first three axes for a single volume and for a series.
+# Seen: origin (10, 20, 30) and axes (1, 1, 1) in RAS are read as (-10, -20, 30) and (-1, -1, 1), which is correct. In
+#   RAS-time they are read as (10, 20, 30) and (1, 1, 1): left and right, and front and back, are swapped, without an
+#   error or warning. SimpleITK's own 4-D files have no `space`, so other readers cannot know their orientation.
 #
 # Exits 1 once that changes.
 set -euo pipefail

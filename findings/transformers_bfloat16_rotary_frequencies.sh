@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# transformers 5.23.0, torch 2.13.0: model.bfloat16() is not the model that its own bfloat16 checkpoint loads as.
+# transformers 5.23.0, torch 2.13.0: model.bfloat16() differs from the model loaded from its own bfloat16 checkpoint.
 #
 # Rotary embeddings keep their frequencies in a buffer that is not saved. Module.bfloat16() and Module.to(dtype) cast
-# all floating-point buffers, this one too; from_pretrained() makes it anew in float32.
+# all floating-point buffers, including this one; from_pretrained() creates it in float32.
 #
-# Expected: cast, save, load: all weights are equal and have the same dtype, so the logits are equal. A comparison of
-#   state_dict() says that nothing differs.
-# Seen: the logits differ. The cast model turns a distance of d tokens by d * 0.31641 where the loaded one turns it by
-#   d * 0.31623, and so for each frequency: the error grows with the length. With the loaded model's buffer cast by
-#   hand, the logits are equal bit for bit. The loaded model is the better one; the cast one is what was trained or
-#   scored.
+# Expected: after casting, saving and loading, all weights are equal and have the same dtype, so the logits are equal.
+#   A comparison of state_dict() finds no difference.
+# Seen: the logits differ. The cast model rotates a distance of d tokens by d * 0.31641, the loaded one by d * 0.31623,
+#   and similarly for each frequency, so the error grows with the length. If the loaded model's buffer is cast by hand,
+#   the logits are equal bit for bit. The loaded model is more accurate, but the cast one was trained or scored.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: Trainer with label_smoothing_factor > 0 teaches most vision-language models to copy their input.
+# transformers 5.23.0: Trainer with label_smoothing_factor > 0 trains most vision-language models to copy their input.
 #
-# Labels of a decoder are the input ids; somebody has to shift them by one. Without smoothing the model does, with
-# smoothing the Trainer, but only for classes in its table of causal LMs. LLaVA, Qwen-VL, PaliGemma, Idefics and every
-# class of one's own have decoders and are in another table (88 of the 97 image-text-to-text entries; the few true
-# encoder-decoders among them are rightly not shifted).
+# Labels of a decoder are the input ids and have to be shifted by one. Without smoothing the model shifts them. With
+# smoothing the Trainer does, but only for classes in its table of causal LMs. LLaVA, Qwen-VL, PaliGemma, Idefics and
+# custom classes have decoders and are not in that table (88 of the 97 image-text-to-text entries; the few true
+# encoder-decoders among them are correctly not shifted).
 #
 # Expected: a LLaVA that is trained to count (3 4 5 6 ...) counts, with smoothing 0.1 as without.
-# Seen: without smoothing it goes on 3 4 5 -> 6 7 8. With 0.1 the loss falls as nicely, and the model says
-#   3 4 5 -> 5 5 5: at each place it has learned the token that it is given. No error, no warning.
+# Seen: without smoothing it continues 3 4 5 -> 6 7 8. With 0.1 the loss falls as well, but the model continues
+#   3 4 5 -> 5 5 5: at each position it has learned its input token. No error, no warning.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with peft 0.21.2: model.load_adapter() reads a DoRA adapter without its magnitudes.
 #
-# DoRA learns a magnitude per output row besides the LoRA factors. PEFT saves it as `...lora_magnitude_vector` and puts
-# the missing `.default.weight` back when it reads. load_adapter() of a transformers model renames the saved keys
-# itself, ends at `...lora_magnitude_vector.default`, and finds no parameter of that name.
+# DoRA learns a magnitude per output row in addition to the LoRA factors. PEFT saves it as `...lora_magnitude_vector`
+# and restores the missing `.default.weight` on loading. load_adapter() of a transformers model renames the saved keys
+# itself, to `...lora_magnitude_vector.default`, and finds no parameter of that name.
 #
 # Expected: load_adapter(folder) gives the logits of PeftModel.from_pretrained(base, folder), as it does for LoRA.
-# Seen: equal for LoRA. For DoRA the saved magnitudes are not used, others take their place, and the logits differ; the
-#   call returns normally. The log has the saved ones as unexpected and those of the model as missing.
+# Seen: equal for LoRA. For DoRA the saved magnitudes are replaced by others and the logits differ. The call returns
+#   normally; the log lists the saved magnitudes as unexpected and those of the model as missing.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: from_pretrained() of a folder without config.json takes the class's default config, silently.
+# transformers 5.23.0: from_pretrained() of a folder without config.json silently uses the class's default config.
 #
 # Expected: GPT2LMHeadModel.from_pretrained(folder) and GPT2Config.from_pretrained(folder) raise if the folder has no
 #   config.json. AutoConfig does, and so does GPT2Config for a folder that does not exist.
-# Seen: GPT2Config gives the defaults. If the weights have the default sizes, as those of any model that was fine-tuned
-#   from the base model have, the model loads too, with no warning: here a GPT-2 whose activation is "relu" comes
-#   back with "gelu_new", and its logits are others although every weight is right.
+# Seen: GPT2Config returns the defaults. If the weights have the default sizes, as in any model fine-tuned from the
+#   base model, the model loads without a warning: here a GPT-2 with the activation "relu" is loaded with "gelu_new",
+#   and its logits differ although every weight is correct.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# transformers 5.23.0: RwkvForCausalLM takes an attention_mask and does not use it.
+# transformers 5.23.0: RwkvForCausalLM accepts an attention_mask and ignores it.
 #
-# Tokenizers return attention_mask, generate() wants it for batches of unequal length, and RWKV's forward has a
-# parameter of that name. A recurrent model needs it: there is no attention that could skip padding, so every padding
-# token in front of a prompt changes the state.
+# Tokenizers return attention_mask, generate() requires it for batches of unequal length, and RWKV's forward has a
+# parameter of that name. A recurrent model needs it: without attention to skip padding, every padding token in front
+# of a prompt changes the state.
 #
 # Expected: the last logits of a left-padded row equal those of the same row alone (as in Mamba, whose layers use the
 #   mask), or an error or a warning that masks are not supported.
-# Seen: the logits are bit for bit those without a mask; they are off by more than the logits' own standard deviation,
-#   so batched generation answers another prompt. No warning.
+# Seen: the logits equal those without a mask bit for bit. Their error is larger than the logits' own standard
+#   deviation, so batched generation answers another prompt. No warning.
 #
 # Exits 1 once that changes.
 set -euo pipefail

@@ -1,10 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What a report generator has to beat before it can be said to see anything.
+"""Baselines that never see the scan: a report generator has to beat them.
 
-Of text: one normal report for everybody, which scores high on BLEU and ROUGE-L where most of a report says that things
-are normal, and the report of the most similar training scan. Of findings: every label, no label, and what the
-prevalence in the training data alone says. None of them may look at the test split.
+- Text: one normal report for every scan, which scores high on BLEU and ROUGE-L if most of each report is normal, and
+  the report of the most similar training scan.
+- Findings: all labels, no labels, and labels from the prevalence in the training data.
+
+No baseline uses the test split.
 """
 
 from collections import Counter
@@ -16,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 
 def most_frequent_report(reports: Sequence[str]) -> str:
     """
-    The report that occurs most often, the first of these where several do.
+    Return the most frequent report; of equally frequent ones, the first.
 
     Args:
-        reports: of the normal cases of the training split.
+        reports: reports of the normal training cases.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no reports.
     """
     _check_any(reports)
     return Counter(reports).most_common(1)[0][0]
@@ -32,17 +34,17 @@ def most_frequent_report_by_region(
     reports: Sequence[str], split: Callable[[str], Mapping[str, str]], regions: Sequence[str]
 ) -> str:
     """
-    The most frequent text of each region, as one report.
+    Return the most frequent text of each region, as one report.
 
-    A whole report seldom occurs twice where regions are described one by one; its parts do.
+    Whole reports written region by region rarely repeat, but their regions do.
 
     Args:
-        reports: of the normal cases of the training split.
-        split: from a report to {region: text}, such as `DiffVPProcessor.post_process`.
-        regions: the order in which they are written; a region that no report has is left out.
+        reports: reports of the normal training cases.
+        split: maps a report to {region: text}, such as `DiffVPProcessor.post_process`.
+        regions: regions in the order of the report; a region that no report has is left out.
 
     Raises:
-        ValueError: there is no report.
+        ValueError: there are no reports.
     """
     _check_any(reports)
     counts = {region: Counter() for region in regions}
@@ -56,18 +58,18 @@ def most_frequent_report_by_region(
 
 def nearest_reports(query: NDArray, keys: NDArray, reports: Sequence[str]) -> list[str]:
     """
-    For each scan the report of the training scan that looks most alike, by the cosine of standardised features.
+    Return the report of the most similar training scan for each scan, by cosine similarity of standardised features.
 
     Args:
         query: (scans, C), features of the test scans.
-        keys: (training scans, C), those of the training scans.
-        reports: of the training scans, in the order of `keys`.
+        keys: (training scans, C), features of the training scans.
+        reports: reports of the training scans, in the order of `keys`.
 
     Returns:
-        one report a row of `query`.
+        One report for each row of `query`.
 
     Raises:
-        ValueError: the shapes do not fit each other, or a feature is not finite.
+        ValueError: the shapes do not match, or a feature is not finite.
     """
     if query.ndim != 2 or keys.ndim != 2 or query.shape[1] != keys.shape[1]:
         raise ValueError(f"query has shape {query.shape}, keys {keys.shape}: expected (scans, C) and (training, C)")
@@ -79,7 +81,7 @@ def nearest_reports(query: NDArray, keys: NDArray, reports: Sequence[str]) -> li
             raise ValueError(f"{name}[{row}] has a feature that is not finite")
     mean, scale = keys.mean(0), keys.std(0) + 1e-6
     query, keys = (query - mean) / scale, (keys - mean) / scale
-    # The length of a query does not change which key is nearest; a key that is all average points nowhere.
+    # The norm of a query does not change its nearest key. A key equal to the mean has norm 0 and similarity 0.
     lengths = np.linalg.norm(keys, axis=1)
     similarity = query @ (keys / np.where(lengths > 0, lengths, 1)[:, None]).T
     return [reports[index] for index in similarity.argmax(axis=1)]
@@ -87,21 +89,21 @@ def nearest_reports(query: NDArray, keys: NDArray, reports: Sequence[str]) -> li
 
 def label_baselines(count: int, training_labels: ArrayLike, *, seed: int = 0) -> dict[str, NDArray[np.int8]]:
     """
-    Labels for `count` scans that nobody has looked at, by the name of the baseline.
+    Assign labels to `count` scans without reading the scans, by several baselines.
 
-    - `all-positive`: every label, `all-negative`: none. CRG gives both 1/3.
-    - `prevalence-majority`: a label for everybody where at least half of the training cases have it, else for nobody.
-    - `prevalence-draw`: drawn for each scan and label, as often as in training.
+    - `all-positive`: every label; `all-negative`: no label. CRG scores both 1/3.
+    - `prevalence-majority`: the labels that at least half of the training cases have, for every scan.
+    - `prevalence-draw`: each label of each scan drawn with its prevalence in training.
 
     Args:
         training_labels: (training cases, labels) of 0 and 1.
-        seed: of the draw.
+        seed: seed of `prevalence-draw`.
 
     Returns:
         {name: int8 (count, labels)}
 
     Raises:
-        ValueError: `count` is not positive, or `training_labels` is empty or holds anything but 0 and 1.
+        ValueError: `count` is not positive, `training_labels` is empty, or a label is neither 0 nor 1.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -125,4 +127,4 @@ def label_baselines(count: int, training_labels: ArrayLike, *, seed: int = 0) ->
 
 def _check_any(reports: Sequence[str]) -> None:
     if not reports:
-        raise ValueError("there is no report to take a constant one from: it needs the normal cases of training")
+        raise ValueError("reports is empty: a constant report needs the reports of normal training cases")

@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Does a report agree with itself, and with the classifier that prompted it? No truth is needed to ask.
+"""Check a report against itself and against the classifier's findings that prompted it. No true report is needed.
 
-- [`contradictions`]: one region states a thing twice with two values (presence, side, size, severity).
-- [`label_consistency`]: the labels that the rule labeler reads in the text against the classifier's findings.
+- [`contradictions`]: one region gives two values for the same finding (presence, side, size, severity).
+- [`label_consistency`]: labels that the rule labeler reads in the text, against the classifier's findings.
 - [`report_consistency`]: both, as `consistency` in report.json and in the lines of `diffvp batch`.
 
-Only what cannot both be true counts. Two nodules of two sizes in one lung, an effusion on either side, a finding
-denied here and stated there, and "no other nodule" are ordinary radiology; how often true reports are accused is
-measured in docs/metrics.md.
+Two statements contradict each other only if they cannot both be true. Two nodules of different size in one lung, an
+effusion on either side, a finding denied in one place and stated in another, and "no other nodule" are ordinary
+radiology. docs/metrics.md states how many true reports these rules flag.
 """
 
 import re
@@ -21,7 +21,7 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..processing_diffvp import DiffVPProcessor
 from .labelers import RuleLabeler
 
-# Statements of the normal that name no finding, so that the labeler has nothing to deny.
+# Normal statements that name no finding, so the labeler finds no negated mention in them.
 _AERATION = re.compile(r"\baeration\b[^.;]*\bnormal\b|\bnormal(?:ly)? aerat\w+")
 _NORMAL = {
     "Cardiomegaly": re.compile(
@@ -32,10 +32,10 @@ _NORMAL = {
     "Consolidation": _AERATION,
 }
 
-# There is one of it in a chest, or one on each side: two sizes or severities of it at one place exclude each other.
+# Findings that a chest has once, or once per side: two sizes or severities at one place contradict each other.
 _ONE = frozenset({"Cardiomegaly", "Pericardial effusion", "Hiatal hernia"})
 _ONE_A_SIDE = frozenset({"Pleural effusion"})
-# A state of the lung or of the vessels: two severities at one place exclude each other.
+# States of the lung or the vessels: two severities at one place contradict each other.
 _STATES = frozenset(
     {"Arterial wall calcification", "Bronchiectasis", "Cardiomegaly", "Coronary artery wall calcification",
      "Emphysema", "Interlobular septal thickening", "Lung opacity", "Mosaic attenuation pattern",
@@ -56,17 +56,18 @@ _SIZE = re.compile(r"(\d+(?:[.,]\d+)?)(?: ?(?:x|×) ?\d+(?:[.,]\d+)?)* ?(mm|cm)\
 _PAUSE = re.compile(r"[,;.](?!\d)")
 _SEVERITY = re.compile(r"\b(minimal|mild|slight|moderate|severe|marked)\b")
 _SEVERITIES = {"minimal": "mild", "slight": "mild", "marked": "severe"}
-# A size that is not that of the one thing: a change, a limit, a second thing, or the rest.
+# Sentences that compare with an earlier examination, or doubt.
 _COMPARED = re.compile(
     r"\b(?:previous\w*|prior|old|earlier|last|increas\w*|decreas\w*|regress\w*|progress\w*|chang\w*|before|current\w*|"
     r"disappear\w*|described|january|february|march|april|may|june|july|august|september|october|november|december)\b"
     r"|\?"
 )
+# Sentences about a further finding, or about the rest.
 _OTHER = re.compile(
     r"\b(?:other|others|another|additional\w*|further|else|elsewhere|except|apart|besides?|second|remaining|rest|new|"
     r"newly|also|more|only|same|again|free|loculated|localized|this|distal|proximal)\b"
 )
-# A denial of one kind only: "no suspicious nodule" leaves the calcified one where it is.
+# Denials of one kind only: "no suspicious nodule" does not contradict a calcified nodule.
 _KIND = re.compile(
     r"\b(?:suspicio\w*|patholog\w*|malign\w*|metasta\w*|significan\w*|active|acute|specific|obvious|definite|large\w*|"
     r"great\w*|solid|mass\w*[ ,-]+(?:or )?nodul\w*|calcifi\w*|cavit\w*|prominent|occlusive|typical|evident|gross)\b"
@@ -85,8 +86,8 @@ class Contradiction:
         label: the finding, one of the 18.
         kind: "presence", "side", "size" or "severity".
         region: the region that holds both, as `post_process` names it; "other" in a text without regions.
-        values: what the two say: "present" and "absent"; "right" and "left"; "6 mm" and "9 mm"; "mild" and "severe".
-        sentences: the two, as the report has them.
+        values: the two values: "present" and "absent", "right" and "left", "6 mm" and "9 mm", "mild" and "severe".
+        sentences: the two sentences as written in the report.
     """
 
     label: str
@@ -96,7 +97,7 @@ class Contradiction:
     sentences: tuple[str, str]
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Return the fields as JSON types."""
         return {
             "label": self.label, "kind": self.kind, "region": self.region,
             "values": list(self.values), "sentences": list(self.sentences),
@@ -106,8 +107,10 @@ class Contradiction:
 @dataclass(frozen=True)
 class _Statement:
     """
-    A sentence about one finding, and the `part` of it between commas that names the finding. `alone`: the sentence is
-    about no other, so that its values are this finding's. What is denied, is denied at all places of the sentence.
+    A sentence about one finding.
+
+    `part` is the part between commas that names the finding. `alone` is True if the sentence names no other finding,
+    so that its values belong to this one. A denial covers all places of its sentence.
     """
 
     label: str
@@ -137,7 +140,7 @@ class _Statement:
 
     @property
     def sizes(self) -> list[float]:
-        """mm; the first number of "13 x 9 mm"."""
+        """Sizes in mm; the first number of "13 x 9 mm"."""
         return [
             float(number.replace(",", ".")) * (10 if unit == "cm" else 1) for number, unit in _SIZE.findall(self.lower)
         ]
@@ -154,10 +157,10 @@ def _labeler() -> RuleLabeler:
 
 def contradictions(text: str) -> list[Contradiction]:
     """
-    What a report says twice with two values, in the order of the regions; one entry for each region, finding and kind.
+    Find the contradictions of a report, at most one per region, finding and kind, in the order of the regions.
 
     Args:
-        text: a whole report. "Lung: ..." opens a region, as in [`DiffVPProcessor.post_process`]; a report without
+        text: whole report. "Lung: ..." opens a region, as in [`DiffVPProcessor.post_process`]; a report without
             such headings is one region, "other".
 
     Raises:
@@ -178,16 +181,16 @@ def contradictions(text: str) -> list[Contradiction]:
 
 def label_consistency(text: str, findings: Iterable[Mapping]) -> dict:
     """
-    The labels of the text against the classifier's.
+    Compare the labels of the text with the classifier's.
 
     Args:
-        text: a whole report.
-        findings: `findings` of report.json: a dict for each diagnosis, with `label` and `positive`. Diagnoses that are
-            not among the 18 of the rules are left out.
+        text: whole report.
+        findings: `findings` of report.json: a dict per diagnosis, with `label` and `positive`. Diagnoses other than
+            the 18 labels of the rules are left out.
 
     Returns:
-        "labels", how many were compared; "agree", on how many both say the same; "only_in_text" and
-        "only_in_findings", the labels that one of them says are there and the other not.
+        "labels", the number of compared labels; "agree", the number of equal ones; "only_in_text" and
+        "only_in_findings", the labels that are positive in one and negative in the other.
 
     Raises:
         TypeError: `text` is not a str.
@@ -207,7 +210,7 @@ def label_consistency(text: str, findings: Iterable[Mapping]) -> dict:
 
 
 def report_consistency(text: str, findings: Sequence[Mapping]) -> dict:
-    """`consistency` of a report: [`label_consistency`], `None` without findings, and [`contradictions`]."""
+    """Return `consistency` of a report: [`label_consistency`] (`None` without findings) and [`contradictions`]."""
     return {
         "text_against_findings": label_consistency(text, findings) if findings else None,
         "contradictions": [contradiction.to_dict() for contradiction in contradictions(text)],
@@ -215,7 +218,7 @@ def report_consistency(text: str, findings: Sequence[Mapping]) -> dict:
 
 
 def _statements(words: str) -> list[_Statement]:
-    """What a region states or denies, by sentence. What it only suspects, or tells of the past, is left out."""
+    """Return the findings that a region states or denies, by sentence, without suspected and past ones."""
     hits = _labeler().explain(words)
     labels: dict[str, set[str]] = {}
     for hit in hits:
@@ -225,7 +228,7 @@ def _statements(words: str) -> list[_Statement]:
             hit.label, hit.polarity == "positive", hit.rule, hit.sentence, _part(words, *hit.span),
             len(labels[hit.sentence]) == 1,
         )
-        for hit in reversed(hits)  # the first of a sentence counts
+        for hit in reversed(hits)  # reversed, so that the first mention in a sentence counts
         if hit.polarity in ("positive", "negated")
     }  # fmt: skip
     both_ways = {
@@ -240,7 +243,7 @@ def _statements(words: str) -> list[_Statement]:
 
 
 def _part(words: str, start: int, end: int) -> str:
-    """What lies between the commas around a place in a text, in lower case."""
+    """Return the text between the commas, semicolons or full stops around a span, in lower case."""
     before = [match.end() for match in _PAUSE.finditer(words, 0, start)]
     after = _PAUSE.search(words, end)
     return words[before[-1] if before else 0 : after.start() if after else len(words)].lower()
@@ -251,7 +254,7 @@ def _sides(words: str) -> frozenset[str]:
 
 
 def _conflicts(first: _Statement, second: _Statement) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(kind, values) of what two statements about one finding cannot both be right about."""
+    """Yield (kind, values) of each contradiction between two statements about the same finding."""
     if first.present != second.present:
         stated, denied = (first, second) if first.present else (second, first)
         everywhere = _covers(denied.sides, stated.sides) and _covers(denied.levels, stated.levels)
@@ -282,7 +285,7 @@ def _conflicts(first: _Statement, second: _Statement) -> Iterator[tuple[str, tup
 
 
 def _same_place(first: _Statement, second: _Statement) -> bool:
-    """Whether two statements may be about one place: neither names a side or a level that the other excludes."""
+    """True if two statements may be about one place: their sides and their levels overlap, or one names none."""
     return all(
         not one or not other or one & other
         for one, other in ((first.sides, second.sides), (first.levels, second.levels))
@@ -290,7 +293,7 @@ def _same_place(first: _Statement, second: _Statement) -> bool:
 
 
 def _covers(denied: frozenset[str], stated: frozenset[str]) -> bool:
-    """Whether a denial at these places reaches the stated ones: one without a place reaches all."""
+    """True if a denial covers the stated places. A denial without a place covers all."""
     return not denied or bool(denied & stated)
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A bridge to RadMatch, which counts errors in a report by a language model: `diffvp score --radmatch`.
+Bridge to RadMatch, which counts the errors in reports with a language model: `diffvp score --radmatch`.
 
-RadMatch (Raidium, Apache-2.0) takes the findings out of both reports, matches them, and grades what differs. Its
-prompts, its examples for chest CT and its rules are used as they are; see its own documentation for the metrics.
+RadMatch (Raidium, Apache-2.0) extracts the findings of both reports, matches them and grades the differences. Its
+prompts, its chest CT examples and its rules are unchanged; its own documentation defines the metrics.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from .judge.server import check_endpoint
 from .markdown import table_lines, with_interval
 from .statistics import bootstrap_mean
 
-EXAMPLES = "chest-ct"  # of RadMatch's own
+EXAMPLES = "chest-ct"  # few-shot examples that RadMatch ships
 RATES = ("triage_recall", "actionable_recall", "triage_precision", "actionable_precision")
 
 
@@ -40,18 +40,18 @@ def score_radmatch(
     workers: int = 4,
 ) -> dict:
     """
-    RadMatch's scores of generated reports, and what it found in each, below `output`.
+    Score generated reports with RadMatch, and write its findings for each report below `output`.
 
-    What is there is used again: a run that was interrupted goes on. A report is a file there, named by its number and
-    the digest of its texts; `reports.csv` has the ids.
+    Results in `output` are reused, so an interrupted run resumes. Each report is a file named by its number and the
+    digest of its texts; `reports.csv` maps these names to ids.
 
     Returns:
-        "n" reports, of which "scored"; the others failed at the server and are left out of all scores.
-        "actionable_errors_per_report" with its "interval" over reports; RadMatch's own summary as "summary";
-        "signature".
+        "n", the number of reports; "scored", the number that RadMatch scored (the others failed at the server and are
+        left out of all scores); "actionable_errors_per_report" with its "interval" over reports; "summary", RadMatch's
+        own summary; "signature".
 
     Raises:
-        JudgeError: reports may not be sent to the server, or it answered for no report.
+        JudgeError: reports may not be sent to the server, or it gave no usable answer for any report.
     """
     server = check_endpoint(base_url, reports_leave_machine)
     output = Path(output)
@@ -63,14 +63,14 @@ def score_radmatch(
     results = output / constants.RESULTS_DIR
     true, generated = results / constants.FINDINGS_GT_DIR, results / constants.FINDINGS_PRED_DIR
     options = {"fewshot": EXAMPLES, "workers": workers}
-    name = f"local:{model}"  # RadMatch's name for a server of one's own
+    name = f"local:{model}"  # RadMatch's name for a custom server
     with _local_server(base_url):
         radmatch.extract_findings(output / "true", output / "generated", output, llm_extractor=name, **options)
-        # RadMatch drops a report without text, whose every finding is missed: it would raise the score to write none.
+        # RadMatch drops empty reports. All their findings are missed, so dropping them would reward empty reports.
         for stem, text in zip(stems, predictions, strict=True):
             if not text.strip():
                 (generated / f"{stem}.json").write_text("[]", encoding="utf-8")
-        # The stems, so that findings of other reports, from an earlier run, are not taken in.
+        # Restrict to these stems: an earlier run may have left findings of other reports.
         options |= {"llm_judge": name, "series_allowlist": set(stems)}
         radmatch.match_dataset(true, generated, results, **options)
         summary = radmatch.score_dataset(true, generated, results / constants.MATCHING_DIR, results, **options)
@@ -96,7 +96,7 @@ def score_radmatch(
 
 
 def radmatch_page(scores: dict) -> str:
-    """The scores as Markdown."""
+    """Format the scores as Markdown."""
     safety = scores["summary"]["clinical_safety_summary"]
     head = ["RadMatch", "errors per report that need action (less is better)", *(r.replace("_", " ") for r in RATES)]
     errors = with_interval(scores["actionable_errors_per_report"], scores["interval"])
@@ -111,14 +111,14 @@ def radmatch_page(scores: dict) -> str:
 
 
 def _stem(number: int, prediction: str, reference: str) -> str:
-    """Another one for other texts: RadMatch takes findings that are there for those of the report."""
+    """Name a report by its number and texts, because RadMatch reuses the findings of a file with the same name."""
     digest = hashlib.sha256(f"{prediction}\0{reference}".encode("utf-8", "surrogatepass")).hexdigest()
     return f"{number:06d}-{digest[:12]}"
 
 
 def _write_reports(folder: Path, stems: Sequence[str], texts: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.txt"):  # those of an earlier run, which RadMatch would score as well
+    for path in folder.glob("*.txt"):  # left by an earlier run; RadMatch would score them, too
         path.unlink()
     for stem, text in zip(stems, texts, strict=True):
         (folder / f"{stem}.txt").write_text(text, encoding="utf-8", errors="replace")
@@ -126,7 +126,7 @@ def _write_reports(folder: Path, stems: Sequence[str], texts: Sequence[str]) -> 
 
 @contextlib.contextmanager
 def _local_server(base_url: str) -> Iterator[None]:
-    """RadMatch takes its server from the environment; and no proxy may stand between this machine and itself."""
+    """Set the environment variables that select RadMatch's server, and bypass proxies for its host."""
     host = urlsplit(base_url).hostname
     values = {
         "RADMATCH_LOCAL_BASE_URL": base_url,

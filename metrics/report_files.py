@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Reports in files: CSV, JSON lines, Parquet, and what `diffvp batch` writes."""
+"""Read reports from CSV, JSON lines, Parquet, and the output of `diffvp batch`."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from ..data.table import PATH_COLUMNS, without_suffix
 
 def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
     """
-    The rows of a file of reports, none and a problem where it cannot be read. Of a file that `diffvp batch` wrote the
-    last report of each scan.
+    Read the rows of a file of reports. An unreadable file adds a problem and returns no rows.
+
+    If a scan has several lines in a file of `diffvp batch`, the last one counts.
     """
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".parquet"):
@@ -26,14 +27,14 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
 
 def _read_lines(path: Path, problems: list[Problem]) -> list[Row]:
     rows = []
-    with path.open("rb") as file:  # a report may hold characters that str.splitlines, too, takes for the end of a line
+    with path.open("rb") as file:  # not str.splitlines, which also splits at characters that a report may contain
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line) if line.strip() else None
             except (ValueError, UnicodeDecodeError):
                 values = line
             if values is None or (number == 1 and isinstance(values, dict) and "settings" in values):
-                continue  # what wrote the reports, in the first line of `diffvp batch`
+                continue  # the first line of `diffvp batch`, which describes the run
             if not isinstance(values, dict):
                 problems.append(Problem(path.name, number, "line", "no object of JSON", "one in each line"))
                 continue
@@ -59,10 +60,12 @@ def rows_by_scan(
     path: Path, id_column: str, columns: tuple[str, ...], problems: list[Problem]
 ) -> tuple[dict[str, Row], str]:
     """
-    The rows of a file of reports by the scan that they are about, without the suffix of its file, and the first of
-    `columns` that the file has.
+    Map the scans of a file of reports, named without file suffix, to their rows.
 
-    The ids stand in `id_column`; in a table of scans without one, the path is the id.
+    The ids are in `id_column`; a table without that column is read by the paths of its scans.
+
+    Returns:
+        {scan: row}, and the first of `columns` that the file has.
     """
     before = len(problems)
     rows = read_rows(path, problems)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Score a table of generated reports, with intervals and baselines: what `diffvp score` does."""
+"""Score a table of generated reports, with intervals and baselines (`diffvp score`)."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .report_files import read_rows, rows_by_scan
-from .statistics import Interval, bootstrap_counts, bootstrap_mean
+from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
     "diffvp": DiffVPProcessor.post_process,
@@ -63,31 +63,40 @@ def score_table(
     meteor: bool = True,
 ) -> dict:
     """
-    All scores of a file of generated and true reports: CSV, JSON lines, Parquet, or what `diffvp batch` writes.
+    Score a file of generated and true reports: CSV, JSON lines, Parquet, or the output of `diffvp batch`.
 
     Args:
-        labeler: reads the findings out of the generated reports and, without `labels`, out of the true ones.
-        nearest_column: a column with the report of the most similar training scan, to score it as a baseline. Only
-            scans tell which that is: see `nearest_reports`.
-        reference: another such file with the true reports by id, in the column `reference_column` or `report`; the
-            generated ones are then in `prediction_column` or `report`. Its ids may be the paths of the scans.
-        labels: a CSV file with the true labels by id, as `read_label_table` takes it or `label_table` writes it.
-        training: a CSV file of training reports: the constant normal report and the prevalences are taken from it.
+        source: file with the generated reports and, without `reference`, the true ones.
+        labeler: labels the generated reports and, without `labels`, the true ones.
+        id_column: column of the ids.
+        prediction_column: column of the generated reports.
+        reference_column: column of the true reports.
+        nearest_column: column with the report of the most similar training scan, scored as a baseline; see
+            `nearest_reports`, which finds it by the scans.
+        reference: file of the same kinds with the true reports by id, in the column `reference_column` or `report`.
+            The generated reports are then in `prediction_column` or `report`. Its ids may be the paths of the scans.
+        labels: CSV file with the true labels by id, in the format of `read_label_table` or `label_table`.
+        training: CSV file of training reports, the source of the constant normal report and of the prevalences.
+        training_column: column of the training reports.
         scorer: see [`score_reports`].
-        meteor: off, to do without METEOR's data.
-        regions: also score by region; "diffvp" for reports with "Heart: ..." on a line for each region, "reg2rg" for
-            "The region 3 is heart: ...", whose headings the scores then leave out as Reg2RG's do.
+        regions: also score by region: "diffvp" for reports with one line per region, "Heart: ...", or "reg2rg" for
+            "The region 3 is heart: ...". With "reg2rg" the scores leave out these headings, as Reg2RG's do.
+        workers: number of processes for METEOR.
+        meteor: False to skip METEOR, which needs WordNet and the Punkt model.
 
     Returns:
-        `n`; `without_prediction`, the true reports of `reference` without a generated one; `signatures`;
-        `systems`: {name: {score: {"value", "interval"}}}; `collapse`, of the same form, see
-        [`collapse_panel`], of the predictions, the true reports and the constant report; `rare`, the findings that
-        count as rare there; `views`, of the same form with `n`, `missing` and `extra`, where there are regions.
+        - `n`: number of scored reports.
+        - `without_prediction`: number of true reports in `reference` without a generated one.
+        - `signatures`: how each score was computed.
+        - `systems`: {name: {score: {"value", "interval"}}}.
+        - `collapse`: {name: panel of [`collapse_panel`]} for each system with text and for the true reports.
+        - `rare`: findings that count as rare in `collapse`.
+        - `views`: with `regions`, {name: {"n", "missing", "extra", "scores"}}; see [`region_views`].
 
     Raises:
-        DatasetError: a column is missing, an id is empty or there twice, a true report is empty, a label is missing.
-        LexiconError: METEOR's data are not installed.
-        ValueError: an option is not one of those known.
+        DatasetError: a column or a label is missing, an id is empty or duplicated, or a true report is empty.
+        LexiconError: the data of METEOR are not installed.
+        ValueError: an option has an unknown value.
     """
     if regions is not None and regions not in SPLITTERS:
         raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
@@ -97,7 +106,9 @@ def score_table(
         ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
     else:
         if nearest_column:
-            raise ValueError("nearest_column is of a table with both reports; expected no reference beside it")
+            raise ValueError(
+                f"nearest_column: {nearest_column!r} with a reference file (expected one table with both reports)"
+            )
         ids, predictions, references, left = _read_two(
             Path(source), Path(reference), id_column, prediction_column, reference_column
         )
@@ -163,16 +174,16 @@ def score_table(
 
 
 def table_page(document: dict) -> str:
-    """The document as Markdown: a row a system, each score with its interval."""
+    """Format the result of [`score_table`] as Markdown: one row per system, each score with its interval."""
     systems = document["systems"]
     columns = list(systems["predictions"])
     lines = [f"{document['n']} reports; 95 % bootstrap intervals over reports."]
     if document["without_prediction"]:
-        lines += [f"{document['without_prediction']} true reports have no generated one, and are in no score."]
+        lines += [f"{document['without_prediction']} true reports have no generated one and are not scored."]
     lines += [""]
     lines += table_lines(["", *columns], [[name, *(_cell(of, c) for c in columns)] for name, of in systems.items()])
     if "constant normal report" not in systems:
-        lines += ["", "Without training reports there is no constant normal report to compare with."]
+        lines += ["", "Without training reports there is no constant normal report as a baseline."]
     lines += ["", *collapse_lines(document["collapse"], document["rare"])]
     if "views" in document:
         columns = list(document["views"]["as_written"]["scores"])
@@ -191,7 +202,7 @@ def table_page(document: dict) -> str:
 
 
 def collapse_lines(collapse: dict[str, dict], rare: Sequence[str]) -> list[str]:
-    """Panels by name as Markdown: what the true reports and baselines have stands beside what the generator has."""
+    """Format panels of [`collapse_panel`] as a Markdown table: one column per system, the true reports among them."""
     rows = [[title, *(_panel_cell(panel[name]) for panel in collapse.values())] for name, title in COLLAPSE.items()]
     return [
         *table_lines(["template collapse", *collapse], rows),
@@ -202,16 +213,16 @@ def collapse_lines(collapse: dict[str, dict], rare: Sequence[str]) -> list[str]:
 
 def read_pairs(path: Path, id_column: str, prediction_column: str, reference_column: str) -> list[list[str]]:
     """
-    Ids, generated and true reports of a table.
+    Read the ids, generated reports and true reports of a table.
 
     Raises:
-        DatasetError: a column is missing, an id is empty or there twice, a true report is empty.
+        DatasetError: a column is missing, an id is empty or duplicated, or a true report is empty.
     """
     return _read_reports(path, id_column, reference_column, [prediction_column, reference_column])
 
 
 def _read_reports(path: Path, id_column: str, reference_column: str, columns: Sequence[str]) -> list[list[str]]:
-    """Ids, and the texts of each column, that of the true reports among them."""
+    """Read the ids and the texts of each column; `columns` includes `reference_column`."""
     problems: list[Problem] = []
     named, _ = rows_by_scan(path, id_column, (columns[0],), problems)
     known = {column for row in named.values() for column in row.values}
@@ -221,7 +232,7 @@ def _read_reports(path: Path, id_column: str, reference_column: str, columns: Se
     elif named:
         references = [_true_report(path, row, reference_column, name, problems) for name, row in named.items()]
     raise_problems(problems)
-    # A prediction is scored as it was written, whatever stands in it.
+    # Predictions are scored exactly as written.
     texts = {
         column: references
         if column == reference_column
@@ -234,7 +245,7 @@ def _read_reports(path: Path, id_column: str, reference_column: str, columns: Se
 def _read_two(
     source: Path, truth: Path, id_column: str, prediction_column: str, reference_column: str
 ) -> tuple[list[str], list[str], list[str], int]:
-    """Ids, generated and true reports of two files, and how many true ones have no generated one."""
+    """Read ids, generated and true reports from two files; also count the true reports without a generated one."""
     problems: list[Problem] = []
     written, predicted = rows_by_scan(source, id_column, (prediction_column, "report"), problems)
     true, column = rows_by_scan(truth, id_column, (reference_column, "report"), problems)
@@ -250,7 +261,7 @@ def _read_two(
 
 
 def _true_report(path: Path, row: Row, column: str, name: str, problems: list[Problem]) -> str:
-    """The true report of a row. An empty prediction scores 0; without a true report nothing can be scored."""
+    """Return the true report of a row. An empty one is a problem, whereas an empty prediction scores 0."""
     text = "" if is_missing(row.values.get(column)) else plain_text(row.values[column])
     if is_missing(text):
         problems.append(Problem(path.name, row.number, column, "empty", "the true report", name))
@@ -259,7 +270,7 @@ def _true_report(path: Path, row: Row, column: str, name: str, problems: list[Pr
 
 
 def _id_column(path: Path, id_column: str) -> str:
-    """Of a table of labels: CT-RATE's, or that of `diffvp label`."""
+    """Return the id column of a label table: CT-RATE's name, or `id_column` as `diffvp label` writes it."""
     rows = read_csv(path, (), []) or []
     return id_column if rows and ID_COLUMN not in rows[0].values and id_column in rows[0].values else ID_COLUMN
 
@@ -277,10 +288,10 @@ def _read_training(path: Path, column: str) -> list[str]:
 
 
 def _constant(reports: Sequence[str], labels: np.ndarray, regions: str | None) -> str:
-    """The most frequent normal report of training; by region where reports are divided so."""
+    """Return the most frequent normal training report; with `regions` "diffvp", the most frequent text per region."""
     normal = [report for report, found in zip(reports, labels, strict=True) if not found.any()]
     if not normal:
-        expected = "one in which the labeler finds nothing, to take the constant normal report from"
+        expected = "a report without findings, for the constant normal report"
         raise DatasetError([Problem("training reports", None, "normal reports", "none", expected)])
     if regions == "diffvp":
         return most_frequent_report_by_region(normal, SPLITTERS[regions], REGIONS)
@@ -298,9 +309,9 @@ def _language(scores: ReportScores) -> dict[str, dict]:
                 if several
                 else None
             )
-            values[name] = _value(float(total[order]), interval)
+            values[name] = value_entry(float(total[order]), interval)
     for name, of in scores.per_report.items():
-        values[name] = _value(float(of.mean()), bootstrap_mean(of) if several else None)
+        values[name] = value_entry(float(of.mean()), bootstrap_mean(of) if several else None)
     return values
 
 
@@ -309,15 +320,10 @@ def _findings(scores: dict) -> dict[str, dict]:
     values = {}
     for column in FINDINGS:
         average, score = column.split()
-        values[column] = _value(scores[average][score], None if intervals is None else intervals[average][score])
-    if scores["crg"] is not None:  # undefined where no report, or every one, has a finding
-        values["CRG"] = _value(scores["crg"], None if intervals is None else intervals["crg"])
+        values[column] = value_entry(scores[average][score], None if intervals is None else intervals[average][score])
+    if scores["crg"] is not None:  # undefined if no label, or every label, is positive
+        values["CRG"] = value_entry(scores["crg"], None if intervals is None else intervals["crg"])
     return values
-
-
-def _value(value: float, interval: Interval | None) -> dict:
-    """A single report has no interval."""
-    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
 
 
 def _panel_cell(entry: dict) -> str:

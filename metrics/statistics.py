@@ -1,20 +1,20 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals and tests for scores of reports. Every result says on how many cases it rests and how it was computed.
+"""Confidence intervals and tests for report scores. Every result states its number of cases and its method.
 
 - One system, many cases: [`bootstrap_mean`] for scores that are a mean over cases (BLEU, ROUGE-L),
-  [`bootstrap_counts`] for scores of pooled counts (micro-F1), which no mean over cases gives, and [`bootstrap_auroc`].
+  [`bootstrap_counts`] for scores of pooled counts, such as micro-F1, and [`bootstrap_auroc`].
 - One system, several seeds: [`mean_std`].
-- Two systems on the same cases: [`compare_means`] and, for pooled counts, [`compare_counts`]: a bootstrap, or below 30
-  cases a permutation test. Also [`paired_t_test`] and [`wilcoxon_test`].
+- Two systems on the same cases: [`compare_means`] and, for pooled counts, [`compare_counts`]. Both use a bootstrap, or
+  a permutation test if there are fewer than 30 cases. Also [`paired_t_test`].
 - Two sets of runs, or different cases: [`welch_test`], the two-sided t-test of the paper's Table 5 without its
-  assumption that both vary alike.
-- A difference that is not shown: [`detectable_difference`] says how large it would have had to be.
-- Several comparisons: [`holm`]. At the 5 % level one of twenty comparisons of equal systems comes out "significant" by
-  chance; a table that tests every metric, or every label, has to be corrected for that.
+  assumption of equal variances.
+- A difference that is not significant: [`detectable_difference`] returns the smallest difference that would be found.
+- Several comparisons: [`holm`]. At the 5 % level, one in twenty comparisons of equal systems is "significant" by
+  chance, so a table that tests every metric or label needs a correction.
 
-The bootstrap draws whole cases, and orders them by their values first: the same cases in another order have the same
-interval, to the last bit.
+The bootstrap resamples whole cases. It sorts them by value first, so the interval does not depend on the order of the
+cases, to the last bit.
 """
 
 import math
@@ -25,24 +25,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-RESAMPLES = 1000  # of an interval
-# Of a test. With 1,000 no p is below 0.002, which Holm's correction over 11 metrics turns into 0.022.
+RESAMPLES = 1000  # for an interval
+# For a test. With 1,000 resamples no p is below 0.002, which Holm's correction over 11 metrics raises to 0.022.
 TEST_RESAMPLES = 10_000
-# Below so many cases a bootstrap calls too many equal systems different: 8 % at 20 cases for a level of 5 %
-# (tests/test_statistics.py measures it). A permutation test keeps its level.
+# Below this number of cases a bootstrap test exceeds its level: it calls 8 % of equal systems different at 20 cases
+# and a level of 5 % (measured in tests/test_statistics.py). A permutation test keeps its level.
 FEW_CASES = 30
 POWER = 0.8
 LEVEL = 0.95
-# Resamples are drawn in blocks, so that a big test set does not need resamples x cases numbers at once.
+# Largest number of indices to draw at once, so that a large test set does not need resamples x cases in memory.
 BLOCK_NUMBERS = 4_000_000
-ROUNDING_DIGITS = 12  # of what is compared, in parts of the greatest score
+ROUNDING_DIGITS = 12  # precision of compared values, relative to the greatest score
 
 Statistic = Callable[[NDArray], NDArray]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with its confidence interval. `n` counts the cases."""
+    """A score with its confidence interval; `n` is the number of cases."""
 
     estimate: float
     low: float
@@ -52,9 +52,14 @@ class Interval:
     method: str
 
 
+def value_entry(value: float | None, interval: Interval | None = None) -> dict:
+    """Return {"value", "interval"} for JSON; the interval is [low, high], or `None` without one."""
+    return {"value": value, "interval": None if interval is None else [interval.low, interval.high]}
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over runs. `n` counts the runs; `ddof` is what the divisor n - ddof lacks."""
+    """Mean and standard deviation over runs; `n` is the number of runs, n - `ddof` the divisor of the variance."""
 
     mean: float
     std: float
@@ -66,14 +71,15 @@ class Spread:
 @dataclass(frozen=True)
 class Comparison:
     """
-    A two-sided test of a first system against a second one.
+    Two-sided test of a first system against a second one.
 
     Attributes:
         difference: score of the first minus score of the second.
-        statistic: what the test is of (t, W); the difference itself for the bootstrap.
+        statistic: t for a t-test; the difference itself for the bootstrap and the permutation test.
         p_value: uncorrected; see [`holm`].
-        n: cases (or runs) of the first and of the second; the same number, of pairs, in a paired test.
-        interval: of the difference, where the test has one.
+        n: numbers of cases (or runs) of the first and the second system; both are the number of pairs in a paired
+            test.
+        interval: confidence interval of the difference, or `None` if the test has none.
     """
 
     difference: float
@@ -89,7 +95,7 @@ class Comparison:
 
 def bootstrap_mean(values: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
     """
-    Percentile interval of the mean of one score a case.
+    Mean of one score per case, with its percentile bootstrap interval.
 
     Args:
         values: (cases,).
@@ -106,15 +112,15 @@ def bootstrap_counts(
     counts: ArrayLike, statistic: Statistic, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """
-    Percentile interval of a score of counts that are summed over cases, such as micro-F1.
+    Score of counts summed over cases, such as micro-F1, with its percentile bootstrap interval.
 
     Args:
-        counts: (cases, ...), what each case adds; see `label_counts` of `metrics/clinical_efficacy`.
-        statistic: scores of many sums at once, (resamples, ...) to (resamples,); also called with the one sum over all
-            cases, (1, ...). NaN where the score is undefined: such resamples are left out, and counted in `method`.
+        counts: (cases, ...), the counts of each case; see `label_counts` in `metrics/clinical_efficacy`.
+        statistic: maps sums (resamples, ...) to scores (resamples,). It is also called with the sum over all cases,
+            (1, ...). Return NaN for an undefined score: such resamples are left out, and `method` states their number.
 
     Raises:
-        ValueError: there are fewer than two cases, a count is not finite, or the score of all cases is undefined.
+        ValueError: there are fewer than two cases, a count is not finite, or the score over all cases is undefined.
     """
     (counts,) = _ordered(_counts("counts", counts))
     sums = _resampled_sums(counts, resamples, seed)
@@ -125,14 +131,17 @@ def bootstrap_auroc(
     scores: ArrayLike, positive: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """
-    Area under the ROC curve: the chance that a positive case scores higher than a negative one, ties counting half,
-    with its percentile interval over cases. Resamples with cases of one kind alone are left out.
+    Area under the ROC curve, with its percentile bootstrap interval.
+
+    It is the probability that a positive case scores higher than a negative one, with ties counting half. Resamples
+    without a positive or without a negative case are left out.
 
     Args:
-        scores: (cases,). positive: (cases,) of 0 and 1, or of truth values.
+        scores: (cases,).
+        positive: (cases,) of 0 and 1, or of booleans.
 
     Raises:
-        ValueError: all cases are positive, or none is; the lengths differ; or a score is not finite.
+        ValueError: all cases or no cases are positive, the lengths differ, or a score is not finite.
     """
     scores, positive = _vector("scores", scores, at_least=2), np.asarray(positive, dtype=bool)
     if scores.shape != positive.shape:
@@ -149,7 +158,7 @@ def bootstrap_auroc(
         pairs = times[:, positive].sum(axis=1) * times[:, ~positive].sum(axis=1)
         return np.divide(of_pairs, pairs, out=np.full(len(times), np.nan), where=pairs > 0)
 
-    # How often each case was drawn: the sums of the rows of an identity.
+    # Resampled row sums of an identity matrix: the number of times that each case was drawn.
     drawn = _resampled_sums(np.eye(len(scores)), resamples, seed)
     return _interval(float(areas(np.ones((1, len(scores))))[0]), areas(drawn), len(scores), level, seed)
 
@@ -158,10 +167,10 @@ def paired_bootstrap(
     first: ArrayLike, second: ArrayLike, *, resamples: int = TEST_RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Comparison:
     """
-    Difference of two systems' means on the same cases, by drawing cases with both scores.
+    Difference of two systems' means on the same cases, by resampling cases together with both scores.
 
-    The p-value is twice the share of resamples on the rarer side of 0, those at 0 included, and the observed case
-    counted among them, so that it is never 0: with 10,000 resamples at least 0.0002.
+    The p-value is twice the share of resamples on the rarer side of 0. Resamples at 0 count, and so does the observed
+    case, so it is never 0: with 10,000 resamples it is at least 0.0002.
 
     Args:
         first, second: (cases,), in the same order of cases.
@@ -188,14 +197,14 @@ def paired_bootstrap_counts(
     [`paired_bootstrap`] for scores of summed counts; `first`, `second` and `statistic` as in [`bootstrap_counts`].
 
     Raises:
-        ValueError: the shapes differ, or as of [`bootstrap_counts`].
+        ValueError: the shapes differ; otherwise as for [`bootstrap_counts`].
     """
     first, second = _ordered(*_paired_counts(first, second))
 
     def difference(sums: NDArray) -> NDArray:
         return statistic(sums[:, 0]) - statistic(sums[:, 1])
 
-    both = np.stack([first, second], axis=1)  # (cases, 2, ...): one draw for both systems
+    both = np.stack([first, second], axis=1)  # (cases, 2, ...), so that both systems share their resamples
     differences = difference(_resampled_sums(both, resamples, seed))
     return _bootstrap_comparison(difference(both.sum(axis=0)[None])[0], differences, len(both), level, seed)
 
@@ -204,22 +213,22 @@ def compare_means(
     first: ArrayLike, second: ArrayLike, *, resamples: int = TEST_RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Comparison:
     """
-    Difference of two systems' means on the same cases: [`paired_bootstrap`], whose p-value is replaced by that of a
-    permutation test where there are fewer than 30 cases.
+    Difference of two systems' means on the same cases: [`paired_bootstrap`], with the p-value of a permutation test if
+    there are fewer than 30 cases.
 
-    The permutation test swaps the two systems' scores case by case, in all 2^n ways where these are no more than
-    `resamples`, else at random; p is the share of ways in which the difference is at least as far from 0 as observed.
+    The permutation test swaps the two systems' scores case by case: in all 2^n ways if there are at most `resamples`,
+    otherwise at random. p is the share of swaps whose difference is at least as far from 0 as the observed one.
 
     Args:
         first, second: (cases,), in the same order of cases.
 
     Raises:
-        ValueError: as of [`paired_bootstrap`].
+        ValueError: as for [`paired_bootstrap`].
     """
     result = paired_bootstrap(first, second, resamples=resamples, level=level, seed=seed)
     if result.n[0] >= FEW_CASES:
         return result
-    # A difference d or -d. Rounded ones, so that equal sums are equal.
+    # A swap turns the difference d into -d. The differences are rounded, so that equal sums are equal.
     (differences,) = _ordered(_differences(first, second)[:, None])
     return _permuted(result, differences, -differences, lambda sums: sums[:, 0] / result.n[0], resamples, seed)
 
@@ -237,7 +246,7 @@ def compare_counts(
     [`compare_means`] for scores of summed counts; `first`, `second` and `statistic` as in [`bootstrap_counts`].
 
     Raises:
-        ValueError: the shapes differ, or as of [`bootstrap_counts`].
+        ValueError: the shapes differ; otherwise as for [`bootstrap_counts`].
     """
     result = paired_bootstrap_counts(first, second, statistic, resamples=resamples, level=level, seed=seed)
     if result.n[0] >= FEW_CASES:
@@ -254,7 +263,7 @@ def compare_counts(
 def _permuted(
     result: Comparison, own: NDArray, swapped: NDArray, difference: Statistic, resamples: int, seed: int
 ) -> Comparison:
-    """`result` with the p-value of a permutation test; `own` and `swapped` are each case (cases, ...) either way."""
+    """Return `result` with the p-value of a permutation test. `own` and `swapped` are (cases, ...)."""
     cases = len(own)
     exact = 2**cases <= resamples
     if exact:
@@ -265,7 +274,7 @@ def _permuted(
     sums = ((1 - swaps) @ flat[0] + swaps @ flat[1]).reshape(len(swaps), *own.shape[1:])
     differences = difference(sums)
     differences = differences[~np.isnan(differences)]
-    # A sum in another order differs in its last bits.
+    # Sums in another order differ in their last bits.
     scale = max(np.abs(differences).max(initial=0.0), abs(result.difference)) or 1.0
     far = int((np.abs(differences) >= abs(result.difference) - 10.0**-ROUNDING_DIGITS * scale).sum())
     p_value = far / len(differences) if exact else (far + 1) / (len(differences) + 1)
@@ -282,7 +291,7 @@ def _paired_counts(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.floa
 
 
 def _draws(count: int, resamples: int, seed: int):
-    """Indices of cases, in blocks (some, count) that add up to `resamples` rows. The same for any block size."""
+    """Yield indices of cases in blocks (n, count), `resamples` rows in all. They do not depend on the block size."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     generator = np.random.default_rng(seed)
@@ -292,13 +301,13 @@ def _draws(count: int, resamples: int, seed: int):
 
 
 def _resampled_sums(counts: NDArray, resamples: int, seed: int) -> NDArray[np.float64]:
-    """(cases, ...) to the sums over the cases of each resample, (resamples, ...)."""
+    """Sum `counts` (cases, ...) over the cases of each resample: (resamples, ...)."""
     cases = len(counts)
     flat = counts.reshape(cases, -1)
     sums = []
     for chosen in _draws(cases, resamples, seed):
-        # How often each case was drawn, times its counts: a matrix product instead of gathering every draw. Exact, for
-        # the counts are whole numbers.
+        # Multiply the number of draws of each case by its counts: one matrix product instead of gathering every draw.
+        # The result is exact because the counts are whole numbers.
         offsets = cases * np.arange(len(chosen))[:, None]
         times = np.bincount((chosen + offsets).ravel(), minlength=cases * len(chosen)).reshape(len(chosen), cases)
         sums.append(times.astype(np.float64) @ flat)
@@ -306,7 +315,7 @@ def _resampled_sums(counts: NDArray, resamples: int, seed: int) -> NDArray[np.fl
 
 
 def _ordered(*tables: NDArray) -> list[NDArray]:
-    """Tables (cases, ...) with their rows in an order that depends on the values alone, the same for all of them."""
+    """Sort the rows of tables (cases, ...) by their values, in one order for all tables."""
     flat = np.concatenate([table.reshape(len(table), -1) for table in tables], axis=1)
     order = np.lexsort(flat.T[::-1])
     return [table[order] for table in tables]
@@ -341,15 +350,14 @@ def _bootstrap_comparison(estimate: float, resampled: NDArray, n: int, level: fl
 
 def mean_std(values: ArrayLike, *, ddof: int = 1) -> Spread:
     """
-    Mean and standard deviation of one score a run.
+    Mean and standard deviation of one score per run.
 
     Args:
         values: (runs,).
-        ddof: 1, the estimate of how much runs vary (n - 1 in the divisor), or 0, the spread of these runs alone, which
-            NumPy computes unless told.
+        ddof: 1 for the sample standard deviation (divisor n - 1), or 0 for the population's, NumPy's default.
 
     Raises:
-        ValueError: a value is not finite, `ddof` is neither, or there are not more runs than `ddof`.
+        ValueError: a value is not finite, `ddof` is neither 0 nor 1, or there are no more runs than `ddof`.
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, got {ddof}")
@@ -360,14 +368,15 @@ def mean_std(values: ArrayLike, *, ddof: int = 1) -> Spread:
 
 def welch_test(first: ArrayLike, second: ArrayLike) -> Comparison:
     """
-    Welch's t-test of two means, for scores that do not come in pairs: runs with different seeds, different cases.
+    Welch's t-test of two means, for unpaired scores: runs with different seeds, or different cases.
 
     Args:
-        first: (n,). second: (m,).
+        first: (n,).
+        second: (m,).
 
     Raises:
-        ValueError: fewer than two values on a side, a value that is not finite, or no variance on either side although
-            the means differ: then no t exists.
+        ValueError: a side has fewer than two values, a value is not finite, or both sides are constant and differ, so
+            that t is undefined.
     """
     first, second = _two_sides(first, second)
     method = "Welch's t-test, two-sided"
@@ -381,15 +390,16 @@ def welch_test(first: ArrayLike, second: ArrayLike) -> Comparison:
 
 def detectable_difference(first: ArrayLike, second: ArrayLike, *, power: float = POWER, alpha: float = 0.05) -> float:
     """
-    How far apart two means must lie for [`welch_test`] to show it with probability `power`, if both sides vary as
-    these values do: by the noncentral t distribution. What a sentence like "a difference is not shown" is worth.
+    Smallest difference of two means that [`welch_test`] finds with probability `power`, if both sides vary as these
+    values do. It is computed with the noncentral t distribution, and qualifies a result of "no difference found".
 
     Args:
-        first: (n,). second: (m,).
+        first: (n,).
+        second: (m,).
 
     Raises:
-        ValueError: fewer than two values on a side, a value that is not finite, `power` or `alpha` not between 0 and
-            1, or no variance on either side: then any difference would show.
+        ValueError: a side has fewer than two values, a value is not finite, 0 < `alpha` < `power` < 1 does not hold,
+            or both sides are constant, so that any difference would be found.
     """
     first, second = _vector("first", first, at_least=2), _vector("second", second, at_least=2)
     if not (0 < alpha < power < 1):
@@ -401,8 +411,8 @@ def detectable_difference(first: ArrayLike, second: ArrayLike, *, power: float =
     freedom = sum(squares) ** 2 / sum(s**2 / (len(side) - 1) for s, side in zip(squares, (first, second), strict=True))
     critical = stats.t.isf(alpha / 2, freedom)
 
-    # The noncentral t as a mixture of normal distributions over its denominator, at 2,000 equally likely values of it:
-    # scipy's own (nct) is NaN at some large shifts.
+    # The noncentral t as a mixture of normal distributions over its denominator, at 2,000 equally likely values of the
+    # denominator, because scipy's nct is NaN at some large shifts.
     spreads = critical * np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, freedom) / freedom)
 
     def lacking(shift: float) -> float:
@@ -413,14 +423,14 @@ def detectable_difference(first: ArrayLike, second: ArrayLike, *, power: float =
 
 def paired_t_test(first: ArrayLike, second: ArrayLike) -> Comparison:
     """
-    t-test of the differences case by case.
+    Paired t-test: a t-test of the differences case by case.
 
     Args:
         first, second: (cases,), in the same order of cases.
 
     Raises:
-        ValueError: the lengths differ, fewer than two cases, a value that is not finite, or differences that are all
-            the same but not 0: then no t exists.
+        ValueError: the lengths differ, there are fewer than two cases, a value is not finite, or all differences are
+            the same and not 0, so that t is undefined.
     """
     differences = _differences(first, second)
     method = "paired t-test, two-sided"
@@ -431,39 +441,15 @@ def paired_t_test(first: ArrayLike, second: ArrayLike) -> Comparison:
     return Comparison(float(differences.mean()), float(result.statistic), float(result.pvalue), n, method)
 
 
-def wilcoxon_test(first: ArrayLike, second: ArrayLike) -> Comparison:
-    """
-    Wilcoxon's signed-rank test of the differences case by case, which needs no normal distribution.
-
-    Cases without a difference are left out, as Wilcoxon did, and counted in `method`. `difference` is that of the
-    means.
-
-    Args:
-        first, second: (cases,), in the same order of cases.
-
-    Raises:
-        ValueError: the lengths differ, there are fewer than two cases, or a value is not finite.
-    """
-    differences = _differences(first, second)
-    equal = int((differences == 0).sum())
-    n = len(differences), len(differences)
-    method = f"Wilcoxon signed-rank test, two-sided, {equal} case(s) without a difference left out"
-    if equal == len(differences):
-        return Comparison(0.0, 0.0, 1.0, n, method)
-    # Left out here and not by scipy, which chooses between the exact and the approximate test before it leaves out.
-    result = stats.wilcoxon(differences[differences != 0])
-    return Comparison(float(differences.mean()), float(result.statistic), float(result.pvalue), n, method)
-
-
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """
-    Holm's correction for several comparisons: p-values (m,) to corrected ones (m,), in the same order.
+    Correct p-values (m,) for multiple comparisons by Holm's method, in the given order.
 
-    A comparison counts as significant at 5 % where its corrected value is at most 0.05; the chance of one or more
-    false ones among all m is then at most 5 %, however they depend on each other.
+    A comparison is significant at 5 % if its corrected p-value is at most 0.05. The probability of one or more false
+    positives among all m is then at most 5 %, whatever their dependence.
 
     Raises:
-        ValueError: there is none, or one is not between 0 and 1.
+        ValueError: there are no p-values, or one is not between 0 and 1.
     """
     p_values = _vector("p_values", p_values, at_least=1)
     if ((p_values < 0) | (p_values > 1)).any():
@@ -471,13 +457,13 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     corrected = np.empty_like(p_values)
-    # The maximum of all smaller ones, so that a larger p-value never gets a smaller corrected one.
+    # The running maximum, so that a larger p-value never gets a smaller corrected one.
     corrected[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1.0)
     return corrected
 
 
 def _without_variance(difference: float, n: tuple[int, int], method: str, what: str) -> Comparison:
-    """Equal systems do not differ (p = 1); a constant difference has no t."""
+    """Return p = 1 for equal systems; raise a ValueError for a constant difference, which has no t."""
     if difference != 0:
         raise ValueError(f"{what} and differ by {difference}: without variance there is no t-test")
     return Comparison(0.0, 0.0, 1.0, n, f"{method} (equal and constant)")
@@ -496,18 +482,18 @@ def _vector(name: str, values: ArrayLike | Sequence[float], at_least: int) -> ND
 
 
 def _two_sides(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both vectors, without what equal scores differ by when they were summed in another order."""
+    """Validate both vectors and remove the rounding errors of sums in another order."""
     first, second = _vector("first", first, at_least=2), _vector("second", second, at_least=2)
     scale = _scale(first, second)
     return _rounded(first, scale), _rounded(second, scale)
 
 
 def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
-    """First minus second by case, equal differences to the last bit."""
+    """Subtract second from first by case, so that equal differences are equal to the last bit."""
     first, second = _vector("first", first, at_least=2), _vector("second", second, at_least=2)
     if len(first) != len(second):
         raise ValueError(f"first has {len(first)} values, second {len(second)}: a paired test takes the same cases")
-    # Rounded once: sides that were rounded before give equal differences that lie on both sides of a half.
+    # Round the differences, not the sides: rounded sides can put equal differences on either side of a half.
     return _rounded(first - second, _scale(first, second))
 
 
@@ -517,9 +503,9 @@ def _scale(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 def _rounded(values: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
     """
-    `values` to [`ROUNDING_DIGITS`] digits of `scale`.
+    Round `values` to [`ROUNDING_DIGITS`] digits relative to `scale`.
 
-    Rounding errors would rank as differences in Wilcoxon's test, and make a variance out of nothing in the t-tests.
+    Otherwise the t-tests would take rounding errors for variance.
     """
     return np.round(values / scale, ROUNDING_DIGITS) * scale
 

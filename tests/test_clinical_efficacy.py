@@ -19,7 +19,6 @@ from diffvp.metrics.clinical_efficacy.reports import (
     label_reports,
     read_label_table,
     score_against_reports,
-    score_against_table,
     table_labels,
 )
 
@@ -131,7 +130,8 @@ def test_reports_against_reports_and_against_a_table(rows, tmp_path):
     # The table has its rows in another order, and one that nobody asks for.
     others = [rows[2], ["valid_9_a_1.nii.gz", *[0] * 18], rows[0], rows[3], rows[1]]
     table = read_label_table(write_table(tmp_path / "labels.csv", others))
-    by_table = score_against_table(IDS, predictions, table, NamesLabels(), labeler_name="names|version:1")
+    labels = label_reports(NamesLabels(), predictions)
+    by_table = finding_scores(labels, table_labels(table, IDS), truth="csv", labeler="names|version:1")
     for result in (by_text, by_table):
         assert result["n"] == 4
         for key in ("micro", "macro", "weighted", "samples", "labels", "crg"):
@@ -178,8 +178,6 @@ def test_unusable_reports_and_labelers():
         score_against_reports(["a", float("nan")], ["a", "b"], NamesLabels())
     with pytest.raises(ValueError, match="2 predictions and 1 references"):
         score_against_reports(["a", "b"], ["a"], NamesLabels())
-    with pytest.raises(ValueError, match="1 ids and 2 predictions"):
-        score_against_table(["a"], ["a", "b"], {}, NamesLabels())
     with pytest.raises(ValueError, match=r"Short.label_all returned shape \(2, 17\), expected \(2, 18\)"):
         label_reports(Short(), ["a", "b"])
 
@@ -298,7 +296,7 @@ def test_published_averages_through_text_and_table(check_data, tmp_path):
     predictions = [f"p {name}" for name in ids]
     results = (
         score_against_reports(predictions, [f"g {name}" for name in ids], Known()),
-        score_against_table(ids, predictions, read_label_table(path), Known()),
+        finding_scores(label_reports(Known(), predictions), table_labels(read_label_table(path), ids), truth="csv"),
     )
     with (reports / "reg2rg_metrics_manual.csv").open(encoding="utf-8", newline="") as file:
         [weighted] = [row for row in csv.DictReader(file) if row["Label"] == "Weighted Average"]

@@ -89,7 +89,7 @@ def test_forty_pairs_by_a_real_model_and_a_run_that_is_killed(url, model_folder,
     records = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     assert len(records) == len({record["key"] for record in records}) > 2 * PAIRS
     assert f"{len(done.splitlines())} of them kept from before" in resumed.stderr
-    assert resumed.stdout.index("What this judge is worth") < resumed.stdout.index(f"{PAIRS} cases")
+    assert resumed.stdout.index("Calibration of this judge") < resumed.stdout.index(f"{PAIRS} cases")
     assert "position bias" in resumed.stdout and "completion tokens" in resumed.stderr
     again = json.loads(subprocess.run([*line, "--json"], capture_output=True, text=True, check=True).stdout)
     assert again["tokens"]["requests"] == 0

@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The `evaluate` module: `evaluate.load("metrics/clinical_efficacy")`. The scores themselves are in scores.py."""
+"""Module for `evaluate.load("metrics/clinical_efficacy")`. The scores are computed in scores.py."""
 
-# One import a line, and `from .scores import` as it stands: evaluate finds a module's requirements line by line.
+# Keep one import per line, and `from .scores import` on one line: evaluate parses the requirements line by line.
 import datasets
 import evaluate
 
@@ -14,13 +14,13 @@ _DESCRIPTION = (
 
 _INPUTS = """
 Args:
-    predictions (list of list of int): one row of 0/1 labels a generated report.
-    references (list of list of int): one row of 0/1 labels a true report.
-    labels (list of str): the names of the columns.
-    zero_division (float, 0 or 1): what an undefined ratio counts as; 0 unless told.
+    predictions (list of list of int): one row of 0/1 labels per generated report.
+    references (list of list of int): one row of 0/1 labels per true report.
+    labels (list of str): names of the columns.
+    zero_division (float, 0 or 1): value of undefined ratios; 0 by default.
 Returns:
     micro, macro, weighted, samples (dict of precision, recall, f1, predicted, support), labels (the same by label
-    name), crg (float, None where undefined) and signature (str): how they were computed.
+    name), crg (float, or None if undefined) and signature (str): how the scores were computed.
 """
 
 

@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of findings from the text of reports, against either of the truths that the field uses.
+"""Scores of the findings in report texts, against either of the two truths in use.
 
-- `truth:labeler`: the same labeler reads the generated and the true report (Reg2RG and the paper). What it misreads in
-  both counts as agreement.
-- `truth:csv`: a labeler reads the generated report, and a table such as CT-RATE's has the labels of the scan (VLM3D,
-  CT-GRAPH). What the labeler misreads counts against the generator.
+- `truth:labeler`: the same labeler reads the generated and the true report (Reg2RG and the paper). A finding that it
+  misreads in both counts as agreement.
+- `truth:csv`: a labeler reads the generated report, and a table such as CT-RATE's gives the labels of the scan (VLM3D,
+  CT-GRAPH). A finding that the labeler misreads counts against the generator.
 
-The two are different tests: of the same 1,564 scans of CT-RATE the first has 5,059 positive labels and the second
-5,358. The signature names the one that was used.
+The two are different tests: for the same 1,564 scans of CT-RATE the first has 5,059 positive labels and the second
+5,358. The signature names the truth used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,35 +28,35 @@ SCORES = ("precision", "recall", "f1")
 
 
 class Labeler(Protocol):
-    """Whatever finds the 18 labels in reports."""
+    """Interface of the labelers, which find the 18 labels in reports."""
 
     def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """(reports, 18) of 0 and 1, in the order of `DIAGNOSIS_LABELS`."""
+        """Return (reports, 18) of 0 and 1, in the order of `DIAGNOSIS_LABELS`."""
 
 
 def read_label_table(
     path: str | Path, *, id_column: str = ID_COLUMN, ignore: Sequence[str] = ()
 ) -> dict[str, NDArray[np.int8]]:
     """
-    Labels from a CSV file with a column of ids and one column a label, in whatever order.
+    Read labels from a CSV file with a column of ids and one column per label, in any order.
 
     Args:
-        path: such as CT-RATE's `valid_predicted_labels.csv`.
-        id_column: whose values name the rows; with or without ".nii.gz".
-        ignore: other columns that the table may have, such as that of the reports.
+        path: CSV file, such as CT-RATE's `valid_predicted_labels.csv`.
+        id_column: column of the ids, with or without ".nii.gz".
+        ignore: other columns that are allowed, such as the reports.
 
     Returns:
         {id without ".nii.gz": int8 (18,) in the order of `DIAGNOSIS_LABELS`}
 
     Raises:
-        DatasetError: the file cannot be read, a column is missing, unknown or there twice, an id is empty or there
-            twice, or a label is neither 0 nor 1: all of them, by row (the header is row 1) and column.
+        DatasetError: the file is unreadable, a column is missing, unknown or duplicated, an id is empty or
+            duplicated, or a label is neither 0 nor 1. It lists all problems by row (the header is row 1) and column.
     """
     path, problems = Path(path), []
     known = {id_column, *DIAGNOSIS_LABELS, *ignore}
 
     def check_columns(columns: list[str], problems: list[Problem]) -> None:
-        # A label that is misspelt, or of another label set, must not be passed over.
+        # A misspelt label, or one of another label set, must not be ignored.
         problems += [
             Problem(path.name, 1, "header", f"unknown column {shown(column)}", "the id and the 18 labels")
             for column in columns
@@ -76,16 +76,16 @@ def read_label_table(
 
 def table_labels(table: Mapping[str, ArrayLike], ids: Sequence[str], name: str = "label table") -> NDArray[np.int8]:
     """
-    The labels of reports, (reports, 18), found by id and never by the order of rows.
+    Look up the labels of reports by id: (reports, 18).
 
     Args:
-        table: as [`read_label_table`] returns it. It may have more rows.
-        ids: of the reports, with or without ".nii.gz".
-        name: of the table, for the message.
+        table: result of [`read_label_table`]. It may have more rows.
+        ids: ids of the reports, with or without ".nii.gz".
+        name: name of the table in error messages.
 
     Raises:
-        DatasetError: an id is not in the table, or is there twice in `ids`: all of them.
-        ValueError: there is no id.
+        DatasetError: ids are missing in the table or duplicated in `ids`. It lists all of them.
+        ValueError: `ids` is empty.
     """
     if not ids:
         raise ValueError("there is no id to look up labels for")
@@ -106,11 +106,11 @@ def table_labels(table: Mapping[str, ArrayLike], ids: Sequence[str], name: str =
 
 def label_reports(labeler: Labeler, reports: Sequence[str], name: str = "reports") -> NDArray[np.int8]:
     """
-    The labels of reports, (reports, 18). An empty report is a report; a missing one (NaN, None) is not.
+    Label reports: (reports, 18). Reports may be empty, but not missing (NaN, None).
 
     Raises:
-        TypeError: a report is not text, or one text was given for a list.
-        ValueError: the labeler returns anything but 18 labels a report.
+        TypeError: a report is not text, or `reports` is one text instead of a list.
+        ValueError: the labeler does not return 18 labels per report.
     """
     if isinstance(reports, str):
         raise TypeError(f"{name} is one text: expected a list of them")
@@ -136,26 +136,26 @@ def finding_scores(
     seed: int = 0,
 ) -> dict:
     """
-    Scores of label matrices with their intervals.
+    Score label matrices, with intervals.
 
     Args:
         predicted, actual: (reports, 18) of 0 and 1.
-        truth: where `actual` is from, for the signature: "labeler" or "csv", or "given".
-        labeler: its name, for the signature; `None` where none was used.
-        zero_division: see `classification_scores`.
-        resamples, seed: of the bootstrap over reports.
+        truth: source of `actual` for the signature: "labeler", "csv" or "given".
+        labeler: name of the labeler for the signature; `None` without one.
+        zero_division: see [`classification_scores`].
+        resamples, seed: number and seed of the bootstrap resamples over reports.
 
     Returns:
-        what `classification_scores` returns, and `n` and `intervals`: {average: {"precision", "recall", "f1":
-        Interval}, "crg": Interval or `None` where it is undefined}; `None` for a single report, which has no interval.
+        The result of [`classification_scores`], `n`, and `intervals`: {average: {"precision", "recall", "f1":
+        Interval}, "crg": Interval, or `None` if CRG is undefined}; `None` for a single report.
 
     Raises:
-        ValueError: see `classification_scores`.
+        ValueError: see [`classification_scores`].
     """
     scores = classification_scores(predicted, actual, DIAGNOSIS_LABELS, zero_division)
     counts = label_counts(predicted, actual)
     scores["n"] = len(counts)
-    # A labeler's own signature has fields of its own; they stay together within this one.
+    # A labeler's signature has fields itself; commas keep them together as one field of this signature.
     scores["signature"] += f"|truth:{truth}|labeler:{(labeler or 'none').replace('|', ',')}"
     scores["intervals"] = (
         _intervals(counts, zero_division, resamples, seed, with_crg=scores["crg"] is not None)
@@ -176,10 +176,10 @@ def score_against_reports(
     **options,
 ) -> dict:
     """
-    `truth:labeler`: one labeler reads the generated and the true reports, in the same order.
+    Score generated reports against true ones, with one labeler for both (`truth:labeler`).
 
     Args:
-        labeler_name: for the signature, best the labeler's own one; the name of its class unless told.
+        labeler_name: name for the signature, preferably the labeler's own `signature`; its class name by default.
         options: `zero_division`, `resamples` and `seed` of [`finding_scores`].
 
     Raises:
@@ -194,46 +194,16 @@ def score_against_reports(
     return finding_scores(predicted, actual, truth="labeler", labeler=name, **options)
 
 
-def score_against_table(
-    ids: Sequence[str],
-    predictions: Sequence[str],
-    table: Mapping[str, ArrayLike],
-    labeler: Labeler,
-    *,
-    labeler_name: str | None = None,
-    **options,
-) -> dict:
-    """
-    `truth:csv`: a labeler reads the generated reports, and the truth of each is the row of its id.
-
-    Args:
-        ids: of the reports, in their order.
-        table: as [`read_label_table`] returns it.
-        labeler_name, options: as of [`score_against_reports`].
-
-    Raises:
-        DatasetError: an id has no row, or is there twice.
-        TypeError: a report is not text.
-        ValueError: the lengths differ, or there are no reports.
-    """
-    if len(ids) != len(predictions):
-        raise ValueError(f"there are {len(ids)} ids and {len(predictions)} predictions")
-    actual = table_labels(table, ids)
-    predicted = label_reports(labeler, predictions, "predictions")
-    name = labeler_name or type(labeler).__name__
-    return finding_scores(predicted, actual, truth="csv", labeler=name, **options)
-
-
 def _intervals(
     counts: NDArray[np.int64], zero_division: float, resamples: int, seed: int, with_crg: bool
 ) -> dict[str, dict[str, Interval] | Interval | None]:
-    """Intervals of all averages and of CRG; `counts` as of `label_counts`."""
+    """Bootstrap intervals of all averages and of CRG, from the counts of [`label_counts`]."""
     result = {}
     for average in ("micro", "macro", "weighted"):
         result[average] = {
             score: bootstrap_counts(
                 counts,
-                # Bound now: a loop's variable has its last value by the time that a lambda is called.
+                # Bind the loop variables now; the lambda is called after they change.
                 lambda sums, average=average, column=column: averages(sums, zero_division)[average][..., column],
                 resamples=resamples,
                 seed=seed,

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision, recall and F1 of multi-label findings, as plain functions.
 
-The tables of the field mean different averages by "F1": CT report papers quote micro (Reg2RG, the paper), macro
-(CT-GRAPH, VLM3D), weighted or per-sample values. All four come out here, so that no reader has to guess.
+Published "F1" values are different averages: CT report papers quote micro (Reg2RG, the paper), macro (CT-GRAPH,
+VLM3D), weighted or per-sample values. All four are returned here.
 
-Everything but the per-sample average follows from counts that are summed over reports, so the functions take many such
-sums at once: a bootstrap is one call.
+All but the per-sample average are functions of counts summed over reports. These functions take many such sums at
+once, so a bootstrap is a single call.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class LabelScores(TypedDict):
-    """Scores of one label or of one average. `predicted` and `support` count the positives they rest on."""
+    """Scores of one label or one average; `predicted` and `support` count its predicted and true positives."""
 
     precision: float
     recall: float
@@ -32,7 +32,7 @@ def _indicator_matrix(name: str, values: ArrayLike) -> NDArray[np.int64]:
         raise ValueError(f"{name} must be a matrix (reports, labels), got shape {matrix.shape}")
     if matrix.size == 0:
         raise ValueError(f"{name} has shape {matrix.shape}: there is nothing to score")
-    # A probability or a NaN would be truncated to a wrong count below. Thresholding is the caller's decision.
+    # The cast below would truncate a probability or a NaN. Thresholding is the caller's decision.
     wrong = ~np.isin(matrix, (0, 1))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -47,14 +47,14 @@ def _ratio(numerator: NDArray, denominator: NDArray, zero_division: float) -> ND
 
 def label_counts(predictions: ArrayLike, references: ArrayLike) -> NDArray[np.int64]:
     """
-    What each report adds to the counts that the scores are made of.
+    Count true positives, predicted positives and actual positives of each report and label.
 
     Args:
         predictions, references: (reports, labels) of 0 and 1, as in [`classification_scores`].
 
     Returns:
-        (reports, 3, labels): findings that are in both reports, in the generated one, in the true one. Summed over
-        any reports, they are what [`averages`] and [`crg`] take.
+        (reports, 3, labels): positive in both reports, in the generated one, in the true one. [`averages`] and
+        [`crg`] take sums of these over any set of reports.
 
     Raises:
         ValueError: the shapes differ, or a value is neither 0 nor 1.
@@ -67,7 +67,7 @@ def label_counts(predictions: ArrayLike, references: ArrayLike) -> NDArray[np.in
 
 
 def precision_recall_f1(counts: ArrayLike, zero_division: float = 0.0) -> NDArray[np.float64]:
-    """(..., 3, labels), counts as of [`label_counts`], to (..., 3, labels): precision, recall and F1 of each label."""
+    """Precision, recall and F1 of each label, (..., 3, labels), of counts (..., 3, labels) of [`label_counts`]."""
     hits, claims, facts = np.moveaxis(np.asarray(counts), -2, 0)
     return np.stack(
         [
@@ -81,10 +81,10 @@ def precision_recall_f1(counts: ArrayLike, zero_division: float = 0.0) -> NDArra
 
 def averages(counts: ArrayLike, zero_division: float = 0.0) -> dict[str, NDArray[np.float64]]:
     """
-    The averages over labels, of many sums of counts at once.
+    Average over labels, for many sums of counts at once.
 
     Args:
-        counts: (..., 3, labels), sums over reports of what [`label_counts`] returns.
+        counts: (..., 3, labels), counts of [`label_counts`] summed over reports.
 
     Returns:
         `micro`, `macro` and `weighted`, each (..., 3): precision, recall, F1.
@@ -96,28 +96,28 @@ def averages(counts: ArrayLike, zero_division: float = 0.0) -> dict[str, NDArray
     return {
         "micro": precision_recall_f1(counts.sum(-1, keepdims=True), zero_division)[..., 0],
         "macro": per_label.mean(-1),
-        "weighted": weighted,  # no finding in any report: the weights sum to 0, so it is undefined
+        "weighted": weighted,  # undefined if no report has a finding: the weights sum to 0
     }
 
 
 def per_report(counts: ArrayLike, zero_division: float = 0.0) -> NDArray[np.float64]:
-    """(reports, 3, labels), counts as of [`label_counts`], to (reports, 3): `samples` is the mean of these."""
+    """Precision, recall and F1 of each report, (reports, 3), of [`label_counts`]; `samples` is their mean."""
     return precision_recall_f1(np.asarray(counts).sum(-1, keepdims=True), zero_division)[..., 0]
 
 
 def crg(counts: ArrayLike, reports: int) -> NDArray[np.float64]:
     """
-    CRG of VLM3D, which weighs a finding by how rare findings are: 1 for perfect labels, 1/3 for all and for none.
+    CRG of VLM3D, which weights positives by their rarity: 1 for perfect labels, 1/3 for all positive or all negative.
 
     With X cells (labels times reports) of which A are positive: r = (X - A) / 2A, U = (X - A) / 2, s = r TP - r FN -
     FP, CRG = U / (2U - s).
 
     Args:
-        counts: (..., 3, labels), sums over reports of what [`label_counts`] returns.
-        reports: how many reports were summed.
+        counts: (..., 3, labels), counts of [`label_counts`] summed over reports.
+        reports: number of summed reports.
 
     Returns:
-        (...); NaN where it is undefined: no cell is positive, or every one.
+        (...), NaN if undefined: no cell, or every cell, is positive.
     """
     counts = np.asarray(counts, dtype=np.float64)
     cells = counts.shape[-1] * reports
@@ -135,20 +135,19 @@ def classification_scores(
     """Precision, recall and F1 of 0/1 findings, and CRG.
 
     Args:
-        predictions: (reports, labels), 1 where the generated report states the finding.
-        references: (reports, labels), 1 where the true report states it.
-        labels: the names of the columns.
-        zero_division: what an undefined ratio counts as, 0 or 1: the precision of a label that is never predicted, the
-            recall of one that never occurs, and the F1 of one that does neither. 0 is what the published tables use.
-            It weighs most in the macro and the per-sample average, where an all-normal report is such a case.
+        predictions: (reports, labels), 1 if the generated report states the finding.
+        references: (reports, labels), 1 if the true report states the finding.
+        labels: names of the columns.
+        zero_division: value of undefined ratios, 0 or 1: the precision of a label that is never predicted, the recall
+            of a label that never occurs, and the F1 of a label with neither. Published tables use 0. The choice
+            matters most for the macro and the per-sample average, which is undefined for every all-normal report.
 
     Returns:
         `micro` (counts pooled), `macro` (mean over labels), `weighted` (mean over labels by support), `samples` (mean
-        over reports), `labels` (the same per label, by name), `crg` (a number; `None` where it is undefined, see
-        [`crg`]) and `signature`.
+        over reports), `labels` (the same scores by label), `crg` (`None` if undefined, see [`crg`]) and `signature`.
 
     Raises:
-        ValueError: the shapes differ or do not fit `labels`, a value is neither 0 nor 1, or `zero_division` is not.
+        ValueError: the shapes differ or do not match `labels`, or a value or `zero_division` is neither 0 nor 1.
     """
     counts = label_counts(predictions, references)
     if counts.shape[2] != len(labels):

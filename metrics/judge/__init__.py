@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Which of two reports of a scan is better, by a language model or by rules: docs/judge.md."""
+"""Compare two reports of a scan by a language model or by rules; see docs/judge.md."""
 
 
 class JudgeError(ValueError):
-    """The judge cannot be asked, or not as it was asked to be."""
+    """The judge is unavailable, or its options or files are invalid."""

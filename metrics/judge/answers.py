@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a judge on disk: each is paid for once, whatever ends the run."""
+"""Store the answers of a judge on disk, so that an interrupted run does not pay for an answer twice."""
 
 import hashlib
 import json
@@ -10,33 +10,33 @@ from pathlib import Path
 from . import JudgeError
 from .prompt import DIMENSIONS, SHA256
 
-ORDERS = ("AB", "BA")  # which system is Report A
-FIELDS = {"key", "server", "winners", "problem", "refusal", "repaired"}  # of a record, that are read again
+ORDERS = ("AB", "BA")  # "AB" shows the first system's report as Report A
+FIELDS = {"key", "server", "winners", "problem", "refusal", "repaired"}  # fields of a record that later runs read
 
 
 def answer_key(model: str, order: str, truth: str, first: str, second: str) -> str:
-    """SHA-256 of what an answer depends on; `first` and `second` are the systems' reports, not as they are shown."""
+    """SHA-256 of all that an answer depends on. `first` and `second` are in the order of the systems."""
     return hashlib.sha256(json.dumps([SHA256, model, order, truth, first, second]).encode()).hexdigest()
 
 
 class AnswerFile:
     """
-    A JSON lines file, a line for each answer: its key, the winners by position, the evidence, the tokens.
+    JSON lines file of answers. Each line holds the key, the winners by position, the evidence and the problems.
 
-    A line that was being written when a run was killed is dropped. The file quotes reports.
+    An incomplete last line, left by a killed run, is dropped. The file contains quotations from reports.
 
     Attributes:
-        answers: by their keys.
+        answers: records by key.
 
     Raises:
-        JudgeError: a line is none of an answer, or another run has the file open.
+        JudgeError: a line is not an answer, or another run uses the file.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.answers: dict[str, dict] = {}
-        # Held open as long as it is used, so that two runs do not pay for the same answers.
+        # The file stays open and locked, so that two runs do not pay for the same answers.
         self._file = self.path.open("a+b")
         try:
             _lock(self._file, self.path.name)
@@ -61,11 +61,11 @@ class AnswerFile:
                 raise KeyError("fields")
             self.answers[record["key"]] = record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            expected = "an answer of diffvp judge. Delete the line, or choose another file"
-            raise JudgeError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
+            expected = "an answer of diffvp judge; delete the line or choose another file"
+            raise JudgeError(f"{self.path.name}: line {number}: unknown (expected {expected})") from error
 
     def add(self, record: dict) -> None:
-        """Keep an answer; it is on the disk when this returns."""
+        """Store an answer. It is on disk when this returns."""
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -82,7 +82,7 @@ class AnswerFile:
 
 
 def _lock(file, name: str) -> None:
-    """For this process alone, until it closes the file or ends."""
+    """Lock the file for this process until it closes the file or ends."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -90,4 +90,4 @@ def _lock(file, name: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise JudgeError(f"{name} is in use by another run; wait for it, or choose another file.") from error
+        raise JudgeError(f"{name}: in use by another run (expected a free file; wait or choose another)") from error

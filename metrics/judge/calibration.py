@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a judge is worth: it is asked about reports of phantoms, whose better one is known.
+Measure how reliable a judge is: let it compare reports of phantoms for which the better report is known.
 
-Reports are written from a patient's findings after some were left out, moved to the other side, resized or invented.
-Which report has more of the findings, places and quantities right follows from that, and no text is read for it.
+The reports are generated from a patient's findings after some findings were dropped, moved to the other side, resized
+or invented. The better report follows from these changes, without reading any text.
 """
 
 import itertools
@@ -26,7 +26,7 @@ KINDS = {
     "size": "a size or severity changed",
     "invented": "a finding invented",
 }
-SPLIT = "judge"  # of the phantoms: no cohort has these patients
+SPLIT = "judge"  # phantom split of these patients, which no cohort contains
 SEED = 0
 
 _OTHER_SIDE = {"right": "left", "left": "right"}
@@ -35,12 +35,13 @@ _OTHER_SIDE = {"right": "left", "left": "right"}
 @dataclass(frozen=True)
 class Item:
     """
-    A comparison whose result is known.
+    A comparison with a known result.
 
     Args:
-        kind: "graded", two faulty reports; one of [`KINDS`], the truth against a report with that fault; "self".
-        winners: 1 where the first report is the better one, 0 where the second is, by counted dimension; nothing of
-            those in which they are equal.
+        kind: "graded" for two faulty reports, one of [`KINDS`] for the truth against a report with that fault, or
+            "self" for a report against itself.
+        winners: by counted dimension, 1 if the first report is better and 0 if the second is. Dimensions in which
+            they are equal are left out.
     """
 
     kind: str
@@ -52,7 +53,7 @@ class Item:
 
 
 def true_place(finding: Finding) -> frozenset[str]:
-    """Lobes, or else sides, of a finding of the lungs or the pleura."""
+    """Return the lobes of a finding of the lungs or the pleura, or its sides if it has no lobe."""
     attributes = finding.attributes
     if finding.label not in PLACED:
         return frozenset()
@@ -67,13 +68,13 @@ def true_place(finding: Finding) -> frozenset[str]:
 
 
 def true_quantity(finding: Finding) -> int | str | None:
-    """The length in mm that a report states, or the severity."""
+    """Return the length in mm that a report states, or the severity if there is no length."""
     lengths = [value for key, value in finding.attributes.items() if key.endswith("_mm")]
     return lengths[0] if lengths else finding.attributes.get("severity")
 
 
 def other_side(finding: Finding) -> Finding | None:
-    """The finding on the other side; `None` of one that has no side, or both."""
+    """Move a finding to the other side; `None` if it has no side, or both."""
     attributes = dict(finding.attributes)
     if finding.label not in PLACED:
         return None
@@ -92,11 +93,13 @@ def other_side(finding: Finding) -> Finding | None:
 def _mirrored(lobe: str) -> str:
     side, level, _ = lobe.split()
     mirrored = f"{_OTHER_SIDE[side]} {level} lobe"
-    return mirrored if mirrored in LOBES else "left upper lobe"  # which holds the lingula, the middle lobe's twin
+    return (
+        mirrored if mirrored in LOBES else "left upper lobe"
+    )  # it contains the lingula, the counterpart of the middle lobe
 
 
 def other_size(finding: Finding) -> Finding | None:
-    """The finding with twice its length, or of another severity; `None` of one that has neither."""
+    """Double the length of a finding, or change its severity; `None` if it has neither."""
     attributes = dict(finding.attributes)
     for key, value in attributes.items():
         if key.endswith("_mm"):
@@ -109,7 +112,7 @@ def other_size(finding: Finding) -> Finding | None:
 
 
 def invented(patient: PhantomPatient, rng: np.random.Generator) -> Finding:
-    """A finding of another patient that this one does not have."""
+    """Draw a finding that this patient does not have from another patient."""
     own = {finding.label for finding in patient.findings}
     while True:
         others = sample_patient(int(rng.integers(2**31)), 0, SPLIT).findings
@@ -119,12 +122,12 @@ def invented(patient: PhantomPatient, rng: np.random.Generator) -> Finding:
 
 
 def written(patient: PhantomPatient, findings: Sequence[Finding], rng: np.random.Generator) -> str:
-    """The report of a patient with these findings, its wordings drawn anew."""
+    """Write the report of a patient with these findings, with newly drawn wordings."""
     return report_text(region_sentences(replace(patient, findings=tuple(findings)), rng))
 
 
 def faulty(patient: PhantomPatient, rng: np.random.Generator) -> list[Finding]:
-    """The patient's findings with faults of all kinds, each with a probability of a quarter or so."""
+    """Return the patient's findings with faults of all kinds, each with a probability of 20 to 25 %."""
     stated = []
     for finding in patient.findings:
         kind = rng.choice(("right", "dropped", "side", "size"), p=(0.4, 0.2, 0.2, 0.2))
@@ -134,7 +137,7 @@ def faulty(patient: PhantomPatient, rng: np.random.Generator) -> list[Finding]:
 
 
 def right(patient: PhantomPatient, stated: Sequence[Finding]) -> dict[str, int]:
-    """How many of a patient's findings are stated, at their place, and with their quantity."""
+    """Count the patient's findings that are stated, stated at the right place, and stated with the right quantity."""
     by_label = {finding.label: finding for finding in stated}
     pairs = [(finding, by_label[finding.label]) for finding in patient.findings if finding.label in by_label]
     return {
@@ -148,8 +151,10 @@ def right(patient: PhantomPatient, stated: Sequence[Finding]) -> dict[str, int]:
 
 def calibration_items(patients: int) -> list[Item]:
     """
-    Comparisons of reports of the first so many phantoms with a finding: of each two faulty reports, and the truth
-    against a report with one fault, whose kind takes turns; of each fourth, the truth against itself.
+    Build the comparisons for the first `patients` phantoms that have a finding.
+
+    Each phantom gives two faulty reports against each other, and the truth against a report with one fault; the kinds
+    of faults alternate. Each fourth phantom also gives the truth against itself.
     """
     everyone = (sample_patient(SEED, index, SPLIT) for index in itertools.count())
     abnormal = itertools.islice((patient for patient in everyone if patient.findings), patients)
@@ -167,7 +172,7 @@ def calibration_items(patients: int) -> list[Item]:
 
 
 def _corrupted(patient: PhantomPatient, kind: str, rng: np.random.Generator) -> list[Finding] | None:
-    """The patient's findings with one fault; `None` where none can have it."""
+    """Return the patient's findings with one fault; `None` if no finding can have it."""
     findings = list(patient.findings)
     if kind == "invented":
         return [*findings, invented(patient, rng)]
@@ -192,15 +197,19 @@ def _item(kind: str, patient: PhantomPatient, truth: str, first, second, rng) ->
 
 def calibrate(judge, patients: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
     """
+    Let a judge compare reports for which the better one is known.
+
     Args:
         judge: a [`RuleJudge`] or a [`ModelJudge`].
-        patients: phantoms; see [`calibration_items`].
+        patients: number of phantoms; see [`calibration_items`].
 
     Returns:
-        "agreement" with the known winner, by counted dimension, over the comparisons that have one;
-        "corruptions": how often the truth wins, by kind of fault and dimension; "self": how often the first of two
-        equal reports wins, which is one half without chance; "position", see [`position_bias`]; "patients",
-        "comparisons", "unanswered" (of the comparisons, by dimension), "refused".
+        - "agreement": agreement with the known winner by counted dimension, over the comparisons that have one.
+        - "corruptions": share of comparisons that the truth wins, by kind of fault and dimension.
+        - "self": share in which the first of two equal reports wins; 0.5 for an unbiased judge.
+        - "position": see [`position_bias`].
+        - "unanswered": number of comparisons without an answer, by dimension.
+        - "patients", "comparisons", "refused", "repaired", "signature".
     """
     items = calibration_items(patients)
     verdicts = judge.judge([item.comparison for item in items], on_progress)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The judge that is a language model: each comparison in both orders, answers from the file or from the server."""
+"""Judge reports by a language model: ask for each comparison in both orders, and reuse answers from the file."""
 
 import hashlib
 import threading
@@ -17,9 +17,9 @@ from .prompt import DIMENSIONS, SHA256, Answer, prompt_text, read_answer
 from .server import ChatServer, Reply, RequestRefused, ServerFailed
 from .verdicts import Comparison, Verdicts
 
-CHARACTERS_PER_TOKEN = 4  # of English, about
-ANSWER_TOKENS = 350  # of an answer with its evidence, about
-FAILURES = 3  # one after the other, after which no server is taken to be there
+CHARACTERS_PER_TOKEN = 4  # rough average for English
+ANSWER_TOKENS = 350  # rough length of an answer with its evidence
+FAILURES = 3  # consecutive failures after which the run stops
 
 Progress = Callable[[int, int], None]
 
@@ -40,30 +40,32 @@ class Question(NamedTuple):
 
 class ModelJudge:
     """
+    Judge that asks a language model.
+
     Args:
-        orders: 2, both; or 1, one of them by a hash of the texts, as the paper draws one at random.
-        workers: requests at once.
+        orders: 2 to ask in both orders; 1 to ask in one, chosen by a hash of the texts (the paper draws it at random).
+        workers: number of parallel requests.
     """
 
     dimensions = DIMENSIONS
 
     def __init__(self, server: ChatServer, answers: AnswerFile, *, orders: int = 2, workers: int = 1):
         if orders not in (1, 2):
-            raise JudgeError(f"orders is {orders}; expected 1 or 2")
+            raise JudgeError(f"orders: {orders} (expected 1 or 2)")
         self.server, self.answers, self.orders, self.workers = server, answers, orders, workers
         self._servers = {server.name}
         self._lock = threading.Lock()
-        self.tokens = {"prompt": 0, "completion": 0, "requests": 0, "uncounted": 0}  # of this run
+        self.tokens = {"prompt": 0, "completion": 0, "requests": 0, "uncounted": 0}  # spent in this run
 
     @property
     def signature(self) -> str:
-        """Names every server whose answers were used, those from the file included."""
+        """Signature of the verdicts; it names every server whose answers were used, including those of the file."""
         fields = ["judge", "pairwise", f"dims:{len(DIMENSIONS)}", f"orders:{self.orders}", f"prompt:{SHA256}"]
         fields += [f"model:{self.server.model.replace('|', ',')}", f"server:{','.join(sorted(self._servers))}"]
         return "|".join(fields if self.server.form.temperature else [*fields, "temperature:server's"])
 
     def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
-        """What the comparisons have to be asked, answered or not."""
+        """Return the questions of the comparisons, whether answered or not."""
         asked = []
         for row, comparison in enumerate(comparisons):
             orders = range(2) if self.orders == 2 else [_drawn_order(comparison)]
@@ -73,8 +75,13 @@ class ModelJudge:
         return asked
 
     def plan(self, comparisons: Sequence[Comparison]) -> dict[str, int]:
-        """Before anything is asked: "answers", of which "kept" are there; the others' "prompt" and "completion"
-        tokens, estimated."""
+        """
+        Estimate the cost before asking.
+
+        Returns:
+            "answers", the number needed; "kept", the number already in the file; "prompt" and "completion", the
+            estimated tokens of the others.
+        """
         asked = {question.key: question for question in self.questions(comparisons)}
         left = [question for question in asked.values() if question.key not in self.answers.answers]
         characters = sum(len(question.prompt()) for question in left)
@@ -84,11 +91,13 @@ class ModelJudge:
 
     def judge(self, comparisons: Sequence[Comparison], on_progress: Progress = lambda done, total: None) -> Verdicts:
         """
+        Judge comparisons. Answers are stored as they arrive, so a failed run loses none.
+
         Args:
-            on_progress: called with the answers that are there and all of them, about once a second.
+            on_progress: called about once a second with the number of answers so far and in all.
 
         Raises:
-            JudgeError: the server is not there, or does not take the requests. Answers that came are kept.
+            JudgeError: the server is unreachable, or does not accept the requests.
         """
         questions = self.questions(comparisons)
         unanswered = self._ask_all(questions, on_progress)
@@ -113,7 +122,7 @@ class ModelJudge:
         return Verdicts(DIMENSIONS, won.mean(axis=1), positions, dict(refused), repaired)
 
     def _ask_all(self, questions: Sequence[Question], on_progress: Progress) -> dict[str, str]:
-        """Ask what no answer is there for; why questions got none, by their keys."""
+        """Ask the questions without a stored answer. Return the failures by key."""
         left = {question.key: question for question in questions if question.key not in self.answers.answers}
         total = len({question.key for question in questions})
         unanswered, failures, done = {}, 0, total - len(left)
@@ -122,7 +131,7 @@ class ModelJudge:
         with ThreadPoolExecutor(self.workers) as pool:
             under_way: dict[Future, Question] = {}
             while waiting or under_way:
-                # One alone at first, which finds out what the server takes.
+                # Send one request alone first, to find out which fields the server accepts.
                 at_once = self.workers if self.server.answered else 1
                 while waiting and len(under_way) < at_once:
                     question = waiting.pop()
@@ -144,13 +153,13 @@ class ModelJudge:
         return unanswered
 
     def _ask_and_keep(self, question: Question) -> None:
-        """In the worker: what has been paid for is kept even if the run ends meanwhile."""
+        """Ask and store in the worker, so that an answer is stored even if the run ends meanwhile."""
         record = self._ask(question)
         with self._lock:
             self.answers.add(record)
 
     def _ask(self, question: Question) -> dict:
-        """The record of an answer. One that lacks winners is asked for a second time, and the fuller one counts."""
+        """Return the record of an answer. If winners are missing, ask again and keep the more complete answer."""
         answer, refusal = None, ""
         for _ in range(2):
             reply = self.server.ask(question.prompt(answer.problem if answer else ""))
@@ -185,7 +194,7 @@ class ModelJudge:
 
 
 def _refusal(answer: Answer, text: str) -> str:
-    """In a few words, for counting."""
+    """Name the reason for missing winners in a few words, for counting."""
     if not answer.problem:
         return ""
     if not text.strip():
@@ -194,5 +203,5 @@ def _refusal(answer: Answer, text: str) -> str:
 
 
 def _drawn_order(comparison: Comparison) -> int:
-    """One of the two orders: always the same for the same texts."""
+    """Choose one of the two orders, always the same for the same texts."""
     return hashlib.sha256("\0".join(comparison).encode("utf-8", "surrogatepass")).digest()[0] % 2

@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the judge is asked, and how its answer is read.
+Prompt of the judge, and the parser of its answers.
 
-`prompt.txt` is the prompt of the paper's appendix E with its lines restored. Ours are the frame around the three
-texts, and in dimensions 4 and 5 the line that what contradicts the truth does not count: the paper says so of the
-other dimensions only. A change of the prompt raises `VERSION`; the hash stands in every signature.
+`prompt.txt` is the prompt of the paper's appendix E with its line breaks restored. Two parts are ours: the tags around
+the three texts, and the line in dimensions 4 and 5 that contradictions of the truth do not count, which the paper has
+in the other dimensions only. Raise `VERSION` with each change of the prompt; its hash is part of every signature.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ AGAIN = (
 )
 REPORTS = {"report a": "A", "report b": "B", "a": "A", "b": "B"}
 
-UNREADABLE = (ValueError, RecursionError)  # of a parser; the second of a thousand brackets
+UNREADABLE = (ValueError, RecursionError)  # raised by JSON parsers; the second by deeply nested brackets
 
 _SPANS = {"type": "array", "items": {"type": "string"}}
 _EVIDENCE = ("GT_key_findings", "ReportA_supporting_spans", "ReportB_supporting_spans")
@@ -51,7 +51,7 @@ SCHEMA = _object(
 )
 SHA256 = hashlib.sha256(json.dumps([VERSION, TEMPLATE, AGAIN, SCHEMA]).encode()).hexdigest()[:12]
 
-_START = re.compile(r'\{(?=\s*"\w+_winner")')  # of an object whose first field is a winner
+_START = re.compile(r'\{(?=\s*"\w+_winner")')  # start of an object whose first field is a winner
 _THINKING = re.compile(r"\A.*</think>", re.DOTALL)
 _FIELDS = re.compile(r"\{(truth|first|second)\}")
 
@@ -59,13 +59,13 @@ _FIELDS = re.compile(r"\{(truth|first|second)\}")
 @dataclass(frozen=True)
 class Answer:
     """
-    What a judge said of two reports.
+    Answer of a judge about two reports.
 
     Attributes:
-        winners: "A" or "B" for each dimension, `None` where the answer has neither.
-        evidence, reason: as the judge wrote them; empty where it did not.
-        problem: what is wrong with the answer; empty if each dimension has its winner.
-        repaired: the answer was no strict JSON.
+        winners: "A" or "B" for each dimension; `None` if the answer names neither.
+        evidence, reason: as written by the judge; empty if missing.
+        problem: description of missing winners; empty if each dimension has a winner.
+        repaired: True if the answer was not strict JSON.
     """
 
     winners: dict[str, str | None]
@@ -76,24 +76,24 @@ class Answer:
 
     @property
     def decided(self) -> int:
-        """In how many dimensions."""
+        """Number of dimensions with a winner."""
         return sum(winner is not None for winner in self.winners.values())
 
 
 def prompt_text(truth: str, first: str, second: str, problem: str = "") -> str:
-    """The prompt for two reports; `problem` is what was wrong with the last answer, if it is asked again."""
+    """Return the prompt for two reports; `problem` describes the fault of the last answer when asking again."""
     texts = {"truth": truth, "first": first, "second": second}
-    # In one pass: a report may hold the words of a field.
+    # Substitute in one pass, because a report may contain the name of a field.
     text = _FIELDS.sub(lambda match: texts[match[1]].strip() or "(no text)", TEMPLATE)
     return text + (AGAIN.format(problem=problem) if problem else "")
 
 
 def read_answer(text: str) -> Answer:
     """
-    The winners in an answer, whatever stands around them.
+    Parse the winners in an answer, with any text around them.
 
-    JSON that is cut off or malformed is repaired. What is no choice stays none: "Tie", an echo of the prompt's
-    `"Report A" or "Report B"`, and two different winners of one dimension.
+    Truncated or malformed JSON is repaired. "Tie", an echo of the prompt's `"Report A" or "Report B"`, and two
+    different winners of one dimension count as no winner.
     """
     document, repaired = _json_object(_THINKING.sub("", text))
     if document is None:
@@ -119,7 +119,7 @@ def _shown(value: object) -> str:
 
 
 def _json_object(text: str) -> tuple[dict | None, bool]:
-    """The last object with winners, and whether it was not all of the text."""
+    """Return the last object with winners, and True if the text was more than that object."""
     try:
         whole = json.loads(text, object_pairs_hook=_without_contradiction)
         return (whole, False) if _has_winners(whole) else (None, True)
@@ -148,7 +148,7 @@ def _has_winners(value: object) -> bool:
 
 
 def _without_contradiction(pairs: list[tuple[str, object]]) -> dict:
-    """An object whose fields that are there twice, with two values, are none."""
+    """Build an object; a field given twice with different values becomes `None`."""
     values: dict[str, object] = {}
     for key, value in pairs:
         values[key] = value if values.get(key, value) == value else None

@@ -1,18 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A judge that is nothing but rules: it needs no server, and judges the three dimensions that can be counted.
+Judge reports by rules, without a server, in the three dimensions that can be counted.
 
-The labeler reads the findings out of the true report and out of both others. Of the true findings a report
+The labeler finds the findings in the true report and in both others. A report scores one point for each true finding
 
-- covers those that it names (finding_coverage);
-- places those whose lobes, or else sides, it names as the truth does (anatomical_specificity);
-- quantifies those whose length is within a quarter of the true one, or whose severity is the true one
-  (quantification_detail).
+- that it names (finding_coverage);
+- whose place it gives as the truth does: the lobes, or the sides if there are no lobes (anatomical_specificity);
+- whose length is within a quarter of the true one, or whose severity equals the true one (quantification_detail).
 
-Where a report states two of a finding's three lobes, it has two thirds of the place. A finding that the truth does not
-have neither gains nor loses anything: these rules do not see inventions. Places are read for findings of the lungs and
-the pleura alone, whose sides mean something.
+The point for the place is divided: two of a finding's three lobes count two thirds. Findings that the truth does not
+have gain and lose nothing, so these rules do not detect invented findings. Places are read only for findings of the
+lungs and the pleura.
 """
 
 import re
@@ -41,7 +40,7 @@ PLACED = frozenset(
         "Interlobular septal thickening",
     )
 )
-SIZE_TOLERANCE = 0.25  # of the true size
+SIZE_TOLERANCE = 0.25  # relative to the true size
 
 _MILLIMETRES = re.compile(r"(\d+(?:[.,]\d+)?)(?: ?[x×] ?\d+(?:[.,]\d+)?)* ?(mm|cm)\b")
 _LOBE = re.compile(r"\b(right|left|both) (?:lung )?(upper|middle|lower) (?:lung )?(?:lobe|zone)s?\b")
@@ -53,7 +52,7 @@ _SEVERITY = re.compile(r"\b(minimal|mild|moderate|severe|massive)(?:ly)?\b")
 
 @dataclass(frozen=True)
 class Statement:
-    """What a report says of a finding."""
+    """Places, lengths and severities that a report states for one finding."""
 
     places: frozenset[str]
     lengths: tuple[float, ...]  # mm
@@ -61,7 +60,7 @@ class Statement:
 
 
 def named_lobes(sentence: str) -> frozenset[str]:
-    """The lobes that a sentence in small letters names."""
+    """Return the lobes that a lower-case sentence names."""
     pairs = _LOBE.findall(sentence) + [(side, level) for level, side in _LOBE_OF.findall(sentence)]
     named = {f"{side} {level} lobe" for given, level in pairs for side in _sides(given)}
     named |= {"right middle lobe"} if re.search(r"\bmiddle lobe\b", sentence) else set()
@@ -74,23 +73,23 @@ def _sides(given: str) -> tuple[str, ...]:
 
 
 def named_sides(sentence: str) -> frozenset[str]:
-    """The sides that a sentence in small letters names: "right", "left"."""
+    """Return the sides that a lower-case sentence names: "right", "left"."""
     return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
 
 
 def lengths_mm(sentence: str) -> tuple[float, ...]:
-    """The lengths that a sentence in small letters states, in mm; of "12 x 9 mm" the first."""
+    """Return the lengths in a lower-case sentence, in mm; of "12 x 9 mm" the first."""
     found = _MILLIMETRES.findall(sentence)
     return tuple(float(number.replace(",", ".")) * (10 if unit == "cm" else 1) for number, unit in found)
 
 
 def right_lengths(stated: Sequence[float], true: Sequence[float]) -> bool:
-    """Whether lengths are stated, and each of them is within a quarter of a true one."""
+    """True if at least one length is stated and each is within a quarter of a true one."""
     return bool(stated) and all(any(abs(one - of) <= SIZE_TOLERANCE * of for of in true) for one in stated)
 
 
 class RuleJudge:
-    """Compares reports by what the labeler reads in them; see the head of this file."""
+    """Judge that compares the findings read by the labeler; see the module docstring."""
 
     dimensions = DIMENSIONS
 
@@ -105,7 +104,7 @@ class RuleJudge:
     def judge(
         self, comparisons: Sequence[Comparison], on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Verdicts:
-        """One half where a dimension does not tell the reports apart."""
+        """Judge comparisons; 0.5 in a dimension in which the reports are equal."""
         scores = np.empty((len(comparisons), len(DIMENSIONS)))
         for row, (truth, first, second) in enumerate(comparisons):
             true = self.statements(truth)
@@ -115,7 +114,7 @@ class RuleJudge:
         return Verdicts(DIMENSIONS, scores)
 
     def statements(self, report: str) -> dict[str, Statement]:
-        """What a report states of each finding that it has, by label."""
+        """Return the statements of a report about its findings, by label."""
         sentences: dict[str, dict[str, None]] = defaultdict(dict)
         for hit in self.labeler.explain(report):
             if hit.counts:
@@ -134,7 +133,7 @@ def _statement(label: str, sentences: Sequence[str]) -> Statement:
 
 
 def counted(true: dict[str, Statement], stated: dict[str, Statement]) -> tuple[float, float, float]:
-    """How many of the true findings a report covers, places and quantifies."""
+    """Count the true findings that a report covers, places and quantifies."""
     both = [(true[label], stated[label]) for label in true if label in stated]
     placed = sum(len(one.places & of.places) / len(one.places | of.places) for of, one in both if of.places)
     return float(len(both)), placed, float(sum(_quantified(of, one) for of, one in both))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A server of a language model that speaks the chat protocol of OpenAI: what it is asked, and what it takes."""
+"""Client for language model servers that speak OpenAI's chat protocol."""
 
 import ipaddress
 import os
@@ -12,21 +12,21 @@ import openai
 from . import JudgeError
 from .prompt import SCHEMA
 
-# openai's own backoff: half a second, doubled up to eight, or what the server asks for (Retry-After).
+# Backoff of the openai library: half a second, doubled up to eight, or as the server asks (Retry-After).
 RETRIES = 6
 
 
 class ServerFailed(JudgeError):
-    """The server did not answer one request, however often it was sent."""
+    """The server did not answer a request, after all retries."""
 
 
 class RequestRefused(Exception):
-    """The server refuses this one request: it is too long, say."""
+    """The server refuses this request only; for example, it is too long."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Text of a model, and the tokens that it took; `None` where the server does not count."""
+    """Text of a model and its token counts; `None` if the server does not count tokens."""
 
     text: str
     prompt_tokens: int | None
@@ -35,11 +35,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class RequestForm:
-    """The fields of a request that not every server takes."""
+    """Request fields that not every server accepts."""
 
-    response_format: str = "json_schema"  # or json_object, or none
-    limit: str = "max_tokens"  # or max_completion_tokens
-    temperature: bool = True  # 0; without it, the server's own
+    response_format: str = "json_schema"  # alternatives: json_object, none
+    limit: str = "max_tokens"  # alternative: max_completion_tokens
+    temperature: bool = True  # True sends temperature 0; False leaves the server's default
 
     def fields(self, max_tokens: int) -> dict:
         fields: dict = {self.limit: max_tokens}
@@ -53,7 +53,7 @@ class RequestForm:
         return fields
 
     def simpler(self, complaint: str) -> "RequestForm | None":
-        """What to try after a request was refused with this complaint; `None` after the simplest."""
+        """Return the form to try after this complaint, or `None` after the simplest one."""
         if "max_completion_tokens" in complaint and self.limit == "max_tokens":
             return replace(self, limit="max_completion_tokens")
         if "temperature" in complaint and self.temperature:
@@ -66,10 +66,10 @@ class RequestForm:
 
 def is_loopback(base_url: str) -> bool:
     """
-    Whether the server is on this machine.
+    Return True if the server is on this machine.
 
     Raises:
-        JudgeError: it is no http(s) address.
+        JudgeError: `base_url` is not an http(s) address.
     """
     try:
         parts = urlsplit(base_url)
@@ -78,47 +78,49 @@ def is_loopback(base_url: str) -> bool:
     except ValueError:
         parts, host = None, ""
     if parts is None or parts.scheme not in ("http", "https") or not host:
-        raise JudgeError("--base-url is no address; expected one such as http://localhost:8000/v1")
+        raise JudgeError("--base-url: no address (expected an address such as http://localhost:8000/v1)")
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers say where they listen
+    return address.is_loopback or address.is_unspecified  # servers print 0.0.0.0 as their address
 
 
 def check_endpoint(base_url: str, reports_leave_machine: bool) -> str:
     """
-    The server's name for signatures, host:port, if reports may be sent there.
+    Return the server's name for signatures, host:port, after checking that reports may be sent there.
 
     Raises:
-        JudgeError: the server is another machine, and nobody said that reports may go there.
+        JudgeError: the server is another machine, and `reports_leave_machine` is False.
     """
     local = is_loopback(base_url)
     parts = urlsplit(base_url)
     name = f"{parts.hostname}:{parts.port or {'http': 80, 'https': 443}[parts.scheme]}"
     if not (local or reports_leave_machine):
         raise JudgeError(
-            f"{name} is not this machine: all reports, true and generated, would be sent there. Say so with "
-            "--reports-leave-machine, or give the address of a server here."
+            f"--base-url: {name} is another machine, and would receive all true and generated reports (expected a "
+            "server on this machine, or --reports-leave-machine)"
         )
     return name
 
 
 class ChatServer:
     """
-    A model on a server. Requests that time out, are turned away (429) or fail (5xx) are sent again with backoff.
+    Model on a server. Requests that time out, are rejected (429) or fail (5xx) are repeated with backoff.
 
-    How answers are asked for (JSON by schema, as an object, or in words) is found out with the first request that the
-    server refuses. The key is that of the environment, OPENAI_API_KEY; servers on this machine take none.
+    The first requests determine which answer format the server accepts: a JSON schema, a JSON object, or plain text.
+    The API key is read from the environment variable OPENAI_API_KEY; local servers need none.
 
     Args:
-        base_url: of the API, with its `/v1`.
-        model: as the server calls it.
-        reports_leave_machine: the server may be another machine, which then sees the reports.
-        max_tokens: of an answer.
-        timeout: seconds for one answer. Few servers stop when nobody waits: asked again, a slow one gets slower.
+        base_url: address of the API, including `/v1`.
+        model: name of the model on the server.
+        reports_leave_machine: allow another machine, which then receives the reports.
+        max_tokens: largest number of tokens of an answer.
+        timeout: seconds for one answer. Most servers keep computing after a client gives up, so a retry slows them
+            down further.
+        retries: number of repetitions of a failed request.
 
     Raises:
         JudgeError: see [`check_endpoint`].
@@ -139,8 +141,7 @@ class ChatServer:
         self.max_tokens = max_tokens
         self.form = RequestForm()
         self.answered = False
-        # No proxy of the environment between this machine and itself, and no redirection to another one: either would
-        # take the reports elsewhere.
+        # Ignore proxies for a local server and never follow redirects: either would send the reports elsewhere.
         http = openai.DefaultHttpxClient(trust_env=not is_loopback(base_url), follow_redirects=False)
         self._client = openai.OpenAI(
             base_url=base_url,
@@ -152,12 +153,12 @@ class ChatServer:
 
     def ask(self, prompt: str) -> Reply:
         """
-        The model's reply to one message.
+        Return the model's reply to one message.
 
         Raises:
-            RequestRefused: this request is refused, though others are not.
-            ServerFailed: no answer came, in [`RETRIES`] repetitions.
-            JudgeError: the server does not know the model or the key, or takes no request at all.
+            RequestRefused: the server refuses this request, but accepts others.
+            ServerFailed: the server gave no answer after all retries.
+            JudgeError: the server does not know the model or the key, or accepts no request at all.
         """
         while True:
             form = self.form
@@ -173,7 +174,7 @@ class ChatServer:
             except openai.APIConnectionError as error:
                 cause = type(error.__cause__ or error).__name__
                 raise ServerFailed(f"{self.name} cannot be reached, or hung up ({cause})") from error
-            except (openai.OpenAIError, ValueError) as error:  # the body is no JSON, or none of a completion
+            except (openai.OpenAIError, ValueError) as error:  # the body is not JSON, or not a completion
                 raise ServerFailed(f"{self.name} answers as no OpenAI server does ({type(error).__name__})") from error
             self.answered = True
             return _reply(completion)
@@ -188,14 +189,14 @@ class ChatServer:
         self.close()
 
     def _make_simpler(self, form: RequestForm, error: openai.APIStatusError) -> None:
-        """Change the form of requests after one of `form` was refused, or raise what it was refused for."""
+        """Switch to a simpler form of requests after one of `form` was refused, or raise the error."""
         status, said = error.status_code, _what_it_said(error)
         complaint = str(error).lower()
         too_long = status == 413 or (status == 400 and "context" in complaint and "length" in complaint)
         if too_long or (self.answered and status in (400, 422)):
             raise RequestRefused(f"HTTP {status}") from error
         if status in (400, 422, 500, 501):
-            if self.form != form:  # another thread has seen to it
+            if self.form != form:  # another thread has already switched
                 return
             simpler = form.simpler(complaint)
             if simpler is not None:
@@ -217,7 +218,7 @@ def _reply(completion) -> Reply:
 
 
 def _what_it_said(error: openai.APIStatusError) -> str:
-    """The beginning of a server's complaint. What it quotes of the request is the prompt's head, and no report."""
+    """Return the beginning of a server's complaint. It may quote the head of the prompt, but no report."""
     body = error.body if isinstance(error.body, dict) else {}
     said = body.get("message") or body.get("detail")
     return f": {' '.join(said.split())[:200]}" if isinstance(said, str) and said.strip() else ""

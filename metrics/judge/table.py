@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Judge two tables of generated reports: what `diffvp judge` does, and its page."""
+"""Judge two tables of generated reports and format the results (`diffvp judge`)."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -32,14 +32,16 @@ def read_comparisons(
     reference_column: str = "reference",
 ) -> list[Comparison]:
     """
-    The reports of two systems on the same scans, with the true ones, in the order of the first table.
+    Read the reports of two systems on the same scans, and the true reports, in the order of the first table.
 
     Args:
-        reference: CSV file of the true reports by id; without it, they stand in the first table.
+        first, second: CSV files of the two systems' reports.
+        reference: CSV file of the true reports by id; by default they are in the first table.
+        id_column, prediction_column, reference_column: columns of the ids, generated reports and true reports.
 
     Raises:
-        DatasetError: a column is missing, an id is empty or there twice or in one of the tables alone, or there is no
-            true report of a scan, or another one in the second table.
+        DatasetError: a column is missing; an id is empty, duplicated or in only one of the tables; a scan has no true
+            report, or the second table has a different one.
     """
     first, second = Path(first), Path(second)
     problems: list[Problem] = []
@@ -79,7 +81,7 @@ def _rows(path: Path, required: Sequence[str], id_column: str, problems: list[Pr
 
 
 def is_same(comparison: Comparison) -> bool:
-    """Whether both reports are the same: half a win each, and nothing to ask."""
+    """True if both reports have the same words; they then count half a win each and are not judged."""
     return comparison.first.split() == comparison.second.split()
 
 
@@ -87,11 +89,11 @@ def judged(
     judge, comparisons: Sequence[Comparison], on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict:
     """
-    Win rates of the first system against the second.
+    Compute the win rates of the first system against the second.
 
     Returns:
-        "n", of which "same" have equal reports; "dimensions", see [`win_rates`]; "position", see [`position_bias`], of
-        those that were asked; "refused"; "repaired"; "signature".
+        "n", the number of cases; "same", the number with equal reports; "dimensions", see [`win_rates`]; "position",
+        see [`position_bias`], over the judged cases; "refused"; "repaired"; "signature".
     """
     asked = [row for row, comparison in enumerate(comparisons) if not is_same(comparison)]
     verdicts = judge.judge([comparisons[row] for row in asked], on_progress)
@@ -112,9 +114,9 @@ def judged(
 
 
 def calibration_page(calibration: dict | None) -> str:
-    """What the judge is worth, as Markdown."""
+    """Format a calibration as Markdown."""
     if calibration is None:
-        return "This judge has not been measured: nobody knows what the win rates below are worth.\n"
+        return "This judge has not been calibrated: the reliability of the win rates below is unknown.\n"
     names = list(calibration["unanswered"])
     agreement = calibration["agreement"]
     rows = [["agrees with the known winner", *(measured(agreement.get(name)) for name in names)]]
@@ -125,8 +127,8 @@ def calibration_page(calibration: dict | None) -> str:
     rows += _position_rows(calibration["position"], names)
     rows.append(["comparisons without an answer", *(str(calibration["unanswered"][name]) for name in names)])
     lines = [
-        f"What this judge is worth: {calibration['comparisons']} comparisons of reports of {calibration['patients']} "
-        "phantoms, whose better report is known. Mean over comparisons, with the 95 % interval.",
+        f"Calibration of this judge: {calibration['comparisons']} comparisons of reports of {calibration['patients']} "
+        "phantoms, for which the better report is known. Mean over comparisons, with the 95 % interval.",
         "",
         *table_lines(["", *(SHORT[name] for name in names)], rows),
         "",
@@ -137,19 +139,22 @@ def calibration_page(calibration: dict | None) -> str:
 
 
 def near_chance(agreement: dict) -> list[str]:
-    """What a calibration does not show: dimensions in which the judge may be a coin."""
+    """Return warnings for dimensions in which the judge may be no better than chance."""
     unknown = [SHORT[name] for name, of in agreement.items() if of["interval"] is None]
     chance = [SHORT[name] for name, of in agreement.items() if of["interval"] and of["interval"][0] <= 0.5]
     lines = []
     if chance:
-        lines += [f"NEAR CHANCE in {', '.join(chance)}: its win rates there say nothing of the reports.", ""]
+        lines += [f"NEAR CHANCE in {', '.join(chance)}: its win rates there do not compare the reports.", ""]
     if unknown:
-        lines += [f"NOT MEASURED in {', '.join(unknown)}: too few answers to know what win rates there say.", ""]
+        lines += [
+            f"NOT MEASURED in {', '.join(unknown)}: too few answers to know if its win rates there are reliable.",
+            "",
+        ]
     return lines
 
 
 def verdict_page(document: dict, names: tuple[str, str], calibration: dict | None) -> str:
-    """Win rates of the first system, each beside the judge's agreement with the truth of phantoms."""
+    """Format the win rates of the first system, each next to the judge's agreement on phantoms."""
     agreement = {} if calibration is None else calibration["agreement"]
     rows = [
         [SHORT[name], measured(agreement.get(name)), measured(of), str(of["wins"]), str(of["split"]),
@@ -174,7 +179,7 @@ def verdict_page(document: dict, names: tuple[str, str], calibration: dict | Non
 
 
 def measured(of: dict | None) -> str:
-    """A mean with its interval; "-" where there is none."""
+    """Format a mean with its interval; "-" if there is no mean."""
     if of is None or of["value"] is None:
         return "-"
     return with_interval(of["value"], of["interval"])
@@ -196,5 +201,5 @@ def _refused(document: dict) -> list[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in document["refused"].items())
         lines += [f"Answers without all winners: {reasons}.", ""]
     if document["repaired"]:
-        lines += [f"Answers that were no strict JSON: {document['repaired']}.", ""]
+        lines += [f"Answers that were not strict JSON: {document['repaired']}.", ""]
     return lines

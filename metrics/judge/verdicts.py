@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""From the winners of each comparison to win rates, intervals and tests."""
+"""Compute win rates, intervals and tests from the winners of the comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from ..statistics import bootstrap_mean, holm
+from ..statistics import bootstrap_mean, holm, value_entry
 
 
 class Comparison(NamedTuple):
-    """Two reports of one scan, and the true one."""
+    """Two reports of one scan, with the true report."""
 
     truth: str
     first: str
@@ -24,16 +24,16 @@ class Comparison(NamedTuple):
 @dataclass(frozen=True)
 class Verdicts:
     """
-    What a judge found.
+    Results of a judge.
 
     Attributes:
-        dimensions: those that it judges.
-        scores: (comparisons, dimensions), how far the first report won: 1, 0, or 0.5 where the orders disagree or a
-            rule finds no difference. NaN where an answer is missing.
-        positions: (comparisons, orders, dimensions), 1 where the report that was shown first won, 0 where the second
-            did, NaN without an answer; `None` of a judge that knows no order.
-        refused: for each reason, how many answers lack a winner for it.
-        repaired: answers that were no strict JSON.
+        dimensions: judged dimensions.
+        scores: (comparisons, dimensions), 1 if the first report won, 0 if it lost, 0.5 if the two orders disagree or a
+            rule finds no difference, NaN without an answer.
+        positions: (comparisons, orders, dimensions), 1 if the report shown first won, 0 if the second one did, NaN
+            without an answer; `None` for a judge without orders.
+        refused: number of answers without all winners, by reason.
+        repaired: number of answers that were not strict JSON.
     """
 
     dimensions: tuple[str, ...]
@@ -43,27 +43,30 @@ class Verdicts:
     repaired: int = 0
 
     def part(self, chosen: Sequence[int] | NDArray) -> "Verdicts":
-        """Those of some comparisons, without what is counted over all."""
+        """Return the results of some comparisons, without `refused` and `repaired`."""
         positions = None if self.positions is None else self.positions[chosen]
         return Verdicts(self.dimensions, self.scores[chosen], positions)
 
 
 def mean_interval(values: NDArray) -> dict:
-    """Mean with its bootstrap interval over cases: {"value", "interval", "n"}; the value of no cases is `None`."""
+    """Mean with its bootstrap interval over cases: {"value", "interval", "n"}; the value is `None` without cases."""
     values = values[~np.isnan(values)]
     if not len(values):
         return {"value": None, "interval": None, "n": 0}
     if len(values) == 1:
         return {"value": float(values[0]), "interval": None, "n": 1}
     interval = bootstrap_mean(values)
-    return {"value": interval.estimate, "interval": [interval.low, interval.high], "n": len(values)}
+    return {**value_entry(interval.estimate, interval), "n": len(values)}
 
 
 def win_rates(verdicts: Verdicts) -> dict[str, dict]:
     """
-    By dimension: the first system's win rate ("value", "interval", over "n" cases), "wins" and "losses" (in all
-    orders), "split" cases, "unanswered" ones, and the two-sided sign test over cases that are not split: "p", and
-    "p_holm", corrected over the dimensions.
+    Compute the win rates of the first system by dimension.
+
+    Returns:
+        {dimension: {...}} with the win rate as "value", "interval" and "n"; "wins" and "losses", the numbers of cases
+        won or lost in all orders; "split" and "unanswered", the numbers of the other cases; "p" of a two-sided sign
+        test over wins and losses; and "p_holm", corrected over the dimensions.
     """
     rates = {}
     for column, name in enumerate(verdicts.dimensions):
@@ -84,9 +87,12 @@ def win_rates(verdicts: Verdicts) -> dict[str, dict]:
 
 def position_bias(verdicts: Verdicts) -> dict[str, dict] | None:
     """
-    By dimension: "first", the share of answers for the report that was shown first (0.5 without bias) with its
-    interval, and "disagree", the share of comparisons whose two orders name different reports; `None` of a judge that
-    knows no order.
+    Measure the position bias by dimension.
+
+    Returns:
+        {dimension: {"first", "disagree"}}: the share of answers for the report shown first (0.5 without bias), with
+        its interval, and the share of comparisons whose two orders name different reports. `None` for a judge without
+        orders.
     """
     if verdicts.positions is None:
         return None
@@ -94,7 +100,7 @@ def position_bias(verdicts: Verdicts) -> dict[str, dict] | None:
     for column, name in enumerate(verdicts.dimensions):
         of = verdicts.positions[:, :, column]
         answered = ~np.isnan(of)
-        # The mean of each comparison, for its answers are not independent.
+        # Average within each comparison first, because its answers are not independent.
         means = np.where(answered, of, 0).sum(1)[answered.any(1)] / answered.sum(1)[answered.any(1)]
         both = of[answered.all(1)]
         disagree = float((both[:, 0] == both[:, 1]).mean()) if both.shape[1] == 2 and len(both) else None

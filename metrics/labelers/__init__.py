@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Labelers: what reads the 18 findings out of the text of a report."""
+"""Labelers, which find the 18 findings in the text of a report."""
 
 import os
 
@@ -8,14 +8,18 @@ from .rules import Hit, RuleLabeler
 
 
 def load_labeler(radbert: str | os.PathLike | None = None):
-    """The rules, or RadBERT: its id on the Hub ("IAMJB/RadBERT-CT"), or a folder in either layout.
+    """
+    Load a labeler.
+
+    Args:
+        radbert: id of RadBERT on the Hub ("IAMJB/RadBERT-CT") or a folder in either layout; `None` for the rules.
 
     Raises:
-        RadBertError: there is no such classifier.
+        RadBertError: RadBERT cannot be loaded.
     """
     if radbert is None:
         return RuleLabeler()
-    from .radbert import RadBertLabeler  # imports transformers, which the rules do without
+    from .radbert import RadBertLabeler  # imported here, because it needs transformers and the rules do not
 
     return RadBertLabeler.from_pretrained(radbert)
 

@@ -1,17 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Take what is no text out of a report: what spreadsheets, web pages and word processors leave in it.
+"""Remove the markup that spreadsheets, web pages and word processors leave in reports.
 
-- Excel's escapes of control characters, "_x000D_"; HTML entities, "&nbsp;"; "\\n" written as two characters.
-- HTML tags: those that break a line become a line break, others nothing. "nodules <5 mm" is no tag.
-- Characters without width (soft hyphens, zero-width spaces, marks of direction) and ligatures.
+- Excel's escapes of control characters ("_x000D_"), HTML entities ("&nbsp;"), and "\\n" written as two characters.
+- HTML tags: tags that break a line become a line break, others are removed. "nodules <5 mm" is not a tag.
+- Zero-width characters (soft hyphens, zero-width spaces, direction marks) are removed, ligatures are expanded.
 """
 
 import html
 import re
 from collections.abc import Callable
 
-# A report without any of these is left as it is, at once.
+# Fast check: a report that does not match has no markup and is returned unchanged.
 _SUSPECT = re.compile(
     r"[&<\r\\\u00ad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufb00-\ufb04]|_[xX][0-9a-fA-F]{4}_"
 )
@@ -32,15 +32,15 @@ _LIGATURES = {"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "
 
 def plain_text(report: str) -> tuple[str, list[int] | None]:
     """
-    The text of a report, and where each of its characters stands in the report.
+    Remove the markup of a report, and map the remaining characters to the original ones.
 
     Returns:
-        the text, and the index in `report` of each of its characters and of its end; `None` where nothing changed.
+        The text, and the index in `report` of each of its characters and of its end; `None` if nothing changed.
     """
     if not _SUSPECT.search(report):
         return report, None
     text, places = report, list(range(len(report) + 1))
-    # Twice, for "&amp;nbsp;" and "&lt;br&gt;", which a second export makes of a first one's.
+    # Decode escapes twice: a second export turns "&nbsp;" into "&amp;nbsp;" and "<br>" into "&lt;br&gt;".
     for pattern, replace in ((_ESCAPES, _character), (_ESCAPES, _character), (_MARKS, _mark)):
         text, places = _replaced(text, places, pattern, replace)
     return text, places

@@ -1,26 +1,26 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-RadBERT, the text classifier of CT-CLIP that the field labels chest CT reports with: a RoBERTa encoder, and a linear
-layer with 18 outputs on its pooled first token.
+RadBERT, the text classifier of CT-CLIP, which is widely used to label chest CT reports.
 
-The weights are not part of this project. They come in two layouts, which give the same labels:
+It is a RoBERTa encoder with a linear layer of 18 outputs on the pooled first token. The weights are not part of this
+project. They exist in two layouts, which give the same labels:
 
-- On the Hub, `IAMJB/RadBERT-CT`, as transformers' RobertaForSequenceClassification (`roberta.*`, `classifier.dense.*`,
-  `classifier.out_proj.*`): `RadBertLabeler.from_pretrained("IAMJB/RadBERT-CT")`, or a folder with its files. Its
-  `classifier.dense` is the encoder's pooler under another name.
-- `RadBertClassifier.pth` by CT-CLIP's authors (`model.*`, `classifier.*`), a pickle. It is converted once, into a
-  folder of safetensors, configuration and tokenizer, and loaded from there; it is read with `weights_only=True`:
+- On the Hub, `IAMJB/RadBERT-CT`, in the layout of transformers' RobertaForSequenceClassification (`roberta.*`,
+  `classifier.dense.*`, `classifier.out_proj.*`). Load it with `RadBertLabeler.from_pretrained("IAMJB/RadBERT-CT")`, or
+  from a folder with its files. Its `classifier.dense` is the encoder's pooler under another name.
+- `RadBertClassifier.pth` of CT-CLIP's authors (`model.*`, `classifier.*`), a pickle. Convert it once to a folder of
+  safetensors, configuration and tokenizer. It is read with `weights_only=True`:
 
       python -m diffvp.metrics.labelers.radbert RadBertClassifier.pth ENCODER radbert
 
-  `ENCODER` is zzxslp/RadBERT-RoBERTa-4m, a folder with its config.json and tokenizer files, or its name on the Hub.
+  `ENCODER` is zzxslp/RadBERT-RoBERTa-4m: a folder with its config.json and tokenizer files, or its name on the Hub.
 
-What is as published: the label order, sigmoid, the threshold of 0.5 (at least), and texts cut after 512 tokens, so
-that the end of a long report does not count; how many were cut is logged, and [`RadBertLabeler.token_counts`] tells.
-What is not: batches are padded to their longest report instead of 512 tokens, which the attention mask makes the same.
-The published code also asks the tokenizer for `do_lower_case`, an option of BERT's that RoBERTa's tokenizer does not
-have: case is kept, there as here.
+The label order, the sigmoid, the threshold (at least 0.5) and the truncation after 512 tokens are as published. The
+end of a long report is therefore ignored; the number of truncated reports is logged, see also
+[`RadBertLabeler.token_counts`]. Batches are padded to their longest report instead of 512 tokens, which gives the same
+result because of the attention mask. The published code also passes `do_lower_case` to the tokenizer, an option that
+RoBERTa's tokenizer does not have, so case is kept in both.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from ...data.cache import file_sha256
 MAX_TOKENS = 512
 THRESHOLD = 0.5
 WEIGHTS_NAME = "model.safetensors"
-# A buffer of older transformers: the numbers 0, 1, 2, ..., which present versions make themselves.
+# Buffer of older transformers versions with the numbers 0, 1, 2, ...; current versions do not store it.
 POSITION_IDS = "model.embeddings.position_ids"
-# Names of RobertaForSequenceClassification, and those of the published checkpoint.
+# Prefixes of RobertaForSequenceClassification, mapped to those of the published checkpoint.
 HUB_NAMES = {"roberta.": "model.", "classifier.dense.": "model.pooler.dense.", "classifier.out_proj.": "classifier."}
 SHOWN_NAMES = 5
 
@@ -56,11 +56,11 @@ logger = logging.getLogger(__name__)
 
 
 class RadBertError(RuntimeError):
-    """The weights, configuration or tokenizer are not those of RadBERT's classifier."""
+    """The weights, configuration or tokenizer are not RadBERT's."""
 
 
 class RadBertClassifier(nn.Module):
-    """The network; its names are those of the published checkpoint."""
+    """Network of RadBERT, with the weight names of the published checkpoint."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
@@ -68,16 +68,19 @@ class RadBertClassifier(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, len(DIAGNOSIS_LABELS))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens) twice, to logits (batch, 18) in the order of `DIAGNOSIS_LABELS`."""
+        """Return logits (batch, 18) in the order of `DIAGNOSIS_LABELS`; both arguments are (batch, tokens)."""
         return self.classifier(self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
 
 
 class RadBertLabeler:
     """
-    Finds the 18 labels in reports.
+    Labeler that finds the 18 labels in reports with RadBERT.
+
+    Args:
+        weights: digest of the weights for the signature.
 
     Attributes:
-        signature: what the labels depend on, the digest of the weights included.
+        signature: all that the labels depend on, including the digest of the weights.
     """
 
     def __init__(
@@ -103,17 +106,19 @@ class RadBertLabeler:
         cls, source: str | os.PathLike, device: str = "cpu", batch_size: int = 32, revision: str | None = None
     ) -> "RadBertLabeler":
         """
-        Load the classifier in either layout, from safetensors alone.
+        Load the classifier in either layout. Only safetensors are read.
 
         Args:
-            source: id on the Hub, such as "IAMJB/RadBERT-CT", or a folder: a copy of such a repository, or what
-                [`convert_radbert`] wrote.
+            source: id on the Hub, such as "IAMJB/RadBERT-CT", or a folder: a copy of such a repository, or the output
+                of [`convert_radbert`].
+            device: device of the model.
+            batch_size: number of reports per batch.
             revision: commit of a repository on the Hub.
 
         Raises:
-            RadBertError: a file is missing or damaged, a weight is missing, unexpected or misshapen, or the labels of
-                the configuration are not the 18 in order. Labels without names ("LABEL_0", ...) are taken to be in
-                the published order.
+            RadBertError: a file is missing or damaged; a weight is missing, unexpected or of another shape; or the
+                labels of the configuration are not the 18 in order. Unnamed labels ("LABEL_0", ...) are assumed to
+                be in the published order.
         """
         config, tokenizer = _read_encoder(source, revision)
         names = [config.id2label[index] for index in sorted(config.id2label)]
@@ -131,7 +136,7 @@ class RadBertLabeler:
         return cls(model, tokenizer, device, batch_size, weights=file_sha256(path)[:12])
 
     def token_counts(self, reports: Sequence[str]) -> NDArray[np.int64]:
-        """(reports,), tokens before any is cut, the first and last special one included. More than 512 are cut."""
+        """Count the tokens of reports before truncation, with both special tokens: (reports,)."""
         _check_texts(reports)
         if not reports:
             return np.zeros(0, np.int64)
@@ -141,7 +146,7 @@ class RadBertLabeler:
     @torch.inference_mode()
     def probabilities(self, reports: Sequence[str]) -> NDArray[np.float32]:
         """
-        (reports, 18), sigmoid of the logits. Logs how many reports were cut.
+        Return the sigmoid of the logits, (reports, 18). Log the number of truncated reports.
 
         Raises:
             TypeError: a report is not text.
@@ -150,13 +155,13 @@ class RadBertLabeler:
         cut = int((counts > MAX_TOKENS).sum())
         if cut:
             logger.warning(
-                "%d of %d reports have more than %d tokens: what comes after does not count.",
+                "%d of %d reports have more than %d tokens: the rest of these reports is ignored.",
                 cut,
                 len(reports),
                 MAX_TOKENS,
             )
         result = np.empty((len(reports), len(DIAGNOSIS_LABELS)), np.float32)
-        # Reports of like length together, so that little is padded. A batch may be of one report: nothing is squeezed.
+        # Batch reports of similar length, to reduce padding.
         order = np.argsort(counts, kind="stable")
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
@@ -172,7 +177,7 @@ class RadBertLabeler:
         return result
 
     def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """(reports, 18) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; otherwise as [`probabilities`]."""
+        """Return (reports, 18) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; errors as in [`probabilities`]."""
         return (self.probabilities(reports) >= THRESHOLD).astype(np.int8)
 
 
@@ -181,13 +186,13 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
     Write RadBERT's classifier as a folder of safetensors, configuration and tokenizer.
 
     Args:
-        source: `RadBertClassifier.pth`, or a `pytorch_model.bin` in the Hub's layout: weights by name.
+        source: `RadBertClassifier.pth`, or a `pytorch_model.bin` in the Hub's layout.
         encoder: folder or Hub name with the encoder's config.json and tokenizer; its weights are not read.
         target: folder to write; it must not exist.
 
     Raises:
-        RadBertError: `source` holds anything but tensors, or not those of this network; `encoder` does not fit; or
-            `target` exists.
+        RadBertError: `source` contains other objects than tensors, or other tensors than this network's; `encoder`
+            does not match it; or `target` exists.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -206,7 +211,7 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
     config.id2label = dict(enumerate(DIAGNOSIS_LABELS))
     config.label2id = {label: index for index, label in enumerate(DIAGNOSIS_LABELS)}
 
-    # Whole or not at all: written beside it, then renamed.
+    # Write to a temporary folder and rename it, so that the target is complete or absent.
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -218,12 +223,12 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
 
 
 def _published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names of `RadBertClassifier.pth`, if they have those of the Hub's layout."""
+    """Rename weights in the Hub's layout to the names of `RadBertClassifier.pth`."""
     if any(name.startswith("roberta.") for name in state):
         renamed = {}
         for name, tensor in state.items():
             prefix = next((prefix for prefix in HUB_NAMES if name.startswith(prefix)), "")
-            # What neither layout has keeps its name, and is refused by it.
+            # A weight of neither layout keeps its name, so that the error message shows it.
             new = HUB_NAMES.get(prefix, "") + name.removeprefix(prefix)
             if new in renamed:
                 raise RadBertError(f"the weights have {new} in both layouts, expected one")
@@ -235,7 +240,7 @@ def _published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def _read_encoder(
     source: str | os.PathLike, revision: str | None = None
 ) -> tuple[RobertaConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer, which have to fit each other."""
+    """Load configuration and tokenizer, and check that they match."""
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)

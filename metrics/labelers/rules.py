@@ -1,12 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A labeler of chest CT reports that is nothing but rules: no weights, and a reason for every label.
+"""Label chest CT reports by rules, without weights and with a reason for every label.
 
-- The rules stand in rules.yaml: words that name a finding, where it must lie, and how a report denies things.
-- A report is read sentence by sentence, and no sentence knows of another: order and repetition change nothing.
-- Negation reaches as far as its clause: "no effusion was seen, and a nodule is seen" has a nodule.
-- A finding that the report only suspects counts as found, as it did for the annotators of CT-RATE; `Hit.polarity`
-  tells the difference.
+- rules.yaml holds the rules: words that name a finding, its required place, and the expressions of negation.
+- Each sentence is read on its own, so the order and repetition of sentences change nothing.
+- A negation covers its clause only: "no effusion was seen, and a nodule is seen" has a nodule.
+- A suspected finding counts as found, as it did for the annotators of CT-RATE; `Hit.polarity` marks it as "uncertain".
 """
 
 import hashlib
@@ -26,29 +25,29 @@ from ...configuration_diffvp import DIAGNOSIS_LABELS
 from .markup import plain_text
 
 RULES_FILE = Path(__file__).with_name("rules.yaml")
-COUNTED = ("positive", "uncertain")  # the polarities that set a label
+COUNTED = ("positive", "uncertain")  # polarities that set a label
 
-# One character for one, so that places in the text stay where they are. "İ" is the only letter whose lower case is
-# longer than itself.
+# Each character is replaced by one character, so that positions in the text do not change. "İ" is the only letter with
+# a longer lower case.
 _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _FOLD = dict(zip("İ“”„«»‘’‐‑‒–—―−－＋（）：，", 'I"""""\'\'--------+():,', strict=True)) | dict.fromkeys(_SPACES, " ")
-_FOLDED = re.compile(f"[{''.join(_FOLD)}]")  # several times as fast as str.translate, for a report has few of them
+_FOLDED = re.compile(f"[{''.join(_FOLD)}]")  # several times as fast as str.translate, because a report has few of them
 
 _SENTENCE_END = re.compile(
-    r"""(?=[.!?;"•·。\n])(?:              # for speed alone: most places are none of these
-      (?<!\d\d\.\d\d)[.!]+(?=\s|$|["•·])  # a point at the end of a word: not in "9.5 mm", nor in "16.03. 2020"
+    r"""(?=[.!?;"•·。\n])(?:              # a fast check: most characters are none of these
+      (?<!\d\d\.\d\d)[.!]+(?=\s|$|["•·])  # a point at the end of a word: not in "9.5 mm" or "16.03. 2020"
       | (?<=[a-z)\]])\.(?=[A-Z])            # "... was observed.The liver ..."
-      # Not in "(cyst?, abscess?)", nor before a word that answers: "Effusion? No.", "effusion; none"
+      # Not in "(cyst?, abscess?)", and not before an answer: "Effusion? No.", "effusion; none"
       | (?:\?(?=\s+[A-Z])|;)(?!\s*(?i:no|none|nil|absent|negative|not\s\w+)\s*(?:[.,;\n]|$))
       | ["•·。]                             # quotation marks and bullets surround the items of an impression
-      # Not where a line was only wrapped, nor between a heading and its text
+      # Not at a wrapped line, and not between a heading and its text
       | (?<!:)(?<!:\ )\n(?=\s*(?:\n|[-*]\s|\d+[.)]\s|[A-Z]))
     )""",
     re.VERBOSE,
 )
-# The verb of a main clause, which that of ", the largest of which is 5 mm," is not.
+# The verb of a main clause, not of a relative clause such as ", the largest of which is 5 mm,".
 _VERB = re.compile(r"\b(?<!\bwhich )(?<!\bthat )(?:is|are|was|were|has|have|had)\b")
-# Not where the sentence goes on about the same: "a nodule in the left lung, which was seen before, was not detected".
+# Commas, but not before a relative clause or a verb: "a nodule in the left lung, which was seen before, was not seen".
 _COMMA = re.compile(r"(?:,|(?<=\s)-)(?=\s)(?!\s+(?:which|that|who|whose|is|are|was|were|has|have|had|not)\b)")
 _ANSWER_HINT = re.compile(r"[-+]|\b(?:no|none|nil|absent|neg|negative)\b[\w ]*(?:[)\].,;!\"]|$)")
 _CONNECTOR = re.compile(r",? (?:and|but|while|whereas|however|although) |, ")
@@ -60,15 +59,15 @@ _SIGN_FIRST = re.compile(r"\W*?[(\[]\s*[+-]+\s*[)\]]\s*\w")
 
 @dataclass(frozen=True)
 class Hit:
-    """One place in a report that names a finding.
+    """One mention of a finding in a report.
 
     Args:
         label: the finding, one of the 18.
-        rule: the name of the rule in rules.yaml.
-        sentence: the sentence that it stands in, as the report has it.
-        span: where the words stand: `report[span[0] : span[1]]`.
+        rule: name of the rule in rules.yaml.
+        sentence: sentence of the mention, as written in the report.
+        span: position of the words: `report[span[0] : span[1]]`.
         polarity: "positive", "uncertain", "negated" or "past"; the first two set the label.
-        cue: the words that make it uncertain, negated or past; empty for a positive one.
+        cue: words that make it uncertain, negated or past; empty for a positive one.
     """
 
     label: str
@@ -85,7 +84,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of rules.yaml, compiled. The head of that file says what the fields mean."""
+    """One compiled rule of rules.yaml. The head of that file describes the fields."""
 
     label: str
     name: str
@@ -101,7 +100,7 @@ def _any_of(patterns: str | Sequence[str]) -> str:
 
 
 class _Language:
-    """How reports deny, doubt and look back, and the words for places: the first two sections of rules.yaml."""
+    """Expressions of negation, doubt and history, and words for places: the first two sections of rules.yaml."""
 
     def __init__(self, language: Mapping[str, list[str]], sites: Mapping[str, list[str]]):
         patterns = {name: re.compile(_any_of(cues)) for name, cues in language.items()}
@@ -122,18 +121,19 @@ class _Language:
 
 
 class _Sentence:
-    """A sentence in lower case, with its clauses, places and denials, worked out when a rule asks for them."""
+    """A sentence in lower case, with its clauses, places and denials, computed on demand."""
 
     def __init__(self, text: str, start: int, language: _Language):
         self.text, self.start, self.language = text, start, language
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
-        """Where clauses end, as (first, strongest) of the commas and "and"s between one verb and the next.
+        """Ends of clauses, as (first, strongest) of the commas and "and"s between two verbs.
 
-        "No nodule was seen in the right, the left or the middle lobe, effusion and atelectasis were seen" leaves open
-        which it is. A denial ends at the first, for what follows is a list of places at best. A statement goes on to
-        the strongest, so that it keeps its places: ", and" outdoes a comma, that outdoes "and", the later one counts.
+        In "No nodule was seen in the right, the left or the middle lobe, effusion and atelectasis were seen" the end
+        of the first clause is ambiguous. A denial ends at the first candidate, because at best a list of places
+        follows. A statement extends to the strongest, so that it keeps its places: ", and" is stronger than a comma,
+        a comma is stronger than "and", and of equal ones the last counts.
         """
         verbs = [match.span() for match in _VERB.finditer(self.text)]
         bounds = []
@@ -145,13 +145,13 @@ class _Sentence:
 
     @cached_property
     def clauses(self) -> list[tuple[int, int]]:
-        """(start, end) of the clauses for statements."""
+        """Clauses for statements, as (start, end)."""
         inner = [strongest for _, strongest in self._bounds]
         return list(zip([0, *inner], [*inner, len(self.text)], strict=True))
 
     @cached_property
     def _denial_bounds(self) -> list[int]:
-        """Where denials end: the first bound between two verbs, and the commas around a part that is a statement."""
+        """Ends of denials: the first bound between two verbs, and the commas around a part that is a statement."""
         bounds = [first for first, _ in self._bounds]
         commas = [match.start() for match in _COMMA.finditer(self.text)]
         if commas:
@@ -167,7 +167,7 @@ class _Sentence:
 
     @cached_property
     def _answers(self) -> list[tuple[tuple[int, int], tuple[int, int], bool]]:
-        """What each answer is about, where it stands itself, and whether it denies."""
+        """Answers such as "no" or "(+)": the span that each is about, its own span, and True if it denies."""
         found = list(self.language.answers.finditer(self.text)) if _ANSWER_HINT.search(self.text) else []
         own = [match.span() for match in found]
         if found and _SIGN_FIRST.match(self.text):
@@ -186,7 +186,7 @@ class _Sentence:
         return [(match.start(), match.end(), match.lastgroup) for match in self.language.sites.finditer(self.text)]
 
     def site(self, start: int, end: int, clause: tuple[int, int]) -> str:
-        """Where the finding at `start:end` lies: the place in or right before its words, next after, or before."""
+        """Place of the finding at `start:end`: named in or right before its words, or else next after, or before."""
         inside = [site for site in self._sites if site[0] >= clause[0] and site[1] <= clause[1]]
         for first, last, name in inside:
             if first < end and last >= start - 1:
@@ -197,7 +197,7 @@ class _Sentence:
 
     @cached_property
     def _denials(self) -> list[tuple[int, int, str, str]]:
-        """The parts of the sentence that are denied or past: (start, end, polarity, the words that say so)."""
+        """Denied and past parts of the sentence, as (start, end, polarity, cue)."""
         language, text = self.language, self.text
         harmless = [match.span() for match in language.no_denial.finditer(text)]
         found = [(*about, "negated", text[slice(*own)]) for about, own, denies in self._answers if denies]
@@ -207,8 +207,8 @@ class _Sentence:
                 continue
             _, end = self._denial_clause(match.start())
             stop = language.scope_end.search(text, match.end(), end)
-            # "No increase in effusion" leaves the effusion in place, but "no increase in thickness" denies thickening:
-            # here the denial goes no further than its own words.
+            # "No increase in effusion" does not deny the effusion, but "no increase in thickness" denies thickening:
+            # such a denial covers its own words only.
             ends = [last for first, last in harmless if first <= match.start() < last]
             found.append((match.end(), min([stop.start() if stop else end, *ends]), "negated", match[0]))
         for match in language.after.finditer(text):
@@ -225,7 +225,7 @@ class _Sentence:
     def polarity(self, start: int, end: int, clause: tuple[int, int]) -> tuple[str, str]:
         """(polarity, cue) of the finding at `start:end`."""
         for first, last, polarity, cue in self._denials:
-            # Its end, too: "calcified plaques in the aorta, no calcification of the coronary arteries".
+            # Compare the end, too: "calcified plaques in the aorta, no calcification of the coronary arteries".
             if first <= start < last or first <= end - 1 < last:
                 return polarity, cue.strip()
         doubt = self.language.doubt.search(self.text, *clause) or _QUESTION.match(self.text, end)
@@ -240,7 +240,7 @@ def _checked_text(report: str) -> tuple[str, list[int] | None]:
 
 class RuleLabeler:
     """
-    Reads the 18 findings out of chest CT reports.
+    Labeler that finds the 18 findings in chest CT reports by rules.
 
     ```python
     >>> labeler = RuleLabeler()
@@ -248,10 +248,10 @@ class RuleLabeler:
     ['Lung nodule']
     ```
 
-    `signature` names the rules by a hash over rules.yaml, this file and markup.py.
+    `signature` identifies the rules by a hash of rules.yaml, this file and markup.py.
 
     Args:
-        path: another file of rules in the format of rules.yaml.
+        path: rules file in the format of rules.yaml.
 
     Raises:
         ValueError: the file's labels are not the 18.
@@ -290,7 +290,7 @@ class RuleLabeler:
         )
 
     def _mentions(self, report: str) -> Iterator[tuple[_Sentence, str]]:
-        """The sentences of a [`plain_text`] that have one of a label's words, each with that label."""
+        """Yield each sentence of a [`plain_text`] that contains one of a label's words, with that label."""
         text = report if report.isascii() else _FOLDED.sub(lambda match: _FOLD[match[0]], report)
         lower = text.lower()
         ends = [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
@@ -304,13 +304,13 @@ class RuleLabeler:
                     at = lower.find(word, ends[row])
         for row in sorted(mentioned):
             start = ends[row - 1] if row else 0
-            # A line may be wrapped between two words of a rule.
+            # Join wrapped lines: a line may break between two words of a rule.
             sentence = _Sentence(lower[start : ends[row]].replace("\n", " "), start, self._language)
             for label in mentioned[row]:
                 yield sentence, label
 
     def _hits(self, sentence: _Sentence, label: str) -> Iterator[tuple[Rule, int, int, str, str]]:
-        """(rule, start, end, polarity, cue) of each mention of `label`; places count from the sentence's start."""
+        """Yield (rule, start, end, polarity, cue) of each mention of `label`, relative to the sentence's start."""
         for rule in self._rules[label]:
             for clause in sentence.clauses:
                 for match in rule.find.finditer(sentence.text, *clause):
@@ -321,10 +321,12 @@ class RuleLabeler:
                         yield rule, start, end, *sentence.polarity(start, end, clause)
 
     def label(self, report: str) -> dict[str, int]:
-        """The 18 labels by name in the order of `DIAGNOSIS_LABELS`: 1 where the report states or suspects a finding.
+        """Return the 18 labels by name in the order of `DIAGNOSIS_LABELS`.
+
+        A label is 1 if the report states or suspects the finding. An empty report has no finding.
 
         Raises:
-            TypeError: `report` is not a str (the NaN of a table with gaps, say). An empty one has no finding.
+            TypeError: `report` is not a str (for example, NaN from an empty cell of a table).
         """
         found = dict.fromkeys(DIAGNOSIS_LABELS, 0)
         text, _ = _checked_text(report)
@@ -334,7 +336,7 @@ class RuleLabeler:
         return found
 
     def explain(self, report: str) -> list[Hit]:
-        """Every mention of a finding in the order of the text, those that do not count included.
+        """Return every mention of a finding in the order of the text, including those that do not count.
 
         Raises:
             TypeError: `report` is not a str.
@@ -342,7 +344,7 @@ class RuleLabeler:
         hits = []
         text, places = _checked_text(report)
         for sentence, label in self._mentions(text):
-            # As the report has them: with the markup that `text` is without.
+            # Quote the report itself, including the markup removed from `text`.
             first, last = sentence.start, sentence.start + len(sentence.text)
             whole = report[slice(first, last) if places is None else slice(places[first], places[last])].strip()
             for rule, start, end, polarity, cue in self._hits(sentence, label):
@@ -353,10 +355,10 @@ class RuleLabeler:
         return sorted(hits, key=lambda hit: hit.span)
 
     def label_all(self, reports: Iterable[str]) -> NDArray[np.int8]:
-        """(reports, 18) in {0, 1}, the columns in the order of `DIAGNOSIS_LABELS`.
+        """Label reports: (reports, 18) of 0 and 1, in the order of `DIAGNOSIS_LABELS`.
 
         Raises:
-            TypeError: a report is not a str; the message says which.
+            TypeError: a report is not a str; the message names its index.
         """
         rows = []
         for row, report in enumerate(reports):

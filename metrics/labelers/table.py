@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Label a table of reports: what `diffvp label` does."""
+"""Label a table of reports (`diffvp label`)."""
 
 import csv
 import json
@@ -26,21 +26,24 @@ def label_table(
     explanations: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
-    Read the 18 findings out of every report of a CSV file; writes the ids and a column of 0 and 1 a label.
+    Label every report of a CSV file. Write a CSV file with the ids and one column of 0 and 1 per label.
 
     Args:
-        explanations: also write, as JSON lines, each place that a rule has found, with its span in the report and why
-            it does or does not set the label. Only a [`RuleLabeler`] can say so. It holds sentences of the reports.
+        source: CSV file of reports.
+        output: CSV file to write.
+        report_column, id_column: columns of the reports and the ids.
+        explanations: JSON lines file to write with every mention of a finding, its span in the report, and the reason
+            why it does or does not set the label. It needs a [`RuleLabeler`], and contains sentences of the reports.
 
     Returns:
         int8 (reports, 18).
 
     Raises:
-        DatasetError: a column is missing, an id is empty or there twice, or there are no rows.
-        ValueError: explanations of a labeler that has none.
+        DatasetError: a column is missing, an id is empty or duplicated, or there are no rows.
+        ValueError: `explanations` is given with another labeler than the rules.
     """
     if explanations is not None and not isinstance(labeler, RuleLabeler):
-        raise ValueError("explanations are those of rules; expected the rule labeler")
+        raise ValueError(f"explanations: with {type(labeler).__name__} (expected the rule labeler)")
     source, problems = Path(source), []
     rows = read_csv(source, [id_column, report_column], problems) or []
     seen: dict[str, int] = {}
@@ -73,7 +76,7 @@ def label_table(
 
 
 def label_cases(cases: list[Case], labeler: Labeler) -> list[Case]:
-    """The cases with labels that a labeler reads out of their reports, where their dataset has none."""
+    """Return the cases, with labels read from the reports for those that have none."""
     missing = [case for case in cases if case.labels is None]
     if not missing:
         return cases

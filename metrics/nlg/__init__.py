@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU, METEOR, ROUGE and CIDEr of generated reports: the paper's, over the corpus, and pycocoevalcap's.
+"""BLEU, METEOR, ROUGE and CIDEr of generated reports, with three scorers: the paper's, corpus, and pycocoevalcap's.
 
-[`score_reports`] computes all of one scorer; [`region_scores`] sees the regions. Definitions: `docs/metrics.md`.
+[`score_reports`] computes all scores of one scorer, [`region_scores`] also by region. docs/metrics.md defines them.
 """
 
-from .bleu import bleu_counts, bleu_from_counts, bleu_signature, sentence_bleu
+from .bleu import bleu_counts, bleu_from_counts, bleu_signature
 from .coco import (
     coco_bleu_counts,
     coco_bleu_from_counts,
@@ -47,6 +47,5 @@ __all__ = [
     "rouge_per_report",
     "rouge_signature",
     "score_reports",
-    "sentence_bleu",
     "split_reg2rg",
 ]

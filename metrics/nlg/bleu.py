@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU as `evaluate.load("bleu")` computes it with `smooth=True`, of one report at a time or of the whole test set.
+"""BLEU as in `evaluate.load("bleu")` with `smooth=True`, per report or over the whole test set.
 
-The paper and Reg2RG report the mean over reports. pycocoevalcap's BLEU (coco.py) and sacrebleu's own sentence BLEU,
-whose smoothing differs, give other numbers on the same texts, by up to three points.
+The paper and Reg2RG report the mean over reports. pycocoevalcap's BLEU (coco.py), and sacrebleu's sentence BLEU with
+its own smoothing, differ by up to three points on the same texts.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from .texts import check_pairs
 
 MAX_ORDER = 4
-# One row of counts: matches of 1- to 4-grams, candidates of 1- to 4-grams, tokens of the prediction, of the reference.
+# Columns of the counts: matches of 1- to 4-grams, candidates of 1- to 4-grams, prediction tokens, reference tokens.
 COUNTS = 2 * MAX_ORDER + 2
 
 
@@ -36,12 +36,12 @@ def bleu_signature(averaging: str = "per-sample-mean") -> str:
 
 
 def ngrams(tokens: list[str], order: int) -> Counter:
-    """How often each n-gram of an order occurs, as tuples of tokens."""
+    """Count the n-grams of one order, as tuples of tokens."""
     return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
 def ngram_counts(prediction: list[str], reference: list[str]) -> list[int]:
-    """The `COUNTS` numbers of one tokenised report that every BLEU is made of."""
+    """Return the `COUNTS` counts of one tokenised report from which BLEU is computed."""
     matches, candidates = [], []
     for order in range(1, MAX_ORDER + 1):
         written = ngrams(prediction, order)
@@ -53,10 +53,10 @@ def ngram_counts(prediction: list[str], reference: list[str]) -> list[int]:
 def bleu_counts(
     predictions: Sequence[str], references: Sequence[str], tokenize: Callable[[str], list[str]] = tokens_13a
 ) -> NDArray[np.int64]:
-    """(reports, `COUNTS`). Rows add up: the sum over a resample of the reports gives the resample's corpus BLEU.
+    """Count n-grams of each report: (reports, `COUNTS`). The sum over a set of reports gives the set's corpus BLEU.
 
     Raises:
-        TypeError, ValueError: see [`check_pairs`]; also where a reference has no tokens (13a drops "<skipped>").
+        TypeError, ValueError: see [`check_pairs`]; also if a reference has no tokens (13a drops "<skipped>").
     """
     predictions, references = check_pairs(predictions, references)
     rows = []
@@ -69,11 +69,11 @@ def bleu_counts(
 
 
 def bleu_from_counts(counts: ArrayLike) -> NDArray[np.float64]:
-    """BLEU-1 to BLEU-4, (..., `COUNTS`) to (..., 4): of each report, or corpus BLEU where the rows were summed before.
+    """Compute BLEU-1 to BLEU-4 of counts (..., `COUNTS`): (..., 4). Counts of reports summed before give corpus BLEU.
 
-    Every order's precision is (matches + 1) / (candidates + 1), the unigrams' too: that is the smoothing of
-    `evaluate`'s BLEU, not the one of Lin and Och, which leaves the unigrams alone. It gives a report with no word in
-    common a small score above 0. An empty prediction scores 0, for which `evaluate` divides by zero.
+    The precision of every order is (matches + 1) / (candidates + 1). Unigrams are smoothed as well, as in `evaluate`'s
+    BLEU and unlike Lin and Och's smoothing, so a report without a common word scores slightly above 0. An empty
+    prediction scores 0; `evaluate` divides by zero there.
     """
     counts = np.asarray(counts, dtype=np.float64)
     matches, candidates = counts[..., :MAX_ORDER], counts[..., MAX_ORDER : 2 * MAX_ORDER]
@@ -81,14 +81,3 @@ def bleu_from_counts(counts: ArrayLike) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):  # an empty prediction: the penalty is exp(-infinity)
         brevity = np.minimum(0.0, 1.0 - counts[..., -1:] / counts[..., -2:-1])
     return np.exp(precisions + brevity)
-
-
-def sentence_bleu(prediction: str, reference: str, max_order: int = MAX_ORDER) -> float:
-    """BLEU-`max_order` of one report, between 0 and 1.
-
-    Raises:
-        TypeError, ValueError: see [`bleu_counts`]; also where `max_order` is not 1 to 4.
-    """
-    if not 1 <= max_order <= MAX_ORDER:
-        raise ValueError(f"max_order must be 1 to {MAX_ORDER}, got {max_order}")
-    return float(bleu_from_counts(bleu_counts([prediction], [reference])[0])[max_order - 1])

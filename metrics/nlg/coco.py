@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU, ROUGE-L and CIDEr as pycocoevalcap computes them: what most report-generation papers print.
+"""BLEU, ROUGE-L and CIDEr as pycocoevalcap computes them; most report-generation papers use these.
 
-Words are what stands between spaces, so "clear." and "clear" differ: the same reports score several points below
-`evaluate`'s BLEU. Case is kept here; papers that lower-case do so before.
+Words are separated by spaces, so "clear." and "clear" differ, and reports score several points below `evaluate`'s
+BLEU. Case is kept; some papers lower-case the texts first.
 
-pycocoevalcap itself is not a dependency: its package is 100 MB of Java programs for other metrics. The tests compare
-with values that it computed.
+pycocoevalcap is not a dependency, because its package contains 100 MB of Java programs for other metrics. The tests
+compare with values that it computed.
 """
 
 import math
@@ -21,9 +21,9 @@ from .rouge import common_subsequence_length
 from .texts import check_pairs
 
 BETA = 1.2  # weight of the recall in ROUGE-L
-SIGMA = 6.0  # of CIDEr's Gaussian over the difference in length
+SIGMA = 6.0  # standard deviation of CIDEr's Gaussian length penalty
 CIDER_SCALE = 10.0
-# pycocoevalcap's guards against a division by zero and the logarithm of zero: part of its values, in the ninth digit.
+# pycocoevalcap's guards against division by zero and the logarithm of zero. They change its values in the ninth digit.
 SMALL, TINY = 1e-9, 1e-15
 
 
@@ -37,12 +37,12 @@ def coco_signature() -> str:
 
 
 def coco_bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.int64]:
-    """As [`bleu_counts`], of words between white space."""
+    """Count n-grams as [`bleu_counts`] does, of words separated by white space."""
     return bleu_counts(predictions, references, tokenize=str.split)
 
 
 def coco_bleu_from_counts(counts: ArrayLike) -> NDArray[np.float64]:
-    """BLEU-1 to BLEU-4 of summed counts, (..., COUNTS) to (..., 4). Near 0 where no n-gram of an order matches."""
+    """Compute BLEU-1 to BLEU-4 of summed counts (..., COUNTS): (..., 4). Near 0 if no n-gram of an order matches."""
     counts = np.asarray(counts, dtype=np.float64)
     matches, candidates = counts[..., :MAX_ORDER], counts[..., MAX_ORDER : 2 * MAX_ORDER]
     precisions = (matches + TINY) / (candidates + SMALL)
@@ -54,7 +54,7 @@ def coco_bleu_from_counts(counts: ArrayLike) -> NDArray[np.float64]:
 def coco_rouge_per_report(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
     """ROUGE-L with beta 1.2, (reports,).
 
-    Words are split at each single space, as pycocoevalcap does: a double space makes an empty word.
+    Texts are split at each single space, as in pycocoevalcap, so a double space gives an empty word.
 
     Raises:
         TypeError, ValueError: see [`check_pairs`].
@@ -70,15 +70,15 @@ def coco_rouge_per_report(predictions: Sequence[str], references: Sequence[str])
 
 def coco_cider_per_report(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
     """
-    CIDEr of pycocoevalcap, (reports,), between 0 and 10: CIDEr-D (Vedantam et al., 2015) with one reference each.
+    CIDEr as in pycocoevalcap, (reports,), between 0 and 10: CIDEr-D (Vedantam et al., 2015) with one reference each.
 
-    For each order n of 1 to 4, g the n-grams' counts times log(reports / references with the n-gram), l the number of
-    2-grams (pycocoevalcap's measure of length): 10 * mean over n of
+    Let g be the counts of the n-grams of order n times log(reports / references with the n-gram), and l the number of
+    2-grams (pycocoevalcap's measure of length). The score is 10 times the mean over n = 1 to 4 of
 
         sum(min(g_prediction, g_reference) * g_reference) / (|g_prediction| * |g_reference|) * exp(-(l - l')^2 / 72)
 
-    A report's score depends on all references through the logarithm: it is 0 in a set of one report, and scores of
-    different test sets do not compare.
+    The logarithm makes a report's score depend on all references: it is 0 in a set of one report, and scores on
+    different test sets are not comparable.
 
     Raises:
         TypeError, ValueError: see [`check_pairs`].

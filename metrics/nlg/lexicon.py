@@ -1,9 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What METEOR has to know of English: WordNet's synonyms, and where a sentence ends. Both are data, installed apart.
+"""Language data of METEOR: WordNet's synonyms and the Punkt model for sentence boundaries, both installed separately.
 
-WordNet is read here and not by NLTK, which since 3.10 opens files only below its own data folders, wants files that
-METEOR does not need (`lexnames`, `index.sense`; Debian's wordnet-base has neither) and takes a second or two to start.
+WordNet is read here instead of by NLTK. Since 3.10 NLTK opens files only below its own data folders, it requires files
+that METEOR does not need (`lexnames`, `index.sense`; Debian's wordnet-base has neither), and it takes a second or two
+to start.
 """
 
 import re
@@ -17,7 +18,7 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
-# Adjective satellites ("s") stand in the adjectives' files and need no look-up of their own.
+# Adjective satellites ("s") are in the files of the adjectives and need no separate look-up.
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 
 WORDNET_HELP = (
@@ -34,7 +35,7 @@ Reader = Callable[[str], bytes]
 
 
 class LexiconError(LookupError):
-    """WordNet or the Punkt model is missing or broken: METEOR would be another number, so there is none."""
+    """WordNet or the Punkt model is missing or broken. METEOR would differ without them, so it is not computed."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Synset:
 
 
 class WordNet:
-    """The synonyms of a word, under the names by which NLTK's METEOR asks its own WordNet reader for them.
+    """Synonyms of words, with the interface of NLTK's WordNet reader that NLTK's METEOR uses.
 
     Args:
-        read: the content of a file of WordNet's, such as "data.noun".
+        read: returns the content of a WordNet file, such as "data.noun".
 
     Raises:
         LexiconError: a file is missing, or its version is not stated.
@@ -81,7 +82,7 @@ class WordNet:
         self._known: dict[str, list[Synset]] = {}
 
     def synsets(self, word: str) -> list[Synset]:
-        """All synonyms of a lower-case word, as one set: METEOR asks for nothing but their names."""
+        """Return all synonyms of a lower-case word as one set, because METEOR uses only their names."""
         if word not in self._known:
             names = {
                 name for pos in PARTS_OF_SPEECH for form in self._forms(word, pos) for name in self._names(form, pos)
@@ -90,7 +91,7 @@ class WordNet:
         return self._known[word]
 
     def _forms(self, word: str, pos: str) -> list[str]:
-        """The word and what it may be inflected from, as far as WordNet has them."""
+        """Return the word and its possible base forms, if they are in WordNet."""
         forms = self._exceptions[pos].get(word)
         if forms is None:
             substitutions = WordNetCorpusReader.MORPHOLOGICAL_SUBSTITUTIONS[pos]
@@ -98,12 +99,12 @@ class WordNet:
         return [form for form in (word, *forms) if form in self._index[pos]]
 
     def _names(self, form: str, pos: str) -> list[str]:
-        """The names in all sets of synonyms of one base form."""
+        """Return the names in all synonym sets of one base form."""
         fields = self._index[pos][form].split()
         names = []
-        for offset in fields[-int(fields[2]) :]:  # "lemma pos sets ...": as many offsets at the end as there are sets
+        for offset in fields[-int(fields[2]) :]:  # "lemma pos sets ...", ending with one offset per set
             start = int(offset)
-            # "offset file pos count(hex) name id name id ...", names with a marker such as "(p)" behind them
+            # "offset file pos count(hex) name id name id ..."; a name may end with a marker such as "(p)"
             parts = self._data[pos][start : self._data[pos].index(b"\n", start)].decode("utf-8").split()
             if parts[0] != offset:
                 raise LexiconError(f"data.{PARTS_OF_SPEECH[pos]} has no entry at {offset}. {WORDNET_HELP}")
@@ -112,7 +113,7 @@ class WordNet:
 
 
 def _nltk_reader(resource: str) -> Reader:
-    """Files of a folder of NLTK's data, unpacked or not. Raises LookupError where NLTK has none."""
+    """Return a reader for a folder of NLTK's data, zipped or not. Raise LookupError if NLTK does not have it."""
     folder = nltk.data.find(resource)
 
     def read(name: str) -> bytes:
@@ -123,44 +124,48 @@ def _nltk_reader(resource: str) -> Reader:
 
 
 def find_wordnet() -> Reader:
-    """WordNet's files, in NLTK's data folders or where Debian's wordnet-base has them.
+    """Find WordNet in NLTK's data folders or in Debian's wordnet-base.
 
     Raises:
-        LexiconError: there are none. The message says how to get them.
+        LexiconError: WordNet is missing. The message says how to install it.
     """
     try:
         return _nltk_reader("corpora/wordnet/")
     except LookupError as error:
         if not DEBIAN_WORDNET.is_dir():
-            raise LexiconError(f"{WORDNET_HELP} Not in NLTK's data folders, nor in {DEBIAN_WORDNET}.") from error
+            raise LexiconError(f"{WORDNET_HELP} Not found in NLTK's data folders or in {DEBIAN_WORDNET}.") from error
         return lambda name: (DEBIAN_WORDNET / name).read_bytes()
 
 
 def find_punkt() -> Reader:
-    """The files of the English Punkt model, in NLTK's data folders or in the copy that llama-index-core carries.
+    """Find the English Punkt model in NLTK's data folders or in the copy that llama-index-core contains.
 
     Raises:
-        LexiconError: there are none. The message says how to get them.
+        LexiconError: the model is missing. The message says how to install it.
     """
     try:
         return _nltk_reader("tokenizers/punkt_tab/english/")
     except LookupError as error:
-        package = find_spec("llama_index")  # finds the files; nothing of the package is imported
+        package = find_spec("llama_index")  # locates the package without importing it
         roots = [Path(root) for root in package.submodule_search_locations or []] if package else []
         for root in roots:
             folder = root / "core" / "_static" / "nltk_cache" / "tokenizers" / "punkt_tab" / "english"
             if folder.is_dir():
                 return lambda name: (folder / name).read_bytes()
-        raise LexiconError(f"{PUNKT_HELP} Not in NLTK's data folders, nor among Python's packages.") from error
+        raise LexiconError(f"{PUNKT_HELP} Not found in NLTK's data folders or in the Python packages.") from error
 
 
 def load_wordnet() -> WordNet:
-    """Raises LexiconError where WordNet is missing or incomplete."""
+    """Load WordNet.
+
+    Raises:
+        LexiconError: WordNet is missing or incomplete.
+    """
     return WordNet(find_wordnet())
 
 
 def load_punkt() -> PunktSentenceTokenizer:
-    """NLTK's English sentence tokenizer.
+    """Load NLTK's English sentence tokenizer.
 
     Raises:
         LexiconError: the model is missing or incomplete.
@@ -180,5 +185,5 @@ def load_punkt() -> PunktSentenceTokenizer:
 
 
 def _lines(content: bytes) -> list[str]:
-    # Not splitlines(): the model knows words with characters that end a line in Unicode alone.
+    # Not splitlines(), because words of the model contain characters that Unicode treats as line ends.
     return content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""METEOR as `evaluate.load("meteor")` computes it: NLTK's, with WordNet, on the tokens of `word_tokenize`.
+"""METEOR as in `evaluate.load("meteor")`: NLTK's, with WordNet, on the tokens of `word_tokenize`.
 
-The scale is NLTK's own. The Java program of most captioning papers (METEOR 1.5) tokenises, weights and matches in
-another way, and its numbers are far lower: the two must not stand in one column. NLTK looks for synonyms of the
-words' stems, so it finds those of "ill" but not those of "large", whose stem is "larg".
+Do not compare it with METEOR 1.5, the Java program of most captioning papers: that one tokenises, weights and matches
+differently, and its scores are far lower. NLTK looks up synonyms of the stems of words, so it finds synonyms of "ill",
+but not of "large", whose stem is "larg".
 """
 
 import math
@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from .lexicon import WordNet, load_punkt, load_wordnet
 from .texts import check_pairs
 
-ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # evaluate's and NLTK's defaults; named for the signature
+ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # defaults of evaluate and NLTK
 
 
 class _Stemmer:
-    """Porter's stemmer with a memory: reports use few words, and METEOR stems each of them again."""
+    """Porter's stemmer with a cache, because reports use few different words."""
 
     def __init__(self):
         self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
 
 
-# Loaded once a process, on first use: reading WordNet takes half a second.
+# Load once per process, on first use: reading WordNet takes half a second.
 @lru_cache(maxsize=1)
 def _wordnet() -> WordNet:
     return load_wordnet()
@@ -50,12 +50,12 @@ def _stemmer() -> _Stemmer:
 
 
 def check_meteor_data() -> None:
-    """For commands that work for hours before they score: raises LexiconError if METEOR cannot be computed."""
+    """Raise LexiconError if METEOR cannot be computed. Long commands call this before they start."""
     _wordnet(), _punkt()
 
 
 def meteor_signature() -> str:
-    """Raises LexiconError without WordNet, whose version is part of it."""
+    """Return the signature. Raise LexiconError without WordNet, whose version is part of it."""
     return (
         f"meteor|per-sample-mean|alpha:{ALPHA:g}|beta:{BETA:g}|gamma:{GAMMA:g}|case:lower|tok:punkt_tab+treebank"
         f"|stemmer:porter|wordnet:{_wordnet().version}|nltk:{version('nltk')}"
@@ -63,7 +63,7 @@ def meteor_signature() -> str:
 
 
 def meteor_tokens(text: str) -> list[str]:
-    """The tokens of `nltk.word_tokenize`: a full stop is a token of its own only where a sentence ends.
+    """Tokenise like `nltk.word_tokenize`: a full stop is a separate token only at the end of a sentence.
 
     Raises:
         LexiconError: the Punkt model is not installed.
@@ -90,16 +90,16 @@ def meteor_per_report(predictions: Sequence[str], references: Sequence[str], wor
     Identical texts of m tokens score 1 - 0.5 / m^3, not 1: one chunk of matches still counts as a fragment.
 
     Args:
-        workers: processes to share the reports between; the values do not depend on it.
+        workers: number of processes; the values do not depend on it.
 
     Raises:
-        LexiconError: WordNet or the Punkt model is not installed. The message says how to get them.
-        TypeError, ValueError: see [`check_pairs`]; also where `workers` is below 1.
+        LexiconError: WordNet or the Punkt model is not installed. The message says how to install them.
+        TypeError, ValueError: see [`check_pairs`]; also if `workers` is below 1.
     """
     predictions, references = check_pairs(predictions, references)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    # Here and not first in a worker: a missing file is this process's error, and forked workers share what is loaded.
+    # Load before starting workers, so that errors occur in this process and forked workers share the loaded data.
     check_meteor_data()
     if workers == 1:
         scores = [_score(*pair) for pair in zip(predictions, references, strict=True)]

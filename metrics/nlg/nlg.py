@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: F401
-"""The `evaluate` module: `evaluate.load("metrics/nlg")`. The scores themselves are in the files beside it."""
+"""Module for `evaluate.load("metrics/nlg")`. The scores are computed in the other files of this folder."""
 
-# Every file of this folder is imported here, used or not, one a line and with nothing behind the import: evaluate
-# finds local imports line by line, takes a comment for an address, and does not look into the files for more.
+# Import every file of this folder here, used or not, one per line and without trailing comments: evaluate parses local
+# imports line by line, takes a comment for an address, and does not follow the imports of the imported files.
 import datasets
 import evaluate
 
@@ -48,20 +48,20 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions (list of str): the generated reports.
-    references (list of str): the true reports, one each.
+    predictions (list of str): generated reports.
+    references (list of str): true reports, one for each generated one.
     scorer (str): "paper" (default; means over reports), "corpus" (BLEU over the corpus) or "coco" (pycocoevalcap's).
-    clean (str): "reg2rg" to take Reg2RG's region headings out and collapse spaces.
-    meteor (bool): False to do without METEOR, which needs WordNet and NLTK's Punkt model.
-    workers (int): processes for METEOR.
-    per_report (bool): True to have the score of each report as well.
-    split (callable) and regions (list of str): a report to {region: text}, and the regions in canonical order, to have
-        the scores with the regions in that order and by region as well.
+    clean (str): "reg2rg" to remove Reg2RG's region headings and collapse spaces.
+    meteor (bool): False to skip METEOR, which needs WordNet and NLTK's Punkt model.
+    workers (int): number of processes for METEOR.
+    per_report (bool): True to also return the scores of each report.
+    split (callable) and regions (list of str): a function from a report to {region: text}, and the regions in
+        canonical order, to also return the scores in that order and by region.
 Returns:
-    bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_1, rouge_2, rouge_l (float, 0 to 1) and cider (float, 0 to 10), as
-    far as the scorer has them,
-    the same with _std behind the name for means over reports, n (int) and signature (str): how they were computed.
-    per_report (dict of list of float); canonical_order (dict as above) and regions (dict of such dicts), on demand.
+    bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_1, rouge_2, rouge_l (float, 0 to 1) and cider (float, 0 to 10), those
+    of the scorer; for means over reports, their standard deviations with _std after the name; n (int); signature
+    (str): how the scores were computed. On request: per_report (dict of list of float), canonical_order (dict as
+    above) and regions (dict of such dicts).
 """
 
 
@@ -91,7 +91,7 @@ class NLG(evaluate.Metric):
         regions=None,
     ):
         if (split is None) != (regions is None):
-            raise ValueError("split and regions go together: give both or neither")
+            raise ValueError("split and regions go together: pass both or neither")
         options = {"scorer": scorer, "clean": clean, "meteor": meteor, "workers": workers}
         scores = score_reports(predictions, references, **options)
         result = scores.summary()

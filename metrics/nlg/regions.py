@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores that see a report's regions: each on its own, and the whole with its regions in one order.
+"""Scores by region, and of whole reports with their regions in canonical order.
 
-A report that names all findings but in another order than the true one loses ROUGE-L and the longer n-grams of BLEU.
-How much of a score is order shows between the report as written and in canonical order.
+A report with its regions in another order than the true one loses ROUGE-L and the longer n-grams of BLEU. The
+difference between the scores as written and in canonical order measures this effect.
 """
 
 import re
@@ -17,9 +17,9 @@ OTHER = "other"
 
 
 def split_reg2rg(report: str) -> dict[str, str]:
-    """{region: text} of a report in Reg2RG's form, "The region 3 is heart: ...", in the order written.
+    """Split a report in Reg2RG's form, "The region 3 is heart: ...", into {region: text}, in the order written.
 
-    Parts of a region written twice are joined; what stands before the first region is "other".
+    Parts of a region that is written twice are joined. Text before the first region is "other".
     """
     first, *rest = re.split(r"The region \d+ is ([^:]+):", report)
     parts: dict[str, list[str]] = {OTHER: first.split()}
@@ -29,11 +29,12 @@ def split_reg2rg(report: str) -> dict[str, str]:
 
 
 def canonical_report(parts: Mapping[str, str], regions: Sequence[str], headings: bool = True) -> str:
-    """The report of {region: text}, its regions in the order of `regions`.
+    """Join {region: text} to a report with the regions in the order of `regions`.
+
+    Text of other regions comes first, without a heading.
 
     Args:
-        headings: "Heart: ..." on a line for each region, as DiffVP writes; else the texts alone, as Reg2RG scores.
-            What belongs to none of the regions comes first, where no heading stands before it.
+        headings: True for a line "Heart: ..." per region, as DiffVP writes; False for the texts only, as in Reg2RG.
     """
     rest = [text for region, text in parts.items() if region not in regions]
     if headings:
@@ -55,20 +56,19 @@ def region_scores(
     workers: int = 1,
 ) -> dict[str, dict]:
     """
-    Score reports as they are written, with their regions in canonical order, and region by region.
+    Score reports as written, with their regions in canonical order, and region by region.
 
     Args:
-        split: a report to {region: text}: `DiffVPProcessor.post_process`, or [`split_reg2rg`].
-        regions: the regions' names in canonical order: `REGIONS`.
-        clean: "reg2rg" takes the headings out of the reports as written, so the ones in canonical order have none
-            either; with `None` both have them.
+        split: maps a report to {region: text}: `DiffVPProcessor.post_process` or [`split_reg2rg`].
+        regions: names of the regions in canonical order, such as `REGIONS`.
+        clean: "reg2rg" to score without headings, `None` to score with them.
         scorer, meteor, workers: see [`score_reports`].
 
     Returns:
-        `as_written` and `canonical_order`: summaries of [`score_reports`]. `regions`: such a summary for each region,
-        over the n references that have it. A prediction without the region counts there as empty, scores 0 and is one
-        of `missing`; `extra` counts predictions with the region where the reference has none, which no score sees.
-        (Reg2RG's own scores by region leave out what is missing, so they are higher.)
+        `as_written` and `canonical_order`: summaries of [`score_reports`]. `regions`: a summary for each region over
+        the n references that have it. A prediction without the region scores 0 there and is counted in `missing`.
+        `extra` counts predictions with the region whose reference lacks it; they are not scored. (Reg2RG's own scores
+        by region leave out missing regions, so they are higher.)
 
     Raises:
         LexiconError, TypeError, ValueError: see [`score_reports`].
@@ -87,7 +87,7 @@ def region_scores(
 
 
 class View(NamedTuple):
-    """Predictions and references to score, and for a region: how many lack it, and have it beyond the reference."""
+    """Predictions and references to score; for a region also the numbers of missing and extra predictions."""
 
     pairs: tuple[list[str], list[str]]
     missing: int = 0
@@ -102,7 +102,7 @@ def region_views(
     *,
     headings: bool = True,
 ) -> dict[str, View]:
-    """What [`region_scores`] scores, by name: "as_written", "canonical_order", and each region.
+    """Return the pairs that [`region_scores`] scores, by name: "as_written", "canonical_order", and each region.
 
     Raises:
         TypeError, ValueError: see [`check_pairs`].

@@ -1,9 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""ROUGE-1, ROUGE-2 and ROUGE-L as `evaluate.load("rouge")` computes them, of one report at a time.
+"""ROUGE-1, ROUGE-2 and ROUGE-L per report, as in `evaluate.load("rouge")`.
 
-Tokens are those of the rouge-score package. The longest common subsequence is our own: the package fills a table of
-prediction x reference words in Python, which takes minutes and gigabytes for reports of 10,000 words.
+Tokens are those of the rouge-score package. The longest common subsequence has its own implementation, because the
+package fills a table of prediction x reference words in Python, which takes minutes and gigabytes for reports of
+10,000 words.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ from rouge_score.tokenize import tokenize
 
 from .texts import check_pairs
 
-# `evaluate` averages by a bootstrap, which moves in the fourth decimal from run to run; a plain mean does not.
+# Report a plain mean: the bootstrap mean of `evaluate` varies in the fourth decimal from run to run.
 
 
 def rouge_signature() -> str:
@@ -26,8 +27,8 @@ def rouge_signature() -> str:
 def common_subsequence_length(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence of two lists of tokens.
 
-    A row of the usual table is one integer here, a bit a token of `second`, and a 0 wherever the row's value rises
-    (Hyyrö, 2004): the row after the next token of `first` is one addition away.
+    Each row of the usual table is stored as one integer with one bit per token of `second`, which is 0 if the value
+    increases there (Hyyrö, 2004). One addition computes the row of the next token of `first`.
     """
     positions: dict[str, int] = {}
     for index, token in enumerate(second):
@@ -41,7 +42,7 @@ def common_subsequence_length(first: Sequence[str], second: Sequence[str]) -> in
 
 
 def _f_measure(hits: int, predicted: int, expected: int) -> float:
-    # The order of operations is rouge-score's, so that the values are equal to the last bit.
+    # Keep the order of operations of rouge-score, so that the values are equal to the last bit.
     precision, recall = hits / max(predicted, 1), hits / max(expected, 1)
     return 2 * precision * recall / (precision + recall) if hits else 0.0
 
@@ -56,8 +57,8 @@ def _ngram_f_measure(prediction: list[str], reference: list[str], order: int) ->
 def rouge_per_report(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, (reports, 3).
 
-    Only a-z and 0-9 count, in lower case. A text without any scores 0 against everything, itself included, and so does
-    ROUGE-2 of a single word.
+    Only a-z and 0-9 count, in lower case. A text without any of these scores 0, even against itself. ROUGE-2 of a
+    single word is 0, too.
 
     Raises:
         TypeError, ValueError: see [`check_pairs`].

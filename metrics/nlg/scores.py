@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""All language scores of a set of reports, as one of three scorers computes them, with what a bootstrap needs."""
+"""Language scores of a set of reports by one of three scorers, in a form that a bootstrap can resample."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ ROUGE_NAMES = ("rouge_1", "rouge_2", "rouge_l")
 @dataclass(frozen=True)
 class ReportScores:
     """
-    Scores of n reports, all between 0 and 1 but CIDEr (0 to 10). No text has to be read again to score a resample.
+    Scores of n reports, between 0 and 1 except CIDEr (0 to 10). Resamples are scored without reading the texts again.
 
     Attributes:
-        per_report: by name, (n,): the scores that are a mean over reports. Their bootstrap resamples the values.
-        counts: (n, COUNTS), what each report adds to the corpus BLEU; `None` where BLEU is a mean over reports.
-        corpus_bleu: sums of `counts`, (..., COUNTS), to BLEU-1 to BLEU-4, (..., 4); `None` with `counts`.
-        signature: how each score was computed, one word a score.
+        per_report: {name: (n,)}, the scores that are a mean over reports. A bootstrap resamples these values.
+        counts: (n, COUNTS), counts of each report for the corpus BLEU; `None` if BLEU is a mean over reports.
+        corpus_bleu: maps sums of `counts` (..., COUNTS) to BLEU-1 to BLEU-4 (..., 4); `None` without `counts`.
+        signature: how each score was computed, one word per score.
     """
 
     per_report: dict[str, NDArray[np.float64]]
@@ -48,9 +48,9 @@ class ReportScores:
         return len(next(iter(self.per_report.values())))
 
     def summary(self) -> dict[str, float | int | str]:
-        """Each score under its name, the population's standard deviation of a mean under `NAME_std`, `n`, `signature`.
+        """Return each score by name, the population standard deviation of means as `NAME_std`, `n`, and `signature`.
 
-        Sums are exact before they are rounded, so the order of the reports does not show in the last bit.
+        Sums are exact before rounding, so the order of the reports does not change the last bit.
         """
         result: dict[str, float | int | str] = {}
         if self.counts is not None:
@@ -77,15 +77,15 @@ def score_reports(
 
     Args:
         scorer: "paper" for the mean over reports of `evaluate`'s smoothed BLEU, METEOR and ROUGE, as the paper and
-            Reg2RG report them; "corpus" for the same with BLEU over the whole set at once (Reg2RG's "Overall");
-            "coco" for pycocoevalcap's corpus BLEU, ROUGE-L and CIDEr, without ROUGE-1, ROUGE-2 and METEOR.
-        clean: "reg2rg" to prepare both texts by [`clean_reg2rg`]; `None` to score them as they are.
-        meteor: off, to do without METEOR where WordNet is not installed.
-        workers: processes for METEOR, which takes most of the time.
+            Reg2RG report them; "corpus" for the same with corpus BLEU (Reg2RG's "Overall"); "coco" for pycocoevalcap's
+            corpus BLEU, ROUGE-L and CIDEr, without ROUGE-1, ROUGE-2 and METEOR.
+        clean: "reg2rg" to prepare both texts with [`clean_reg2rg`]; `None` to score them unchanged.
+        meteor: False to skip METEOR, which needs WordNet and the Punkt model.
+        workers: number of processes for METEOR, which takes most of the time.
 
     Raises:
-        LexiconError: METEOR is wanted, but WordNet or the Punkt model is not installed.
-        TypeError, ValueError: see [`check_pairs`]; also for a `scorer` or `clean` that is not known.
+        LexiconError: METEOR is requested, but WordNet or the Punkt model is not installed.
+        TypeError, ValueError: see [`check_pairs`]; also for an unknown `scorer` or `clean`.
     """
     if scorer not in SCORERS:
         raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")

@@ -1,16 +1,16 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What every score of texts starts with: a check of the pairs, and the paper's preparation."""
+"""Validate pairs of texts, and prepare them as the paper does."""
 
 import re
 from collections.abc import Sequence
 
 
 def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Both lists, if they can be scored against each other. A prediction may be empty; a reference may not.
+    """Check that two lists can be scored against each other, and return both. References must not be empty.
 
     Raises:
-        TypeError: a text is not a str (NaN for an empty cell, say), or a single str was given for a list.
+        TypeError: a text is not a str (for example, NaN from an empty cell), or a list is a single str.
         ValueError: the two lists differ in length or are empty, or a reference is blank.
     """
     for name, texts in (("predictions", predictions), ("references", references)):
@@ -30,5 +30,5 @@ def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> tuple[
 
 
 def clean_reg2rg(text: str) -> str:
-    """A report as Reg2RG and the paper score it: without "The region 3 is heart: ", spaces collapsed, case kept."""
+    """Prepare a report as Reg2RG and the paper do: remove "The region 3 is heart: ", collapse spaces, keep case."""
     return " ".join(re.sub(r"The region \d+ is [^:]+: ", "", text).split())
