@@ -40,7 +40,7 @@ def check_slice(one: Slice) -> None:
     frames = one.text("NumberOfFrames") or "1"
     if frames != str(one.frames):
         found = frames if frames.isdecimal() else "not a number"
-        raise CTReadError(one.name, "NumberOfFrames", found, f"{one.frames}, the number of functional groups")
+        raise CTReadError(one.name, "NumberOfFrames", found, f"{one.frames}, as many as the header describes")
     if one.text("BurnedInAnnotation") == "YES":
         raise CTReadError(one.name, "BurnedInAnnotation", "YES", "NO: text in the pixels may name the patient")
     photometric = one.text("PhotometricInterpretation")

@@ -210,13 +210,13 @@ def read_header(file: DicomFile) -> list[Slice] | DicomFile:
         with file.path.open("rb") as data:
             head = data.read(132)
             if not is_dicom(head):
-                return replace(file, why="no DICOM" if head.strip(b"\0") else "zeros" if head else "empty")
+                return replace(file, why="not DICOM" if head.strip(b"\0") else "zeros" if head else "empty")
             start = 132 if head[128:] == b"DICM" else 4 if head[:4] == b"DICM" else 0
             try:
                 return _parse(data, file, start)
             except DAMAGED as error:
                 if start == 0 and not isinstance(error, CTInputError):  # its first bytes only look like DICOM
-                    return replace(file, why="no DICOM")
+                    return replace(file, why="not DICOM")
                 raise
     except CTInputError:
         raise
