@@ -190,7 +190,7 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
     # Leaves out the extensions, which may be long, and nibabel's own check, which repairs by guessing and prints.
     header = kind(head[:length], orders[length], check=False)
     if not 1 <= header["dim"][0] <= 7:
-        raise CTGeometryError(source, "shape", f"of {header['dim'][0]} axes", "three axes")
+        raise CTGeometryError(source, "shape", f"{header['dim'][0]} axes", "three axes")
     try:
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError) as error:
@@ -280,7 +280,7 @@ def _from_header(
     low = float(array.min()) * slope + intercept
     if metadata is not None:
         if spacing is not None:
-            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= beside metadata=, which states one")
+            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= with metadata=, which states one")
         if (slope, intercept) != (1, 0):
             found = f"{slope:g} and {intercept:g}"
             raise CTIntensityError(

@@ -796,6 +796,16 @@ def test_mutated_files_are_read_or_refused(tmp_path):
     assert {CTVolume, CTReadError, CTGeometryError} <= outcomes
 
 
+def test_pixel_data_with_the_type_of_a_sequence_is_refused(tmp_path):
+    folder = write_dicom(tmp_path / "s", make_ct())
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        start = content.rindex(b"\xe0\x7f\x10\0OW") + 4
+        path.write_bytes(content[:start] + b"SQ\0\0\xff\xff\xff\xff" + content[start + 8 :])
+    with pytest.raises(CTReadError, match="content: damaged"):
+        read_ct(folder)
+
+
 def test_mutated_archives_are_read_or_refused(tmp_path, temporary):
     path = zipped(tmp_path / "a.zip", write_dicom(tmp_path / "s", make_ct((16, 16, 9))))
     whole, random = path.read_bytes(), np.random.default_rng(1)
