@@ -216,11 +216,11 @@ def from_nibabel(
     """
     if not isinstance(image, Nifti1Pair):
         raise CTReadError(source, "type", type(image).__name__, "a NIfTI image, whose header states left and right")
-    if image.get_data_dtype().kind not in "iuf":
-        raise CTIntensityError(source, "datatype", image.get_data_dtype().name, "one real number per voxel")
-    check_shape(image.shape, source)
     header = image.header.copy()
-    if nib.is_proxy(image.dataobj):
+    if header.get_data_dtype().kind not in "iuf":
+        raise CTIntensityError(source, "datatype", header.get_data_dtype().name, "one real number per voxel")
+    check_shape(image.shape, source)
+    if isinstance(image.dataobj, ArrayProxy):
         array = _from_proxy(image.dataobj, source)
         header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)
     else:
@@ -329,7 +329,7 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | 
     unit = int(header["xyzt_units"]) % 8
     if unit not in (0, 2):
         raise CTGeometryError(source, "xyzt_units", {1: "metres", 3: "microns"}.get(unit, unit), "mm, or unknown")
-    zooms = np.asarray(header["pixdim"][1:4])
+    zooms = np.array(header["pixdim"][1:4], dtype=float)
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         found = " x ".join(f"{mm:g}" for mm in zooms)
         raise CTGeometryError(source, "pixdim", found, "three finite numbers above 0")
@@ -387,10 +387,10 @@ def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bo
 
     A chest in 1 mm slices has about as many slices as columns; in 3 mm slices, a third as many.
     """
-    sform, code = header.get_sform(coded=True)
+    sform, _ = header.get_sform(coded=True)  # None if unset
     x, y, z = array.shape[:3]
     return bool(
-        code
+        sform is not None
         and np.array_equal(sform, np.eye(4))
         and array.dtype.kind == "f"
         and low <= MAX_HU_MINIMUM
