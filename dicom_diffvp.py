@@ -1,10 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM in, a validated CT out: [`read_dicom`] of a folder, a .zip, a DICOMDIR or a file of many frames.
+"""Read a CT from a folder of DICOM files, a .zip, a DICOMDIR or a multi-frame file, and validate it: [`read_dicom`].
 
-`slices_diffvp.py` reads headers, `pixels_diffvp.py` pixels. Here slices are chosen, found complete, and stacked.
+`slices_diffvp.py` reads headers and `pixels_diffvp.py` pixels. This module chooses the slices of one series, checks
+that they are complete, and stacks them.
 
-Messages carry file names, numbers and DICOM's own codes; never UIDs, names or descriptions.
+Messages contain file names, numbers and DICOM's own codes, but no UIDs, names or descriptions.
 """
 
 import contextlib
@@ -36,37 +37,37 @@ from .volume_diffvp import (
     make_volume,
 )
 
-# How far a slice may lie from its place in an even stack: of the slice spacing, or mm, for headers round positions to
-# 0.1 mm.
+# Tolerated distance of a slice from its place in an even stack, as a share of the slice spacing and in mm. Headers
+# round positions to 0.1 mm.
 MAX_SLICE_OFFSET, ROUNDING = 0.1, 0.1
 MAX_COSINE_DIFFERENCE = 2e-3  # between slices: 0.1 degrees
-MAX_SPACING_DIFFERENCE = 5e-3  # of the pixel spacing: half a voxel at the edge of 200
-MIN_INTERLEAVED = 0.75  # parts whose slices lie closer to another part's than this share of their spacing are mixed
+MAX_SPACING_DIFFERENCE = 5e-3  # relative, between pixel spacings: half a voxel at the edge of 200
+MIN_INTERLEAVED = 0.75  # parts are interleaved if their slices lie closer together than this share of their spacing
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 
 
 def read_dicom(
     path: Path, series: int | str | None = None, allow_non_hu: bool = False, allow_incomplete: bool = False
 ) -> CTVolume:
-    """One CT series: of a folder or a .zip with their subfolders, of what a DICOMDIR lists, or of a multi-frame file.
+    """Read one CT series from a folder or .zip with its subfolders, the files of a DICOMDIR, or a multi-frame file.
 
-    Slices and frames are sorted by position: file names and instance numbers need not follow it. Left and right come
-    from position and orientation in patient coordinates, however the patient lay. Files that are no DICOM, localizers,
-    projections, reports and other modalities are passed over, and so are exact duplicates. Where parts of a series
-    (contrast phases, acquisitions, kernels) lie between each other, each is a stack of its own.
+    Slices and frames are sorted by position; file names and instance numbers may have another order. Left and right
+    follow from position and orientation in patient coordinates, whatever the position of the patient. Files that are
+    not DICOM, localizers, projections, reports, other modalities and exact duplicates are skipped. If parts of a
+    series (contrast phases, acquisitions, kernels) interleave, each part is a separate stack.
 
     Args:
         path: the folder, archive, DICOMDIR or file. An archive is unpacked to a temporary folder.
-        series: which one of several: its number in the list that the refusal gives (as `int` or `str`), or its
-            SeriesInstanceUID.
+        series: selects one of several series, by its number in the list that the error message gives (as `int` or
+            `str`), or by its SeriesInstanceUID.
         allow_non_hu: accept voxels that are not Hounsfield units, and slices without a rescale to them.
-        allow_incomplete: read what is there of a series of which files are damaged or missing at its ends. The volume
-            then has a warning.
+        allow_incomplete: read a series although files are damaged, or missing at its ends. The volume then has a
+            warning.
 
     Raises:
-        CTReadError: no series or several, a damaged or missing file, pixels that cannot be decoded.
-        CTGeometryError: slices that are no even stack of one grid at right angles.
-        CTIntensityError: no rescale to Hounsfield units, or voxels that are none.
+        CTReadError: no series or several, a damaged or missing file, or pixels that cannot be decoded.
+        CTGeometryError: the slices are not an even stack of one grid at right angles.
+        CTIntensityError: no rescale to Hounsfield units, or voxels that are not Hounsfield units.
     """
     with open_series(path, series, allow_incomplete) as found:
         rescales = [rescale_of(one, allow_non_hu) for one in found.slices]
@@ -88,7 +89,7 @@ class Series:
     Attributes:
         source: name of the folder, archive or file.
         affine: 4x4, index (column, row, slice) -> RAS+ world mm.
-        warnings: what is missing of it.
+        warnings: missing or unreadable parts of the series.
     """
 
     source: str
@@ -99,10 +100,10 @@ class Series:
 
 @contextlib.contextmanager
 def open_series(path: Path, series: int | str | None = None, allow_incomplete: bool = False) -> Iterator[Series]:
-    """The slices that [`read_dicom`] reads, with their files there: those of an archive are gone afterwards.
+    """Open the slices that [`read_dicom`] reads. Files unpacked from an archive are deleted on exit.
 
     Raises:
-        CTReadError, CTGeometryError: as `read_dicom`, for all but the pixels.
+        CTReadError, CTGeometryError: as in `read_dicom`, except for errors in the pixels.
     """
     source = path.name or str(path)
     with _files(path) as files:
@@ -115,14 +116,17 @@ def open_series(path: Path, series: int | str | None = None, allow_incomplete: b
                     raise
                 damaged.append(replace(file, why=error.found))
                 continue
-            (lost.append if isinstance(slices, DicomFile) else found.extend)(slices)
+            if isinstance(slices, DicomFile):
+                lost.append(slices)
+            else:
+                found.extend(slices)
         slices = _choose(found, series, source)
         if allow_incomplete:
             damaged += [replace(one.file, why="truncated") for one in slices if one.length < 0]
             slices = [one for one in slices if one.length >= 0]
         warnings = _check_complete(slices, found, _alike(slices, lost) + damaged, source, allow_incomplete)
         if path.is_file() and len(files) == 1 and len(slices) == 1 and path.suffix.lower() != ".zip":
-            raise CTReadError(source, "number of frames", 1, "a multi-frame CT; of single slices, give their folder")
+            raise CTReadError(source, "number of frames", 1, "a multi-frame CT; for single slices, give their folder")
         if len(slices) < MIN_LENGTH:
             raise CTGeometryError(source, "number of slices", len(slices), f"at least {MIN_LENGTH}")
         for one in slices:
@@ -136,7 +140,7 @@ def open_series(path: Path, series: int | str | None = None, allow_incomplete: b
 
 @contextlib.contextmanager
 def _files(path: Path) -> Iterator[list[DicomFile]]:
-    """The files of a folder, an archive or a DICOMDIR, in a fixed order; without those that macOS adds to others."""
+    """Find the files of a folder, an archive or a DICOMDIR, in a fixed order, without the "._" files of macOS."""
     if path.is_dir():
         files = []
         for folder, folders, names in os.walk(path):
@@ -150,16 +154,16 @@ def _files(path: Path) -> Iterator[list[DicomFile]]:
             try:
                 members = extract(path, Path(folder), is_dicom)
             except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
-                expected = "a zip that passes its checksums"
+                expected = "a zip with valid checksums"
                 raise CTReadError(path.name, "content", "a damaged archive", expected) from error
-            files = [DicomFile(target, *os.path.split(name), "" if target else "no DICOM") for target, name in members]
+            files = [DicomFile(at, *os.path.split(name), "" if at else "not DICOM") for at, name in members]
             yield [file for file in files if not (file.name[:2] == "._" or file.folder.startswith("__MACOSX"))]
     else:
         yield _listed(path) if path.name.upper() == "DICOMDIR" else [DicomFile(path, "", path.name)]
 
 
 def _listed(path: Path) -> list[DicomFile]:
-    """The files that a DICOMDIR lists, in whatever case the disc was copied, whether they are there or not."""
+    """Return the files that a DICOMDIR lists, including missing ones. Names may differ in case from the list."""
 
     @cache
     def inside(folder: Path) -> dict[str, str]:
@@ -168,7 +172,7 @@ def _listed(path: Path) -> list[DicomFile]:
     files = []
     for parts in read_directory(path, path.name):
         if not all(re.fullmatch(r"\w[\w .-]*", part, re.ASCII) for part in parts):
-            raise CTReadError(path.name, "ReferencedFileID", "outside of its folder", "files beside it")
+            raise CTReadError(path.name, "ReferencedFileID", "outside its folder", "files in the DICOMDIR's folder")
         place = path.parent
         for part in parts:
             place = place / inside(place).get(part.casefold(), part)
@@ -180,34 +184,36 @@ def _listed(path: Path) -> list[DicomFile]:
 
 
 def _choose(found: list[Slice], series: int | str | None, source: str) -> list[Slice]:
-    """The slices of the one stack that was asked for, or of the only one, without exact duplicates."""
+    """Return the slices of the stack that was selected, or of the only one, without exact duplicates."""
     if not found:
         raise CTReadError(source, "content", "no DICOM file", "the slices of one CT series")
     groups: dict[str, list[Slice]] = {}
-    others: dict[str, list[Slice]] = {}  # localizers may share the UID of the slices that were planned on them
+    others: dict[str, list[CTReadError]] = {}  # a localizer may share the UID of the slices planned on it
     for one in found:
-        (others if one.other else groups).setdefault(one.text("SeriesInstanceUID"), []).append(one)
+        if other := one.other:
+            others.setdefault(one.text("SeriesInstanceUID"), []).append(CTReadError(one.name, *other))
+        else:
+            groups.setdefault(one.text("SeriesInstanceUID"), []).append(one)
     if series in others and series not in groups:
-        raise CTReadError(others[series][0].name, *others[series][0].other)
+        raise others[series][0]
     if not groups:
-        largest = max(others.values(), key=len)
-        raise CTReadError(largest[0].name, *largest[0].other)
+        raise max(others.values(), key=len)[0]
     stacks = [(uid, stack) for uid in sorted(groups) for stack in _split(_distinct(groups[uid]))]
     stacks.sort(key=lambda one: -len(one[1]))
     matching = [stack for uid, stack in stacks if series in (None, uid)]
     if len(matching) == 1:
         return matching[0]
-    number = int(series) if isinstance(series, int) or (series or "").isdecimal() else None
+    number = int(series) if isinstance(series, int) or (series and series.isdecimal()) else None
     if number is not None and 1 <= number <= len(stacks):
         return stacks[number - 1][1]
     listed = "; ".join(f"{n}: {_describe(stack)}" for n, (_, stack) in enumerate(stacks, 1))
     state = "none chosen" if series is None else f"{number}" if number is not None else "an unknown UID"
-    found = "several under this UID" if matching and series is not None else state
-    raise CTReadError(source, "series", f"{found}; available: {listed}", "one of them, by series=N or --series N")
+    state = "several under this UID" if matching and series is not None else state
+    raise CTReadError(source, "series", f"{state}; available: {listed}", "one of them, by series=N or --series N")
 
 
 def _distinct(slices: list[Slice]) -> list[Slice]:
-    """The slices without those that equal another, as copies and second exports do: in pixels and header, or UID."""
+    """Return the slices without duplicates: copies and second exports, whose pixels and header or UID are equal."""
     kept: dict[str, list[Slice]] = {}
     for one in slices:
         same = kept.setdefault(one.text("ImagePositionPatient"), [])
@@ -226,11 +232,11 @@ def _equal(one: Slice, other: Slice) -> bool:
 
 
 def _split(slices: list[Slice]) -> list[list[Slice]]:
-    """The stacks that a series consists of. Parts that lie one behind the other are one stack."""
+    """Split a series into its stacks. Consecutive parts that do not overlap are one stack."""
     try:
         places = {id(one): one.place() for one in slices}
     except CTGeometryError:
-        return [slices]  # refused where it is chosen
+        return [slices]  # the error is raised if the stack is chosen
 
     def step(part: list[Slice]) -> float:
         return float(np.diff(sorted(places[id(one)] for one in part)).min()) if len(part) > 1 else math.inf
@@ -252,7 +258,7 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
 
 
 def _describe(slices: list[Slice]) -> str:
-    """A stack in a list to choose from: what tells it apart, number of slices, matrix, and their distance in mm."""
+    """Describe a stack in a list to choose from: distinguishing fields, number of slices, matrix, spacing in mm."""
     first, said = slices[0], []
     for name, word in (
         ("SeriesNumber", "series "), ("ConvolutionKernel", "kernel "), ("ImageType", ""),
@@ -266,18 +272,18 @@ def _describe(slices: list[Slice]) -> str:
     try:
         places = sorted(one.place() for one in slices)
     except CTGeometryError:
-        return ", ".join([*said, text + " without a place"])
+        return ", ".join([*said, text + " without a position"])
     return ", ".join([*said, text, *([f"{np.median(np.diff(places)):.3g} mm apart"] if len(slices) > 1 else [])])
 
 
 def _alike(slices: list[Slice], lost: list[DicomFile]) -> list[DicomFile]:
-    """The files that are no DICOM, but lie beside the slices under such a name: other names are notes or viewers."""
+    """Return the files that are not DICOM but are named like the slices next to them; others are notes or viewers."""
     names = {(one.file.folder, one.file.name) for one in slices}
     shapes = {(one.file.folder, shape) for one in slices for shape in one.file.shapes}
     folders = {one.file.folder for one in slices}
     found = []
     for file in lost:
-        # IM0018.dcm.part stands for IM0018.dcm, unless that is there, too.
+        # IM0018.dcm.part stands for IM0018.dcm, unless that also exists.
         stem = replace(file, name=os.path.splitext(file.name)[0])
         tried = [file] if (file.folder, stem.name) in names else [file, stem]
         named = any((file.folder, shape) in shapes for one in tried for shape in one.shapes)
@@ -289,14 +295,18 @@ def _alike(slices: list[Slice], lost: list[DicomFile]) -> list[DicomFile]:
 def _check_complete(
     slices: list[Slice], found: list[Slice], lost: list[DicomFile], source: str, allow_incomplete: bool
 ) -> tuple[str, ...]:
-    """Warnings of what is missing of a stack, at the ends of which no gap would show it.
+    """Check that a stack is complete also at its ends, where a missing slice leaves no gap.
 
     Args:
-        slices: the stack. `found`: all slices and other pictures.
-        lost: its files that could not be read.
+        slices: the stack.
+        found: all slices, and images that are not slices.
+        lost: files of the stack that could not be read.
+
+    Returns:
+        Warnings of missing and unreadable files, if `allow_incomplete`.
 
     Raises:
-        CTReadError: files are missing, and that is not allowed.
+        CTReadError: files are missing or unreadable, and `allow_incomplete` is not set.
     """
     missing = []
     for count, name in (
@@ -307,8 +317,8 @@ def _check_complete(
             part = [one for one in slices if one.text(name) == value]
             promises = [str(one.values.get(count, "")) for one in part]
             promised = max((int(number) for number in promises if number.isdecimal()), default=0)
-            # Reformatted slices may carry the number of those that they were made of. The images of an acquisition may
-            # be those of several series.
+            # Reformatted slices may carry the number of the slices that they were made from. The images of an
+            # acquisition may be divided among several series.
             derived = count == "ImagesInAcquisition" and any("DERIVED" in one.text("ImageType") for one in part)
             everywhere = [one for one in found if one.text(name) == value]
             series = [one for one in everywhere if one.text("SeriesInstanceUID") == part[0].text("SeriesInstanceUID")]
@@ -321,12 +331,12 @@ def _check_complete(
         unread = [f"Files of the series that could not be read: {len(lost)}."] if lost else []
         return (
             *unread,
-            *(f"{count} is {promised}, of which {there} are there." for count, promised, there in missing),
+            *(f"{count} is {promised}, but only {there} are there." for count, promised, there in missing),
         )
     allowed = "allow_incomplete=True (--allow-incomplete) reads what is there"
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise CTReadError(lost[0].name, "content", lost[0].why + more, f"a slice, as its neighbours are; {allowed}")
+        raise CTReadError(lost[0].name, "content", lost[0].why + more, f"a slice, as its name suggests; {allowed}")
     if missing:
         count, promised, there = missing[0]
         raise CTReadError(source, count, f"{promised}, with {there} files there", f"all of the scan; {allowed}")
@@ -337,13 +347,13 @@ def _check_complete(
 
 
 def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
-    """The order of the slices along their normal, and the 4x4 from index (column, row, slice) to LPS+ world mm.
+    """Return the order of the slices along their normal, and the 4x4 from index (column, row, slice) to LPS+ world mm.
 
-    Headers round: what differs between slices in the last digits is their median, and the grid is the even one that
-    lies closest to all positions.
+    Headers round. Spacing and orientation are therefore medians over the slices, and the grid is the even one closest
+    to all positions.
 
     Raises:
-        CTGeometryError: the slices are not an even stack of one grid at right angles, none missing and none twice.
+        CTGeometryError: the slices are not an even stack of one grid at right angles, or one is missing or doubled.
     """
     sizes = np.array([one.shape for one in slices])
     spacings = np.array([one.numbers("PixelSpacing", 2) for one in slices])
@@ -364,7 +374,7 @@ def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
     check_shape((*slices[0].shape[::-1], len(slices)), source)
     row, column = orientation.reshape(2, 3)
     if max(abs(row @ row - 1), abs(column @ column - 1), abs(row @ column)) > 3e-3:
-        raise CTGeometryError(source, "ImageOrientationPatient", "no rotation", "two unit vectors at right angles")
+        raise CTGeometryError(source, "ImageOrientationPatient", "not a rotation", "two unit vectors at right angles")
     row = row / np.linalg.norm(row)
     column = column - (column @ row) * row
     column /= np.linalg.norm(column)
@@ -385,7 +395,7 @@ def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
         if len({file.name for file in pair}) == 1 < len({file.folder for file in pair}):
             names[k : k + 2] = [os.path.join(file.folder, name) for file, name in zip(pair, names[k:], strict=False)]
         found = f"the same in {names[k]} and {names[k + 1]}"
-        raise CTGeometryError(source, "slice positions", found, "one position per slice, none twice")
+        raise CTGeometryError(source, "slice positions", found, "a different position for each slice")
     tolerance = max(MAX_SLICE_OFFSET * thickness, min(ROUNDING, 0.3 * thickness))
     offsets = positions - (start + np.arange(len(slices))[:, None] * step)
     if np.abs(offsets @ normal).max() > tolerance:

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files and images, and the layouts of datasets that keep in tables what their headers leave out."""
+"""Readers of NIfTI files and images, including datasets whose headers are blank and whose tables hold the grid."""
 
 import ast
 import codecs
@@ -18,6 +18,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.nifti1 import Nifti1Pair
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from .decoding_diffvp import MAX_BYTES, MAX_PADDING, decode, read_bytes
 from .volume_diffvp import (
@@ -34,11 +37,12 @@ from .volume_diffvp import (
 )
 
 MAX_HEADER = 2**24  # bytes before the voxels, extensions included
-MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of one spacing
-# Between the directions that qform and sform give one axis of the array: both name the same side in two spaces (a
-# head is turned by up to 45 degrees against a template), and the same direction in one (to 1 degree).
+MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of the same spacing
+# Minimum cosine between the directions that qform and sform give an axis of the array. In two spaces, both have to
+# name the same side (a head may be turned by 45 degrees against a template); in one space, the same direction (to 1
+# degree).
 MIN_SIDE_COSINE, MIN_SAME_COSINE = 0.7, 0.9998
-SCANNER = 1  # the form code of the scanner's own space; others are of another scan, an atlas or a template
+SCANNER = 1  # form code of the scanner's own space; other codes mean another scan, an atlas or a template
 
 CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
 QFORM = "grid as the qform states it; the sform is of another space"
@@ -47,10 +51,10 @@ RADGENOME = "RadGenome-ChestCT preprocessed: identity affine, read as 1 x 1 x 3 
 
 @dataclass(frozen=True)
 class CTMetadata:
-    """What a dataset's table says of a volume whose own header is blank (CT-RATE version 1).
+    """Rescale and spacing of a volume with a blank header, from the dataset's table (CT-RATE version 1).
 
     Attributes:
-        slope, intercept: stored values to Hounsfield units.
+        slope, intercept: rescale from stored values to Hounsfield units.
         spacing: mm along x, y, z.
     """
 
@@ -60,11 +64,12 @@ class CTMetadata:
 
     @classmethod
     def from_ct_rate(cls, row: Mapping[str, str]) -> "CTMetadata":
-        """From a row of CT-RATE's `{train,validation}_metadata.csv`.
+        """Build the metadata from a row of CT-RATE's `{train,validation}_metadata.csv`.
 
         Raises:
-            CTReadError: a column is missing or no number.
-            CTGeometryError: the scan lies otherwise than the array order of CT-RATE says (head first, supine axes).
+            CTReadError: a column is missing or not a number.
+            CTGeometryError: patient position or slice orientation differ from those that CT-RATE's array order implies
+                (head first, axes of a supine patient).
         """
         source = row.get("VolumeName") or "metadata"
         values = {}
@@ -73,7 +78,7 @@ class CTMetadata:
                 values[column] = np.array(ast.literal_eval(row[column]), dtype=float)
             except (KeyError, TypeError, ValueError, SyntaxError) as error:
                 raise CTReadError(source, column, repr(row.get(column)), "numbers, as in CT-RATE's table") from error
-        # Blank headers keep the array alone, whose order follows from these two columns.
+        # A blank header leaves the order of the array's axes unknown; it follows from these two columns.
         if not np.array_equal(values["ImageOrientationPatient"], [1, 0, 0, 0, 1, 0]):
             raise CTGeometryError(source, "ImageOrientationPatient", row["ImageOrientationPatient"], "[1,0,0,0,1,0]")
         if row.get("PatientPosition") != "HFS":
@@ -87,14 +92,14 @@ class CTMetadata:
 
 
 def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
-    """Number and fields of each row of a table, from its header, row 1, on.
+    """Yield the number and the fields of each row of a table. The header is row 1.
 
-    As spreadsheets save it: UTF-8 with or without a byte order mark, or UTF-16 with one; commas, semicolons or tabs
-    between the fields, whichever divides the header; a line `sep=;` before it. Every table of this package is opened
-    here.
+    Accepts the forms that spreadsheets save: UTF-8 with or without a byte order mark, or UTF-16 with one; commas,
+    semicolons or tabs between the fields, whichever splits the header into most columns; a first line `sep=;`. Every
+    table of this package is opened by this function.
 
     Raises:
-        CTReadError: there is no such file, or it is no table.
+        CTReadError: the file does not exist or is not a table.
     """
     source, expected = Path(path).name, "a table of commas, semicolons or tabs, in UTF-8"
     try:
@@ -112,24 +117,24 @@ def read_table(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
             if not stated:
                 file.seek(0)
             for number, fields in enumerate(
-                csv.reader(file, delimiter=max(widths, key=widths.get), strict=True), start=1
+                csv.reader(file, delimiter=max(widths, key=widths.__getitem__), strict=True), start=1
             ):
                 if number == 1 and fields:
-                    fields[0] = fields[0].lstrip("\ufeff")  # a second mark, of a second program
+                    fields[0] = fields[0].lstrip("\ufeff")  # a second byte order mark, written by a second program
                 yield number, fields
     except UnicodeError as error:
         raise CTReadError(source, "content", "not UTF-8", expected) from error
     except csv.Error as error:
         raise CTReadError(source, "content", f"unreadable ({error})", expected) from error
     except OSError as error:
-        raise CTReadError(source, "file", "unreadable", "a table that may be read") from error
+        raise CTReadError(source, "file", "unreadable", "a readable table") from error
 
 
 def load_metadata(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-    """The rows of CT-RATE's metadata table by `VolumeName`, for [`CTMetadata.from_ct_rate`].
+    """Load the rows of CT-RATE's metadata table, keyed by `VolumeName`, for [`CTMetadata.from_ct_rate`].
 
     Raises:
-        CTReadError: there is no such file, or it is no such table.
+        CTReadError: the file does not exist or is not CT-RATE's metadata table.
     """
     columns, *rows = [fields for _, fields in read_table(path) if fields] or [[]]
     if "VolumeName" not in columns:
@@ -145,7 +150,11 @@ def read_nifti(
     allow_non_hu: bool = False,
     metadata: CTMetadata | None = None,
 ) -> CTVolume:
-    """A NIfTI file or its bytes: the header through nibabel, the voxels with the exact count that it promises."""
+    """Read a NIfTI file or its bytes. nibabel parses the header; the voxels have to match the header's count exactly.
+
+    Raises:
+        CTReadError, CTGeometryError, CTIntensityError: the file, its grid or its voxels are unusable.
+    """
     head = read_bytes(content, 4096 + 1024, source)
     codec = "gzip" if head[:2] == b"\x1f\x8b" else None
     if codec:
@@ -167,7 +176,7 @@ def read_nifti(
 
 
 def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
-    """The header in the first bytes of a file, NIfTI-1 or -2 in either byte order."""
+    """Parse and check the header in the first bytes of a file, NIfTI-1 or -2, in either byte order."""
     orders = {struct.unpack(order + "i", head[:4])[0]: order for order in "<>"} if len(head) >= 4 else {}
     if 540 in orders:
         kind, length, magic = nib.Nifti2Header, 540, head[4:8] == b"n+2\0"
@@ -178,46 +187,50 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
         raise CTReadError(source, "sizeof_hdr", found, "348 or 540: a NIfTI header")
     if not magic:
         raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
-    # Without the extensions, which may be long, and without nibabel's own check, which repairs by guesses and prints.
+    # Leaves out the extensions, which may be long, and nibabel's own check, which repairs by guessing and prints.
     header = kind(head[:length], orders[length], check=False)
     if not 1 <= header["dim"][0] <= 7:
-        raise CTGeometryError(source, "shape", f"of {header['dim'][0]} axes", "three axes")
+        raise CTGeometryError(source, "shape", f"{header['dim'][0]} axes", "three axes")
     try:
         dtype = header.get_data_dtype()
-    except (nib.spatialimages.HeaderDataError, KeyError) as error:
-        raise CTIntensityError(source, "datatype", "unknown", "one of NIfTI's that nibabel reads") from error
+    except (HeaderDataError, KeyError) as error:
+        raise CTIntensityError(source, "datatype", "unknown", "a NIfTI data type that nibabel reads") from error
     if dtype.kind not in "iuf":
         raise CTIntensityError(source, "datatype", dtype.name, "one real number per voxel")
     if int(header["bitpix"]) != dtype.itemsize * 8:
-        raise CTReadError(source, "bitpix", int(header["bitpix"]), f"{dtype.itemsize * 8}, as of {dtype.name}")
+        raise CTReadError(source, "bitpix", int(header["bitpix"]), f"{dtype.itemsize * 8}, for {dtype.name}")
     return header
 
 
 def from_nibabel(
-    image: nib.spatialimages.SpatialImage,
+    image: SpatialImage,
     source: str,
     spacing: tuple[float, float, float] | None = None,
     allow_non_hu: bool = False,
     metadata: CTMetadata | None = None,
 ) -> CTVolume:
-    """An image in memory or a lazy one of a file. Of a file, the voxels are read by this module."""
-    if not isinstance(image, nib.nifti1.Nifti1Pair):
+    """Read a nibabel image that is in memory or loads lazily from a file. This module reads the voxels of the file.
+
+    Raises:
+        CTReadError, CTGeometryError, CTIntensityError: the image, its grid or its voxels are unusable.
+    """
+    if not isinstance(image, Nifti1Pair):
         raise CTReadError(source, "type", type(image).__name__, "a NIfTI image, whose header states left and right")
-    if image.get_data_dtype().kind not in "iuf":
-        raise CTIntensityError(source, "datatype", image.get_data_dtype().name, "one real number per voxel")
-    check_shape(image.shape, source)
     header = image.header.copy()
-    if nib.is_proxy(image.dataobj):
+    if header.get_data_dtype().kind not in "iuf":
+        raise CTIntensityError(source, "datatype", header.get_data_dtype().name, "one real number per voxel")
+    check_shape(image.shape, source)
+    if isinstance(image.dataobj, ArrayProxy):
         array = _from_proxy(image.dataobj, source)
         header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)
     else:
         array = np.asanyarray(image.dataobj)
-        header.set_slope_inter(1, 0)  # such an array is scaled already
+        header.set_slope_inter(1, 0)  # an array in memory is scaled already
     return _from_header(header, array, source, spacing, allow_non_hu, metadata)
 
 
-def _from_proxy(proxy: nib.arrayproxy.ArrayProxy, source: str) -> np.ndarray:
-    """The stored voxels of an image that nibabel has not loaded yet."""
+def _from_proxy(proxy: ArrayProxy, source: str) -> np.ndarray:
+    """Read the stored voxels of an image that nibabel has not loaded yet."""
     count = math.prod(proxy.shape)
     expected = proxy.offset + count * proxy.dtype.itemsize
     if isinstance(proxy.file_like, (str, os.PathLike)):
@@ -227,7 +240,7 @@ def _from_proxy(proxy: nib.arrayproxy.ArrayProxy, source: str) -> np.ndarray:
             proxy.file_like.seek(0)
             content = proxy.file_like.read(min(expected, MAX_BYTES) + MAX_PADDING + 1)
         except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
-            raise CTReadError(source, "content", "unreadable", "an open file that is not damaged") from error
+            raise CTReadError(source, "content", "unreadable", "an open, undamaged file") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
     raw = decode(content, 0, expected, codec, source)
     return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order="F")
@@ -241,14 +254,15 @@ def _from_header(
     allow_non_hu: bool,
     metadata: CTMetadata | None,
 ) -> CTVolume:
-    """Decide what the stored values and the grid are, from the header, the voxels and what the caller adds."""
+    """Determine rescale and grid from the header, the voxels and the caller's arguments, and make the volume."""
     try:
-        slope, intercept = header.get_slope_inter()  # None for a slope of 0, or of NaN, which nibabel writes for it
+        # None for a slope of 0, and for NaN, which nibabel writes in place of 0.
+        scl_slope, scl_inter = header.get_slope_inter()
         if np.isinf(header["scl_slope"]):
             raise CTIntensityError(source, "scl_slope", "infinite", "a finite number")
-    except nib.spatialimages.HeaderDataError as error:
+    except HeaderDataError as error:
         raise CTIntensityError(source, "scl_slope and scl_inter", "not finite", "finite numbers") from error
-    slope, intercept = (1.0, 0.0) if slope is None else (float(slope), float(intercept))
+    slope, intercept = (1.0, 0.0) if scl_slope is None or scl_inter is None else (float(scl_slope), float(scl_inter))
     affine, layout = _stated_affine(header, source)
     if affine is not None:
         if spacing is not None:
@@ -266,16 +280,16 @@ def _from_header(
     low = float(array.min()) * slope + intercept
     if metadata is not None:
         if spacing is not None:
-            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= beside metadata=, which states one")
+            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= with metadata=, which states one")
         if (slope, intercept) != (1, 0):
             found = f"{slope:g} and {intercept:g}"
             raise CTIntensityError(
-                source, "scl_slope and scl_inter", found, "1 and 0, for the metadata state a rescale"
+                source, "scl_slope and scl_inter", found, "1 and 0, because the metadata state a rescale"
             )
         if low < 0:
             raise CTIntensityError(
                 source, "voxel minimum", f"{low:g} below a blank header",
-                "0 or above: raw values that the metadata's rescale applies to. These seem rescaled already",
+                "0 or above: raw values, to which the metadata's rescale applies; these seem to be rescaled already",
             )  # fmt: skip
         return make_volume(
             array, lps_affine(metadata.spacing, source), source,
@@ -294,17 +308,17 @@ def _from_header(
         )  # fmt: skip
     raise CTGeometryError(
         source, "grid", "not stated, as qform and sform are unset or an identity",
-        "a stated grid, without which left and right are unknown; for version 1 of CT-RATE pass metadata=; for an "
-        "array that is known to be in LPS order pass spacing="
+        "a stated grid, because left and right are unknown without one; for version 1 of CT-RATE pass metadata=; for "
+        "an array that is known to be in LPS order pass spacing="
     )  # fmt: skip
 
 
 def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | None, str]:
-    """The grid that the header states, and how; `None` where it holds nothing but what an unset header holds.
+    """Return the affine that the header states, or `None` if it is unset, and how it was found (`CTVolume.layout`).
 
-    qform and sform may state two spaces (NIfTI-1, methods 2 and 3): the scanner's, in which a millimetre is one, and a
-    template's, to which the sform may also scale and shear. Then the scanner's is taken, as long as the two agree on
-    what is left, front and up.
+    qform and sform may describe two spaces (NIfTI-1, methods 2 and 3): the scanner's, with true millimetres, and a
+    template's, to which the sform may also scale and shear. In that case the scanner's space is used, provided that
+    both agree on left, front and up.
     """
     codes = {name: int(header[name]) for name in ("qform_code", "sform_code")}
     for name, code in codes.items():
@@ -315,20 +329,20 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | 
     unit = int(header["xyzt_units"]) % 8
     if unit not in (0, 2):
         raise CTGeometryError(source, "xyzt_units", {1: "metres", 3: "microns"}.get(unit, unit), "mm, or unknown")
-    zooms = header["pixdim"][1:4]
+    zooms = np.array(header["pixdim"][1:4], dtype=float)
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         found = " x ".join(f"{mm:g}" for mm in zooms)
         raise CTGeometryError(source, "pixdim", found, "three finite numbers above 0")
     if header["pixdim"][0] == 0:
-        header["pixdim"][0] = 1  # as the standard says of it
+        header["pixdim"][0] = 1  # the standard's meaning of 0
     try:
         with np.errstate(invalid="ignore"):  # a NaN is refused with the whole affine
-            qform, qform_code = header.get_qform(coded=True)
+            qform, qform_code = header.get_qform(coded=True)  # None and 0 if unset
             sform, sform_code = header.get_sform(coded=True)
-    except (nib.spatialimages.HeaderDataError, ValueError) as error:
+    except (HeaderDataError, ValueError) as error:
         raise CTGeometryError(source, "qform", "invalid", "a rotation") from error
-    affine, layout = (sform if sform_code else qform), STATED
-    if qform_code and sform_code:
+    affine, layout = (qform if sform is None else sform), STATED
+    if qform is not None and sform is not None:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.get_data_shape()[:3]], [1], indexing="ij"))
         apart = float(np.abs((qform - sform) @ corners.reshape(4, -1)).max())
         if not apart <= max(header.get_zooms()[:3]):
@@ -336,12 +350,13 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | 
             _check_sides(qform, sform, MIN_SAME_COSINE if one_space else MIN_SIDE_COSINE, apart, source)
             if not one_space and sform_code != SCANNER:
                 affine, layout = qform, QFORM
-    unset = np.array_equal(np.abs(affine), np.eye(4))  # 1 mm, axes along the patient's, and the origin at exactly 0
+    # An identity, up to signs, is what an unset header holds: 1 mm, the patient's axes, and the origin at exactly 0.
+    unset = affine is None or np.array_equal(np.abs(affine), np.eye(4))
     return (None if unset else affine), layout
 
 
 def _check_sides(qform: np.ndarray, sform: np.ndarray, cosine: float, apart: float, source: str) -> None:
-    """Refuse two forms that turn an axis of the array against each other, as where left and right are exchanged."""
+    """Check that qform and sform give each axis of the array the same side; left and right may not be exchanged."""
     lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (qform, sform)]
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = (qform[:3, :3] * sform[:3, :3]).sum(axis=0) / (lengths[0] * lengths[1])
@@ -353,12 +368,12 @@ def _check_sides(qform: np.ndarray, sform: np.ndarray, cosine: float, apart: flo
 
 
 def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata: CTMetadata, source: str) -> None:
-    """A header that states a grid against the dataset's table: the same spacing, and voxels that are HU already."""
+    """Check a header that states a grid against the dataset's table: equal spacing, and voxels already in HU."""
     low = float(array.min()) * slope + intercept
     if low > MAX_HU_MINIMUM:
         raise CTIntensityError(
             source, "voxel minimum", f"{low:g} below a header that states a grid",
-            "Hounsfield units below such a header, or a blank header above raw values: the two disagree",
+            "Hounsfield units with such a header, or raw values with a blank one",
         )  # fmt: skip
     spacing = np.array(header.get_zooms()[:3], dtype=float)
     if not np.allclose(sorted(spacing), sorted(metadata.spacing), rtol=MAX_METADATA_DEVIATION):
@@ -368,19 +383,19 @@ def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata
 
 
 def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bool:
-    """Whether this is RadGenome-ChestCT's preprocessing: floats in HU below `np.eye(4)`, flat as slices of 3 mm are.
+    """Return whether a file looks like RadGenome-ChestCT's preprocessing: floats in HU, identity affine, 3 mm slices.
 
-    A chest of 1 mm slices is about as high as it is wide; one of 3 mm slices has a third as many.
+    A chest in 1 mm slices has about as many slices as columns; in 3 mm slices, a third as many.
     """
-    sform, code = header.get_sform(coded=True)
+    sform, _ = header.get_sform(coded=True)  # None if unset
     x, y, z = array.shape[:3]
     return bool(
-        code
+        sform is not None
         and np.array_equal(sform, np.eye(4))
         and array.dtype.kind == "f"
         and low <= MAX_HU_MINIMUM
         and 150 <= min(x, y)
-        and not (x == y and x % 128 == 0)  # a scanner's matrix, where RadGenome has cropped to the patient
+        and not (x == y and x % 128 == 0)  # a scanner's matrix; RadGenome's volumes are cropped to the patient
         and 3 * z <= 1.5 * max(x, y) + 150
         and z <= 0.6 * min(x, y)
     )

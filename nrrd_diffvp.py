@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""NRRD and MetaImage files: a header of text, then voxels, in the same file, in another, or in one for each slice.
+"""Readers of NRRD and MetaImage: a text header, and voxels in the same file, in another, or in one file per slice.
 
-Decoded here, not by ITK, which fills in what their headers leave out, returns zeros for voxels that a damaged stream
-lacks, allocates what a header asks for, and opens whatever file it points to.
+They do not use ITK, because ITK fills in missing header fields, returns zeros for the voxels that a damaged stream
+lacks, allocates whatever size a header states, and opens any file that a header names.
 """
 
 import math
@@ -27,14 +27,14 @@ from .volume_diffvp import (
     make_volume,
 )
 
-# World axes of NRRD, as signs that turn them into LPS, under their full and short names.
+# NRRD's world spaces by full and short name: signs that turn their axes into LPS.
 NRRD_SPACES = {
     "left-posterior-superior": (1, 1, 1),
     "right-anterior-superior": (-1, -1, 1),
     "left-anterior-superior": (1, -1, 1),
 }
 NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, signs in NRRD_SPACES.items()}
-# NRRD names a type of C, with or without "signed" and "int", or one of stdint.h.
+# NRRD names a C type, with or without "signed" and "int", or a type of stdint.h.
 NRRD_TYPES = {
     "char": "i1", "uchar": "u1", "unsigned char": "u1", "short": "i2", "ushort": "u2", "unsigned short": "u2",
     "int": "i4", "uint": "u4", "unsigned int": "u4", "longlong": "i8", "long long": "i8", "ulonglong": "u8",
@@ -47,7 +47,7 @@ META_TYPES = {
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }  # fmt: skip
-# What else stands in headers.
+# Words of the two formats, which error messages may repeat (see `_shown`).
 WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
     "missing", "block", "met_other", "raw", "txt", "text", "ascii", "hex", "gz", "gzip", "bz2", "bzip2", "true",
     "false", "little", "big", "local", "list", "mm", "cm", "m", "um", "scanner-xyz", "3d-right-handed",
@@ -56,25 +56,25 @@ WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
     "space", "sizes", "space directions", "kinds", "endian", "encoding", "space origin", "ndims", "dimsize",
     "elementtype", "elementspacing", "transformmatrix", "offset", "binarydata", "compresseddata",
 }  # fmt: skip
-MAX_TEXT_HEADER = 2**20  # bytes; the longest hold thousands of DICOM tags, or the name of a file for each slice
-MAX_AXES = 16  # Teem's own limit
+MAX_TEXT_HEADER = 2**20  # bytes; the longest headers hold thousands of DICOM tags, or one file name per slice
+MAX_AXES = 16  # the limit of Teem, NRRD's reference library
 MAX_SKIP = 2**24  # bytes of another header before the voxels
-MAX_WORD = 32  # bytes of a number in a text of voxels, with the space behind it
-MAX_UNIT_DEVIATION = 0.01  # of the length of a direction, as headers round them
+MAX_WORD = 32  # bytes of a number in voxels stored as text, including the following space
+MAX_UNIT_DEVIATION = 0.01  # of a direction's length from 1, because headers round
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """How the voxels are stored.
+    """Location and encoding of the voxels.
 
     Attributes:
-        field: the header's field that names their files, for messages.
-        names: of the files, in the order of their slices; `None` where the voxels follow the header in its own file.
+        field: header field that names the data files, for messages.
+        names: names of the data files, in the order of their slices; `None` if the voxels follow the header.
         dtype, shape: of the whole array (x, y, z).
         encoding: "raw", "gzip", "zlib" or "ascii".
-        start: bytes of the file before the stored ones.
-        lines: lines behind these and before the stored bytes.
-        skip: bytes before the voxels, once decompressed; -1: the voxels are the last bytes.
+        start: bytes to skip at the start of the file.
+        lines: lines to skip after these bytes.
+        skip: bytes to skip before the voxels after decompression; -1 if the voxels are the file's last bytes.
     """
 
     field: str
@@ -88,15 +88,20 @@ class _Storage:
 
 
 def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
+    """Read an NRRD file, or the header of one with detached data files.
+
+    Raises:
+        CTReadError, CTGeometryError, CTIntensityError: the file, its grid or its voxels are unusable.
+    """
     head = read_bytes(path, MAX_TEXT_HEADER, source)
     end = re.search(rb"\r?\n\r?\n", head)
     if not re.match(rb"NRRD000[1-5]\r?\n", head) or (end is None and len(head) == MAX_TEXT_HEADER):
-        raise CTReadError(source, "content", "unreadable", "a NRRD header, from NRRD0001 to NRRD0005")
+        raise CTReadError(source, "content", "unreadable", "an NRRD header, from NRRD0001 to NRRD0005")
     lines = head[: end.start() if end else None].decode("latin-1").splitlines()[1:]
-    # The names of a list of data files are the last lines.
+    # A LIST of data files ends the header, one name per line.
     last = next((k for k, line in enumerate(lines, 1) if re.match(r"data ?file:\s*LIST", line, re.IGNORECASE)), None)
     listed = [line for line in lines[last:] if line.strip()] if last else []
-    # Lines with := are notes of the writer, in which Slicer keeps DICOM tags.
+    # Lines with := are key/value pairs of the writer, such as Slicer's DICOM tags.
     lines = [line for line in lines[:last] if line[:1] != "#" and ":=" not in line]
     fields = {name.lower(): value for name, value in _fields(lines, ":", source).items()}
     encoding = NRRD_ENCODINGS.get(fields.get("encoding", "missing").lower())
@@ -113,12 +118,14 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     if set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"mm", ""}:
         raise CTGeometryError(source, "space units", _shown(fields["space units"]), "mm")
     sizes, shape, directions, origin = _nrrd_grid(fields, 4 if time else 3, source)
-    detached = fields.get("data file", fields.get("datafile"))
-    if detached is None and end is None:
-        raise CTReadError(source, "data file", "missing", "a file name, or voxels after the header's blank line")
+    detached, start = fields.get("data file", fields.get("datafile")), 0
+    if detached is None:
+        if end is None:
+            raise CTReadError(source, "data file", "missing", "a file name, or voxels after the header's blank line")
+        start = end.end()
     voxels = _Storage(
         "data file", _file_names(detached, listed, "data file", sizes, source), dtype, shape, encoding,
-        start=0 if detached is not None else end.end(), lines=_count(fields, "line skip", source),
+        start=start, lines=_count(fields, "line skip", source),
         skip=_count(fields, "byte skip", source, least=-1 if encoding == "raw" else 0),
     )  # fmt: skip
     signs = np.array(NRRD_SPACES[space])
@@ -127,10 +134,13 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
 
 
 def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
-    """All sizes; shape, directions (as columns, mm) and origin of the axes in space. Others have to be of length 1.
+    """Return the sizes of all axes, and shape, directions (as columns, mm) and origin of the three spatial axes.
 
     Args:
-        axes: of the space: 4 with time.
+        axes: dimension of the world space: 3, or 4 with time.
+
+    Raises:
+        CTGeometryError: a field is missing or malformed, or a non-spatial axis is longer than 1.
     """
     dimension = _count(fields, "dimension", source, CTGeometryError, default="missing", least=3, most=MAX_AXES)
     sizes = _shape(fields, "sizes", dimension, source)
@@ -138,21 +148,21 @@ def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple, t
         raise CTGeometryError(source, "dimension", f"{dimension} with sizes {sizes}", "three axes longer than 1")
     text = fields.get("space directions", "missing")
     vectors = re.findall(r"none|\([^()]*\)", text)
-    # An axis that is none of space has no direction; that of time, where space has it, is the last.
+    # A non-spatial axis has the direction "none". If the space includes time, the time axis is the last.
     spatial = [k for k, vector in enumerate(vectors) if vector != "none"][: 3 if axes == 4 else None]
     if re.sub(r"none|\([^()]*\)|\s", "", text) or len(vectors) != dimension or len(spatial) != 3:
         raise CTGeometryError(
             source,
             "space directions",
-            f"{len(vectors)}, {len(spatial)} of them in space",
-            f"{dimension}, three in space",
+            f"{len(vectors)}, {len(spatial)} of them spatial",
+            f"{dimension}, three of them spatial",
         )
     if any(n != 1 for k, n in enumerate(sizes) if k not in spatial):
-        raise CTGeometryError(source, "sizes", sizes, "1 along each axis without a direction in space")
+        raise CTGeometryError(source, "sizes", sizes, "1 along each axis that is not spatial")
     directions = " ".join(vectors[k] for k in spatial)
     directions = _numbers({"space directions": directions}, "space directions", 3 * axes, source).reshape(3, axes)
     if directions[:, 3:].any():
-        raise CTGeometryError(source, "space directions", "a step in time", "directions in space")
+        raise CTGeometryError(source, "space directions", "a step in time", "spatial directions")
     origin = _numbers({"space origin": "0 " * axes} | fields, "space origin", axes, source)
     shape = tuple(sizes[k] for k in spatial)
     check_shape(shape, source)
@@ -160,10 +170,15 @@ def _nrrd_grid(fields: dict[str, str], axes: int, source: str) -> tuple[tuple, t
 
 
 def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
+    """Read a MetaImage file (.mha), or the header of one with detached data files (.mhd).
+
+    Raises:
+        CTReadError, CTGeometryError, CTIntensityError: the file, its grid or its voxels are unusable.
+    """
     head = read_bytes(path, MAX_TEXT_HEADER, source)
     end = re.search(rb"^ElementDataFile[ \t]*=[^\r\n]*\r?(\n|\Z)", head, re.MULTILINE)
     if end is None:
-        raise CTReadError(source, "content", "unreadable", "a MetaImage header, up to its ElementDataFile")
+        raise CTReadError(source, "content", "unreadable", "a MetaImage header with ElementDataFile")
     fields = _fields(head[: end.end()].decode("latin-1").splitlines(), "=", source)
     expected = {"ObjectType": "Image", "ElementNumberOfChannels": "1", "DistanceUnits": "mm"}
     expected |= {"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}
@@ -185,8 +200,8 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     start = 0 if detached is not None else end.end()
     encoding = "ascii" if not binary else "zlib" if compressed else "raw"
     skip = _count(fields, "HeaderSize", source, least=-1 if encoding == "raw" else 0)
-    if 0 < skip < start:  # it is counted from the beginning of the file, also where that is this one
-        raise CTReadError(source, "HeaderSize", skip, f"{start} or more, where this header ends")
+    if 0 < skip < start:  # counted from the start of the file, also if the voxels follow this header
+        raise CTReadError(source, "HeaderSize", skip, f"{start} or more, because this header ends at {start}")
     voxels = _Storage(
         "ElementDataFile", _file_names(detached, listed, "ElementDataFile", sizes, source), dtype, shape, encoding,
         start=max(start, skip), skip=min(skip, 0),
@@ -196,16 +211,20 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
 
 
 def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple, np.ndarray, np.ndarray]:
-    """All sizes, and directions (as columns, mm) and origin of the first three axes; others have to be of length 1."""
+    """Return the sizes of all axes, and directions (as columns, mm) and origin of the first three.
+
+    Raises:
+        CTGeometryError: a field is missing or malformed, or a further axis is longer than 1.
+    """
     axes = _count(fields, "NDims", source, CTGeometryError, default="missing", least=3, most=MAX_AXES)
     sizes = _shape(fields, "DimSize", axes, source)
     if any(n != 1 for n in sizes[3:]):
         raise CTGeometryError(source, "NDims", f"{axes} with sizes {sizes}", "three axes, and others of length 1")
     check_shape(sizes[:3], source)
-    # The matrix lists the direction of one axis after another.
+    # The matrix lists one axis direction after the other.
     directions = _numbers(fields, "TransformMatrix", axes**2, source).reshape(axes, axes).T
     if np.abs(np.linalg.norm(directions[:3, :3], axis=0) - 1).max() > MAX_UNIT_DEVIATION:
-        raise CTGeometryError(source, "TransformMatrix", "not of unit vectors", "the directions of the axes")
+        raise CTGeometryError(source, "TransformMatrix", "not unit vectors", "unit vectors along the axes")
     spacing = _numbers(fields, "ElementSpacing", axes, source)[:3]
     if spacing.min() <= 0:
         raise CTGeometryError(source, "ElementSpacing", _shown(fields["ElementSpacing"]), "mm above 0")
@@ -214,18 +233,27 @@ def _meta_grid(fields: dict[str, str], source: str) -> tuple[tuple, np.ndarray, 
 
 
 def _shown(text: str) -> str:
-    """What a message may repeat of a header: numbers and the words of the format, but not a patient's name."""
+    """Return a header value for a message if it consists of numbers or words of the format, else "another".
+
+    Other values may name the patient.
+    """
     words = re.sub(r"[-+0-9.,()\s]|[eE][-+][0-9]", "", text).lower()
     return text if len(text) <= 40 and (not words or text.lower() in WORDS) else "another"
 
 
 def _fields(lines: list[str], separator: str, source: str) -> dict[str, str]:
-    """Names and values of a text header. What is stated twice is refused, for readers differ in which one counts."""
+    """Parse the fields of a text header into names and values.
+
+    A field that appears twice is refused, because readers differ in which value they use.
+
+    Raises:
+        CTReadError: a line without the separator, or a field that appears twice.
+    """
     fields = {}
     for line in lines:
         name, found, value = (part.strip() for part in line.partition(separator))
         if not found and line.strip():
-            raise CTReadError(source, "content", f"unreadable without a {separator} in a line", "a text header")
+            raise CTReadError(source, "content", f"unreadable: a line without {separator}", "a text header")
         if name in fields:
             raise CTReadError(source, _shown(name), "stated twice", "one value")
         if name:
@@ -234,7 +262,7 @@ def _fields(lines: list[str], separator: str, source: str) -> dict[str, str]:
 
 
 def _expect(fields: dict[str, str], expected: dict[str, str], source: str) -> None:
-    """Refuse values that change what the voxels mean and that no CT needs."""
+    """Refuse field values that change the meaning of the voxels and that no CT needs."""
     for name, value in expected.items():
         found = fields.get(name, value)
         if found != value and not (value.isdecimal() and _is_number(found, float(value))):
@@ -250,7 +278,7 @@ def _is_number(text: str, number: float) -> bool:
 
 
 def _truth(fields: dict[str, str], name: str, source: str, default: str = "missing") -> bool:
-    """True or False, of which toolkits write and read the first letter in either case, or a digit."""
+    """Parse a truth value: True or False, their first letters in either case, or a digit, as toolkits write them."""
     found = fields.get(name, default)
     if found.lower() not in ("true", "false", "t", "f", "1", "0"):
         raise CTReadError(source, name, _shown(found), "True or False")
@@ -267,7 +295,7 @@ def _count(
     least: int = 0,
     most: int = MAX_SKIP,
 ) -> int:
-    """A whole number from `least` to `most`."""
+    """Parse a whole number from `least` to `most`; raise `error` for anything else."""
     found = fields.get(name, default)
     if not re.fullmatch(r"[-+]?\d{1,12}", found) or not least <= int(found) <= most:
         raise error(source, name, _shown(found), f"a whole number from {least} to {most}")
@@ -279,22 +307,22 @@ def _dtype(types: dict[str, str], kind: str, field: str, endian: str, endian_fie
         raise CTIntensityError(source, field, _shown(kind), "one real number per voxel")
     dtype = np.dtype(types[kind])
     if dtype.itemsize > 1 and endian.lower() not in ("little", "big"):
-        raise CTReadError(source, endian_field, _shown(endian), "the order of bytes")
+        raise CTReadError(source, endian_field, _shown(endian), "the byte order")
     return dtype.newbyteorder("<" if endian.lower() == "little" else ">")
 
 
 def _shape(fields: dict[str, str], name: str, count: int, source: str) -> tuple[int, ...]:
     numbers = _numbers(fields, name, count, source)
     if not (numbers == numbers.round()).all():
-        raise CTGeometryError(source, "shape", "not of whole numbers", f"{count} whole numbers")
+        raise CTGeometryError(source, "shape", "not whole numbers", f"{count} whole numbers")
     return tuple(int(n) for n in numbers)
 
 
 def _numbers(fields: dict[str, str], name: str, count: int, source: str) -> np.ndarray:
-    """Finite numbers, in parentheses and with commas or without.
+    """Parse finite numbers, with or without parentheses and commas.
 
     Raises:
-        CTGeometryError
+        CTGeometryError: the field is missing, or does not hold `count` finite numbers.
     """
     if name not in fields:
         raise CTGeometryError(source, name, "missing", f"{count} numbers")
@@ -311,24 +339,26 @@ def _numbers(fields: dict[str, str], name: str, count: int, source: str) -> np.n
 def _file_names(
     detached: str | None, listed: list[str], field: str, sizes: tuple[int, ...], source: str
 ) -> list[str] | None:
-    """The data files that a header names: one, a LIST on the lines below, or a pattern and the numbers to put in it.
+    """Return the names of the data files: one name, a LIST on the lines below, or a pattern and its range of numbers.
 
-    Each has to lie in the header's folder or below: a header from elsewhere must not make this reader open just any
-    file of this machine.
+    Each file has to lie in the header's folder or below, so that a header cannot make this reader open other files of
+    the machine.
 
     Args:
-        detached: the field's value. Behind LIST, or the numbers of a pattern, may stand the number of axes of a file.
-        sizes: of all axes, the slowest last.
+        detached: value of the field; `None` if the voxels follow the header. LIST, or a pattern's range, may be
+            followed by the number of axes of each file.
+        listed: the lines below the field, for LIST.
+        sizes: sizes of all axes, the slowest last.
+
+    Raises:
+        CTReadError: the number of files does not fit `sizes`, or a name leads out of the header's folder.
     """
     if detached is None:
         return None
     words = re.fullmatch(r"LIST(?:\s+(\d)D?)?", detached)
     pattern = re.fullmatch(r"([^%]*%0?\d?d[^%\s]*)((?:\s+-?\d{1,9}){0,3})(?:\s+(\d))?", detached)
-    if not (words or pattern):
-        names, expected = [detached], 1
-    else:
-        axes = (words[1] if words else pattern[3]) or len(sizes) - 1
-        expected = math.prod(sizes[int(axes) :])
+    axes = words[1] if words else pattern[3] if pattern else None
+    expected = math.prod(sizes[int(axes or len(sizes) - 1) :]) if words or pattern else 1
     if words:
         names = [name.strip() for name in listed]
     elif pattern:
@@ -337,20 +367,28 @@ def _file_names(
         last = first + (expected - 1) * step if last is None else last
         numbers = range(first, last + (1 if step > 0 else -1), step)
         names = [pattern[1] % number for number in numbers[: MAX_LENGTH + 1]]
+    else:
+        names = [detached]
     if len(names) != expected:
         raise CTReadError(source, field, f"{len(names)} files", f"{expected}, for sizes {sizes}")
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
-            raise CTReadError(source, field, "a path out of the header's folder", "a file in that folder")
+            raise CTReadError(source, field, "a path outside the header's folder", "a file in that folder")
     return names
 
 
 def _read_voxels(path: Path, voxels: _Storage, source: str, size: str | None = None) -> np.ndarray:
-    """The voxels of a header's own file, or of those that it names.
+    """Read the voxels from the header's own file, or from the data files that it names.
 
     Args:
-        size: what the header says of the compressed bytes, if it does.
+        size: number of compressed bytes as the header states it, if it does.
+
+    Returns:
+        The array (x, y, z).
+
+    Raises:
+        CTReadError: a data file is missing or damaged, or holds more or fewer voxels.
     """
     count = math.prod(voxels.shape) * voxels.dtype.itemsize
     if voxels.names is None:
@@ -360,7 +398,7 @@ def _read_voxels(path: Path, voxels: _Storage, source: str, size: str | None = N
         missing = next((k for k, file in enumerate(files, 1) if not os.path.isfile(file)), None)
         if missing is not None:
             found = "missing" if len(files) == 1 else f"file {missing} of {len(files)} missing"
-            raise CTReadError(source, voxels.field, found, "beside the header")
+            raise CTReadError(source, voxels.field, found, "the data file next to the header")
     if len(files) == 1:
         if size is not None:
             _check_size(files[0], voxels.start, size, source)
@@ -376,12 +414,12 @@ def _read_voxels(path: Path, voxels: _Storage, source: str, size: str | None = N
 
 
 def _read_bytes(path: Path, voxels: _Storage, count: int, source: str) -> np.ndarray:
-    """So many bytes of voxels from one file."""
+    """Read `count` bytes of voxels from one file."""
     start = voxels.start
     if voxels.lines:
         ends = [found.end() for found in re.finditer(b"\n", read_bytes(path, start + MAX_SKIP, source)[start:])]
         if len(ends) < voxels.lines:
-            raise CTReadError(source, "line skip", voxels.lines, f"at most {len(ends)}, as there are lines")
+            raise CTReadError(source, "line skip", voxels.lines, f"at most {len(ends)}, the number of lines")
         start += ends[voxels.lines - 1]
     if voxels.encoding == "ascii":
         return _read_text(path, start, count, voxels.dtype, source)
@@ -394,10 +432,10 @@ def _read_bytes(path: Path, voxels: _Storage, count: int, source: str) -> np.nda
 
 
 def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str) -> np.ndarray:
-    """Voxels that are written as text, as bytes.
+    """Read voxels that are stored as text, and return them as bytes.
 
     Raises:
-        CTReadError: other than so many numbers, or numbers that are none of the type.
+        CTReadError: more or fewer numbers than expected, or numbers that `dtype` cannot hold.
     """
     number = count // dtype.itemsize
     size = os.stat(path).st_size - start
@@ -407,9 +445,9 @@ def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str)
     with open(path, "rb") as file:
         file.seek(start)
         while chunk := file.read(CHUNK):
-            words = (rest + chunk).replace(b",", b" ")
-            cut = len(words) - len(re.search(rb"\S*\Z", words)[0])
-            words, rest = words[:cut].split(), words[cut:]
+            text = (rest + chunk).replace(b",", b" ")
+            words = text.split()
+            rest = b"" if text[-1:].isspace() else words.pop()  # the next chunk may continue the last number
             filled = _parse(words, values, filled, source)
     filled = _parse(rest.split(), values, filled, source)
     if filled != number:
@@ -418,7 +456,7 @@ def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str)
 
 
 def _parse(words: list[bytes], values: np.ndarray, filled: int, source: str) -> int:
-    """Write numbers behind those that are there already; how many there are then."""
+    """Write the numbers in `words` to `values` from index `filled` on, and return the new number of filled values."""
     if filled + len(words) > len(values):
         raise CTReadError(source, "voxel data", "longer than promised", f"{len(values)} numbers")
     try:
@@ -434,15 +472,19 @@ def _parse(words: list[bytes], values: np.ndarray, filled: int, source: str) -> 
 
 
 def _check_size(path: Path, start: int, size: str, source: str) -> None:
-    """Refuse a CompressedDataSize that leaves other bytes than zeros behind, or promises more than there are."""
+    """Check CompressedDataSize: the file has to hold as many bytes, followed by nothing but zeros.
+
+    Raises:
+        CTReadError: the file is shorter, or holds other bytes after them.
+    """
     found = path.stat().st_size - start
     stated = int(size) if re.fullmatch(r"\d{1,12}", size) else -1
     if stated < 0 or not stated <= found <= stated + MAX_PADDING:
-        raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, as there are bytes")
+        raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, the number of bytes")
     with open(path, "rb") as file:
         file.seek(start + stated)
         if file.read().strip(b"\0"):
-            raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, as there are bytes")
+            raise CTReadError(source, "CompressedDataSize", _shown(size), f"{found}, the number of bytes")
 
 
 __all__ = ["read_metaimage", "read_nrrd"]

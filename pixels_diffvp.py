@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The pixels of DICOM slices, as stored values that a rescale takes to Hounsfield units: [`read_voxels`].
+"""Read the pixels of DICOM slices as one array, with the rescale to Hounsfield units: [`read_voxels`].
 
-Uncompressed pixels are read here, and GDCM decodes the compressed ones. It is not asked for the rest because it fills
-what is missing without a word: no slope becomes 1, no pixel spacing 1 mm, and where Rows promises more pixels than
-the file holds, the others are whatever the memory held.
+Uncompressed pixels are read here; GDCM decodes compressed ones. GDCM does not read the headers, because it silently
+fills in missing values: a missing slope becomes 1, a missing pixel spacing 1 mm, and if Rows promises more pixels than
+the file holds, the rest is uninitialised memory.
 """
 
 import io
@@ -15,28 +15,32 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import SecondaryCaptureImageStorage
+from pydicom.uid import UID, SecondaryCaptureImageStorage
 
 from .decoding_diffvp import MAX_COMPRESSION, inflate_data_set
 from .slices_diffvp import BIG_ENDIAN, DEFLATED, NATIVE, PADDING, PIXEL_FIELDS, RLE, Slice
 from .volume_diffvp import CTInputError, CTIntensityError, CTReadError
 
-MAX_THREADS = 8  # that decode slices: beyond, the memory's speed is the limit
-RESCALE_TYPES = ("HU", "", "US")  # US is "unspecified"; whether these are Hounsfield units, the voxels tell
+MAX_THREADS = 8  # for decoding slices; with more, memory bandwidth is the limit
+RESCALE_TYPES = ("HU", "", "US")  # US is "unspecified"; `make_volume` checks the voxels themselves
 
 
 def check_slice(one: Slice) -> None:
-    """Refuse a slice that is not one grey-scale image with all its pixels in the file."""
+    """Check that a slice is one greyscale image with all its pixels in the file.
+
+    Raises:
+        CTReadError: pixels or fields are missing or contradict each other, or text is burned into the pixels.
+        CTIntensityError: the pixels are not greyscale numbers of 16 or 32 bits.
+    """
     values = one.values
     frames = one.text("NumberOfFrames") or "1"
     if frames != str(one.frames):
-        found = frames if frames.isdecimal() else "no number"
-        raise CTReadError(one.name, "NumberOfFrames", found, f"{one.frames}, as the file has groups of frames")
+        found = frames if frames.isdecimal() else "not a number"
+        raise CTReadError(one.name, "NumberOfFrames", found, f"{one.frames}, as many as the header describes")
     if one.text("BurnedInAnnotation") == "YES":
         raise CTReadError(one.name, "BurnedInAnnotation", "YES", "NO: text in the pixels may name the patient")
     photometric = one.text("PhotometricInterpretation")
@@ -50,17 +54,17 @@ def check_slice(one: Slice) -> None:
     bits, stored, high = values["BitsAllocated"], values["BitsStored"], values["HighBit"]
     if bits not in (16, 32) or not 0 < stored <= high + 1 <= bits or values["PixelRepresentation"] > 1:
         raise CTIntensityError(
-            one.name, "BitsAllocated, BitsStored, HighBit", f"{bits}, {stored}, {high}", "as 16, 12, 11 of a CT image"
+            one.name, "BitsAllocated, BitsStored, HighBit", f"{bits}, {stored}, {high}", "such as 16, 12, 11 of a CT"
         )
     for name in PADDING.values():
         if name in values and values[name][1] not in (2, bits // 8):
             raise CTIntensityError(one.name, name, f"{values[name][1]} bytes", "a number of 2 bytes")
     expected = math.prod(one.shape) * bits // 8 * one.frames
     if one.length < 0:
-        raise CTReadError(one.name, "pixel data", "missing or truncated", f"{expected} bytes or their compression")
+        raise CTReadError(one.name, "pixel data", "missing or truncated", f"{expected} bytes, or these compressed")
     if (one.syntax in NATIVE) == bool(one.fragments):
         found = "compressed" if one.fragments else "uncompressed"
-        raise CTReadError(one.name, "pixel data", found, "what TransferSyntaxUID says")
+        raise CTReadError(one.name, "pixel data", found, "as TransferSyntaxUID says")
     if one.syntax not in NATIVE:
         return
     excess = one.length - expected
@@ -71,7 +75,7 @@ def check_slice(one: Slice) -> None:
 
 
 def _is_padding(one: Slice, start: int, count: int) -> bool:
-    """Whether bytes behind the pixels are zeros (PS3.5, 8.1.1), or too few to be a row that Rows leaves out."""
+    """Return whether the bytes after the pixels are padding: zeros (PS3.5, 8.1.1), or fewer than a row of pixels."""
     with _open(one) as data:
         data.seek(start)
         return count < one.shape[1] * one.dtype.itemsize or not any(
@@ -80,7 +84,14 @@ def _is_padding(one: Slice, start: int, count: int) -> bool:
 
 
 def rescale_of(one: Slice, allow_non_hu: bool) -> tuple[float, float]:
-    """Slope and intercept from the stored pixels of a slice to Hounsfield units."""
+    """Return slope and intercept from the stored pixels of a slice to Hounsfield units.
+
+    Args:
+        allow_non_hu: accept other rescale types, and 1 and 0 for a missing slope and intercept.
+
+    Raises:
+        CTIntensityError: the rescale is missing, malformed, or not to Hounsfield units.
+    """
     if "ModalityLUTSequence" in one.values:
         raise CTIntensityError(one.name, "ModalityLUTSequence", "present", "RescaleSlope and RescaleIntercept")
     kind = one.text("RescaleType").upper()
@@ -97,7 +108,7 @@ def rescale_of(one: Slice, allow_non_hu: bool) -> tuple[float, float]:
             numbers.append(float(text))
         except ValueError as error:
             raise CTIntensityError(
-                one.name, name, "not a number" if text else "missing", "a number: every CT image states its way to HU"
+                one.name, name, "not a number" if text else "missing", "a number: every CT image states its rescale"
             ) from error
     slope, intercept = numbers
     if not (math.isfinite(slope) and math.isfinite(intercept) and slope > 0):
@@ -109,10 +120,16 @@ def rescale_of(one: Slice, allow_non_hu: bool) -> tuple[float, float]:
 def read_voxels(
     slices: list[Slice], rescales: list[tuple[float, float]], source: str
 ) -> tuple[np.ndarray, float, float]:
-    """The voxels (column, row, slice), and the slope and intercept that are left to apply to them.
+    """Return the voxels (column, row, slice), and the slope and intercept that remain to be applied to them.
 
-    One array is filled slice by slice. It is int16 in HU wherever the scan is that, as nearly every one; else the
-    stored integers; and float32 in HU where slices differ in their rescale or type.
+    One array is filled slice by slice. It is int16 in HU if all values fit, as in nearly every scan, and holds the
+    stored integers otherwise. If slices differ in rescale or type, it is float32 in HU.
+
+    Args:
+        rescales: slope and intercept of each slice.
+
+    Raises:
+        CTReadError: pixels cannot be read or decoded, or are compressed too strongly to be a CT.
     """
     first, count = slices[0], len(slices)
     packed = [one for one in slices if one.fragments]
@@ -122,7 +139,8 @@ def read_voxels(
     slope, intercept = rescales[0]
     same = all(one.dtype == first.dtype for one in slices) and len(set(rescales)) == 1
     array = np.empty((count, *first.shape), first.dtype if same else np.float32)
-    # Added modulo 2^16 to each slice while it is in the processor's cache; whether all fit is known at the end.
+    # The intercept is added modulo 2^16 to each slice while that is in the CPU cache, and subtracted again if in the
+    # end not all values fit in int16.
     shifted = same and array.itemsize == 2 and slope == 1 and intercept.is_integer() and abs(intercept) < 2**15
     shift = np.array(int(intercept) % 2**16 if shifted else 0, np.uint16)
 
@@ -150,25 +168,36 @@ def read_voxels(
 
 
 def equal_pixels(one: Slice, other: Slice) -> bool:
-    """Whether two slices hold the same stored values; not where these cannot be read."""
+    """Return whether two slices hold the same stored values; False if these cannot be read."""
     try:
         check_slice(one), check_slice(other)
         return np.array_equal(_pixels(one, 1.0, 0.0), _pixels(other, 1.0, 0.0))
     except CTInputError:
-        return False  # refused where it is chosen
+        return False  # the error is raised if the series is chosen
 
 
-def _open(one: Slice) -> BinaryIO:
-    """What the positions of its pixels count in: the file, or the inflated data set."""
+def _open(one: Slice) -> io.BufferedIOBase:
+    """Open the stream to which a slice's offsets refer: the file, or the inflated data set."""
+    path = one.file.path
+    if path is None:
+        raise CTReadError(one.name, "file", "missing", "a file that may be read")
     if one.syntax != DEFLATED:
-        return one.file.path.open("rb")
-    with one.file.path.open("rb") as data:
+        return path.open("rb")
+    with path.open("rb") as data:
         data.seek(one.body)
         return inflate_data_set(data.read(), one.name)
 
 
 def _pixels(one: Slice, slope: float, intercept: float, plane: np.ndarray | None = None) -> np.ndarray:
-    """Fill a plane with the stored values of a slice, and with those of air where the header declares padding."""
+    """Return the stored values of a slice (rows, columns), with declared padding replaced by the value of air.
+
+    Args:
+        slope, intercept: rescale of the slice, for the value of air.
+        plane: array to write to; a new one if `None`.
+
+    Raises:
+        CTReadError: the pixels cannot be read or decoded.
+    """
     plane = np.empty(one.shape, one.dtype) if plane is None else plane
     allocated, stored, high = (one.values[name] for name in ("BitsAllocated", "BitsStored", "HighBit"))
     try:
@@ -184,7 +213,7 @@ def _pixels(one: Slice, slope: float, intercept: float, plane: np.ndarray | None
                     stored, high = bits, bits - 1
             else:
                 data.seek(one.start + one.frame * plane.nbytes)
-                if (count := data.readinto(plane)) != plane.nbytes:
+                if (count := data.readinto(plane.data)) != plane.nbytes:
                     raise CTReadError(one.name, "pixel data", f"{count} bytes", f"{plane.nbytes} bytes")
                 if (one.syntax == BIG_ENDIAN) == (sys.byteorder == "little"):
                     plane.byteswap(inplace=True)
@@ -192,7 +221,7 @@ def _pixels(one: Slice, slope: float, intercept: float, plane: np.ndarray | None
         raise CTReadError(one.name, "pixel data", "unreadable", "a file that may be read") from error
     padding = _padding(one, plane)
     if stored < allocated:
-        # Bits above the stored ones may hold an overlay, or zeros where a negative number goes on with ones.
+        # The bits above the stored ones may hold an overlay, or lack the sign extension of a negative number.
         np.left_shift(plane, allocated - 1 - high, out=plane)
         np.right_shift(plane, allocated - stored, out=plane)
         padding = padding | _padding(one, plane)
@@ -203,12 +232,12 @@ def _pixels(one: Slice, slope: float, intercept: float, plane: np.ndarray | None
 
 
 def _padding(one: Slice, plane: np.ndarray) -> np.ndarray | bool:
-    """Where stored values are the declared padding: no image (PS3.3, C.7.5.1.1.2)."""
+    """Return a mask of the stored values that are declared padding (PS3.3, C.7.5.1.1.2); False if none is declared."""
     ends = []
     for name in PADDING.values():
         if name in one.values:
             number, length = one.values[name]
-            # As the pixels are signed, whatever type the element states.
+            # The sign follows the pixels, whatever VR the element states.
             negative = one.values["PixelRepresentation"] and number >> (8 * length - 1)
             ends.append(number - (1 << 8 * length) if negative else number)
     if not ends or "PixelPaddingValue" not in one.values:
@@ -218,22 +247,26 @@ def _padding(one: Slice, plane: np.ndarray) -> np.ndarray | bool:
     return (plane >= min(ends)) & (plane <= max(ends))
 
 
-def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: int, source: str):
-    """The pixels of one compressed DICOM frame, by GDCM through SimpleITK.
+def decode_frame(
+    stream: bytes, syntax: str, shape: tuple[int, int], allocated: int, source: str
+) -> tuple[np.ndarray, int]:
+    """Decode the pixels of one compressed DICOM frame with GDCM, through SimpleITK.
 
-    GDCM is given a file of the stream alone, with a header of our own: it crashes on some streams that differ from
-    their header, and applies the rescale of a first frame to all. It is also the decoder that SimpleITK brings along,
-    and no slower than others: 41 ms of the processor for a JPEG 2000 slice of 512 x 512 (openjpeg in pylibjpeg 40,
-    imagecodecs 39), 8 for JPEG-LS (pyjpegls 6); pydicom's own RLE decoder is in Python.
+    GDCM receives a temporary file with only the stream and a header written here: it crashes on some streams that
+    differ from their header, and applies the rescale of the first frame to all frames. GDCM comes with SimpleITK and
+    is about as fast as other decoders: 41 ms of CPU time for a JPEG 2000 slice of 512 x 512 (openjpeg in pylibjpeg 40,
+    imagecodecs 39), 8 for JPEG-LS (pyjpegls 6). pydicom's own RLE decoder is in Python.
 
     Args:
-        shape: rows and columns, and `allocated` bits of a pixel, that the header states.
+        syntax: transfer syntax UID.
+        shape: rows and columns that the header states.
+        allocated: bits per pixel that the header states.
 
     Returns:
-        Unsigned integers (rows, columns), and how many of their bits the stream states.
+        Unsigned integers (rows, columns), and the number of bits per pixel that the stream states.
 
     Raises:
-        CTReadError: undecodable, or of another size.
+        CTReadError: the stream is undecodable, or its size differs from the header's.
     """
     try:
         bits, *found = _rle_shape(stream, shape, allocated) if syntax == RLE else _stream_shape(stream)
@@ -248,7 +281,7 @@ def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: 
         )
     with tempfile.NamedTemporaryFile(prefix="diffvp-", suffix=".dcm") as file:
         file.write(_frame_header(syntax, shape, bits))
-        for fragment in (b"", stream):  # the empty table of offsets comes first
+        for fragment in (b"", stream):  # an empty offset table comes first
             file.write(struct.pack("<HHI", 0xFFFE, 0xE000, len(fragment) + len(fragment) % 2))
             file.write(fragment + b"\0" * (len(fragment) % 2))
         file.write(struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
@@ -261,7 +294,7 @@ def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: 
         except RuntimeError as error:
             raise CTReadError(source, "pixel data", "undecodable", "a slice that GDCM can decode") from error
     if image.GetSize() != (*shape[::-1], 1) or image.GetNumberOfComponentsPerPixel() != 1:
-        raise CTReadError(source, "pixel data", "of another size", "what Rows and Columns promise")
+        raise CTReadError(source, "pixel data", "of another size", "as Rows and Columns promise")
     pixels = sitk.GetArrayFromImage(image)[0]
     if pixels.dtype not in (np.uint8, np.uint16):
         raise CTReadError(source, "pixel data", "of another type", "unsigned integers")
@@ -270,10 +303,10 @@ def decode_frame(stream: bytes, syntax: str, shape: tuple[int, int], allocated: 
 
 @lru_cache
 def _frame_header(syntax: str, shape: tuple[int, int], bits: int) -> bytes:
-    """A DICOM file up to the fragments of its one compressed frame: an image of unsigned numbers without a rescale."""
+    """Return a DICOM file up to the fragments of its only frame: an image of unsigned integers without a rescale."""
     one, one_file = Dataset(), io.BytesIO()
     one.file_meta = FileMetaDataset()
-    one.file_meta.TransferSyntaxUID = syntax
+    one.file_meta.TransferSyntaxUID = UID(syntax)
     one.SOPClassUID, one.SOPInstanceUID = SecondaryCaptureImageStorage, "2.25.1"
     one.Rows, one.Columns = shape
     one.SamplesPerPixel, one.PhotometricInterpretation, one.PixelRepresentation = 1, "MONOCHROME2", 0
@@ -283,7 +316,11 @@ def _frame_header(syntax: str, shape: tuple[int, int], bits: int) -> bytes:
 
 
 def _rle_shape(stream: bytes, shape: tuple[int, int], allocated: int) -> tuple[int, int, int, int]:
-    """As [`_stream_shape`], of a run-length encoded slice: it holds one segment for each byte of a pixel."""
+    """Return what [`_stream_shape`] does, for a run-length encoded slice, which has one segment per byte of a pixel.
+
+    Raises:
+        IndexError, struct.error: the stream is malformed.
+    """
     count, *starts = struct.unpack_from("<16I", stream)
     if 8 * count != allocated or not all(64 <= start < len(stream) for start in starts[:count]):
         raise IndexError("segments outside the stream")
@@ -291,21 +328,21 @@ def _rle_shape(stream: bytes, shape: tuple[int, int], allocated: int) -> tuple[i
 
 
 def _stream_shape(stream: bytes) -> tuple[int, int, int, int]:
-    """Bits, rows, columns and samples per pixel that a JPEG, JPEG-LS or JPEG 2000 stream states.
+    """Return bits, rows, columns and samples per pixel that a JPEG, JPEG-LS or JPEG 2000 stream states.
 
-    pydicom's functions for it are private (JPEG), or leave out the size (JPEG 2000).
+    pydicom's functions for this are private (JPEG), or leave out the size (JPEG 2000).
 
     Raises:
-        IndexError, struct.error: no such stream.
+        IndexError, struct.error: the stream is malformed.
     """
-    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ comes first
+    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: the SIZ marker comes first
         width, height, left, top = struct.unpack_from(">4I", stream, 8)
         samples, bits = struct.unpack_from(">HB", stream, 40)
         return (bits & 0x7F) + 1, height - top, width - left, samples
     position = 2
     while True:
         marker = stream[position + 1]
-        if marker == 0xFF:  # markers may be padded
+        if marker == 0xFF:  # padding before a marker
             position += 1
             continue
         (length,) = struct.unpack_from(">H", stream, position + 2)

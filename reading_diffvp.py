@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A file or an object in, a validated CT out: [`read_ct`]. Everything else is refused by a [`CTInputError`].
+"""Read a CT from a file or an object, and validate it: [`read_ct`]. Unusable input raises a [`CTInputError`].
 
-Sizes are checked before anything is allocated: a file that promises more voxels than it holds, or a small one that
-would inflate to gigabytes, is refused at once. Each format has a file of its own: `nifti_diffvp.py`,
-`nrrd_diffvp.py` (also MetaImage), `dicom_diffvp.py`.
+Sizes are checked before memory is allocated: a file that promises more voxels than it holds, or a small one that
+would inflate to gigabytes, is refused at once. Each format has its own module: `nifti_diffvp.py`, `nrrd_diffvp.py`
+(also MetaImage), `dicom_diffvp.py`.
 """
 
 import os
@@ -12,8 +12,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 
 from .decoding_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
@@ -35,7 +35,7 @@ from .volume_diffvp import (
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 FORMATS = dict.fromkeys(NIFTI_SUFFIXES, "NIfTI") | dict.fromkeys((".nrrd", ".nhdr"), "NRRD")
 FORMATS |= dict.fromkeys((".mha", ".mhd"), "MetaImage")
-SHOWN_FILES = 5
+SHOWN_FILES = 5  # file names in a message that lists several scans
 
 
 def read_ct(
@@ -49,23 +49,27 @@ def read_ct(
     """Read and validate one CT.
 
     Args:
-        ct: a path to NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), or to a folder or .zip of
-            DICOM slices (a folder may hold one scan of these formats instead, a .zip one NIfTI), a DICOMDIR or a
-            multi-frame DICOM file; a nibabel NIfTI image; a SimpleITK image; a `datasets.Nifti` value, decoded or not;
-            or a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
+        ct: one of:
+            a path to a NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd) file;
+            a path to a folder or .zip of DICOM slices, a DICOMDIR or a multi-frame DICOM file (a folder may instead
+            hold one scan in the formats above, a .zip one NIfTI file);
+            a nibabel NIfTI image, a SimpleITK image, or a `datasets.Nifti` value, decoded or not;
+            a NumPy array or torch tensor of HU, **indexed [x, y, z] with x growing to the patient's left, y to
             posterior, z to superior (LPS)**, together with `spacing`.
-        spacing: mm per voxel along x, y, z of an array, or of a NIfTI file whose header is blank and whose array is
-            known to be in LPS order. Other files carry their own.
+        spacing: mm per voxel along x, y, z of an array, or of a NIfTI file with a blank header whose array is known to
+            be in LPS order. Other files state their own.
         allow_non_hu: accept voxels that are not Hounsfield units (an 8-bit export, a missing rescale). They are used
-            as they are, so set a `hu_window` that fits them. The result is marked `is_hu=False`.
-        metadata: what the dataset's table says of a NIfTI file; used where the header is blank and the voxels are
-            raw, compared where the header states a grid, and refused where the two disagree.
-        series: which DICOM series of several: its number in the list that the refusal gives, or its UID.
-        allow_incomplete: read what is there of a DICOM series of which files are damaged or missing at its ends. The
-            volume then has a warning.
+            unchanged, so set a `hu_window` that fits them. The result is marked `is_hu=False`.
+        metadata: rescale and spacing of a NIfTI file from the dataset's table. Used if the header is blank and the
+            voxels are raw. If the header states a grid, the two are compared, and a disagreement is an error.
+        series: selects one of several DICOM series, by its number in the list that the error message gives, or by its
+            UID.
+        allow_incomplete: read a DICOM series although files are damaged, or missing at its ends. The volume then has a
+            warning.
 
     Raises:
-        CTReadError, CTGeometryError, CTIntensityError: all three are `CTInputError`, which is a `ValueError`.
+        CTReadError, CTGeometryError, CTIntensityError: the input is unusable. All three are a `CTInputError`, which is
+            a `ValueError`.
     """
     given = {"spacing": spacing, "metadata": metadata, "series": series}
     if isinstance(ct, CTVolume):
@@ -75,13 +79,13 @@ def read_ct(
         try:
             ct = ct.detach().cpu()
             ct = (ct.float() if str(ct.dtype) == "torch.bfloat16" else ct).numpy()
-        except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or of 8-bit floats
+        except (TypeError, RuntimeError) as error:  # sparse, quantised, without storage, or 8-bit floats
             raise CTReadError("tensor", "type", f"{ct.dtype}, {ct.layout}", "a dense tensor of numbers") from error
     ct = unwrapped(ct)
     if isinstance(ct, np.ndarray):
         _refuse("array", metadata=metadata, series=series)
         if np.ma.is_masked(ct):
-            raise CTReadError("array", "mask", "set in places", "a value in every voxel")
+            raise CTReadError("array", "mask", "some voxels masked", "a value in every voxel")
         if spacing is None:
             raise CTGeometryError("array", "spacing", "missing", "spacing=(x, y, z) in mm")
         ct = np.asarray(ct)
@@ -99,7 +103,7 @@ def read_ct(
         if path is None:
             raise CTReadError("datasets.Nifti value", "path and bytes", "None", "one of the two")
         return read_ct(path, spacing, allow_non_hu, metadata, series, allow_incomplete)
-    if isinstance(ct, nib.spatialimages.SpatialImage):
+    if isinstance(ct, SpatialImage):
         _refuse(source, series=series)
         return from_nibabel(ct, source, **options)
     if is_simpleitk(ct):
@@ -109,7 +113,7 @@ def read_ct(
         expected = "a path, a nibabel or SimpleITK image, a datasets.Nifti value or an array"
         raise CTReadError("input", "type", type(ct).__name__, expected)
     path = Path(ct)
-    # Of os.path, for these take a path that the system refuses (too long, with a zero byte) for one that is not there.
+    # os.path treats a path that the system refuses (too long, with a zero byte) as missing; pathlib raises.
     folder = os.path.isdir(path)
     if ct == "" or not (folder or os.path.isfile(path)):
         found = "not a regular file" if ct != "" and os.path.lexists(path) else "missing"
@@ -117,7 +121,7 @@ def read_ct(
     suffix = path.suffix.lower()
     if folder or suffix == ".zip" or _is_dicom(path, source):
         _refuse(source, spacing=spacing, metadata=metadata)
-        from .dicom_diffvp import read_dicom  # SimpleITK takes 100 MB, which readers of other files can do without
+        from .dicom_diffvp import read_dicom  # imports SimpleITK: 100 MB that other formats do not need
 
         try:
             return read_dicom(path, series, allow_non_hu, allow_incomplete)
@@ -138,7 +142,7 @@ def read_ct(
 
 
 def _is_dicom(path: Path, source: str) -> bool:
-    """By its name, or of a name that is no other format's, by its content."""
+    """Return whether a file is DICOM: by its name, or by its content if the name fits no other format."""
     suffix, name = path.suffix.lower(), path.name.upper()
     if suffix == ".dcm" or name == "DICOMDIR":
         return True
@@ -146,30 +150,33 @@ def _is_dicom(path: Path, source: str) -> bool:
 
 
 def unwrapped(value):
-    """What an array of objects or texts holds that has no axis: so `datasets` gives out a scan in NumPy's format."""
+    """Return the item of a 0-dimensional array of objects or strings, and any other value as it is.
+
+    `datasets` returns a scan in such an array if the dataset has NumPy's format.
+    """
     if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "OUT":
         return value.item()
     return value
 
 
 def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int | str | None) -> CTVolume:
-    """The one scan of another format in a folder or an archive without a DICOM file.
+    """Read the only scan of another format in a folder or an archive without DICOM files.
 
     Args:
-        error: that there is none; raised where there is nothing else, either.
+        error: the error that there is no DICOM file; raised if there is no other scan, either.
     """
     content, archived = None, not path.is_dir()
     if not archived:
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:
         try:
-            with zipfile.ZipFile(path) as archive:  # within its limits, or it were another error
+            with zipfile.ZipFile(path) as archive:  # `read_dicom` has checked its limits
                 members = {Path(one.filename): one for one in archive.infolist() if _is_scan(one.filename)}
                 found = list(members)
                 if len(found) == 1 and _format(found[0]) == "NIfTI" and members[found[0]].file_size <= MAX_BYTES:
                     content = archive.read(members[found[0]])
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as damage:
-            raise CTReadError(path.name, "content", "a damaged archive", "a zip that passes its checksums") from damage
+            raise CTReadError(path.name, "content", "a damaged archive", "a zip with valid checksums") from damage
     found = sorted(file for file in found if _is_scan(str(file)))
     if not found:
         raise error
@@ -185,30 +192,32 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
 
 
 def _is_scan(name: str) -> bool:
-    """Whether a file is one of these formats, and none of macOS's copies of attributes, nor a folder of an archive."""
+    """Return whether a name is a file in one of `FORMATS`; False for an archive's folders and macOS's "._" files."""
     return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
 
 
 def _format(path: Path) -> str:
+    """Name of a file's format, by its suffix."""
     return next(name for suffix, name in FORMATS.items() if path.name.lower().endswith(suffix))
 
 
 def _source(ct) -> str:
-    """A name for messages: the file's name without its folders, or the kind of object."""
+    """Return a name for messages: the file's name without its folders, or the kind of object."""
     if isinstance(ct, (str, os.PathLike)):
         return Path(ct).name or str(ct)
-    if isinstance(ct, nib.spatialimages.SpatialImage):
-        return Path(ct.get_filename()).name if ct.get_filename() else "nibabel image"
+    if isinstance(ct, SpatialImage):
+        name = ct.get_filename()
+        return Path(name).name if name else "nibabel image"
     return "SimpleITK image" if is_simpleitk(ct) else type(ct).__name__
 
 
 def is_simpleitk(ct) -> bool:
-    """Without importing SimpleITK for this: who has such an image has imported it."""
+    """Return whether a value is a SimpleITK image, without importing SimpleITK."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
 
 def _refuse(source: str, **arguments) -> None:
-    """Refuse an argument that this kind of source cannot use, so that it does not go unheeded."""
+    """Refuse arguments that this kind of source cannot use, instead of ignoring them."""
     for name, value in arguments.items():
         if value is not None:
             use = {

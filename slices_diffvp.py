@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A DICOM file in, its slices out: [`read_header`].
+"""Read the headers of the slices in a DICOM file: [`read_header`].
 
-pydicom reads the elements, by the generator that is under `dcmread`: for the headers of 300 slices that takes 74 ms,
-the generator 30, and reading their pixels another 80.
+The elements are read by pydicom's element generator, on which `dcmread` is built. For the headers of 300 slices,
+`dcmread` takes 74 ms and the generator 30 ms; reading the pixels takes another 80 ms.
 """
 
 import io
@@ -11,13 +11,14 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
+from pydicom.datadict import tag_for_keyword
 from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import data_element_generator, read_sequence
@@ -25,19 +26,20 @@ from pydicom.filereader import data_element_generator, read_sequence
 from .decoding_diffvp import inflate_data_set
 from .volume_diffvp import CTGeometryError, CTInputError, CTReadError
 
-MAX_VALUE_LENGTH = 1024  # bytes of a header field that is used here: each holds a few numbers or codes
-MAX_HEADER_BYTES = 2**25  # what stands before the pixels; of a multi-frame object 1 or 2 KB a frame
-MAX_ITEMS, MAX_FRAGMENTS = 100_000, 20_000  # that pydicom makes objects of, at 10 microseconds each
-MAX_ICONS = 16  # pictures within a header
+MAX_VALUE_LENGTH = 1024  # bytes of a field that is read here: a few numbers or codes
+MAX_HEADER_BYTES = 2**25  # before the pixels; a multi-frame object has 1 or 2 KB per frame
+MAX_ITEMS, MAX_FRAGMENTS = 100_000, 20_000  # pydicom makes an object of each, in 10 microseconds
+MAX_ICONS = 16  # images within a header
 MAX_NUMBER = 1e6  # mm: one kilometre
-# What pydicom raises on bytes that are no DICOM.
+# Errors that pydicom raises on bytes that are not DICOM.
 DAMAGED = (struct.error, ValueError, EOFError, NotImplementedError, RecursionError, InvalidDicomError)
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 TRANSFER_SYNTAX, MEDIA_STORAGE, PIXEL_DATA = 0x00020010, 0x00020002, 0x7FE00010
 SHARED_GROUPS, FRAME_GROUPS, MODALITY_LUT = 0x52009229, 0x52009230, 0x00283000
-# Sequences of a functional group: what a converter did not assign, which gives way to the rest; frame content, type,
-# exposure, cardiac phase, reconstruction; position, orientation, pixel spacing and rescale.
+# Sequences of a functional group. The first two hold unassigned attributes of a converted object, so later ones take
+# precedence: frame content, type, exposure, cardiac phase, reconstruction; position, orientation, pixel spacing,
+# rescale.
 GROUPS = (
     0x00209170, 0x00209171, 0x00209111, 0x00189329, 0x00189325, 0x00189118, 0x00189314, 0x00209113, 0x00209116,
     0x00289110, 0x00289145,
@@ -45,7 +47,7 @@ GROUPS = (
 PIXEL_FIELDS = (
     "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
 )  # fmt: skip
-# What tells the parts of a series apart, the rest of it after what a reader of the list knows best.
+# Fields that distinguish the parts of a series, the most familiar first.
 PARTS = (
     "SeriesNumber", "ConvolutionKernel", "ImageType", "FrameType", "SliceThickness", "KVP",
     "ContrastBolusAgent", "FilterType", "ReconstructionDiameter", "TemporalPositionIdentifier",
@@ -54,7 +56,7 @@ PARTS = (
     "AcquisitionTime", "SeriesTime", "ContentTime", "StudyInstanceUID",
 )  # fmt: skip
 TEXTS = {
-    pydicom.datadict.tag_for_keyword(name): name
+    tag_for_keyword(name): name
     for name in (
         *PARTS, "SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient",
         "ImageOrientationPatient", "PhotometricInterpretation", "NumberOfFrames", "PixelSpacing", "BurnedInAnnotation",
@@ -62,7 +64,7 @@ TEXTS = {
         "ConcatenationUID", "VolumeBasedCalculationTechnique",
     )
 }  # fmt: skip
-INTEGERS = {pydicom.datadict.tag_for_keyword(name): name for name in (*PIXEL_FIELDS, "InConcatenationTotalNumber")}
+INTEGERS = {tag_for_keyword(name): name for name in (*PIXEL_FIELDS, "InConcatenationTotalNumber")}
 PADDING = {0x00280120: "PixelPaddingValue", 0x00280121: "PixelPaddingRangeLimit"}
 TAGS = [*TEXTS, *INTEGERS, *PADDING, MODALITY_LUT, SHARED_GROUPS, FRAME_GROUPS, PIXEL_DATA]
 
@@ -72,11 +74,12 @@ CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTI_FRAME = (f"{CT_IMAGE}.1", f"{CT_IMAGE}.2")  # enhanced CT, legacy converted enhanced CT
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 RLE = "1.2.840.10008.1.2.5"
-# What GDCM decodes: JPEG (8 and 12 bits, lossless twice), JPEG-LS, JPEG 2000 (parts 1 and 2, high-throughput), RLE.
+# Transfer syntaxes that GDCM decodes: JPEG (8 and 12 bits, two lossless), JPEG-LS, JPEG 2000 (parts 1 and 2,
+# high-throughput), RLE.
 DECODED = {*(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)), RLE}
 DICOMDIR = "1.2.840.10008.1.3.10"
 DIRECTORY_RECORDS, FILE_ID = 0x00041220, 0x00041500
-# Pictures that are no slice, and projections: maxima, minima or renderings over a slab are no HU of a place.
+# Images that are not slices, and projections: a maximum, minimum or rendering over a slab is not the HU of a place.
 OTHER_IMAGES = re.compile(
     "LOCALIZER|SCOUT|TOPOGRAM|SCREEN.?SAVE|MIP|M(?:AX|IN)(?:IMUM|.?IP|.?INT)|PROJECTION|RENDER|(?<![A-Z])(?:VRT|SSD)"
 )
@@ -84,7 +87,13 @@ OTHER_IMAGES = re.compile(
 
 @dataclass(frozen=True)
 class DicomFile:
-    """A file, or one that should be there: `why` says what became of it where it is no readable DICOM."""
+    """A file that is present or expected.
+
+    Attributes:
+        path: location on disk; `None` for a member of an archive that was not unpacked.
+        folder, name: of the file within the input, for messages and comparisons.
+        why: reason why the file is not readable DICOM; empty otherwise.
+    """
 
     path: Path | None
     folder: str
@@ -93,29 +102,30 @@ class DicomFile:
 
     @property
     def shapes(self) -> set[str]:
-        """The name, with numbers left out: that of its neighbours in a series."""
+        """The name with its numbers replaced, as decimals and as hexadecimals: equal for the files of a series."""
         name = self.name.lower()
         return {re.sub(r"\d+", "#", name), "hex:" + re.sub(r"[0-9a-f]+", "#", name)}
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """One frame of a DICOM file: its header, and where its pixels are.
+    """One frame of a DICOM file: its header, and the location of its pixels.
 
     Attributes:
-        name: the file's name for messages, with the number of the frame where it has several.
-        values: the fields in `TEXTS`, `INTEGERS` and `PADDING` that it has.
+        name: the file's name for messages, with the frame number if the file has several frames.
+        values: fields that the header has: `str` for those in `TEXTS`, `int` for `INTEGERS`, and for `PADDING` the
+            unsigned number and its length in bytes.
         syntax: transfer syntax UID.
-        frame, frames: which one of how many of the file it is.
-        body: where the data set begins in the file, behind the meta header.
-        start, length: of the pixel data of all frames in bytes, within the data set where that is deflated; a
-            `length` of -1 where the file ends before they do, or has none.
-        fragments: start and length of each stretch of a compressed frame.
+        frame, frames: index of the frame, and number of frames in the file.
+        body: offset of the data set in the file, after the meta header.
+        start, length: offset and length in bytes of the pixel data of all frames, within the inflated data set if that
+            is deflated. `length` is -1 if the file has no pixel data or ends within them.
+        fragments: start and length of each fragment of a compressed frame.
     """
 
     file: DicomFile
     name: str
-    values: dict[str, str | int | bytes]
+    values: dict[str, Any]
     syntax: str
     frame: int = 0
     frames: int = 1
@@ -126,7 +136,7 @@ class Slice:
 
     @property
     def other(self) -> tuple[str, str, str] | None:
-        """Field, value and expectation of what makes this something else than a slice; `None` for slices."""
+        """Field, value and expected value that show that the image is not a slice; `None` for slices."""
         modality, kind = self.text("Modality"), self.text("SOPClassUID")
         if modality not in ("CT", ""):
             return "Modality", modality if modality.isalpha() and len(modality) <= 16 else "another", "CT"
@@ -135,26 +145,28 @@ class Slice:
             return "SOPClassUID", found, "CT Image Storage, Enhanced CT or Legacy Converted Enhanced CT"
         for name in ("FrameType", "ImageType", "VolumeBasedCalculationTechnique"):
             if found := OTHER_IMAGES.search(self.text(name).upper()):
-                return name, found[0], "slices, and no projection or localizer"
+                return name, found[0], "slices, not a projection or localizer"
         return None
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the stored pixels, in the machine's byte order."""
+        """Type of the stored pixels, in the machine's byte order."""
         return np.dtype(f"{'i' if self.values['PixelRepresentation'] else 'u'}{self.values['BitsAllocated'] // 8}")
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.values["Rows"], self.values["Columns"]
 
     def text(self, name: str) -> str:
+        """Return a field in `TEXTS`; empty if the header lacks it."""
         return self.values.get(name, "")
 
     def numbers(self, name: str, count: int) -> np.ndarray:
-        """The numbers of a geometric field.
+        """Return the numbers of a geometric field.
 
         Raises:
-            CTGeometryError
+            CTGeometryError: the field is missing, or does not hold `count` numbers below `MAX_NUMBER`.
         """
         try:
             numbers = np.array([float(number) for number in self.text(name).split("\\")])
@@ -165,16 +177,21 @@ class Slice:
         return numbers
 
     def place(self) -> float:
-        """Where the slice lies along its own normal, in mm."""
+        """Return the position of the slice along its own normal, in mm.
+
+        Raises:
+            CTGeometryError: position or orientation are missing or malformed.
+        """
         a, b, c, d, e, f = self.numbers("ImageOrientationPatient", 6).tolist()
         x, y, z = self.numbers("ImagePositionPatient", 3).tolist()
-        return (b * f - c * e) * x + (c * d - a * f) * y + (a * e - b * d) * z  # NumPy's takes ten times as long
+        # Not with NumPy, which takes ten times as long.
+        return (b * f - c * e) * x + (c * d - a * f) * y + (a * e - b * d) * z
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether a file with these first 132 bytes is DICOM.
+    """Return whether a file with these first 132 bytes is DICOM.
 
-    Without a preamble (PS3.10, 7.1) it begins with an element of the meta header or of the first group.
+    A file without a preamble (PS3.10, 7.1) begins with an element of the meta header or of the first group.
     """
     if head[128:132] == b"DICM" or head[:4] == b"DICM":
         return True
@@ -182,44 +199,47 @@ def is_dicom(head: bytes) -> bool:
 
 
 def read_header(file: DicomFile) -> list[Slice] | DicomFile:
-    """The slices of a DICOM file; of a file that is none, which folders also hold, the file with the reason.
+    """Return the slices of a DICOM file. For a file that is not DICOM, return the file with the reason in `why`.
 
     Raises:
-        CTReadError: it begins as DICOM does, and cannot be read.
+        CTReadError: the file begins like DICOM but cannot be read.
     """
-    if file.path is None or not file.path.is_file():  # a broken link, or a pipe, which would never end
+    if file.path is None or not file.path.is_file():  # includes broken links, and pipes, which never end
         return replace(file, why=file.why or "missing")
     try:
         with file.path.open("rb") as data:
             head = data.read(132)
             if not is_dicom(head):
-                return replace(file, why="no DICOM" if head.strip(b"\0") else "zeros" if head else "empty")
+                return replace(file, why="not DICOM" if head.strip(b"\0") else "zeros" if head else "empty")
             start = 132 if head[128:] == b"DICM" else 4 if head[:4] == b"DICM" else 0
             try:
                 return _parse(data, file, start)
             except DAMAGED as error:
-                if start == 0 and not isinstance(error, CTInputError):  # it only looked like DICOM
-                    return replace(file, why="no DICOM")
+                if start == 0 and not isinstance(error, CTInputError):  # its first bytes only look like DICOM
+                    return replace(file, why="not DICOM")
                 raise
     except CTInputError:
         raise
     except OSError as error:
-        raise CTReadError(file.name, "file", "unreadable", "one that may be read") from error
+        raise CTReadError(file.name, "file", "unreadable", "a file that may be read") from error
     except DAMAGED as error:
         raise CTReadError(file.name, "content", "damaged", "a readable DICOM slice") from error
 
 
 def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
-    """The slices of a file, with those of the elements that are used here.
+    """Return the slices of a file, with the header fields that are read here.
+
+    Args:
+        start: offset of the meta header.
 
     Raises:
-        CTReadError: written in a way that is not known here, or without its pixels.
-        DAMAGED
+        CTReadError: the transfer syntax is unknown, or a CT image has no pixel data.
+        DAMAGED: the file cannot be parsed.
     """
     data.seek(start)
     head = io.BytesIO(data.read(2**14))
     generator = data_element_generator(head, False, True, lambda tag, vr, length: tag >> 16 != 2)
-    meta = {element.tag: (element.value or b"").decode("ascii", "replace").strip("\0 ") for element in generator}
+    meta = {int(element.tag): (element.value or b"").decode("ascii", "replace").strip("\0 ") for element in generator}
     start, syntax, kind = start + head.tell(), meta.get(TRANSFER_SYNTAX, ""), meta.get(MEDIA_STORAGE, "")
     if kind == DICOMDIR:
         return []
@@ -253,10 +273,10 @@ def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
 
 
 def read_directory(path: Path, name: str) -> list[list[str]]:
-    """The files that a DICOMDIR lists, each as the names of its folders and its own.
+    """Return the files that a DICOMDIR lists, each as the parts of its path.
 
     Raises:
-        CTReadError
+        CTReadError: the file is not a readable DICOMDIR.
     """
     try:
         content = path.read_bytes() if path.stat().st_size <= MAX_HEADER_BYTES else b""
@@ -272,17 +292,20 @@ def read_directory(path: Path, name: str) -> list[list[str]]:
         raise CTReadError(name, "content", "damaged", "a directory of DICOM files") from error
 
 
-def _elements(data: BinaryIO, little: bool) -> tuple[dict, list[dict[str, str]], tuple[int, int] | None]:
-    """The fields of a data set, those of each frame, and where its pixels begin and how long they are.
+def _elements(data: BinaryIO, little: bool) -> tuple[dict[str, Any], list[dict[str, str]], tuple[int, int] | None]:
+    """Return the fields of a data set, those of each frame, and offset and length of the pixel data, if there are any.
 
-    Whether elements state their type is seen at the first of them: some files do otherwise than they say. pydicom is
-    given what comes before the first bytes that could begin the pixels, and more where these were an icon's: so it
-    makes no objects of more items than a CT has, and meets the end of a file that is cut off.
+    The first element shows whether the VRs are explicit, because some files differ from their transfer syntax. pydicom
+    parses the bytes up to the first place that could begin the pixel data, and more if that was an icon's. This limits
+    the number of items that pydicom makes objects of, and detects truncated files.
 
     Raises:
-        DAMAGED
+        DAMAGED: the data set cannot be parsed.
     """
     order, failure = "<" if little else ">", None
+    values: dict[str, Any] = {}
+    groups: dict[int, Sequence[pydicom.Dataset]] = {}
+    pixels = None
     for head in itertools.islice(_heads(data, order), MAX_ICONS):
         if head.count(struct.pack(order + "HH", 0xFFFE, 0xE000)) > MAX_ITEMS:
             raise ValueError("more items than a CT has")
@@ -293,14 +316,14 @@ def _elements(data: BinaryIO, little: bool) -> tuple[dict, list[dict[str, str]],
                 stream, implicit, little, None, MAX_VALUE_LENGTH, specific_tags=TAGS
             ):
                 tag = int(element.tag)
-                if tag == PIXEL_DATA:
-                    pixels = element.value_tell, element.length
-                elif tag == MODALITY_LUT:
+                if tag == MODALITY_LUT:
                     values["ModalityLUTSequence"] = "present"
                 elif tag in (SHARED_GROUPS, FRAME_GROUPS):
                     groups[tag] = _sequence(element, head, implicit, little)
                 elif isinstance(element, pydicom.DataElement):
                     raise ValueError("a sequence in place of a field")
+                elif tag == PIXEL_DATA:
+                    pixels = element.value_tell, element.length
                 elif not element.length:
                     continue
                 elif (value := element.value) is None or len(value) != element.length:
@@ -327,9 +350,9 @@ def _elements(data: BinaryIO, little: bool) -> tuple[dict, list[dict[str, str]],
 
 
 def _heads(data: BinaryIO, order: str) -> Iterator[bytes]:
-    """What stands before each place that could begin the pixels, with the head of these, and at last everything.
+    """Yield the bytes up to each place that could begin the pixel data, including the element's head; last, all bytes.
 
-    A delimiter ends it, for pydicom looks for one behind compressed pixels.
+    A delimiter is appended, because pydicom looks for one after compressed pixels.
     """
     tag, delimiter = (struct.pack(order + "HH", *group) for group in ((0x7FE0, 0x0010), (0xFFFE, 0xE0DD)))
     content, start, more = data.read(2**14), 0, True
@@ -345,8 +368,8 @@ def _heads(data: BinaryIO, order: str) -> Iterator[bytes]:
             start = end + 1
 
 
-def _sequence(element, head: bytes, implicit: bool, little: bool) -> list[pydicom.Dataset]:
-    """The items of a sequence. pydicom has read it already where only a delimiter says how long it is."""
+def _sequence(element, head: bytes, implicit: bool, little: bool) -> Sequence[pydicom.Dataset]:
+    """Return the items of a sequence. pydicom has already read a sequence of undefined length."""
     if isinstance(element, pydicom.DataElement):
         return element.value
     content = head[element.value_tell : element.value_tell + element.length]
@@ -356,7 +379,7 @@ def _sequence(element, head: bytes, implicit: bool, little: bool) -> list[pydico
 
 
 def _fields(group: pydicom.Dataset) -> dict[str, str]:
-    """The fields of a frame, or of all, from the sequences of a functional group (PS3.3, C.7.6.16)."""
+    """Return the fields in the sequences of a functional group (PS3.3, C.7.6.16), of one frame or shared by all."""
     found = {}
     for tag in GROUPS:
         if tag in group and group.get_item(tag).VR in ("SQ", "UN", None) and len(group[tag].value or ()) == 1:
@@ -369,10 +392,10 @@ def _fields(group: pydicom.Dataset) -> dict[str, str]:
 
 
 def _fragments(data: BinaryIO, start: int, frames: int) -> list[tuple[tuple[int, int], ...]]:
-    """Start and length of the fragments of each compressed frame; nothing where the file ends before they do.
+    """Return start and length of the fragments of each compressed frame; an empty list if the file is truncated.
 
     Raises:
-        DAMAGED
+        DAMAGED: the fragments cannot be parsed or assigned to frames.
     """
     data.seek(start)
     offsets, first = parse_basic_offsets(data), data.tell()
@@ -390,7 +413,7 @@ def _fragments(data: BinaryIO, start: int, frames: int) -> list[tuple[tuple[int,
         if firsts[0] == 0 and all(a < b for a, b in itertools.pairwise(firsts)):
             return [tuple(fragments[a:b]) for a, b in itertools.pairwise(firsts)]
     if len(fragments) != frames:
-        raise ValueError("fragments of which nothing says whose they are")
+        raise ValueError("no offset table assigns the fragments to frames")
     return [(fragment,) for fragment in fragments]
 
 

@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A validated CT, its way to the tensor that the model reads, and back to the voxels of the input file.
+"""A validated CT, its resampling to the tensor that the model reads, and the way back to the input file's voxels.
 
-`reading_diffvp.py` makes a [`CTVolume`] of a file or object through [`make_volume`]; [`resample`] turns it into a
-tensor and a [`CTGeometry`]; [`to_input_grid`] and [`save_map`] go the other way.
+`reading_diffvp.py` turns a file or object into a [`CTVolume`] through [`make_volume`]. [`resample`] turns the volume
+into a tensor and a [`CTGeometry`]. [`to_input_grid`] and [`save_map`] go the other way.
 
-Axes. A `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y to Posterior, z to Superior (LPS). The
+Axes: a `CTVolume` is indexed [x, y, z] with x growing to the patient's Left, y to Posterior, z to Superior (LPS). The
 tensor is indexed [depth, height, width] = [z, y, x]. World coordinates are RAS+ millimetres, as in NIfTI.
 """
 
@@ -16,52 +16,55 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
 
 if TYPE_CHECKING:
-    import torch  # takes longer to import than a scan to read: imported where a tensor is made
+    import torch  # importing it takes longer than reading a scan, so it is imported where a tensor is made
 
-# Limits of what counts as a chest CT that the model may read; everything else is refused with the reason.
+T = TypeVar("T")
+
+# Limits of what counts as a chest CT. Everything else is refused with the reason.
 MIN_SPACING, MAX_SPACING = 0.1, 10.0  # mm
 MIN_LENGTH = 8  # voxels along each axis
 MAX_LENGTH = 4096  # the longest CT-RATE volume has 1,617 slices
 MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear moves a voxel by 3 mm over 300 mm
-MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it is taken for
-MAX_HU_MINIMUM = -500.0  # HU: air is -1000 and every chest CT holds some
-MIN_HU_MAXIMUM = 0.0  # HU: water is 0 and every patient holds some
+MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it stands for
+MAX_HU_MINIMUM = -500.0  # HU: air is -1000, and every chest CT contains air
+MIN_HU_MAXIMUM = 0.0  # HU: water is 0, and every patient contains water
 SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
-# Share in that range of the voxels, and of those that are neither air nor lung: a small patient's field is mostly air.
-# Above 0.3 and 0.75 in real chest CTs; below 0.015 and 0.2 in the same after a second rescale, or with bytes in the
-# other order, of which the range of the voxels need not tell. One of the two suffices.
+# Minimum share of soft tissue among all voxels, and among the voxels above BODY_HU, which are neither air nor lung.
+# One of the two suffices, because a small patient's field of view is mostly air. Real chest CTs have above 0.3 and
+# 0.75. The same scans have below 0.015 and 0.2 after a second rescale or with swapped bytes, errors that the range of
+# the voxels may not show.
 MIN_SOFT_TISSUE, MIN_SOFT_BODY, BODY_HU = 0.02, 0.25, -700.0
-# A rescale of the wrong sign makes air the densest of all. A few hundredths of a chest, of bone and metal, lie above
-# DENSE_HU, and fewer than are as light as lung.
+# A rescale of the wrong sign makes air the densest material. In a chest, bone and metal above DENSE_HU take a few
+# percent of the voxels, fewer than air and lung below AIRY_HU.
 AIRY_HU, DENSE_HU, MAX_DENSE = -500.0, 500.0, 0.25
-MAX_VALUE = 1e30  # of anything, also where Hounsfield units are not asked for: resampling computes in float32
-MIN_HU, MAX_HU = -32768.0, 65535.0  # the widest that scanners pad with, and that extended CT scales reach at metal
+MAX_VALUE = 1e30  # of any voxel, also without Hounsfield units, because resampling computes in float32
+MIN_HU, MAX_HU = -32768.0, 65535.0  # lowest padding of scanners, and highest value of extended CT scales at metal
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-# Raised by a change of reading or resampling that changes tensors, so that no cache gives out older ones.
+# Increment it when a change of reading or resampling changes the tensors, so that caches drop the older ones.
 PREPROCESSING_VERSION = 2
 
-# How grid and Hounsfield units were found, where that needs no more words.
+# Common values of `CTVolume.layout`: how grid and Hounsfield units were found.
 STATED = "grid and Hounsfield units as the file states them"
 GIVEN = "spacing and LPS order as the caller states them"
 
 
 class CTInputError(ValueError):
-    """An input that is not a usable chest CT: what was found in which field of which source, and what was expected.
+    """The input is not a usable chest CT. States the source, the field, the value found and the value expected.
 
-    Messages carry no header strings, for these may name the patient.
+    Messages contain no free text from headers, which may name the patient.
     """
 
     def __init__(self, source: str, field: str, found, expected: str):
@@ -81,7 +84,7 @@ class CTGeometryError(CTInputError):
 
 
 class CTIntensityError(CTInputError):
-    """The voxels are unusable: not Hounsfield units, not finite, constant."""
+    """The voxels are unusable: not Hounsfield units, not finite, or constant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +93,18 @@ class CTVolume:
 
     Attributes:
         array: stored voxels [x, y, z] in LPS order; z is the slowest axis in memory. Hounsfield units are
-            `slope * array + intercept`, where `is_hu`.
+            `slope * array + intercept` if `is_hu`.
         affine: 4x4, voxel index of the *file's* grid -> RAS+ world mm.
-        shape: shape of the file's grid, with trailing ones where the file has them.
-        axes: which axis of the file each LPS axis (x, y, z) comes from.
-        flips: whether each LPS axis runs against that axis of the file.
+        shape: shape of the file's grid, including any trailing axes of length 1.
+        axes: the file axis that each LPS axis (x, y, z) comes from.
+        flips: for each LPS axis, True if it runs against its file axis.
         spacing: mm along x, y, z.
         source: name of the file or kind of the object.
         layout: how grid and Hounsfield units were found, in words.
-        slope, intercept: stored values to Hounsfield units.
-        is_hu: False where the caller overrode the test for Hounsfield units.
-        contrast: True where the header names a contrast medium; `None` where it says nothing.
-        warnings: what the reader found wanting and was allowed to read, in words that name nobody.
+        slope, intercept: rescale from stored values to Hounsfield units.
+        is_hu: False if the caller overrode the test for Hounsfield units.
+        contrast: True if the header names a contrast medium; `None` if it does not say.
+        warnings: defects that the reader was allowed to accept, in words that identify no patient.
     """
 
     array: np.ndarray
@@ -120,26 +123,26 @@ class CTVolume:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the content: LPS voxels rounded to whole HU, and the shape.
+        """SHA-256 of the content: the shape, and the LPS voxels rounded to whole HU.
 
-        One scan has one digest in every file format, orientation of storage and number type.
+        A scan has the same digest in every file format, storage orientation and number type.
         """
         digest = hashlib.sha256(repr(self.array.shape).encode())
         stored_hu = self.array.dtype == np.int16 and (self.slope, self.intercept) == (1, 0)
         for plane in self.array.T:
             if not stored_hu:
                 plane = np.clip(np.rint(plane * self.slope + self.intercept), -32768, 32767)
-            digest.update(np.ascontiguousarray(plane, dtype="<i2"))
+            digest.update(np.ascontiguousarray(plane, dtype="<i2").data)
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class CTGeometry:
-    """What maps the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
+    """Mapping from the tensor's grid back to the input file's grid. Serialises to JSON through `to_dict`.
 
     `size` is the tensor's (depth, height, width). Tensor index o along an axis lies at `offset + scale * o` on the LPS
-    grid; `offset` and `scale` are in voxels, in the order x, y, z. The other fields are those of [`CTVolume`], with
-    `sha256` `None` where it was not asked for, and what [`measure_coverage`] finds of the lungs.
+    grid; `offset` and `scale` are in voxels, in the order x, y, z. `coverage` is the result of [`measure_coverage`].
+    The other fields are those of [`CTVolume`]; `sha256` is `None` if it was not requested.
     """
 
     source: str
@@ -160,7 +163,8 @@ class CTGeometry:
     @property
     def tensor_spacing(self) -> tuple[float, float, float]:
         """Spacing (depth, height, width) of the tensor's grid in mm."""
-        return tuple(scale * spacing for scale, spacing in zip(self.scale, self.spacing, strict=True))[::-1]
+        x, y, z = (scale * spacing for scale, spacing in zip(self.scale, self.spacing, strict=True))
+        return z, y, x
 
     @property
     def tensor_affine(self) -> np.ndarray:
@@ -174,9 +178,9 @@ class CTGeometry:
         return np.asarray(self.affine) @ to_file
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """Itself as a dict, in an array without axes: what `datasets.Dataset.map` asks of an object that it stores.
+        """Return the geometry as a dict in a 0-dimensional array, which `datasets.Dataset.map` needs to store it.
 
-        A mapping would be stored, too, but taken apart by what moves batches to a device.
+        `datasets` would store a mapping, too, but code that moves batches to a device would take a mapping apart.
         """
         array = np.empty((), object)
         array[()] = self.to_dict()
@@ -187,22 +191,29 @@ class CTGeometry:
 
     @classmethod
     def from_dict(cls, values: Mapping | CTGeometry) -> CTGeometry:
-        """The inverse of `to_dict`, also after a way through JSON or `datasets`, which turn tuples into lists, or into
-        arrays or tensors where the dataset has that format.
+        """Build a geometry from the result of `to_dict`.
+
+        JSON and `datasets` may have turned its tuples into lists, arrays or tensors.
 
         Raises:
-            TypeError: a field is missing, or unknown.
+            TypeError: a field is missing or unknown.
         """
-        if isinstance(values, cls):
+        if isinstance(values, CTGeometry):
             return values
         return cls(**{name: _frozen(value) for name, value in values.items()})
 
 
-def _frozen(value):
-    """Lists, arrays and tensors as tuples of numbers, however nested."""
+def _frozen(value: Any) -> Any:
+    """Convert lists, arrays and tensors to tuples of numbers, at any depth."""
     if isinstance(value, (np.ndarray, np.generic)) or is_tensor(value):
         value = value.tolist()
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _triple(values: Iterable[T]) -> tuple[T, T, T]:
+    """Return three values as a tuple, one per axis."""
+    first, second, third = values
+    return first, second, third
 
 
 def make_volume(
@@ -215,16 +226,17 @@ def make_volume(
     intercept: float = 0.0,
     allow_non_hu: bool = False,
 ) -> CTVolume:
-    """Check geometry and intensities, and view the array in LPS order. Every reader ends here.
+    """Check geometry and intensities, and view the array in LPS order. Every reader ends with this function.
 
     Args:
-        array: stored voxels in the file's own axis order, (i, j, k), with any number of single axes behind.
+        array: stored voxels in the file's own axis order, (i, j, k), with any number of trailing axes of length 1.
         affine: 4x4, index -> RAS+ world mm.
         source, layout, slope, intercept: see [`CTVolume`].
         allow_non_hu: accept voxels that are not Hounsfield units.
 
     Raises:
-        CTGeometryError, CTIntensityError
+        CTGeometryError: the shape or the affine is unusable.
+        CTIntensityError: the voxels or the rescale are unusable.
     """
     shape = array.shape
     check_shape(shape, source)
@@ -241,12 +253,12 @@ def make_volume(
     orientation = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
     )
-    axes = tuple(int(axis) for axis in np.argsort(orientation[:, 0]))
-    flips = tuple(bool(orientation[axis, 1] < 0) for axis in axes)
+    axes = _triple(int(axis) for axis in np.argsort(orientation[:, 0]))
+    flips = _triple(bool(orientation[axis, 1] < 0) for axis in axes)
     lps = array.transpose(axes)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
     if abs(lps.strides[2]) < max(map(abs, lps.strides)):
-        # Everything below goes through the volume plane by plane along z: make these contiguous in memory. A fixed
-        # order also makes the tensor of one scan the same bit for bit in whatever order a file stores it.
+        # Later steps go through the volume plane by plane along z, so make these planes contiguous in memory. A fixed
+        # order also makes the tensor of a scan identical bit for bit, whatever the storage order of the file.
         lps = np.asfortranarray(lps)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return CTVolume(
@@ -255,7 +267,7 @@ def make_volume(
         shape=tuple(int(n) for n in shape),
         axes=axes,
         flips=flips,
-        spacing=tuple(float(spacing[axis]) for axis in axes),
+        spacing=_triple(float(spacing[axis]) for axis in axes),
         source=source,
         layout=layout,
         slope=float(slope),
@@ -264,35 +276,39 @@ def make_volume(
     )
 
 
-def is_tensor(value) -> bool:
-    """Whether it is a torch tensor, without importing torch: who has one has imported it."""
+def is_tensor(value) -> TypeGuard[torch.Tensor]:
+    """Return whether a value is a torch tensor. Does not import torch: a caller that has a tensor has imported it."""
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
 def lps_affine(spacing, source: str) -> np.ndarray:
-    """RAS affine of an array in LPS order, with the origin at its first voxel."""
+    """Return the RAS affine of an array in LPS order, with the origin at its first voxel.
+
+    Raises:
+        CTGeometryError: `spacing` is not three numbers above 0.
+    """
     expected = "three numbers (x, y, z) in mm, above 0"
     try:
         numbers = tuple(float(mm) for mm in spacing)
     except (TypeError, ValueError) as error:
         raise CTGeometryError(source, "spacing", f"a value of type {type(spacing).__name__}", expected) from error
-    if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative one would mirror the patient
+    if len(numbers) != 3 or not all(0 < mm < math.inf for mm in numbers):  # a negative spacing mirrors the patient
         raise CTGeometryError(source, "spacing", numbers, expected)
     return LPS_TO_RAS @ np.diag([*numbers, 1.0])
 
 
 def lps_grid(axes: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """RAS affine of axes (columns, in mm) and an origin in LPS."""
+    """Return the RAS affine of a grid from its axes (columns, in mm) and origin in LPS."""
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = axes, origin
     return LPS_TO_RAS @ affine
 
 
 def check_shape(shape: tuple[int, ...], source: str) -> None:
-    """Refuse what is not a volume of a plausible size; readers also ask before they allocate it.
+    """Check that the shape is a volume of plausible size. Readers also call this before they allocate memory.
 
     Raises:
-        CTGeometryError
+        CTGeometryError: the shape has fewer or more than three axes, or an axis is too short or too long.
     """
     shape = tuple(int(n) for n in shape)
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
@@ -302,11 +318,11 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
 
 
 def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
-    """Whether the voxels are Hounsfield units; an error where they are not and the caller did not allow it."""
-    # A plane at a time, which is still in the processor's cache when it is read again. NaN goes through.
+    """Return whether the voxels are Hounsfield units. Other voxels are an error unless `allow_non_hu` is set."""
+    # One plane at a time: it is still in the CPU cache for the second pass. A NaN carries over into the extremes.
     extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
-    low, high = sorted(value * slope + intercept for value in stored)  # a slope below 0 exchanges them
+    low, high = sorted(value * slope + intercept for value in stored)  # a negative slope exchanges them
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CTIntensityError(source, "voxels", "some are NaN or infinite", "finite numbers")
     if max(abs(value) for value in (*stored, low, high)) > MAX_VALUE:
@@ -330,8 +346,8 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             "soft tissue",
             f"{soft:.1%} of the voxels",
             f"at least {MIN_SOFT_TISSUE:.0%}, or {MIN_SOFT_BODY:.0%} of the body, between {SOFT_TISSUE[0]:g} and "
-            f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the bytes of a voxel are in the "
-            "other order; allow_non_hu=True accepts it with your own hu_window",
+            f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the byte order is wrong; "
+            "allow_non_hu=True accepts it with your own hu_window",
         )
     if in_range:
         raise CTIntensityError(
@@ -340,7 +356,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             "hu_window",
         )  # fmt: skip
     if low >= 0 and high <= 255:
-        reason = "this looks like an 8-bit export as of CTRG, whose Hounsfield units are lost"
+        reason = "this looks like an 8-bit export, as in CTRG, whose Hounsfield units are lost"
     elif low >= 0:
         reason = "the rescale to HU is missing, as in version 1 of CT-RATE, where metadata= states it"
     else:
@@ -360,7 +376,8 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not spacing.all() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing, spacing, 1))) < 1e-3:
         raise CTGeometryError(source, "affine", "singular", "three independent axes")
-    if spacing.min() < MIN_SPACING * (1 - 1e-4) or spacing.max() > MAX_SPACING * (1 + 1e-4):  # positions are rounded
+    # The tolerance covers spacings that come from rounded positions.
+    if spacing.min() < MIN_SPACING * (1 - 1e-4) or spacing.max() > MAX_SPACING * (1 + 1e-4):
         found = " x ".join(f"{mm:.4g}" for mm in spacing)
         raise CTGeometryError(source, "spacing", f"{found} mm", f"{MIN_SPACING} to {MAX_SPACING} mm along each axis")
     units = affine[:3, :3] / spacing
@@ -390,21 +407,24 @@ def resample(
 ) -> tuple[torch.Tensor, CTGeometry]:
     """Clip to the window, map it to [-1, 1], and interpolate once, trilinearly, to a fixed grid.
 
-    Without `spacing` the (cropped) volume is stretched to `size`: this equals MONAI's Orientation("LPS"),
+    Without `spacing`, the (cropped) volume is stretched to `size`. This equals MONAI's Orientation("LPS"),
     ScaleIntensityRange(clip=True), CropForeground, Resize(mode="trilinear"), without its copies of the full grid.
-    With `spacing` the grid has that spacing and is centred on the centre of the foreground box, so that a millimetre
-    is the same number of voxels in every patient; what lies outside the volume is air.
+    With `spacing`, the grid has that spacing and is centred on the centre of the foreground box, so that a millimetre
+    is the same number of voxels in every patient. Positions outside the volume are air.
 
     Args:
         size: voxels (depth, height, width).
         spacing: mm (depth, height, width), or `None` to stretch.
         crop_foreground: use the bounding box of the voxels above `foreground_hu` instead of the whole volume.
-        antialias: where the tensor's grid is coarser than the scan's, average over a triangle as wide as two of its
-            voxels, as PIL and `torch.nn.functional.interpolate(antialias=True)` do, in place of two neighbours.
-        digest: take the SHA-256 of the content, which costs as much again as the interpolation.
+        foreground_hu: HU threshold separating patient from air.
+        hu_window: lowest and highest HU, which become -1 and 1.
+        antialias: if the tensor's grid is coarser than the scan's, average over a triangle as wide as two of the
+            tensor's voxels, as PIL and `torch.nn.functional.interpolate(antialias=True)` do, instead of interpolating
+            between two neighbours.
+        digest: compute the SHA-256 of the content, which takes as long as the interpolation.
 
     Returns:
-        float32 tensor (1, depth, height, width), and the geometry that leads back.
+        float32 tensor (1, depth, height, width), and the geometry that maps it back to the file's grid.
 
     Raises:
         CTIntensityError: no voxel lies above `foreground_hu`.
@@ -415,7 +435,7 @@ def resample(
     if spacing is None:
         limits = box
         scale = [(stop - start) / count for (start, stop), count in zip(box, counts, strict=True)]
-        # align_corners=False: the borders of the first and last voxel stay in place, not their centres.
+        # align_corners=False: the outer borders of the first and last voxel stay in place; their centres move.
         offset = [start + 0.5 * step - 0.5 for (start, _), step in zip(box, scale, strict=True)]
     else:
         limits = tuple((0, n) for n in lengths)
@@ -435,7 +455,7 @@ def resample(
     low, high = hu_window
     result = np.zeros(tuple(size), np.float32)
     windowed: dict[int, np.ndarray] = {}  # planes that the next slice of the tensor may need again
-    spare = []  # arrays of those that none needs any more: fresh memory would cost more than what is written to it
+    spare = []  # arrays of planes no longer needed, for reuse: allocating memory costs more than writing to it
     mixed, term = (np.empty(planes.shape[1:], np.float32) for _ in range(2))
     rows, row_term = (np.empty((size[1], planes.shape[2]), np.float32) for _ in range(2))
     for depth, (indices, weights) in enumerate(zip(z.indices, z.weights, strict=True)):
@@ -454,7 +474,7 @@ def resample(
                 mixed += term
         y.interpolate(mixed, 0, rows, row_term)
         result[depth] = x.interpolate(rows, 1)
-    # In window units with air at 0 up to here, so that zero weights outside the volume mean air.
+    # Up to here, values are HU above the window's lower end: zero weights outside the volume give 0, which is air.
     result *= np.float32(2 / (high - low))
     result -= 1
     import torch
@@ -470,9 +490,9 @@ def resample(
         axes=volume.axes,
         flips=volume.flips,
         spacing=volume.spacing,
-        size=tuple(int(n) for n in size),
-        offset=tuple(float(value) for value in offset),
-        scale=tuple(float(value) for value in scale),
+        size=_triple(int(n) for n in size),
+        offset=_triple(float(value) for value in offset),
+        scale=_triple(float(value) for value in scale),
         warnings=volume.warnings,
     )
     return tensor, geometry
@@ -488,14 +508,17 @@ def _window(plane: np.ndarray, volume: CTVolume, low: float, high: float, values
 
 
 def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int], ...]:
-    """Half-open bounding box per axis of the voxels above the threshold.
+    """Return the half-open bounding box, per axis, of the voxels above a threshold in HU.
 
-    Most scans have some at every border. So a few planes are looked at whole, and of the others what lies outside the
-    box of those.
+    Most scans have such voxels at every border. Every 16th plane is searched whole, and the other planes only outside
+    the box found in these.
+
+    Raises:
+        CTIntensityError: no voxel lies above the threshold.
     """
     planes = volume.array.T  # [z, y, x]
 
-    # The stored value of the densest voxel, which is the lowest where the slope is below 0.
+    # Stored value of the densest voxel, which is the lowest value if the slope is negative.
     densest = np.max if volume.slope > 0 else np.min
 
     def above(values):
@@ -513,16 +536,17 @@ def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int]
     planes = planes[first : last + 1]
     highest = densest(planes[::16], axis=0)
     (top, bottom), (left, right) = span(densest(highest, axis=1)), span(densest(highest, axis=0))
-    for outside in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
-        highest[outside] = densest(planes[(slice(None), *np.index_exp[outside])], axis=0)
+    whole = slice(None)
+    for y, x in ((slice(top), whole), (slice(bottom, None), whole), (whole, slice(left)), (whole, slice(right, None))):
+        highest[y, x] = densest(planes[:, y, x], axis=0)
     return span(densest(highest, axis=0)), span(densest(highest, axis=1)), (first, last + 1)
 
 
 def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarray:
-    """Where the tensor's indices lie on the LPS grid.
+    """Return the positions of the tensor's indices on the LPS grid, in voxels.
 
-    In float32 from the first voxel on, as `torch.nn.functional.interpolate` computes them: at voxel 400 its rounding
-    is 1e-5 of a voxel, which shows in the result, and the point is to equal it.
+    They are computed in float32, relative to voxel `start`, to equal `torch.nn.functional.interpolate`: at voxel 400
+    its rounding is 1e-5 of a voxel, which changes the result.
     """
     half = np.float32(offset - start + 0.5 - 0.5 * scale)
     steps = np.arange(count, dtype=np.float32) + np.float32(0.5)
@@ -531,43 +555,54 @@ def _positions(offset: float, scale: float, count: int, start: int) -> np.ndarra
 
 @dataclass(frozen=True, eq=False)
 class _Taps:
-    """Interpolation along one axis: output i is the sum over t of `weights[i, t]` times input `indices[i, t]`."""
+    """Linear interpolation along one axis: output i is the sum over t of `weights[i, t]` * input[`indices[i, t]`]."""
 
     indices: np.ndarray
     weights: np.ndarray
 
     @property
     def touched(self) -> tuple[int, int]:
-        """Half-open range of the inputs that have a weight."""
+        """Half-open range of the inputs with a weight above 0."""
         used = self.indices[self.weights > 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 1)
 
     def shifted(self, start: int) -> _Taps:
-        """The same on an input that begins at `start`."""
+        """Return the same interpolation for an input that begins at `start`."""
         return _Taps(np.where(self.weights > 0, self.indices - start, 0), self.weights)
 
     def interpolate(
         self, values: np.ndarray, axis: int, result: np.ndarray | None = None, term: np.ndarray | None = None
     ) -> np.ndarray:
-        """The outputs along an axis. `result` and `term`: arrays of their shape to work in, if there are any."""
+        """Interpolate along an axis.
+
+        Args:
+            values: the input.
+            axis: axis of `values` to interpolate along.
+            result, term: optional work arrays of the output's shape, which save allocations.
+
+        Returns:
+            The output, in `result` if given.
+        """
         shape = [1] * values.ndim
         shape[axis] = -1
-        for number, (indices, weights) in enumerate(zip(self.indices.T, self.weights.T, strict=True)):
-            # "clip" for speed: no index lies outside.
-            taken = values.take(indices, axis, out=term if number else result, mode="clip")
-            taken *= weights.reshape(shape)
-            if number:
-                result += taken
-            else:
-                result = taken
-        return result
+
+        def weighted(tap: int, out: np.ndarray | None) -> np.ndarray:
+            # mode="clip" is faster and changes nothing: every index lies inside.
+            taken = values.take(self.indices[:, tap], axis, out=out, mode="clip")
+            taken *= self.weights[:, tap].reshape(shape)
+            return taken
+
+        total = weighted(0, result)
+        for tap in range(1, self.indices.shape[1]):
+            total += weighted(tap, term)
+        return total
 
 
 def _taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> _Taps:
-    """Weights at `positions` of the voxels start..stop-1, by a triangle that falls to 0 at `width` voxels.
+    """Return the weights of voxels start..stop-1 at `positions`, from a triangle that falls to 0 at `width` voxels.
 
-    Width 1 is linear interpolation. Beyond the centre of a border voxel its value holds up to its edge; outside the
-    edge all weights are 0.
+    Width 1 is linear interpolation. Between the centre and the outer edge of a border voxel, its value is constant.
+    Beyond the edge, all weights are 0.
     """
     inside = (positions > start - 0.5 - 1e-6) & (positions < stop - 0.5 + 1e-6)
     centres = positions if width > 1 else positions.clip(start, stop - 1)
@@ -582,45 +617,52 @@ def _taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> _
 
 
 def to_input_grid(map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> np.ndarray:
-    """Carry a map on the tensor's grid back to the voxels of the input file, trilinearly.
+    """Resample a map from the tensor's grid to the voxels of the input file, trilinearly.
 
     Args:
-        map: (depth, height, width), of `geometry.size`.
-        geometry: of the tensor, or what `datasets` or JSON have kept of it.
+        map: (depth, height, width), of shape `geometry.size`.
+        geometry: the tensor's geometry, or its dict as stored by `datasets` or JSON.
 
     Returns:
-        float32 array of the file's own shape and axis order; 0 where the tensor does not reach.
+        float32 array in the file's own shape and axis order; 0 outside the tensor.
+
+    Raises:
+        ValueError: the map's shape differs from `geometry.size`.
     """
     geometry = CTGeometry.from_dict(geometry)
     values = np.asarray(map.detach().cpu().float() if is_tensor(map) else map, dtype=np.float32)
     if values.shape != geometry.size:
-        raise ValueError(f"The map has shape {values.shape}, the geometry is of a tensor {geometry.size}.")
+        raise ValueError(f"The map has shape {values.shape}, but the geometry has size {geometry.size}.")
     for lps, axis in ((0, 2), (1, 1), (2, 0)):  # of [z, y, x]
         length = geometry.shape[geometry.axes[lps]]
         positions = (np.arange(length) - geometry.offset[lps]) / geometry.scale[lps]
         values = _taps(positions, 0, geometry.size[axis]).interpolate(values, axis)
     array = values.T[tuple(slice(None, None, -1 if flip else 1) for flip in geometry.flips)]
-    # In the order of NIfTI's voxels, which it mostly has already.
+    # NIfTI's order of voxels, which most maps have at this point.
     return np.asfortranarray(array.transpose(np.argsort(geometry.axes))).reshape(geometry.shape, order="F")
 
 
 def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: CTGeometry | Mapping) -> Path:
     """Write a map on the tensor's grid as NIfTI (.nii or .nii.gz) with the shape and affine of the input file.
 
-    Where that states no grid, the map has the one under which it was read. The file appears complete or not at all.
+    If the file states no grid, the map has the grid under which the file was read. The map is written atomically.
+
+    Raises:
+        ValueError: the suffix is not .nii or .nii.gz, or the map's shape differs from `geometry.size`.
     """
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if suffix not in (".nii", ".nii.gz"):
-        raise ValueError(f"A map is written as .nii or .nii.gz, got {path.name}.")
+        raise ValueError(f"Maps are written as .nii or .nii.gz, got {path.name}.")
     geometry = CTGeometry.from_dict(geometry)
     affine = np.asarray(geometry.affine)
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
-    temporary = path.with_name(f".map-{uuid.uuid4().hex[:8]}{suffix}")  # tempfile's are for the user's eyes alone
+    # Not a file of `tempfile`, which only the user could read.
+    temporary = path.with_name(f".map-{uuid.uuid4().hex[:8]}{suffix}")
     try:
-        # Floats hardly compress at any level, and isal takes a tenth of the time of zlib.
+        # Floats hardly compress at any level, and isal takes a tenth of zlib's time.
         with igzip.open(temporary, "wb", compresslevel=1) if suffix == ".nii.gz" else open(temporary, "wb") as file:
             image.to_stream(file)
         os.replace(temporary, path)

@@ -116,7 +116,7 @@ REFUSED = {
     "no rotation": (
         set_tag("ImageOrientationPatient", [1, 0, 0, 0, 2, 0]),
         CTGeometryError,
-        "ImageOrientationPatient: no rotation",
+        "ImageOrientationPatient: not a rotation",
     ),
     "mixed spacing": (set_tag("PixelSpacing", [1, 1], 3), CTGeometryError, "PixelSpacing: not the same"),
     "mixed size": (
@@ -663,7 +663,7 @@ def test_series_of_equal_size_have_a_fixed_order(tmp_path):
 def test_a_fault_of_one_series_does_not_touch_the_other(tmp_path):
     write_dicom(tmp_path / "s" / "good", make_ct())
     write_dicom(tmp_path / "s" / "bad", make_ct((26, 22, 9)), change=set_tag("ImagePositionPatient", None))
-    with pytest.raises(CTReadError, match="2: 9 slices of 26 x 22 without a place"):
+    with pytest.raises(CTReadError, match="2: 9 slices of 26 x 22 without a position"):
         read_ct(tmp_path / "s")
     assert (read_ct(tmp_path / "s", series=1).array == make_ct()).all()
     with pytest.raises(CTGeometryError, match="ImagePositionPatient"):
@@ -794,6 +794,16 @@ def test_mutated_files_are_read_or_refused(tmp_path):
         except CTInputError as error:
             outcomes.add(type(error))
     assert {CTVolume, CTReadError, CTGeometryError} <= outcomes
+
+
+def test_pixel_data_with_the_type_of_a_sequence_is_refused(tmp_path):
+    folder = write_dicom(tmp_path / "s", make_ct())
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        start = content.rindex(b"\xe0\x7f\x10\0OW") + 4
+        path.write_bytes(content[:start] + b"SQ\0\0\xff\xff\xff\xff" + content[start + 8 :])
+    with pytest.raises(CTReadError, match="content: damaged"):
+        read_ct(folder)
 
 
 def test_mutated_archives_are_read_or_refused(tmp_path, temporary):

@@ -141,6 +141,10 @@ def test_wheel_carries_the_licence(wheel_members):
     assert names == {"LICENSE", "NOTICE"}
 
 
+def test_wheel_is_marked_as_typed(wheel_members):
+    assert "diffvp/py.typed" in wheel_members
+
+
 CORE = (
     "cli",
     "inference.report",

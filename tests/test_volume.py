@@ -101,6 +101,13 @@ def test_foreground_box_is_that_of_the_mask(seed, count, rescale):
     assert _foreground_box(volume, -900.0) == expected
 
 
+@pytest.mark.parametrize("dtype", ["smallest", "compat"])
+def test_nibabel_images_with_a_data_type_to_be_chosen_when_saved(dtype):
+    hu = make_ct()
+    image = nib.Nifti1Image(hu.astype(np.int64), lps_affine(), dtype=dtype)
+    assert read_ct(image).sha256 == read_ct(hu, SPACING).sha256
+
+
 def test_equals_monai_far_from_the_origin(tmp_path):
     """At voxel 500 the rounding of positions shows; ours has to round as torch does."""
     path = tmp_path / "scan.nii"
