@@ -59,7 +59,8 @@ WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
 MAX_TEXT_HEADER = 2**20  # bytes; the longest headers hold thousands of DICOM tags, or one file name per slice
 MAX_AXES = 16  # the limit of Teem, NRRD's reference library
 MAX_SKIP = 2**24  # bytes of another header before the voxels
-MAX_WORD = 32  # bytes of a number in voxels stored as text, including the following space
+MAX_WORD = 32  # bytes of a number in voxels stored as text, including the following space, on average
+LONGEST_WORD = 1024  # bytes of one number; all numbers of a chunk are parsed at the width of the longest
 MAX_UNIT_DEVIATION = 0.01  # of a direction's length from 1, because headers round
 
 
@@ -459,6 +460,8 @@ def _parse(words: list[bytes], values: np.ndarray, filled: int, source: str) -> 
     """Write the numbers in `words` to `values` from index `filled` on, and return the new number of filled values."""
     if filled + len(words) > len(values):
         raise CTReadError(source, "voxel data", "longer than promised", f"{len(values)} numbers")
+    if max(map(len, words), default=0) > LONGEST_WORD:
+        raise CTReadError(source, "voxel data", "not numbers", f"a text of {len(values)} numbers")
     try:
         numbers = np.array(words, dtype="S").astype(np.float64) if words else np.empty(0)
     except ValueError as error:

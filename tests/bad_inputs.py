@@ -520,6 +520,9 @@ NRRD = {
     "ascii, a fraction": (nrrd({"encoding": "ascii"}, TEXT.replace(b"-1000", b"-0.5", 1)), READ, "voxel data"),
     "ascii NaN": (nrrd({"encoding": "ascii", "type": "float"}, TEXT.replace(b"-1000", b"nan", 1)), VALUES, "voxels"),
     "ascii of nothing": (nrrd({"encoding": "ascii"}, b""), READ, "file size"),
+    "ascii, a number of 60 KB": (
+        nrrd({"encoding": "ascii"}, TEXT.replace(b"-1000", b"-" + b"0" * 60_000 + b"1000", 1)), READ, "voxel data",
+    ),
     "ascii of one long word": (nrrd({"encoding": "ascii"}, b"1" * 300_000), READ, "voxel data"),
     "ascii that claims 1000^3": (nrrd({"encoding": "ascii", "sizes": "1000 1000 1000"}, TEXT), READ, "file size"),
     "encoding bzip2": (nrrd({"encoding": "bzip2"}), READ, "encoding"),
