@@ -8,6 +8,7 @@ All reading and writing of weights starts here; `storage_diffvp.py` handles file
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +59,7 @@ logger = logging.get_logger(__name__)
 
 # The mixins are used together with PreTrainedModel, whose attributes type checkers have to know.
 _Model = PreTrainedModel if TYPE_CHECKING else object
+_AnyModel = TypeVar("_AnyModel", bound="DiffVPCheckpointMixin")
 _BaseModel = TypeVar("_BaseModel", bound="DiffVPBaseModelMixin")
 
 BASE_PREFIX = "language_model."
@@ -225,8 +227,12 @@ class DiffVPCheckpointMixin(_Model):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, config=None, **kwargs
-    ):
+        cls: type[_AnyModel],
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ) -> _AnyModel:
         """
         Load a checkpoint as in transformers, but strictly, and freeze the encoder and classifier of a larger model.
 
@@ -243,21 +249,21 @@ class DiffVPCheckpointMixin(_Model):
         kwargs = _habits(cls, kwargs)
         if model_args:
             raise TypeError(f"from_pretrained got unexpected argument(s): {model_args}.")
-        config, hub_kwargs = cls._read_config(name, config, kwargs)
+        own_config, hub_kwargs = cls._read_config(name, config, kwargs)
         files = locate_weights(name, **hub_kwargs)
-        expected, config.file_digests = config.file_digests, None
+        expected, own_config.file_digests = own_config.file_digests, None
         loading_info = kwargs.pop("output_loading_info", False)
-        options = kwargs | {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options = kwargs | {"config": own_config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         # transformers annotates the model alone, without the `output_loading_info`.
         loaded: Any
-        if cls._is_part_of(config):
-            loaded = super().from_pretrained(None, state_dict=cls._read_part(files, config), **options)
+        if cls._is_part_of(own_config):
+            loaded = super().from_pretrained(None, state_dict=cls._read_part(files, own_config), **options)
             loaded[0].name_or_path = str(name)
         else:
             loaded = super().from_pretrained(name, **options, **hub_kwargs)
         model, info = loaded
         # `_write` may store the adapter in this file, too. The model does not have the adapter yet.
-        inside = BASE_PREFIX if config.has_adapter else ()
+        inside = BASE_PREFIX if own_config.has_adapter else ()
         model._adapter_beside = {key for key in info["unexpected_keys"] if key.startswith(inside)}
         info["unexpected_keys"] = set(info["unexpected_keys"]) - model._adapter_beside
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -268,12 +274,14 @@ class DiffVPCheckpointMixin(_Model):
             for file, path in files.items():
                 check_digest(expected, file, path)
         model._freeze()
-        return (model, info) if loading_info else model
+        result: Any = (model, info) if loading_info else model
+        return result
 
     def _freeze(self) -> None:
         """Freeze parts of the model after loading. Does nothing by default; models override it."""
 
-    def save_pretrained(
+    # PreTrainedModel takes more arguments by position; here they are keywords.
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -397,8 +405,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
 
     @staticmethod
     def _keep_weights(language_model: PreTrainedModel) -> None:
@@ -418,7 +426,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         cls: type[_BaseModel],
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args,
-        config: DiffVPConfig | str | os.PathLike | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
         base_model_name_or_path: str | None = None,
         is_trainable: bool = False,
         **kwargs,
@@ -446,20 +454,20 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if model_args:
             raise TypeError(f"from_pretrained got unexpected argument(s): {model_args}.")
         loading_info = kwargs.pop("output_loading_info", False)
-        config, hub_kwargs = cls._read_config(name, config, kwargs)
-        if "DiffVPModel" in (config.architectures or []):
+        own_config, hub_kwargs = cls._read_config(name, config, kwargs)
+        if "DiffVPModel" in (own_config.architectures or []):
             raise DiffVPCheckpointError(
                 f"{name}: architectures: DiffVPModel, which is saved without the LLM's adapter (expected "
                 "DiffVPForConditionalGeneration)"
             )
-        adapter = cls._locate_adapter(name, config, hub_kwargs)
+        adapter = cls._locate_adapter(name, own_config, hub_kwargs)
         # Self-contained checkpoints hold the LLM's weights; all others name their base.
-        if config.base_model_name_or_path is None:
-            options = kwargs | {"config": config, "output_loading_info": True}
+        if own_config.base_model_name_or_path is None:
+            options = kwargs | {"config": own_config, "output_loading_info": True}
             loaded: Any = super().from_pretrained(name, **options, **hub_kwargs)
             model, info = loaded
         else:
-            model = cls._from_named_base(name, config, base_model_name_or_path, hub_kwargs, kwargs)
+            model = cls._from_named_base(name, own_config, base_model_name_or_path, hub_kwargs, kwargs)
             info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         if adapter is not None:
             load_adapter(model.language_model, adapter, is_trainable)
@@ -600,7 +608,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             config.text_config.vocab_size = len(embedding_weight(language_model))
             config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
             own |= {f"{BASE_PREFIX}{key}": value for key, value in llm.items()}
-        config.text_config._name_or_path = public_name(config.text_config._name_or_path)
+        text_config: Any = config.text_config
+        text_config._name_or_path = public_name(text_config._name_or_path)
         if resumed:
             own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
         # Two auto classes can load the checkpoint; transformers only writes the one registered for the class.
@@ -647,7 +656,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         """Names of the adapter's weights in the state dict."""
         return {f"{BASE_PREFIX}{key}" for key in adapter_names(self.language_model)}
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """
         Load a state dict as `torch.nn.Module` does, but never the own weights without the adapter trained with them.
 
