@@ -213,6 +213,7 @@ class DiffVPCheckpointMixin(_Model):
     def _read_config(cls, name, config, kwargs: dict) -> tuple[DiffVPConfig, dict]:
         """Return the configuration and the options that locate the other files; both are removed from `kwargs`."""
         hub_kwargs = {key: kwargs.pop(key) for key in (*HUB_KWARGS, "subfolder") if key in kwargs}
+        found: Any = config
         if not isinstance(config, PreTrainedConfig):
             overridable = cls._config_fields() - {"dtype"}
             overrides = {key: kwargs.pop(key) for key in overridable & kwargs.keys()}
@@ -222,8 +223,8 @@ class DiffVPCheckpointMixin(_Model):
             if os.path.isdir(place) and not os.path.isfile(inside):
                 raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: not a checkpoint, or an incomplete one.")
             config_class: Any = cls.config_class
-            config = config_class.from_pretrained(place, **hub_kwargs, **overrides)
-        return copy.deepcopy(config), hub_kwargs
+            found = config_class.from_pretrained(place, **hub_kwargs, **overrides)
+        return copy.deepcopy(found), hub_kwargs
 
     @classmethod
     def from_pretrained(
@@ -506,14 +507,14 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         generation_config = kwargs.pop("generation_config", None)
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = config.dtype or torch.float32
-        base = _named_base(config) if elsewhere is None else (elsewhere,)
+        base, revision, gguf_file = _named_base(config) if elsewhere is None else (elsewhere, None, None)
         files = locate_weights(name, **hub_kwargs)
         base_hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
-        language_model = load_base_model(*base, **base_hub_kwargs, **kwargs)
+        language_model = load_base_model(base, revision, gguf_file, **base_hub_kwargs, **kwargs)
         for field in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
             found, expected = getattr(language_model.config, field), getattr(config.text_config, field)
             if found != expected:
-                raise DiffVPCheckpointError(f"{base[0]}: {field} is {found}, the checkpoint was made for {expected}.")
+                raise DiffVPCheckpointError(f"{base}: {field} is {found}, the checkpoint was made for {expected}.")
         expected_digests, config.file_digests = config.file_digests, None
         model = cls(config, language_model=language_model)
         own = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE_PREFIX)}
@@ -626,7 +627,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             self.drafts.save(folder)
         self._write_weights(folder, is_main_process, own, own_weights=not whole, **kwargs)
 
-    def push_to_hub(self, *args, **kwargs):
+    # transformers wraps its own method, so that type checkers see a variable.
+    def push_to_hub(self, *args, **kwargs):  # pyright: ignore[reportIncompatibleVariableOverride]
         """
         Push to the Hub as in transformers.
 

@@ -185,8 +185,9 @@ class DiffVPDataCollator:
         if name is None:
             raise ValueError("A case has no `id`, which is needed to draw its reference.")
         for drawn in rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0))):
-            given = self.references is not None or pool is None
-            scan = references[drawn] if given else pool.fetch(references[drawn])
+            scan = references[drawn]
+            if self.references is None and pool is not None:
+                scan = pool.fetch(scan)
             volume, other = self._volume(scan)
             if content is None or other != content:
                 return volume
