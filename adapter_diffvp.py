@@ -1,12 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The LLM's adapter: what it is, its files, and how it is folded into the weights."""
+"""The LLM's adapter: find it, save it, load it, and merge it into the weights."""
 
 import copy
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,22 +16,29 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .storage_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError
 
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-_PEFT_PREFIX = "base_model.model."  # what PEFT's own loader expects
-_COLUMNS = 4096
+_PEFT_PREFIX = "base_model.model."  # the prefix of keys that PEFT's own loader expects
+_COLUMNS = 4096  # 8-byte words per row when a large tensor is summed for its fingerprint
 
 
-def find_adapter(language_model: nn.Module) -> tuple[str, PeftConfig] | None:
+def embedding_weight(language_model: PreTrainedModel) -> torch.Tensor:
+    """Return the weight (vocabulary, width) of an LLM's input embeddings."""
+    embeddings: Any = language_model.get_input_embeddings()  # torch types attributes as Tensor | Module
+    return embeddings.weight
+
+
+def find_adapter(language_model: PreTrainedModel) -> tuple[str, PeftConfig] | None:
     """
-    Name and config of the adapter that acts in an LLM; `None` without one.
+    Return the name and config of the LLM's active adapter, or `None` if it has no adapter.
 
     Raises:
-        DiffVPCheckpointError: what acts is not one whole adapter that `add_adapter` or a checkpoint brought, and so
-            can neither be saved nor merged as it is.
+        DiffVPCheckpointError: the PEFT layers are not exactly one complete, active, unmerged adapter added by
+            `add_adapter` or loaded from a checkpoint. They can then be neither saved nor merged.
     """
     wrappers = [module for module in language_model.modules() if isinstance(module, _WRAPPERS)]
     if not wrappers:
@@ -39,26 +47,28 @@ def find_adapter(language_model: nn.Module) -> tuple[str, PeftConfig] | None:
         raise DiffVPCheckpointError(
             "PEFT layers were put into the LLM from outside: use model.language_model.add_adapter(lora_config)."
         )
-    names = sorted(language_model.peft_config)
+    configs: dict[str, Any] = language_model.peft_config
+    names = sorted(configs)
     if len(names) != 1:
         raise DiffVPCheckpointError(
-            f"The LLM has {len(names)} adapters ({', '.join(names)}), a checkpoint has one: delete the others with "
-            "model.language_model.delete_adapter(name)."
+            f"The LLM has {len(names)} adapters ({', '.join(names)}), but a checkpoint holds one: delete the others "
+            "with model.language_model.delete_adapter(name)."
         )
     if any(module.disable_adapters or not module.active_adapters for module in wrappers):
         raise DiffVPCheckpointError(
-            f"The adapter {names[0]} is disabled, at least in part, and the LLM speaks without it: activate it with "
+            f"The adapter {names[0]} is disabled, at least in part, so the LLM runs without it: activate it with "
             f"model.language_model.set_adapter({names[0]!r}) and enable_adapters(), or delete it."
         )
     if any(module.merged for module in wrappers if isinstance(module, BaseTunerLayer)):
         raise DiffVPCheckpointError(
-            "The adapter's layers were merged one by one and would act twice: unmerge() them, and use merge_adapter()."
+            "The adapter's layers were merged one by one, so the adapter would apply twice: unmerge() them, and call "
+            "merge_adapter() instead."
         )
-    return names[0], language_model.peft_config[names[0]]
+    return names[0], configs[names[0]]
 
 
 def base_names(language_model: nn.Module, keys) -> dict[str, str]:
-    """{name in the state of an LLM with an adapter: name in the LLM without}; what is the adapter's is left out."""
+    """Map each base weight's name in the state of an adapted LLM to its name without the adapter."""
     kept = {
         name: "base_layer"
         if isinstance(module, BaseTunerLayer)
@@ -69,7 +79,7 @@ def base_names(language_model: nn.Module, keys) -> dict[str, str]:
     names = {}
     for key in keys:
         plain = key
-        for name in reversed(kept):  # the innermost first, as wrappers may be nested
+        for name in reversed(kept):  # innermost first, because wrappers may be nested
             if plain is not None and plain.startswith(f"{name}."):
                 inside = plain.removeprefix(f"{name}.{kept[name]}.")
                 plain = None if inside == plain else f"{name}.{inside}"
@@ -79,7 +89,7 @@ def base_names(language_model: nn.Module, keys) -> dict[str, str]:
 
 
 def adapter_names(language_model: nn.Module) -> set[str]:
-    """Names in the state of an LLM of what is its adapter's."""
+    """Names of the adapter's weights in the LLM's state dict."""
     state = language_model.state_dict()
     original = {
         f"{name}.original_module."
@@ -91,9 +101,9 @@ def adapter_names(language_model: nn.Module) -> set[str]:
 
 def fingerprints(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
     """
-    Of each tensor its type, shape and a digest of its bits; `None` for one that is not in memory.
+    Return each tensor's type, shape and digest of its bits as one string, or `None` for a tensor on the meta device.
 
-    A large tensor is summed over columns first, in one pass on the device it is on; tied weights are read once.
+    Large tensors are first reduced to column sums, in one pass on their own device. Tied weights are read once.
     """
     seen: dict[tuple, str | None] = {}
     found = {}
@@ -119,11 +129,11 @@ def _fingerprint(tensor: torch.Tensor) -> str | None:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
-def locate_adapter(name: str, **hub_kwargs) -> str | None:
+def locate_adapter(name: str | os.PathLike, **hub_kwargs) -> str | None:
     """
-    The folder of a checkpoint's LoRA weights on this machine; `None` if it has none.
+    Return the local folder of a checkpoint's LoRA weights, or `None` if it has none.
 
-    PEFT and transformers take a subfolder too, but transformers 5.19 looks for it in Hub repositories alone and would
+    PEFT and transformers accept a subfolder too, but transformers 5.19 looks for it only in Hub repositories and would
     load a local checkpoint without its adapter.
     """
     inside = "/".join(part for part in (hub_kwargs.get("subfolder"), ADAPTER_SUBFOLDER) if part)
@@ -132,7 +142,7 @@ def locate_adapter(name: str, **hub_kwargs) -> str | None:
     if config is None:
         return None
     weights = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)
-    return str(Path(weights).parent)
+    return None if weights is None else str(Path(weights).parent)
 
 
 def save_adapter(
@@ -143,22 +153,28 @@ def save_adapter(
     base_model_name_or_path: str | None,
     base_model_revision: str | None,
 ) -> None:
-    """Write the adapter as PEFT does; `state` is the LLM's, with or without the base's weights."""
+    """
+    Write the adapter in PEFT's format.
+
+    Args:
+        adapter: name and config, from [`find_adapter`].
+        state: state dict of the LLM, with or without the base weights.
+        base_model_name_or_path, base_model_revision: recorded in the adapter's config.
+    """
     name, config = adapter
     config = copy.deepcopy(config)
-    # PEFT would write the path that the base happened to be loaded from on this machine.
+    # PEFT would write the local path from which the base was loaded.
     config.base_model_name_or_path = base_model_name_or_path
     config.revision = base_model_revision
-    config.inference_mode = True  # as PEFT's own save_pretrained: whoever loads it asks for training
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # PiSSA and its like change the base when they start, and would once more
+    config.inference_mode = True  # as in PEFT's save_pretrained: training is chosen on loading
+    _initialise_plainly(config)
     for field, value in vars(config).items():
-        if isinstance(value, set):  # whose order is another in each process
+        if isinstance(value, set):  # the order of a set differs between processes
             setattr(config, field, sorted(value))
     weights = get_peft_model_state_dict(
         language_model, state_dict=dict(state), adapter_name=name, save_embedding_layers=False
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(
         {f"{_PEFT_PREFIX}{key}": value.detach().cpu().clone().contiguous() for key, value in weights.items()},
         Path(folder) / ADAPTER_SAFE_WEIGHTS_NAME,
@@ -166,26 +182,32 @@ def save_adapter(
     )
 
 
+def _initialise_plainly(config: Any) -> None:
+    """Reset the initialisation: PiSSA and similar methods change the base when `config`'s adapter is created."""
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True
+
+
 def load_adapter(language_model: PreTrainedModel, folder: str | os.PathLike, is_trainable: bool) -> None:
     """
-    Put a saved adapter into an LLM by PEFT's own functions: transformers' `load_adapter` loses DoRA's magnitudes.
+    Load a saved adapter into an LLM with PEFT's own functions: transformers' `load_adapter` loses DoRA's magnitudes.
 
     Raises:
-        DiffVPCheckpointError: a weight is missing, unexpected or of another shape, or part of the LLM is offloaded.
+        DiffVPCheckpointError: a weight is missing, unexpected or has a different shape, or part of the LLM is
+            offloaded.
     """
     if any(parameter.device.type == "meta" for parameter in language_model.parameters()):
         raise DiffVPCheckpointError(
-            "Part of the LLM is offloaded, where no adapter would reach it: load the checkpoint without offloading, "
-            "export_merged() it, and load that with the device_map."
+            "Part of the LLM is offloaded, and the adapter cannot be applied there: load the checkpoint without "
+            "offloading, write it with export_merged(), and load the export with the device_map."
         )
     config = PeftConfig.from_pretrained(str(folder))
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True
+    _initialise_plainly(config)
     language_model.add_adapter(config)
     path = Path(folder) / ADAPTER_SAFE_WEIGHTS_NAME
     state = {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(path).items()}
     expected = get_peft_model_state_dict(language_model, save_embedding_layers=False)
-    # PEFT saves the weights of embeddings along with an adapter of theirs; they are the base's.
+    # PEFT saves the embedding weights together with an adapter on the embeddings, but they belong to the base.
     state = {key: value for key, value in state.items() if key in expected or ".base_layer." not in key}
     check_weights(path, state, expected)
     set_peft_model_state_dict(language_model, state)
@@ -195,8 +217,13 @@ def load_adapter(language_model: PreTrainedModel, folder: str | os.PathLike, is_
 
 def check_weights(path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """
+    Compare the weights `found` in a file with those `expected` by the model.
+
+    Args:
+        path: file of the weights, for the message.
+
     Raises:
-        DiffVPCheckpointError: a weight is missing, unexpected or of another shape.
+        DiffVPCheckpointError: a weight is missing, unexpected or has a different shape.
     """
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -214,16 +241,19 @@ def check_weights(path, found: dict[str, torch.Tensor], expected: dict[str, torc
 
 def merge_into_weights(language_model: PreTrainedModel) -> Callable[[], None]:
     """
-    Fold the adapter into the weights of an LLM, in place. Returns what undoes it, bit for bit.
+    Merge the adapter into the weights of an LLM, in place.
 
-    Embeddings and head that were tied and no longer are the same become two weights.
+    Tied embeddings and head become separate weights if the merge makes them differ.
+
+    Returns:
+        A function that undoes the merge, bit for bit.
 
     Raises:
-        DiffVPCheckpointError: the LLM is quantised or offloaded, the adapter cannot be merged, or the merged LLM says
-            something else. The LLM is then as it was.
+        DiffVPCheckpointError: the LLM is quantised or offloaded, the adapter cannot be merged, or the merged LLM
+            returns different logits. The LLM is left unchanged.
     """
     if getattr(language_model, "is_quantized", False):
-        raise DiffVPCheckpointError("LoRA is not merged into a quantised LLM, the sum would be rounded again.")
+        raise DiffVPCheckpointError("LoRA cannot be merged into a quantised LLM: the sum would be rounded again.")
     adapter = find_adapter(language_model)
     if adapter is None:
         return lambda: None
@@ -235,7 +265,7 @@ def merge_into_weights(language_model: PreTrainedModel) -> Callable[[], None]:
     try:
         _unload(language_model)
         found = _probe(language_model, config)
-        # In half precision the sum of weight and adapter is rounded to a few bits: what is left to see is a wrong one.
+        # In half precision the sum of weight and adapter is rounded to a few bits: only gross errors can be detected.
         tolerance = min(1e3 * torch.finfo(language_model.dtype).eps, 0.1) * float(expected.abs().max())
         error = float((found - expected).abs().max())
         if not error <= tolerance:
@@ -246,14 +276,14 @@ def merge_into_weights(language_model: PreTrainedModel) -> Callable[[], None]:
     except DiffVPCheckpointError:
         undo()
         raise
-    except Exception as error:  # whatever PEFT says of a kind of adapter: nothing may stay half merged
+    except Exception as error:  # PEFT's errors depend on the adapter, and none may leave the LLM partly merged
         undo()
-        raise DiffVPCheckpointError(f"PEFT does not merge this adapter ({type(error).__name__}: {error}).") from error
+        raise DiffVPCheckpointError(f"PEFT cannot merge this adapter ({type(error).__name__}: {error}).") from error
     return undo
 
 
-def _outermost(language_model: nn.Module) -> dict[str, nn.Module]:
-    """The wrapped modules by name, each with all of its wrappers."""
+def _outermost(language_model: nn.Module) -> dict[str, Any]:
+    """Return the outermost PEFT wrappers by module name; nested wrappers are inside them."""
     found = {}
     for name, module in language_model.named_modules():
         if isinstance(module, _WRAPPERS) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -284,7 +314,7 @@ def _unload(language_model: PreTrainedModel) -> None:
 
 
 def _untie(language_model: nn.Module, wrapped: str) -> None:
-    """Give a wrapped module weights of its own, if others share them: merging would change both."""
+    """Copy the weights that a wrapped module shares with other modules: merging would change both."""
     shared = {
         id(parameter)
         for name, parameter in language_model.named_parameters(remove_duplicate=False)
@@ -299,20 +329,20 @@ def _untie(language_model: nn.Module, wrapped: str) -> None:
 def _remember(language_model: PreTrainedModel, adapter_name: str, config: PeftConfig) -> Callable[[], None]:
     wrappers = _outermost(language_model)
     weights = [
-        # On the CPU: there has to be room for the adapted weights twice, and an accelerator has the least.
+        # The copies are kept on the CPU: the adapted weights are held twice, and accelerator memory is scarcest.
         (module, name, parameter, parameter.detach().to("cpu", copy=True), parameter.requires_grad)
         for wrapper in wrappers.values()
         for module in wrapper.modules()
         for name, parameter in module.named_parameters(recurse=False)
     ]
-    # Some kinds merge by exchanging modules.
+    # Some adapter types are merged by replacing modules.
     children = [(module, dict(module._modules)) for wrapper in wrappers.values() for module in wrapper.modules()]
     tied, tie = language_model.all_tied_weights_keys, getattr(language_model.config, "tie_word_embeddings", False)
 
     def undo() -> None:
-        for module, its in children:
+        for module, submodules in children:
             module._modules.clear()
-            module._modules.update(its)
+            module._modules.update(submodules)
         for module, name, parameter, value, requires_grad in weights:
             parameter.data = value.to(parameter.device)
             setattr(module, name, parameter.requires_grad_(requires_grad))
@@ -323,7 +353,8 @@ def _remember(language_model: PreTrainedModel, adapter_name: str, config: PeftCo
             language_model.set_submodule(name, wrapper)
         language_model.all_tied_weights_keys = tied
         language_model.config.tie_word_embeddings = tie
-        language_model.peft_config = {adapter_name: config}
+        # transformers' protocol PeftConfigLike does not accept PEFT's own PeftConfig.
+        language_model.peft_config = {adapter_name: config}  # pyright: ignore[reportAttributeAccessIssue]
         language_model._hf_peft_config_loaded = True
 
     return undo
@@ -331,10 +362,10 @@ def _remember(language_model: PreTrainedModel, adapter_name: str, config: PeftCo
 
 @torch.no_grad()
 def _probe(language_model: PreTrainedModel, config: PeftConfig) -> torch.Tensor:
-    """Logits of some tokens from all over the vocabulary, those trained by themselves among them."""
+    """Return the logits of tokens spread over the vocabulary, including individually trained tokens."""
     own = getattr(config, "trainable_token_indices", None) or []
     own = [index for indices in own.values() for index in indices] if isinstance(own, dict) else own
-    vocabulary = language_model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(embedding_weight(language_model))
     ids = [*torch.linspace(0, vocabulary - 1, 16).long().tolist(), *own[:16]]
     training = language_model.training
     try:

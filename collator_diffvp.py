@@ -1,8 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-From cases to training batches of [`DiffVPForConditionalGeneration`]: for `transformers.Trainer`, for the project's own
-loop, and for any other.
+Collate cases into training batches of [`DiffVPForConditionalGeneration`], and draw their references.
+
+Works with `transformers.Trainer`, the project's own training loop, or any other.
 """
 
 import hashlib
@@ -13,40 +14,41 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-# Few lengths of batches: tensor cores want multiples of 8, and oneDNN keeps a compiled product for each shape it has
-# seen (with every length its own, a process grew by gigabytes an hour).
+# Keeps the number of batch lengths small: tensor cores need multiples of 8, and oneDNN keeps a compiled product for
+# each shape it has seen (without padding to multiples, a process grew by gigabytes an hour).
 PAD_MULTIPLE = 16
-FROZEN = ("ct_features", "reference_features", "diagnosis_logits")  # what `model.encode_inputs` gives
+FROZEN = ("ct_features", "reference_features", "diagnosis_logits")  # outputs of `model.encode_inputs`
 
 
 def rank_references(case: str, pool: Sequence[str], seed: int, epoch: int) -> list[str]:
     """
-    The pool's names in the random order of a case in an epoch: a function of (seed, epoch, case) alone, so that it
-    depends neither on the order of the data or the pool, nor on the batch, nor on the number of workers or processes.
-    A case is never its own reference.
+    Rank the names of a pool in a random order for a case in an epoch.
+
+    The order depends only on the seed, the epoch, the case and the names. It is independent of the order of the data
+    and the pool, of the batch, and of the number of workers and processes. A case is never its own reference.
 
     Raises:
-        ValueError: the pool holds nothing but the case itself.
+        ValueError: the pool holds no case other than `case`.
     """
     candidates = [name for name in pool if name != case]
     if not candidates:
-        raise ValueError(f"No reference for {case}: the pool holds {len(pool)} case(s), none of them another.")
+        raise ValueError(f"No reference for {case}: the pool holds {len(pool)} case(s), but no other case.")
     return sorted(candidates, key=lambda name: hashlib.sha256(f"{seed}:{epoch}:{case}:{name}".encode()).digest())
 
 
 def pair_reference(case: str, pool: Sequence[str], seed: int, epoch: int) -> str:
-    """The reference of a case in an epoch, the first of [`rank_references`]: uniform over the pool."""
+    """Return the reference of a case in an epoch: the first of [`rank_references`], uniform over the pool."""
     return rank_references(case, pool, seed, epoch)[0]
 
 
 class DiffVPDataset(Dataset):
     """
-    Cases that know the epoch, in which each gets another reference.
+    Dataset that adds the epoch to each case, so that the reference changes from epoch to epoch.
 
-    `Trainer` tells it through `set_epoch`.
+    `Trainer` sets the epoch through `set_epoch`.
 
     Args:
-        cases: what [`DiffVPDataCollator`] takes: a list of dicts, or a dataset of `datasets`.
+        cases: cases as [`DiffVPDataCollator`] takes them: a list of dicts, or a dataset of `datasets`.
     """
 
     def __init__(self, cases: Sequence[Mapping]):
@@ -54,6 +56,7 @@ class DiffVPDataset(Dataset):
         self.epoch = torch.tensor(0).share_memory_()  # seen by workers that outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch from which references are drawn, also in running workers."""
         self.told = True
         self.epoch.fill_(epoch)
 
@@ -62,14 +65,17 @@ class DiffVPDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """
+        Return a case with its `epoch`.
+
         Raises:
-            RuntimeError: nobody tells the epoch: all epochs would have the same references.
+            RuntimeError: several processes run and `set_epoch` was never called, so that all epochs would have the
+                same references.
         """
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several and torch.distributed.get_world_size() > 1 and not self.told:
             raise RuntimeError(
-                "With several processes accelerate tells the epoch to its sampler instead of the dataset: all epochs "
-                "would have the same references. Set "
+                "With several processes, accelerate sets the epoch of its sampler instead of the dataset, so that all "
+                "epochs would have the same references. Set "
                 "TrainingArguments(accelerator_config={'use_seedable_sampler': False}), or call set_epoch yourself."
             )
         return {**self.cases[index], "epoch": int(self.epoch)}
@@ -77,30 +83,33 @@ class DiffVPDataset(Dataset):
 
 class DiffVPDataCollator:
     """
-    Cases to a batch: scans and references read, reports encoded with their end token, padding on the right, labels of
-    -100 on everything but the report.
+    Collate cases into a batch.
 
-    A case is a dict of
+    Scans and references are read, and reports are encoded with their end token. Padding is on the right, and the
+    labels are -100 everywhere except on the report.
+
+    A case is a dict with
 
     - `report`: text, or token ids with the end token;
-    - `ct`: whatever the processor reads, or a tensor (1, depth, height, width) that it has made; or instead of both
-      scans what `model.encode_inputs` gives of them (`ct_features`, `reference_features`, `diagnosis_logits`), without
-      the batch's axis;
-    - `reference`, of the same kinds: by default one of `references`;
-    - `diagnosis_labels` (*optional*): 0 or 1 of each finding, for the auxiliary loss;
-    - `text` (*optional*): another instruction than the processor's;
-    - `id` (*optional*): on which, with the seed and the `epoch` that [`DiffVPDataset`] adds, the drawn reference
-      depends; by default the name of the scan's file.
+    - `ct`: any input of the processor, or a tensor (1, depth, height, width) made by it. Instead of both scans, a case
+      may have the outputs of `model.encode_inputs` (`ct_features`, `reference_features`, `diagnosis_logits`) without
+      their batch axis;
+    - `reference` (*optional*): of the same types as `ct`; by default drawn from `references`;
+    - `diagnosis_labels` (*optional*): 0 or 1 for each finding, for the auxiliary loss;
+    - `text` (*optional*): an instruction other than the processor's;
+    - `id` (*optional*): determines the drawn reference, together with the seed and the `epoch` that [`DiffVPDataset`]
+      adds; by default the file name of the scan.
 
-    Other entries are passed over. `Trainer` needs `remove_unused_columns=False`, or it takes away what `forward` does
-    not name before the collator has seen it.
+    Other entries are ignored. `Trainer` needs `remove_unused_columns=False`: otherwise it removes entries that are no
+    arguments of `forward` before they reach the collator.
 
     Args:
-        processor ([`DiffVPProcessor`]): of the model.
-        references: normal scans by their ids, of whatever kinds `ct` may be; by default the pool of the processor.
-        seed: of the drawing of references.
-        max_report_tokens: longest report with its end token; `None` has no limit.
-        truncate_reports: cut longer ones, instead of raising an error: a cut report teaches to stop early.
+        processor ([`DiffVPProcessor`]): processor of the model.
+        references: normal scans by id, of the same types as `ct`; by default the pool of the processor.
+        seed: seed for drawing references.
+        max_report_tokens: maximum length of a report with its end token; `None` for no limit.
+        truncate_reports: truncate longer reports instead of raising an error. Truncated reports teach the model to
+            stop early.
     """
 
     def __init__(
@@ -118,13 +127,15 @@ class DiffVPDataCollator:
 
     def __call__(self, cases: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         """
+        Collate cases into a batch.
+
         Returns:
-            `ct` and `reference` (batch, 1, depth, height, width), or the frozen tensors instead; `input_ids`,
-            `attention_mask` and `labels` (batch, length), the length a multiple of 16; `diagnosis_labels`
-            (batch, labels), float.
+            `ct` and `reference` (batch, 1, depth, height, width), or the outputs of `model.encode_inputs` instead;
+            `input_ids`, `attention_mask` and `labels` (batch, length), with a length that is a multiple of 16;
+            `diagnosis_labels` (batch, labels), float.
 
         Raises:
-            ValueError: a case lacks its report or its scan, or some cases have labels and others do not.
+            ValueError: a case has no report or no scan, or only some cases have an optional entry.
             CTInputError: a scan cannot be read.
         """
         cases = [dict(case) for case in cases]
@@ -139,7 +150,7 @@ class DiffVPDataCollator:
         return batch | self._text(cases)
 
     def _tensors(self, case: dict) -> dict[str, torch.Tensor]:
-        """All of a case but its text."""
+        """Return all inputs of a case except its text."""
         tensors = {name: torch.as_tensor(case[name]) for name in FROZEN if case.get(name) is not None}
         if case.get("ct") is not None:
             tensors["ct"], content = self._volume(case["ct"])
@@ -153,14 +164,14 @@ class DiffVPDataCollator:
         return tensors
 
     def _volume(self, scan) -> tuple[torch.Tensor, str | None]:
-        """A scan as the model takes it, and the digest of its content where it is read here."""
+        """Return a scan as a tensor, and the digest of its content if it is read here."""
         if isinstance(scan, torch.Tensor) and scan.ndim == 4:
             return scan, None
         features = self.processor.image_processor(scan, digest=True, return_tensors="pt")
         return features["ct"][0], features["geometry"][0].sha256
 
     def _reference(self, case: dict, content: str | None) -> torch.Tensor | None:
-        """The case's own reference or a drawn one; `None` without a pool, for models that compare with nothing."""
+        """Return the case's reference or draw one. `None` without a pool, for models without a reference."""
         if case.get("reference") is not None:
             return self._volume(case["reference"])[0]
         pool, references = self.processor.reference_pool, self.references
@@ -172,13 +183,15 @@ class DiffVPDataCollator:
         if name is None and isinstance(case["ct"], (str, Path)):
             name = Path(case["ct"]).name
         if name is None:
-            raise ValueError("A case has no `id`, by which its reference is drawn.")
+            raise ValueError("A case has no `id`, which is needed to draw its reference.")
         for drawn in rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0))):
-            scan = references[drawn] if self.references is not None else pool.fetch(references[drawn])
+            scan = references[drawn]
+            if self.references is None and pool is not None:
+                scan = pool.fetch(scan)
             volume, other = self._volume(scan)
             if content is None or other != content:
                 return volume
-        raise ValueError(f"No reference for {name}: the pool holds no scan but its own.")
+        raise ValueError(f"No reference for {name}: the pool holds no other scan.")
 
     def _text(self, cases: list[dict]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(case.get("text")) for case in cases]
@@ -204,7 +217,7 @@ class DiffVPDataCollator:
         report = case.get("report")
         if report is None:
             raise ValueError(
-                f"A case has no `report`, but {', '.join(sorted(case)) or 'nothing'}. Trainer takes it away "
+                f"A case has no `report`, but {', '.join(sorted(case)) or 'nothing'}. Trainer removes it "
                 "unless remove_unused_columns=False."
             )
         if isinstance(report, str):

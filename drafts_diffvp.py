@@ -1,37 +1,38 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Drafts of what a report says next, which the LLM checks many tokens at a time: the same words in fewer steps.
+Draft the next tokens of a report, and let the LLM check many at a time: the same report in fewer steps.
 
-Reports of a department repeat each other. [`ReportDrafts`] knows which token most often follows the last few;
-[`DraftedDecoding`] lets the LLM read such a continuation in one step and keeps what it would have written itself,
-token by token. A step of sixteen tokens costs little more than a step of one, which reads the same weights.
+Reports of one department repeat each other. [`ReportDrafts`] stores which token most often follows the last few
+tokens. [`DraftedDecoding`] lets the LLM read such a continuation in one step and keeps the tokens that the LLM would
+have written itself. A step of sixteen tokens costs little more than a step of one: both read the same weights.
 
-Sums of a longer step are rounded otherwise in the last digit, as they are in a batch: where two words tie to that
-digit, either may be written.
+As in a batch, sums in a longer step are rounded differently in the last digit. If two tokens tie up to that digit,
+either may be written.
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from .pipeline_diffvp import end_tokens
 from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from .threads_diffvp import quickest_threads
 
-START = -1  # stands before the first token of a report
-CONTEXT = 8  # tokens that a draft looks back; more were no better on phantoms
-DRAFT_TOKENS = 16  # a row's draft at most; on two cores longer ones cost more than they save
-STEP_TOKENS = 64  # of all rows in a step: beyond, a processor computes as long as it reads weights
+START = -1  # placed before the first token of a report
+CONTEXT = 8  # number of previous tokens that a draft depends on; more gave no improvement on phantoms
+DRAFT_TOKENS = 16  # maximum length of a row's draft; on two cores, longer drafts cost more than they save
+STEP_TOKENS = 64  # maximum of all rows in a step; above it, computing takes as long as reading the weights
 MIN_PATIENTS = 10
 
-# Greedy decoding with these, and no others, can be checked many tokens at a time.
+# Drafts require greedy decoding with no other options than these.
 CHECKABLE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "min_new_tokens", "min_length",
     "do_sample", "num_beams", "temperature", "top_k", "top_p", "use_cache", "output_attentions",
@@ -42,11 +43,11 @@ CHECKABLE = {
 
 class ReportDrafts:
     """
-    Which token follows a few others in most reports.
+    Table of the tokens that most often follow short sequences in reports.
 
     Args:
-        following: {tokens: the token that follows them}; the longest tokens that end a text count.
-        min_patients: in how many patients' reports each entry occurs at least.
+        following: {tokens: the token that follows them}; the longest entry that matches the end of a text applies.
+        min_patients: minimum number of patients in whose reports each entry occurs.
 
     ```python
     drafts = ReportDrafts.build([processor.encode_report(text) for text in reports], patients)
@@ -62,12 +63,12 @@ class ReportDrafts:
         cls, reports: Iterable[Sequence[int]], patients: Iterable[str], min_patients: int = MIN_PATIENTS
     ) -> "ReportDrafts":
         """
-        Count what follows what.
+        Count which tokens follow which sequences.
 
         Args:
-            reports: token ids of each, with the end token.
-            patients: whose report it is. A sequence of tokens of fewer than `min_patients` patients, be it a name, a
-                number or a rare finding, is left out.
+            reports: token ids of each report, with the end token.
+            patients: the patient of each report.
+            min_patients: sequences from fewer patients, such as a name, a number or a rare finding, are left out.
         """
         owners: dict[tuple[int, ...], set[str]] = defaultdict(set)
         for report, patient in zip(reports, patients, strict=True):
@@ -83,12 +84,12 @@ class ReportDrafts:
         for context in sorted(counts, key=lambda tokens: (len(tokens), tokens)):
             most = max(counts[context].values())
             token = min(token for token, count in counts[context].items() if count == most)
-            if _longest(following, context[1:]) != token or not context:  # else the shorter context says it
+            if _longest(following, context[1:]) != token or not context:  # else the shorter context is enough
                 following[context] = token
         return cls(following, min_patients)
 
     def continuation(self, written: Sequence[int], count: int) -> list[int]:
-        """At most `count` tokens that may follow the `written` ones of a report."""
+        """Draft at most `count` tokens after the tokens that are already `written`."""
         context, draft = (START, *written)[-CONTEXT:], []
         while len(draft) < count and (token := _longest(self.following, context)) is not None:
             draft.append(token)
@@ -96,7 +97,7 @@ class ReportDrafts:
         return draft
 
     def save(self, folder: Path) -> Path:
-        """Write the file of a checkpoint; where it is."""
+        """Write the drafts into the folder of a checkpoint, and return the path."""
         path = folder / DRAFTS_NAME
         entries = sorted([*context, token] for context, token in self.following.items())
         document = {"min_patients": self.min_patients, "following": entries}
@@ -106,8 +107,10 @@ class ReportDrafts:
     @classmethod
     def load(cls, path: str, vocab_size: int) -> "ReportDrafts":
         """
+        Load the drafts of a checkpoint.
+
         Raises:
-            DiffVPCheckpointError: the file is damaged, or of another tokenizer.
+            DiffVPCheckpointError: the file is damaged or belongs to another tokenizer.
         """
         expected = f"rows of token ids below {vocab_size}, as save_pretrained writes them"
         try:
@@ -127,7 +130,7 @@ def _is_entry(row, vocab_size: int) -> bool:
 
 
 def _longest(following: dict[tuple[int, ...], int], context: tuple[int, ...]) -> int | None:
-    """What follows the longest end of `context` that is known."""
+    """Return the token that follows the longest known suffix of `context`."""
     for begin in range(len(context) + 1):
         token = following.get(context[begin:])
         if token is not None:
@@ -144,17 +147,20 @@ def decode(
     **kwargs,
 ) -> torch.LongTensor:
     """
-    The LLM's `generate` after a prompt of embeddings, with drafts where they change nothing but the time.
+    Run the LLM's `generate` on a prompt of embeddings, with drafts if they only change the speed.
 
-    Greedy decoding alone has drafts. `num_assistant_tokens` of the config, transformers' own field for this, is the
-    length of a draft; 0 is none.
+    Drafts are used only in greedy decoding. The config's `num_assistant_tokens`, transformers' own field, sets the
+    length of a draft; 0 turns drafts off.
 
     Args:
+        drafts: drafts of the checkpoint; `None` decodes without.
         embeddings, mask: (batch, length, h) and (batch, length), padded on the left.
-        kwargs: more arguments of `generate`.
+        decoding: config of the call.
+        kwargs: further arguments of `generate`.
     """
+    generator: Any = language_model  # `generate` comes from GenerationMixin, not PreTrainedModel
     length = DRAFT_TOKENS if decoding.num_assistant_tokens is None else decoding.num_assistant_tokens
-    # Of several rows at their own pace, nobody could be told what the others write meanwhile.
+    # Streamers and stopping criteria expect all rows to advance together, but with drafts each row has its own pace.
     followed = len(embeddings) > 1 and (kwargs.get("streamer"), kwargs.get("stopping_criteria")) != (None, None)
     others = {key for key, value in kwargs.items() if value is not None} - {"streamer", "stopping_criteria"}
     asked = {key for key in decoding.to_diff_dict() if key[0] != "_"}
@@ -162,23 +168,21 @@ def decode(
     if drafts is not None and length and plain and not followed and not decoding.return_dict_in_generate:
         kwargs["custom_generate"] = DraftedDecoding(drafts, length, kwargs.get("streamer"))
     with quickest_threads(language_model, len(embeddings) * (DRAFT_TOKENS if "custom_generate" in kwargs else 1)):
-        return language_model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs
-        )
+        return generator.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs)
 
 
 class DraftedDecoding:
     """
-    A decoding loop for `generate(custom_generate=)`: greedy, each row with drafts of its own.
+    Greedy decoding loop for `generate(custom_generate=)`, with separate drafts for each row.
 
-    transformers has such a loop for one row, which begins with the prompt's ids. A prompt of embeddings has none, and
-    here rows go on at their own pace: what a row did not accept stays in the cache of keys and values, masked, until
-    all rows are past it.
+    transformers has such a loop for one row and a prompt of token ids. Here, the prompt consists of embeddings, and
+    each row advances at its own pace: tokens that a row rejects stay in the key-value cache, masked, until all rows
+    are past them.
     """
 
     def __init__(self, drafts: ReportDrafts, length: int, streamer=None):
         self.drafts, self.length = drafts, length
-        self.streamer = streamer  # transformers 5.19 does not hand it to such a loop
+        self.streamer = streamer  # transformers 5.19 does not pass it to custom loops
 
     def __call__(
         self,
@@ -189,27 +193,31 @@ class DraftedDecoding:
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         **kwargs,
-    ) -> torch.LongTensor:
-        cache, embeddings, mask = (kwargs.get(key) for key in ("past_key_values", "inputs_embeds", "attention_mask"))
-        positions, keeps = kwargs.get("position_ids"), "logits_to_keep" in kwargs
-        # Of other layers, windows and states, nothing can be taken back; without positions a gap would count.
+    ) -> torch.Tensor:
+        cache, mask, positions = (kwargs.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
+        prompt: torch.Tensor = kwargs["inputs_embeds"]
+        embeddings: torch.Tensor | None = prompt  # `None` after the first step
+        keeps = "logits_to_keep" in kwargs
+        # Sliding windows and recurrent states cannot be rewound. Without position ids, masked gaps would be counted.
+        placed = len(prompt) == 1 if positions is None else positions.ndim == 2
         rewinds = isinstance(cache, DynamicCache) and {type(layer) for layer in cache.layers} == {DynamicLayer}
-        placed = len(embeddings) == 1 if positions is None else positions.ndim == 2
-        if synced_gpus or not rewinds or not placed:
-            return type(model)._sample(
+        if synced_gpus or not placed or not isinstance(cache, DynamicCache) or not rewinds:
+            sampler: Any = type(model)  # `_sample` comes from GenerationMixin, not PreTrainedModel
+            return sampler._sample(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
                 **kwargs | {"streamer": self.streamer},
             )  # fmt: skip
-        device, embed = embeddings.device, model.get_input_embeddings()
-        rows, written = list(range(len(embeddings))), [[] for _ in embeddings]
-        place = None if positions is None else positions[:, -1]  # of the last token that is in the cache and counts
+        device, embed = prompt.device, model.get_input_embeddings()
+        rows, written = list(range(len(prompt))), [[] for _ in prompt]
+        place = None if positions is None else positions[:, -1]  # of the last unmasked token in the cache
         if mask is None and len(rows) > 1:
-            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=device)
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=device)
         while rows:
             drafts = self._draft(rows, written, generation_config.max_length)
             width = max(map(len, drafts))
             fed = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=device).long()
-            if embeddings is not None:  # the prompt, and a draft of how any report begins
+            inputs: dict[str, Any]
+            if embeddings is not None:  # the prompt, and a draft of the beginning of a report
                 inputs = {"inputs_embeds": torch.cat([embeddings, embed(fed).to(embeddings)], dim=1)}
                 first = width
             else:
@@ -221,8 +229,9 @@ class DraftedDecoding:
             if place is not None:
                 own = torch.tensor([len(draft) + first - width for draft in drafts], device=device)
                 ahead = torch.arange(1, first + 1, device=device)
-                inputs["position_ids"] = place[:, None] + torch.minimum(ahead, own[:, None])  # padding stays within
-                if embeddings is not None:
+                # Padding repeats the last position, so that no position exceeds the LLM's maximum.
+                inputs["position_ids"] = place[:, None] + torch.minimum(ahead, own[:, None])
+                if positions is not None and embeddings is not None:
                     inputs["position_ids"] = torch.cat([positions, inputs["position_ids"]], dim=1)
             if keeps:
                 inputs["logits_to_keep"] = width + 1
@@ -231,10 +240,10 @@ class DraftedDecoding:
             accepted, going_on = [], []
             for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
                 new, ended = self._accept(written[row], draft, logits[index], logits_processor, stopping_criteria)
-                accepted.append(len(new) - 1)  # of the draft: the last one is the LLM's own, not in the cache yet
+                accepted.append(len(new) - 1)  # the last token is the LLM's own and not in the cache yet
                 if not ended:
                     going_on.append(index)
-            # Rows keep as much of this step as the one that accepted most of it.
+            # All rows keep as many tokens of this step as the row that accepted most.
             kept = max(accepted)
             if width > kept:
                 cache.crop(kept - width)
@@ -259,7 +268,7 @@ class DraftedDecoding:
         return torch.cat([input_ids, torch.tensor(padded, device=device)], dim=1)
 
     def _draft(self, rows: list[int], written: list[list[int]], max_length: int) -> list[list[int]]:
-        """A draft for each row, none longer than what is still to be written."""
+        """Return a draft for each row, limited to the remaining length of its report."""
         length = min(self.length, max(STEP_TOKENS // len(rows) - 1, 1))
         room = [max(min(length, max_length - len(written[row]) - 1), 0) for row in rows]
         return [self.drafts.continuation(written[row], count) for row, count in zip(rows, room, strict=True)]
@@ -272,7 +281,8 @@ class DraftedDecoding:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
     ) -> tuple[list[int], bool]:
-        """The tokens that the LLM itself writes next, which it adds to `written`, and whether the last is the end."""
+        """Append the LLM's next tokens to `written`; return them, and `True` if the last one ends the report."""
+        so_far: Any  # transformers annotates a LongTensor, which no torch function is declared to return
         new = []
         choices = None if logits_processor else logits.argmax(dim=-1).tolist()
         for index in range(len(draft) + 1):

@@ -1,20 +1,22 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The visual encoder, behind one seam: `ct` (batch, 1, depth, height, width) in [-1, 1] to F, (batch, N, C).
+Visual encoders with one interface: `ct` (batch, 1, depth, height, width) in [-1, 1] to F, (batch, N, C).
 
-N runs depth-major over `config.feature_grid`, C is `config.encoder_hidden_size`. `config.encoder_type` says which:
+N is in depth-major order over `config.feature_grid`, and C is `config.encoder_hidden_size`. `config.encoder_type` is
+one of
 
-- "resnet", `DiffVPVisionEncoder`: the paper's 3D ResNet-18, with a feature pyramid if asked for. Takes
-  MedicalNet's weights.
-- "i3resnet", `DiffVPInflatedEncoder`: MONAI's ResNet of bottlenecks, inflated to 3D, as Merlin and Astra have it.
-- "external", `DiffVPExternalEncoder`: any module of the user's, or none and features computed beforehand.
+- "resnet", `DiffVPVisionEncoder`: the paper's 3D ResNet-18, optionally with a feature pyramid. Accepts MedicalNet's
+  weights.
+- "i3resnet", `DiffVPInflatedEncoder`: MONAI's bottleneck ResNet, inflated to 3D, as in Merlin and Astra.
+- "external", `DiffVPExternalEncoder`: a module of the user, or no module and precomputed features.
 
-`diffvp encoder convert` makes weights of the first two from the files that others publish.
+`diffvp encoder convert` converts published weights for the first two.
 """
 
 import hashlib
 import importlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +25,19 @@ from torch import nn
 from .configuration_diffvp import DiffVPConfig
 from .resnet_diffvp import DiffVPResNet
 
-# Merlin's and Astra's input: these HU as 0 to 1.
+# HU range that is scaled to [0, 1] for Merlin and Astra.
 INFLATED_HU = (-1000.0, 200.0)
 
 
 class DiffVPEncoderError(ValueError):
-    """An encoder is missing, is not the one of the checkpoint, or returns no tokens of its shape."""
+    """An encoder is missing, is not the one of the checkpoint, or returns tokens of another shape."""
 
     def __init__(self, source: str, field: str, found, expected: str):
         super().__init__(f"{source}: {field}: {found} (expected {expected})")
 
 
 def make_encoder(config: DiffVPConfig) -> nn.Module:
-    """The visual encoder of a configuration, with weights yet to be loaded."""
+    """Create the visual encoder of a configuration; its weights are loaded later."""
     kinds = {
         "resnet": DiffVPVisionEncoder,
         "i3resnet": DiffVPInflatedEncoder,
@@ -46,6 +48,8 @@ def make_encoder(config: DiffVPConfig) -> nn.Module:
 
 def check_volume(ct: torch.Tensor, size) -> None:
     """
+    Check the shape of a volume.
+
     Raises:
         ValueError: `ct` is not (batch, 1, *size).
     """
@@ -57,16 +61,21 @@ def check_volume(ct: torch.Tensor, size) -> None:
 
 
 def as_input(hidden: torch.Tensor, resnet: nn.Module) -> torch.Tensor:
-    """In the type of its weights, channels last: 1.3 to 2.6 times faster on CPU, and the layout of tensor cores."""
-    return hidden.to(resnet.conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+    """
+    Convert to the dtype of the ResNet's weights and to channels-last memory.
+
+    This layout is 1.3 to 2.6 times faster on CPU, and the native one of tensor cores.
+    """
+    conv1: Any = resnet.conv1
+    return hidden.to(conv1.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
 class DiffVPVisionEncoder(nn.Module):
     """
-    3D ResNet-18 (section 3.2), with MONAI's names, so that MedicalNet's weights fit.
+    3D ResNet-18 (section 3.2), with MONAI's parameter names, so that MedicalNet's weights fit.
 
-    With `encoder_pyramid_channels` its stages lie at 1/2, 1/4, 1/8 and 1/16 of the tensor's resolution, and a top-down
-    path leads what the last one knows back to 1/4.
+    With `encoder_pyramid_channels`, its stages have 1/2, 1/4, 1/8 and 1/16 of the tensor's resolution, and a top-down
+    path carries the features of the last stage back to 1/4.
     """
 
     def __init__(self, config: DiffVPConfig):
@@ -77,12 +86,12 @@ class DiffVPVisionEncoder(nn.Module):
         self.is_pyramid = config.encoder_pyramid_channels is not None
         channels = len(self.windows or [None])
         if self.is_pyramid:
-            # Eight voxels as channels at half the resolution: a 7x7x7 convolution of few channels costs more than the
-            # four stages behind it, and a 3x3x3 one sees as much here.
+            # 2x2x2 voxels become channels at half the resolution: a 7x7x7 convolution of few channels costs more than
+            # the four stages after it, and here a 3x3x3 convolution covers as much.
             channels *= 8
         self.resnet = DiffVPResNet(
             channels + 3 * self.coordinates,
-            config.encoder_block_channels,
+            list(config.encoder_block_channels),
             size=3 if self.is_pyramid else 7,
             stride=1 if self.is_pyramid else config.encoder_stride,
             max_pool=config.encoder_max_pool,
@@ -92,9 +101,9 @@ class DiffVPVisionEncoder(nn.Module):
 
     def forward(self, ct: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
         """
-        `ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N runs depth-major.
+        `ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C); N is in depth-major order.
 
-        With `start` (batch, 3), each `ct` is a crop of a volume, which begins at this voxel (depth, height, width).
+        With `start` (batch, 3), each `ct` is a crop that starts at this voxel (depth, height, width) of its volume.
         """
         check_volume(ct, self.image_size if start is None else ct.shape[2:])
         stages = self.resnet(as_input(self._channels(ct, start), self.resnet))
@@ -102,8 +111,8 @@ class DiffVPVisionEncoder(nn.Module):
         return hidden.flatten(2).transpose(1, 2)
 
     def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-        """What the first convolution sees: windows, folded for a pyramid, and coordinates in [-1, 1]."""
-        if self.windows is not None:
+        """Return the input of the first convolution: windows, folded for a pyramid, and coordinates in [-1, 1]."""
+        if self.windows is not None and self.hu_range is not None:
             low, high = self.hu_range
             hu = low + (ct.float() + 1) * ((high - low) / 2)
             ct = torch.cat([((hu - a) / (b - a)).clamp(0, 1) * 2 - 1 for a, b in self.windows], dim=1)
@@ -131,7 +140,7 @@ class DiffVPPyramid(nn.Module):
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
-        channels, width = config.encoder_block_channels, config.encoder_pyramid_channels
+        channels, width = config.encoder_block_channels, config.resnet_hidden_size
         self.lateral = nn.ModuleList([nn.Conv3d(channels[stage], width, 1) for stage in (3, 2, 1)])
         self.smooth = nn.ModuleList(
             [
@@ -149,10 +158,10 @@ class DiffVPPyramid(nn.Module):
 
 class DiffVPInflatedEncoder(nn.Module):
     """
-    A bottleneck ResNet whose 2D filters were inflated to 3D: Merlin's and Astra's I3ResNet-152.
+    Bottleneck ResNet with 2D filters inflated to 3D: the I3ResNet-152 of Merlin and Astra.
 
-    Their input is [superior, right, anterior]: height and width change places on the way in, and both are turned, for
-    here height runs to posterior and width to the left. The tokens are turned back.
+    Their input axes point to [superior, right, anterior]; here height points to posterior and width to the left.
+    Height and width are therefore swapped and flipped on input, and the tokens are converted back.
     """
 
     def __init__(self, config: DiffVPConfig):
@@ -162,7 +171,7 @@ class DiffVPInflatedEncoder(nn.Module):
             block="bottleneck",
             layers=list(config.encoder_layers),
             block_inplanes=list(config.encoder_block_channels),
-            n_input_channels=3,  # of a colour picture once; all three are the scan
+            n_input_channels=3,  # colour channels of the 2D network; each receives the scan
             conv1_t_size=(3, 7, 7),
             conv1_t_stride=(1, 2, 2),
             shortcut_type="B",
@@ -177,7 +186,7 @@ class DiffVPInflatedEncoder(nn.Module):
         hu = low + (ct.float() + 1) * ((high - low) / 2)
         low, high = INFLATED_HU
         hidden = ((hu - low) / (high - low)).clamp(0, 1).transpose(3, 4).flip(3, 4)
-        net = self.resnet
+        net: Any = self.resnet
         hidden = net.maxpool(net.act(net.bn1(net.conv1(as_input(hidden.expand(-1, 3, -1, -1, -1), net)))))
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             hidden = stage(hidden)
@@ -186,13 +195,13 @@ class DiffVPInflatedEncoder(nn.Module):
 
 def monai_resnet(**options) -> nn.Module:
     """
-    MONAI's `ResNet`, imported where it is used: other encoders need no MONAI, whose import takes seconds.
+    Create MONAI's `ResNet`. MONAI is imported here because its import takes seconds and other encoders do not need it.
 
     Raises:
         DiffVPEncoderError: MONAI is not installed.
     """
     try:
-        # Not an import statement: transformers asks for all packages that a checkpoint's files import.
+        # Not an import statement: transformers requires all packages that the files of a checkpoint import.
         module = importlib.import_module("monai.networks.nets.resnet")
     except ModuleNotFoundError as error:
         expected = "pip install 'monai>=1.5'"
@@ -202,24 +211,28 @@ def monai_resnet(**options) -> nn.Module:
 
 class DiffVPExternalEncoder(nn.Module):
     """
-    The place of an encoder that is not ours, such as a foundation model with a licence and a package of its own.
+    Placeholder for an external encoder, such as a foundation model with its own licence and package.
 
-    `attach` puts the module here that makes the tokens. It is no part of the model's weights: nothing trains it, no
-    checkpoint holds it. Without it, `ct_features` and `reference_features` take the place of the volumes.
+    `attach` sets the module that computes the tokens. The module is not part of the model's weights: it is neither
+    trained nor saved. Without it, pass `ct_features` and `reference_features` instead of the volumes.
     """
+
+    module: nn.Module | None
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
         self.config = config
-        vars(self)["module"] = None  # past nn.Module, which would register it
+        vars(self)["module"] = None  # set directly, because nn.Module would register it
 
     def attach(self, module: nn.Module) -> None:
         """
+        Set the module that computes the tokens.
+
         Args:
             module: `ct` (batch, 1, *config.image_size) → tokens (batch, N, C).
 
         Raises:
-            DiffVPEncoderError: the checkpoint was made with another module, or with other weights of it.
+            DiffVPEncoderError: the checkpoint was made with another module or other weights.
         """
         name, digest = f"{type(module).__module__}.{type(module).__qualname__}", state_sha256(module)
         wanted = self.config.encoder_sha256
@@ -232,7 +245,7 @@ class DiffVPExternalEncoder(nn.Module):
 
     def forward(self, ct: torch.Tensor) -> torch.Tensor:
         """`ct` (batch, 1, depth, height, width) in [-1, 1] → F, (batch, N, C)."""
-        made_by = self.config.encoder_name or "an encoder that it does not name"
+        made_by = self.config.encoder_name or "an unnamed encoder"
         if self.module is None:
             expected = "model.attach_encoder(module), or ct_features and reference_features instead of the volumes"
             raise DiffVPEncoderError(
@@ -240,7 +253,7 @@ class DiffVPExternalEncoder(nn.Module):
             )
         check_volume(ct, self.config.image_size)
         features = self.module(ct)
-        grid, width = self.config.encoder_grid, self.config.encoder_width
+        grid, width = self.config.feature_grid, self.config.encoder_hidden_size
         shape = (len(ct), grid[0] * grid[1] * grid[2], width)
         if not isinstance(features, torch.Tensor) or tuple(features.shape) != shape:
             found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
@@ -248,20 +261,20 @@ class DiffVPExternalEncoder(nn.Module):
         return features
 
     def _apply(self, fn, recurse: bool = True):
-        """To another device or type together with the model."""
+        """Move the module to another device or dtype together with the model."""
         if self.module is not None:
             self.module._apply(fn)
         return super()._apply(fn, recurse)
 
 
 def encoder_sha256(encoder: nn.Module) -> str | None:
-    """Of the weights of a visual encoder; `None` of an external one that is not attached."""
+    """Return the SHA-256 of a visual encoder's weights; `None` for an external encoder without a module."""
     module = encoder.module if isinstance(encoder, DiffVPExternalEncoder) else encoder
     return None if module is None else state_sha256(module)
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Hex SHA-256 of a module's parameters and buffers."""
+    """Return the hexadecimal SHA-256 of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -270,7 +283,7 @@ def state_sha256(module: nn.Module) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """What a tensor holds, in the order of its indices."""
+    """Return the bytes of a tensor in row-major order."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What the voxel head has found, in words: places, sizes, and the diagnosis prompt D of eq. 9."""
+"""Findings of the voxel head in words: places, sizes, and the diagnosis prompt D of eq. 9."""
 
 import math
 
@@ -13,19 +13,19 @@ SIDES = ("right", "left")
 
 def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int, label: int) -> list[str]:
     """
-    The places that the diagnosis prompt names of a finding: regions, or "right", "left", or both of these.
+    Return the places of a finding that the diagnosis prompt names: regions, or "right", "left" or both.
 
     Args:
-        found: what `DiffVPDiagnosisClassifier.locate` has found.
-        scan, label: which scan of the batch, which label.
+        found: output of `DiffVPDiagnosisClassifier.locate`.
+        scan, label: indices of the scan in the batch and of the label.
     """
     wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
-    place = wanted.get("place")
+    place, regions = wanted.get("place"), config.finding_regions or ()
     if place is None:
         return []
     if place == "region":
-        return [config.finding_regions[int(found["region"][scan, label])]]
-    names = config.finding_regions if place == "regions" else SIDES
+        return [regions[int(found["region"][scan, label])]]
+    names = regions if place == "regions" else SIDES
     evidence = found["region_evidence" if place == "regions" else "side_evidence"][scan, label]
     named = evidence >= evidence.max() - wanted.get("margin", math.log(2))
     return [name for name, keep in zip(names, named.tolist(), strict=True) if keep]
@@ -33,8 +33,11 @@ def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int
 
 def read_attributes(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> list[list[dict]]:
     """
-    What `locate` has found, for each scan and label: `places`, the names of [`named_places`]; `size_mm`, a whole
-    number, or `None`; `voxel`, the middle of the peak's token in voxels (depth, height, width) of the tensor.
+    Return the attributes of each scan's labels, from the output of `DiffVPDiagnosisClassifier.locate`.
+
+    Returns:
+        For each scan and label a dict with `places`, the names from [`named_places`]; `size_mm`, a whole number or
+        `None`; and `voxel`, the centre of the peak's token in voxels (depth, height, width) of the tensor.
     """
     found = {key: value.cpu() for key, value in found.items()}
     _, height, width = config.feature_grid
@@ -44,7 +47,7 @@ def read_attributes(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> lis
         attributes.append([])
         for label, token in enumerate(peaks):
             place = (token // (height * width), token // width % height, token % width)
-            wanted = config.finding_attributes.get(config.diagnosis_labels[label], {})
+            wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
             attributes[-1].append(
                 {
                     "places": named_places(config, found, scan, label),
@@ -59,14 +62,15 @@ def diagnosis_prompts(
     config: DiffVPConfig, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
 ) -> list[list[int]]:
     """
-    Token ids of each scan's diagnosis prompt.
+    Return the token ids of each scan's diagnosis prompt.
 
     Args:
-        diagnosis_logits: (batch, labels); a finding is named from `config.diagnosis_threshold` on.
-        attributes: from [`read_attributes`]; `None` names the findings alone.
+        diagnosis_logits: (batch, labels); the prompt names findings with a probability of at least
+            `config.diagnosis_threshold`.
+        attributes: from [`read_attributes`]; `None` names the findings without attributes.
 
     Raises:
-        ValueError: the configuration has no fragments of the prompt.
+        ValueError: `config.diagnosis_prompt_ids` is not set.
     """
     fragments = config.diagnosis_prompt_ids
     if fragments is None:
@@ -82,10 +86,12 @@ def diagnosis_prompts(
 
 def diagnosis_prompt_ids(fragments: dict, positive: list[bool], attributes: list[dict] | None = None) -> list[int]:
     """
-    Token ids of the diagnosis prompt D: the positive labels between prefix and suffix, or the words for none.
+    Return the token ids of the diagnosis prompt D: the positive labels, or the words for none, in prefix and suffix.
 
     Args:
-        attributes: of each label, from [`read_attributes`]; they follow the positive ones in brackets.
+        fragments: `config.diagnosis_prompt_ids`.
+        positive: one value per label.
+        attributes: one dict per label, from [`read_attributes`]; they follow each positive label in brackets.
     """
     named = [index for index, found in enumerate(positive) if found]
     ids = list(fragments["prefix"])
@@ -96,7 +102,7 @@ def diagnosis_prompt_ids(fragments: dict, positive: list[bool], attributes: list
 
 
 def _attribute_ids(fragments: dict, known: dict) -> list[int]:
-    """ " (right upper lobe, 12 mm)" as token ids; nothing of a finding without attributes."""
+    """Return text such as " (right upper lobe, 12 mm)" as token ids; empty without attributes."""
     ids = []
     for place in known["places"]:
         ids += (fragments["and"] if ids else []) + fragments["places"][place]

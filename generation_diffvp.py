@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""How a report is decoded: a generation config of the model's own, and what a call makes of it."""
+"""Generation config of the model, and the config of a single call."""
 
 import copy
 
@@ -13,14 +13,16 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def own_generation_config(base: GenerationConfig, tokenizer=None, max_new_tokens: int = MAX_NEW_TOKENS):
     """
-    Greedy decoding up to a limit, with the special tokens of the base LLM.
+    Return a config for greedy decoding up to a limit, with the special tokens of the base LLM.
 
-    Nothing else of the base's config is taken over: most chat models sample, and a temperature without sampling cannot
-    be saved.
+    Only the special tokens are copied from the base's config: most chat models sample, and a config with a temperature
+    but without sampling cannot be saved.
 
     Args:
-        tokenizer: with which reports are encoded. Its end token, which training teaches, ends a report too: chat
-            models stop at another one than their tokenizer ends texts with.
+        base: generation config of the base LLM.
+        tokenizer: tokenizer that encodes the reports. Its end token, which the model learns, also ends a report: chat
+            models stop at a different token.
+        max_new_tokens: maximum length of a report in tokens.
     """
     tokens = {name: getattr(base, name) for name in SPECIAL_TOKENS}
     if tokenizer is not None:
@@ -39,10 +41,16 @@ def decoding_config(
     own: GenerationConfig, given: GenerationConfig | None, kwargs: dict
 ) -> tuple[GenerationConfig, dict]:
     """
-    The config of one call, and those of its `kwargs` that are no fields of it.
+    Return the config of one call, and the `kwargs` that are not fields of it.
 
-    The LLM is given embeddings, and transformers would take their number from `max_length`. Lengths count the tokens
-    that a call returns: `max_length` is `max_new_tokens`, `min_length` is `min_new_tokens`, the latter of each first.
+    Lengths count the generated tokens: the LLM gets embeddings as its prompt, and transformers would subtract their
+    number from `max_length`. `max_length` therefore sets `max_new_tokens`, and `min_length` sets `min_new_tokens`;
+    `max_new_tokens` and `min_new_tokens` take precedence if given.
+
+    Args:
+        own: generation config of the model.
+        given: generation config of the call, which replaces `own`; missing special tokens are filled from `own`.
+        kwargs: arguments of the call.
     """
     config, kwargs = copy.deepcopy(own if given is None else given), dict(kwargs)
     for name in SPECIAL_TOKENS:

@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A base LLM out of a GGUF file: its weights are dequantised once, and kept as safetensors in the user's cache.
+Load a base LLM from a GGUF file: dequantise the weights once, and keep them as safetensors in the user's cache.
 
     HF_HOME/diffvp/SHA256-DTYPE-transformers-VERSION/    config.json, model.safetensors, fingerprints.json
 
-Dequantising takes longer than everything else of a start; the safetensors are mapped into memory, and shared by all
-processes that use them. The folder may be deleted at any time.
+Dequantising takes longer than the rest of a start. The safetensors are memory-mapped and shared by all processes that
+use them. The folder may be deleted at any time.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -32,35 +33,41 @@ from .storage_diffvp import digest, flush
 logger = logging.get_logger(__name__)
 
 FINGERPRINTS = "fingerprints.json"
-KNOWN_FINGERPRINTS = "_diffvp_fingerprints"  # where a loaded LLM has those that it was checked by
+KNOWN_FINGERPRINTS = "_diffvp_fingerprints"  # attribute of a loaded LLM that holds its verified fingerprints
 
 
 def load_dequantized(path: Path, name: str, dtype: torch.dtype | str | None = None, **kwargs) -> PreTrainedModel:
     """
-    The LLM in a GGUF file as an ordinary one.
+    Load the LLM in a GGUF file as an ordinary model with dequantised weights.
 
     Args:
-        name: the base's, for its config.
-        dtype: float32 unless it is said.
-        kwargs: more of `from_pretrained`.
+        path: the GGUF file.
+        name: name of the base, for the config.
+        dtype: type of the weights; `None` and "auto" mean float32.
+        kwargs: further arguments of `from_pretrained`.
+
+    Raises:
+        OSError: the cached files differ from what was just written.
     """
-    dtype = torch.float32 if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    kept = f"{digest(path)}-{str(dtype).removeprefix('torch.')}-transformers-{transformers_version}"
+    if dtype is None or dtype == "auto":
+        dtype = torch.float32
+    wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kept = f"{digest(path)}-{str(wanted).removeprefix('torch.')}-transformers-{transformers_version}"
     folder = Path(HF_HOME) / "diffvp" / kept
     found = _identity(folder)
-    model = None if found is None else _read(folder, dtype, kwargs)
+    model = None if found is None else _read(folder, wanted, kwargs)
     if model is None:
-        made = _dequantize(path, dtype)
+        made = _dequantize(path, wanted)
         try:
             _keep(made, folder, damaged=found)
         except OSError as error:
-            logger.warning(f"{folder} is not written ({error.strerror}): the base LLM is dequantised at each start.")
-            options = kwargs | {"config": made.config, "state_dict": made.state_dict(), "dtype": dtype}
+            logger.warning(f"{folder} cannot be written ({error.strerror}): the base LLM is dequantised every time.")
+            options = kwargs | {"config": made.config, "state_dict": made.state_dict(), "dtype": wanted}
             return _named(type(made).from_pretrained(None, **options), name)
         del made
-        model = _read(folder, dtype, kwargs)
+        model = _read(folder, wanted, kwargs)
         if model is None:
-            raise OSError(f"{folder} is not read as it was written: the disk, or another program, changes it.")
+            raise OSError(f"{folder} differs from what was written: the disk or another program changes it.")
     return _named(model, name)
 
 
@@ -70,7 +77,7 @@ def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | None:
-    """`None` if the files are damaged or gone."""
+    """Load the LLM from the cache; `None` if the files are damaged or missing."""
     try:
         document = json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8"))
         files, expected = document["files"], document["weights"]
@@ -79,14 +86,14 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
         options = kwargs | {"dtype": dtype, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        logger.warning(f"{folder} is damaged ({error}): it is made anew.")
+        logger.warning(f"{folder} is damaged ({error}): it is created again.")
         return None
     found = fingerprints(model.state_dict())
     wrong = [key for key in found.keys() | expected if found.get(key, "") not in (expected.get(key), None)]
     if wrong:
-        logger.warning(f"{folder} is damaged ({len(wrong)} weights): it is made anew.")
+        logger.warning(f"{folder} is damaged ({len(wrong)} weights): it is created again.")
         return None
-    if None not in found.values():  # a part that is offloaded has none
+    if None not in found.values():  # offloaded weights have no fingerprint
         setattr(model, KNOWN_FINGERPRINTS, found)
     return model
 
@@ -94,9 +101,9 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
 def _dequantize(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     with _gguf_read_once():
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    # transformers marks a model read from GGUF as quantised although its weights are plain tensors, and then refuses
-    # to save it: move the weights into an ordinary model of the same config.
-    config = loaded.config
+    # transformers marks a model loaded from GGUF as quantised although its weights are plain tensors, and then refuses
+    # to save it. Therefore move the weights into an ordinary model of the same config.
+    config: Any = loaded.config
     del config.quantization_config
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
@@ -106,7 +113,7 @@ def _dequantize(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another that has taken its place; `None` if there is none."""
+    """Return inode and change time, which differ if another folder has replaced this one; `None` if there is none."""
     try:
         status = folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -116,13 +123,15 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _keep(model: PreTrainedModel, folder: Path, damaged: tuple[int, int] | None) -> None:
     """
-    Write the files under another name first, so that no process reads a half. One that was faster is as good: only the
-    folder that was found `damaged` is replaced, for another process may read what has taken its place.
+    Write the files under a temporary name, then rename the folder, so that no process reads partial files.
+
+    Only the folder that was found `damaged` is replaced. If another process has written the folder meanwhile, its
+    files are used: they are equivalent, and may already be in use.
     """
     stage = folder.with_name(f".{uuid.uuid4().hex}")
     try:
         model.save_pretrained(stage)
-        # Weights by a sum that is made anyway when a model is loaded: a digest of them would take as long as loading.
+        # Weights are checked by fingerprints, which loading needs anyway: a SHA-256 would take as long as loading.
         files = {path.name: digest(path) for path in stage.glob("*.json")}
         document = {"files": files, "weights": fingerprints(model.state_dict())}
         (stage / FINGERPRINTS).write_text(json.dumps(document), encoding="utf-8")
@@ -130,10 +139,10 @@ def _keep(model: PreTrainedModel, folder: Path, damaged: tuple[int, int] | None)
             flush(path)
         if damaged is not None and _identity(folder) == damaged:
             aside = folder.with_name(f".{uuid.uuid4().hex}")
-            with contextlib.suppress(FileNotFoundError):  # another process was as quick
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it already
                 os.rename(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was quicker; if it was not, nothing can be read
+        with contextlib.suppress(OSError):  # another process was faster; other failures show on reading
             os.rename(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -141,8 +150,12 @@ def _keep(model: PreTrainedModel, folder: Path, damaged: tuple[int, int] | None)
 
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file twice, and makes the table of its names anew for each module of the LLM: 8 s of
-    14 for one of 135 M parameters."""
+    """
+    Parse a GGUF file and build its table of names only once.
+
+    transformers parses the file twice and builds the table again for each module of the LLM: 8 s of 14 for an LLM with
+    135 M parameters.
+    """
     import gguf
 
     originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -229,7 +229,7 @@ def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_st
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"encoder_type": "external"}, "encoder_grid None and encoder_width None: both are of"),
+        ({"encoder_type": "external"}, "encoder_grid None and encoder_width None: both are required"),
         ({"encoder_grid": [1, 2, 3], "encoder_width": 4}, 'encoder_type is "resnet"'),
         ({**EXTERNAL, "encoder_width": 0}, "encoder_width channels"),
         ({**EXTERNAL, "encoder_grid": [2, 2]}, "encoder_grid must be"),
