@@ -35,12 +35,13 @@ from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache
 from .data.cases import Case
 from .encoders_diffvp import encoder_sha256, state_sha256
+from .files import recover_folder, write_folder
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
 from .training.check import check_run, has_own_encoder, make_processor, model_fields
-from .training.checkpoints import Checkpoints, recover_folder, write_folder
+from .training.checkpoints import Checkpoints
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
 from .training.diagnosis import (

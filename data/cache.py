@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sqlite3
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,45 +19,13 @@ from transformers import BatchFeature
 from ..encoders_diffvp import encoder_sha256, raw_bytes
 from ..reading_diffvp import read_ct
 from ..references_diffvp import path_sha256
+from ..storage_diffvp import file_sha256, replacing
 from ..volume_diffvp import PREPROCESSING_VERSION
 from .cases import Case
 
 logger = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"  # of an entry's tensors, in the metadata of its safetensors header
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def without_place(path: str | os.PathLike) -> str:
-    """A path as the record of a command has it: relative as it is, of an absolute one the last part."""
-    path = Path(path)
-    return path.name if path.is_absolute() else path.as_posix()
-
-
-def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
-    """Digests of a checkpoint's weights, by file."""
-    root = Path(folder)
-    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
-
-
-def compare(before: dict, now: dict, path: str = "") -> list[str]:
-    """What differs between two nested dictionaries of JSON values, as "a.b was 1, is 2"."""
-    differences = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            differences += compare(old, new, f"{path}{key}.")
-        elif old != new:
-            differences.append(f"{path}{key} was {old}, is {new}")
-    return differences
 
 
 class ContentHashes:
@@ -153,13 +120,8 @@ class TensorCache:
             return entry
         self.misses += 1
         entry = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
-        # A name that no other process and no killed run before has taken.
-        temporary = self.root / f"{path.stem}.{uuid.uuid4().hex}.tmp"
-        try:
+        with replacing(path) as temporary:
             save_file(entry, temporary, metadata={CHECKSUM: _checksum(entry)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return entry
 
     def _read(self, path: Path) -> dict[str, torch.Tensor] | None:

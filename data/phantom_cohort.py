@@ -14,7 +14,6 @@ import gzip
 import io
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import nibabel as nib
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..storage_diffvp import replacing
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
 
@@ -196,9 +196,8 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _write_csv(path: Path, columns, rows) -> None:

@@ -13,12 +13,12 @@ import transformers
 from huggingface_hub import ModelCard
 
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
-from diffvp.data.cache import without_place
 from diffvp.hub import card as card_module
 from diffvp.hub.card import PHANTOM, make_card
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
+from diffvp.provenance import without_place
 
 from .batch_samples import write_checkpoint
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from diffvp.data.cache import compare
+from diffvp.files import write_folder
+from diffvp.provenance import compare
 from diffvp.train_accelerate import run
-from diffvp.training.checkpoints import CheckpointError, Checkpoints, write_folder
+from diffvp.training.checkpoints import CheckpointError, Checkpoints
 from diffvp.training.config import TrainingConfig
 
 

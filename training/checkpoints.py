@@ -12,64 +12,23 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..data.cache import file_sha256
-from ..storage_diffvp import flush
+from ..files import FORMER, UNFINISHED, recover_folder, write_folder
+from ..storage_diffvp import file_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-UNFINISHED = ".unfinished-"  # prefix of folders that are being written or deleted
 
 
 class CheckpointError(ValueError):
     """A run cannot go on from what its folder holds."""
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        flush(path)
-    flush(folder)
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """
-    Make or replace the folder `target` by what `write(folder)` puts into an empty one: all of it or nothing.
-
-    A kill between the two renames leaves the former content under a name that [`recover_folder`] knows.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        write(staging)
-        _flush_tree(staging)
-        former = _former(target)
-        if target.exists():
-            os.rename(target, former)
-        os.rename(staging, target)
-        flush(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Put back what [`write_folder`] had moved aside when it was killed."""
-    former = _former(target)
-    if former.exists() and not target.exists():
-        os.rename(former, target)
-
-
-def _former(target: Path) -> Path:
-    return target.parent / f".former-{target.name}"
 
 
 @dataclass
@@ -175,10 +134,10 @@ class Checkpoints:
     def clean(self) -> None:
         """Delete what killed runs left unfinished. For one process, before any writes."""
         if self.folder.is_dir():
-            for step in self.folder.glob(".former-step-*"):
-                recover_folder(self.folder / step.name.removeprefix(".former-"))
+            for step in self.folder.glob(f"{FORMER}step-*"):
+                recover_folder(self.folder / step.name.removeprefix(FORMER))
             for path in self.folder.iterdir():
-                if path.name.startswith((UNFINISHED, ".former-")):
+                if path.name.startswith((UNFINISHED, FORMER)):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:

@@ -5,8 +5,6 @@
 import hashlib
 import logging
 import math
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -37,6 +35,7 @@ from ..data.table import load_hub
 from ..encoders_diffvp import state_sha256
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..progress import counted
+from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
 from .encoder import read_features
@@ -203,9 +202,8 @@ def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
         suffix = ".nii.gz" if content[:2] == b"\x1f\x8b" else ".nii"
         path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
         if not path.exists():
-            temporary = folder / f"{uuid.uuid4().hex}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
         cases.append(replace(case, volume=path))
     return cases
 

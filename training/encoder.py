@@ -15,7 +15,6 @@ import io
 import json
 import os
 import pickle
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..configuration_diffvp import DiffVPConfig
-from ..data.cache import ENCODER, file_sha256
+from ..data.cache import ENCODER
 from ..data.cases import DatasetError, Problem
 from ..encoders_diffvp import DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
+from ..storage_diffvp import file_sha256, replacing
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,8 @@ def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256
         fields, state = _of_backbone(name, _unpickle(name, readable))
     _check(name, state, fields)
     header = {"encoder": json.dumps(fields), "source": name, "source_sha256": found}
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(target) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata=header)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return header
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -35,8 +34,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
-from ..data.cache import compare
 from ..progress import counting
+from ..provenance import compare
+from ..storage_diffvp import replacing
 from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
@@ -188,9 +188,8 @@ class Log:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def __call__(self, *, step: int, console: bool = True, **values) -> None:
         if not self.accelerator.is_main_process:
