@@ -182,7 +182,7 @@ def test_what_is_no_encoder_is_refused(medicalnet_state, tmp_path, monkeypatch):
     for source, message in {
         "resnet_10.pth": r"resnet_10.pth: weights: \d+ missing, such as resnet.layer4.1",
         "flat.pth": r"flat.pth: weights: 1 weights, conv1 \(64, 3, 7, 7\), 0 stages \(expected MedicalNet",
-        "list.pth": "list.pth: file: dict .expected a PyTorch file with tensors alone",
+        "list.pth": "list.pth: file: dict .expected a PyTorch file that holds only tensors",
         "code.pth": "code.pth: file: UnpicklingError",
         "text.pth": "text.pth: file: ",
         "absent.pth": "absent.pth: file: missing .expected astra, a PyTorch file",
