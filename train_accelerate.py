@@ -59,7 +59,6 @@ from .training.report import ReportStage, check_base, make_drafts, quantization
 logger = logging.getLogger(__name__)
 
 WHITENING_SCANS = 100  # of the pool; more would not change the covariance of a few dozen channels
-BODY_LEVEL = -0.5  # of the tensor's [-1, 1], above which a voxel is tissue: -450 HU of -1000 to 1200
 
 
 @dataclass(frozen=True)
@@ -367,10 +366,13 @@ def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, fea
 
 def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
     """Fit the whitening of the aligned difference to every seventh token inside the body in scans of the pool."""
-    tokens = []
+    from .inference.figure import TISSUE_HU, to_hu  # imports matplotlib, which training does not need otherwise
+
+    tokens, window = [], features.volumes.image_processor.hu_window
     for case in cohort.pool[:WHITENING_SCANS]:
         volume = features.volumes.load(case).float()
-        body = torch.nn.functional.adaptive_max_pool3d(volume, model.config.feature_grid)[0].flatten() > BODY_LEVEL
+        densest = torch.nn.functional.adaptive_max_pool3d(volume, model.config.feature_grid)[0].flatten()
+        body = to_hu(densest, window) > TISSUE_HU
         tokens.append(features.load(case)["features"][body][::7].float())
     model.aligned_difference.fit(torch.cat(tokens))
 
