@@ -36,9 +36,9 @@ REPORT_KEYS = ("finding", "findings")  # in Dia-LLaMA, in MvKeTR
 def load_ctrg(
     root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> list[Case]:
-    """Load the studies of a split ("train", "valid" or "test") in the order of `annotation.json`; `row` is the position.
+    """Load the studies of a split ("train", "valid" or "test") in the order of `annotation.json`.
 
-    Arguments and errors are those of [`load_ct_rate`].
+    `row` is the position. Arguments and errors are those of [`load_ct_rate`].
     """
     split = canonical_split(split)
     root, problems, keep = Path(root), [], selection(include, exclude)
