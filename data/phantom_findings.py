@@ -3,8 +3,8 @@
 """Paint the findings of a phantom patient. Every attribute that the report states is visible here.
 
 Cardiomegaly and pericardial effusion are part of the heart (`phantom_anatomy.py`). Findings of the lung are painted
-only in air, so that heart and pleural fluid remain visible. Their positions are drawn from the aerated lung, so that no
-finding of the report is hidden.
+only in air, so that heart and pleural fluid remain visible. Their positions are drawn from the aerated lung, so that
+no finding of the report is hidden.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class Geometry:
     # Pleural space -------------------------------------------------------------------------------------------------
 
     def effusion_sd(self, x, y, z):
-        """Compute the signed distance to free pleural fluid in the lung outline (positive everywhere without fluid)."""
+        """Compute the signed distance to free pleural fluid in the lung outline (positive without fluid)."""
         finding = self.patient.finding("Pleural effusion")
         if finding is None:
             return np.float32(1e3)
