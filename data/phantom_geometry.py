@@ -399,14 +399,14 @@ class Canvas:
     def lesion(self, label: str) -> np.ndarray:
         return self._lesions.setdefault(label, np.zeros(self.shape, bool))
 
-    def ellipsoid(self, centre, radii, hu, *, cut=None, mask=None, soft=None):
+    def ellipsoid(self, centre, radii, hu, *, cut=None, mask=None):
         centre, radii = np.asarray(centre, float), np.asarray(radii, float)
         box = self.box(centre - radii, centre + radii, pad=self.soft)
         x, y, z = self.coordinates(box)
         sd = ellipsoid_sd(x, y, z, centre, radii)
         if cut is not None:
             sd = np.maximum(sd, cut(x, y, z))
-        return box, self.paint(box, sd, hu, mask=mask, soft=soft)
+        return box, self.paint(box, sd, hu, mask=mask)
 
     def capsules(self, starts, ends, radii_start, radii_end):
         """Yield (box, signed distance) of tapered tubes given by (n, 3) end points and (n,) radii."""
@@ -428,12 +428,12 @@ class Canvas:
             dz -= t * np.float32(d[2])
             yield box, np.sqrt(dx * dx + dy * dy + dz * dz) - (np.float32(r0) + t * np.float32(r1 - r0))
 
-    def tube(self, points, radius, hu, *, mask: str | None = None, soft=None, lesion: str | None = None) -> None:
+    def tube(self, points, radius, hu, *, mask: str | None = None, lesion: str | None = None) -> None:
         """Paint a polyline of capsules; `radius` is one number or one per point."""
         points = np.asarray(points, float)
         radii = np.broadcast_to(np.asarray(radius, float), (len(points),))
         for box, sd in self.capsules(points[:-1], points[1:], radii[:-1], radii[1:]):
-            alpha = self.paint(box, sd, hu, mask=mask, soft=soft)
+            alpha = self.paint(box, sd, hu, mask=mask)
             if lesion is not None:
                 self.lesion(lesion)[box] |= alpha > 0.5
 

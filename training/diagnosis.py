@@ -42,6 +42,7 @@ POSITIVE_WEIGHT = 3.0  # weight of lesion tokens in the loss
 REGION_WEIGHT, SIZE_WEIGHT = 0.3, 0.3
 KEPT_CELLS = 40  # cells kept per finding of a case, as centres of crops
 START_LOGIT = -4.0  # initial bias of the voxel head: few tokens show a finding
+COUNTED_CROPS = 512  # crops for the usual number of tokens of each label
 FEWEST_SCORED = 30  # minimum number of cases for a score
 LARGEST_SHARE = 20.0  # upper limit of the loss of one label, relative to its usual number of tokens
 
@@ -209,15 +210,15 @@ class Crops:
             "sizes": known["sizes"],
         }
 
-    def usual_tokens(self, grid_of_cells: int, labels: int, count: int = 512) -> torch.Tensor:
-        """Return the mean number of tokens of each label in a crop, (labels,), over the first `count` crops."""
+    def usual_tokens(self, grid_of_cells: int, labels: int) -> torch.Tensor:
+        """Return the mean number of tokens of each label in a crop, (labels,), over the first crops."""
         total = torch.zeros(labels)
-        for index in range(count):
+        for index in range(COUNTED_CROPS):
             case, start, _ = self.plan(0, index)
             cells = self.cut(case, start)["cells"][None]
             grid = tuple(max(1, n // grid_of_cells) for n in cells.shape[1:])
             total += token_targets(cells, grid, labels).sum(dim=(0, 1)).cpu()
-        return total / count
+        return total / COUNTED_CROPS
 
 
 class CropSplit(Split):

@@ -163,7 +163,7 @@ class ReportStage(Stage):
         self.generator, self.processor, self.samples = model, processor, samples
         options = {"max_tokens": section.max_report_tokens, "seed": seed, "true_findings": section.true_findings}
         training = ReportSplit(cohort.report, cohort.pool, features, processor, shuffle=True, **options)
-        # Validation uses predicted findings, as a user's scans will, whatever the training prompts use.
+        # Validation uses predicted findings, as for a user's scans, even if training prompts have true ones.
         options = {"shuffle": False, **options, "true_findings": 0.0}
         validation = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
         views = {}
@@ -206,7 +206,7 @@ class ReportStage(Stage):
 
 
 def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int | None) -> ReportDrafts | None:
-    """Make drafts from the reports that the generator trains on, which add nothing that its weights do not contain."""
+    """Make drafts only from the reports that the generator trains on, whose text its weights contain anyway."""
     if min_patients is None:
         return None
     reports = [processor.encode_report(case.report) for case in cases]
