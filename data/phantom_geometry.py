@@ -386,8 +386,8 @@ class Canvas:
         part = self.hu[box]
         part += alpha * (hu - part)
 
-    def paint(self, box: Box, sd, hu, *, mask: str | None = None, soft: float | None = None):
-        alpha = self.alpha(sd, soft)
+    def paint(self, box: Box, sd, hu, *, mask: str | None = None):
+        alpha = self.alpha(sd)
         self.blend(box, alpha, hu)
         if mask is not None:
             self.mask(mask)[box] |= alpha > 0.5

@@ -245,7 +245,8 @@ def _pool_problems(cohort: Cohort) -> list[Problem]:
 class Features:
     """Frozen encoder output and diagnosis logits of cases, computed once and then read from the cache.
 
-    The two are cached separately, so that models with the same encoder share its output even if their classifiers differ.
+    The two are cached separately, so that models with the same encoder share its output even if their classifiers
+    differ.
 
     Args:
         root: folder of all caches; these use `features/` and `diagnosis/`.
