@@ -208,7 +208,7 @@ def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_st
     torch.save(medicalnet_state, tmp_path / "resnet_18.pth")
     path = tmp_path / "encoder.safetensors"
     convert_encoder(tmp_path / "resnet_18.pth", path)
-    with pytest.raises(DiffVPEncoderError, match="model: encoder_type: i3resnet .expected resnet, as encoder.safet"):
+    with pytest.raises(DiffVPEncoderError, match="model: encoder_type: i3resnet .expected resnet, as in encoder"):
         load_encoder(model_of(**INFLATED), path)
     with pytest.raises(DiffVPEncoderError, match=r"model: encoder_shortcut_type: B .expected A"):
         load_encoder(model_of(encoder_block_channels=CHANNELS, encoder_shortcut_type="B"), path)
