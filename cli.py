@@ -635,11 +635,11 @@ def evaluate(
         if checkpoint is not None and not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
     _check_writable(output)
-    from .data.cache import without_place
     from .experiments import evaluate as run
     from .inference.report import EXPECTED_ERRORS
     from .metrics.labelers import load_labeler
     from .metrics.labelers.radbert import RadBertError
+    from .provenance import without_place
 
     _quiet()
     with _one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), _listed_problems():

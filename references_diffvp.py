@@ -219,7 +219,7 @@ def index_references(folder) -> Path:
         {
             "id": path.name.removesuffix(".gz").removesuffix(".nii"),
             "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": digest(path),
         }
         for path in files
     ]

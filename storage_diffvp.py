@@ -105,19 +105,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Yield the path of a temporary file that becomes `path` at the end: the file appears complete or not at all.
+
+    The temporary file lies in the same folder, so that the rename is atomic. Its name is unique, so that several
+    processes can write the same file, and short, so that long names stay legal.
+    """
+    path = Path(path)
+    # `tempfile` would make it readable by its owner alone.
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes, read anew."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file in hexadecimal; of one that has not changed it is computed once."""
+    """[`file_sha256`], computed once for a file that does not change."""
     status = os.stat(path)
     return _digest(os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: str, inode: int, modified: int, size: int) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+    return file_sha256(path)
 
 
 def digests(folder: Path, own_weights: bool) -> dict[str, str]:

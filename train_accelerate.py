@@ -8,10 +8,10 @@ Train DiffVP in the paper's two stages (appendix D): the diagnosis classifier, t
     accelerate launch -m diffvp.train_accelerate CONFIG    # on several devices
 
 Stage 1 trains a 3D ResNet-18 on the 18 labels. Its backbone also becomes the frozen visual encoder unless
-`encoder_weights` names another. Stage 2 computes what is frozen (voxel features, predicted findings) once per volume
-and trains resampler, deltas, prompt generator, projection, auxiliary head and LoRA.
+`encoder_weights` names another. Stage 2 computes its frozen inputs (voxel features, predicted findings) once per
+volume and trains resampler, deltas, prompt generator, projection, auxiliary head and LoRA.
 
-The same command again goes on with a run that was interrupted, from its newest valid checkpoint.
+Running the same command again resumes an interrupted run from its newest valid checkpoint.
 """
 
 import json
@@ -35,12 +35,13 @@ from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache
 from .data.cases import Case
 from .encoders_diffvp import encoder_sha256, state_sha256
+from .files import recover_folder, write_folder
 from .generation_diffvp import own_generation_config
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
 from .training.check import check_run, has_own_encoder, make_processor, model_fields
-from .training.checkpoints import Checkpoints, recover_folder, write_folder
+from .training.checkpoints import Checkpoints
 from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
 from .training.config import TrainingConfig
 from .training.diagnosis import (
@@ -57,20 +58,20 @@ from .training.report import ReportStage, check_base, make_drafts, quantization
 
 logger = logging.getLogger(__name__)
 
-WHITENING_SCANS = 100  # of the pool; more would not change a covariance of a few dozen channels
-BODY_LEVEL = -0.5  # of the tensor's [-1, 1], above which a voxel is tissue: -450 HU of -1000 to 1200
+WHITENING_SCANS = 100  # of the pool; more would not change the covariance of a few dozen channels
 
 
 @dataclass(frozen=True)
 class Finished:
     """
-    What a run has made.
+    Result of a run.
 
     Attributes:
-        folder: of the model, or of the classifier where only the first stage was asked for.
-        epoch, epochs: which was kept, and after how many; chosen by the lowest validation loss.
-        loss: that loss.
-        references: how many normal scans `references.local.json` names, for the commands that follow.
+        folder: folder of the model, or of the classifier for a run of only the first stage.
+        epoch: the kept epoch, with the lowest validation loss.
+        epochs: number of epochs trained.
+        loss: validation loss of the kept epoch.
+        references: number of normal scans in `references.local.json`, which later commands use.
     """
 
     folder: Path
@@ -82,9 +83,10 @@ class Finished:
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
+    Make the Accelerator of a run.
+
     Raises:
-        RuntimeError: several processes were launched that know nothing of each other, and would write the same files;
-            or by a launcher for DeepSpeed.
+        RuntimeError: the launched processes are not connected and would write the same files, or DeepSpeed is used.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -93,7 +95,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise RuntimeError(
-            "DeepSpeed keeps the optimizer's state in files of its own, which the checkpoints here do not cover. "
+            "DeepSpeed keeps the optimizer state in its own files, which the checkpoints here do not cover. "
             "configs/accelerate/fsdp2_zero2.yaml and fsdp2_zero3.yaml shard in the same way."
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -109,10 +111,10 @@ def train(
     stage: Stage, config: TrainingConfig, accelerator: Accelerator, cohort: Cohort, depends_on: dict[str, str]
 ) -> dict:
     """
-    Train a stage to its end, or go on with it; its best weights are then in its model. What [`Finished`] says of them.
+    Train a stage to its end, or resume it, and load its best weights. Return the matching fields of [`Finished`].
 
     Args:
-        depends_on: what else the result depends on, by name.
+        depends_on: further values that the result depends on, by name.
     """
     output = Path(config.output_dir)
     checkpoints = Checkpoints(output / "checkpoints" / stage.name, config.keep_checkpoints)
@@ -123,7 +125,7 @@ def train(
     accelerator.wait_for_everyone()
     trainer = Trainer(stage, accelerator, checkpoints, log, config, settings)
     if trainer.resume():
-        logger.info("Going on with the stage %s after step %d.", stage.name, trainer.position.step)
+        logger.info("Resuming the stage %s after step %d.", stage.name, trainer.position.step)
     trainer.fit()
     position = trainer.position
     return {
@@ -134,7 +136,7 @@ def train(
 
 
 def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Finished:
-    """Stage 1. Writes `<output_dir>/diagnosis`, the epoch with the lowest validation loss."""
+    """Run stage 1 and write the epoch with the lowest validation loss to `<output_dir>/diagnosis`."""
     output = Path(config.output_dir) / "diagnosis"
     set_seed(config.seed)
     image_processor = DiffVPImageProcessor(**config.image_processor)
@@ -153,7 +155,7 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     kept = train(stage, config, accelerator, cohort, {})
     if truth is not None:
         calibrate(model, stage.whole, torch.from_numpy(stage.labels))
-        logger.info("Classifier: calibrated on %d validation cases, which so cannot score it.", len(stage.labels))
+        logger.info("Classifier: calibrated on %d validation cases, which cannot score it then.", len(stage.labels))
         if model.config.finding_attributes:
             model.config.finding_attributes = fit_margins(model, stage.whole, truth)
     if accelerator.is_main_process:
@@ -165,18 +167,18 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
 
 
 def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Finished:
-    """Stage 2. Writes `<output_dir>/model`, the epoch with the lowest validation loss."""
+    """Run stage 2 and write the epoch with the lowest validation loss to `<output_dir>/model`."""
     output = Path(config.output_dir) / "model"
     set_seed(config.seed)
     model, processor = load_start(config) if config.init_from else build_generator(config)
     if config.encoder is not None:
         model.attach_encoder(import_encoder(config.encoder))
-    # Before training, for the reports of each epoch are written with it, and what cannot be saved is said now.
+    # Before training, since the reports of each epoch need it, and so that an invalid configuration fails now.
     model.generation_config = own_generation_config(
         model.generation_config, processor.tokenizer, config.report.max_report_tokens
     )
     model.config.true_findings = config.report.true_findings if model.config.use_diagnosis else None
-    model.to(accelerator.device)  # before the caches, which it computes
+    model.to(accelerator.device)  # before it computes the caches
     volumes = make_volumes(config, processor.image_processor)
     features = make_features(config.data, volumes, model)
     needed = list({case.name: case for case in cohort.report + cohort.validation + cohort.pool}.values())
@@ -212,7 +214,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
 
 
 def local_references(pool: list[Case], volumes: VolumeCache) -> ReferencePool | None:
-    """The pool as paths and digests; `None` of scans whose files do not say by themselves what they are."""
+    """Return the pool as paths and digests; `None` if files need metadata or a spacing from elsewhere."""
     paths = {case.name: case.volume for case in pool if isinstance(case.volume, Path) and case.metadata is None}
     if not paths or volumes.spacing is not None:
         return None
@@ -220,9 +222,9 @@ def local_references(pool: list[Case], volumes: VolumeCache) -> ReferencePool | 
 
 
 def save_model(model: DiffVPForConditionalGeneration, folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """`save_pretrained` with the full state of a model that may be sharded.
+    """Call `save_pretrained` with the full state of a model that may be sharded.
 
-    FSDP2 makes it an instance of a class of its own, by whose module transformers would choose the code files.
+    FSDP2 replaces the class of the model by its own, from whose module transformers would take the code files.
     """
     sharded = type(model)
     model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
@@ -233,6 +235,7 @@ def save_model(model: DiffVPForConditionalGeneration, folder: Path, state: dict[
 
 
 def make_volumes(config: TrainingConfig, image_processor: DiffVPImageProcessor) -> VolumeCache:
+    """Make the cache of preprocessed volumes."""
     return VolumeCache(config.data.cache_dir, image_processor, config.data.spacing)
 
 
@@ -240,11 +243,11 @@ def without_unreadable(
     cohort: Cohort, cases, load, config: TrainingConfig, accelerator, description: str, workers: int = 0
 ) -> Cohort:
     """
-    `load` every case once into its cache. The cohort without the volumes that cannot be read, where the training file
-    says to leave them out; they are listed in `<output_dir>/skipped.jsonl`.
+    Cache every case with `load`, and return the cohort without unreadable volumes. With `data.skip_unreadable`, these
+    are listed in `<output_dir>/skipped.jsonl`.
 
     Raises:
-        DatasetError: there are such volumes, and the training file does not say so.
+        DatasetError: volumes are unreadable, and `data.skip_unreadable` is false.
     """
     problems = compute_all(cases, load, accelerator, description, config.data.skip_unreadable, workers)
     if not problems:
@@ -254,12 +257,12 @@ def without_unreadable(
         path = Path(config.output_dir) / "skipped.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        logger.warning("%d volumes cannot be read and are left out; they are listed in %s.", len(problems), path)
+        logger.warning("%d unreadable volumes are skipped; they are listed in %s.", len(problems), path)
     return cohort.without({problem.name for problem in problems})
 
 
 def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
-    """A model for stage 2 with the classifier of stage 1 inside, and its processor."""
+    """Build the model of stage 2, including the classifier of stage 1, and its processor."""
     base = config.base
     processor = make_processor(config)
     tokenizer, fields = processor.tokenizer, model_fields(config, processor)
@@ -269,7 +272,7 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
         folder = config.classifier or Path(config.output_dir) / "diagnosis"
         labels = DiffVPConfig(**config.model).diagnosis_labels if fields.get("use_diagnosis", True) else None
         encoder, classifier = load_classifier(folder, labels)
-        fields["finding_attributes"] = classifier.attributes  # with the margins that the first stage has fitted
+        fields["finding_attributes"] = classifier.attributes  # with the margins fitted in the first stage
     if base.from_scratch is not None:
         model = build_from_scratch(base.from_scratch, tokenizer, fields)
     else:
@@ -295,7 +298,7 @@ def build_generator(config: TrainingConfig) -> tuple[DiffVPForConditionalGenerat
 
 
 def build_from_scratch(decoder: dict, tokenizer, fields: dict) -> DiffVPForConditionalGeneration:
-    """A model around a decoder of random weights, all of which are trained; its checkpoints hold them."""
+    """Build a model around a randomly initialized decoder, which is trained completely and saved in checkpoints."""
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_config = {"model_type": "llama", "vocab_size": len(tokenizer), **tokens, **decoder}
     model = DiffVPForConditionalGeneration(DiffVPConfig(text_config=text_config, **fields))
@@ -308,10 +311,10 @@ def load_classifier(
     folder: str | Path, labels: Sequence[str] | None = None
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """
-    The visual encoder and the classifier of a checkpoint: what stage 1 has written, or a whole model.
+    Load the visual encoder and the classifier of a checkpoint, either of stage 1 or of a whole model.
 
     Raises:
-        ValueError: there is no classifier, or it is not one of `labels`, in this order.
+        ValueError: there is no classifier, or it predicts other labels than `labels` or in another order.
     """
     check_checkpoint_name(folder)
     config = DiffVPConfig.from_pretrained(folder)
@@ -330,15 +333,15 @@ def load_classifier(
 
 
 def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
-    """The checkpoint to go on from. Its references stay behind: they are not of the domain that it is trained for."""
+    """Load the checkpoint to start from, without its references, which belong to another domain than the new data."""
     check_checkpoint_name(config.init_from)
     options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
     model = DiffVPForConditionalGeneration.from_pretrained(config.init_from, is_trainable=True, **options)
     processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
     processor.reference_pool = None
     logger.warning(
-        "The visual encoder and the classifier stay as %s has them. What that was made for: %s. What they cannot see, "
-        "no report of this model will tell.",
+        "The visual encoder and the classifier of %s stay unchanged. Its intended domain: %s. Reports of this model "
+        "cannot mention what they do not recognize.",
         config.init_from,
         model.config.intended_domain or "not stated",
     )
@@ -348,7 +351,7 @@ def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, 
 
 
 def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
-    """Set the model's thresholds by the labelled cases that its classifier has not trained on."""
+    """Set the thresholds of the model from labelled cases that its classifier has not trained on."""
     seen = {case.name for case in cohort.diagnosis}
     unseen = [case for case in cohort.report + cohort.validation if case.name not in seen and case.labels is not None]
     if not unseen:
@@ -357,27 +360,30 @@ def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, fea
     probabilities, labels = logits.sigmoid().numpy(), np.stack([case.labels for case in unseen])
     model.config.diagnosis_threshold = best_thresholds(probabilities, labels)
     score = crossfitted_f1(probabilities, labels, [case.patient_id for case in unseen])
-    told = "too few to say how good the classifier is" if score is None else f"cross-fitted micro-F1 {score:.3f}"
+    told = "too few to score the classifier" if score is None else f"cross-fitted micro-F1 {score:.3f}"
     logger.info("Thresholds: chosen on %d cases that the classifier has not trained on; %s.", len(unseen), told)
 
 
 def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
-    """Fit the whitening of the aligned difference to tokens inside the bodies of the pool, every seventh of them."""
-    tokens = []
+    """Fit the whitening of the aligned difference to every seventh token inside the body in scans of the pool."""
+    from .inference.figure import TISSUE_HU, to_hu  # imports matplotlib, which training does not need otherwise
+
+    tokens, window = [], features.volumes.image_processor.hu_window
     for case in cohort.pool[:WHITENING_SCANS]:
         volume = features.volumes.load(case).float()
-        body = torch.nn.functional.adaptive_max_pool3d(volume, model.config.feature_grid)[0].flatten() > BODY_LEVEL
+        densest = torch.nn.functional.adaptive_max_pool3d(volume, model.config.feature_grid)[0].flatten()
+        body = to_hu(densest, window) > TISSUE_HU
         tokens.append(features.load(case)["features"][body][::7].float())
     model.aligned_difference.fit(torch.cat(tokens))
 
 
 def prepare(config: TrainingConfig) -> Cohort:
     """
-    The cases of a run, after everything that would stop it has been looked for.
+    Load the cases of a run and check everything that would stop it.
 
     Raises:
         ValueError: the configuration contradicts itself or the data.
-        DatasetError: all that is wrong with the data, or in the way of the run.
+        DatasetError: lists all problems with the data or the run.
     """
     cohort = load_cohort(config)
     check_run(config, cohort)
@@ -386,10 +392,10 @@ def prepare(config: TrainingConfig) -> Cohort:
 
 def read_volumes(config: TrainingConfig, cohort: Cohort) -> Cohort:
     """
-    Read every volume of a run into the cache, where the run then finds it; the cohort without the unreadable ones.
+    Read every volume into the cache of the run, and return the cohort without unreadable volumes.
 
     Raises:
-        DatasetError: there are such, and the training file does not say to leave them out.
+        DatasetError: volumes are unreadable, and `data.skip_unreadable` is false.
     """
     if config.init_from is None:
         image_processor = DiffVPImageProcessor(**config.image_processor)
@@ -403,20 +409,20 @@ def read_volumes(config: TrainingConfig, cohort: Cohort) -> Cohort:
 
 
 def run(config: TrainingConfig, cohort: Cohort | None = None) -> Finished:
-    """Run the stages that the configuration asks for, or go on with them.
+    """Run or resume the stages that the configuration selects.
 
     Args:
-        cohort: what [`prepare`] has returned, where it was called before.
+        cohort: result of [`prepare`], if it was called before.
 
     Raises:
         ValueError, DatasetError: see [`prepare`].
-        Interrupted: after a Ctrl-C or SIGTERM, once the step is done and saved.
+        Interrupted: after Ctrl-C or SIGTERM, once the current step is completed and saved.
     """
     accelerator = make_accelerator(config)
     cohort = prepare(config) if cohort is None else cohort
     if config.log_with:
         accelerator.init_trackers("diffvp", config={"seed": config.seed, "output_dir": config.output_dir})
-    if config.stage in ("all", "diagnosis") and config.init_from is None:  # `classifier` goes with stage: report
+    if config.stage in ("all", "diagnosis") and config.init_from is None:  # `classifier` requires stage: report
         finished = train_diagnosis(config, accelerator, cohort)
     if config.stage in ("all", "report"):
         finished = train_report(config, accelerator, cohort)
@@ -425,7 +431,7 @@ def run(config: TrainingConfig, cohort: Cohort | None = None) -> Finished:
 
 
 def main() -> None:
-    """For launchers, which start one such process per device; `diffvp train` is for one."""
+    """Entry point for launchers, which start one process per device; `diffvp train` uses one device."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
     run(TrainingConfig.load(sys.argv[1], sys.argv[2:]))

@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import sys
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -650,6 +649,8 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     Raises:
         ValueError: the suffix is not .nii or .nii.gz, or the map's shape differs from `geometry.size`.
     """
+    from .storage_diffvp import replacing  # imports transformers, which takes longer than to read a scan
+
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if suffix not in (".nii", ".nii.gz"):
@@ -659,16 +660,10 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
-    # Not a file of `tempfile`, which only the user could read.
-    temporary = path.with_name(f".map-{uuid.uuid4().hex[:8]}{suffix}")
-    try:
-        # Floats hardly compress at any level, and isal takes a tenth of zlib's time.
+    with replacing(path) as temporary:
+        # Floats hardly compress at any level, and isal takes a tenth of the time of zlib.
         with igzip.open(temporary, "wb", compresslevel=1) if suffix == ".nii.gz" else open(temporary, "wb") as file:
             image.to_stream(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path
 
 

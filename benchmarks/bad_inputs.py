@@ -16,7 +16,6 @@ address space. Memory is what the process held at most beyond what it held after
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import select
@@ -33,6 +32,7 @@ import numpy as np
 from rich.progress import track
 
 from diffvp.metrics.markdown import table_lines
+from diffvp.provenance import machine
 
 READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI", "pydicom", "dicom2nifti", "dcm2niix")
 FORMATS = {
@@ -381,7 +381,7 @@ def main() -> None:
     for row in rows:
         del row["path"]
     results = {
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
         "limit": options.limit, "gigabytes": options.gigabytes,
         "readers": {name: version_of(name) for name in READERS},
         "cases": rows,

@@ -17,7 +17,6 @@ With `--llama FOLDER` the tokens a second of llama.cpp stand beside it, on the s
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.markdown import table_lines
 from diffvp.pipeline_diffvp import end_tokens
+from diffvp.provenance import machine
 
 HERE = Path(__file__).resolve().parents[1]
 SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; what is left is for the busy machine
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     results = {
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
         "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
     }  # fmt: skip
     start, seconds = time.monotonic(), 60 * options.minutes

@@ -12,8 +12,6 @@ as well.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +30,7 @@ from diffvp.inference.batch import ReportWriter
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.markdown import table_lines
+from diffvp.provenance import machine
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 BATCH = 8
@@ -205,7 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     results = {
         "rounds": options.rounds, "tokens": options.tokens,
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -12,7 +12,6 @@ rule labeler reads, each with a 1,000-fold bootstrap.
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from diffvp.metrics.clinical_efficacy.reports import score_against_reports
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
 from diffvp.metrics.statistics import bootstrap_mean
+from diffvp.provenance import machine
 
 REPORTS, WORDS = 1564, 250
 
@@ -59,7 +59,7 @@ def main() -> None:
         "reports": REPORTS,
         "mean_words": float(np.mean([len(report.split()) for report in predictions])),
         "workers": options.workers,
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
         "language_metrics_s": language - start,
         "findings_s": findings - language,
         "signature": scores.signature,

@@ -14,7 +14,6 @@ own. Single runs vary twofold on a shared machine: only the ratios mean somethin
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import torch
 from rich.progress import track
 
 from diffvp.metrics.markdown import table_lines
+from diffvp.provenance import machine
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import resample
 
@@ -372,7 +372,7 @@ def main() -> None:
         return
     results = {
         "rounds": options.rounds, "volumes": options.volumes,
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}", "shapes": {},
+        "machine": machine(), "shapes": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

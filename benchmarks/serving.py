@@ -14,7 +14,6 @@ request was lost or mixed up, memory grew, or the ratio is below the goal.
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -26,6 +25,7 @@ from generation import CHECKPOINT, phantoms
 from rich.progress import track
 
 from diffvp.metrics.markdown import table_lines
+from diffvp.provenance import machine
 from diffvp.tests.serving import Outcome, Server, ask
 
 MAX_DRIFT_MB = 50
@@ -126,7 +126,7 @@ def main() -> None:
     counts = f"--requests {arguments.requests} --clients {arguments.clients} --rounds {arguments.rounds}"
     results = {
         "command": f"python benchmarks/serving.py {counts} --tokens {arguments.tokens}",
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
         "clients": arguments.clients,
         "tokens": arguments.tokens,
     }

@@ -14,8 +14,6 @@ LoRA on the same samples, in turns, in one process; a ratio is the median over t
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -34,6 +32,7 @@ from diffvp.data.cases import Case
 from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor
+from diffvp.provenance import machine
 from diffvp.training.cohort import Features
 
 PADDED = 2048
@@ -163,7 +162,7 @@ def main() -> None:
 
     results = {
         "rounds": options.rounds,
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+        "machine": machine(),
         "median_s": {name: statistics.median(values) for name, values in times.items()},
         "samples_per_s_ratio": ratio("other loop", "ours"),
         "llm_step_ratio": ratio("LLM step, padded to 2,048", "ours"),

@@ -21,6 +21,7 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from ..pipeline_diffvp import RESEARCH_USE
+from ..storage_diffvp import replacing
 from . import codes
 from .codes import Code
 from .source import SourceSeries, values_as_they_are
@@ -67,13 +68,8 @@ def write_objects(folder: str | os.PathLike, report: pydicom.Dataset, image: pyd
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SR_FILE).unlink(missing_ok=True)
     for name, made in ((MAP_FILE, image), (SR_FILE, report)):
-        part = folder / f".{name}.part"
-        try:
-            with values_as_they_are():
-                made.save_as(part, enforce_file_format=True)
-            os.replace(part, folder / name)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(folder / name) as part, values_as_they_are():
+            made.save_as(part, enforce_file_format=True)
 
 
 def checkpoint_digest(document: dict) -> str:

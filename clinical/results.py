@@ -178,9 +178,7 @@ def is_dicom(document: dict) -> bool:
 
 def write_json(path: Path, resource: dict) -> None:
     """Write a file, complete or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    from ..storage_diffvp import replacing  # imports transformers: see above
+
+    with replacing(path) as part:
         part.write_text(json.dumps(resource, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,13 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Preprocessed volumes and frozen features on disk, keyed by content, so that training computes each of them once."""
+"""Cache of preprocessed volumes and frozen features on disk, keyed by content, so that each is computed once."""
 
 import hashlib
 import json
 import logging
 import os
 import sqlite3
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,54 +19,22 @@ from transformers import BatchFeature
 from ..encoders_diffvp import encoder_sha256, raw_bytes
 from ..reading_diffvp import read_ct
 from ..references_diffvp import path_sha256
+from ..storage_diffvp import file_sha256, replacing
 from ..volume_diffvp import PREPROCESSING_VERSION
 from .cases import Case
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM = "crc32"  # of an entry's tensors, in the metadata of its safetensors header
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:  # hashlib.file_digest needs Python 3.11
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def without_place(path: str | os.PathLike) -> str:
-    """A path as the record of a command has it: relative as it is, of an absolute one the last part."""
-    path = Path(path)
-    return path.name if path.is_absolute() else path.as_posix()
-
-
-def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
-    """Digests of a checkpoint's weights, by file."""
-    root = Path(folder)
-    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*.safetensors"))}
-
-
-def compare(before: dict, now: dict, path: str = "") -> list[str]:
-    """What differs between two nested dictionaries of JSON values, as "a.b was 1, is 2"."""
-    differences = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            differences += compare(old, new, f"{path}{key}.")
-        elif old != new:
-            differences.append(f"{path}{key} was {old}, is {new}")
-    return differences
+CHECKSUM = "crc32"  # key in the safetensors header for the checksum of the tensors
 
 
 class ContentHashes:
     """
-    The SHA-256 of volumes, remembered between runs: to read a cohort of terabytes again, only to learn that nothing
-    has changed, would cost more than the features.
+    SHA-256 digests of volumes, stored between runs, since reading terabytes again to detect changes would cost more
+    than computing the features.
 
-    A file counts as unchanged while its size, inode and times of modification *and* of status change are: the kernel
-    sets the last on every write, and no program can set it back.
+    A file counts as unchanged if its size, inode, modification time *and* status change time are unchanged. The kernel
+    sets the latter on every write, and programs cannot reset it.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -81,15 +48,15 @@ class ContentHashes:
         connection.close()
 
     def _connect(self) -> sqlite3.Connection:
-        # Several processes write; each waits for the others. A connection does not survive a fork, so each use opens
-        # its own.
+        # Several processes write, and each waits for the others. Connections do not survive a fork, so each use opens
+        # a new one.
         return sqlite3.connect(self.database, timeout=60)
 
     def __call__(self, volume: str | os.PathLike | dict) -> str:
-        """The hash of a file, of the names and files of a folder, or of a `datasets` value {"path", "bytes"}.
+        """Hash a file, the names and files of a folder, or a `datasets` value {"path", "bytes"}.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
         """
         if isinstance(volume, dict):
             if volume.get("bytes") is not None:
@@ -122,16 +89,16 @@ class TensorCache:
     """
     A folder of small safetensors files, one per key.
 
-    A write goes to a file of its own name and is then renamed, so that a killed run leaves no half entry and several
-    processes can write the same one. Each entry carries a checksum of its tensors; one that does not match is thrown
-    away and computed anew.
+    Entries are written atomically, so that a killed run leaves no incomplete entry and several processes can write the
+    same one. Each entry has a checksum of its tensors; an entry that does not match is discarded and computed again.
 
     Args:
-        root: the folder; made if absent.
-        recipe: what the entries depend on besides the volume (preprocessing settings, weights' hash): part of the key.
+        root: folder, created if absent.
+        recipe: everything that entries depend on besides the volume (preprocessing settings, hash of weights). It is
+            part of the key.
 
     Attributes:
-        hits, misses, damaged: what `get` has found so far.
+        hits, misses, damaged: counts of the results of `get`.
     """
 
     def __init__(self, root: str | os.PathLike, recipe: dict):
@@ -141,11 +108,11 @@ class TensorCache:
         self.hits = self.misses = self.damaged = 0
 
     def path(self, digest: str) -> Path:
-        """Where the entry of the volume with this hash lies."""
+        """Return the path of the entry for the volume with this hash."""
         return self.root / f"{hashlib.sha256(f'{digest}{self.recipe}'.encode()).hexdigest()}.safetensors"
 
     def get(self, digest: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of the volume with this hash, from the cache or from `compute()`."""
+        """Return the tensors for the volume with this hash, from the cache or from `compute()`."""
         path = self.path(digest)
         entry = self._read(path)
         if entry is not None:
@@ -153,13 +120,8 @@ class TensorCache:
             return entry
         self.misses += 1
         entry = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
-        # A name that no other process and no killed run before has taken.
-        temporary = self.root / f"{path.stem}.{uuid.uuid4().hex}.tmp"
-        try:
+        with replacing(path) as temporary:
             save_file(entry, temporary, metadata={CHECKSUM: _checksum(entry)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return entry
 
     def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
@@ -176,16 +138,16 @@ class TensorCache:
         if entry is not None and checksum == _checksum(entry):
             return entry
         self.damaged += 1
-        logger.warning("The cache entry %s is damaged; it is computed anew.", path.name)
+        logger.warning("The cache entry %s is damaged; it is computed again.", path.name)
         return None
 
     @property
     def bytes(self) -> int:
-        """Size of the folder's entries on disk."""
+        """Size of all entries on disk."""
         return sum(entry.stat().st_size for entry in os.scandir(self.root) if entry.name.endswith(".safetensors"))
 
     def summary(self) -> dict[str, float | int]:
-        """Hits, misses, damaged entries, the share of hits, and the size in MB."""
+        """Return hits, misses, damaged entries, hit rate, and size in MB."""
         total = max(self.hits + self.misses, 1)
         return {
             "hits": self.hits,
@@ -197,7 +159,7 @@ class TensorCache:
 
 
 def _checksum(entry: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of names, shapes, types and values: a flipped bit anywhere in an entry that still parses changes it."""
+    """Compute the CRC-32 of names, shapes, types and values, which detects flipped bits in entries that parse."""
     crc = 0
     for name, tensor in sorted(entry.items()):
         crc = isal_zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
@@ -205,7 +167,7 @@ def _checksum(entry: dict[str, torch.Tensor]) -> str:
     return f"{crc:08x}"
 
 
-# What of an image processor decides the tensor of a volume.
+# Settings of the image processor that determine the tensor of a volume.
 PREPROCESSING = (
     "size",
     "target_spacing",
@@ -218,11 +180,11 @@ PREPROCESSING = (
 
 
 def preprocessing(image_processor) -> dict:
-    """The settings of a [`DiffVPImageProcessor`] that a preprocessed volume depends on, and its code's version."""
+    """Return the settings of a [`DiffVPImageProcessor`] that determine a preprocessed volume, and the code version."""
     return {"version": PREPROCESSING_VERSION} | {key: getattr(image_processor, key) for key in PREPROCESSING}
 
 
-# What of a model's configuration decides the encoder's output, besides its weights.
+# Fields of the model configuration that determine the encoder output, besides the weights.
 ENCODER = (
     "encoder_block_channels",
     "encoder_stride",
@@ -237,24 +199,24 @@ ENCODER = (
 
 
 def encoder_recipe(model) -> dict:
-    """What the frozen encoder's output depends on, of any model that has a `vision_encoder`."""
+    """Return everything that the output of a model's frozen `vision_encoder` depends on."""
     recipe = {
         "encoder": encoder_sha256(model.vision_encoder),
         "dtype": next((str(weight.dtype) for weight in model.vision_encoder.parameters()), None),
         **{key: getattr(model.config, key) for key in ENCODER},
     }
-    if model.config.encoder_type != "resnet":  # entries from before there was another have no such key
+    if model.config.encoder_type != "resnet":  # keys of older entries, all of this type, lack these fields
         recipe |= {"encoder_type": model.config.encoder_type, "encoder_layers": list(model.config.encoder_layers)}
     return recipe
 
 
 class VolumeCache:
-    """Preprocessed volumes, each computed once: `load(case)` gives (1, D, H, W) in float16, half a HU of resolution.
+    """Preprocessed volumes, computed once: `load(case)` returns (1, D, H, W) in float16, with half a HU precision.
 
     Args:
-        root: folder of all caches; the volumes are in `volumes/`.
-        image_processor: the [`DiffVPImageProcessor`] whose settings are part of the key.
-        spacing: mm along x, y, z of NIfTI files whose headers are blank and that no table describes (CTRG).
+        root: folder of all caches; volumes are in `volumes/`.
+        image_processor: [`DiffVPImageProcessor`] whose settings are part of the key.
+        spacing: mm along x, y, z for NIfTI files with blank headers and without a table of metadata (CTRG).
     """
 
     def __init__(self, root: str | os.PathLike, image_processor, spacing: tuple[float, float, float] | None = None):
@@ -264,16 +226,16 @@ class VolumeCache:
         self.cache = TensorCache(Path(root) / "volumes", self.recipe)
 
     def digest(self, case: Case) -> str:
-        """The hash of all that the tensor of a case comes from: its volume, and what its own header lacks."""
+        """Hash the inputs of the tensor of a case: the volume, and the metadata that its header lacks."""
         digest = self.hashes(case.volume)
         return digest if case.metadata is None else hashlib.sha256(f"{digest}{case.metadata}".encode()).hexdigest()
 
     def load(self, case: Case) -> torch.Tensor:
-        """The preprocessed volume of a case; errors as of [`read_ct`]."""
+        """Return the preprocessed volume of a case. Raises the errors of [`read_ct`]."""
         return self.cache.get(self.digest(case), lambda: {"ct": self.preprocess(case)["ct"][0].half()})["ct"]
 
     def preprocess(self, case: Case) -> BatchFeature:
-        """What the image processor makes of a case, with what the header of its volume lacks."""
+        """Read and preprocess a case, with the metadata that the header of its volume lacks."""
         processor = self.image_processor
         volume = read_ct(case.volume, self.spacing, processor.allow_non_hu, case.metadata)
         return processor(volume)

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What every dataset becomes: a list of [`Case`], or one [`DatasetError`] with all that is wrong with it.
+"""The common form of all datasets: a list of [`Case`], or one [`DatasetError`] that lists all problems.
 
-The loaders (`ct_rate.py`, `radgenome.py`, `ctrg.py`, `table.py`) read every table and look for every volume before
-they raise, so that a run ends before it starts and the tables are corrected in one go. Messages name tables, rows,
-columns, ids and files; they never hold the text of a report, not even where columns are swapped.
+The loaders (`ct_rate.py`, `radgenome.py`, `ctrg.py`, `table.py`) check every table and volume before they raise, so
+that all problems are known before a run starts and can be corrected together. Messages name tables, rows, columns, ids
+and files. They never contain the text of a report, even if columns are swapped.
 """
 
 import html
@@ -25,7 +25,7 @@ from ..volume_diffvp import CTReadError
 from .pairing import chance
 
 SHOWN_PROBLEMS = 20
-# RadGenome's ten regions, and what it found no region for.
+# The ten regions of RadGenome, and "others" for sentences without a region.
 REGION_NAMES = (*REGIONS, "others")
 SPLITS = {
     "train": ("train", "training"),
@@ -33,9 +33,9 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SCAN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
-# CT-RATE writes "Not given." for an empty field; "nan" is what pandas makes of one when it is turned into text.
+# CT-RATE writes "Not given." for an empty field, and pandas converts one to the text "nan".
 EMPTY_REPORTS = ("", "not given", "nan")
-# What Office writes for a character that XML has not, with the line break that may follow it, and what becomes of it.
+# Escapes that Office writes for characters not allowed in XML, with a following line break, and their replacements.
 _ESCAPE = re.compile(r"_x(00[01][0-9A-Fa-f]|FFFF)_(?:(?<=_x000[Dd]_)\r?\n)?")
 _CONTROLS = {"000D": "\n", "000A": "\n", "0009": " "}
 _ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,30}|#\d{1,7}|#[xX][0-9A-Fa-f]{1,6});")
@@ -43,11 +43,11 @@ _INLINE = "a|b|em|font|i|small|span|strong|sub|sup|u"
 _BLOCK = "br|div|h[1-6]|hr|li|ol|p|pre|table|tbody|td|tr|ul"
 _ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
 _TAG = re.compile(rf"</?(?:({_INLINE})|{_BLOCK}){_ATTRIBUTES}", re.I)
-# Markup of any other kind. A report may well hold "<": "nodules < 5 mm".
+# Markup of any other kind. A report may contain a plain "<", as in "nodules < 5 mm".
 _MARKUP = re.compile(
     rf"</?[A-Za-z][\w:-]*{_ATTRIBUTES}|<!--|<!\[CDATA\[|<!DOCTYPE|<\?xml|_x[0-9A-F]{{4}}_|\{{\\rtf", re.I
 )
-# Anything with a space in it may be a sentence of a report.
+# Text with a space may be a sentence of a report.
 _HARMLESS = re.compile(r"[A-Za-z0-9_.:/\\+()=-]{1,100}")
 
 
@@ -57,18 +57,18 @@ class Case:
 
     Attributes:
         name: unique within the dataset.
-        patient_id: what splits go by.
-        scan_id: shared by the reconstructions of one scan, which share the report as well.
-        volume: path of a file or DICOM folder; of a `datasets` stream its undecoded {"path", "bytes"} value. Both are
-            what `read_ct` takes.
+        patient_id: identifier by which splits are made.
+        scan_id: shared by the reconstructions of one scan, which also share the report.
+        volume: path of a file or DICOM folder, or the undecoded {"path", "bytes"} value of a `datasets` stream;
+            `read_ct` takes both.
         report: the findings, never empty.
-        labels: int8 (18,) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; `None` where the dataset has none.
-        region_sentences: region -> its part of the report, where the dataset divides it.
-        disorders: RadGenome's summary, "no findings" for a normal scan; empty where there is none.
-        normal: what the table's column `normal` says; `None` without one.
-        row: number of its row in the table that lists the cases, as a spreadsheet counts (the header is row 1); its
-            position from 1 where the table has no header.
-        metadata: spacing and rescale of a volume whose own header is blank, for `read_ct(metadata=)`.
+        labels: int8 (18,) of 0 and 1 in the order of `DIAGNOSIS_LABELS`; `None` if the dataset has none.
+        region_sentences: region -> its part of the report, if the dataset divides reports.
+        disorders: RadGenome's summary, "no findings" for a normal scan; empty if there is none.
+        normal: value of the table's column `normal`; `None` without this column.
+        row: row number in the table that lists the cases, as in a spreadsheet (the header is row 1); for tables
+            without a header, the position from 1.
+        metadata: spacing and rescale of a volume with a blank header, for `read_ct(metadata=)`.
     """
 
     name: str
@@ -85,16 +85,16 @@ class Case:
 
     @property
     def identity(self) -> bytes:
-        """Name, report and labels: what a digest of cases is taken of."""
+        """Name, report and labels as bytes, for digests of cases."""
         labels = "" if self.labels is None else self.labels.tolist()
         return f"{self.name}\0{self.report}\0{labels}\0".encode()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where (`table`, `row`, `field`, `name` of the case), what was found, what was expected.
+    """One problem: its location (`table`, `row`, `field`, `name` of the case), what was found, and what was expected.
 
-    `found` is fit for a message; `name` is as it stands in the table, and made fit when it is shown.
+    `found` is safe to show in a message. `name` is the original value of the table, made safe when it is shown.
     """
 
     table: str
@@ -111,7 +111,7 @@ class Problem:
 
 
 class DatasetError(ValueError):
-    """Everything that is wrong with a dataset, in `problems`; the message shows the first 20 and counts the rest."""
+    """All problems of a dataset, in `problems`. The message shows the first 20 and counts the rest."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -129,6 +129,7 @@ class DatasetError(ValueError):
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raise a [`DatasetError`] if there are problems."""
     if problems:
         raise DatasetError(problems)
 
@@ -138,10 +139,10 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 def split_by_patient(cases: Sequence[Case], fraction: float, seed: int | str) -> tuple[list[Case], list[Case]]:
     """
-    (training, validation): about `fraction` of the patients, with all their scans, go to validation.
+    Split cases into (training, validation). About `fraction` of the patients, with all their scans, go to validation.
 
-    A patient's side depends on (seed, patient) alone, so that it stays when cases are added or put in another order.
-    Only where that would leave a side empty, the patient next to the limit moves over.
+    The side of a patient depends only on (seed, patient), and so does not change when cases are added or reordered. If
+    a side would be empty, the patient closest to the limit moves to it.
 
     Raises:
         ValueError: `fraction` is not between 0 and 1, or there are fewer than two patients.
@@ -165,12 +166,12 @@ def split_by_patient(cases: Sequence[Case], fraction: float, seed: int | str) ->
 
 
 def first_reconstructions(cases: Sequence[Case]) -> list[Case]:
-    """One case per scan: the one whose name ends in the lowest number, or the first where names end in none."""
+    """Keep one case per scan: the one whose name ends in the lowest number, or the first if names end in none."""
     first: dict[str, Case] = {}
     for case in cases:
         if case.scan_id not in first or _reconstruction(case) < _reconstruction(first[case.scan_id]):
             first[case.scan_id] = case
-    # In the order of the cases, whichever reconstruction of a scan came first.
+    # Keep the order of the cases, whichever reconstruction of a scan came first.
     chosen = {case.name for case in first.values()}
     return [case for case in cases if case.name in chosen]
 
@@ -182,11 +183,13 @@ def _reconstruction(case: Case) -> int:
 
 def check_no_leak(train: Iterable[Case], validation: Iterable[Case], other: str = "validation") -> None:
     """
+    Check that two sides share no patient and no file.
+
     Args:
-        other: what the second side is for, in the message.
+        other: name of the second side in messages.
 
     Raises:
-        DatasetError: a patient, or a file, is on both sides.
+        DatasetError: a patient or a file is on both sides.
     """
     train = list(train)
     patients = {case.patient_id for case in train}
@@ -207,17 +210,17 @@ def check_no_leak(train: Iterable[Case], validation: Iterable[Case], other: str 
 
 
 class Row(NamedTuple):
-    """A row of a table: its number, and its values by column."""
+    """A table row: its number, and its values by column."""
 
     number: int
     values: Mapping[str, object]
 
 
 def canonical_split(split: str, known: Collection[str] = tuple(SPLITS)) -> str:
-    """ "train", "valid" or "test" from any of their usual names.
+    """Return "train", "valid" or "test" for any of their usual names.
 
     Raises:
-        ValueError: it is none of `known`.
+        ValueError: the split is not one of `known`.
     """
     for name in known:
         if split in SPLITS[name]:
@@ -226,7 +229,7 @@ def canonical_split(split: str, known: Collection[str] = tuple(SPLITS)) -> str:
 
 
 def shown(value: object, limit: int = 100) -> str:
-    """A value for a message: itself where it can only be an id, a number or a file name, else its length."""
+    """Make a value safe for a message: itself if it can only be an id, a number or a file name, else its length."""
     text = value if isinstance(value, str) else repr(value)
     if not text.strip():
         return "empty"
@@ -236,23 +239,23 @@ def shown(value: object, limit: int = 100) -> str:
 
 
 def shown_path(path: Path, root: Path) -> str:
-    """A path for a message, from the dataset's root on."""
+    """Make a path, relative to the root of the dataset, safe for a message."""
     return shown(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
 
 
 def is_missing(value: object) -> bool:
-    """Whether a table has no value there: None, a NaN, or nothing but space."""
+    """Return whether a table value is missing: None, NaN, or only white space."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
 def plain_text(value: object) -> str:
-    """A text without what spreadsheets and web pages leave in it, which a model would learn to write.
+    """Remove the remains of spreadsheets and web pages from a text, which a model would learn to write.
 
-    Escapes of control characters (`_x000D_`) and tags (`<br>`) become a line break or nothing, entities (`&gt;`,
-    `&nbsp;`) what they stand for. A text without any of them stays as it is.
+    Escapes of control characters (`_x000D_`) and tags (`<br>`) become a line break or nothing, and entities (`&gt;`,
+    `&nbsp;`) become their characters. A text without any of them is unchanged.
     """
     text, before = str(value), None
-    while text != before:  # again: entities may stand for a tag, or for entities
+    while text != before:  # repeat, since entities may encode tags or other entities
         before = text
         text = _ESCAPE.sub(lambda found: _CONTROLS.get(found[1].upper(), ""), text)
         text = _ENTITY.sub(lambda found: html.unescape(found[0]).replace("\xa0", " "), text)
@@ -261,7 +264,7 @@ def plain_text(value: object) -> str:
 
 
 def report_text(value: object) -> str:
-    """The report as it stands in the table, or "" where it is one of the ways to write that there is none."""
+    """Return the report text of a table value, or "" for the usual ways to mark a missing report."""
     if is_missing(value) or str(value).strip().rstrip(".").lower() in EMPTY_REPORTS:
         return ""
     text = plain_text(value)
@@ -269,7 +272,7 @@ def report_text(value: object) -> str:
 
 
 def check_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
-    """The report of a case, or a problem."""
+    """Return the report of a case, and add a problem if it is missing or has markup."""
     text = report_text(value)
     if not text:
         found = "empty" if is_missing(value) else repr(str(value).strip()[:12])
@@ -279,7 +282,7 @@ def check_report(value: object, table: str, row: int, column: str, name: str, pr
 
 
 def check_markup(text: str, table: str, row: int, column: str, name: str, problems: list[Problem]) -> None:
-    """A problem where a text still holds markup."""
+    """Add a problem if a text contains markup."""
     found = _MARKUP.search(text)
     if found:
         place = f"with markup at character {found.start() + 1}"
@@ -287,7 +290,7 @@ def check_markup(text: str, table: str, row: int, column: str, name: str, proble
 
 
 def check_flag(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> int:
-    """0 or 1, also as a table with gaps (1.0) or JSON (true) writes them; or a problem."""
+    """Return 0 or 1, also for 1.0 (from tables with gaps) and true (JSON); add a problem for other values."""
     text = str(int(value)) if isinstance(value, bool) else str(value).strip()
     if text.removesuffix(".0") in ("0", "1"):
         return int(text[0])
@@ -304,7 +307,7 @@ def check_labels(
     problems: list[Problem],
     columns: Sequence[str] = DIAGNOSIS_LABELS,
 ) -> np.ndarray:
-    """The labels of a row, int8 (columns,); a problem for each that is neither 0 nor 1."""
+    """Return the labels of a row, int8 (columns,), and add a problem for each value other than 0 and 1."""
     return np.array([check_flag(values.get(label), table, row, label, name, problems) for label in columns], np.int8)
 
 
@@ -316,10 +319,11 @@ def read_csv(
     check_columns: Callable[[list[str], list[Problem]], None] | None = None,
 ) -> list[Row] | None:
     """
-    Rows of a table (see [`read_table`]), or `None` and a problem where it cannot be read or lacks a column.
+    Read the rows of a table (see [`read_table`]). If it is unreadable or lacks a column, add a problem and return
+    `None`.
 
     Args:
-        check_columns: called with the columns and `problems`, to object to them.
+        check_columns: called with the columns and `problems`, to add problems of the columns.
     """
     if not path.is_file():
         problems.append(Problem(path.name, None, "file", "missing", f"a table in {path.parent.name}/"))
@@ -355,14 +359,14 @@ def read_csv(
 
 
 def volume_name(value: object) -> str:
-    """An id as a name of a volume: tables and lists write it with and without the suffix."""
+    """Return the name of a volume for an id, which tables and lists write with or without the suffix."""
     return str(value).strip().removesuffix(".nii.gz")
 
 
 def by_name(
     rows: list[Row] | None, column: str, table: str, keep: Callable[[str], bool], problems: list[Problem]
 ) -> dict[str, Row] | None:
-    """The rows of a table by the volume that they are about; a problem for each name that is there twice."""
+    """Index the rows of a table by volume, and add a problem for each empty or repeated name."""
     if rows is None:
         return None
     found: dict[str, Row] = {}
@@ -382,12 +386,12 @@ def check_rows(
     listed: Mapping[str, int], rows: Collection[str] | None, table: str, lists: str, problems: list[Problem]
 ) -> list[str]:
     """
-    The listed names that have a row in a table too, where it could be read; a problem for each that has none.
+    Return the listed names that also have a row in another table, and add a problem for each name without one.
 
     Args:
-        listed: the row of each name in the table that lists the cases.
-        rows: the names in the other table; `None` if it could not be read.
-        table, lists: names of that other table and of the one that lists the cases.
+        listed: row number of each name in the table that lists the cases.
+        rows: names in the other table; `None` if it was unreadable.
+        table, lists: names of the other table and of the one that lists the cases.
     """
     if rows is None:
         return []
@@ -399,30 +403,31 @@ def check_rows(
 
 
 def selection(include: Collection[str] | None, exclude: Collection[str]) -> Callable[[str], bool]:
-    """Whether a case is asked for: one of `include` (all if `None`), and none of `exclude`."""
+    """Return a function that tells whether a name is in `include` (all if `None`) and not in `exclude`."""
     wanted = None if include is None else {volume_name(name) for name in _names(include)}
     unwanted = {volume_name(name) for name in _names(exclude)}
     return lambda name: name not in unwanted and (wanted is None or name in wanted)
 
 
 def _names(names: str | Collection[str]) -> Collection[str]:
-    """Several names; one alone is not taken for its letters."""
+    """Return a collection of names, also for a single string."""
     return [names] if isinstance(names, str) else names
 
 
 def row_numbers(rows: Mapping[str, Row] | None) -> dict[str, int]:
+    """Return the row number of each name; empty for an unreadable table."""
     return {name: row.number for name, row in (rows or {}).items()}
 
 
 def check_included(
     include: Collection[str] | None, names: Collection[str], table: str, problems: list[Problem]
 ) -> None:
-    """A problem for each case that was asked for by name and is not there."""
+    """Add a problem for each name in `include` that does not exist."""
     for name in _names(include or ()):
         if volume_name(name) not in names:
             problems.append(Problem(table, None, "row", "missing", "a row for this id, which `include` names", name))
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Ids from a text file, one a line; empty lines do not count."""
+    """Read ids from a text file, one per line; empty lines are ignored."""
     return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""CT-RATE as it lies on the Hub (`ibrahimhamamci/CT-RATE`), version 1 and 2.
+"""CT-RATE in the layout of the Hub (`ibrahimhamamci/CT-RATE`), versions 1 and 2.
 
-    dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz       version 2: Hounsfield units and a true header
-    dataset/train/train_1/train_1_a/train_1_a_1.nii.gz             version 1: raw values below a blank header
+    dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz       version 2: Hounsfield units and a valid header
+    dataset/train/train_1/train_1_a/train_1_a_1.nii.gz             version 1: raw values with a blank header
     dataset/multi_abnormality_labels/{train,valid}_predicted_labels.csv
     dataset/radiology_text_reports/{train,validation}_reports.csv
     dataset/metadata/{train,validation}_metadata.csv, no_chest_{train,valid}.txt
@@ -39,7 +39,7 @@ from .cases import (
     volume_name,
 )
 
-# The older of the two is that of CT2Rep's and CT-CLIP's report tables.
+# The second, older name is used in the report tables of CT2Rep and CT-CLIP.
 NAME_COLUMNS = ("VolumeName", "AccessionNo")
 REPORT_COLUMN = "Findings_EN"
 _NAME = re.compile(r"(train|valid)_([0-9]+)_([a-z]+)_([0-9]+)")
@@ -48,20 +48,19 @@ _NAME = re.compile(r"(train|valid)_([0-9]+)_([a-z]+)_([0-9]+)")
 def load_ct_rate(
     root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> list[Case]:
-    """All volumes of a split that are chest scans, in the order of the label table.
+    """Load all chest scans of a split, in the order of the label table.
 
-    Version 2 is taken where its folder is there. With version 1, each case brings the `metadata` that its volume
-    cannot be read without.
+    Version 2 is used if its folder exists. In version 1, each case has the `metadata` needed to read its volume.
 
     Args:
-        root: the folder that holds `dataset/`.
+        root: folder that contains `dataset/`.
         split: "train" or "valid" ("validation").
-        include: only these volumes, for a part of the dataset; all of them if `None`.
-        exclude: not these, whatever is wrong with them.
+        include: volumes to load, for a part of the dataset; `None` for all.
+        exclude: volumes to leave out, with all their problems.
 
     Raises:
         ValueError: the split is unknown.
-        DatasetError: all that is wrong with tables and volumes.
+        DatasetError: lists all problems with tables and volumes.
     """
     split = canonical_split(split, ("train", "valid"))
     problems: list[Problem] = []
@@ -73,13 +72,13 @@ def load_ct_rate(
 def read_cases(
     root: Path, split: str, include: Collection[str] | None, exclude: Collection[str], problems: list[Problem]
 ) -> list[Case]:
-    """The cases of [`load_ct_rate`]; where there are problems, with gaps."""
+    """Read the cases of [`load_ct_rate`]; incomplete if there are problems."""
     dataset = root / "dataset"
     keep = selection(include, {*exclude, *_no_chest(dataset, split)})
     label_path, label_rows = read_label_rows(dataset, split, keep, problems)
     report_path, report_rows = _read_report_rows(dataset, split, keep, problems)
     listed, lists = row_numbers(label_rows), label_path.name
-    if label_rows is None:  # what is wrong with the rest is still worth saying
+    if label_rows is None:  # still report the problems of the other tables
         listed, lists = row_numbers(report_rows), report_path.name
     check_rows(row_numbers(report_rows), label_rows, label_path.name, report_path.name, problems)
     check_included(include, listed, lists, problems)
@@ -122,7 +121,7 @@ def read_cases(
 def read_label_rows(
     dataset: Path, split: str, keep: Callable[[str], bool], problems: list[Problem]
 ) -> tuple[Path, dict[str, Row] | None]:
-    """CT-RATE's label table: its path, and its rows by name of the volume."""
+    """Read CT-RATE's label table: return its path, and its rows by volume name."""
     path = table_path(dataset / "multi_abnormality_labels", split, "predicted_labels.csv", "valid")
 
     def check_columns(columns: list[str], problems: list[Problem]) -> None:
@@ -137,10 +136,10 @@ def read_label_rows(
 
 
 def table_path(folder: Path, split: str, ending: str, documented: str) -> Path:
-    """A table of a split. CT-RATE and RadGenome say "valid" or "validation" by file; take whichever there is.
+    """Return the path of a table of a split. Its name has "valid" or "validation"; an existing file is preferred.
 
     Args:
-        documented: what the dataset's page calls the table's second split.
+        documented: name of the second split in the dataset's documentation of this table.
     """
     names = (split,) if split == "train" else (documented, *(name for name in SPLITS[split] if name != documented))
     paths = [folder / f"{name}_{ending}" for name in names]
@@ -148,13 +147,13 @@ def table_path(folder: Path, split: str, ending: str, documented: str) -> Path:
 
 
 def patient_and_scan(name: str) -> tuple[str, str]:
-    """train_1_a_1 -> (train_1, train_1_a)."""
+    """Split a name into patient and scan: train_1_a_1 -> (train_1, train_1_a)."""
     scan = name.rsplit("_", 1)[0]
     return scan.rsplit("_", 1)[0], scan
 
 
 def check_names(listed: Mapping[str, int], table: str, split: str, problems: list[Problem]) -> list[str]:
-    """The names that have the form of CT-RATE's and are of the split; a problem for each other one."""
+    """Return the names in the form of CT-RATE that belong to the split, and add a problem for each other name."""
     good = []
     for name, row in listed.items():
         match = _NAME.fullmatch(name)
@@ -167,7 +166,7 @@ def check_names(listed: Mapping[str, int], table: str, split: str, problems: lis
 
 
 def _no_chest(dataset: Path, split: str) -> set[str]:
-    """The volumes that the dataset itself lists as being of another part of the body."""
+    """Read the names of volumes that the dataset lists as scans of other body parts."""
     path = dataset / "metadata" / f"no_chest_{split}.txt"
     return {volume_name(line.split("/")[-1]) for line in read_ids(path)} if path.is_file() else set()
 
@@ -175,7 +174,7 @@ def _no_chest(dataset: Path, split: str) -> set[str]:
 def _read_report_rows(
     dataset: Path, split: str, keep: Callable[[str], bool], problems: list[Problem]
 ) -> tuple[Path, dict[str, Row] | None]:
-    """The table of reports: its path, and its rows by name of the volume, whichever column names it."""
+    """Read the table of reports: return its path, and its rows by volume name from either name column."""
     path = table_path(dataset / "radiology_text_reports", split, "reports.csv", "validation")
 
     def check_columns(columns: list[str], problems: list[Problem]) -> None:
@@ -192,7 +191,7 @@ def _read_report_rows(
 def check_volumes(
     paths: dict[str, Path], root: Path, table: str, listed: Mapping[str, int], problems: list[Problem]
 ) -> None:
-    """A problem for each file that is not there."""
+    """Add a problem for each missing file."""
     for name, path in paths.items():
         if not path.is_file():
             problems.append(Problem(table, listed[name], "volume", "missing", shown_path(path, root), name))

@@ -1,13 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""CTRG-Chest-548K in the form that peers' code reads.
+"""CTRG-Chest-548K in the form that published code reads.
 
     annotation.json                       {"train": [{"id", "finding"}, ...], "val": [...], "test": [...]}
     CTRG-Chest-548K_volume/{id}.nii.gz
 
-The volumes were made of 8-bit pictures: no Hounsfield units and no spacing. To read them takes `allow_non_hu`, a
-`spacing` that is an assumption, and a window of grey values; what a model makes of them says nothing about a CT in HU.
-There are no labels, so that a pool of normal scans has to be named (`pool.py`).
+The volumes were made from 8-bit images and have neither Hounsfield units nor spacing. Reading them requires
+`allow_non_hu`, an assumed `spacing`, and a window of grey values. Results on them do not transfer to CT in HU. There
+are no labels, so that a pool of normal scans must be named (`pool.py`).
 """
 
 import json
@@ -30,15 +30,15 @@ from .cases import (
     volume_name,
 )
 
-REPORT_KEYS = ("finding", "findings")  # of Dia-LLaMA, of MvKeTR
+REPORT_KEYS = ("finding", "findings")  # in Dia-LLaMA, in MvKeTR
 
 
 def load_ctrg(
     root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> list[Case]:
-    """All studies of a split ("train", "valid" or "test"), in the order of `annotation.json`; `row` is the position.
+    """Load the studies of a split ("train", "valid" or "test") in the order of `annotation.json`.
 
-    Arguments and errors as of [`load_ct_rate`].
+    `row` is the position. Arguments and errors are those of [`load_ct_rate`].
     """
     split = canonical_split(split)
     root, problems, keep = Path(root), [], selection(include, exclude)
@@ -54,7 +54,7 @@ def load_ctrg(
             if not keep(name):
                 continue
             if name in first:
-                # Also across the splits: that would be a leak.
+                # Also checked across splits, where it would be a leak.
                 problems.append(
                     Problem(table, position, "id", f"the same as in {first[name]}", "one entry per id", name)
                 )
@@ -67,9 +67,9 @@ def load_ctrg(
 
 
 def _read_annotation(path: Path, split: str, problems: list[Problem]) -> dict[str, list]:
-    """The lists of `annotation.json` by split; empty, and a problem, where it is not of that form."""
+    """Read the lists of `annotation.json` by split; if it has another form, add a problem and return no lists."""
     if not path.is_file():
-        problems.append(Problem(path.name, None, "file", "missing", "a file beside CTRG-Chest-548K_volume/"))
+        problems.append(Problem(path.name, None, "file", "missing", "a file next to CTRG-Chest-548K_volume/"))
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -92,6 +92,6 @@ def _case(root: Path, table: str, position: int, name: str, item: dict, problems
     key = next((key for key in REPORT_KEYS if key in item), REPORT_KEYS[0])
     report = check_report(item.get(key), table, position, key, name, problems)
     volume = root / "CTRG-Chest-548K_volume" / f"{name}.nii.gz"
-    if not os.path.isfile(volume):  # Path raises on an id that is too long for a path
+    if not os.path.isfile(volume):  # Path raises an error for an id that is too long for a path
         problems.append(Problem(table, position, "volume", "missing", shown_path(volume, root), name))
     return Case(name, name, name, volume, report, row=position)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""One way in to the datasets, by the name of their layout."""
+"""Load any dataset by the name of its layout."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -29,19 +29,19 @@ def load_dataset_cases(
     exclude: Collection[str] = (),
     **options,
 ) -> list[Case]:
-    """The cases of a split.
+    """Load the cases of a split.
 
     Args:
         layout: "phantom", "radgenome", "ct-rate", "ctrg" or "table".
-        root: the dataset's folder; of "table" also the table itself.
-        split: "train", "valid" or, where there is one, "test"; `None` for all rows of a table.
-        include: only the cases of these names; all of them if `None`.
-        exclude: not these, whatever is wrong with them.
-        options: of the layout's own loader, such as the `labels` of a table.
+        root: folder of the dataset; for "table", alternatively the table itself.
+        split: "train", "valid" or, if available, "test"; `None` for all rows of a table.
+        include: names of the cases to load; `None` for all.
+        exclude: names of cases to leave out, with all their problems.
+        options: further options of the layout's loader, such as the `labels` of a table.
 
     Raises:
         ValueError: layout or split is unknown.
-        DatasetError: all that is wrong with tables and volumes.
+        DatasetError: lists all problems with tables and volumes.
     """
     if layout not in LOADERS:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LOADERS)}")

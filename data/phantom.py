@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The phantom cohort: who a synthetic patient is, and the call that renders the CT scan.
+"""The phantom cohort: the definition of synthetic patients, and the function that renders their CT scans.
 
-There is no licence-free labelled chest CT, so the project draws its own. `sample_patient` decides everything that a
-report may say (anatomy, findings and their attributes) from (seed, split, index) alone; `on_scanner` takes the patient
-to another scanner; `render_patient` turns it into Hounsfield units. Shapes live in `phantom_geometry.py`, normal
-anatomy is painted in `phantom_anatomy.py`, findings in `phantom_findings.py`, and the text is written in
-`phantom_report.py`. Images and reports are synthetic: nothing here is a real patient or derives from one.
+There is no licence-free labelled chest CT, so the project renders its own. `sample_patient` determines everything that
+a report may state (anatomy, findings and their attributes) from (seed, split, index) only. `on_scanner` moves the
+patient to another scanner, and `render_patient` converts it to Hounsfield units. Shapes are defined in
+`phantom_geometry.py`; normal anatomy is painted in `phantom_anatomy.py`, findings in `phantom_findings.py`, and the
+text is written in `phantom_report.py`. Images and reports are synthetic and derive from no real patient.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ FINDING_NETWORK: dict[str, tuple[float, dict[str, float]]] = {
     ),
 }
 # CT-RATE: 11.3 % of the scans carry none of the 18 labels, and RadGenome-ChestCT calls 8 to 9 % "No findings". The
-# phantom knows no disease outside the 18 labels, so the second number is the share of its normal patients.
+# phantom has no disease outside the 18 labels, so the second number is the share of its normal patients.
 NORMAL_SHARE = 0.09
-# Raised whenever the same patient gets other bytes, so that one cohort never mixes two renderings.
+# Increased with every change of the rendered bytes, so that a cohort never mixes two renderings.
 RENDERING = 2
 
 SEVERITIES = ("mild", "moderate", "severe")
@@ -129,7 +129,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class PhantomPatient:
-    """Everything that is known about a synthetic patient before rendering."""
+    """Full description of a synthetic patient before rendering."""
 
     seed: int
     index: int
@@ -143,14 +143,14 @@ class PhantomPatient:
     anatomy: Anatomy
     findings: tuple[Finding, ...]
     scanner: str = "a"
-    air_hu: float = -1000.0  # what the scanner reads for the air and the water inside a patient
+    air_hu: float = -1000.0  # values that the scanner measures for air and water inside a patient
     water_hu: float = 0.0
 
     @property
     def name(self) -> str:
-        """CT-RATE's name of the volume: split, patient (from 1), scan letter, reconstruction.
+        """Name of the volume as in CT-RATE: split, patient (from 1), scan letter, reconstruction.
 
-        The scan letter tells the scans of a patient apart, and so those of two scanners.
+        The scan letter distinguishes the scans of a patient, and therefore the two scanners.
         """
         return f"{self.split}_{self.index + 1}_{self.scanner}_1"
 
@@ -163,12 +163,12 @@ class PhantomPatient:
         return next((finding for finding in self.findings if finding.label == label), None)
 
     def rng(self, stream: str) -> np.random.Generator:
-        """A generator that depends on (seed, split, index, stream) alone, so no structure disturbs another."""
+        """Return a generator that depends only on (seed, split, index, stream), so that structures are independent."""
         return _generator(self.seed, self.split, self.index, stream)
 
     def to_dict(self) -> dict[str, Any]:
         record = {"name": self.name, **dataclasses.asdict(self), "findings": [vars(f) for f in self.findings]}
-        if self.scanner == "a":  # cohorts from before there was another keep their bytes
+        if self.scanner == "a":  # keeps the bytes of older cohorts, all of scanner "a"
             for key in ("scanner", "air_hu", "water_hu"):
                 del record[key]
         return record
@@ -201,19 +201,19 @@ def _severity(rng, weights=(0.45, 0.35, 0.2)) -> str:
 
 
 def _some_of(rng, names, weights, at_most) -> list[str]:
-    """One to `at_most` of the names, in their order."""
+    """Draw one to `at_most` of the names, keeping their order."""
     count = int(rng.integers(1, at_most + 1))
     picked = set(rng.choice(len(names), size=count, replace=False, p=np.asarray(weights) / np.sum(weights)).tolist())
     return [names[i] for i in sorted(picked)]
 
 
 def _millimetres(rng, low, high) -> int:
-    """Log-uniform size, as sizes of lesions are, in whole mm, as they are reported."""
+    """Draw a log-uniform size, as usual for lesions, in whole mm, as in reports."""
     return int(round(math.exp(rng.uniform(math.log(low), math.log(high)))))
 
 
 def _attributes(label: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Draws the attributes of one finding. Every value drawn here is visible in the image."""
+    """Draw the attributes of one finding. Every value drawn here is visible in the image."""
     if label == "Medical material":
         kinds = ("sternal wires", "port", "pacemaker", "central venous catheter")
         kind = str(rng.choice(kinds, p=(0.4, 0.2, 0.2, 0.2)))
@@ -293,7 +293,7 @@ def _sample_labels(rng: np.random.Generator) -> list[str]:
 
 
 def sample_patient(seed: int, index: int, split: str) -> PhantomPatient:
-    """Draws patient `index` (from 0) of `split` ("train", "valid", ...); the same arguments give the same patient."""
+    """Draw patient `index` (from 0) of `split` ("train", "valid", ...). The same arguments give the same patient."""
     if seed < 0 or index < 0:
         raise ValueError(f"seed={seed}, index={index}: expected numbers >= 0")
     rng = _generator(seed, split, index, "patient")
@@ -364,29 +364,29 @@ def sample_patient(seed: int, index: int, split: str) -> PhantomPatient:
 
 
 def on_scanner(patient: PhantomPatient, scanner: str) -> PhantomPatient:
-    """The same body with the same findings, scanned by "a" (the patient as drawn) or by "b".
+    """Return the same body with the same findings, scanned by "a" (the patient as drawn) or by "b".
 
-    Scanner "b" stands in for another hospital, as CTRG-Chest-548K does for RadGenome-ChestCT in the paper's tables 8
-    and 9. It is a newer device with another protocol, and differs by no more than real ones do:
+    Scanner "b" represents another hospital, as CTRG-Chest-548K does for RadGenome-ChestCT in the paper's tables 8
+    and 9. It is a newer device with another protocol, with differences in the range of real scanners:
 
-    - Slices of 1.25 to 2 mm instead of 2.5 to 5, a field of view a tenth larger, mostly a sharp kernel. It has a
-      little less noise in slices of one thickness, but more in these.
+    - Slices of 1.25 to 2 mm instead of 2.5 to 5, a field of view a tenth larger, mostly a sharp kernel. It has
+      slightly less noise at equal slice thickness, but more in these thinner slices.
     - Contrast medium in 8 of 10 scans instead of 3, in an earlier phase and at 100 kV instead of 120, which is closer
       to the absorption edge of iodine: blood at 150 to 210 HU instead of 95 to 130. At 100 kV marrow also reads 15 %
       more, and fat 6 HU less.
-    - Calibration: water reads 2 to 6 HU too much (usual quality control tolerates 5 HU, accreditation 7), and air in
+    - Calibration: water reads 2 to 6 HU too high (usual quality control tolerates 5 HU, accreditation 7), and air in
       the body -990 to -980 HU, because wide detectors record more scatter: means of -1004 and -989 have been measured
-      in the tracheas of patients on a 4- and a 64-channel scanner of one maker.
-    - Position: the table is 8 to 20 mm low (off-centre by centimetres is common, and mostly low), the patient lies
-      turned another way, and the scan ends sooner below the lungs.
+      in the tracheas of patients on a 4- and a 64-channel scanner of one manufacturer.
+    - Position: the table is 8 to 20 mm low (off-centre by centimetres is common, and mostly low), the patient is
+      rotated differently, and the scan ends closer to the lungs at the bottom.
 
     Raises:
-        ValueError: `patient` is on another scanner already, or there is no such scanner.
+        ValueError: `patient` is already on another scanner, or the scanner is unknown.
     """
     if scanner not in SCANNERS:
         raise ValueError(f"scanner={scanner!r}: expected one of {', '.join(SCANNERS)}")
     if patient.scanner != "a":
-        raise ValueError(f"{patient.name} is on scanner {patient.scanner!r} already: expected a patient as drawn")
+        raise ValueError(f"{patient.name} is already on scanner {patient.scanner!r}: expected a patient as drawn")
     if scanner == "a":
         return patient
     rng = patient.rng("scanner b")
@@ -417,7 +417,7 @@ def on_scanner(patient: PhantomPatient, scanner: str) -> PhantomPatient:
 
 
 def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: float | None = None) -> PhantomScan:
-    """Renders a patient to a CT scan of `matrix` x `matrix` pixels.
+    """Render a patient to a CT scan of `matrix` x `matrix` pixels.
 
     All geometry is in mm, so `matrix` and `slice_mm` (default: the patient's own slice thickness) change the
     sampling, not the patient.
@@ -427,7 +427,7 @@ def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: floa
     paint_anatomy(canvas)
     lobes = np.where(canvas.lung_sd < 0, 1 + geometry.lobe(canvas.x, canvas.y, canvas.z), 0).astype(np.uint8)
     paint_findings(canvas)
-    # Before the acquisition, which sets the air around the patient.
+    # Scale before the acquisition, which sets the air around the patient.
     canvas.hu *= np.float32((patient.water_hu - patient.air_hu) / 1000)
     canvas.hu += np.float32(patient.water_hu)
     hu = canvas.acquire()

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Paints the normal anatomy of a phantom patient, from the skin inwards, and derives the ten region masks."""
+"""Paint the normal anatomy of a phantom patient, from the skin inwards, and derive the ten region masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLUID_HU = 12.0
 
 
 def paint_anatomy(canvas: Canvas) -> None:
-    """Paints a healthy thorax, with the heart as large and the pleural space as full as the findings demand."""
+    """Paint a healthy thorax, with heart size and pleural fluid according to the findings."""
     _trunk(canvas)
     _rib_cage(canvas)
     _abdomen(canvas)
@@ -132,7 +132,7 @@ def _rib_cage(canvas: Canvas) -> None:
 
 
 def _plate(canvas: Canvas, a, b, c, half_thickness: float, hu: float) -> None:
-    """A flat triangular bone with corners a, b, c."""
+    """Paint a flat triangular bone with corners a, b, c."""
     points = np.stack([a, b, c])
     normal = np.cross(b - a, c - a)
     normal /= np.linalg.norm(normal)
@@ -226,9 +226,9 @@ def _lungs(canvas: Canvas) -> None:
 
 
 def vessel_tree(patient, geometry, side: int):
-    """A random tree from the hilum to points all over one lung: nodes (n, 3), parent indices, radii in mm.
+    """Grow a random tree from the hilum to points throughout one lung: nodes (n, 3), parent indices, radii in mm.
 
-    Each target joins the tree where the way back to the hilum is short; the radius follows Murray's law.
+    Each target joins the tree at a node with a short path to the hilum. Radii follow Murray's law.
     """
     rng = patient.rng(f"vessels {side}")
     healthy = _without_findings(geometry)
@@ -256,12 +256,12 @@ def vessel_tree(patient, geometry, side: int):
 
 
 def _without_findings(geometry):
-    """The same patient's geometry with a normal heart and pleural space: normal anatomy must not follow findings."""
+    """Return the geometry with a normal heart and pleural space, since normal anatomy must not depend on findings."""
     return Geometry(dataclasses.replace(geometry.patient, findings=())) if geometry.patient.findings else geometry
 
 
 def segmental_bronchi(patient, geometry, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Curved, tapering airways from the hilum into the lobes: (points, lumen radii in mm)."""
+    """Return curved, tapering airways from the hilum into the lobes: (points, lumen radii in mm)."""
     rng = patient.rng(f"bronchi {side}")
     healthy = _without_findings(geometry)
     tubes = []
@@ -411,7 +411,7 @@ def _neck_and_breasts(canvas: Canvas) -> None:
 
 
 def region_masks(canvas: Canvas) -> dict[str, np.ndarray]:
-    """The ten regions of RadGenome-ChestCT as bool masks on the grid; regions may overlap, as they do there."""
+    """Return the ten regions of RadGenome-ChestCT as bool masks on the grid. As there, regions may overlap."""
     masks = canvas.masks
     masks["lung"] &= ~masks["heart"]
     masks["pleura"] &= ~masks["heart"]

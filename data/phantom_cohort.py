@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the phantom cohort in the layouts of CT-RATE v2 and RadGenome-ChestCT, and the sheet of example cases.
+"""Write the phantom cohort in the layouts of CT-RATE v2 and RadGenome-ChestCT.
 
-The same seed gives the same bytes, whatever the number of workers: a case depends on (seed, split, index) alone, gzip
-headers carry no time, and tables are written in order of the index. Each file is written under a temporary name and
-renamed, so an interrupted run leaves only complete files and the next run continues.
+The same seed gives the same bytes for any number of workers: a case depends only on (seed, split, index), gzip headers
+have no time, and tables are written in order of the index. Each file is written under a temporary name and renamed, so
+an interrupted run leaves only complete files and the next run continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gzip
 import io
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import nibabel as nib
 import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..storage_diffvp import replacing
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
 
@@ -63,7 +63,7 @@ def write_cohort(
     workers: int = 2,
     progress: bool = True,
 ) -> Path:
-    """Writes `train` and `valid` phantom cases below `root` and returns `root`.
+    """Write `train` and `valid` phantom cases below `root` and return `root`.
 
     Args:
         root: Folder of the cohort; existing complete volumes of the same settings are kept.
@@ -72,12 +72,12 @@ def write_cohort(
         seed: Cohort seed; the same seed and matrix give the same bytes.
         matrix: Pixels per row and column of each slice.
         masks: Also write the ten region masks, the lesion masks and the lobes.
-        scanner: "a" or "b": the same patients in another hospital; see [`on_scanner`].
-        workers: Processes that render.
+        scanner: "a", or "b" for the same patients in another hospital; see [`on_scanner`].
+        workers: Number of rendering processes.
         progress: Show a progress bar on stderr.
 
     Raises:
-        ValueError: If a count is negative, there is no such scanner, or `root` holds a cohort of another seed, matrix
+        ValueError: If a count is negative, the scanner is unknown, or `root` contains a cohort of another seed, matrix
             or scanner.
     """
     root = Path(root)
@@ -104,7 +104,7 @@ def write_cohort(
 
 def _check_settings(root: Path, seed: int, matrix: int, scanner: str) -> None:
     path, settings = root / "phantom" / "cohort.json", {"seed": seed, "matrix": matrix, "rendering": RENDERING}
-    if scanner != "a":  # the settings of cohorts from before there was another do not name it
+    if scanner != "a":  # settings of older cohorts, all of scanner "a", do not name it
         settings["scanner"] = scanner
     if path.exists():
         found = json.loads(path.read_text())
@@ -117,7 +117,7 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
     if workers == 1 or len(jobs) < 2:
         yield from map(_write_case, jobs)
         return
-    # "spawn": a fork of a process in which torch has started threads can hang.
+    # "spawn", since a fork of a process in which torch has started threads can hang.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(_write_case, jobs, chunksize=4)
 
@@ -133,7 +133,7 @@ def _progress(facts: Iterator[dict], total: int, show: bool) -> Iterator[dict]:
 
 
 def volume_path(root: Path, name: str) -> Path:
-    """CT-RATE's path of a volume: train_1_a_1 -> dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."""
+    """Return CT-RATE's path of a volume: train_1_a_1 -> dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."""
     split, patient, scan, _ = name.split("_")
     return (
         root
@@ -152,8 +152,7 @@ def _write_case(job: tuple) -> dict:
     lesion_path, lobe_path = (
         root / "phantom" / f"{kind}_mask" / f"{patient.name}.nii.gz" for kind in ("lesion", "lobe")
     )
-    # The volume is written last, so that its presence means that the case is complete. (Cohorts from before there were
-    # lobes lack those.)
+    # The volume is written last, so that its presence means that the case is complete. (Older cohorts lack the lobes.)
     complete = path.exists() and ((lesion_path.exists() and lobe_path.exists()) or not with_masks)
     if not complete:
         scan = render_patient(patient, matrix=matrix)
@@ -172,14 +171,14 @@ def _write_case(job: tuple) -> dict:
 
 
 def single_phantom(seed: int, split: str) -> tuple[nib.Nifti1Image, str]:
-    """The scan of the first patient of a split that may have no other, and its true report."""
+    """Render the scan of the first patient of a split, without writing a cohort, and return it with its report."""
     patient = sample_patient(seed, 0, split)
     scan = render_patient(patient)
     return nib.Nifti1Image(scan.hu, scan.affine), report_text(region_sentences(patient))
 
 
 def encode_lesions(scan: PhantomScan) -> np.ndarray:
-    """Lesion masks in one uint32 volume: bit i is set where finding `DIAGNOSIS_LABELS[i]` is (they may overlap)."""
+    """Encode lesion masks in one uint32 volume: bit i is set inside finding `DIAGNOSIS_LABELS[i]`."""
     code = np.zeros(scan.hu.shape, np.uint32, order="F")
     for label, mask in scan.lesions.items():
         code |= mask.astype(np.uint32) << np.uint32(DIAGNOSIS_LABELS.index(label))
@@ -196,9 +195,8 @@ def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _write_csv(path: Path, columns, rows) -> None:
@@ -261,104 +259,3 @@ def _write_tables(root: Path, split: str, patients: list[PhantomPatient], facts:
         dataset / "radgenome_files" / f"{name}_region_report.csv", ["Volumename", "Anatomy", "Sentence"], regions
     )
     _write_csv(dataset / "radgenome_files" / f"{name}_case_disorders.csv", ["Volumename", "Disorders"], disorders)
-
-
-# The sheet of example cases ------------------------------------------------------------------------------------------
-
-WINDOWS = {"lung": (-1150.0, 150.0), "mediastinum": (-160.0, 240.0)}
-LUNG_FINDINGS = frozenset(
-    (
-        "Emphysema",
-        "Atelectasis",
-        "Lung nodule",
-        "Lung opacity",
-        "Pulmonary fibrotic sequela",
-        "Mosaic attenuation pattern",
-        "Peribronchial thickening",
-        "Consolidation",
-        "Bronchiectasis",
-        "Interlobular septal thickening",
-    )
-)
-
-
-def sheet_patients(count: int = 12, *, seed: int = 0) -> list[PhantomPatient]:
-    """A normal patient, then patients with at most three findings that together show as many labels as possible."""
-    candidates = [sample_patient(seed, index, "sheet") for index in range(400)]
-    chosen = [next(patient for patient in candidates if not patient.findings)]
-    rest = [patient for patient in candidates if 0 < len(patient.findings) <= 3]
-    seen: set[str] = set()
-    while len(chosen) < count:
-        # New labels first, then few findings, so that each is easy to see.
-        gains = [(len({f.label for f in patient.findings} - seen), -len(patient.findings)) for patient in rest]
-        best = rest.pop(gains.index(max(gains)))
-        chosen.append(best)
-        seen |= {finding.label for finding in best.findings}
-    return chosen
-
-
-def phantom_sheet(path: str | Path, *, seed: int = 0, matrix: int = 256, slice_mm: float = 2.0) -> None:
-    """Writes a PNG of a dozen phantom patients: axial in both windows, coronal and sagittal, with their findings.
-
-    Each plane passes through the largest extent of one of the patient's findings.
-    """
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    patients = sheet_patients(seed=seed)
-    rows = len(patients) // 2
-    figure = Figure(figsize=(17.0, 1.98 * rows), facecolor="black")
-    axes = figure.subplots(rows, 8, gridspec_kw={"width_ratios": [1.32, 1.32, 1.15, 0.72] * 2})
-    figure.subplots_adjust(left=0.003, right=0.997, top=0.98, bottom=0.003, wspace=0.03, hspace=0.15)
-    for number, patient in enumerate(patients):
-        scan = render_patient(patient, matrix=matrix, slice_mm=slice_mm)
-        panels = axes[number % rows, 4 * (number // rows) : 4 * (number // rows) + 4]
-        for panel, (image, window, height) in zip(panels, _sheet_images(patient, scan), strict=True):
-            low, high = WINDOWS[window]
-            panel.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=height, interpolation="lanczos")
-            panel.axis("off")
-        title = "; ".join(_short(finding) for finding in patient.findings) or "Normal"
-        corner = panels[0].get_position(original=True)
-        figure.text(corner.x0, corner.y1 + 0.003, f"{number + 1}  {title}", color="white", fontsize=8.5)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=105, facecolor="black")
-    # 48 grey levels halve the file; CT windows on a page need no more.
-    quantised = Image.open(picture).convert("L").quantize(48)
-    out = io.BytesIO()
-    quantised.save(out, format="PNG", optimize=True)
-    _write(Path(path), out.getvalue())
-
-
-def _sheet_images(patient: PhantomPatient, scan: PhantomScan) -> list[tuple[np.ndarray, str, float]]:
-    """(image, window, pixel aspect) of the four panels; rows run from anterior or superior, columns from the right."""
-    hu, aspect = scan.hu, scan.spacing[2] / scan.spacing[0]
-    masks = [mask for mask in scan.lesions.values() if mask.any()]
-    nx, ny, nz = hu.shape
-    if masks:
-        # The most localised finding decides where the planes lie.
-        smallest = min(masks, key=lambda mask: int(mask.sum()))
-        x, y, z = (int(np.argmax(smallest.sum(axis=other))) for other in ((1, 2), (0, 2), (0, 1)))
-    else:
-        x, y, z = int(0.36 * nx), int(0.5 * ny), int(0.55 * nz)
-    in_lung = any(finding.label in LUNG_FINDINGS for finding in patient.findings) or not patient.findings
-    side = "lung" if in_lung else "mediastinum"
-    axial = _crop(hu[:, :, z].T)
-    return [
-        (axial, "lung", 1.0),
-        (axial, "mediastinum", 1.0),
-        (_crop(hu[:, y, ::-1].T), side, aspect),
-        (_crop(hu[x, :, ::-1].T), side, aspect),
-    ]
-
-
-def _crop(image: np.ndarray) -> np.ndarray:
-    """Cuts the air around the body away."""
-    rows, columns = np.nonzero(image > -400)
-    return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-
-
-def _short(finding) -> str:
-    attributes = finding.attributes
-    detail = [f"{value} mm" for key, value in attributes.items() if key.endswith("_mm")]
-    detail += [str(attributes[key]) for key in ("kind", "severity") if key in attributes][:1] if not detail else []
-    return finding.label + (f" ({detail[0]})" if detail else "")

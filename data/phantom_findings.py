@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Paints the findings of a phantom patient. Every attribute that the report states is visible here.
+"""Paint the findings of a phantom patient. Every attribute that the report states is visible here.
 
 Cardiomegaly and pericardial effusion are part of the heart (`phantom_anatomy.py`). Findings of the lung are painted
-only where there is air, so that neither the heart nor pleural fluid is drawn over, and their places are drawn from
-the aerated lung, so that what the report names is not hidden behind something else.
+only in air, so that heart and pleural fluid remain visible. Their positions are drawn from the aerated lung, so that
+no finding of the report is hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GAS_HU = -985.0
 
 
 def paint_findings(canvas: Canvas) -> None:
-    """Paints all findings of the patient in an order in which none hides another."""
+    """Paint all findings of the patient, ordered so that no finding hides another."""
     for label, painter in PAINTERS.items():
         finding = canvas.patient.finding(label)
         if finding is not None:
@@ -171,7 +171,7 @@ def _medical_material(canvas: Canvas, attributes, rng) -> None:
 
 
 def _chest_wall_point(canvas: Canvas, x: float, z: float) -> np.ndarray:
-    """A point just under the skin of the front of the chest."""
+    """Return a point just under the anterior skin of the chest."""
     y = np.linspace(-1.1 * canvas.patient.anatomy.half_depth, 0, 200)
     sd = canvas.geometry.trunk_sd(np.full(200, x), y, np.full(200, z))
     return np.array([x, float(y[np.argmax(sd < -9.0)]), z])
@@ -385,7 +385,7 @@ def _nodules(canvas: Canvas, attributes, rng) -> None:
 
 
 def _ball(canvas: Canvas, centre, radii):
-    """The box and the distance field (mm, scanner frame, so that diameters are true) around an anatomical point.
+    """Return box and distance field around an anatomical point (mm, in the scanner frame, to preserve diameters).
 
     With three radii the distance is scaled so that it equals the first radius on the ellipsoid's surface.
     """
@@ -401,7 +401,7 @@ def _ball(canvas: Canvas, centre, radii):
 
 
 def _of_side(x, lobe: str):
-    """1 in the lobe's own half of the chest: a lesion near the midline stays in its lung."""
+    """Return a mask of the lobe's half of the chest, which keeps a lesion near the midline in its lung."""
     return (x < 0) if "right" in lobe else (x > 0)
 
 
@@ -439,7 +439,7 @@ def _strand(canvas: Canvas, points, radius: float, hu: float, label: str) -> Non
 
 
 def _cuffed_tube(canvas: Canvas, points, radii, wall: float, label: str) -> None:
-    """An airway with a visible wall: soft tissue around a lumen of air."""
+    """Paint an airway with a visible wall: soft tissue around a lumen of air."""
     for outer in (True, False):
         grow = wall if outer else 0.0
         for box, sd in canvas.capsules(points[:-1], points[1:], radii[:-1] + grow, radii[1:] + grow):
@@ -449,7 +449,7 @@ def _cuffed_tube(canvas: Canvas, points, radii, wall: float, label: str) -> None
                 canvas.lesion(label)[box] |= alpha > 0.5
 
 
-# What comes later is drawn over what comes before: diffuse patterns first, small and dense things last.
+# Later findings are painted over earlier ones: diffuse patterns first, small and dense structures last.
 PAINTERS = {
     "Pleural effusion": _pleural_effusion,
     "Hiatal hernia": _hiatal_hernia,

@@ -4,7 +4,7 @@
 
 The anatomical frame has its origin in the midline, at mid-depth of the trunk and at the height of the costophrenic
 angle; x grows to the patient's left, y to posterior, z to superior (LPS). A rigid pose and a smooth warp lead from
-the scanner's frame to it. Grids are (z, y, x) inside this module; every structure is evaluated in its box only.
+the scanner's frame to it. Grids are (z, y, x) in this module; every structure is evaluated only in its box.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Box = tuple[slice, slice, slice]
 
 
 def ellipsoid_sd(x, y, z, centre, radii):
-    """Signed distance in mm to an axis-parallel ellipsoid, exact to first order near the surface."""
+    """Compute the signed distance in mm to an axis-parallel ellipsoid, exact to first order near the surface."""
     # Python floats keep float32 grids in float32; NumPy scalars would promote them.
     centre, radii = [float(c) for c in centre], [float(r) for r in radii]
     u, v, w = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1], (z - centre[2]) / radii[2]
@@ -29,7 +29,7 @@ def ellipsoid_sd(x, y, z, centre, radii):
 
 
 def ellipse_sd(x, y, a, b):
-    """The same for an ellipse in the axial plane; a and b may vary with z."""
+    """Compute the signed distance in mm to an ellipse in the axial plane; a and b may vary with z."""
     u, v = x / a, y / b
     k0 = np.sqrt(u * u + v * v)
     k1 = np.sqrt((u / a) ** 2 + (v / b) ** 2)
@@ -42,7 +42,7 @@ def smoothstep(t):
 
 
 def rotation(roll: float, pitch: float, yaw: float) -> np.ndarray:
-    """Rotation about z (roll in the scanner's tube), then x, then y."""
+    """Return the rotation about z (roll in the scanner's tube), then x, then y."""
     cz, sz, cx, sx, cy, sy = np.cos(roll), np.sin(roll), np.cos(pitch), np.sin(pitch), np.cos(yaw), np.sin(yaw)
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -84,7 +84,7 @@ class Geometry:
     # Pose and warp -------------------------------------------------------------------------------------------------
 
     def to_anatomy(self, x, y, z):
-        """Scanner mm to anatomical mm."""
+        """Transform scanner mm to anatomical mm."""
         r, p, shift = self._rotation.tolist(), self._pivot.tolist(), self._shift.tolist()
         dx, dy, dz = x - shift[0] - p[0], y - shift[1] - p[1], z - shift[2] - p[2]
         out = [r[i][0] * dx + r[i][1] * dy + r[i][2] * dz + p[i] for i in range(3)]
@@ -97,7 +97,7 @@ class Geometry:
         return out
 
     def to_scanner(self, points: np.ndarray) -> np.ndarray:
-        """The inverse of `to_anatomy` for (n, 3) points, by fixed-point iteration (the warp's strain is < 0.3)."""
+        """Invert `to_anatomy` for (n, 3) points by fixed-point iteration (the warp's strain is < 0.3)."""
         world = np.array(points, dtype=np.float64)
         amplitude, k, phase = self._warp_arrays
         for _ in range(6):
@@ -113,7 +113,7 @@ class Geometry:
     # Trunk, cavity, lungs ------------------------------------------------------------------------------------------
 
     def trunk_sd(self, x, y, z):
-        """Signed distance to the skin of trunk and neck, without shoulders and breasts."""
+        """Compute the signed distance to the skin of trunk and neck, without shoulders and breasts."""
         anatomy = self.anatomy
         t = z / self.height
         # Below the shoulders the trunk is a rounded box, above them it tapers to the neck.
@@ -127,7 +127,7 @@ class Geometry:
         return (k - 1) * np.minimum(np.sqrt(x * x + y * y) / k, a)
 
     def shoulder(self, side: int):
-        """Centre and radii of the shoulder with the root of the raised arm."""
+        """Return centre and radii of the shoulder with the root of the raised arm."""
         anatomy = self.anatomy
         centre = np.array([side * 0.82 * anatomy.half_width, 8.0, self.height])
         return centre, np.array([0.36 * anatomy.half_width, 0.62 * anatomy.half_depth, 0.28 * self.height])
@@ -144,7 +144,7 @@ class Geometry:
         return ellipse_sd(x, y, self.cavity_a * scale, self.cavity_b * (0.25 + 0.75 * scale))
 
     def dome(self, x, y):
-        """Height of the diaphragm in mm."""
+        """Return the height of the diaphragm in mm."""
         anatomy, a, b = self.anatomy, self.cavity_a, self.cavity_b
         top = np.where(x < 0, anatomy.dome_right, anatomy.dome_left)
         offset = np.abs(x) - 0.46 * a
@@ -158,7 +158,7 @@ class Geometry:
         return np.maximum(7 + 17 * wide * (1.1 - 0.35 * z / self.height), 21 * behind)
 
     def lung_sd(self, x, y, z):
-        """Signed distance to the lungs before the heart is cut out (negative inside)."""
+        """Compute the signed distance to the lungs before the heart is cut out (negative inside)."""
         sd = np.maximum(self.cavity_sd(x, y, z) + 1.0, self.mediastinal_half_width(y, z) - np.abs(x))
         sd = np.maximum(sd, 0.75 * (self.dome(x, y) - z))
         return np.maximum(sd, z - self.height)
@@ -171,7 +171,7 @@ class Geometry:
         return 0.47 * self.height
 
     def lobe(self, x, y, z):
-        """Index into `LOBES` for points inside the lungs."""
+        """Return the index into `LOBES` for points inside the lungs."""
         lower = z < self.major_fissure(y)
         right = np.where(lower, 2, np.where(z < self.minor_fissure, 1, 0))
         return np.where(x < 0, right, np.where(lower, 4, 3))
@@ -202,14 +202,14 @@ class Geometry:
         self.pericardial_mm = float(effusion.attributes["thickness_mm"]) if effusion else 0.0
 
     def heart_sd(self, x, y, z):
-        """Signed distance to the myocardium; epicardial fat and pericardium lie outside."""
+        """Compute the signed distance to the myocardium; epicardial fat and pericardium are outside."""
         d = [w - float(c) for w, c in zip((x, y, z), self.heart_centre, strict=True)]
         local = [sum(float(axis[i]) * d[i] for i in range(3)) for axis in self.heart_axes]
         sd = ellipsoid_sd(*local, (0, 0, 0), self.heart_radii)
         return np.minimum(sd, ellipsoid_sd(x, y, z, self.atrium_centre, self.atrium_radii))
 
     def pericardium_mm(self, x, y, z):
-        """Thickness of pericardial fluid in a direction: most at the back, below and to the left."""
+        """Return the thickness of pericardial fluid in a direction: largest posterior, inferior and left."""
         if not self.pericardial_mm:
             return 0.0
         c, r = self.heart_centre.tolist(), self.heart_radii.tolist()
@@ -219,7 +219,7 @@ class Geometry:
     # Pleural space -------------------------------------------------------------------------------------------------
 
     def effusion_sd(self, x, y, z):
-        """Signed distance to free pleural fluid within the lung's outline (positive everywhere if there is none)."""
+        """Compute the signed distance to free pleural fluid in the lung outline (positive without fluid)."""
         finding = self.patient.finding("Pleural effusion")
         if finding is None:
             return np.float32(1e3)
@@ -228,7 +228,7 @@ class Geometry:
         behind = (y - self.cavity_y) / (self.cavity_b * (0.25 + 0.75 * scale))
         level = np.clip(1.35 - z / (75 + 2.2 * thickness), 0, 1)
         depth = thickness * smoothstep((behind + 0.15) / 0.85) * np.sqrt(level)
-        # Where the layer thins out it ends, instead of lining the whole pleura with partial volume.
+        # The layer ends at its thin edge, instead of lining the whole pleura with partial volume.
         sd = -self.cavity_sd(x, y, z) - 1.0 - depth + 4.0 * np.clip(1 - depth / 4.0, 0, 1)
         side = finding.attributes["side"]
         if side != "both":
@@ -236,13 +236,13 @@ class Geometry:
         return sd
 
     def aerated_sd(self, points: np.ndarray) -> np.ndarray:
-        """Signed distance of (n, 3) points to lung that still holds air: not heart, not pleural fluid."""
+        """Compute the signed distance of (n, 3) points to aerated lung, without heart and pleural fluid."""
         x, y, z = points.T
         heart = 4.0 + self.pericardium_mm(x, y, z) - self.heart_sd(x, y, z)
         return np.maximum(np.maximum(self.lung_sd(x, y, z), heart), -self.effusion_sd(x, y, z))
 
     def lung_points(self, rng, count: int, *, side: int = 0, margin: float = 3.0, where=None) -> np.ndarray:
-        """`count` points of the aerated lung at least `margin` mm inside it; side -1 right, 1 left, 0 both.
+        """Draw `count` points at least `margin` mm inside the aerated lung; side -1 right, 1 left, 0 both.
 
         `where` maps (x, y, z) to a bool mask. If too few candidates qualify, the deepest ones are taken.
         """
@@ -315,7 +315,7 @@ class Geometry:
 
 
 class Canvas:
-    """The grid being painted: HU in float32 (z, y, x), coordinates in the anatomical frame, and masks."""
+    """Grid for painting: HU in float32 (z, y, x), coordinates in the anatomical frame, and masks."""
 
     def __init__(self, patient, geometry: Geometry, matrix: int, slice_mm: float):
         self.patient, self.geometry = patient, geometry
@@ -343,14 +343,14 @@ class Canvas:
         self._lesions: dict[str, np.ndarray] = {}
 
     def affine(self) -> np.ndarray:
-        """Voxel (x, y, z) to RAS+ mm: the array axes run to L, P, S, so x and y change sign."""
+        """Return the affine from voxel (x, y, z) to RAS+ mm. The array axes run to L, P, S, so x and y change sign."""
         sx, sy, sz = self.spacing
         affine = np.diag([-sx, -sy, sz, 1.0])
         affine[:3, 3] = (-self.first[0], -self.first[1], self.first[2])
         return affine
 
     def box(self, low, high, pad: float = 0.0) -> Box:
-        """Slices that cover an axis-parallel box of the anatomical frame."""
+        """Return slices that cover an axis-parallel box of the anatomical frame."""
         low, high = np.asarray(low, float), np.asarray(high, float)
         corners = np.array(
             [[(low, high)[i][0], (low, high)[j][1], (low, high)[k][2]] for i in (0, 1) for j in (0, 1) for k in (0, 1)]
@@ -360,13 +360,13 @@ class Canvas:
         return self.slices(world.min(0, keepdims=True) - pad, world.max(0, keepdims=True) + pad)[0]
 
     def boxes(self, centres: np.ndarray, radii, pad: float = 0.0) -> list[Box]:
-        """Slices around each of (n, 3) balls given in the anatomical frame."""
+        """Return slices around each of (n, 3) balls in the anatomical frame."""
         world = self.geometry.to_scanner(np.atleast_2d(centres))
         reach = 1.2 * np.reshape(radii, (-1, 1)) + pad
         return self.slices(world - reach, world + reach)
 
     def slices(self, low: np.ndarray, high: np.ndarray) -> list[Box]:
-        """Slices that cover (n, 3) boxes of the scanner's frame."""
+        """Return slices that cover (n, 3) boxes of the scanner frame."""
         spacing, size = np.array(self.spacing), np.array(self.shape[::-1])
         start = np.clip(np.floor((low - self.first) / spacing), 0, size).astype(int)
         stop = np.clip(np.ceil((high - self.first) / spacing) + 1, 0, size).astype(int)
@@ -379,15 +379,15 @@ class Canvas:
         return self.x[box], self.y[box], self.z[box]
 
     def alpha(self, sd, soft: float | None = None):
-        """Signed distance in mm to coverage in [0, 1]."""
+        """Convert a signed distance in mm to coverage in [0, 1]."""
         return np.clip(0.5 - sd / (soft or self.soft), 0, 1)
 
     def blend(self, box: Box, alpha, hu) -> None:
         part = self.hu[box]
         part += alpha * (hu - part)
 
-    def paint(self, box: Box, sd, hu, *, mask: str | None = None, soft: float | None = None):
-        alpha = self.alpha(sd, soft)
+    def paint(self, box: Box, sd, hu, *, mask: str | None = None):
+        alpha = self.alpha(sd)
         self.blend(box, alpha, hu)
         if mask is not None:
             self.mask(mask)[box] |= alpha > 0.5
@@ -399,17 +399,17 @@ class Canvas:
     def lesion(self, label: str) -> np.ndarray:
         return self._lesions.setdefault(label, np.zeros(self.shape, bool))
 
-    def ellipsoid(self, centre, radii, hu, *, cut=None, mask=None, soft=None):
+    def ellipsoid(self, centre, radii, hu, *, cut=None, mask=None):
         centre, radii = np.asarray(centre, float), np.asarray(radii, float)
         box = self.box(centre - radii, centre + radii, pad=self.soft)
         x, y, z = self.coordinates(box)
         sd = ellipsoid_sd(x, y, z, centre, radii)
         if cut is not None:
             sd = np.maximum(sd, cut(x, y, z))
-        return box, self.paint(box, sd, hu, mask=mask, soft=soft)
+        return box, self.paint(box, sd, hu, mask=mask)
 
     def capsules(self, starts, ends, radii_start, radii_end):
-        """Yields (box, signed distance) of tapered tubes given by (n, 3) end points and (n,) radii."""
+        """Yield (box, signed distance) of tapered tubes given by (n, 3) end points and (n,) radii."""
         starts, ends = np.atleast_2d(starts), np.atleast_2d(ends)
         world = self.geometry.to_scanner(np.concatenate([starts, ends]))
         n = len(starts)
@@ -428,17 +428,17 @@ class Canvas:
             dz -= t * np.float32(d[2])
             yield box, np.sqrt(dx * dx + dy * dy + dz * dz) - (np.float32(r0) + t * np.float32(r1 - r0))
 
-    def tube(self, points, radius, hu, *, mask: str | None = None, soft=None, lesion: str | None = None) -> None:
-        """Paints a polyline of capsules; `radius` is one number or one per point."""
+    def tube(self, points, radius, hu, *, mask: str | None = None, lesion: str | None = None) -> None:
+        """Paint a polyline of capsules; `radius` is one number or one per point."""
         points = np.asarray(points, float)
         radii = np.broadcast_to(np.asarray(radius, float), (len(points),))
         for box, sd in self.capsules(points[:-1], points[1:], radii[:-1], radii[1:]):
-            alpha = self.paint(box, sd, hu, mask=mask, soft=soft)
+            alpha = self.paint(box, sd, hu, mask=mask)
             if lesion is not None:
                 self.lesion(lesion)[box] |= alpha > 0.5
 
     def acquire(self) -> np.ndarray:
-        """The scanner: point spread of the kernel, noise, clipping and rounding to int16 HU."""
+        """Simulate the scanner: point spread of the kernel, noise, clipping, and rounding to int16 HU."""
         patient = self.patient
         sharp = patient.kernel == "sharp"
         hu = self.hu

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of phantom patients in the style of RadGenome-ChestCT, and a reader that finds the 18 labels in them.
+"""Reports of phantom patients in the style of RadGenome-ChestCT, and a labeler that extracts the 18 labels.
 
-The text follows from the parameters that also make the image (findings, attributes, sex), and from nothing else.
-Each sentence has two to four wordings, one of them clearly the most common, as in a department's reports.
+The text depends only on the parameters that also determine the image (findings, attributes, sex). Each sentence has
+two to four wordings, one of them clearly the most common, as in the reports of one department.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ NORMAL: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# The region that mentions a finding.
+# Region of the report that mentions each finding.
 REGION_OF: dict[str, str] = {
     "Arterial wall calcification": "mediastinum",
     "Cardiomegaly": "heart",
@@ -86,7 +86,7 @@ MATERIAL_REGION = {
     "port": "mediastinum",
     "central venous catheter": "mediastinum",
 }
-# Findings are told in the order of the labels, with the lung's largest changes first.
+# Findings are reported in the order of the labels, with the largest changes of the lung first.
 LUNG_ORDER = (
     "Consolidation",
     "Lung opacity",
@@ -106,7 +106,7 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _lobes(names: Sequence[str]) -> str:
-    """Lobes as a radiologist lists them: both lower lobes are named together."""
+    """List lobes as a radiologist does, naming both upper or both lower lobes together."""
     ordered = [name for name in LOBES if name in names]
     for level in ("upper", "lower"):
         if f"right {level} lobe" in ordered and f"left {level} lobe" in ordered:
@@ -120,7 +120,7 @@ def _sided(side: str, one: str, many: str) -> str:
 
 
 def _wordings(label: str, a: Mapping) -> tuple[str, ...]:
-    """All wordings of one finding."""
+    """Return all wordings of one finding."""
     if label == "Medical material":
         if a["kind"] == "sternal wires":
             return ("Sternotomy wires are observed in the sternum.", "Metallic suture wires are seen in the sternum.")
@@ -275,9 +275,9 @@ def _pick(wordings: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def region_sentences(patient: PhantomPatient, rng: np.random.Generator | None = None) -> dict[str, list[str]]:
-    """The sentences of each of the ten regions, in canonical order.
+    """Write the sentences of each of the ten regions, in canonical order.
 
-    `rng` chooses the wordings; without it, the patient's own stream does, so that the report is reproducible.
+    `rng` chooses the wordings. By default, it is the patient's own stream, so that the report is reproducible.
     """
     rng = patient.rng("report") if rng is None else rng
     found: dict[str, list[str]] = {region: [] for region in REGIONS}
@@ -299,7 +299,7 @@ def region_sentences(patient: PhantomPatient, rng: np.random.Generator | None = 
 
 
 def report_text(regions: Mapping[str, Sequence[str]], impression: str | None = None) -> str:
-    """One line per region in canonical order: "Abdomen: sentence. sentence.".
+    """Write one line per region in canonical order: "Abdomen: sentence. sentence.".
 
     With an `impression` (see [`impression`]) the report has two sections: a line "Findings:" before the regions, and
     "Impression: ..." after them, as [`DiffVPProcessor.post_process`] reads them back with `sections=True`.
@@ -309,12 +309,12 @@ def report_text(regions: Mapping[str, Sequence[str]], impression: str | None = N
 
 
 def impression(patient: PhantomPatient) -> str:
-    """The findings by name, as in the impression of a CT-RATE report."""
+    """List the findings by name, as in the impression of a CT-RATE report."""
     present = [label for label in DIAGNOSIS_LABELS if patient.finding(label)]
     return ", ".join(present) + "." if present else "No findings."
 
 
-# What names a label in a sentence. A sentence counts only if it does not negate.
+# Expressions that name a label in a sentence. Sentences with a negation do not count.
 PHRASES: dict[str, str] = {
     "Medical material": r"\bwires?\b|\bpacemaker|\bcatheter",
     "Arterial wall calcification": r"\b(?:calcif\w*|atherosclero\w*)\b.*\b(?:aort\w+)|\baort\w+\b.*\bcalcif",
@@ -341,9 +341,9 @@ _SENTENCE = re.compile(r"[.;\n]+(?=\s|$)|\n")
 
 
 def labels_from_report(text: str) -> dict[str, int]:
-    """The 18 labels that a report in the phantom's style states: 1 if a sentence names it without negation.
+    """Extract the 18 labels from a report in the phantom's style: 1 if a sentence names the label without negation.
 
-    Works sentence by sentence, so a repeated or cut sentence in generated text costs that sentence only.
+    Sentences are evaluated separately, so that a repeated or truncated sentence in generated text affects only itself.
     """
     labels = dict.fromkeys(DIAGNOSIS_LABELS, 0)
     for sentence in _SENTENCE.split(text.lower()):

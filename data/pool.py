@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of normal references of a split.
+"""Pool of normal references of a split.
 
-A scan is normal where all 18 labels are 0 and, where the dataset sums its findings up, the summary is "no findings".
-The paper's pools (1,787 training scans, 124 of validation) were "selected by report", it does not say how. By their
-labels alone, 2,731 of CT-RATE's 24,128 training scans and 181 of its 1,564 validation scans are normal (5,226 and 346
-volumes, with all reconstructions). A dataset without labels names its normal scans, in a list of ids or in the column
-`normal` of its table.
+A scan is normal if all 18 labels are 0 and its summary, if the dataset has one, is "no findings". The paper's pools
+(1,787 training scans, 124 validation scans) were "selected by report", without further detail. By labels only, 2,731
+of CT-RATE's 24,128 training scans and 181 of its 1,564 validation scans are normal (5,226 and 346 volumes with all
+reconstructions). A dataset without labels names its normal scans in a list of ids or in the column `normal` of its
+table.
 """
 
 import math
@@ -23,10 +23,10 @@ from ..volume_diffvp import MAX_HU_MINIMUM
 from .cases import Case, DatasetError, Problem, first_reconstructions, raise_problems, read_ids, shown, volume_name
 from .phantom_report import labels_from_report
 
-NO_FINDINGS = "no findings"  # RadGenome's files write it in small letters
+NO_FINDINGS = "no findings"  # lower case in the files of RadGenome
 RULE = 'all 18 labels 0, and the disorders "no findings" where there are any'
-SAMPLE = 200  # cases whose headers say what is usual in a dataset
-# What nibabel and SimpleITK (RuntimeError) raise on a file that they cannot read.
+SAMPLE = 200  # number of cases whose headers define the usual grid of a dataset
+# Errors of nibabel and SimpleITK (RuntimeError) for unreadable files.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -36,7 +36,7 @@ UNREADABLE = (
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
 )
-FAR = 2.0  # a spacing or matrix this many times the median, or less than its inverse, is another kind of scan
+FAR = 2.0  # factor from the median spacing or matrix, in either direction, that marks another kind of scan
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Pool:
 
     Attributes:
         cases: the members, in the order of the split's cases.
-        rule: how they were chosen.
+        rule: how the members were chosen.
         counts: see [`count_normal`].
-        warnings: what to look at before the pool is used; see [`pool_warnings`].
+        warnings: points to check before using the pool; see [`pool_warnings`].
     """
 
     cases: list[Case]
@@ -57,26 +57,26 @@ class Pool:
 
 
 def is_normal(case: Case) -> bool:
-    """Whether a case with labels follows the rule."""
+    """Return whether a labelled case is normal by the rule."""
     return _no_label(case) and (not case.disorders or _no_disorder(case))
 
 
 def normal_pool(cases: Sequence[Case]) -> list[Case]:
-    """The normal cases among those with labels, every reconstruction of them."""
+    """Return the normal cases among those with labels, with all reconstructions."""
     return [case for case in cases if is_normal(case)]
 
 
 def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | None = None) -> Pool:
     """
-    The pool of a split, one volume per scan where the rule chooses.
+    Build the pool of a split, with one volume per scan if chosen by the rule.
 
     Args:
-        cases: all cases of the split, and of no other.
-        layout: as in [`load_dataset_cases`]; of "phantom" reports are read, too, for the warnings.
-        ids: the normal scans, where somebody has chosen them.
+        cases: all cases of the split, and only these.
+        layout: as in [`load_dataset_cases`]; for "phantom", the warnings also consider the reports.
+        ids: ids of the normal scans, if chosen beforehand.
 
     Raises:
-        DatasetError: nothing says which scans are normal, none is, or an id is not one of this split.
+        DatasetError: the dataset does not tell which scans are normal, none is, or an id is not in this split.
     """
     if ids is not None:
         members, rule = named_cases(ids, cases), "a list of ids"
@@ -94,7 +94,7 @@ def build_pool(cases: Sequence[Case], *, layout: str = "", ids: Sequence[str] | 
 
 
 def pool_by_rule(cases: Sequence[Case]) -> tuple[list[Case], str] | None:
-    """The normal cases, every reconstruction of them, and by which rule; `None` where nothing tells which they are."""
+    """Return the normal cases with all reconstructions, and the rule; `None` if the dataset does not tell them."""
     if any(case.normal is not None for case in cases):
         return [case for case in cases if case.normal], "the column normal of the table"
     if cases and all(case.labels is not None for case in cases):
@@ -103,16 +103,19 @@ def pool_by_rule(cases: Sequence[Case]) -> tuple[list[Case], str] | None:
 
 
 def load_pool(path: str | Path, cases: Sequence[Case]) -> list[Case]:
-    """The members of a pool that `diffvp pool build` wrote, or anybody: ids, one a line.
+    """Load the members of a pool from a file of ids, one per line, such as `diffvp pool build` writes.
+
+    Args:
+        cases: cases of the pool's split.
 
     Raises:
-        DatasetError: an id is not among `cases`, those of the split that the pool is for, or is there twice.
+        DatasetError: an id is not among `cases`, or is listed twice.
     """
     return named_cases(read_ids(path), cases, Path(path).name)
 
 
 def named_cases(ids: Sequence[str], cases: Sequence[Case], source: str = "list of ids") -> list[Case]:
-    """The cases of these names in their own order; errors as of [`load_pool`]."""
+    """Return the named cases in the order of `cases`. Raises the errors of [`load_pool`]."""
     known, problems, seen = {case.name for case in cases}, [], {}
     for number, name in enumerate(map(volume_name, ids), start=1):
         if name in seen:
@@ -125,14 +128,14 @@ def named_cases(ids: Sequence[str], cases: Sequence[Case], source: str = "list o
 
 
 def other_scans(case: Case, pool: Sequence[Case]) -> list[str]:
-    """Names of the pool's members that are not of the case's own scan, in whatever reconstruction: its candidates."""
+    """Return the names of possible references of a case: members of the pool from other scans."""
     return [member.name for member in pool if member.scan_id != case.scan_id]
 
 
 def count_normal(cases: Sequence[Case]) -> dict[str, dict[str, int | None]]:
     """
-    How many "volumes" and "scans" there are ("all"), how many of them have "all-zero labels", how many the disorders
-    "no findings", and how many "both". `None` where the dataset has no labels or no disorders.
+    Count "volumes" and "scans": "all", those with "all-zero labels", those with the disorders "no findings", and
+    "both". Counts are `None` if the dataset has no labels or no disorders.
     """
     counts = {}
     for kind, counted in (("volumes", list(cases)), ("scans", first_reconstructions(cases))):
@@ -152,7 +155,7 @@ def _no_label(case: Case) -> bool:
 
 
 def _no_disorder(case: Case) -> bool:
-    # The whole field: "no findings except ..." is a finding.
+    # Compare the whole field, since "no findings except ..." is a finding.
     return case.disorders.strip().lower() == NO_FINDINGS
 
 
@@ -160,13 +163,13 @@ def _no_disorder(case: Case) -> bool:
 
 
 def pool_warnings(members: Sequence[Case], cases: Sequence[Case], layout: str = "") -> list[str]:
-    """What is suspicious about a pool: a contaminated member, one of another kind of scanner, or too few of them.
+    """Return warnings about abnormal members, members from another kind of scanner, and too few members.
 
-    By the paper's own ablation (F.2), one abnormal or foreign reference in ten costs more than DiffVP gains.
+    In the paper's ablation (F.2), one abnormal or foreign reference in ten costs more than DiffVP gains.
     """
     warnings = []
     if len({case.scan_id for case in members}) == 1:
-        warnings.append("The pool holds one scan, which has no reference itself.")
+        warnings.append("The pool has only one scan, for which there is no reference.")
     for case in members:
         reasons = []
         if case.labels is not None and case.labels.any():
@@ -176,28 +179,28 @@ def pool_warnings(members: Sequence[Case], cases: Sequence[Case], layout: str = 
         if layout == "phantom" and any(labels_from_report(case.report).values()):
             reasons.append("its report names a finding")
         if reasons:
-            warnings.append(f"{shown(case.name)} is no normal scan: {'; '.join(reasons)}.")
+            warnings.append(f"{shown(case.name)} is not a normal scan: {'; '.join(reasons)}.")
     return warnings + _foreign(members, cases)
 
 
 class Grid(NamedTuple):
-    """What a header says of a scan; NaN where it does not. `lowest` is the lowest value that it can hold."""
+    """Grid of a scan by its header, NaN for unknown values. `lowest` is the lowest value that it can store."""
 
     in_plane: float  # mm
-    slices: float  # mm from one to the next
+    slices: float  # mm between slices
     columns: float
     lowest: float
 
 
 def read_grid(case: Case) -> Grid | None:
-    """The grid of a case from its header, without reading a voxel; `None` where it cannot be had so."""
+    """Read the grid of a case from its header, without the voxels; `None` if this is not possible."""
     path = case.volume
     if not isinstance(path, Path) or path.suffix.lower() == ".zip":
         return None
     try:
         return _nifti_grid(path, case) if path.name.lower().endswith((".nii", ".nii.gz")) else _other_grid(path)
     except UNREADABLE:
-        # Not for this check to say what is wrong with a file: the reader does when it comes to it.
+        # The reader will report what is wrong with the file.
         return None
 
 
@@ -206,20 +209,20 @@ def _nifti_grid(path: Path, case: Case) -> Grid:
     spacing, lowest = header.get_zooms(), -math.inf
     if header.get_data_dtype().kind == "u":
         lowest = header.get_slope_inter()[1] or 0.0
-    if case.metadata is not None:  # of a header that is blank, below which raw values are 0 or above
+    if case.metadata is not None:  # of a blank header, with raw values of 0 or more
         spacing, lowest = case.metadata.spacing, case.metadata.intercept
     return Grid(float(spacing[0]), float(spacing[2]), float(header.get_data_shape()[0]), float(lowest))
 
 
 def _other_grid(path: Path) -> Grid:
-    import SimpleITK as sitk  # 100 MB, which cohorts of NIfTI files can do without
+    import SimpleITK as sitk  # takes 100 MB of memory, and NIfTI files do not need it
 
     folder = path.is_dir()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(min(file for file in path.rglob("*") if file.is_file()) if folder else path))
     reader.ReadImageInformation()
     unsigned = "unsigned" in sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    # The thickness of one DICOM slice is not its distance to the next, and its rescale is in a tag.
+    # The thickness of a DICOM slice is not the distance between slices, and its rescale is in a tag.
     return Grid(
         reader.GetSpacing()[0],
         math.nan if folder else reader.GetSpacing()[2],
@@ -229,7 +232,7 @@ def _other_grid(path: Path) -> Grid:
 
 
 def _foreign(members: Sequence[Case], cases: Sequence[Case]) -> list[str]:
-    """A warning for each member whose header lies far from what is usual among the cases."""
+    """Return a warning for each member whose header differs strongly from the usual one among the cases."""
     usual = [grid for grid in map(read_grid, cases[:: max(1, len(cases) // SAMPLE)]) if grid is not None]
     if not usual:
         return []
@@ -242,12 +245,12 @@ def _foreign(members: Sequence[Case], cases: Sequence[Case]) -> list[str]:
         if grid is None:
             continue
         reasons = [
-            f"{value:.3g} {unit}, where {middle:.3g} is usual"
+            f"{value:.3g} {unit} (usually {middle:.3g})"
             for value, middle, unit in zip(grid[:3], median[:3], units, strict=True)
             if value > FAR * middle or value < middle / FAR
         ]
         if grid.lowest > MAX_HU_MINIMUM >= median.lowest:
-            reasons.append(f"no value below {grid.lowest:g}, so no Hounsfield units")
+            reasons.append(f"no value below {grid.lowest:g}, so not in Hounsfield units")
         if reasons:
             warnings.append(f"{shown(case.name)} looks like a scan of another kind: {'; '.join(reasons)}.")
     return warnings

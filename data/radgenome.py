@@ -1,14 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""RadGenome-ChestCT as it lies on the Hub, and the phantom cohort, which has its tables and CT-RATE's volumes.
+"""RadGenome-ChestCT in the layout of the Hub, and the phantom cohort, with its tables and the volumes of CT-RATE.
 
     dataset/train_preprocessed/train_1/train_1a/train_1_a_1.nii.gz          no underscore in the scan's folder
     dataset/radgenome_files/{train,validation}_region_report.csv            Volumename, Anatomy, Sentence
     dataset/radgenome_files/{train,validation}_case_disorders.csv           Volumename, Disorders
     dataset/multi_abnormality_labels/{train,valid}_predicted_labels.csv     CT-RATE's; optional
 
-It holds the first reconstruction of each scan of CT-RATE, resampled. The row of the region reports without an anatomy
-is the whole report. Anatomies are nested ("lung/lung/right lung"); the first is one of the ten regions or "others".
+It contains the first reconstruction of each scan of CT-RATE, resampled. In the region reports, the row without an
+anatomy has the whole report. Anatomies are nested ("lung/lung/right lung"); the first is one of the ten regions or
+"others".
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -44,16 +45,16 @@ from .ct_rate import (
     table_path,
 )
 
-# How peers' code calls the row without an anatomy.
+# Names of the row without an anatomy in published code.
 WHOLE_REPORT = ("nan", "whole", "whole scan")
 
 
 def load_radgenome(
     root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> list[Case]:
-    """All volumes of a split, in the order of the region reports. Labels are those of CT-RATE where its table lies by.
+    """Load all volumes of a split, in the order of the region reports. Labels come from CT-RATE's table, if it exists.
 
-    Arguments and errors as of [`load_ct_rate`].
+    Arguments and errors are those of [`load_ct_rate`].
     """
     split = canonical_split(split, ("train", "valid"))
     problems: list[Problem] = []
@@ -104,9 +105,9 @@ def load_radgenome(
 def load_phantom(
     root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> list[Case]:
-    """All cases of a split of a phantom cohort: CT-RATE's version 2 with the tables of RadGenome-ChestCT.
+    """Load all cases of a split of a phantom cohort: CT-RATE's version 2 with the tables of RadGenome-ChestCT.
 
-    Arguments and errors as of [`load_ct_rate`].
+    Arguments and errors are those of [`load_ct_rate`].
     """
     split = canonical_split(split, ("train", "valid"))
     problems: list[Problem] = []
@@ -128,7 +129,7 @@ def _region_path(dataset: Path, split: str) -> Path:
 def _read_regions(
     path: Path, keep: Callable[[str], bool], problems: list[Problem]
 ) -> tuple[dict[str, int], dict[str, Row], dict[str, dict[str, str]]]:
-    """By name of the volume: number of its first row, the row of its whole report, and the text of each region."""
+    """Read, for each volume, the number of its first row, the row of its whole report, and the text of each region."""
     first: dict[str, int] = {}
     whole: dict[str, Row] = {}
     regions: dict[str, dict[str, str]] = {}
@@ -142,7 +143,7 @@ def _read_regions(
         if not anatomy or anatomy.lower() in WHOLE_REPORT:
             before = whole.setdefault(name, row)
             texts = before.values["Sentence"], row.values["Sentence"]
-            if texts[0] in texts[1]:  # a second such row may repeat the report or a sentence of it
+            if texts[0] in texts[1]:  # a second such row may repeat the report or one of its sentences
                 whole[name] = row
             elif texts[1] not in texts[0]:
                 found = f"empty, as in row {before.number}, but with another text"
@@ -160,7 +161,7 @@ def _read_regions(
 
 
 def _joined(text: str, sentence: str) -> str:
-    """Two texts of a region, of which that of a nested anatomy may repeat a part of the other."""
+    """Join two texts of a region, unless one of them (from a nested anatomy) is part of the other."""
     if sentence in text:
         return text
     return sentence if text in sentence else f"{text} {sentence}"
@@ -174,13 +175,13 @@ def _read_disorders(
     keep: Callable[[str], bool],
     problems: list[Problem],
 ) -> dict[str, str]:
-    """The disorders of the listed volumes."""
+    """Read the disorders of the listed volumes."""
     path = table_path(dataset / "radgenome_files", split, "case_disorders.csv", "validation")
     rows = by_name(read_csv(path, ["Volumename", "Disorders"], problems), "Volumename", path.name, keep, problems)
     disorders = {}
     for name in check_rows(listed, rows, path.name, lists, problems):
         value = rows[name].values["Disorders"]
-        if is_missing(value):  # not to be taken for a normal scan
+        if is_missing(value):  # must not count as a normal scan
             expected = "RadGenome's summary, such as 'no findings'"
             problems.append(Problem(path.name, rows[name].number, "Disorders", "empty", expected, name))
         disorders[name] = str(value)

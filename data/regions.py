@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Masks of the ten regions, as RadGenome-ChestCT and the phantom have them, on the grid of the voxel tokens."""
+"""Masks of the ten regions of RadGenome-ChestCT and the phantom, on the grid of the voxel tokens."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ from .lesions import lps_mask, voxel_indices
 
 
 def region_mask_path(root: str | Path, name: str, region: str) -> Path:
-    """RadGenome's path: train_1_a_1 -> dataset/train_region_mask/seg_train_1_a_1/lung.nii.gz."""
+    """Return RadGenome's path of a mask: train_1_a_1 -> dataset/train_region_mask/seg_train_1_a_1/lung.nii.gz."""
     split = name.partition("_")[0]
     return Path(root) / "dataset" / f"{split}_region_mask" / f"seg_{name}" / f"{region}.nii.gz"
 
 
 class RegionMasks:
     """
-    How the voxel tokens of a case divide each region, by way of a cache.
+    Cached shares of the voxel tokens in each region of a case.
 
     Args:
         dataset: root of the cohort.
-        grid: of the voxel tokens, (d, h, w).
+        grid: grid of the voxel tokens, (d, h, w).
     """
 
     def __init__(self, dataset: str | Path, cache_dir: str | Path, volumes: VolumeCache, grid: tuple[int, int, int]):
@@ -34,10 +34,10 @@ class RegionMasks:
 
     def load(self, case: Case) -> torch.Tensor:
         """
-        Shares (10, N), float32: rows sum to 1, or are 0 where the tensor does not reach the region.
+        Return shares (10, N), float32. Each row sums to 1, or is 0 if the tensor does not cover the region.
 
         Raises:
-            DatasetError: a mask is missing, or its shape is not that of the volume.
+            DatasetError: a mask is missing, or its shape differs from that of the volume.
         """
         paths = [region_mask_path(self.dataset, case.name, region) for region in REGIONS]
 
@@ -48,17 +48,17 @@ class RegionMasks:
             )
             return {"shares": counts / counts.sum(dim=1, keepdim=True).clamp(min=1)}
 
-        # All masks of a case are made together: the first stands for them.
+        # All masks of a case are made together, so that the first one represents all.
         digest = self.volumes.hashes(paths[0]) if paths[0].is_file() else ""
         return self.cache.get(f"{self.volumes.digest(case)}{digest}", compute)["shares"]
 
     def pool(self, case: Case, features: torch.Tensor) -> torch.Tensor:
-        """Voxel features (N, C) → the mean in each region, and of all: (11, C)."""
+        """Average voxel features (N, C) within each region and over the whole volume: (11, C)."""
         return torch.cat([self.load(case) @ features.float(), features.float().mean(dim=0, keepdim=True)])
 
 
 def _count(mask: np.ndarray, geometry, grid: tuple[int, int, int]) -> torch.Tensor:
-    """Voxels of a mask in each voxel token, (N,)."""
+    """Count the voxels of a mask in each voxel token, (N,)."""
     voxels, _ = voxel_indices(mask, geometry)
     z, y, x = (index * cells // size for index, cells, size in zip(voxels, grid, geometry.size, strict=True))
     return torch.from_numpy(np.bincount((z * grid[1] + y) * grid[2] + x, minlength=int(np.prod(grid)))).float()

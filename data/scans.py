@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Which scans lie in a folder."""
+"""Find the scans in a folder."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,14 @@ from pathlib import Path
 from ..slices_diffvp import is_dicom
 from .cases import SCAN_SUFFIXES
 
-DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # a number, too: DICOM files are often called by their UID
-HEAD = 132  # bytes that say what a DICOM file is
+DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # or a number, since DICOM files are often named by their UID
+HEAD = 132  # bytes that identify a DICOM file
 
 
 def find_scans(folder: str | os.PathLike) -> list[Path]:
     """
-    The scans below a folder, at any depth, in the order of their paths: files of a known suffix, and folders that hold
-    DICOM slices, each as one scan. Hidden folders are passed over.
+    Find all scans below a folder, sorted by path: files with a known suffix, and folders of DICOM slices, each as one
+    scan. Hidden files and folders are skipped.
     """
     found = []
     for root, folders, files in os.walk(folder):

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""From a folder of scans to a training file and a table (`diffvp init`)."""
+"""Write a training file and a table for a folder of scans (`diffvp init`)."""
 
 import csv
 import json
@@ -17,11 +17,11 @@ from .table import PATH_COLUMNS, TABLE_NAMES, TABLE_SUFFIXES, load_table, withou
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "configs" / "own_scans.yaml"
 CONFIG, GITIGNORE = "own_scans.yaml", ".gitignore"
-IGNORED = "# Patient data, and what is computed from it, stay here.\n*\n!.gitignore\n"
-SHOWN = 5  # problems of a table
-WORDS_TO_TOKENS, ROUND = 2.0, 256  # of a report's longest, with room; training counts them exactly
+IGNORED = "# Patient data, and everything computed from it, stay here.\n*\n!.gitignore\n"
+SHOWN = 5  # number of problems to show for a table
+WORDS_TO_TOKENS, ROUND = 2.0, 256  # generous limit for the longest report; training counts exactly
 
-# A model and a training that two CPU cores walk through in minutes, to see the whole road.
+# A small model and a short training that take minutes on two CPU cores, to try all steps.
 QUICK = {
     "image_processor.size": {"depth": 48, "height": 64, "width": 64},
     "image_processor.target_spacing": [6.0, 5.5, 5.5],
@@ -34,20 +34,20 @@ QUICK = {
 
 
 class StartError(ValueError):
-    """A folder that no training can be begun with; the message says why."""
+    """A folder cannot be used for training; the message gives the reason."""
 
 
 @dataclass
 class Started:
     """
-    What `start` has written and found.
+    Result of [`start`].
 
     Attributes:
-        config, table: their paths; `config` is written only for a table that is in order.
-        written: files that are new.
-        ready: whether training can begin.
-        facts: what was found, in sentences.
-        missing: what has to be done before training, or should be.
+        config, table: paths of training file and table. `config` is written only if the table has no problems.
+        written: new files.
+        ready: whether training can start.
+        facts: findings about the data, as sentences.
+        missing: required or recommended steps before training, as sentences.
     """
 
     config: Path
@@ -67,18 +67,18 @@ def start(
     quick: bool = False,
 ) -> Started:
     """
-    Write a training file for a folder of scans, a table where it has none, and a `.gitignore` that keeps patient data
-    out of a repository. Neither scans nor a table that is there are changed.
+    Write a training file for a folder of scans, a table if there is none, and a `.gitignore` that keeps patient data
+    out of repositories. Scans and existing tables are not changed.
 
     Args:
-        output: folder for what is written, and for what training writes; by default that of the scans.
-        domain: what kind of scans these are, which every report of the model will say.
-        base: causal LLM, a Hub id or a folder; by default the small one of the demo.
-        quick: settings with which two cores walk the whole road in minutes, and no model of use comes out.
+        output: folder for these files and for the output of training; default: the folder of the scans.
+        domain: kind of the scans, stated in every report of the model.
+        base: causal LLM, as a Hub id or a folder; default: the small one of the demo.
+        quick: use settings that run all steps within minutes on two cores, without producing a useful model.
 
     Raises:
-        StartError: there are no scans, or a training file is there already.
-        OSError: it cannot be written there.
+        StartError: there are no scans, or a training file already exists.
+        OSError: the files cannot be written.
     """
     folder = Path(folder)
     output = folder if output is None else Path(output)
@@ -86,7 +86,7 @@ def start(
     if not folder.is_dir():
         raise StartError(f"{folder}: folder: missing (expected a folder of scans)")
     if config.exists():
-        raise StartError(f"{config}: file: there already (expected none: edit it, or delete it and run init again)")
+        raise StartError(f"{config}: file: exists (expected none: edit it, or delete it and run init again)")
     scans = find_scans(folder)
     if not scans:
         raise StartError(f"{folder}: scans: none (expected NIfTI, NRRD, MetaImage or folders of DICOM slices)")
@@ -109,7 +109,7 @@ def start(
     if domain is not None:
         changes["model.intended_domain"] = domain
     else:
-        started.missing.append(f"model.intended_domain in {CONFIG}: say there which scans these are.")
+        started.missing.append(f"model.intended_domain in {CONFIG}: describe the scans there.")
     if base is not None:
         changes |= {"base.name": base, "base.revision": None, "base.gguf_file": None}
         if not Path(base).is_dir():
@@ -119,7 +119,7 @@ def start(
         (output / GITIGNORE).write_text(IGNORED, encoding="utf-8")
         started.written.append(output / GITIGNORE)
     if not started.ready:
-        started.missing.append("Then run the same command again: it writes the training file.")
+        started.missing.append("Then run the same command again to write the training file.")
         return started
     text = TEMPLATE.read_text(encoding="utf-8")
     for dotted, value in changes.items():
@@ -131,10 +131,10 @@ def start(
 
 def set_in_text(text: str, dotted: str, value: object) -> str:
     """
-    Set `key` or `section.key` of a YAML text, whose comments stay.
+    Set `key` or `section.key` in a YAML text, keeping its comments.
 
     Raises:
-        KeyError: there is no such line.
+        KeyError: the text has no such key.
     """
     section, _, key = dotted.rpartition(".")
     lines, here = text.splitlines(keepends=True), ""
@@ -150,7 +150,7 @@ def set_in_text(text: str, dotted: str, value: object) -> str:
 
 
 def _find_table(folder: Path) -> Path | None:
-    """The table of a folder: by its name, or the only one that has the columns of one."""
+    """Find the table of a folder: by its name, or as the only file with the required columns."""
     named = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
     if len(named) > 1:
         raise StartError(f"{folder}: table: {' and '.join(TABLE_NAMES)} (expected one of the two)")
@@ -176,7 +176,7 @@ def _has_columns(path: Path) -> bool:
 
 
 def _write_table(table: Path, scans: list[Path]) -> list[str]:
-    """A row a scan, with the report from a text file of its name where there is one; says how many have none."""
+    """Write a row per scan, with the report from a text file of the same name if there is one; report missing ones."""
     rows, without = [], 0
     for scan in scans:
         beside = scan.parent / f"{without_suffix(scan.name)}.txt"
@@ -192,17 +192,17 @@ def _write_table(table: Path, scans: list[Path]) -> list[str]:
 
 
 def _unlisted(table: Path, scans: list[Path]) -> list[str]:
-    """Scans of the folder that the table does not name."""
+    """Report scans of the folder that are not in the table."""
     try:
         known = {case.volume.resolve() for case in load_table(table)}
     except DatasetError:
-        return []  # said with the rest
+        return []  # reported by `_facts`
     left = [scan for scan in scans if scan.resolve() not in known]
-    return [f"{len(left)} scans of the folder are not in {table.name}: training passes them over."] if left else []
+    return [f"{len(left)} scans of the folder are not in {table.name}: training does not use them."] if left else []
 
 
 def _facts(started: Started) -> Mapping[str, object]:
-    """What the table says, into `facts` and `missing`; the settings that follow from it."""
+    """Add the facts and problems of the table to `started`, and return the settings that follow from them."""
     table = started.table
     try:
         cases = load_table(table)
@@ -219,7 +219,7 @@ def _facts(started: Started) -> Mapping[str, object]:
 
         cases = label_cases(cases, RuleLabeler())
         changes["data.labeler"] = "rules"
-        labels = f"The {len(DIAGNOSIS_LABELS)} labels: read out of the reports by rules, which know English."
+        labels = f"The {len(DIAGNOSIS_LABELS)} labels: extracted from the reports by rules for English text."
     else:
         labels = f"The {len(DIAGNOSIS_LABELS)} labels: columns of the table."
     patients = len({case.patient_id for case in cases})
@@ -236,12 +236,12 @@ def _facts(started: Started) -> Mapping[str, object]:
         cases = by_split["train"]
     elif patients > 2:
         cases, test = split_by_patient(cases, 0.2, "test")
-        started.facts.append(f"Splits: by patient; {len(test)} of the rows are kept apart to score the model on.")
+        started.facts.append(f"Splits: by patient; {len(test)} of the rows are held out to score the model.")
     members, rule = pool_by_rule(cases) or ([], "no rule")
     started.facts.append(f"Normal references: {len(members)} rows, by {rule}.")
     if len({case.scan_id for case in members}) < 3:
         started.missing.append(
-            "Normal scans, at least three to train on: name them in a column normal (1 or 0) of the table."
+            "Normal scans, at least three for training: mark them in a column normal (1 or 0) of the table."
         )
     words = max(len(case.report.split()) for case in cases)
     if words * WORDS_TO_TOKENS > 1024:
@@ -250,7 +250,7 @@ def _facts(started: Started) -> Mapping[str, object]:
 
 
 def _of_split(cases: list[Case], table: Path, split: str) -> list[Case]:
-    """The cases that the table says are of a split; none where it has no such column."""
+    """Return the cases of a split by the column of the table; none without this column."""
     try:
         names = {case.name for case in load_table(table, split)}
     except DatasetError:

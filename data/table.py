@@ -1,18 +1,18 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Your own scans: a table beside them, or a dataset of Hugging Face with a `Nifti` column.
+"""Your own scans: a table in their folder, or a Hugging Face dataset with a `Nifti` column.
 
-A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of `datasets`' folder
-builders), or any .csv, .tsv or .jsonl file that is named. Two columns suffice:
+A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of the folder builders of
+`datasets`), or any .csv, .tsv or .jsonl file. Two columns are required:
 
     path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices; relative to the table
     report
 
-These are optional, and known by these names:
+Optional columns:
 
     id            default: the path without its suffix
-    patient_id    default: each row is a patient of his own, so that no split can keep two scans of one together
-    scan_id       the same for reconstructions of one scan, which share a report; default: the id
+    patient_id    default: each row is a separate patient, so that a split may separate two scans of one patient
+    scan_id       common to the reconstructions of one scan, which share a report; default: the id
     split         train, valid (validation, val, dev) or test
     normal        1 for a scan that may serve as normal reference, else 0
     Medical material, ..., Interlobular septal thickening    the 18 labels, 0 or 1: all of them or none
@@ -22,7 +22,7 @@ These are optional, and known by these names:
 import difflib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,25 +66,28 @@ def load_table(
     exclude: Collection[str] = (),
     labels: Sequence[str] = DIAGNOSIS_LABELS,
 ) -> list[Case]:
-    """The cases of your own table, in its order.
+    """Load the cases of your own table, in its order.
 
     Args:
-        root: the table, or the folder that holds `metadata.csv` or `metadata.jsonl`, itself or by split
+        root: the table, or the folder with `metadata.csv` or `metadata.jsonl`, either directly or by split
             (`train/metadata.csv`).
-        split: the rows of this split, by the column `split` or the folder; `None` for all rows.
+        split: split to load, by the column `split` or the folder; `None` for all rows.
         include, exclude: see [`load_ct_rate`].
-        labels: the columns of the findings, in the order of a case's labels. Where they are some of
-            `DIAGNOSIS_LABELS` and the table has all of those, a case has all.
+        labels: columns of the findings, in the order of a case's labels. If they are a subset of `DIAGNOSIS_LABELS`
+            and the table has all of these, cases have all of them.
 
     Raises:
         ValueError: the split is unknown.
-        DatasetError: all that is wrong with the table and the files that it names.
+        DatasetError: lists all problems with the table and its files.
     """
     split = None if split is None else canonical_split(split)
     problems: list[Problem] = []
     path, by_folder = _find_table(Path(root), split)
-    reader = _read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
-    rows = reader(path, (), problems, check_columns=partial(_check_columns, path.name, labels=labels))
+    check_columns = partial(_check_columns, path.name, labels=labels)
+    if path.suffix.lower() == ".jsonl":
+        rows = _read_jsonl(path, problems, check_columns)
+    else:
+        rows = read_csv(path, (), problems, check_columns=check_columns)
     if rows is None:
         raise DatasetError(problems)
     columns = {column for row in rows for column in row.values}
@@ -98,11 +101,11 @@ def load_table(
     cases, ids, files = [], {}, {}
     for row in rows:
         here = _row_split(row, path.name, problems) if "split" in columns else split
-        # What is wrong with the rows of another split is nothing to this one.
+        # Problems in rows of other splits are ignored.
         case = _row_case(row, path, columns, labels, keep, problems if wanted in (None, here) else [])
         if case is None:
             continue
-        # Across the splits, too: a scan in two of them would be a leak.
+        # Also checked across splits, where it would be a leak.
         for value, seen, name in ((case.name, ids, "id"), (case.volume, files, "path")):
             if value in seen:
                 found = f"the same as in row {seen[value]}"
@@ -116,13 +119,13 @@ def load_table(
 
 
 def load_hub(name: str, split: str, *, streaming: bool = True, **options) -> Iterator[Case]:
-    """Cases of a dataset with a `Nifti` column, of the Hub or of a local folder, through `datasets`.
+    """Load the cases of a dataset with a `Nifti` column through `datasets`, from the Hub or a local folder.
 
     Args:
-        name, options: as `datasets.load_dataset` takes them (`data_dir=`, `revision=`: pin one). A local folder of
-            NIfTI files with a `metadata.csv` goes by "niftifolder" and `data_dir=`.
-        split: as the dataset calls it.
-        streaming: fetch each volume when its turn comes, and keep none.
+        name, options: arguments of `datasets.load_dataset` (`data_dir=`, `revision=`: pin one). For a local folder of
+            NIfTI files with a `metadata.csv`, use "niftifolder" and `data_dir=`.
+        split: name of the split in the dataset.
+        streaming: fetch volumes one by one without storing them.
     """
     from datasets import load_dataset
 
@@ -130,17 +133,17 @@ def load_hub(name: str, split: str, *, streaming: bool = True, **options) -> Ite
 
 
 def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
-    """Cases of a `datasets.Dataset` or `IterableDataset`; `volume` is the undecoded {"path", "bytes"} of its column.
+    """Yield the cases of a `datasets.Dataset` or `IterableDataset`, with the undecoded {"path", "bytes"} as `volume`.
 
-    Columns are those of a table, with a `Nifti` column for the path; without `id`, a row is called by its file.
+    Columns are those of a table, with a `Nifti` column in place of the path. Without `id`, a row is named by its file.
 
     Raises:
-        DatasetError: of a `Dataset`, all that is wrong with its texts, before the first case; of a stream, what is
-            wrong with a row, when it comes.
+        DatasetError: for a `Dataset`, lists all problems with its texts before the first case; for a stream, the
+            problems of each row when it is read.
     """
     from datasets import Dataset, Nifti
 
-    dataset = dataset.with_format(None)  # NumPy's and torch's numbers are for models
+    dataset = dataset.with_format(None)  # plain Python values instead of NumPy or torch
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
     if len(columns) != 1:
         raise DatasetError([Problem(source, None, "columns of type Nifti", f"{len(columns)}", "1, the scans")])
@@ -168,7 +171,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
 
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
-    """The table, and whether it lies in the folder of the split. A table in the folder itself is about all splits."""
+    """Find the table, and whether it is in the folder of the split. A table in the root covers all splits."""
     if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
         return root, False
     for folder in (root, *(root / name for name in SPLITS.get(split, ()))):
@@ -201,19 +204,19 @@ def _check_columns(
         expected = f"all {len(labels)} labels or none"
         problems.append(Problem(table, 1, "header", f"labels missing: {', '.join(absent)}", expected))
     for column in columns:
-        # A slip here is dangerous: with "PatientID" for "patient_id", each scan would be a patient of his own.
+        # A typo is dangerous: with "PatientID" for "patient_id", each scan would be a separate patient.
         close = difflib.get_close_matches(str(column).lower(), KNOWN_COLUMNS, n=1, cutoff=0.8)
         if column not in (*KNOWN_COLUMNS, *labels) and close and close[0] not in columns:
             problems.append(
-                Problem(table, 1, "header", f"column {shown(column)}", f"{close[0]}, or a name less like it")
+                Problem(table, 1, "header", f"column {shown(column)}", f"{close[0]}, or a less similar name")
             )
 
 
-def _read_jsonl(path: Path, required: Iterable[str], problems: list[Problem], *, check_columns) -> list[Row] | None:
-    """Rows of a JSON Lines file, as [`read_csv`]; a column may be missing in some of them."""
+def _read_jsonl(path: Path, problems: list[Problem], check_columns) -> list[Row] | None:
+    """Read the rows of a JSON Lines file as [`read_csv`] does; rows may lack columns."""
     rows = []
     try:
-        # newline: a report may hold characters that str.splitlines, too, takes for the end of a line.
+        # newline: reports may contain other characters that Python counts as line ends.
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except UnicodeDecodeError:
@@ -253,7 +256,7 @@ def _row_case(
     keep: Callable[[str], bool],
     problems: list[Problem],
 ) -> Case | None:
-    """The case of a row, or `None` where it is not asked for or has no path."""
+    """Return the case of a row, or `None` if it is not selected or has no path."""
     column = next(column for column in PATH_COLUMNS if column in columns)
     value = row.values.get(column)
     if is_missing(value):
@@ -265,7 +268,7 @@ def _row_case(
     name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
     if not keep(name):
         return None
-    # Of os.path, for Path raises on what is too long for a path, which may be a report in the wrong column.
+    # os.path, since Path raises an error for text that is too long, such as a report in the wrong column.
     folder = os.path.isdir(volume)
     if not os.path.exists(volume):
         found = f"missing ({shown_path(volume, table.parent)})"
@@ -281,7 +284,7 @@ def _row_case(
 def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) -> Case:
     path = value.get("path")
     if path is not None:
-        # `datasets` writes "gzip://scan.nii::folder/scan.nii.gz" for what it could open by itself.
+        # `datasets` writes "gzip://scan.nii::folder/scan.nii.gz" for files that it can open itself.
         path = path.split("::")[-1]
     default = without_suffix(Path(path or "").name)
     name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
@@ -298,7 +301,7 @@ def _text_case(
     problems: list[Problem],
     label_columns: Sequence[str] = DIAGNOSIS_LABELS,
 ) -> Case:
-    """A case of all columns but the path."""
+    """Make a case from all columns except the path."""
     values = row.values
     ids = {}
     for column in ("patient_id", "scan_id"):
@@ -322,5 +325,6 @@ def _text_case(
 
 
 def without_suffix(name: str) -> str:
+    """Remove the suffix of a scan file from a name."""
     suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]

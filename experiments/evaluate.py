@@ -15,20 +15,20 @@ labels of the case; where a dataset has none, with those that the same labeler r
 import json
 import os
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
-from ..data.cache import TensorCache, VolumeCache, encoder_recipe, weights_sha256
+from ..data.cache import TensorCache, VolumeCache, encoder_recipe
 from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
 from ..data.pool import is_normal, pool_by_rule
 from ..data.radgenome import load_phantom
+from ..files import write_texts
 from ..inference.report import load_checkpoint
 from ..metrics.baselines import (
     label_baselines,
@@ -48,6 +48,7 @@ from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..pipeline_diffvp import RESEARCH_USE
 from ..processing_diffvp import DiffVPProcessor
 from ..progress import counted
+from ..provenance import versions, weights_sha256
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePool
 from ..train_accelerate import load_classifier
@@ -345,7 +346,7 @@ def evaluate(
         "dataset": {"name": tests.name, "split": tests.split, "phantoms": tests.phantoms is not None},
         "intended_domain": model.config.intended_domain,
         "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": versions(),
         "cases": len(test),
         "training_cases": len(train),
         "signatures": [
@@ -372,10 +373,7 @@ def evaluate(
     }
     name = Path(checkpoint).name.removeprefix("diffvp-")
     texts = {f"{name}_checkpoint.json": json.dumps(result, indent=1) + "\n", f"{name}_checkpoint.md": _page(result)}
-    for file, text in texts.items():
-        (output / f".{file}").write_text(text, encoding="utf-8")
-    for file in texts:
-        os.replace(output / f".{file}", output / file)
+    write_texts(output, texts)
     return output / f"{name}_checkpoint.md", result
 
 

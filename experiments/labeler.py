@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
-from ..data.cache import without_place
 from ..data.cases import Problem, raise_problems, read_csv
+from ..files import write_texts
 from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
 from ..metrics.clinical_efficacy.reports import SCORES
 from ..metrics.labelers import RuleLabeler
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import LEVEL, RESAMPLES, Statistic, bootstrap_counts, compare_counts
+from ..provenance import without_place
 
 DEVELOPMENT_REPORTS = 500
 AVERAGES = ("micro", "macro")
@@ -212,9 +213,7 @@ def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_onl
         result["noise"] = judged_noise(NOISE_FILE, test, found)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    for name, text in {"labeler.json": json.dumps(result, indent=1) + "\n", "labeler.md": _page(result)}.items():
-        (output / f".{name}").write_text(text, encoding="utf-8")
-        os.replace(output / f".{name}", output / name)
+    write_texts(output, {"labeler.json": json.dumps(result, indent=1) + "\n", "labeler.md": _page(result)})
     return output / "labeler.md"
 
 

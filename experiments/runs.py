@@ -10,23 +10,19 @@ are part of the results: where they are, a table is made from them, and no model
 """
 
 import contextlib
-import datetime
 import gzip
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 
-from ..data.cache import VolumeCache, compare, weights_sha256
+from ..data.cache import VolumeCache
 from ..data.cases import Case, first_reconstructions
 from ..data.lesions import read_patients
 from ..data.load import load_dataset_cases
@@ -36,6 +32,8 @@ from ..encoders_diffvp import state_sha256
 from ..inference.report import load_checkpoint
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
+from ..provenance import compare, made_on, weights_sha256
+from ..storage_diffvp import replacing
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
@@ -202,7 +200,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
             for case, text in zip(cases, texts, strict=True)
         ]
     made_by["weights"] = weights_sha256(run.folder / "model")
-    document = {"made_by": made_by, "made_on": machine(), "reports": rows}
+    document = {"made_by": made_by, "made_on": made_on(), "reports": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, gzip.compress(json_text(document).encode(), mtime=0))
     return document
@@ -272,16 +270,6 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         hook.remove()
 
 
-def machine() -> dict:
-    """Where and when a result was made."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-
-
 def json_text(document: dict) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
@@ -292,6 +280,5 @@ def write_json(path: Path, document: dict) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

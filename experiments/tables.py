@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,12 +28,14 @@ from ..data.load import load_dataset_cases
 from ..metrics.baselines import label_baselines, nearest_reports
 from ..metrics.clinical_efficacy.reports import Labeler
 from ..metrics.nlg import check_meteor_data
+from ..provenance import made_on, weights_sha256
+from ..storage_diffvp import replacing
 from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .evaluate import constant_normal_report, pooled_features
 from .figures import figure_content
-from .runs import HeldOut, Run, cases_sha256, frozen_sha256, machine, make_reports, weights_sha256, write_json
+from .runs import HeldOut, Run, cases_sha256, frozen_sha256, make_reports, write_json
 from .scores import (
     FINDINGS,
     LANGUAGE,
@@ -138,7 +139,7 @@ def run_experiment(
         "provenance": {
             "weights": provenance,
             "devices": {device: sorted(names) for device, names in devices.items()},
-            **machine(),
+            **made_on(),
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,10 +306,8 @@ def cached_scores(run: Run, document: dict, cases: list[Case], condition: Condit
                 return SystemScores(per_report, stored["counts"], signature)
     scores = score_system([row["report"] for row in document["reports"]], cases, labeler, workers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, counts=scores.counts, signature=np.array(scores.signature), **scores.per_report)
-    os.replace(temporary, path)
     return scores
 
 

@@ -23,10 +23,11 @@ from safetensors import safe_open
 from .. import __version__
 from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
-from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
+from ..files import write_texts
 from ..inference.report import compare_findings, load_checkpoint
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
+from ..provenance import weights_sha256
 from ..references_diffvp import REFERENCE_FOLDER
 from ..storage_diffvp import DRAFTS_NAME
 
@@ -289,10 +290,7 @@ def write_card(
     texts = {CARD: str(card)}
     if evaluation is not None:
         texts[EVALUATION] = json.dumps(evaluation, indent=1) + "\n"
-    for file, text in texts.items():
-        (folder / f".{file}").write_text(text, encoding="utf-8")
-    for file in texts:
-        os.replace(folder / f".{file}", folder / file)
+    write_texts(folder, texts)
     return folder / CARD
 
 

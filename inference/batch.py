@@ -14,7 +14,6 @@ scan counts. Scans appear in these files by the names that the caller gave them,
 import hashlib
 import json
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,16 +27,18 @@ from transformers import BatchFeature
 
 from ..anatomy_diffvp import anatomy_warnings
 from ..clinical.results import BatchResults
-from ..data.cache import ContentHashes, compare, preprocessing
+from ..data.cache import ContentHashes, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.scans import find_scans
 from ..data.table import PATH_COLUMNS
 from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..provenance import compare, library_versions
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
+from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
 from .engines import load_engine
-from .report import greedy, identify_model, library_versions, load_checkpoint, public_fields
+from .report import greedy, identify_model, load_checkpoint, public_fields
 
 # Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
 # 1,024 voxel tokens each takes 2 MB.
@@ -383,10 +384,9 @@ class ReportFile:
         """
         if self._header is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stage = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
-            stage.write_text(_line(header), encoding="utf-8")
-            self._whole = stage.stat().st_size
-            os.replace(stage, self.path)  # so that no file has half a header
+            with replacing(self.path) as stage:  # so that no file has half a header
+                stage.write_text(_line(header), encoding="utf-8")
+                self._whole = stage.stat().st_size
             self._header = header
         others = compare(self._header["settings"], header["settings"])
         if others:

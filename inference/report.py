@@ -14,13 +14,11 @@ Nothing that is written names the patient or the place of a file: scans appear a
 import copy
 import json
 import os
-import platform
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,6 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .. import __version__
 from ..anatomy_diffvp import MIN_VOLUME, anatomy_warnings
 from ..bases_diffvp import locate_base_model, public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, DiffVPCheckpointError, check_checkpoint_name
@@ -47,6 +44,7 @@ from ..pipeline_diffvp import (
     end_tokens,
 )
 from ..processing_diffvp import DiffVPProcessor
+from ..provenance import library_versions
 from ..reading_diffvp import CTMetadata, read_ct
 from ..references_diffvp import ReferencePoolError
 from ..storage_diffvp import WEIGHTS_NAME, digest
@@ -422,11 +420,6 @@ def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
 def public_fields(values: dict) -> dict:
     """The settings of a generation config, without its book-keeping."""
     return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
-
-
-def library_versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "nibabel", "SimpleITK", "numpy")
-    return {"diffvp": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def report_page(document: dict) -> str:

@@ -16,11 +16,11 @@ import torch
 from peft import LoraConfig
 
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
-from diffvp.data.cache import weights_sha256
 from diffvp.hub import card as card_module
 from diffvp.hub.card import PHANTOM, write_card, write_licence
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.provenance import weights_sha256
 from diffvp.references_diffvp import index_references
 
 from .ct_samples import lps_affine, make_ct

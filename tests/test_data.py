@@ -761,8 +761,8 @@ def test_contaminated_members_are_named():
         make_case("c", labels=ZERO),
     ]
     warnings = build_pool(cases, ids=["a", "c"]).warnings
-    assert warnings == ["'a' is no normal scan: 1 of its labels are set; its disorders are not \"no findings\"."]
-    assert build_pool(cases, ids=["c"]).warnings == ["The pool holds one scan, which has no reference itself."]
+    assert warnings == ["'a' is not a normal scan: 1 of its labels are set; its disorders are not \"no findings\"."]
+    assert build_pool(cases, ids=["c"]).warnings == ["The pool has only one scan, for which there is no reference."]
 
 
 def test_phantom_reports_are_read_for_findings(cohort):
@@ -770,7 +770,7 @@ def test_phantom_reports_are_read_for_findings(cohort):
     ill = next(case for case in cases if case.labels.any())
     unmarked = [make_case(case.name, report=case.report, volume=case.volume) for case in cases]
     [warning] = [w for w in build_pool(unmarked, layout="phantom", ids=[ill.name]).warnings if ill.name in w]
-    assert warning == f"'{ill.name}' is no normal scan: its report names a finding."
+    assert warning == f"'{ill.name}' is not a normal scan: its report names a finding."
 
 
 def test_foreign_members_are_named(tmp_path):
@@ -785,9 +785,9 @@ def test_foreign_members_are_named(tmp_path):
     volumes["broken too"] = tmp_path / "broken.mha"
     cases = [make_case(name, volume=volume) for name, volume in volumes.items()]
     assert build_pool(cases, ids=list(volumes)).warnings == [
-        "'thick' looks like a scan of another kind: 8 mm between slices, where 2.5 is usual.",
-        "'picture' looks like a scan of another kind: no value below 0, so no Hounsfield units.",
-        "'large' looks like a scan of another kind: 60 columns, where 26 is usual.",
+        "'thick' looks like a scan of another kind: 8 mm between slices (usually 2.5).",
+        "'picture' looks like a scan of another kind: no value below 0, so not in Hounsfield units.",
+        "'large' looks like a scan of another kind: 60 columns (usually 26).",
     ]
 
 

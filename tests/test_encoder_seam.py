@@ -182,7 +182,7 @@ def test_what_is_no_encoder_is_refused(medicalnet_state, tmp_path, monkeypatch):
     for source, message in {
         "resnet_10.pth": r"resnet_10.pth: weights: \d+ missing, such as resnet.layer4.1",
         "flat.pth": r"flat.pth: weights: 1 weights, conv1 \(64, 3, 7, 7\), 0 stages \(expected MedicalNet",
-        "list.pth": "list.pth: file: dict .expected a PyTorch file with tensors alone",
+        "list.pth": "list.pth: file: dict .expected a PyTorch file that holds only tensors",
         "code.pth": "code.pth: file: UnpicklingError",
         "text.pth": "text.pth: file: ",
         "absent.pth": "absent.pth: file: missing .expected astra, a PyTorch file",
@@ -208,7 +208,7 @@ def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_st
     torch.save(medicalnet_state, tmp_path / "resnet_18.pth")
     path = tmp_path / "encoder.safetensors"
     convert_encoder(tmp_path / "resnet_18.pth", path)
-    with pytest.raises(DiffVPEncoderError, match="model: encoder_type: i3resnet .expected resnet, as encoder.safet"):
+    with pytest.raises(DiffVPEncoderError, match="model: encoder_type: i3resnet .expected resnet, as in encoder"):
         load_encoder(model_of(**INFLATED), path)
     with pytest.raises(DiffVPEncoderError, match=r"model: encoder_shortcut_type: B .expected A"):
         load_encoder(model_of(encoder_block_channels=CHANNELS, encoder_shortcut_type="B"), path)

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from diffvp import storage_diffvp
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
+from diffvp.files import recover_folder, write_folder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
-from diffvp.training.checkpoints import recover_folder, write_folder
 
 KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # of each way to save; `make test-kills` sets 50
 

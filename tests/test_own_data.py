@@ -200,7 +200,7 @@ def test_a_dataset_with_a_nifti_column(own, finetune, tmp_path):
 
 
 def test_a_start_brings_its_own_parts(finetune):
-    with pytest.raises(ValueError, match="init_from brings its own, so leave out: lora"):
+    with pytest.raises(ValueError, match="init_from has its own; leave out: lora"):
         TrainingConfig.load(finetune, ["lora={r: 4}"])
     with pytest.raises(ValueError, match="expected init_from, or also: image_processor, base, model, diagnosis"):
         TrainingConfig.load(finetune, ["init_from=null"])

@@ -79,7 +79,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
             assert "No problems found" in result.output and not (tmp_path / "my_scans/runs").exists()
         elif words[0] == "train":
             assert "epoch 1 of 1" in result.output and "Score it" in result.output and "Share it" in result.output
-            assert "too few to say" in caplog.text and "micro-F1" not in caplog.text
+            assert "too few to score" in caplog.text and "micro-F1" not in caplog.text
         elif words[0] == "evaluate":
             page = (tmp_path / "my_scans/runs/evaluation/model_checkpoint.md").read_text()
             for row in ("DiffVP", "constant normal report", "nearest training report", "labels alone, all-positive"):

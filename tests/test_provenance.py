@@ -13,12 +13,13 @@ import transformers
 from huggingface_hub import ModelCard
 
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
-from diffvp.data.cache import without_place
+from diffvp.files import write_texts
 from diffvp.hub import card as card_module
 from diffvp.hub.card import PHANTOM, make_card
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
+from diffvp.provenance import without_place
 
 from .batch_samples import write_checkpoint
 
@@ -127,3 +128,10 @@ def test_commands_of_results_name_no_folder(tmp_path):
     assert without_place("experiments/results") == "experiments/results"
     assert without_place(Path("runs") / "a") == "runs/a"
     assert without_place(tmp_path / "results") == "results"
+
+
+def test_files_of_a_result_are_replaced_together(tmp_path):
+    write_texts(tmp_path, {"result.json": "1", "result.md": "one"})
+    with pytest.raises(UnicodeEncodeError):
+        write_texts(tmp_path, {"result.json": "2", "result.md": "\ud800"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"result.json": "1", "result.md": "one"}

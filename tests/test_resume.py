@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from diffvp.data.cache import compare
+from diffvp.files import write_folder
+from diffvp.provenance import compare
 from diffvp.train_accelerate import run
-from diffvp.training.checkpoints import CheckpointError, Checkpoints, write_folder
+from diffvp.training.checkpoints import CheckpointError, Checkpoints
 from diffvp.training.config import TrainingConfig
 
 
@@ -72,7 +73,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(stage_one, tmp_path):
         output = process.communicate(timeout=120)[0]
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
         if number != signal.SIGKILL:
-            assert "The same command goes on from there" in output
+            assert "Run the same command again to resume" in output
     run(TrainingConfig.load(stage_one, overrides))
     assert trace(tmp_path / "interrupted") == trace(tmp_path / "whole")
     one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "interrupted/model")
@@ -121,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     for step in (1, 2, 3):
         checkpoints.save(step, {"weights": {"x": torch.full((9,), float(step))}}, {"step": step}, best=None)
     damages = {
-        "weights.safetensors has another SHA-256": lambda f: f.write_bytes(f.read_bytes()[:-1] + b"?"),
+        "weights.safetensors does not match its SHA-256": lambda f: f.write_bytes(f.read_bytes()[:-1] + b"?"),
         "bytes; expected": lambda f: f.write_bytes(f.read_bytes()[:-1]),
         "weights.safetensors is missing": lambda f: f.unlink(),
     }

@@ -180,7 +180,7 @@ def test_cache_is_keyed_by_content_and_recipe(tmp_path):
     file.write_bytes(b"two")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert get({"size": 1}) == 3
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".writing-*"))
 
 
 def test_a_damaged_entry_is_never_used(tmp_path):
@@ -240,7 +240,7 @@ def test_several_processes_write_one_cache(tmp_path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert len(list(tmp_path.glob("*.safetensors"))) == 40 and not list(tmp_path.glob("*.tmp"))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 40 and not list(tmp_path.glob(".writing-*"))
 
 
 def test_lesion_cells_lie_where_the_tensor_shows_the_lesion(tmp_path):

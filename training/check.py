@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that would stop a run later, found before it starts, by `diffvp train` and by its `--dry-run`."""
+"""Checks of `diffvp train` and its `--dry-run`: find everything that would stop a run before it starts."""
 
 import importlib.util
 import os
@@ -23,13 +23,14 @@ from ..findings_diffvp import SIDES
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .cohort import Cohort
 from .config import TrainingConfig
+from .encoder import misfit
 from .report import check_base, check_reports
 
-SPARE = 1.1  # of the disk space that is computed
+SPARE = 1.1  # factor on the computed disk space
 
 
 def make_processor(config: TrainingConfig) -> DiffVPProcessor:
-    """The processor of a model that begins with a base LLM."""
+    """Make the processor of a new model from its base LLM."""
     path, options = _locate_base(config)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
     if tokenizer.pad_token is None:
@@ -38,7 +39,7 @@ def make_processor(config: TrainingConfig) -> DiffVPProcessor:
 
 
 def model_fields(config: TrainingConfig, processor: DiffVPProcessor) -> dict:
-    """The fields of its configuration, with what the model says in tokens."""
+    """Return the fields of the model configuration, including the token ids of prompt and instruction."""
     labels, places = DiffVPConfig(**config.model).diagnosis_labels, None
     if config.model.get("finding_attributes"):
         places = [*(config.model.get("finding_regions") or ()), *SIDES]
@@ -48,21 +49,21 @@ def model_fields(config: TrainingConfig, processor: DiffVPProcessor) -> dict:
         "instruction": processor.instruction,
         "instruction_ids": processor(text=processor.instruction)["input_ids"][0].tolist(),
     }
-    # Both from the first stage: the classifier then needs no encoder of its own.
+    # If encoder and classifier both come from the first stage, they share the encoder.
     fields.setdefault("share_encoder", has_own_encoder(config))
     return fields
 
 
 def has_own_encoder(config: TrainingConfig) -> bool:
-    """Whether the visual encoder is that of the run's own first stage."""
+    """Return whether the visual encoder comes from the first stage of the run."""
     return config.encoder_weights is None and config.model.get("encoder_type") != "external"
 
 
 def base_config(config: TrainingConfig) -> AutoConfig:
-    """The configuration of the base LLM, compared with what the training file expects of it.
+    """Load the configuration of the base LLM and check it against `base.expected_config`.
 
     Raises:
-        BaseModelError: it is another.
+        BaseModelError: a field differs.
     """
     path, options = _locate_base(config)
     found = AutoConfig.from_pretrained(path, **options)
@@ -71,7 +72,7 @@ def base_config(config: TrainingConfig) -> AutoConfig:
 
 
 def _locate_base(config: TrainingConfig) -> tuple[str, dict[str, str]]:
-    """Name or folder of the base LLM, and what else `from_pretrained` takes to find its files."""
+    """Return the name or folder of the base LLM and the `from_pretrained` arguments that locate its files."""
     base = config.base
     path, gguf_file = locate_base_model(base.name, base.revision, base.gguf_file)
     if gguf_file is not None:
@@ -83,9 +84,11 @@ def _locate_base(config: TrainingConfig) -> tuple[str, dict[str, str]]:
 
 def check_run(config: TrainingConfig, cohort: Cohort) -> None:
     """
+    Check a run before it starts.
+
     Raises:
-        DatasetError: all that would stop the run, but for volumes that cannot be read, which only reading them tells.
-        DiffVPCheckpointError, BaseModelError, OSError: a base or a checkpoint cannot be had, or is another.
+        DatasetError: lists everything that would stop the run, except unreadable volumes, which are found by reading.
+        DiffVPCheckpointError, BaseModelError, OSError: a base or a checkpoint is unavailable or does not match.
     """
     problems = _folders(config) + _libraries(config) + _masks(config, cohort)
     if config.init_from is None:
@@ -112,8 +115,10 @@ def check_run(config: TrainingConfig, cohort: Cohort) -> None:
 
 def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) -> None:
     """
+    Check that encoder and processor scale Hounsfield units in the same way.
+
     Raises:
-        ValueError: the encoder takes the tensor for other Hounsfield units than the processor puts into it.
+        ValueError: the encoder expects another HU range in the tensor than the processor writes.
     """
     if config.hu_range is not None and tuple(config.hu_range) != tuple(image_processor.hu_window):
         raise ValueError(
@@ -123,7 +128,7 @@ def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) 
 
 
 def memory_warning(needed_gb: dict[str, float]) -> str | None:
-    """What a run takes beyond what this machine has, by the estimate; `None` where it fits, as far as that knows."""
+    """Return a warning if the estimated memory of a run exceeds that of this machine, else `None`."""
     needed, place = sum(needed_gb.values()), "this machine"
     if torch.cuda.is_available():
         available, place = torch.cuda.get_device_properties(0).total_memory / 1e9, "its GPU"
@@ -133,7 +138,7 @@ def memory_warning(needed_gb: dict[str, float]) -> str | None:
         return None
     return (
         f"The run is estimated to take {needed:.1f} GB, and {place} has {available:.1f} GB: lower "
-        "report.micro_batch_size, set report.gradient_checkpointing, or take a smaller base."
+        "report.micro_batch_size, set report.gradient_checkpointing, or use a smaller base."
     )
 
 
@@ -142,18 +147,18 @@ def _scratch(config: TrainingConfig) -> bool:
 
 
 def _folders(config: TrainingConfig) -> list[Problem]:
-    """Folders that cannot be written."""
+    """Report folders that cannot be written."""
     problems = []
     for field, folder in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
-        # Of a file in it: the folder itself may be there already.
+        # Check a file inside the folder, since the folder itself may already exist.
         found = writing_problem(Path(folder) / "file")
         if found is not None:
-            problems.append(Problem("training file", None, field, found, "a folder that can be written"))
+            problems.append(Problem("training file", None, field, found, "a writable folder"))
     return problems
 
 
 def _libraries(config: TrainingConfig) -> list[Problem]:
-    """Packages that the settings ask for and that are not installed."""
+    """Report packages that the settings need and that are not installed."""
     needed = {f"log_with: {name}": name for name in config.log_with}
     if config.base is not None and config.base.quantization is not None:
         needed[f"base.quantization: {config.base.quantization}"] = "bitsandbytes"
@@ -165,13 +170,13 @@ def _libraries(config: TrainingConfig) -> list[Problem]:
 
 
 def _masks(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
-    """Masks that stage 1 learns from, or that regions are averaged in."""
+    """Report missing masks: of the lesions and lobes that stage 1 learns from, and of the regions."""
     root, problems = config.data.root, []
     wanted = {}
     if config.diagnosis is not None and config.diagnosis.crops is not None and config.stage != "report":
         if tuple(config.model.get("diagnosis_labels", DIAGNOSIS_LABELS)) != DIAGNOSIS_LABELS:
-            expected = "null, as masks are of the 18 labels"
-            problems.append(Problem("training file", None, "diagnosis.crops", "beside labels of your own", expected))
+            expected = "null, as the masks are those of the 18 labels"
+            problems.append(Problem("training file", None, "diagnosis.crops", "with labels of your own", expected))
         patients = read_patients(root)
         for case in cohort.diagnosis + cohort.validation:
             wanted[case.name] = [lesion_mask_path(root, case.name), lobe_mask_path(root, case.name)]
@@ -190,28 +195,27 @@ def _masks(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
 
 
 def _encoder(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
-    """Weights of an encoder that are not there, or of another one."""
+    """Report encoder weights that are missing or do not fit the configured encoder."""
     if config.encoder_weights is None:
         return []
     path, problem = Path(config.encoder_weights), ("training file", None, "encoder_weights")
     if not path.is_file():
-        return [Problem(*problem, "missing", "a .safetensors file, such as `diffvp encoder convert` writes")]
+        return [Problem(*problem, "missing", "a .safetensors file from `diffvp encoder convert`")]
     with torch.device("meta"):
-        expected = {name: list(value.shape) for name, value in make_encoder(model).state_dict().items()}
+        expected = {name: tuple(value.shape) for name, value in make_encoder(model).state_dict().items()}
     with safe_open(path, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if not wrong:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    found = misfit(shapes, expected)
+    if found is None:
         return []
-    shapes = f"{wrong[0]} of shape {found.get(wrong[0])}"
-    return [Problem(*problem, shapes, f"{expected.get(wrong[0])}, that of the encoder in the section model")]
+    return [Problem(*problem, found, f"the {len(expected)} weights of the encoder in the section model")]
 
 
 def _classifier(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
-    """A classifier to take over that is not there, or of other findings."""
+    """Report a classifier that is missing or that predicts other findings."""
     if config.stage == "report" and config.classifier is None and (model.use_diagnosis or not config.encoder_weights):
         if not (Path(config.output_dir) / "diagnosis" / "config.json").is_file():
-            expected = "stage: all, or the first stage in output_dir, or `classifier`"
+            expected = "stage: all, or a finished first stage in output_dir, or `classifier`"
             return [Problem("training file", None, "stage", "report, without a classifier", expected)]
     if config.classifier is None or not model.use_diagnosis:
         return []
@@ -224,7 +228,7 @@ def _classifier(config: TrainingConfig, model: DiffVPConfig) -> list[Problem]:
 
 
 def _disk(config: TrainingConfig, cohort: Cohort, model: DiffVPConfig) -> list[Problem]:
-    """A disk that has no room for the caches."""
+    """Report a disk without enough space for the caches."""
     cases = len({case.name for case in cohort.everyone() + cohort.pool})
     voxels, tokens = 1, 1
     for size, token in zip(model.image_size, model.feature_grid, strict=True):

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that survive a kill at any moment: complete or not there, and checked before they are used.
+"""Training checkpoints that survive a kill at any moment: complete or absent, and verified before use.
 
-A checkpoint is a folder `step-00000120` of safetensors and JSON, with a manifest of the size and SHA-256 of each file.
-It is written under another name, flushed to the disk, and then renamed.
+A checkpoint is a folder such as `step-00000120` of safetensors and JSON, with a manifest of the size and SHA-256 of
+each file. It is written under another name, flushed to disk, and renamed.
 """
 
 import contextlib
@@ -12,64 +12,23 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..data.cache import file_sha256
-from ..storage_diffvp import flush
+from ..files import FORMER, UNFINISHED, recover_folder, write_folder
+from ..storage_diffvp import file_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-UNFINISHED = ".unfinished-"  # prefix of folders that are being written or deleted
 
 
 class CheckpointError(ValueError):
-    """A run cannot go on from what its folder holds."""
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        flush(path)
-    flush(folder)
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """
-    Make or replace the folder `target` by what `write(folder)` puts into an empty one: all of it or nothing.
-
-    A kill between the two renames leaves the former content under a name that [`recover_folder`] knows.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        write(staging)
-        _flush_tree(staging)
-        former = _former(target)
-        if target.exists():
-            os.rename(target, former)
-        os.rename(staging, target)
-        flush(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Put back what [`write_folder`] had moved aside when it was killed."""
-    former = _former(target)
-    if former.exists() and not target.exists():
-        os.rename(former, target)
-
-
-def _former(target: Path) -> Path:
-    return target.parent / f".former-{target.name}"
+    """A run cannot resume from the checkpoints in its folder."""
 
 
 @dataclass
@@ -77,8 +36,8 @@ class Checkpoint:
     """A valid checkpoint.
 
     Attributes:
-        step: optimizer steps that it has behind it.
-        state: the content of `state.json`.
+        step: number of completed optimizer steps.
+        state: content of `state.json`.
     """
 
     folder: Path
@@ -86,7 +45,7 @@ class Checkpoint:
     state: dict
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of `NAME.safetensors`."""
+        """Load the tensors of `NAME.safetensors`."""
         return load_file(self.folder / f"{name}.safetensors")
 
 
@@ -94,15 +53,15 @@ class Checkpoints:
     """The checkpoints of one stage of a run.
 
     Args:
-        folder: made when the first is written.
-        keep: how many of the newest to keep, besides the best.
+        folder: created with the first checkpoint.
+        keep: number of newest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, best: int | None) -> Path:
-        """Write the checkpoint of a step, then delete those that are neither among the newest nor the step `best`."""
+        """Write the checkpoint of a step, then delete all others but the newest ones and that of step `best`."""
         target = self._path(step)
 
         def write(folder: Path) -> None:
@@ -123,26 +82,26 @@ class Checkpoints:
         return target
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, valid or not, ascending."""
+        """Return the steps with a checkpoint, valid or not, in ascending order."""
         if not self.folder.is_dir():
             return []
         names = (path.name.partition("-") for path in self.folder.iterdir() if path.name.startswith("step-"))
         return sorted(int(number) for _, _, number in names)
 
     def newest(self) -> Checkpoint | None:
-        """The newest valid checkpoint; a damaged one is reported and passed over."""
+        """Load the newest valid checkpoint, skipping damaged ones with a warning; `None` if there is none."""
         for step in reversed(self.steps()):
             problem = self.problem(step)
             if problem is None:
                 return self.load(step)
-            logger.warning("Checkpoint %s is passed over: %s.", self._path(step).name, problem)
+            logger.warning("Checkpoint %s is skipped: %s.", self._path(step).name, problem)
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of a step.
+        """Load the checkpoint of a step.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: the checkpoint is damaged.
         """
         problem = self.problem(step)
         if problem is not None:
@@ -151,7 +110,7 @@ class Checkpoints:
         return Checkpoint(folder, step, json.loads((folder / STATE).read_text(encoding="utf-8")))
 
     def problem(self, step: int) -> str | None:
-        """What is wrong with the checkpoint of a step, or `None`."""
+        """Describe the damage of the checkpoint of a step; `None` if it is valid."""
         folder = self._path(step)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -169,23 +128,23 @@ class Checkpoints:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes; expected {size}"
             if file_sha256(path) != sha256:
-                return f"{name} has another SHA-256 than {MANIFEST} says"
+                return f"{name} does not match its SHA-256 in {MANIFEST}"
         return None
 
     def clean(self) -> None:
-        """Delete what killed runs left unfinished. For one process, before any writes."""
+        """Delete unfinished folders of killed runs. Call this in one process, before any process writes."""
         if self.folder.is_dir():
-            for step in self.folder.glob(".former-step-*"):
-                recover_folder(self.folder / step.name.removeprefix(".former-"))
+            for step in self.folder.glob(f"{FORMER}step-*"):
+                recover_folder(self.folder / step.name.removeprefix(FORMER))
             for path in self.folder.iterdir():
-                if path.name.startswith((UNFINISHED, ".former-")):
+                if path.name.startswith((UNFINISHED, FORMER)):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def _delete(self, folder: Path) -> None:
-        # Under another name first: a folder of the name step-N is whole at any time.
+        # Rename it first, so that a folder named step-N is complete at any time.
         doomed = self.folder / f"{UNFINISHED}{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, doomed)

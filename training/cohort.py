@@ -1,12 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of a run, and what is frozen about them: preprocessed volumes, encoder output, predicted findings."""
+"""Cases of a run, with their frozen inputs: preprocessed volumes, encoder output, and predicted findings."""
 
 import hashlib
 import logging
 import math
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -37,6 +35,7 @@ from ..data.table import load_hub
 from ..encoders_diffvp import state_sha256
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..progress import counted
+from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
 from .encoder import read_features
@@ -49,10 +48,10 @@ class Cohort:
     """The cases of a run.
 
     Attributes:
-        diagnosis, report: what the two stages train on.
-        validation: unseen by both; no patient of theirs is among them.
-        pool: normal references, of the training side. Validation is compared with them too, as a user's scans will be.
-        test: kept apart for `diffvp evaluate`; no patient of theirs is among the others.
+        diagnosis, report: training cases of the two stages.
+        validation: cases of patients that neither stage trains on.
+        pool: normal references from the training cases. Validation uses them too, as a user's scans will.
+        test: cases of further patients, held out for `diffvp evaluate`.
     """
 
     diagnosis: list[Case]
@@ -62,16 +61,19 @@ class Cohort:
     test: list[Case] = field(default_factory=list)
 
     def everyone(self) -> list[Case]:
+        """Return the distinct cases of training and validation."""
         return list({case.name: case for case in self.diagnosis + self.validation + self.report}.values())
 
     def without(self, names: set[str]) -> "Cohort":
+        """Return the cohort without the named cases."""
+
         def rest(cases: list[Case]) -> list[Case]:
             return [case for case in cases if case.name not in names]
 
         return self._each(rest)
 
     def with_labels(self, labels: Sequence[str]) -> "Cohort":
-        """Of cases with all of `DIAGNOSIS_LABELS` these alone, in this order. Which are normal all 18 have said."""
+        """Reduce cases with all `DIAGNOSIS_LABELS` to these labels, in this order. All 18 define the normal cases."""
         if tuple(labels) == DIAGNOSIS_LABELS or not set(labels) <= set(DIAGNOSIS_LABELS):
             return self
         columns = [DIAGNOSIS_LABELS.index(label) for label in labels]
@@ -90,7 +92,7 @@ class Cohort:
         return Cohort(**{one.name: change(getattr(self, one.name)) for one in fields(self)})
 
     def sha256(self, stage: str) -> str:
-        """Of names, reports and labels: what, besides the settings, the weights of a stage depend on."""
+        """Hash names, reports and labels: everything that the weights of a stage depend on besides the settings."""
         digest = hashlib.sha256()
         of_stage = {"diagnosis": (self.diagnosis,), "report": (self.report, self.pool)}[stage]
         for cases in (self.validation, *of_stage):
@@ -101,10 +103,10 @@ class Cohort:
 
 
 def load_cohort(config: TrainingConfig) -> Cohort:
-    """The cases that a training file names.
+    """Load the cases of a training file.
 
     Raises:
-        DatasetError: all that is wrong with the dataset, its division or its pool.
+        DatasetError: lists all problems with the dataset, its division, or its pool.
         ValueError: a span lies outside the split.
     """
     data = config.data
@@ -112,7 +114,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     if not set(labels) <= set(DIAGNOSIS_LABELS) and (data.layout != "table" or data.labeler is not None):
         raise ValueError(
             f"model.diagnosis_labels has {sorted(set(labels) - set(DIAGNOSIS_LABELS))}: only a table of your own can "
-            "say that of a scan, expected data.layout: table, and no data.labeler."
+            "provide these labels; expected data.layout: table, and no data.labeler."
         )
     exclude = read_ids(data.exclude) if data.exclude else ()
 
@@ -123,7 +125,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
             own = {"labels": labels} if data.layout == "table" else {}
             cases = load_dataset_cases(data.layout, data.root, split, exclude=exclude, **own)
         if data.labeler == "rules":
-            # Of the extra `metrics`, which training does without otherwise.
+            # From the extra `metrics`, which training does not need otherwise.
             from ..metrics.labelers import RuleLabeler
             from ..metrics.labelers.table import label_cases
 
@@ -133,7 +135,7 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     everything = load(data.split)
     cases, test = everything, load(data.test_split) if data.test_split is not None else []
     if data.test_fraction is not None:
-        # By the patient alone: another seed trains another model, and is scored on the same patients.
+        # Independent of the seed, so that models of different seeds are scored on the same patients.
         cases, test = split_by_patient(cases, data.test_fraction, "test")
     if data.validation_fraction is not None:
         training, validation = split_by_patient(cases, data.validation_fraction, config.seed)
@@ -148,13 +150,13 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     cohort = cohort.with_labels(labels)
     check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
     check_no_leak(cohort.diagnosis + cohort.report + cohort.validation, cohort.test, "test")
-    if config.init_from is None and config.classifier is None:  # else the first stage is another run's
+    if config.init_from is None and config.classifier is None:  # otherwise, the first stage belongs to another run
         if data.report_cases is not None:
             check_stages_apart(cohort)
         elif config.stage == "all":
             logger.info(
-                "Both stages train on the same %d patients, as in the paper: there, the findings that prompts name "
-                "are nearly true, and more often than those of validation.",
+                "Both stages train on the same %d patients, as in the paper. The findings in the training prompts are "
+                "therefore nearly true, more often than those in the validation prompts.",
                 len({case.patient_id for case in cohort.report}),
             )
     problems = []
@@ -163,14 +165,14 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     if config.stage != "report" and config.init_from is None:
         unlabelled = [case for case in cohort.diagnosis + cohort.validation if case.labels is None]
         if unlabelled:
-            expected = f"all {len(labels)}, or data.labeler: rules, or a checkpoint to go on from (init_from)"
+            expected = f"all {len(labels)}, or data.labeler: rules, or a checkpoint to start from (init_from)"
             problems.append(Problem("dataset", unlabelled[0].row, "labels", "missing", expected, unlabelled[0].name))
     raise_problems(problems)
     return cohort
 
 
 def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
-    """Of the model that is trained, in its order."""
+    """Return the labels of the trained model, in its order."""
     if config.init_from is None:
         return (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
     check_checkpoint_name(config.init_from)
@@ -180,18 +182,20 @@ def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
 
 def check_stages_apart(cohort: Cohort) -> None:
     """
+    Check that the two stages train on different patients. For a patient of both, the classifier would predict nearly
+    true findings, unlike for new patients.
+
     Raises:
-        DatasetError: a patient is in both stages, which the spans are meant to keep apart: the findings that the
-            classifier predicts of it are nearly true, as those of no new patient will be.
+        DatasetError: a patient is in both stages.
     """
     known = {case.patient_id for case in cohort.diagnosis}
     both = {case.patient_id: case for case in cohort.report if case.patient_id in known}
-    found, expected = "in diagnosis_cases and in report_cases", "one of the two: move their borders"
+    found, expected = "in diagnosis_cases and in report_cases", "in only one: move the borders of the spans"
     raise_problems([Problem("splits", case.row, "patient_id", found, expected, case.name) for case in both.values()])
 
 
 def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
-    """The cases of a dataset of `datasets`, streamed; each volume is kept under `cache_dir/hub`, by its content."""
+    """Stream the cases of a Hub dataset, storing each volume in `cache_dir/hub` under the digest of its content."""
     folder = Path(data.cache_dir) / "hub"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
@@ -203,15 +207,14 @@ def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
         suffix = ".nii.gz" if content[:2] == b"\x1f\x8b" else ".nii"
         path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
         if not path.exists():
-            temporary = folder / f"{uuid.uuid4().hex}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
         cases.append(replace(case, volume=path))
     return cases
 
 
 def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
-    """The cases at positions [start, stop) of the split."""
+    """Return the cases at positions [start, stop) of the split."""
     start, stop = span
     if not 0 <= start < stop <= len(cases):
         raise ValueError(f"data.{name} is [{start}, {stop}], but the split has {len(cases)} cases.")
@@ -219,7 +222,7 @@ def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:
 
 
 def _pool(data: DataSection, cases: list[Case], training: list[Case]) -> list[Case]:
-    """The references on the training side."""
+    """Return the normal references that are training cases."""
     if data.pool is None:
         members, _ = pool_by_rule(cases) or ([], "")
     else:
@@ -234,20 +237,21 @@ def _pool_problems(cohort: Cohort) -> list[Problem]:
         return [Problem("dataset", None, "pool of references", "empty", expected)]
     scans = {case.scan_id for case in cohort.pool}
     if len(scans) == 1 and any(case.scan_id in scans for case in cohort.report):
-        expected = "a second normal scan: the one of the pool would be its own reference"
+        expected = "a second normal scan, as this one would be its own reference"
         return [Problem("dataset", None, "pool of references", "one scan", expected, cohort.pool[0].name)]
     return []
 
 
 class Features:
-    """Frozen encoder output and diagnosis logits of cases, each computed once and read from the cache thereafter.
+    """Frozen encoder output and diagnosis logits of cases, computed once and then read from the cache.
 
-    They lie apart: models with and without a classifier, or with another one, share the encoder's output.
+    The two are cached separately, so that models with the same encoder share its output even if their classifiers
+    differ.
 
     Args:
-        root: folder of all caches; these are in `features/` and `diagnosis/`.
-        regions: average the features in each region instead of giving one of each voxel token.
-        stored: a folder of features that were computed beforehand, see [`read_features`].
+        root: folder of all caches; these use `features/` and `diagnosis/`.
+        regions: average the features within each region instead of returning one per voxel token.
+        stored: folder of precomputed features; see [`read_features`].
     """
 
     def __init__(
@@ -266,12 +270,12 @@ class Features:
             self.logits = TensorCache(Path(root) / "diagnosis", recipe | {"diagnosis": state_sha256(model.diagnosis)})
 
     def load(self, case: Case) -> dict[str, torch.Tensor]:
-        """`features` (N, C), of regions (11, C), and, of a model with a classifier, `diagnosis_logits` (labels,)."""
+        """Return `features` (N, C), or (11, C) for regions; with a classifier, also `diagnosis_logits` (labels,)."""
         digest, model = self.volumes.digest(case), self.model
 
         @torch.no_grad()
         def compute(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-            # In half precision, as the cache of volumes keeps them: a hit and a miss there give the same features.
+            # The cached volumes are in half precision, so that a hit and a miss give the same features.
             return {name: function(self.volumes.load(case)[None].float().to(model.device))[0]}
 
         if self.stored is None:
@@ -290,10 +294,11 @@ class Features:
         self, case: Case, references: Sequence[Case], frozen: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """
-        What `model.compare` takes, without a batch axis. Of several references the mean, or all if aligned.
+        Return the inputs of `model.compare`, without a batch axis. Several references are averaged, except
+        for the aligned difference, which gets all of them.
 
         Args:
-            frozen: what `load` returned of the case, where the caller has it: megabytes need not be read twice.
+            frozen: result of `load` for the case, if the caller has it, to avoid reading it twice.
         """
         if self.model.config.compares_voxels:
             names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
@@ -309,10 +314,10 @@ class Features:
 
 def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
     """
-    The frozen features that a training file asks for.
+    Make the frozen features that a training file specifies.
 
     Raises:
-        ValueError: there are features that were computed beforehand, for a model with an encoder of its own.
+        ValueError: precomputed features are given for a model with its own encoder.
     """
     if data.features is not None and model.config.encoder_type != "external":
         raise ValueError(
@@ -351,13 +356,14 @@ def compute_all(
     workers: int = 0,
 ) -> list[Problem]:
     """
-    `load` every case into a cache, each process its part; the volumes that could not be read.
+    Cache every case with `load`, divided over the processes, and return the problems of unreadable volumes.
 
     Args:
-        workers: processes that share the part, for what needs no GPU; 0 for none but this one.
+        skip: return the problems instead of raising them.
+        workers: loading processes per process, for work that needs no GPU; 0 for none.
 
     Raises:
-        DatasetError: some could not be read, and `skip` is off. All others are in the cache by then.
+        DatasetError: volumes are unreadable, and `skip` is false. All other cases are cached by then.
     """
     problems = []
     share = cases[accelerator.process_index :: accelerator.num_processes]

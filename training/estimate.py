@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""`diffvp train CONFIG --dry-run`: what a run would take, from models without weights (PyTorch's meta device)."""
+"""`diffvp train CONFIG --dry-run`: estimate memory and compute from models without weights (PyTorch's meta device)."""
 
 from dataclasses import dataclass
 
@@ -17,25 +17,25 @@ from .cohort import Cohort
 from .config import TrainingConfig
 from .report import prompt_tokens
 
-QUANTIZED_BYTES = {"4bit": 0.55, "8bit": 1.05}  # of a weight, with its scales
+QUANTIZED_BYTES = {"4bit": 0.55, "8bit": 1.05}  # bytes per weight, with its scales
 ADAM_BYTES = 8  # two moments in float32
 # Activations kept for the backward pass of one transformer layer with fused attention, in units of tokens x width x
-# bytes of a number (Korthikanti et al. 2022, without the attention matrix), and with checkpointing its input alone.
+# bytes per number (Korthikanti et al. 2022, without the attention matrix); with checkpointing, only its input.
 LAYER_ACTIVATIONS, CHECKPOINT_ACTIVATIONS = 17, 1
-TOKENS_PER_WORD = 1.5  # of a report, LLaMA's tokenizer on radiology English; where no tokenizer is at hand
-ASSUMED_WORDS = 250  # of a report, where no data is
+TOKENS_PER_WORD = 1.5  # LLaMA's tokenizer on English radiology reports; used without a tokenizer
+ASSUMED_WORDS = 250  # per report, without data
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Stage 2 of a run, on one device of several alike.
+    """Requirements of stage 2, per device of identical devices.
 
     Attributes:
-        parameters: count by part; `trained` are those of the own modules and the adapter.
-        memory_gb: by part, of one device under DDP.
-        tokens_per_sample: prompt and report.
-        samples: of an epoch.
-        tflop_per_epoch: of the LLM, which nearly all of it is; frozen features are computed once.
+        parameters: number of parameters by part.
+        memory_gb: memory of one device under DDP, by part.
+        tokens_per_sample: mean number of tokens in prompt and report.
+        samples: samples per epoch.
+        tflop_per_epoch: compute of the LLM, which dominates; frozen features are computed only once.
     """
 
     parameters: dict[str, int]
@@ -45,15 +45,15 @@ class Estimate:
     tflop_per_epoch: float
 
     def hours_per_epoch(self, tflops: float) -> float:
-        """With devices that together do so many TFLOP/s on this model (half of the nominal figure is good)."""
+        """Return the hours per epoch at a total speed in TFLOP/s (half of the nominal speed is a good value)."""
         return self.tflop_per_epoch / tflops / 3600
 
 
 def make_meta_model(config: TrainingConfig) -> DiffVPForConditionalGeneration:
-    """The model of stage 2 without weights.
+    """Make the model of stage 2 without weights.
 
     Raises:
-        OSError: the base's configuration is not at hand, and the training file has no `base.expected_config`.
+        OSError: the configuration of the base is unavailable, and the training file has no `base.expected_config`.
     """
     model_config, lora = _of_start(config) if config.init_from else _of_parts(config)
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def _of_parts(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
         options = {"gguf_file": gguf_file} if gguf_file else {"revision": base.revision or "main"}
         text_config = AutoConfig.from_pretrained(path, **options)
     labels = (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
-    # Only their lengths count: two tokens a word.
+    # Only the lengths matter: two tokens per word.
     prompt = {
         "prefix": [0] * 4,
         "labels": [[0] * (2 * len(label.split()) + 1) for label in labels],
@@ -103,16 +103,16 @@ def _of_parts(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
 
 
 def _dtype(config: TrainingConfig) -> torch.dtype:
-    """Of the LLM; a checkpoint to go on from is loaded in float32."""
+    """Return the dtype of the LLM; a checkpoint to start from is loaded in float32."""
     return torch.float32 if config.base is None else getattr(torch, config.base.dtype)
 
 
 def estimate(config: TrainingConfig, cohort: Cohort | None, processes: int = 1) -> Estimate:
-    """What stage 2 takes.
+    """Estimate the requirements of stage 2.
 
     Args:
-        cohort: its cases; `None` for 1,000 of `ASSUMED_WORDS`.
-        processes: devices that share a step.
+        cohort: the cases; `None` assumes 1,000 reports of `ASSUMED_WORDS` words.
+        processes: number of devices that share a step.
     """
     model = make_meta_model(config)
     own = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(BASE_PREFIX))

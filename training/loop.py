@@ -3,8 +3,8 @@
 """
 The training loop of both stages.
 
-Everything random is a function of the seed, the stage, the step and the case. Neither the number of processes, nor
-that of workers, nor an interruption changes what a run computes, up to the rounding of sums.
+All randomness depends on seed, stage, step and case. The number of processes, the number of workers, and interruptions
+do not change the result of a run, up to the rounding of sums.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.state_dict import (
@@ -35,30 +34,31 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
-from ..data.cache import compare
 from ..progress import counting
+from ..provenance import compare
+from ..storage_diffvp import replacing
 from .checkpoints import Checkpoint, CheckpointError, Checkpoints
 
 logger = logging.getLogger(__name__)
 
-CONSOLE_STEPS = 20  # between two lines on the console; the log file has every step
+CONSOLE_STEPS = 20  # steps between two lines on the console; the log file has every step
 
-MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which the run has diverged
+MOST_SKIPPED = 10  # consecutive steps without a finite gradient that end the run as diverged
 
 
 class Split:
-    """The cases of one side, training or validation: an interface of both stages.
+    """The training or validation cases of a stage (interface).
 
-    `sample(index, epoch)` is what a worker loads, `collate(samples)` makes a batch of it, and `losses(model, batch,
-    step)` the named losses of a batch, `loss` among them. Each is the batch's *part* of the mean over the cases of
-    the step, so that the sum over a step's batches, on whichever processes, is that mean.
+    Workers load `sample(index, epoch)`, `collate(samples)` makes a batch, and `losses(model, batch, step)` computes
+    the named losses of a batch, including `loss`. Each value is the batch's *part* of the mean over the cases of the
+    step, so that the sum over the batches of all processes is this mean.
     """
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def batches(self, epoch: int, size: int) -> list[np.ndarray]:
-        """The case indices of each optimizer step of an epoch."""
+        """Return the case indices of each optimizer step of an epoch."""
         raise NotImplementedError
 
     def sample(self, index: int, epoch: int) -> dict:
@@ -72,14 +72,14 @@ class Split:
 
 
 class Stage:
-    """What the loop needs to know of a stage.
+    """One of the two stages, as the loop sees it.
 
     Attributes:
         name: "diagnosis" or "report".
-        section: its section of the training file.
-        model: what `losses` is called with.
+        section: section of the training file.
+        model: first argument of `losses`.
         groups: parameter groups of AdamW.
-        training, validation: its cases. The loss of `validation` chooses the epoch that is kept.
+        training, validation: the cases. The epoch with the lowest validation loss is kept.
         also_validated: further views of the validation cases by name, whose losses are logged.
     """
 
@@ -98,7 +98,7 @@ class Stage:
         self.training, self.validation, self.also_validated = training, validation, also_validated or {}
 
     def metrics(self, epoch: int) -> dict[str, float]:
-        """More about the model after an epoch, for the log."""
+        """Return further metrics after an epoch, for the log."""
         return {}
 
 
@@ -115,10 +115,10 @@ class _Epoch(Dataset):
 
 def share(step: np.ndarray, process: int, processes: int, size: int) -> list[tuple[list[int], bool]]:
     """
-    The batches of one process in one step, each with whether it counts.
+    Return the batches of one process in one step, each with a flag that tells whether it counts.
 
-    All processes take equally many, for each is an exchange among them; who has fewer cases repeats one that does not
-    count.
+    Every process runs the same number of batches, because each one is a collective call. A process with fewer cases
+    repeats one that does not count.
     """
     own = step[process::processes]
     count = math.ceil(math.ceil(len(step) / processes) / size)
@@ -128,7 +128,7 @@ def share(step: np.ndarray, process: int, processes: int, size: int) -> list[tup
 
 @dataclass
 class Position:
-    """How far a stage has come."""
+    """Progress of a stage."""
 
     step: int = 0  # optimizer steps
     epoch: int = 0
@@ -137,7 +137,7 @@ class Position:
     best_step: int | None = None
     epochs_since_best: int = 0
     finished: bool = False
-    skipped: int = 0  # steps whose gradient was not finite, the losses being so
+    skipped: int = 0  # steps with finite losses but a gradient that is not finite
     skipped_in_a_row: int = 0
 
     @classmethod
@@ -146,15 +146,15 @@ class Position:
 
 
 class Interrupted(SystemExit):
-    """A run was asked to end, has saved, and can go on. Its code is the shell's for the signal."""
+    """A run ended on a signal after saving, and can be resumed. The exit code is that of the signal."""
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss or a gradient is no finite number: what is trained on would only carry it on."""
+    """A loss or gradient is not finite, so that further training would be useless."""
 
 
 class Signals:
-    """Within it, the first Ctrl-C or SIGTERM is noted in `received`; a second one ends the process as usual."""
+    """Context that records the first Ctrl-C or SIGTERM in `received`; a second one ends the process as usual."""
 
     def __enter__(self) -> "Signals":
         self.received = 0
@@ -176,21 +176,20 @@ class Signals:
 
 
 class Log:
-    """One JSON line per event in a file; some of them on the console and with the trackers, too."""
+    """Log of one JSON line per event, with numbers also sent to the trackers and some events to the console."""
 
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path, self.accelerator = path, accelerator
         self.start = time.monotonic()
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after a step, from which the run goes on."""
+        """Delete the events after the step from which a run resumes."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def __call__(self, *, step: int, console: bool = True, **values) -> None:
         if not self.accelerator.is_main_process:
@@ -207,10 +206,10 @@ class Log:
 
 
 class Trainer:
-    """Trains a stage, or goes on where a run before has ended.
+    """Train a stage, or resume its training.
 
     Args:
-        settings: what the result depends on; a checkpoint of other settings is refused.
+        settings: everything that the result depends on; a checkpoint of other settings is refused.
     """
 
     def __init__(
@@ -230,13 +229,13 @@ class Trainer:
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, int(section.warmup_ratio * total), total)
         self.position = Position()
 
-    # State: full tensors by name on every process, whether parameters are whole, replicated or sharded.
+    # State: full tensors by name on every process, for whole, replicated and sharded parameters alike.
 
     _options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
     def _state(self) -> dict[str, dict[str, torch.Tensor]]:
         optimizer = get_optimizer_state_dict(self._module(), self._optimizer(), options=self._options)
-        # Empty on all processes but the main one, which writes.
+        # Empty on all processes except the main process, which writes the checkpoint.
         moments = {
             f"{kind}:{name}": value
             for name, values in optimizer.get("state", {}).items()
@@ -245,7 +244,7 @@ class Trainer:
         return {"weights": get_model_state_dict(self._module(), options=self._options), "optimizer": moments}
 
     def _load_optimizer(self, moments: dict[str, torch.Tensor]) -> None:
-        # The groups are those of the training file; learning rates follow from the schedule.
+        # Parameter groups come from the training file, and learning rates from the schedule.
         optimizer = get_optimizer_state_dict(self._module(), self._optimizer(), options=self._options)
         optimizer["state"] = {}
         for key, value in moments.items():
@@ -260,10 +259,13 @@ class Trainer:
         return self.optimizer.optimizer
 
     def resume(self) -> bool:
-        """Go on from the newest valid checkpoint, if there is one.
+        """Resume from the newest valid checkpoint, if there is one.
+
+        Returns:
+            Whether a checkpoint was found.
 
         Raises:
-            CheckpointError: it is of other settings or other data.
+            CheckpointError: the checkpoint has other settings or other data.
         """
         checkpoint = self.checkpoints.newest()
         if checkpoint is None:
@@ -287,7 +289,7 @@ class Trainer:
         set_model_state_dict(self._module(), checkpoint.load("weights"), options=self._options)
 
     def save(self) -> None:
-        tensors = self._state()  # all processes take part
+        tensors = self._state()  # a collective call
         if self.accelerator.is_main_process:
             state = {
                 "position": asdict(self.position),
@@ -298,11 +300,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def fit(self) -> None:
-        """Train to the end, and leave the best weights in the model.
+        """Train to the end, and load the best weights into the model.
 
         Raises:
-            Interrupted: after a Ctrl-C or SIGTERM, once the step is done and saved.
-            TrainingDivergedError: at the first loss or gradient that is not finite, before it is trained on.
+            Interrupted: after Ctrl-C or SIGTERM, once the current step is completed and saved.
+            TrainingDivergedError: a loss is not finite, or the gradient of `MOST_SKIPPED` consecutive steps is not.
         """
         position, section = self.position, self.stage.section
         with self._progress() as advance, Signals() as signals:
@@ -340,18 +342,18 @@ class Trainer:
             self.log(step=position.step, console=console, epoch=position.epoch + 1, **losses, learning_rate=rate)
             advance(len(step))
             last = position.step_of_epoch == self.steps_per_epoch
-            if not last:  # the end of an epoch is saved with what validation says of it
+            if not last:  # the end of an epoch is saved after validation
                 saved = position.step % self.config.save_every_steps == 0
                 if saved:
                     self.save()
                 self._end_if_asked(signals, saved)
 
     def _step(self, step: np.ndarray, batches: list[tuple[dict, bool]]) -> dict[str, float]:
-        """One optimizer step; the losses of all processes."""
+        """Run one optimizer step and return its losses, summed over all processes."""
         sums: dict[str, float] = {}
         accelerator = self.accelerator
-        # Backward passes are averaged over the processes and divided by the number of batches; here they are parts
-        # of a mean already.
+        # Accelerate averages gradients over processes and divides them by the number of batches, but these losses are
+        # already parts of a mean.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
         extra = accelerator.gradient_accumulation_steps - len(batches)
         for batch, counts in batches + [(batches[0][0], False)] * extra:
@@ -362,14 +364,15 @@ class Trainer:
                     _add(sums, losses)
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self._trainable(), self.stage.section.gradient_clip))
-                    # On CPU, torch's bfloat16 gradient of a convolution of small maps is now and then not finite. One
-                    # such step would end in a model of NaN, so it is passed over. (In float16 the scaler does that.)
+                    # On the CPU, torch's bfloat16 gradient of a convolution over small maps is occasionally not
+                    # finite. One such step would turn the weights into NaN, so it is skipped. (In float16, the scaler
+                    # does that.)
                     if accelerator.scaler is not None or math.isfinite(norm):
                         self.position.skipped_in_a_row = 0
                     else:
                         self.position.skipped += 1
                         self.position.skipped_in_a_row += 1
-                        # Of all processes together, so that all of them end here.
+                        # Reduced over all processes, so that all of them end here.
                         self._check_finite(self._reduced(sums))
                         if self.position.skipped_in_a_row == MOST_SKIPPED:
                             self._check_finite({"gradient norm": norm})
@@ -385,7 +388,7 @@ class Trainer:
     def _check_finite(self, values: dict[str, float]) -> None:
         """
         Raises:
-            TrainingDivergedError: a loss is not finite; with the step, the learning rates, and what to change.
+            TrainingDivergedError: a value is not finite; the message gives step, learning rates, and advice.
         """
         lost = next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
         if lost is None:
@@ -394,12 +397,12 @@ class Trainer:
         rates = ", ".join(f"{group['lr']:g}" for group in self._optimizer().param_groups)
         advice = f"Lower the learning rates of the section {stage}, or raise its warmup_ratio"
         if self.position.step == 0:
-            advice = "Nothing is trained yet: check the weights that it starts from, and base.dtype"
+            advice = "Nothing is trained yet: check the initial weights and base.dtype"
         if self.config.mixed_precision == "fp16":
             advice += "; mixed_precision: bf16 has a larger range than fp16"
         raise TrainingDivergedError(
-            f"Stage {stage}, step {step}: {lost}, no finite number, at learning rate(s) {rates}. It ends here and "
-            f"writes no model. {advice}, and start again with another output_dir."
+            f"Stage {stage}, step {step}: {lost}, not a finite number, at learning rate(s) {rates}. The run ends "
+            f"without writing a model. {advice}, and start again with another output_dir."
         )
 
     def _trainable(self) -> list[torch.nn.Parameter]:
@@ -407,7 +410,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Mean losses over the validation cases, named `validation_...`; of further views with their name behind."""
+        """Return mean losses of the validation cases as `validation_LOSS`, and of views as `validation_LOSS_VIEW`."""
         self.model.eval()
         means = {f"validation_{name}": value for name, value in self._mean_losses(self.stage.validation).items()}
         for view, split in self.stage.also_validated.items():
@@ -426,7 +429,7 @@ class Trainer:
         return self._reduced(sums)
 
     def _loader(self, split: Split, epoch: int, steps: list[np.ndarray]) -> Iterator[list[tuple[dict, bool]]]:
-        """For each step the batches of this process."""
+        """Yield the batches of this process for each step."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         plan = [share(step, process, processes, self.micro_batch_size) for step in steps]
         loader = DataLoader(
@@ -441,22 +444,17 @@ class Trainer:
             yield [(next(loaded), counts) for _, counts in batches]
 
     def _reduced(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sums over all processes. A process whose batches do not count has all names but no values."""
+        """Sum losses over all processes. A process without batches that count contributes zeros."""
         if self.accelerator.num_processes == 1:
             return sums
-        names = sorted(self._names(sums))
+        names = sorted(set(gather_object(sorted(sums))))
         values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
         total = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return dict(zip(names, total.tolist(), strict=True))
 
-    def _names(self, sums: dict[str, float]) -> set[str]:
-        from accelerate.utils import gather_object
-
-        return set(gather_object(sorted(sums)))
-
     def _end_if_asked(self, signals: Signals, saved: bool) -> None:
         received = signals.received
-        if self.accelerator.num_processes > 1:  # one of several may hear it first; all end at the same step
+        if self.accelerator.num_processes > 1:  # a signal may reach one process first; all end at the same step
             flag = torch.tensor([received], device=self.accelerator.device)
             received = int(self.accelerator.gather(flag).max())
         if not received:
@@ -464,7 +462,7 @@ class Trainer:
         if not saved:
             self.save()
         logger.warning(
-            "Interrupted after step %d, which is saved. The same command goes on from there.", self.position.step
+            "Interrupted after step %d, which is saved. Run the same command again to resume.", self.position.step
         )
         raise Interrupted(128 + received)
 
@@ -503,13 +501,14 @@ class Trainer:
 
 
 def by_length(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Random batches of cases of like length, so that little of a batch is padding."""
+    """Make random batches of cases with similar length, to reduce padding."""
     order = np.argsort(np.asarray(lengths) + rng.uniform(0, 30, len(lengths)), kind="stable")
     batches = np.split(order, range(size, len(order), size))
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
 def in_order(cases: int, size: int) -> list[np.ndarray]:
+    """Make batches of the case indices in ascending order."""
     order = np.arange(cases)
     return np.split(order, range(size, cases, size))
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: report generation, on frozen features and predicted findings."""
+"""Stage 2: report generation from frozen features and predicted findings."""
 
 import json
 from pathlib import Path
@@ -22,15 +22,15 @@ from .cohort import Cohort, Features
 from .config import BaseSection, ReportSection
 from .loop import Split, Stage, by_length, in_order
 
-CERTAIN = 30.0  # logit of a finding that is known
+CERTAIN = 30.0  # logit of a true finding
 
 
 class BaseModelError(ValueError):
-    """The base LLM is not the one that the training file describes."""
+    """The base LLM does not match the training file."""
 
 
 def quantization(base: BaseSection) -> dict:
-    """Loading options of the LLM for a base in 4 or 8 bits (QLoRA's: NF4, double quantisation)."""
+    """Return the loading options of the LLM for 4 or 8 bits (as in QLoRA: NF4, double quantisation)."""
     if base.quantization is None:
         return {}
     if base.quantization == "8bit":
@@ -47,8 +47,10 @@ def quantization(base: BaseSection) -> dict:
 
 def check_base(config: AutoConfig, expected: dict | None) -> None:
     """
+    Check the configuration of the LLM against the expected fields.
+
     Raises:
-        BaseModelError: a field of the LLM's configuration is not what the training file expects.
+        BaseModelError: a field differs.
     """
     for key, value in (expected or {}).items():
         found = getattr(config, key, None)
@@ -58,18 +60,19 @@ def check_base(config: AutoConfig, expected: dict | None) -> None:
 
 class ReportSplit(Split):
     """
-    Frozen features, findings and tokens; the order, the pairing and whose prompts are true depend on (seed, epoch,
-    case) alone.
+    Frozen features, findings and report tokens. The order of cases, their references, and the choice of prompts with
+    true findings depend only on (seed, epoch, case).
 
     Args:
         cases, pool: targets and normal references.
-        features: where both have their frozen features.
-        max_tokens: longest report with its end token; longer ones are cut, which `check_reports` can forbid before.
-        seed: of shuffling and pairing.
-        shuffle: draw the order and the references anew in each epoch, as training does.
-        true_findings: share of prompts that name the true findings. A classifier that errs teaches the language model
-            to pass over its prompt, and then the few cases of a small cohort do not teach it to follow. (Where both
-            stages train on the same cases, as in the paper, predictions are nearly true in training by themselves.)
+        features: frozen features of both.
+        max_tokens: maximum length of a report with its end token. Longer reports are cut; `check_reports` can refuse
+            them beforehand.
+        seed: seed of shuffling and pairing.
+        shuffle: draw order and references anew in each epoch, for training.
+        true_findings: fraction of prompts with the true findings. From an inaccurate classifier, the language model
+            learns to ignore the diagnosis prompt, and a small cohort has too few cases to teach it otherwise. (If both
+            stages train on the same cases, as in the paper, the predictions in training are nearly true anyway.)
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class ReportSplit(Split):
         self.collator = DiffVPDataCollator(processor)
         self.reports = [processor.encode_report(case.report, max_length=max_tokens, truncation=True) for case in cases]
         self.config = features.model.config
-        # One model without labels in some cases would learn eq. 11 from the others alone.
+        # With labels missing in some cases, eq. 11 would be learned only from the others.
         self.labelled = all(case.labels is not None for case in cases)
         if true_findings > 0 and not self.labelled:
             raise ValueError(f"report.true_findings is {true_findings}, but not all cases have labels; expected 0")
@@ -104,7 +107,7 @@ class ReportSplit(Split):
         return by_length([len(report) for report in self.reports], size, rng)
 
     def reference(self, index: int, epoch: int) -> Case:
-        """The normal reference of a case in an epoch."""
+        """Return the normal reference of a case in an epoch."""
         case = self.cases[index]
         candidates = other_scans(case, list(self.pool.values()))
         return self.pool[pair_reference(case.name, candidates, self.seed, epoch)]
@@ -125,7 +128,7 @@ class ReportSplit(Split):
         return self.collator(samples)
 
     def losses(self, model: torch.nn.Module, batch: dict, step: np.ndarray) -> dict[str, torch.Tensor]:
-        """Eq. 11; eq. 10 is the mean over all report tokens of the step, whichever batch they are in."""
+        """Compute eq. 11. Eq. 10 is the mean over all report tokens of the step, across its batches."""
         tokens = sum(len(self.reports[index]) for index in step)
         result = model(**batch)
         generation_loss = result.generation_loss * ((batch["labels"] != -100).sum() / tokens)
@@ -137,9 +140,12 @@ class ReportSplit(Split):
 
 
 class ReportStage(Stage):
-    """Args:
-    cohort: its `report` and `validation` cases and its pool.
-    samples: folder for reports that are generated after each epoch.
+    """
+    Training of report generation.
+
+    Args:
+        cohort: provides the cases `report` and `validation` and the pool.
+        samples: folder for the reports generated after each epoch.
     """
 
     name = "report"
@@ -157,12 +163,12 @@ class ReportStage(Stage):
         self.generator, self.processor, self.samples = model, processor, samples
         options = {"max_tokens": section.max_report_tokens, "seed": seed, "true_findings": section.true_findings}
         training = ReportSplit(cohort.report, cohort.pool, features, processor, shuffle=True, **options)
-        # With predicted findings, as a user's scans will have them, whatever the prompts of training name.
+        # Validation uses predicted findings, as for a user's scans, even if training prompts have true ones.
         options = {"shuffle": False, **options, "true_findings": 0.0}
         validation = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
         views = {}
         if model.config.use_diagnosis and validation.labelled:
-            # What of the loss is the classifier's: the more a model follows its prompt, the more an error there costs.
+            # Shows the classifier's part of the loss: errors of the prompt cost more the more the model follows it.
             options["true_findings"] = 1.0
             views["true_findings"] = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
         if not training.labelled:
@@ -171,7 +177,7 @@ class ReportStage(Stage):
             model.gradient_checkpointing_enable()
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         for _, value in trained:
-            value.data = value.data.float()  # beside an LLM in bfloat16: small steps would be lost in its 8 bits
+            value.data = value.data.float()  # in bfloat16, as the LLM may be, 8 bits would lose small steps
         groups = [
             {"params": [v for n, v in trained if not n.startswith(BASE_PREFIX)], "lr": section.learning_rate},
             {"params": [v for n, v in trained if n.startswith(BASE_PREFIX)], "lr": section.lora_learning_rate},
@@ -181,7 +187,7 @@ class ReportStage(Stage):
 
     @torch.no_grad()
     def metrics(self, epoch: int) -> dict[str, float]:
-        """Writes the first validation reports as the model now generates them, with predicted findings."""
+        """Generate the first validation reports with predicted findings, and write them to `samples`."""
         count = min(self.section.samples, len(self.validation))
         if not count:
             return {}
@@ -200,7 +206,7 @@ class ReportStage(Stage):
 
 
 def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int | None) -> ReportDrafts | None:
-    """Drafts of the reports that the generator trains on: of them, and of no others, its weights know anyway."""
+    """Make drafts only from the reports that the generator trains on, whose text its weights contain anyway."""
     if min_patients is None:
         return None
     reports = [processor.encode_report(case.report) for case in cases]
@@ -211,7 +217,7 @@ def make_drafts(cases: list[Case], processor: DiffVPProcessor, min_patients: int
 def check_reports(
     cohort: Cohort, processor: DiffVPProcessor, section: ReportSection, config: DiffVPConfig
 ) -> list[Problem]:
-    """Reports that do not fit: longer than `max_report_tokens`, or with the prompt than the LLM's context."""
+    """Find reports longer than `max_report_tokens`, or too long for the context of the LLM after the prompt."""
     problems, longest = [], 0
     for case in {case.name: case for case in cohort.report + cohort.validation}.values():
         tokens = len(processor.encode_report(case.report))
@@ -229,7 +235,7 @@ def check_reports(
 
 
 def prompt_tokens(config) -> int:
-    """The most that may stand before a report: difference prompt, visual tokens, all findings, instruction."""
+    """Return the maximum prompt length: difference prompt, visual tokens, all findings, instruction."""
     count = config.num_visual_tokens + len(config.instruction_ids)
     if config.difference_level != "none":
         count += config.num_prefix_tokens
@@ -242,7 +248,7 @@ def prompt_tokens(config) -> int:
 
 
 def longest_attributes(config, label: str) -> int:
-    """The most tokens that the attributes of a finding take in the prompt."""
+    """Return the maximum number of prompt tokens for the attributes of a finding."""
     fragments, wanted = config.diagnosis_prompt_ids["attributes"], config.finding_attributes[label]
     places = sum(map(len, fragments["places"].values())) + len(fragments["and"]) * (len(fragments["places"]) - 1)
     size = len(fragments["comma"]) + 3 * max(map(len, fragments["digits"])) + len(fragments["mm"])

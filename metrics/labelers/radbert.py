@@ -27,7 +27,6 @@ import argparse
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +40,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Rob
 from transformers.utils import cached_file
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
-from ...data.cache import file_sha256
+from ...files import write_folder
+from ...storage_diffvp import file_sha256
 
 MAX_TOKENS = 512
 THRESHOLD = 0.5
@@ -211,14 +211,12 @@ def convert_radbert(source: str | os.PathLike, encoder: str | os.PathLike, targe
     config.id2label = dict(enumerate(DIAGNOSIS_LABELS))
     config.label2id = {label: index for index, label in enumerate(DIAGNOSIS_LABELS)}
 
-    # Write to a temporary folder and rename it, so that the target is complete or absent.
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    os.replace(temporary, target)
+    def write(folder: Path) -> None:
+        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(target, write)
     return target
 
 

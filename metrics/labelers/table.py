@@ -12,6 +12,7 @@ import numpy as np
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cases import Case, DatasetError, Problem, plain_text, raise_problems, read_csv
+from ...storage_diffvp import replacing
 from ..clinical_efficacy.reports import Labeler, label_reports
 from .rules import RuleLabeler
 
@@ -69,9 +70,8 @@ def label_table(
             for name, report in zip(names, reports, strict=True)
             for hit in labeler.explain(report)
         ]
-        temporary = Path(explanations).with_name(f".{Path(explanations).name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, explanations)
+        with replacing(explanations) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return labels
 
 
@@ -86,7 +86,5 @@ def label_cases(cases: list[Case], labeler: Labeler) -> list[Case]:
 
 def _write(path: Path, rows: list[list]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    os.replace(temporary, path)
