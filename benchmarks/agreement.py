@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_report import labels_from_report, region_sentences, report_text
-from diffvp.experiments.scores import micro
+from diffvp.experiments.system_scores import micro
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.clinical_efficacy import label_counts

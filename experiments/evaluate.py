@@ -54,8 +54,8 @@ from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
-from .lesions import score_findings
-from .scores import FINDINGS, PhantomReader, micro
+from .lesion_scores import score_findings
+from .system_scores import FINDINGS, PhantomReader, micro
 
 BATCH_SIZE = 16
 FEWEST_OF_LABEL = 5  # cases with a finding; of fewer its scores say nothing

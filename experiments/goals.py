@@ -23,8 +23,9 @@ from ..metrics.statistics import Comparison, Interval, bootstrap_auroc, bootstra
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..references_diffvp import ReferencePool
 from ..training.cohort import Features
-from .lesions import named_twice, score_findings, size_bin
-from .maps import mean_and_interval, score_maps
+from .lesion_scores import named_twice, score_findings, size_bin
+from .map_scores import score_maps
+from .system_scores import mean_and_interval
 
 SMALL_NODULE = ("Lung nodule", "6-8 mm")
 NO_TRUTH = "not measured"  # in a page, of what no case of the cohort can show

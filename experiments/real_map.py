@@ -27,24 +27,14 @@ from ..data.cases import DatasetError, Problem
 from ..data.lesions import mask_voxels
 from ..encoders_diffvp import DiffVPEncoderError
 from ..inference.report import load_checkpoint
-from ..metrics.markdown import table_lines
+from ..metrics.markdown import p_text, table_lines
 from ..modeling_diffvp import DiffVPModel
 from ..processing_diffvp import DiffVPImageProcessor
 from ..reading_diffvp import read_ct
 from ..training.encoder import load_encoder, read_header
 from ..volume_diffvp import CTVolume
-from .figures import p_value
-from .maps import (
-    SMOOTHING_MM,
-    TOLERANCE_MM,
-    MapExample,
-    auroc,
-    body_voxels,
-    dilated,
-    draw_maps,
-    pointing,
-    token_maps,
-)
+from .map_figure import MapExample, draw_maps
+from .map_scores import SMOOTHING_MM, TOLERANCE_MM, auroc, body_voxels, dilated, pointing, token_maps
 from .runs import write_bytes, write_json
 
 # Merlin and Astra see a volume of this size, of whatever is above -1000 HU, stretched.
@@ -273,7 +263,7 @@ def _page(result: Mapping) -> list[str]:
             str(of["rank"]),
             f"{of['auroc']:.3f}",
             f"{of['dice']:.3f}",
-            p_value(of["by_chance"]),
+            p_text(of["by_chance"]),
         ]
         for encoder, maps in result["scores"].items()
         for kind, of in maps.items()

@@ -41,7 +41,7 @@ from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
 from .references import choose_references, reference_pool
-from .study import Condition, Study, Variant
+from .study import Condition, StudyConfig, Variant
 
 
 class RunError(ValueError):
@@ -52,7 +52,7 @@ class RunError(ValueError):
 class Run:
     """A model of a study. `folder` is the output of its training, `reports` holds what it writes."""
 
-    study: Study
+    study: StudyConfig
     variant: Variant
     key: str  # of the variant
     seed: int
@@ -108,7 +108,7 @@ class Run:
 class HeldOut:
     """The test cases of a study, and their references."""
 
-    def __init__(self, study: Study):
+    def __init__(self, study: StudyConfig):
         data = DataSection.model_validate(study.training["data"])
         self.root = data.root
         cases = load_dataset_cases(data.layout, data.root, study.test.split)

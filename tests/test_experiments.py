@@ -29,14 +29,15 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments import evaluate, tables
-from diffvp.experiments.figures import stability
-from diffvp.experiments.page import write_page
+from diffvp.experiments import evaluate
+from diffvp.experiments.kinds import score_table
+from diffvp.experiments.kinds.stability import stability
 from diffvp.experiments.references import choose_references, reference_pool
+from diffvp.experiments.results_page import write_page
+from diffvp.experiments.runner import completed, load_table, planned_runs, run_experiment, table_names
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
-from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
-from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
-from diffvp.experiments.tables import completed, planned_runs, run_experiment
+from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants
+from diffvp.experiments.system_scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.metrics.collapse import collapse_panel
 from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference
@@ -90,7 +91,7 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(study, table, meteor_data, tmp_path_factory):
     """The study, its folder of runs, and the result of the table."""
-    runs, loaded = tmp_path_factory.mktemp("runs"), Study.load(study)
+    runs, loaded = tmp_path_factory.mktemp("runs"), StudyConfig.load(study)
     return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
 
 
@@ -122,7 +123,7 @@ def cases(small_cohort):
 
 
 def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(repository_root):
-    variants, study = load_variants(), Study.load(repository_root / "configs/study_phantom.yaml")
+    variants, study = load_variants(), StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     assert {"table1", "table3", "table4", "table5", "table6", "table7", "table8", "table10", "fig5b"} <= set(
         table_names()
     )
@@ -135,7 +136,7 @@ def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(reposito
 
 
 def test_only_what_a_variant_names_is_otherwise(repository_root):
-    study = Study.load(repository_root / "configs/study_phantom.yaml")
+    study = StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
     levels = [settings["model"].pop("difference_level") for settings in (full, target)]
     assert levels == ["aligned", "target"] and target == full
@@ -146,7 +147,7 @@ def test_only_what_a_variant_names_is_otherwise(repository_root):
     [
         ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
-        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "names of their own"),
+        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "must be unique"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
         ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
@@ -405,13 +406,13 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
     assert json.loads(from_reports.read_text()) == document and baselines.is_file()
     assert not list(tmp_path.rglob("*.safetensors")), "no model is trained where its reports are"
-    elsewhere = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
+    elsewhere = StudyConfig.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
     from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1], jobs=2)
     assert (tmp_path / "runs/small/target/seed-1/log.txt").stat().st_size > 0
     for row, expected in zip(json.loads(from_nothing.read_text())["rows"], document["rows"], strict=True):
         for metric, score in row["scores"].items():
             assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"]
-    other = Study.load(study, ["training.report.learning_rate=0.5"])
+    other = StudyConfig.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
         run_experiment(table, other, runs, tmp_path / "results")
 
@@ -440,7 +441,7 @@ def test_what_looks_into_models_trains_them_at_once_and_writes_nothing(study, tm
     path = tmp_path / "inside.yaml"
     row = {"name": "ours", "variant": "diffvp"}
     path.write_text(yaml.safe_dump(TABLE | {"kind": "importance", "seeds": [1], "rows": [row], "compare": []}))
-    result = run_experiment(str(path), Study.load(study), tmp_path / "runs", tmp_path / "results", jobs=2)
+    result = run_experiment(str(path), StudyConfig.load(study), tmp_path / "runs", tmp_path / "results", jobs=2)
     assert (tmp_path / "runs/small/diffvp/seed-1/log.txt").stat().st_size > 0
     assert not (result.parent / "reports").exists() and result.with_suffix(".png").is_file()
     assert list(json.loads(result.read_text())["provenance"]["weights"]) == ["ours, seed 1"]
@@ -467,8 +468,8 @@ def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
     path = tmp_path / "foreigners.yaml"
     path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
     with pytest.raises(ValueError, match="small has no section foreign"):
-        run_experiment(str(path), Study.load(study), runs, tmp_path / "results")
-    loaded = Study.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
+        run_experiment(str(path), StudyConfig.load(study), runs, tmp_path / "results")
+    loaded = StudyConfig.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
     document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())
     foreign = {case.name: case for case in load_phantom(root, "valid")}
     own = {case.name for case in HeldOut(loaded).cases}
@@ -584,7 +585,7 @@ def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
     document = json.loads(gzip.decompress(older.read_bytes()))
     del document["made_on"]
     older.write_bytes(gzip.compress(json.dumps(document).encode()))
-    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text())["provenance"]["devices"]["NVIDIA H200"] == ["equal compute"]
     assert "Written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
 
@@ -594,21 +595,21 @@ def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp
     _, runs, result = made
     stored = tmp_path / "results/small/reports"
     shutil.copytree(result.parent / "reports", stored)
-    monkeypatch.setattr(tables, "make_baselines", lambda *_: pytest.fail("they were made already"))
+    monkeypatch.setattr(score_table, "make_baselines", lambda *_: pytest.fail("they were made already"))
     before = (stored / "baselines-own.json").read_bytes()
-    run_experiment(table, Study.load(study), runs, tmp_path / "results", seeds=[2])
+    run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results", seeds=[2])
     assert (stored / "baselines-own.json").read_bytes() == before
 
 
 def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     _, runs, result = made
     ours = json.loads(result.read_text())
-    other = Study.load(study, ["test.labeler=rules"])
+    other = StudyConfig.load(study, ["test.labeler=rules"])
     document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
     assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
     stored = json.loads((tmp_path / "results/small/reports/baselines-own.json").read_text())
     assert "labeler:rule-labeler" in stored["made_by"]["signature"]
-    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text()) == ours
 
 
@@ -686,7 +687,7 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):
-    run = Run(Study.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x", tmp_path / "reports")
+    run = Run(StudyConfig.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x", tmp_path / "reports")
     test = HeldOut(run.study)
     make_reports(run, test, Condition())
     path = run.folder / "model/model.safetensors"
@@ -702,7 +703,7 @@ def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
         variant = variant.model_copy(update={"settings": variant.settings | {"base.from_scratch": small}})
-    run = Run(Study.load(study), variant, key, 1, tmp_path / key, tmp_path / "reports")
+    run = Run(StudyConfig.load(study), variant, key, 1, tmp_path / key, tmp_path / "reports")
     reports = make_reports(run, HeldOut(run.study), Condition())["reports"]
     assert len(reports) == 18 and all(isinstance(row["report"], str) for row in reports)
     model, _ = run.load()

@@ -14,9 +14,9 @@ from diffvp.data.cases import Case
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.experiments.goals import classifier_scores, goal_lines, naming_scores, pool_cases, report_scores
-from diffvp.experiments.lesions import named_twice
-from diffvp.experiments.maps import correlation, target_maps
-from diffvp.experiments.scores import PhantomReader
+from diffvp.experiments.lesion_scores import named_twice
+from diffvp.experiments.map_scores import correlation, target_maps
+from diffvp.experiments.system_scores import PhantomReader
 from diffvp.metrics.statistics import bootstrap_auroc
 from diffvp.references_diffvp import ReferencePool, index_references
 

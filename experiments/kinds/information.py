@@ -24,18 +24,101 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..data.cases import Case
-from ..data.pool import is_normal
-from ..metrics.markdown import table_lines, with_interval
-from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..training.cohort import Features
-from ..training.diagnosis import micro_f1
-from .runs import model_inputs, scan_inputs
-from .scores import row_summary, score_labels
+from ...data.cases import Case
+from ...data.pool import is_normal
+from ...metrics.markdown import table_lines
+from ...modeling_diffvp import DiffVPForConditionalGeneration
+from ...training.cohort import Features, load_cohort
+from ...training.diagnosis import micro_f1
+from ..references import choose_references
+from ..runs import Run, model_inputs, scan_inputs
+from ..study import Condition
+from ..system_scores import row_summary, score_labels
+from .material import Material, Needs, device_lines, mean_cell
 
 COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
 BATCH = 32
 PATIENTS, REFERENCES = 40, 10  # of the analysis of variance
+NEEDS = Needs(models=True)
+
+
+def content(material: Material) -> dict:
+    """Measure [`score_information`] for the first model of each row."""
+    test, reports = material.test, material.first_reports()
+    figure = {}
+    for name, run, model, features, references in material.first_models():
+        written = material.labeler.label_all([row["report"] for row in reports[name]])
+        training = training_references(run)
+        figure[name] = score_information(model, features, training, (test.cases, references), written)
+    return {"figure": figure}
+
+
+def lines(document: dict) -> list[str]:
+    """Write the probes, the analysis of variance and the agreement of reports with their prompts."""
+    figure = document["figure"]
+    rows = [
+        [name, part, f"{of['auroc']:.3f}", mean_cell(of["f1"])]
+        for name, model in figure.items()
+        for part, of in model["probes"].items()
+    ]
+    first = next(iter(figure.values()))
+    note = (
+        f"Logistic regressions on at most {COMPONENTS} principal components, learnt from {first['training_cases']} "
+        f"training cases; of {first['test_cases']} test cases the mean AUROC of the labels, and micro-F1 of what is "
+        "likelier than not. A reference is drawn at random: of the patient it can say nothing (0.5), and every part "
+        "made from both can at best keep what the scan says."
+    )
+    compared = {name: model for name, model in figure.items() if "variance" in model}
+    shares = [
+        [name, *(f"{model['variance'][key]:.1%}" for key in ("patient", "reference", "interaction")),
+         *(f"{model['overlap'][key]:.2f}" for key in ("attention", "difference"))]
+        for name, model in compared.items()
+    ]  # fmt: skip
+    head = ["difference prompt of", "variance by patient", "by reference", "by both together",
+            "attention that two latents share", "cosine of their differences"]  # fmt: skip
+    page = [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]
+    told = {name: model["prompt"] for name, model in figure.items() if "prompt" in model}
+    if told:
+        head = ["written, of findings that are", *next(iter(told.values()))["shares"], "micro-F1 of the prompt"]
+        rows = [
+            [name, *(_share(of) for of in model["shares"].values()), f"{model['f1']:.3f}"]
+            for name, model in told.items()
+        ]
+        page += [*table_lines(head, rows), "", "Told: named by the diagnosis prompt, that is, by the classifier.", ""]
+    return page + device_lines(document)
+
+
+def _share(of: dict) -> str:
+    return "none" if of["written"] is None else f"{of['written']:.1%} of {of['count']}"
+
+
+def observations(document: dict) -> list[str]:
+    """Summarize the first model in sentences for the top of the page."""
+    first = next(iter(document["figure"].values()))
+    sentences = []
+    if "variance" in first:
+        shares = first["variance"]
+        sentences.append(
+            f"Of the variance of its difference prompt {shares['patient']:.1%} hangs on the patient alone, "
+            f"{shares['reference']:.1%} on the reference alone, and {shares['interaction']:.1%} on both together."
+        )
+    if "prompt" in first:
+        share = {name: of["written"] for name, of in first["prompt"]["shares"].items()}
+        if None not in share.values():
+            sentences.append(
+                f"Of the findings that its diagnosis prompt names, its report has {share['told, true']:.0%} of the "
+                f"true and {share['told, false']:.0%} of the false ones; of the others {share['not told, true']:.0%} "
+                f"of the true and {share['not told, false']:.0%} of the false."
+            )
+    return sentences
+
+
+def training_references(run: Run) -> tuple[list[Case], dict[str, Case]]:
+    """Return the training cases of the report stage and, by case name, a reference of each from the training pool."""
+    cohort = load_cohort(run.config)
+    pool = {case.name: case for case in cohort.pool}
+    drawn = choose_references(cohort.report, pool, Condition(), run.seed)
+    return cohort.report, {case: of[0] for case, of in drawn.items()}
 
 
 def prompt_parts(
@@ -201,41 +284,3 @@ def score_information(
         content["variance"] = variance_shares(np.array(prompts, dtype=np.float64))
         content["overlap"] = latent_overlap(model, features, patients, test[1])
     return content
-
-
-def information_lines(content: Mapping[str, dict]) -> list[str]:
-    """The part of the page."""
-    rows = [
-        [name, part, f"{of['auroc']:.3f}", with_interval(of["f1"]["mean"], of["f1"]["interval"])]
-        for name, model in content.items()
-        for part, of in model["probes"].items()
-    ]
-    first = next(iter(content.values()))
-    note = (
-        f"Logistic regressions on at most {COMPONENTS} principal components, learnt from {first['training_cases']} "
-        f"training cases; of {first['test_cases']} test cases the mean AUROC of the labels, and micro-F1 of what is "
-        "likelier than not. A reference is drawn at random: of the patient it can say nothing (0.5), and every part "
-        "made from both can at best keep what the scan says."
-    )
-    compared = {name: model for name, model in content.items() if "variance" in model}
-    shares = [
-        [name, *(f"{model['variance'][key]:.1%}" for key in ("patient", "reference", "interaction")),
-         *(f"{model['overlap'][key]:.2f}" for key in ("attention", "difference"))]
-        for name, model in compared.items()
-    ]  # fmt: skip
-    head = ["difference prompt of", "variance by patient", "by reference", "by both together",
-            "attention that two latents share", "cosine of their differences"]  # fmt: skip
-    lines = [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]
-    told = {name: model["prompt"] for name, model in content.items() if "prompt" in model}
-    if told:
-        head = ["written, of findings that are", *next(iter(told.values()))["shares"], "micro-F1 of the prompt"]
-        rows = [
-            [name, *(_share(of) for of in model["shares"].values()), f"{model['f1']:.3f}"]
-            for name, model in told.items()
-        ]
-        lines += [*table_lines(head, rows), "", "Told: named by the diagnosis prompt, that is, by the classifier.", ""]
-    return lines
-
-
-def _share(of: dict) -> str:
-    return "none" if of["written"] is None else f"{of['written']:.1%} of {of['count']}"

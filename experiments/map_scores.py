@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Where difference maps point, scored against the true lesions of the phantom; token importance; Fig. 4a and 5a.
+Scores of difference maps against the true lesions of the phantoms.
 
-All of it is on the grid of the model's tensor, (depth, height, width). Where several voxels of a map have the value
-that decides, a score is its expected value under a random choice among them: a map that is the same everywhere scores
-what chance does, and never a hit.
+All arrays are on the grid of the model's tensor, (depth, height, width). If several voxels tie for the deciding value,
+a score is its expected value under a random choice among them. A constant map therefore scores as chance, never as a
+hit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from rich.progress import track
 from scipy import ndimage, special, stats
@@ -28,12 +25,12 @@ from ..data.cases import Case
 from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
-from ..inference.figure import COLORS, EDGES, OPACITY, TISSUE_HU, plane, to_hu
-from ..inference.report import RESEARCH_USE
-from ..metrics.statistics import bootstrap_counts, bootstrap_mean, compare_means, holm
+from ..inference.figure import TISSUE_HU, to_hu
+from ..metrics.statistics import bootstrap_counts, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
 from ..training.cohort import Features
 from .runs import scan_inputs
+from .system_scores import mean_and_interval
 
 # How far a maximum may lie from the lesion that it points at: two tensor voxels of the phantom's grid in depth, and
 # what a reader scrolling to it would still call there.
@@ -42,9 +39,7 @@ TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phan
 # Standard deviation of the Gaussian by which a pixel subtraction is also shown smoothed: single voxels of noise and of
 # edges that do not match would else decide where its maximum lies.
 SMOOTHING_MM = 10.0
-TOP_TOKENS = 8  # of Fig. 4a
 SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
-MARGIN = 4  # voxels of air that a figure shows around the body
 
 
 # Scores of one map --------------------------------------------------------------------------------------------------
@@ -366,14 +361,6 @@ def summary(scores: Sequence[MapScores], by_chance: Sequence[MapScores]) -> dict
     return result | {"sensitivity": sensitivity}
 
 
-def mean_and_interval(values: Sequence[float]) -> dict:
-    """`interval` is `None` of a single value."""
-    if len(values) < 2:
-        return {"mean": float(values[0]), "interval": None}
-    interval = bootstrap_mean(values)
-    return {"mean": interval.estimate, "interval": [interval.low, interval.high]}
-
-
 def compare_maps(scores: Mapping[str, Sequence[MapScores]], first: str) -> list[dict]:
     """One map less each other one, case by case; `p_cases_holm` corrects over all of these comparisons."""
     entries = []
@@ -394,224 +381,3 @@ def compare_maps(scores: Mapping[str, Sequence[MapScores]], first: str) -> list[
     for test, corrected in zip(tests, holm([test["p_cases"] for test in tests]), strict=True):
         test["p_cases_holm"] = float(corrected)
     return entries
-
-
-# Token importance, Fig. 4a ------------------------------------------------------------------------------------------
-
-
-def token_weights(
-    model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
-) -> tuple[NDArray, NDArray]:
-    """
-    The importance of each token (K,), w of eq. 6, and the share of each token in the squared norm of all (K,), which
-    knows no reference: the baseline.
-
-    Raises:
-        ValueError: the model compares no latents.
-    """
-    if model.config.difference_level != "latent":
-        raise ValueError(f'difference_level is "{model.config.difference_level}": token importance is of "latent"')
-    with torch.no_grad():
-        compared = scan_inputs(model, features, [case], [[reference]])
-        latents, other = (model.encode(ct_features=of) for of in compared.values())
-        weights = model.local_delta(latents, other)[1][0]
-        norms = latents[0].float().square().sum(-1)
-        return weights.cpu().numpy(), (norms / norms.sum()).cpu().numpy()
-
-
-def importance_statistics(weights: NDArray, top: int = TOP_TOKENS) -> dict:
-    """
-    Args:
-        weights: (cases, K), each row a distribution.
-
-    Returns:
-        "top_mass": what the `top` largest hold, mean over cases with its interval; "sorted": the mean over cases of
-        the largest, the second largest, ... (K,).
-    """
-    ordered = -np.sort(-np.asarray(weights, dtype=np.float64), axis=1)
-    return {
-        "cases": len(ordered),
-        "top_mass": mean_and_interval(ordered[:, :top].sum(axis=1)),
-        "sorted": ordered.mean(axis=0).tolist(),
-    }
-
-
-def score_importance(
-    model: DiffVPForConditionalGeneration,
-    features: Features,
-    cases: Sequence[Case],
-    references: Mapping[str, Case],
-    *,
-    top: int = TOP_TOKENS,
-) -> dict:
-    """
-    Token importance of abnormal and of normal targets, against the share in the norm and against uniform weights.
-
-    Raises:
-        ValueError: the model compares no latents, or there is no case.
-    """
-    groups = {
-        "abnormal": [case for case in cases if not is_normal(case)],
-        "normal": [case for case in cases if is_normal(case)],
-    }
-    result = {}
-    for name, group in groups.items():
-        if group:
-            rows = [token_weights(model, features, case, references[case.name]) for case in group]
-            weights, norms = (np.stack(side) for side in zip(*rows, strict=True))
-            result[name] = {
-                "difference": importance_statistics(weights, top),
-                "norm": importance_statistics(norms, top),
-            }
-    if not result:
-        raise ValueError("token importance of no case: expected at least 1")
-    tokens = model.config.num_latents
-    return {"top": top, "tokens": tokens, "uniform_top_mass": min(top, tokens) / tokens, "targets": result}
-
-
-def draw_importance(path: str | Path, result: dict) -> None:
-    """Fig. 4a as PNG: mean importance of the tokens of a case, the largest first; `result` of [`score_importance`]."""
-    figure = Figure((7, 4.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    ranks = np.arange(1, result["tokens"] + 1)
-    colors = {"abnormal": "tab:blue", "normal": "tab:green"}
-    for name, of_group in result["targets"].items():
-        for kind, style, label in (("difference", "-", "difference"), ("norm", ":", "norm alone")):
-            statistics = of_group[kind]
-            text = f"{label}, {name} targets: top {result['top']} hold {statistics['top_mass']['mean']:.0%}"
-            axes.plot(ranks, statistics["sorted"], style, color=colors[name], marker=".", label=text)
-    text = f"uniform: top {result['top']} hold {result['uniform_top_mass']:.0%}"
-    axes.axhline(1 / result["tokens"], color="tab:orange", linestyle="--", label=text)
-    axes.set_xlabel("token of a case, by its importance")
-    axes.set_ylabel("share of the importance")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    figure.savefig(path, format="png")
-
-
-# Difference maps, Fig. 5a -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MapExample:
-    """
-    A row of Fig. 5a; volumes are (depth, height, width).
-
-    Attributes:
-        title: the case and its findings.
-        shown: the finding through which the axial plane goes.
-        index: of that plane.
-        hu_window: the HU that are -1 and 1 in target and reference.
-        lesions: of all findings; `lesion`: of the one that is shown.
-    """
-
-    title: str
-    shown: str
-    index: int
-    target: NDArray
-    reference: NDArray
-    difference: NDArray
-    lesions: NDArray[np.bool_]
-    lesion: NDArray[np.bool_]
-    spacing: tuple[float, float, float]
-    hu_window: tuple[float, float]
-
-
-def map_example(
-    model: DiffVPForConditionalGeneration,
-    features: Features,
-    volumes: VolumeCache,
-    lesion_root: str | Path,
-    case: Case,
-    reference: Case,
-) -> MapExample:
-    """
-    The map of a case, in the axial plane that cuts most of its smallest finding: the truth decides, not the map.
-
-    Raises:
-        ValueError: the case has no lesion in the tensor.
-    """
-    geometry = volumes.preprocess(case)["geometry"][0]
-    codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
-    lesions = {label: (codes >> bit) & 1 == 1 for bit, label in enumerate(DIAGNOSIS_LABELS)}
-    sizes = {label: int(mask.sum()) for label, mask in lesions.items() if mask.any()}
-    if not sizes:
-        raise ValueError(f"{case.name} has no lesion in the tensor: expected a case with a finding")
-    shown = min(sizes, key=sizes.get)
-    return MapExample(
-        title=f"{case.name}: {', '.join(sizes)}",
-        shown=shown,
-        index=int(lesions[shown].sum(axis=(1, 2)).argmax()),
-        target=volumes.load(case)[0].float().numpy(),
-        reference=volumes.load(reference)[0].float().numpy(),
-        difference=difference_map(model, features, case, reference),
-        lesions=codes != 0,
-        lesion=lesions[shown],
-        spacing=geometry.tensor_spacing,
-        hu_window=tuple(volumes.image_processor.hu_window),
-    )
-
-
-def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Synthetic phantoms.") -> None:
-    """
-    Fig. 5a as PNG, a case in each row: target, reference, difference map over the target, true lesions outlined (the
-    one that chose the plane in green, the others in blue), and pixel subtraction. Axial planes, seen from the feet:
-    the patient's right is on the left.
-
-    Both maps are drawn between their least and their largest value in the whole body, not in the plane.
-    """
-    titles = ("target", "normal reference", "difference map", "true lesions", "pixel subtraction")
-    figure = Figure((13, 2.2 * len(examples) + 0.6), dpi=110, facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)  # the object itself: pyplot's global state would outlive the experiment
-    rows = figure.subplots(len(examples), len(titles), squeeze=False)
-    for panel, title in zip(rows[0], titles, strict=True):
-        panel.set_title(title, color="white", fontsize=11)
-    for panels, example in zip(rows, examples, strict=True):
-        images = _axial_images(example)
-        backgrounds = [images[name] for name in ("target", "reference", "target", "target")]
-        for panel, image in zip(panels, [*backgrounds, images["subtraction"]], strict=True):
-            low, colors = (0, COLORS) if panel is panels[-1] else (-1, "gray")
-            _, height, width = example.spacing
-            panel.imshow(image, cmap=colors, vmin=low, vmax=1, aspect=height / width)
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.spines[:].set_visible(False)
-        # The root: what is half as large as the maximum shows, too.
-        opacity = OPACITY * np.sqrt(images["difference"]) * images["body"]
-        panels[2].imshow(images["difference"], cmap=COLORS, vmin=0, vmax=1, aspect=height / width, alpha=opacity)
-        for name, color in (("lesions", "cyan"), ("lesion", "lime")):
-            panels[3].contour(images[name], levels=[0.5], colors=color, linewidths=0.8)
-        for letter, (x, y) in zip(EDGES["axial"], ((0.03, 0.5), (0.97, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):
-            text = panels[0].text(x, y, letter, transform=panels[0].transAxes, color="white", ha="center", va="center")
-            text.set_path_effects([withStroke(linewidth=2, foreground="black")])
-        panels[0].set_ylabel(f"plane {example.index}: {example.shown}", color="white", fontsize=8)
-        panels[2].set_xlabel(example.title, color="white", fontsize=8)
-    figure.supxlabel(f"{about} {RESEARCH_USE}", color="white", fontsize=8)
-    figure.savefig(path, format="png")
-
-
-def _axial_images(example: MapExample) -> dict[str, NDArray]:
-    """What a row shows, cut to the bodies; both maps between 0 and 1."""
-    body = body_voxels(example.target, example.hu_window)
-    volumes = {
-        "target": example.target,
-        "reference": example.reference,
-        "difference": _scaled(example.difference, body),
-        "subtraction": _scaled(np.abs(example.target - example.reference), body),
-        "lesions": example.lesions,
-        "lesion": example.lesion,
-        "body": body,
-    }
-    images = {name: plane(volume, "axial", example.index) for name, volume in volumes.items()}
-    shown = images["body"] | plane(body_voxels(example.reference, example.hu_window), "axial", example.index)
-    box = []
-    for axis in (1, 0):
-        span = np.flatnonzero(shown.any(axis=axis))
-        box.append(slice(max(int(span[0]) - MARGIN, 0), int(span[-1]) + 1 + MARGIN))
-    return {name: image[tuple(box)] for name, image in images.items()}
-
-
-def _scaled(values: NDArray, body: NDArray[np.bool_]) -> NDArray:
-    low, high = values[body].min(), values[body].max()
-    return np.clip((values - low) / ((high - low) or 1.0), 0, 1)

@@ -95,6 +95,14 @@ def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:
     return SystemScores({}, label_counts(predicted.astype(int), truth), "")
 
 
+def mean_and_interval(values: Sequence[float]) -> dict:
+    """`interval` is `None` of a single value."""
+    if len(values) < 2:
+        return {"mean": float(values[0]), "interval": None}
+    interval = bootstrap_mean(values)
+    return {"mean": interval.estimate, "interval": [interval.low, interval.high]}
+
+
 def row_summary(seeds: dict[int, SystemScores], metrics: Sequence[str]) -> dict[str, dict]:
     """
     Each metric of a row: its value by seed, their mean and standard deviation, and the 95 % interval over cases of the

@@ -1,0 +1,150 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""The page of results, made from the JSON files of the experiments and from nothing else."""
+
+import json
+from pathlib import Path
+
+from ..metrics.markdown import p_text
+from ..metrics.statistics import POWER
+from .kinds import KINDS, difference_maps, information
+from .kinds.score_table import detectable
+from .runs import write_bytes
+
+
+def write_page(results: Path) -> Path:
+    """`results/STUDY/*.json` → `results/STUDY/RESULTS.md`."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    documents.sort(key=_order)
+    study = documents[0]["study"]
+    lines = [f"# Results: {study['name']}", "", study["title"], ""]
+    if study.get("true_findings"):
+        share = f"{100 * study['true_findings']:.0f} %"
+        told = "named the true findings; those of the tests name the ones that the classifier predicts"
+        lines += [f"In training, {share} of the diagnosis prompts {told}.", ""]
+    lines += _answer(documents) + _observations(documents)
+    lines += [
+        "Scores are between 0 and 1. A score is the mean over its seeds (behind ± their standard deviation, where "
+        "there are several), with the 95 % bootstrap interval over cases in brackets. **The paper's numbers stand in "
+        "tables of their own; its authors measured them on patients, and the two do not compare.**",
+        "",
+    ]
+    for document in documents:
+        lines += _section(document)
+    page = results / "RESULTS.md"
+    write_bytes(page, ("\n".join(lines).rstrip() + "\n").encode())
+    return page
+
+
+def _order(document: dict) -> tuple:
+    """Tables by number, then figures, then our own."""
+    name = document["experiment"]
+    digits = "".join(character for character in name if character.isdigit())
+    kind = 0 if name.startswith("table") else 1 if name.startswith("fig") else 2
+    return kind, int(digits or 0), name
+
+
+def _answer(documents: list[dict]) -> list[str]:
+    """Whether the full model is better than its equal-compute control: what the paper stands or falls by."""
+    for document in documents:
+        f1 = _f1_at_equal_compute(document)
+        if f1 is None:
+            continue
+        seeds = len(next(row["seeds"] for row in document["rows"] if row["name"] == "DiffVP"))
+        low, high = f1["interval"]
+        better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
+        verdict = "Yes" if better else "Not shown"
+        return [
+            f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
+            f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
+            f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
+            f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_text(f1['p_seeds'])})."
+            + ("" if better else _power(document)),
+            "",
+            *_replication(documents),
+            *_order_of_rows(document["rows"]),
+            *_beside_the_nearest_report(document),
+        ]
+    return [
+        "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
+        "",
+    ]
+
+
+def _power(document: dict) -> str:
+    """How large a difference in micro-F1 would have shown over these seeds; nothing where they do not vary."""
+    least = detectable(document, "DiffVP", "equal compute")
+    if least is None:
+        return ""
+    return f" With so many seeds that vary like these, a difference of {least:.3f} shows with a power of {POWER:.0%}."
+
+
+def _f1_at_equal_compute(document: dict) -> dict | None:
+    """The comparison of micro-F1, where an experiment makes it over several seeds."""
+    for comparison in document.get("comparisons", ()):
+        if (comparison["first"], comparison["second"]) == ("DiffVP", "equal compute"):
+            f1 = comparison["metrics"]["f1"]
+            return f1 if "p_seeds" in f1 else None
+    return None
+
+
+def _replication(documents: list[dict]) -> list[str]:
+    """The same on new seeds."""
+    for document in documents:
+        f1 = _f1_at_equal_compute(document)
+        if document["experiment"] == "replication" and f1 is not None:
+            low, high = f1["interval"]
+            return [
+                f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), named before any of them was "
+                f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_text(f1['p_seeds'])})."
+                + ("" if f1["p_seeds"] < 0.05 else _power(document)),
+                "",
+            ]
+    return []
+
+
+def _observations(documents: list[dict]) -> list[str]:
+    """Summarize the first model of the experiments that look into models."""
+    modules = (information, difference_maps)
+    documents = [document for document in documents if KINDS[document["kind"]] in modules]
+    last = {document["kind"]: document for document in documents}
+    sentences = [
+        sentence
+        for module in modules
+        for kind, document in last.items()
+        if KINDS[kind] is module
+        for sentence in module.observations(document)
+    ]
+    if not sentences:
+        return []
+    first = documents[0]["rows"][0]
+    return [f"One model, {first['name']} of seed {first['seeds'][0]}: {' '.join(sentences)}", ""]
+
+
+def _order_of_rows(rows: list[dict]) -> list[str]:
+    """Whether the rows that the paper has too stand in its order; nothing of fewer than three."""
+    rows = [row for row in rows if "f1" in row["paper"]]
+    if len(rows) < 3:
+        return []
+    ours = sorted(rows, key=lambda row: row["scores"]["f1"]["mean"])
+    paper = sorted(rows, key=lambda row: row["paper"]["f1"])
+    same = "is the paper's" if ours == paper else f"is not the paper's ({' < '.join(row['name'] for row in paper)})"
+    order = " < ".join(f"{row['name']} {row['scores']['f1']['mean']:.3f}" for row in ours)
+    return [f"The order of the components' micro-F1 {same}: {order}.", ""]
+
+
+def _beside_the_nearest_report(document: dict) -> list[str]:
+    """Which rows are above what no model is needed for."""
+    nearest = next(row for row in document["baselines"] if row["name"] == "nearest training report")
+    least = nearest["scores"]["f1"]["mean"]
+    above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]
+    return [
+        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}; of the rows of "
+        f"`{document['experiment']}`, above it {'are: ' + ', '.join(above) if above else 'is none'}.",
+        "",
+    ]
+
+
+def _section(document: dict) -> list[str]:
+    head = [f"## {document['title']}", "", document["about"], "", f"`{document['command']}`", ""]
+    return head + KINDS[document["kind"]].lines(document)
