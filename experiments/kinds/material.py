@@ -72,7 +72,7 @@ class Material:
         return {name: {row["id"]: row["report"] for row in rows} for name, rows in self.first_reports().items()}
 
     def first_models(self) -> Iterator[tuple[str, Run, DiffVPForConditionalGeneration, Features, dict[str, Case]]]:
-        """Load the first model of each row. Yield row name, run, model, features and the reference of each test case."""
+        """Load the first model of each row: row name, run, model, features, and the reference of each test case."""
         for row in self.table.rows:
             run = next(iter(self.runs[row.name].values()))
             model, processor = run.load()
