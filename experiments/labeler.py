@@ -1,13 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Agreement of the rule labeler with the labels that were set by hand in 800 reports of CT-RATE.
+Agreement of the rule labeler with hand-set labels of 800 reports of CT-RATE.
 
     python -m diffvp.experiments.labeler CSV --output experiments/results
 
-CSV is `ctclip_train.csv` of CT-CLIP: an id, the report, the 18 labels. 500 of the reports are the development part:
-the rules were written against them, and the baseline is trained on them. The other 300 are the test part, which
-nobody reads while rules are written; `--development` leaves them alone. The results hold no text of any report.
+CSV is `ctclip_train.csv` of CT-CLIP: id, report, 18 labels. 500 reports are the development part: the rules were
+written against them, and the baseline is trained on them. The other 300 are the test part. It must not be read while
+rules are written; `--development` skips it. The results contain no text of the reports.
 """
 
 import argparse
@@ -60,10 +60,10 @@ class LabelledReports:
 
 
 def read_reports(path: str | os.PathLike) -> LabelledReports:
-    """Reads the columns AccessionNo, report_text and the 18 labels.
+    """Read the columns AccessionNo, report_text and the 18 labels.
 
     Raises:
-        DatasetError: there is no such file, or a column is missing.
+        DatasetError: the file or a column is missing.
         ValueError: an id occurs twice, or a label is neither 0 nor 1.
     """
     problems: list[Problem] = []
@@ -83,9 +83,9 @@ def read_reports(path: str | os.PathLike) -> LabelledReports:
 
 
 def split_rows(reports: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Rows of the development and of the test part: the 500 reports with the smallest SHA-256, and the others.
+    """Return the rows of the development part (the 500 reports with the smallest SHA-256) and of the test part.
 
-    The hash is over the text, not the id, which keeps identical reports together: 13 of the 800 repeat another.
+    The hash is over the text, not the id, to keep identical reports together: 13 of the 800 repeat another.
     """
     digests = [hashlib.sha256(" ".join(report.split()).encode()).hexdigest() for report in reports]
     order = sorted(range(len(reports)), key=lambda row: (digests[row], row))
@@ -93,7 +93,7 @@ def split_rows(reports: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def baseline_labels(texts: Sequence[str], labels: NDArray[np.int64], queries: Sequence[str]) -> NDArray[np.int8]:
-    """(queries, 18): what `BASELINE`, trained on `texts` and `labels`, finds in `queries`."""
+    """Train `BASELINE` on `texts` and `labels`; return its labels of `queries`, (queries, 18)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -107,7 +107,7 @@ def baseline_labels(texts: Sequence[str], labels: NDArray[np.int64], queries: Se
 
 
 def cross_validated(data: LabelledReports) -> NDArray[np.int8]:
-    """(reports, 18): the baseline's labels of each report, trained on four fifths without it."""
+    """Return the cross-validated labels of the baseline, (reports, 18)."""
     found = np.zeros_like(data.labels, dtype=np.int8)
     for fold in range(FOLDS):
         asked = np.arange(len(data)) % FOLDS == fold
@@ -117,11 +117,11 @@ def cross_validated(data: LabelledReports) -> NDArray[np.int8]:
 
 
 def score(predicted: NDArray, actual: NDArray) -> dict:
-    """Precision, recall and F1 with 95 % intervals over reports: micro, macro and per label."""
+    """Compute precision, recall and F1 with 95 % intervals over reports: micro, macro and per label."""
     scores, counts = classification_scores(predicted, actual, DIAGNOSIS_LABELS), label_counts(predicted, actual)
 
     def entry(values: dict, statistic: Statistic) -> dict:
-        """`statistic`: sums of counts, (..., 3, labels), to precision, recall and F1, (..., 3)."""
+        """Add intervals. `statistic` maps sums of counts (..., 3, labels) to precision, recall and F1 (..., 3)."""
         result = dict(values)
         for column, name in enumerate(SCORES):
             interval = bootstrap_counts(counts, lambda sums, column=column: statistic(sums)[..., column])
@@ -141,7 +141,7 @@ def score(predicted: NDArray, actual: NDArray) -> dict:
 
 
 def compare(rules: NDArray, baseline: NDArray, actual: NDArray) -> dict:
-    """Both systems on one part, and the paired 95 % interval of the difference in F1."""
+    """Score both systems on one part, with the paired 95 % interval of the difference in F1."""
     counts = label_counts(rules, actual), label_counts(baseline, actual)
     differences = {}
     for name in AVERAGES:
@@ -155,7 +155,7 @@ def compare(rules: NDArray, baseline: NDArray, actual: NDArray) -> dict:
 
 
 def reports_per_second(labeler: RuleLabeler, texts: Sequence[str]) -> float:
-    """Best of three, in processor time, so that other work on the machine does not count."""
+    """Measure the best of three runs in processor time, which excludes other work on the machine."""
     best = float("inf")
     for _ in range(3):
         start = time.process_time()
@@ -165,10 +165,10 @@ def reports_per_second(labeler: RuleLabeler, texts: Sequence[str]) -> float:
 
 
 def judged_noise(path: Path, test: LabelledReports, predicted: NDArray) -> dict:
-    """The disagreements in `path` that were judged the annotator's error, and the scores if he had set them right.
+    """Read the disagreements judged as annotation errors, and score the rules with these labels corrected.
 
     Raises:
-        ValueError: an entry is no disagreement on the test part, or is listed twice.
+        ValueError: an entry is not a disagreement on the test part, or is listed twice.
     """
     entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
     corrected = test.labels.copy()
@@ -189,7 +189,7 @@ def judged_noise(path: Path, test: LabelledReports, predicted: NDArray) -> dict:
 
 
 def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_only: bool = False) -> Path:
-    """Scores both parts of the reports in `path` and writes labeler.json and labeler.md into `output`."""
+    """Score both parts of the reports in `path`; write labeler.json and labeler.md into `output`."""
     labeler = RuleLabeler()
     data = read_reports(path)
     development, test = (data.part(rows) for rows in split_rows(data.texts))
@@ -241,7 +241,7 @@ def _table(part: dict) -> list[str]:
 
 
 def _page(result: dict) -> str:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     development, test = result["split"]["development"], result["split"]["test"]
     lines = [
         "# Rule labeler against hand-set labels",
@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Agreement of the rule labeler with hand-set labels.")
     parser.add_argument("csv", help="ctclip_train.csv: AccessionNo, report_text and the 18 labels")
     parser.add_argument("--output", default="experiments/results", help="folder for labeler.json and labeler.md")
-    parser.add_argument("--development", action="store_true", help="leave the test part alone")
+    parser.add_argument("--development", action="store_true", help="skip the test part")
     arguments = parser.parse_args()
     Console().print(str(evaluate(arguments.csv, arguments.output, arguments.development)))
 

@@ -28,14 +28,16 @@ MARGIN = 4  # voxels of air shown around the body
 @dataclass(frozen=True)
 class MapExample:
     """
-    A row of Fig. 5a; volumes are (depth, height, width).
+    Row of Fig. 5a; volumes are (depth, height, width).
 
     Attributes:
-        title: the case and its findings.
-        shown: the finding through which the axial plane goes.
-        index: of that plane.
-        hu_window: the HU that are -1 and 1 in target and reference.
-        lesions: of all findings; `lesion`: of the one that is shown.
+        title: case and its findings.
+        shown: finding that the axial plane cuts.
+        index: index of the plane.
+        lesions: mask of all findings.
+        lesion: mask of the shown finding.
+        spacing: mm (depth, height, width).
+        hu_window: HU at -1 and 1 of target and reference.
     """
 
     title: str
@@ -59,7 +61,7 @@ def map_example(
     reference: Case,
 ) -> MapExample:
     """
-    The map of a case, in the axial plane that cuts most of its smallest finding: the truth decides, not the map.
+    Compute the map of a case. The axial plane cuts most of its smallest finding: chosen by the truth, not by the map.
 
     Raises:
         ValueError: the case has no lesion in the tensor.
@@ -87,15 +89,15 @@ def map_example(
 
 def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Synthetic phantoms.") -> None:
     """
-    Fig. 5a as PNG, a case in each row: target, reference, difference map over the target, true lesions outlined (the
-    one that chose the plane in green, the others in blue), and pixel subtraction. Axial planes, seen from the feet:
-    the patient's right is on the left.
+    Draw Fig. 5a as PNG, a case in each row.
 
-    Both maps are drawn between their least and their largest value in the whole body, not in the plane.
+    Columns: target, reference, difference map over the target, outlines of the true lesions (the shown one in green,
+    others in blue), and pixel subtraction. Axial planes are seen from the feet: the patient's right is on the left.
+    Both maps are scaled between their smallest and largest value in the whole body, not in the plane.
     """
     titles = ("target", "normal reference", "difference map", "true lesions", "pixel subtraction")
     figure = Figure((13, 2.2 * len(examples) + 0.6), dpi=110, facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)  # the object itself: pyplot's global state would outlive the experiment
+    FigureCanvasAgg(figure)  # without pyplot, whose global state would outlive the experiment
     rows = figure.subplots(len(examples), len(titles), squeeze=False)
     for panel, title in zip(rows[0], titles, strict=True):
         panel.set_title(title, color="white", fontsize=11)
@@ -109,7 +111,7 @@ def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Sy
             panel.set_xticks([])
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
-        # The root: what is half as large as the maximum shows, too.
+        # The root makes values of half the maximum visible, too.
         opacity = OPACITY * np.sqrt(images["difference"]) * images["body"]
         panels[2].imshow(images["difference"], cmap=COLORS, vmin=0, vmax=1, aspect=height / width, alpha=opacity)
         for name, color in (("lesions", "cyan"), ("lesion", "lime")):
@@ -124,7 +126,7 @@ def draw_maps(path: str | Path, examples: Sequence[MapExample], about: str = "Sy
 
 
 def _axial_images(example: MapExample) -> dict[str, NDArray]:
-    """What a row shows, cut to the bodies; both maps between 0 and 1."""
+    """Return the images of a row, cropped to the bodies; both maps between 0 and 1."""
     body = body_voxels(example.target, example.hu_window)
     volumes = {
         "target": example.target,

@@ -32,12 +32,12 @@ from ..training.cohort import Features
 from .runs import scan_inputs
 from .system_scores import mean_and_interval
 
-# How far a maximum may lie from the lesion that it points at: two tensor voxels of the phantom's grid in depth, and
-# what a reader scrolling to it would still call there.
+# Largest distance between a maximum and the lesion that it points at: two tensor voxels in depth on the phantom's
+# grid. A reader who scrolls to the maximum still sees the lesion.
 TOLERANCE_MM = 10.0
-TOP_PERCENT = 1.0  # of the body, about the volume of one and a half of the phantom encoder's voxel tokens
-# Standard deviation of the Gaussian by which a pixel subtraction is also shown smoothed: single voxels of noise and of
-# edges that do not match would else decide where its maximum lies.
+TOP_PERCENT = 1.0  # of the body: about one and a half voxel tokens of the phantom encoder
+# Standard deviation of the Gaussian that smooths the pixel subtraction. Without it, single voxels of noise or of
+# mismatched edges decide the maximum.
 SMOOTHING_MM = 10.0
 SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
 
@@ -46,29 +46,29 @@ SCORES = ("pointing", "pointing_body", "pointing_lesion", "auroc")
 
 
 def body_voxels(volume: NDArray, hu_window: Sequence[float] = (-1000.0, 200.0)) -> NDArray[np.bool_]:
-    """What the skin encloses in each axial plane of a volume in [-1, 1], which are the HU of the window.
+    """Return the voxels inside the skin, for each axial plane of a volume in [-1, 1] (the HU of the window).
 
-    Not `figures.body_mask`, which takes what is thinner than 9 voxels for the scanner's table: at the spacing of the
-    tensor that is the chest wall.
+    `inference.figure.body_mask` does not fit: it removes structures thinner than 9 voxels as the scanner's table, and
+    at the spacing of the tensor these include the chest wall.
     """
     return np.stack([ndimage.binary_fill_holes(tissue) for tissue in to_hu(volume, hu_window) > TISSUE_HU])
 
 
 def dilated(mask: NDArray[np.bool_], spacing: Sequence[float], tolerance_mm: float) -> NDArray[np.bool_]:
-    """What lies at most so far from a mask that is not empty; `spacing` in mm (depth, height, width)."""
+    """Dilate a non-empty mask by `tolerance_mm`; `spacing` in mm (depth, height, width)."""
     return ndimage.distance_transform_edt(~mask, sampling=spacing) <= tolerance_mm
 
 
 def pointing(values: NDArray, target: NDArray[np.bool_]) -> float:
-    """Whether the largest of the values lies in the target; of several that are largest, the share that does."""
+    """Return 1 if the largest value lies in the target, else 0; for ties, the share of the largest in the target."""
     return float(target[values == values.max()].mean())
 
 
 def auroc(values: NDArray, positive: NDArray[np.bool_]) -> float:
-    """The chance that a value in the target is larger than one outside it, ties counting half.
+    """Return the probability that a value in the target is larger than one outside it; ties count half.
 
     Raises:
-        ValueError: all values are in the target, or none is.
+        ValueError: all values are in the target, or none.
     """
     inside = int(positive.sum())
     outside = positive.size - inside
@@ -79,10 +79,9 @@ def auroc(values: NDArray, positive: NDArray[np.bool_]) -> float:
 
 
 def reaches_top(values: NDArray, target: NDArray[np.bool_], percent: float) -> float:
-    """Whether the target holds one of the largest `percent` of the values (at least one value).
+    """Return 1 if the target holds one of the largest `percent` of the values (at least one value), else 0.
 
-    Where more values are equal to the smallest of those than there is room for, the probability that it does when that
-    room is filled at random.
+    If several values tie for the last places, return the probability that the target gets one in a random draw.
     """
     room = max(1, round(percent / 100 * values.size))
     limit = np.partition(values, values.size - room)[values.size - room]
@@ -93,7 +92,7 @@ def reaches_top(values: NDArray, target: NDArray[np.bool_], percent: float) -> f
     others, all_tied = int((tied & ~target).sum()), int(tied.sum())
     if others < room:
         return 1.0
-    # None of the target's: C(others, room) / C(all tied, room).
+    # Probability of no target voxel: C(others, room) / C(all tied, room).
     missed = special.gammaln(others + 1) - special.gammaln(others - room + 1)
     missed -= special.gammaln(all_tied + 1) - special.gammaln(all_tied - room + 1)
     return float(1 - np.exp(missed))
@@ -105,11 +104,11 @@ class MapScores:
     Scores of one map.
 
     Attributes:
-        pointing: whether its maximum lies in a lesion or within the tolerance of one.
-        pointing_body: the same for its maximum inside the body.
-        pointing_lesion: whether that one lies in a lesion itself.
-        auroc: of lesion against the rest of the body.
-        reached: by label, whether the lesion holds one of the map's top voxels of the body.
+        pointing: 1 if the maximum lies in a lesion or within the tolerance of one.
+        pointing_body: the same for the maximum inside the body.
+        pointing_lesion: 1 if the maximum inside the body lies in a lesion itself.
+        auroc: AUROC of lesion voxels against the rest of the body.
+        reached: by label, 1 if the lesion holds one of the map's top voxels of the body.
     """
 
     pointing: float
@@ -122,12 +121,12 @@ class MapScores:
 @dataclass(frozen=True)
 class Truth:
     """
-    The lesions of a case; arrays are (depth, height, width).
+    Lesions of a case; arrays are (depth, height, width).
 
     Attributes:
-        lesions: by label, the voxels of a finding inside the body; none is empty.
-        near: the voxels that lie in a lesion, or within the tolerance of one.
-        body: the voxels inside the body.
+        lesions: voxels of each finding inside the body, by label; none is empty.
+        near: voxels in a lesion or within the tolerance of one.
+        body: voxels inside the body.
         spacing: mm (depth, height, width).
     """
 
@@ -144,7 +143,7 @@ class Truth:
         spacing: tuple[float, float, float],
         tolerance_mm: float = TOLERANCE_MM,
     ) -> "Truth":
-        """Of bit-coded lesions (see [`lesion_voxels`]), some of which lie in the body."""
+        """Decode bit-coded lesions (see [`lesion_voxels`]), some of which lie in the body."""
         lesions = {label: ((codes >> bit) & 1 == 1) & body for bit, label in enumerate(DIAGNOSIS_LABELS)}
         lesions = {label: mask for label, mask in lesions.items() if mask.any()}
         return cls(lesions, dilated(codes != 0, spacing, tolerance_mm), body, spacing)
@@ -152,8 +151,10 @@ class Truth:
 
 def score_map(difference: NDArray, truth: Truth, top_percent: float = TOP_PERCENT) -> MapScores:
     """
+    Score a map against the lesions of its case.
+
     Raises:
-        ValueError: the map is not on the grid of the lesions, or a value of it is not finite.
+        ValueError: the map is not on the grid of the lesions, or a value is not finite.
     """
     if difference.shape != truth.body.shape:
         raise ValueError(f"the map has shape {difference.shape}, the lesions {truth.body.shape}: expected one grid")
@@ -173,9 +174,10 @@ def score_map(difference: NDArray, truth: Truth, top_percent: float = TOP_PERCEN
 
 def score_ball(truth: Truth, top_percent: float = TOP_PERCENT) -> MapScores:
     """
-    Chance in one piece: a ball as large as the map's top voxels, its centre anywhere in the body.
+    Score chance for a compact map: a ball with the volume of the top voxels, centred anywhere in the body.
 
-    As many voxels scattered at random reach almost every lesion; those of a smooth map lie together.
+    The same number of voxels scattered at random reaches almost every lesion, but the top voxels of a smooth map lie
+    together.
     """
     flat = score_map(np.zeros(truth.body.shape, np.float32), truth, top_percent)
     volume = top_percent / 100 * truth.body.sum() * np.prod(truth.spacing)
@@ -192,7 +194,7 @@ def score_ball(truth: Truth, top_percent: float = TOP_PERCENT) -> MapScores:
 def difference_map(
     model: DiffVPForConditionalGeneration, features: Features, case: Case, reference: Case
 ) -> NDArray[np.float32]:
-    """The model's map of a case (depth, height, width), from the caches."""
+    """Compute the difference map of a case (depth, height, width), from the caches."""
     return model.difference_map(**scan_inputs(model, features, [case], [[reference]]))[0].float().cpu().numpy()
 
 
@@ -200,14 +202,16 @@ def target_maps(
     model: DiffVPForConditionalGeneration, features: Features, case: Case
 ) -> dict[str, NDArray[np.float32]]:
     """
-    Maps that know no reference, (depth, height, width): "target alone", the norm of each voxel token of the scan, and
-    of an aligned difference "target alone, whitened", the norm of what that compares with the reference.
+    Compute maps without a reference, (depth, height, width).
+
+    "target alone" is the norm of each voxel token of the scan. For an aligned difference, "target alone, whitened" is
+    the norm of the whitened tokens that it compares with the reference.
     """
     return token_maps(model, features.load(case)["features"])
 
 
 def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np.float32]]:
-    """[`target_maps`] of the voxel tokens (N, C) of a scan."""
+    """Compute [`target_maps`] from the voxel tokens (N, C) of a scan."""
     tokens = tokens.float().cpu()
     forms = {"target alone": tokens}
     if model.config.difference_level == "aligned":
@@ -221,16 +225,16 @@ def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np
 
 
 def correlation(first: NDArray, second: NDArray) -> float:
-    """Pearson's correlation of two maps' values; of a constant one 0, and of two constant ones 1."""
+    """Return Pearson's correlation of two maps: 0 if one is constant, 1 if both are."""
     constant = [np.ptp(values) == 0 for values in (first, second)]
     return float(all(constant)) if any(constant) else float(np.corrcoef(first, second)[0, 1])
 
 
 def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> dict[str, Case]:
-    """For each case another reference than its own, drawn from those of all cases by names alone.
+    """Draw a second reference for each case from the references of all cases, by names only.
 
     Raises:
-        ValueError: there is no other reference for a case.
+        ValueError: a case has no other reference.
     """
     known = {reference.name: reference for reference in references.values()}
     chosen = {}
@@ -256,34 +260,35 @@ def score_maps(
     smoothing_mm: float = SMOOTHING_MM,
 ) -> dict:
     """
-    Score the model's difference maps of the cases with findings, beside what they have to beat.
+    Score the model's difference maps of the cases with findings, with baselines.
 
-    The maps that are scored:
+    Maps:
 
-    - "latent": of the case and its reference (of a pixel-level model, its own map, not the subtraction below);
-    - "latent, another reference": what of it does not hang on the reference that was drawn;
-    - "latent, another patient": of the next case and its reference, scored against this one's lesions: what a map owes
-      to where lesions mostly are. It is as smooth as the first, which chance is not;
-    - "target alone", and of an aligned difference "target alone, whitened": what no reference is needed for, see
+    - "latent": map of the case and its reference (for a pixel-level model, the model's map, not the subtraction
+      below);
+    - "latent, another reference": the same with another reference;
+    - "latent, another patient": map of the next case, scored against the lesions of this one. It measures how much a
+      map owes to the usual places of lesions, and unlike "chance" it is as smooth as the first map;
+    - "target alone", and for an aligned difference "target alone, whitened": maps without a reference, see
       [`target_maps`];
-    - "pixel": |target - reference|, voxel by voxel of the model's tensors, as they are compared in the model;
+    - "pixel": |target - reference| of the model's tensors;
     - "pixel, smoothed": the same after a Gaussian;
-    - "chance": a map that is the same everywhere, so that its top voxels are scattered over the body;
-    - "chance, in one piece": see [`score_ball`]. It differs in the sensitivity alone.
+    - "chance": a constant map, so that its top voxels are scattered over the body;
+    - "chance, in one piece": see [`score_ball`]. It differs from "chance" only in the sensitivity.
 
     Args:
-        lesion_root: the phantom cohort that the cases are of, with its masks.
+        lesion_root: the phantom cohort of the cases, with masks.
         references: the reference of each case, by its name.
 
     Returns:
         For each map the scores of [`MapScores`] as means over cases with 95 % intervals, "above_chance" (pointing in
-        the body less what chance has on the same lesions), "sensitivity" by label and of "all" findings (the share
-        whose lesion holds one of the top voxels), and paired comparisons of the first map with each other one.
-        "correlation" of the first map with the second, within the body: 1 where the reference changes nothing.
+        the body minus chance on the same lesions), "sensitivity" by label and of "all" findings (the share whose
+        lesion holds one of the top voxels), and paired comparisons of the first map with each other map.
+        "correlation" of the first map with the second, within the body: 1 if the reference changes nothing.
 
     Raises:
-        ValueError: fewer than two cases have a lesion in the tensor, or the references are too few.
-        DatasetError: a lesion mask is missing or of another shape.
+        ValueError: fewer than two cases have a lesion in the tensor, or there are too few references.
+        DatasetError: a lesion mask is missing or has another shape.
     """
     targets = [case for case in cases if not is_normal(case)]
     others = other_references(targets, references)
@@ -340,7 +345,7 @@ def score_maps(
 
 
 def summary(scores: Sequence[MapScores], by_chance: Sequence[MapScores]) -> dict:
-    """Means over cases with their intervals; sensitivity by label, and of all findings together."""
+    """Compute means over cases with their intervals, and the sensitivity by label and of all findings together."""
     columns = {name: np.array([getattr(of_case, name) for of_case in scores]) for name in SCORES}
     columns["above_chance"] = columns["pointing_body"] - [of_case.pointing_body for of_case in by_chance]
     result = {name: mean_and_interval(values) for name, values in columns.items()}
@@ -350,7 +355,7 @@ def summary(scores: Sequence[MapScores], by_chance: Sequence[MapScores]) -> dict
     sensitivity = {
         label: {"findings": len(values), **mean_and_interval(values)} for label, values in by_label.items() if values
     }
-    # A case has several findings: its sums are drawn, not the findings for themselves.
+    # The findings of a case are not independent: draw cases, not findings.
     sums = np.array([[sum(of_case.reached.values()), len(of_case.reached)] for of_case in scores])
     interval = bootstrap_counts(sums, lambda drawn: drawn[..., 0] / drawn[..., 1])
     sensitivity["all"] = {
@@ -362,10 +367,10 @@ def summary(scores: Sequence[MapScores], by_chance: Sequence[MapScores]) -> dict
 
 
 def compare_maps(scores: Mapping[str, Sequence[MapScores]], first: str) -> list[dict]:
-    """One map less each other one, case by case; `p_cases_holm` corrects over all of these comparisons."""
+    """Compare one map with each other map, paired by case; `p_cases_holm` corrects over all comparisons."""
     entries = []
     for second in scores:
-        if second in (first, "chance, in one piece"):  # which is chance, in these metrics
+        if second in (first, "chance, in one piece"):  # the latter equals "chance" in these metrics
             continue
         metrics = {}
         for name in ("pointing_body", "auroc"):

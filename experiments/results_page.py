@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The page of results, made from the JSON files of the experiments and from nothing else."""
+"""The page of results, made only from the JSON files of the experiments."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .runs import write_bytes
 
 
 def write_page(results: Path) -> Path:
-    """`results/STUDY/*.json` → `results/STUDY/RESULTS.md`."""
+    """Write `RESULTS.md` from the JSON files of the folder `results`."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     documents.sort(key=_order)
     study = documents[0]["study"]
@@ -37,7 +37,7 @@ def write_page(results: Path) -> Path:
 
 
 def _order(document: dict) -> tuple:
-    """Tables by number, then figures, then our own."""
+    """Sort key: tables by number, figures by number, then our own experiments."""
     name = document["experiment"]
     digits = "".join(character for character in name if character.isdigit())
     kind = 0 if name.startswith("table") else 1 if name.startswith("fig") else 2
@@ -45,7 +45,7 @@ def _order(document: dict) -> tuple:
 
 
 def _answer(documents: list[dict]) -> list[str]:
-    """Whether the full model is better than its equal-compute control: what the paper stands or falls by."""
+    """Answer the main question: is the full model better than its equal-compute control?"""
     for document in documents:
         f1 = _f1_at_equal_compute(document)
         if f1 is None:
@@ -72,7 +72,7 @@ def _answer(documents: list[dict]) -> list[str]:
 
 
 def _power(document: dict) -> str:
-    """How large a difference in micro-F1 would have shown over these seeds; nothing where they do not vary."""
+    """State the difference in micro-F1 that these seeds could detect; empty if the seeds do not vary."""
     least = detectable(document, "DiffVP", "equal compute")
     if least is None:
         return ""
@@ -80,7 +80,7 @@ def _power(document: dict) -> str:
 
 
 def _f1_at_equal_compute(document: dict) -> dict | None:
-    """The comparison of micro-F1, where an experiment makes it over several seeds."""
+    """Return the comparison of micro-F1 over several seeds, or `None` if the experiment lacks it."""
     for comparison in document.get("comparisons", ()):
         if (comparison["first"], comparison["second"]) == ("DiffVP", "equal compute"):
             f1 = comparison["metrics"]["f1"]
@@ -89,7 +89,7 @@ def _f1_at_equal_compute(document: dict) -> dict | None:
 
 
 def _replication(documents: list[dict]) -> list[str]:
-    """The same on new seeds."""
+    """Answer the main question on new seeds."""
     for document in documents:
         f1 = _f1_at_equal_compute(document)
         if document["experiment"] == "replication" and f1 is not None:
@@ -122,7 +122,7 @@ def _observations(documents: list[dict]) -> list[str]:
 
 
 def _order_of_rows(rows: list[dict]) -> list[str]:
-    """Whether the rows that the paper has too stand in its order; nothing of fewer than three."""
+    """Compare the order of the rows with the paper's; empty for fewer than three common rows."""
     rows = [row for row in rows if "f1" in row["paper"]]
     if len(rows) < 3:
         return []
@@ -134,7 +134,7 @@ def _order_of_rows(rows: list[dict]) -> list[str]:
 
 
 def _beside_the_nearest_report(document: dict) -> list[str]:
-    """Which rows are above what no model is needed for."""
+    """List the rows above the nearest training report, a baseline without a report model."""
     nearest = next(row for row in document["baselines"] if row["name"] == "nearest training report")
     least = nearest["scores"]["f1"]["mean"]
     above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]

@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Run an experiment: train what its table names, write the reports, score them, and make the page anew.
+Run an experiment: train the models of its table, write their reports and score them.
 
     diffvp experiment table4
     diffvp experiment table4 --study configs/study_radgenome.yaml training.data.root=/data/RadGenome-ChestCT
 
-Everything that is made once (models, reports) lies below the folder of runs and is used by every table.
+Models and reports are made once and shared by all tables, see `runs.py`.
 """
 
 import contextlib
@@ -168,19 +168,19 @@ def table_names() -> list[str]:
 def planned_runs(
     name: str, study: StudyConfig, runs: Path, output: Path, seeds: list[int] | None
 ) -> list[tuple[Run, str]]:
-    """The models of an experiment, each with what is left of it. Data that are there are checked.
+    """List the models of an experiment with the work left for each. Check the data if they exist.
 
     Raises:
-        DatasetError: all that is wrong with the data.
+        DatasetError: lists all problems of the data.
     """
     variants = load_variants()
     table = load_table(name, variants)
     planned = runs_of_table(study, variants, table, runs, output, seeds)
     if Path(study.training["data"]["root"]).exists():
         HeldOut(study)
-        # Most variants read the same data: each division of it is checked once.
-        divisions = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
-        for run in divisions.values():
+        # Most variants read the same data: check each split once.
+        splits = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
+        for run in splits.values():
             load_cohort(run.config)
     needs = KINDS[table.kind].NEEDS
     return [(run, what_is_left(needs, run, conditions)) for run, conditions in planned]
@@ -195,7 +195,7 @@ def runs_of_row(
     output: Path,
     seeds: list[int] | None,
 ) -> Iterator[Run]:
-    """The runs of a row, one a seed."""
+    """Yield the runs of a row, one for each seed."""
     for seed in seeds or row.seeds or table.seeds:
         name = Path(row.variant) / f"seed-{seed}"
         folders = runs / study.name / name, output / study.name / "reports" / name
@@ -203,7 +203,7 @@ def runs_of_row(
 
 
 def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run, list[Condition]]]:
-    """The runs of a table, each once, with all conditions of it."""
+    """Return each run of a table once, with all its conditions."""
     conditions: dict[Path, tuple[Run, list[Condition]]] = {}
     for row in table.rows:
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
@@ -212,7 +212,7 @@ def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run
 
 
 def what_is_left(needs: Needs, run: Run, conditions: list[Condition]) -> str:
-    """What a table has to do for a run: "to train", "to write" its reports, or nothing, if it is "made"."""
+    """Return the work left for a run: "to train", "to write" (its reports), or "made" (nothing)."""
     lacks_reports = needs.reports and not all(run.reports_under(of).is_file() for of in conditions)
     if run.trained:
         return "to write" if lacks_reports else "made"
@@ -220,7 +220,7 @@ def what_is_left(needs: Needs, run: Run, conditions: list[Condition]) -> str:
 
 
 def make_run(needs: Needs, run: Run, conditions: list[Condition], test: HeldOut) -> None:
-    """Make what is left for a run. All its reports are of one model: those that are there are compared with it."""
+    """Train the model and write the reports that are missing. Stored reports must come from the same model."""
     if what_is_left(needs, run, conditions) == "made":
         return
     run.train()
@@ -230,15 +230,16 @@ def make_run(needs: Needs, run: Run, conditions: list[Condition], test: HeldOut)
 
 
 def make_at_once(needs: Needs, runs: list[tuple[Run, list[Condition]]], jobs: int) -> None:
-    """Make what is left, that of a run in one process; what it says goes to `log.txt` in the folder of the run."""
+    """Make the runs in parallel, each in a process that logs to `log.txt` in the folder of the run."""
     left = [(run, conditions) for run, conditions in runs if what_is_left(needs, run, conditions) != "made"]
     threads = max(1, torch.get_num_threads() // jobs)
-    # "spawn": a fork of a process in which torch has started threads can hang.
+    # "spawn", because a fork of a process with torch threads can hang.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # else it tells no worker
+        # Without a handler, SIGTERM would end this process and leave the workers running.
+        former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
-            # Else all of them would begin with the features of the same case. (Without a classifier each trains its
-            # own.)
+            # Fill the caches first: else all workers would start with the features of the same case. Without a given
+            # classifier, each run trains its own and shares no features.
             shared = [(run, of) for run, of in left if run.config.classifier is not None]
             if shared:
                 for future in [pool.submit(_fill_caches, shared, part, jobs, threads) for part in range(jobs)]:
@@ -246,17 +247,19 @@ def make_at_once(needs: Needs, runs: list[tuple[Run, list[Condition]]], jobs: in
             tasks = [(_make_in_worker, needs, run, conditions, threads) for run, conditions in left]
             for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
                 future.result()
-        except (Exception, SystemExit):  # no Ctrl-C: of that the terminal tells the workers too, and they save and end
+        except (Exception, SystemExit):  # on Ctrl-C the terminal signals the workers itself
             for worker in multiprocessing.active_children():
-                worker.terminate()  # what they train goes on from its last checkpoint
+                worker.terminate()  # training resumes from the last checkpoint
             raise
         finally:
             signal.signal(signal.SIGTERM, former)
 
 
 def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Future]:
-    """The results of tasks (function and arguments) as they come. A task is handed to the pool when a worker is free
-    for it: what a process pool has been given, its workers begin even when they have been asked to end."""
+    """Yield the results of tasks (function and arguments) as they complete.
+
+    A task is submitted only when a worker is free, because workers still start queued tasks after a request to stop.
+    """
     under_way: set[Future] = set()
     for task in tasks:
         if len(under_way) == jobs:
@@ -267,7 +270,7 @@ def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Fut
 
 
 def _fill_caches(runs: list[tuple[Run, list[Condition]]], part: int, parts: int, threads: int) -> None:
-    """A part of the frozen features that the runs take: of their test cases, and of the training where it is left."""
+    """Compute a part of the frozen features of the test cases and, if a run is not trained, of the training cases."""
     torch.set_num_threads(threads)
     run, test = runs[0][0], HeldOut(runs[0][0].study)
     cases = list(test.cases)
@@ -278,7 +281,7 @@ def _fill_caches(runs: list[tuple[Run, list[Condition]]], part: int, parts: int,
     model, processor = build_generator(run.config)
     features = run.features(model, processor)
     for case in cases[part::parts]:
-        with contextlib.suppress(CTInputError):  # training says what becomes of it
+        with contextlib.suppress(CTInputError):  # training reports unreadable scans
             features.load(case)
 
 

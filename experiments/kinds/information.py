@@ -1,13 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a model's prompts know of the findings, and of the reference.
+Information in the prompts of a model about the findings and about the reference.
 
-- [`probe`]: can a logistic regression read the findings from a part of the input? What none can, no LLM will write.
-- [`variance_shares`]: does the difference prompt change with the reference at all, and is that change the same for
-  all patients, or a comparison?
-- [`latent_overlap`]: do the latent tokens look at different places, and differ from the reference in different ways?
-- [`prompt_following`]: are the findings that the diagnosis prompt names those that the report has?
+- [`probe`]: findings that a logistic regression reads from a part of the input. It estimates what an LLM could write.
+- [`variance_shares`]: dependence of the difference prompt on the patient, the reference, and their combination.
+- [`latent_overlap`]: similarity of the latent tokens in attention and in their difference from the reference.
+- [`prompt_following`]: agreement between the findings of the diagnosis prompt and those of the report.
 """
 
 import itertools
@@ -36,9 +35,9 @@ from ..study import Condition
 from ..system_scores import row_summary, score_labels
 from .material import Material, Needs, device_lines, mean_cell
 
-COMPONENTS = 128  # at most, of a part's values before the regression: with more, 1,000 cases are learnt by heart
+COMPONENTS = 128  # largest number of principal components: with more, regressions overfit 1,000 cases
 BATCH = 32
-PATIENTS, REFERENCES = 40, 10  # of the analysis of variance
+PATIENTS, REFERENCES = 40, 10  # in the analysis of variance
 NEEDS = Needs(models=True)
 
 
@@ -124,7 +123,7 @@ def training_references(run: Run) -> tuple[list[Case], dict[str, Case]]:
 def prompt_parts(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[Case]
 ) -> dict[str, NDArray[np.float32]]:
-    """What is known of each case on the way to the LLM, (cases, width): the last are embeddings that it is given."""
+    """Collect the parts of the model's input, (cases, width); the last two are embeddings for the LLM."""
     prefix = 0 if model.prompt_generator is None else model.config.num_prefix_tokens
     parts: dict[str, list[NDArray]] = {}
     for start in range(0, len(cases), BATCH):
@@ -148,15 +147,15 @@ def prompt_parts(
 
 def probe(train: NDArray, train_cases: Sequence[Case], test: NDArray, test_cases: Sequence[Case]) -> dict:
     """
-    Findings read from vectors: regressions learn on training cases and are scored on test cases.
+    Read findings from vectors with logistic regressions: fit on training cases, score on test cases.
 
     Args:
-        train, test: (cases, width).
-        train_cases, test_cases: whose vectors they are; their labels are learnt and scored.
+        train, test: vectors (cases, width).
+        train_cases, test_cases: the cases of the vectors, with labels.
 
     Returns:
-        "auroc": mean over the labels of which the test has both kinds of cases. "f1": micro-F1 of what is likelier
-        than not, with its interval over cases.
+        "auroc": mean over the labels that have positive and negative test cases. "labels": their number. "f1":
+        micro-F1 at a threshold of 0.5, with its interval over cases.
     """
     train_labels, test_labels = (np.stack([case.labels for case in of]) for of in (train_cases, test_cases))
     reader = make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *train.shape), random_state=0), StandardScaler())
@@ -165,7 +164,7 @@ def probe(train: NDArray, train_cases: Sequence[Case], test: NDArray, test_cases
     areas = []
     for label in range(test_labels.shape[1]):
         truth = train_labels[:, label]
-        if np.bincount(truth, minlength=2).min() < 2:  # of each kind at least one for either fold
+        if np.bincount(truth, minlength=2).min() < 2:  # each fold needs a case of either kind
             continue
         strengths = {"C": [1e-4, 1e-3, 1e-2, 1e-1]}
         regression = GridSearchCV(LogisticRegression(), strengths, cv=2, scoring="neg_log_loss")
@@ -178,16 +177,16 @@ def probe(train: NDArray, train_cases: Sequence[Case], test: NDArray, test_cases
 
 def variance_shares(values: NDArray) -> dict[str, float]:
     """
-    Two-way analysis of variance of vectors without replicates.
+    Compute a two-way analysis of variance of vectors without replicates.
 
     Args:
-        values: (patients, references, width), of each patient beside each reference.
+        values: (patients, references, width), each patient with each reference.
 
     Returns:
-        The shares of "patient", "reference" and "interaction" in the sum of squares around the mean of all.
+        Shares of "patient", "reference" and "interaction" in the sum of squares around the overall mean.
 
     Raises:
-        ValueError: the vectors are all the same.
+        ValueError: all vectors are equal.
     """
     centred = values - values.mean(axis=(0, 1))
     of_patient, of_reference = centred.mean(axis=1, keepdims=True), centred.mean(axis=0, keepdims=True)
@@ -207,8 +206,10 @@ def latent_overlap(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Mapping[str, Case]
 ) -> dict[str, float]:
     """
-    Means over cases and pairs of latent tokens: the "attention" that two share, Σ min(a_i, a_j), 1 where they look at
-    the same voxels; and the cosine of their "difference" from the reference, v_i − r_i.
+    Measure the similarity of pairs of latent tokens, as means over cases and pairs.
+
+    "attention" is the shared attention Σ min(a_i, a_j): 1 if both tokens attend to the same voxels. "difference" is
+    the cosine of their differences from the reference, v_i − r_i.
     """
     shared, cosines = [], []
     for case in cases:
@@ -225,15 +226,17 @@ def latent_overlap(
 
 def prompt_following(told: NDArray[np.bool_], truth: NDArray[np.bool_], written: NDArray[np.bool_]) -> dict:
     """
-    How often the report has a finding, by whether the diagnosis prompt names it and whether it is there. Were it only
-    what the prompt says, the true ones would be written as often as the false; who looks at the scan tells them apart.
+    Count how often a report states a finding, by whether the diagnosis prompt names it and whether it is true.
+
+    A report that only copies the prompt states true and false findings equally often. One that uses the scan states
+    the true ones more often.
 
     Args:
-        told, truth, written: (cases, labels), in the prompt, of the case, in the report.
+        told, truth, written: (cases, labels): findings of the prompt, of the case, and of the report.
 
     Returns:
-        "told, true", ..., "not told, false": the share that is written of how many; null of none. "f1": micro-F1 of
-        what the prompt names.
+        "shares": for "told, true", ..., "not told, false" their "count" and the share "written", `None` if the count
+        is 0. "f1": micro-F1 of the prompt.
     """
     shares = {}
     for name, named in (("told", told), ("not told", ~told)):
@@ -251,14 +254,14 @@ def score_information(
     written: NDArray[np.int8],
 ) -> dict:
     """
-    All of it for one model.
+    Compute all measures for one model.
 
     Args:
-        training, test: cases and, by name, the reference of each.
-        written: (test cases, labels), the findings of the reports.
+        training, test: cases and, by case name, their references.
+        written: findings of the reports, (test cases, labels).
 
     Raises:
-        ValueError: the model subtracts voxels, so that it has no features of a reference; or no test case is abnormal.
+        ValueError: the model subtracts voxels and thus has no features of a reference, or no test case is abnormal.
     """
     if model.config.difference_level == "pixel":
         raise ValueError("difference_level is 'pixel': expected a model that encodes scan and reference by themselves")

@@ -65,7 +65,7 @@ def content(material: Material) -> dict:
 
 
 def known_winners(first: Mapping[str, str], second: Mapping[str, str], test: HeldOut) -> dict:
-    """Win rates of the first system's reports, by how many of a case's findings each has right."""
+    """Compute win rates of the first system: the report with more of the case's findings right wins."""
     cases = [name for name in first if test.patients[name]]
     sides = [np.array([_right({name: of[name]}, test) for name in cases]) for of in (first, second)]
     scores = (np.sign(sides[0] - sides[1]) + 1) / 2
@@ -82,7 +82,7 @@ def known_winners(first: Mapping[str, str], second: Mapping[str, str], test: Hel
 
 
 def _right(report: Mapping[str, str], test: HeldOut) -> tuple[int, int, int]:
-    """Of the findings of one case: named, placed and measured."""
+    """Count the findings of one case that are named, rightly placed and rightly measured."""
     scores = score_findings(test.patients, report)
     placed, measured = (sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right"))
     return scores["counts"]["found"], placed, measured
@@ -135,7 +135,7 @@ def _finding_lines(figure: Mapping[str, dict]) -> list[str]:
 
 
 def draw_radar(path: Path, entries: Sequence[dict]) -> None:
-    """A panel for each judge: an axis for each dimension, a line for each pair, the win rate with its interval."""
+    """Draw win rates with intervals: a panel for each judge, an axis for each dimension, a line for each pair."""
     judges = list(dict.fromkeys(entry["judge"] for entry in entries))
     figure = Figure((5.2 * len(judges), 5.6), dpi=130)
     FigureCanvasAgg(figure)
@@ -169,7 +169,7 @@ def _draw_panel(panel, entries: Sequence[dict]) -> None:
     for number, entry in enumerate(entries):
         of = [entry["dimensions"][name] for name in dimensions]
         values = [math.nan if one["value"] is None else one["value"] for one in of]
-        # Beside each other, so that one interval does not hide another.
+        # Shift the points of each pair, so that no interval hides another.
         beside = [angle + 0.09 * (number - (len(entries) - 1) / 2) for angle in angles]
         label = f"{entry['first']} against {entry['second']}"
         [line] = panel.plot([*beside, beside[0]], [*values, values[0]], marker="o", markersize=5, label=label)
