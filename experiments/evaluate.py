@@ -12,7 +12,6 @@ The input is that of a user: the scan, and a reference from the pool of the chec
 a dataset has no labels, the same labeler reads them from the true report.
 """
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -55,6 +54,7 @@ from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesion_scores import score_findings
+from .provenance import write_bytes, write_json
 from .system_scores import FINDINGS, PhantomReader, micro
 
 BATCH_SIZE = 16
@@ -375,12 +375,10 @@ def evaluate(
         ],
     }
     name = Path(checkpoint).name.removeprefix("diffvp-")
-    texts = {f"{name}_checkpoint.json": json.dumps(result, indent=1) + "\n", f"{name}_checkpoint.md": _page(result)}
-    for file, text in texts.items():
-        (output / f".{file}").write_text(text, encoding="utf-8")
-    for file in texts:
-        os.replace(output / f".{file}", output / file)
-    return output / f"{name}_checkpoint.md", result
+    page = output / f"{name}_checkpoint.md"
+    write_json(page.with_suffix(".json"), result)
+    write_bytes(page, _page(result).encode())
+    return page, result
 
 
 def _check_masks(data: Path, test: list[Case]) -> None:

@@ -12,7 +12,6 @@ rules are written; `--development` skips it. The results contain no text of the 
 
 import argparse
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from ..metrics.clinical_efficacy.reports import SCORES
 from ..metrics.labelers import RuleLabeler
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import LEVEL, RESAMPLES, Statistic, bootstrap_counts, compare_counts
+from .provenance import write_bytes, write_json
 
 DEVELOPMENT_REPORTS = 500
 AVERAGES = ("micro", "macro")
@@ -212,9 +212,8 @@ def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_onl
         result["noise"] = judged_noise(NOISE_FILE, test, found)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    for name, text in {"labeler.json": json.dumps(result, indent=1) + "\n", "labeler.md": _page(result)}.items():
-        (output / f".{name}").write_text(text, encoding="utf-8")
-        os.replace(output / f".{name}", output / name)
+    write_json(output / "labeler.json", result)
+    write_bytes(output / "labeler.md", _page(result).encode())
     return output / "labeler.md"
 
 

@@ -9,7 +9,7 @@ from ..metrics.markdown import p_text
 from ..metrics.statistics import POWER
 from .kinds import KINDS, difference_maps, information
 from .kinds.score_table import detectable
-from .runs import write_bytes
+from .provenance import write_bytes
 
 
 def write_page(results: Path) -> Path:

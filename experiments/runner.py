@@ -22,12 +22,14 @@ import torch
 import yaml
 from rich.progress import track
 
+from ..data.cache import weights_sha256
 from ..metrics.nlg import check_meteor_data
 from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .kinds import KINDS, Material, Needs
-from .runs import HeldOut, Run, machine, make_reports, weights_sha256, write_json
+from .provenance import machine, write_json
+from .runs import HeldOut, Run, make_reports
 from .study import FOLDER, Condition, StudyConfig, Table, TableRow, Variant, load_variants
 from .system_scores import study_labeler
 

@@ -11,16 +11,12 @@ if they are stored, a table is made from them without training a model.
 """
 
 import contextlib
-import datetime
 import gzip
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +37,7 @@ from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
+from .provenance import json_text, machine, write_bytes, write_json
 from .references import choose_references, reference_pool
 from .study import Condition, StudyConfig, Variant
 
@@ -271,28 +268,3 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         yield
     finally:
         hook.remove()
-
-
-def machine() -> dict:
-    """Return date, machine, device and versions."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-
-
-def json_text(document: dict) -> str:
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, document: dict) -> None:
-    write_bytes(path, json_text(document).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: no reader sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
