@@ -406,7 +406,7 @@ def _page(result: dict) -> str:
     domain = (
         "Synthetic phantoms only: these numbers say nothing about patients."
         if phantoms
-        else f"Intended domain, as the checkpoint says: {result['intended_domain'] or 'not stated'}."
+        else f"Intended domain, as stated in the checkpoint: {result['intended_domain'] or 'not stated'}."
     )
     agreement = result.get("text_agrees_with_classifier")
     goals = []
@@ -417,8 +417,8 @@ def _page(result: dict) -> str:
     lines = [
         f"# {name} on unseen {'phantoms' if phantoms else 'scans'}",
         "",
-        f"{result['cases']} cases of the `{result['dataset']['split']}` split, which no training uses; the baselines "
-        f"know {result['training_cases']} others. {domain}",
+        f"{result['cases']} cases of the `{result['dataset']['split']}` split, never used in training. The baselines "
+        f"use {result['training_cases']} training cases. {domain}",
         f"Weights {result['checkpoint']['sha256']['model.safetensors'][:12]}.",
         f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases. {RESEARCH_USE}",
         "",
@@ -431,7 +431,7 @@ def _page(result: dict) -> str:
         ),
         "",
         *goals,
-        f"Findings of the generated reports, by label; of fewer than {FEWEST_OF_LABEL} cases no score is told:",
+        f"Findings of the generated reports by label (no scores below {FEWEST_OF_LABEL} positive cases):",
         "",
         *table_lines(
             ["label", "cases", "precision", "recall", "F1"],
@@ -443,7 +443,7 @@ def _page(result: dict) -> str:
     if agreement is not None:
         lines += [
             "",
-            "Labels on which a report and the diagnosis classifier that prompted it agree: "
+            "Share of labels on which a report agrees with the diagnosis classifier that prompted it: "
             f"{with_interval(**agreement)}.",
         ]
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])

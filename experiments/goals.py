@@ -192,7 +192,7 @@ def goal_lines(result: Mapping) -> list[str]:
         ("micro-F1", "micro_f1", "≥ 0.93, report ≥ 0.90"),
         ("macro-F1", "macro_f1", "≥ 0.88"),
         ("recall of nodules of 6–8 mm", "small_nodules", "≥ 0.45"),
-        ("false findings in a normal patient", "false_findings", "≤ 1 in 28"),
+        ("false findings per normal patient", "false_findings", "≤ 1 in 28"),
     ]
     columns = {"classifier": classifier, "report": report}
     if alone is not None:
@@ -202,12 +202,12 @@ def goal_lines(result: Mapping) -> list[str]:
     if known:
         least = min(known, key=lambda label: known[label]["value"])
         areas = [_cell(of["auroc"][least]) if "auroc" in of else "no probability" for of in columns.values()]
-        rows.append([f"AUROC, the least of {len(known)} labels ({least})", "≥ 0.93", *areas])
+        rows.append([f"lowest AUROC of {len(known)} labels ({least})", "≥ 0.93", *areas])
     said = [
         ["BLEU-4", "≥ 0.60", with_interval(**result["bleu4"])],
         ["micro-F1 below the classifier's", "≤ 0.02", _cell(report["below_classifier"])],
-        ["lobes or sides right, of findings truly named", "≥ 0.85", _cell(report["place_right"])],
-        ["size within a quarter, of findings truly named", "≥ 0.75", _cell(report["size_right"])],
+        ["lobes or sides right, of findings rightly named", "≥ 0.85", _cell(report["place_right"])],
+        ["size within a quarter, of findings rightly named", "≥ 0.75", _cell(report["size_right"])],
         ["reports that name a finding twice", "0", _cell(report["named_twice"])],
     ]
     return [
@@ -236,10 +236,14 @@ def _map_lines(maps: Mapping) -> list[str]:
     same = maps["correlation"]
     goals = [
         ["its maximum lies on a lesion", "≥ 0.90", _map_cell(maps["maps"]["latent"])],
-        ["that of another patient's map", "≤ 0.20", _map_cell(maps["maps"]["latent, another patient"])],
+        [
+            "maximum of another patient's map lies on a lesion",
+            "≤ 0.20",
+            _map_cell(maps["maps"]["latent, another patient"]),
+        ],
         ["correlation with the map of another reference", "≤ 0.90", with_interval(same["mean"], same["interval"])],
         *(
-            [f"{metric}, more than {name}", "interval above 0", _difference(against[name][key])]
+            [f"{metric}, minus {name}", "interval above 0", _difference(against[name][key])]
             for name in against
             if name.startswith("target alone")
             for metric, key in (("maximum on a lesion", "pointing_body"), ("AUROC", "auroc"))
@@ -249,7 +253,7 @@ def _map_lines(maps: Mapping) -> list[str]:
     return [
         *table_lines(["difference map", "goal", "measured"], goals),
         "",
-        f"Maps of {maps['cases']} patients with findings; a maximum lies on a lesion if it is {near}.",
+        f"Maps of {maps['cases']} patients with findings. A maximum on a lesion lies {near}.",
         "",
         *table_lines(["map", "maximum on a lesion", "in a lesion itself", "AUROC in the body"], rows),
     ]

@@ -38,7 +38,7 @@ DEVELOPMENT_REPORTS = 500
 AVERAGES = ("micro", "macro")
 FOLDS = 5
 NOISE_FILE = Path(__file__).with_name("labeler_noise.yaml")
-BASELINE = "TF-IDF of words and word pairs, one balanced logistic regression a label"
+BASELINE = "TF-IDF of words and word pairs, one balanced logistic regression per label"
 
 
 @dataclass(frozen=True)
@@ -246,14 +246,14 @@ def _page(result: dict) -> str:
         "# Rule labeler against hand-set labels",
         "",
         f"Made by `{result['command']}`. Labeler `{result['signature']}`, {result['reports_per_second']:,.0f} reports "
-        "a second of processor time on one core. Scores "
+        "per second of processor time on one core. Scores "
         f"`{result['development']['rules']['signature']}`; intervals are 95 % bootstrap intervals over reports.",
         f"Baseline: {result['baseline']}.",
         "",
         f"## Development part, n = {development['n']}",
         "",
-        "The rules were written against these reports, so this is no estimate for new ones. The baseline's figures "
-        f"are from {FOLDS}-fold cross-validation.",
+        "The rules were written against these reports, so their scores are no estimate for new reports. The scores of "
+        f"the baseline come from {FOLDS}-fold cross-validation.",
         "",
         *_table(result["development"]),
     ]
@@ -262,9 +262,9 @@ def _page(result: dict) -> str:
             "",
             f"## Test part, n = {test['n']}",
             "",
-            "Neither read nor scored while the rules were written. Rules that came later are for wordings of other "
-            "departments and programs; these reports were not looked at for them. The baseline is trained on the "
-            "development part.",
+            "These reports were not read or scored while the rules were written. Later rules cover wordings of other "
+            "departments and programs and were written without looking at these reports. The baseline is trained on "
+            "the development part.",
             "",
             *_table(result["test"]),
             "",
@@ -284,8 +284,8 @@ def _page(result: dict) -> str:
 def _noise(noise: dict) -> list[str]:
     judged, corrected = noise["judged"], noise["corrected"]
     return [
-        f"The rules disagree with the annotator in {noise['disagreements']} of the test part's labels. The "
-        f"{len(judged)} below look most like errors of annotation, in the judgement of the rules' author after the "
+        f"The rules disagree with the annotator on {noise['disagreements']} labels of the test part. The "
+        f"{len(judged)} below look most like annotation errors, as judged by the author of the rules after the "
         f"scoring above. With these corrected, micro-F1 is {corrected['micro']:.3f} and macro-F1 "
         f"{corrected['macro']:.3f}. Errors that rules and annotator share do not show here.",
         "",

@@ -257,8 +257,8 @@ def _example(name: str, seen: Seen) -> MapExample:
 
 def _page(result: Mapping) -> list[str]:
     head = [
-        "encoder", "map", "maximum in the lesion", f"or within {TOLERANCE_MM:g} mm", "mm from it", "rank of lesion",
-        "AUROC in the body", "Dice of as many voxels", "share of places that score as high",
+        "encoder", "map", "maximum in the lesion", f"or within {TOLERANCE_MM:g} mm", "distance in mm",
+        "rank of the lesion", "AUROC in the body", "Dice with as many voxels", "share of places that score as high",
     ]  # fmt: skip
     rows = [
         [
@@ -282,9 +282,9 @@ def _page(result: Mapping) -> list[str]:
         "",
         *table_lines(head, rows),
         "",
-        f"One scan (n = 1). The lesion's share of the body, which is what chance gives as maximum and Dice: {shares}.",
-        f"Rank: among the map's maxima that are the largest value in {PEAK_MM:g} mm to each side.",
-        "Last column: of the places in the body where a lesion of this shape fits, those of as high a mean rank.",
+        f"One scan (n = 1). Share of the lesion in the body, the expected maximum and Dice by chance: {shares}.",
+        f"Rank: among the local maxima of the map, the largest values within {PEAK_MM:g} mm to each side.",
+        "Last column: share of the places in the body, with room for this lesion, that have as high a mean rank.",
     ]
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The page of results, made only from the JSON files of the experiments."""
+"""The page of results: numbers from the JSON files of the experiments, descriptions from their YAML files."""
 
 import json
 from pathlib import Path
@@ -10,23 +10,26 @@ from ..metrics.statistics import POWER
 from .kinds import KINDS, difference_maps, information
 from .kinds.score_table import detectable
 from .provenance import write_bytes
+from .runner import load_table, table_names
+from .study import load_variants
 
 
 def write_page(results: Path) -> Path:
     """Write `RESULTS.md` from the JSON files of the folder `results`."""
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    paths = sorted(results.glob("*.json"))
+    documents = [_described(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     documents.sort(key=_order)
     study = documents[0]["study"]
     lines = [f"# Results: {study['name']}", "", study["title"], ""]
     if study.get("true_findings"):
         share = f"{100 * study['true_findings']:.0f} %"
-        told = "named the true findings; those of the tests name the ones that the classifier predicts"
+        told = "named the true findings. In the test they name those predicted by the classifier"
         lines += [f"In training, {share} of the diagnosis prompts {told}.", ""]
     lines += _answer(documents) + _observations(documents)
     lines += [
-        "Scores are between 0 and 1. A score is the mean over its seeds (behind ± their standard deviation, where "
-        "there are several), with the 95 % bootstrap interval over cases in brackets. **The paper's numbers stand in "
-        "tables of their own; its authors measured them on patients, and the two do not compare.**",
+        "Scores are between 0 and 1: the mean over seeds, ± the standard deviation if there are several seeds, and "
+        "the 95 % bootstrap interval over cases in brackets. **The paper's scores are in separate tables. They were "
+        "measured on patients and are not comparable.**",
         "",
     ]
     for document in documents:
@@ -34,6 +37,16 @@ def write_page(results: Path) -> Path:
     page = results / "RESULTS.md"
     write_bytes(page, ("\n".join(lines).rstrip() + "\n").encode())
     return page
+
+
+def _described(document: dict) -> dict:
+    """Take titles and descriptions from the YAML files, whose wording may be newer than the result."""
+    if document["experiment"] not in table_names():
+        return document
+    variants = load_variants()
+    table = load_table(document["experiment"], variants)
+    rows = [row | {"about": variants[row["variant"]].about} for row in document["rows"]]
+    return document | {"title": table.title, "about": table.about, "paper_note": table.paper_note, "rows": rows}
 
 
 def _order(document: dict) -> tuple:
@@ -55,9 +68,9 @@ def _answer(documents: list[dict]) -> list[str]:
         better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
         verdict = "Yes" if better else "Not shown"
         return [
-            f"**Is the benefit of the difference prompt real, at equal parameters and equal compute? {verdict}.** "
-            f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model less that of the"
-            f" same model whose prompt knows no reference is {f1['difference']:+.3f} (95 % interval over cases "
+            f"**Does the difference prompt help, at equal parameters and equal compute? {verdict}.** "
+            f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model minus that of the"
+            f" same model without a reference is {f1['difference']:+.3f} (95 % interval over cases "
             f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_text(f1['p_seeds'])})."
             + ("" if better else _power(document)),
             "",
@@ -76,7 +89,7 @@ def _power(document: dict) -> str:
     least = detectable(document, "DiffVP", "equal compute")
     if least is None:
         return ""
-    return f" With so many seeds that vary like these, a difference of {least:.3f} shows with a power of {POWER:.0%}."
+    return f" With these seeds, the test has a power of {POWER:.0%} for a difference of {least:.3f}."
 
 
 def _f1_at_equal_compute(document: dict) -> dict | None:
@@ -95,7 +108,7 @@ def _replication(documents: list[dict]) -> list[str]:
         if document["experiment"] == "replication" and f1 is not None:
             low, high = f1["interval"]
             return [
-                f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), named before any of them was "
+                f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), chosen before any of them was "
                 f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_text(f1['p_seeds'])})."
                 + ("" if f1["p_seeds"] < 0.05 else _power(document)),
                 "",
@@ -130,7 +143,7 @@ def _order_of_rows(rows: list[dict]) -> list[str]:
     paper = sorted(rows, key=lambda row: row["paper"]["f1"])
     same = "is the paper's" if ours == paper else f"is not the paper's ({' < '.join(row['name'] for row in paper)})"
     order = " < ".join(f"{row['name']} {row['scores']['f1']['mean']:.3f}" for row in ours)
-    return [f"The order of the components' micro-F1 {same}: {order}.", ""]
+    return [f"The order of the components by micro-F1 {same}: {order}.", ""]
 
 
 def _beside_the_nearest_report(document: dict) -> list[str]:
@@ -139,8 +152,8 @@ def _beside_the_nearest_report(document: dict) -> list[str]:
     least = nearest["scores"]["f1"]["mean"]
     above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]
     return [
-        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}; of the rows of "
-        f"`{document['experiment']}`, above it {'are: ' + ', '.join(above) if above else 'is none'}.",
+        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}. "
+        f"Rows of `{document['experiment']}` above it: {', '.join(above) or 'none'}.",
         "",
     ]
 

@@ -311,7 +311,7 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
             "signatures": ["signature"],
         }
     )
-    assert "| distinct reports / n |" in page and "prompted it agree: 0.750 (" in page
+    assert "| distinct reports / n |" in page and "classifier that prompted it: 0.750 (" in page
     [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
@@ -363,7 +363,7 @@ def test_an_experiment_says_what_was_measured(made):
     page = write_page(result.parent).read_text()
     f1 = document["rows"][0]["scores"]["f1"]
     assert f"{f1['mean']:.3f} ± {f1['std']:.3f}" in page and "| DiffVP | 0.421 |" in page
-    assert "Is the benefit of the difference prompt real" in page.splitlines()[4]
+    assert "Does the difference prompt help" in page.splitlines()[4]
     for row in document["rows"] + document["baselines"]:
         assert f"| {row['name']} |" in page
 
@@ -382,7 +382,7 @@ def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tm
     assert ("a 0.100 < b 0.200 < c 0.300" in order) == (verdict == "is the paper's")
 
 
-@pytest.mark.parametrize(("least", "words"), [(0.0, "above it are: DiffVP"), (1.0, "above it is none")])
+@pytest.mark.parametrize(("least", "words"), [(0.0, "above it: DiffVP"), (1.0, "above it: none.")])
 def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, least, words):
     document = json.loads(made[2].read_text())
     document["experiment"], document["rows"][0]["scores"]["f1"]["mean"] = "mine", 0.5
@@ -390,7 +390,7 @@ def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, l
         if row["name"] == "nearest training report":
             row["scores"]["f1"]["mean"] = least
     (tmp_path / "mine.json").write_text(json.dumps(document))
-    assert f"gives a micro-F1 of {least:.3f}; of the rows of `mine`, {words}" in write_page(tmp_path).read_text()
+    assert f"gives a micro-F1 of {least:.3f}. Rows of `mine` {words}" in write_page(tmp_path).read_text()
 
 
 def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
@@ -557,18 +557,18 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
         changed = {"experiment": name, "comparisons": [comparison | {"metrics": metrics}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(document | changed))
     page = write_page(tmp_path).read_text()
-    assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
-    assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+    assert "without a reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
+    assert "chosen before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
     sides = [
         list(row["scores"]["f1"]["by_seed"].values())
         for row in document["rows"]
         if row["name"] in ("DiffVP", "equal compute")
     ]
     if any(len(set(side)) > 1 for side in sides):  # the least difference that these few seeds could have shown
-        assert page.count(f"a difference of {detectable_difference(*sides):.3f} shows with a power of 80%") == 2
+        assert page.count(f"a power of 80% for a difference of {detectable_difference(*sides):.3f}") == 2
     del metrics["f1"]["p_seeds"]  # a trial with one seed
     (tmp_path / "replication.json").write_text(json.dumps(document | changed))
-    assert "named before any of them" not in write_page(tmp_path).read_text()
+    assert "chosen before any of them" not in write_page(tmp_path).read_text()
 
 
 def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
@@ -587,7 +587,7 @@ def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
     older.write_bytes(gzip.compress(json.dumps(document).encode()))
     again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text())["provenance"]["devices"]["NVIDIA H200"] == ["equal compute"]
-    assert "Written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
+    assert "Reports written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
 
 
 def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp_path, monkeypatch):
@@ -671,10 +671,13 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         assert ours["test_cases"] == len(tested) and "| control | visual tokens |" in page
         told = ours["prompt"]["shares"].values()
         assert sum(of["count"] for of in told) == 18 * len(tested) and "micro-F1 of the prompt" in page
-        assert f"{ours['variance']['patient']:.1%} hangs on the patient alone" in page.splitlines()[6]
+        assert (
+            f"{ours['variance']['patient']:.1%} of the variance of its difference prompt depends on the patient alone"
+            in page.splitlines()[6]
+        )
     elif kind == "maps":
         pointing = document["figure"]["ours"]["maps"]["pixel"]["pointing_body"]["mean"]
-        assert f"{pointing:.0%} of subtracted voxels" in page.splitlines()[6]
+        assert f"for subtracted voxels in {pointing:.0%}" in page.splitlines()[6]
         assert (result.parent / document["picture"]).stat().st_size > 1000
     else:
         assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
@@ -683,7 +686,7 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         assert document["figure"][0]["true"] in page
     document["provenance"]["devices"] = {"NVIDIA H200": ["control"]}
     result.write_text(json.dumps(document))
-    assert "Written on a GPU (NVIDIA H200): control." in write_page(result.parent).read_text()
+    assert "Reports written on a GPU (NVIDIA H200): control." in write_page(result.parent).read_text()
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):

@@ -41,7 +41,7 @@ def lines(document: dict) -> list[str]:
         for name, scores in figure.items()
         for entry in scores["comparisons"]
     ]
-    head_tests = ["model", "its map less", "pointing", "AUROC"]
+    head_tests = ["model", "its map minus", "pointing", "AUROC"]
     picture = f"![{document['title']}]({document['picture']})"
     return [
         *(picture, "", *table_lines(head, rows), "", note, "", *table_lines(head_tests, tests), ""),
@@ -55,12 +55,10 @@ def _difference(of: dict) -> str:
 
 def observations(document: dict) -> list[str]:
     """Summarize the maps of the first model in a sentence for the top of the page."""
-    words = {
-        "latent": "",
-        "latent, another patient": " of another patient's map",
-        "pixel": " of subtracted voxels",
-        "chance": " by chance",
-    }
     maps = next(iter(document["figure"].values()))["maps"]
-    shares = ", ".join(f"{maps[name]['pointing_body']['mean']:.0%}{said}" for name, said in words.items())
-    return [f"The maximum of a difference map lies on a lesion in {shares}."]
+    names = ("latent", "latent, another patient", "pixel", "chance")
+    own, another, pixel, chance = (f"{maps[name]['pointing_body']['mean']:.0%}" for name in names)
+    return [
+        f"The maximum of its difference map lies on a lesion in {own} of cases; for another patient's map in "
+        f"{another}, for subtracted voxels in {pixel}, by chance in {chance}."
+    ]

@@ -62,10 +62,10 @@ def lines(document: dict) -> list[str]:
     ]
     first = next(iter(figure.values()))
     note = (
-        f"Logistic regressions on at most {COMPONENTS} principal components, learnt from {first['training_cases']} "
-        f"training cases; of {first['test_cases']} test cases the mean AUROC of the labels, and micro-F1 of what is "
-        "likelier than not. A reference is drawn at random: of the patient it can say nothing (0.5), and every part "
-        "made from both can at best keep what the scan says."
+        f"Logistic regressions on at most {COMPONENTS} principal components, fitted on {first['training_cases']} "
+        f"training cases. Mean AUROC over labels, and micro-F1 at a threshold of 0.5, on {first['test_cases']} test "
+        "cases. References are drawn at random and carry no information about the patient (0.5). Parts computed from "
+        "scan and reference can at best keep the information of the scan."
     )
     compared = {name: model for name, model in figure.items() if "variance" in model}
     shares = [
@@ -73,17 +73,22 @@ def lines(document: dict) -> list[str]:
          *(f"{model['overlap'][key]:.2f}" for key in ("attention", "difference"))]
         for name, model in compared.items()
     ]  # fmt: skip
-    head = ["difference prompt of", "variance by patient", "by reference", "by both together",
-            "attention that two latents share", "cosine of their differences"]  # fmt: skip
+    head = ["difference prompt of", "variance: patient", "reference", "interaction",
+            "shared attention of two latents", "cosine of their differences"]  # fmt: skip
     page = [*table_lines(["model", "part", "AUROC", "micro-F1"], rows), "", note, "", *table_lines(head, shares), ""]
     told = {name: model["prompt"] for name, model in figure.items() if "prompt" in model}
     if told:
-        head = ["written, of findings that are", *next(iter(told.values()))["shares"], "micro-F1 of the prompt"]
+        head = ["stated in reports, of findings", *next(iter(told.values()))["shares"], "micro-F1 of the prompt"]
         rows = [
             [name, *(_share(of) for of in model["shares"].values()), f"{model['f1']:.3f}"]
             for name, model in told.items()
         ]
-        page += [*table_lines(head, rows), "", "Told: named by the diagnosis prompt, that is, by the classifier.", ""]
+        page += [
+            *table_lines(head, rows),
+            "",
+            "Told: named by the diagnosis prompt, which is predicted by the classifier.",
+            "",
+        ]
     return page + device_lines(document)
 
 
@@ -98,16 +103,16 @@ def observations(document: dict) -> list[str]:
     if "variance" in first:
         shares = first["variance"]
         sentences.append(
-            f"Of the variance of its difference prompt {shares['patient']:.1%} hangs on the patient alone, "
-            f"{shares['reference']:.1%} on the reference alone, and {shares['interaction']:.1%} on both together."
+            f"{shares['patient']:.1%} of the variance of its difference prompt depends on the patient alone, "
+            f"{shares['reference']:.1%} on the reference alone, and {shares['interaction']:.1%} on their combination."
         )
     if "prompt" in first:
         share = {name: of["written"] for name, of in first["prompt"]["shares"].items()}
         if None not in share.values():
             sentences.append(
-                f"Of the findings that its diagnosis prompt names, its report has {share['told, true']:.0%} of the "
-                f"true and {share['told, false']:.0%} of the false ones; of the others {share['not told, true']:.0%} "
-                f"of the true and {share['not told, false']:.0%} of the false."
+                f"Its reports state {share['told, true']:.0%} of the true and {share['told, false']:.0%} of the false "
+                f"findings that the diagnosis prompt names, and {share['not told, true']:.0%} of the true and "
+                f"{share['not told, false']:.0%} of the false findings that it does not name."
             )
     return sentences
 

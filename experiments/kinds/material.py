@@ -113,5 +113,5 @@ def device_lines(document: dict) -> list[str]:
         line
         for device, names in devices.items()
         if device != "cpu"
-        for line in (f"Written on a GPU ({device}): {'; '.join(names)}.", "")
+        for line in (f"Reports written on a GPU ({device}): {'; '.join(names)}.", "")
     ]

@@ -28,9 +28,9 @@ NEEDS = Needs()
 PHANTOMS = 40  # cases that calibrate a language model
 KNOWN_TRUTH = f"judge|pairwise|dims:{len(COUNTED)}|rules|truth:findings of the phantom"
 ABOUT_RULES = (
-    "By rules, which know the findings of each phantom: coverage counts those that are named, specificity those with "
-    "the right lobes or sides, quantification those with a length within a quarter of the true one. Split cases, in "
-    "which both have as many of them right, are half a win each; p is that of a sign test over the others."
+    "Judged by rules that know the findings of each phantom. Coverage counts the findings that are named, specificity "
+    "those with the right lobes or sides, quantification those with a length within a quarter of the true one. If "
+    "both reports have the same count, the case is split: half a win each. p: sign test over the other cases."
 )
 
 
@@ -129,7 +129,7 @@ def _finding_lines(figure: Mapping[str, dict]) -> list[str]:
             name, f"{counts['found']} of {counts['findings']}", f"{sums['place_right']} of {sums['with_place']}",
             f"{sums['size_right']} of {sums['with_size']}",
         ])  # fmt: skip
-    head = ["", "findings named", "of these, right lobes or sides", "of these, size within a quarter"]
+    head = ["", "findings named", "of these, with right lobes or sides", "of these, with size within a quarter"]
     by_size = table_lines(["finding", "size", "cases", *(f"found, {name}" for name in names)], rows)
     return [*table_lines(head, details), "", *by_size, ""]
 

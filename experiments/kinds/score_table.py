@@ -77,19 +77,19 @@ def lines(document: dict) -> list[str]:
     paper = [row for row in document["rows"] if row["paper"]]
     if paper:
         shown = [metric for metric in metrics if any(metric in row["paper"] for row in paper)]
-        head = ["The paper's, on RadGenome-ChestCT", *(SHORT[metric] for metric in shown)]
+        head = ["scores of the paper, on RadGenome-ChestCT", *(SHORT[metric] for metric in shown)]
         rows = [[row["name"], *(_paper(row["paper"], metric) for metric in shown)] for row in paper]
         page += ["", *table_lines(head, rows)]
     if document["paper_note"]:
-        page += ["", f"Of the paper: {document['paper_note']}"]
+        page += ["", f"Note on the paper: {document['paper_note']}"]
     if document["comparisons"]:
         head = ["difference", *(SHORT[metric] for metric in metrics)]
         page += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
         page += [
             "",
-            "p: t-test over seeds, where there are several: Welch's, or paired if both rows are of the same models;",
-            "pc: paired bootstrap over cases (a permutation test of fewer than 30); both two-sided and corrected over "
-            "the metrics of the line (Holm).",
+            "p: t-test over seeds, if there are several: Welch's, or paired if both rows have the same models.",
+            "pc: paired bootstrap over cases (permutation test for fewer than 30). Both are two-sided and corrected "
+            "over the metrics of the row (Holm).",
             "",
             *_powers(document),
         ]
@@ -127,7 +127,7 @@ def _comparison(entry: dict, metrics: list[str]) -> list[str]:
         p = f"p {p_text(of['p_seeds_holm'])}, " if "p_seeds_holm" in of else ""
         cells.append(f"{of['difference']:+.3f} ({of['interval'][0]:+.3f} to {of['interval'][1]:+.3f}; "
                      f"{p}pc {p_text(of['p_cases_holm'])})")  # fmt: skip
-    return [f"{entry['first']} less {entry['second']}", *cells]
+    return [f"{entry['first']} minus {entry['second']}", *cells]
 
 
 def detectable(document: dict, first: str, second: str) -> float | None:
@@ -151,12 +151,12 @@ def _powers(document: dict) -> list[str]:
             continue
         least = detectable(document, entry["first"], entry["second"])
         if least is not None:
-            found.append(f"{entry['first']} less {entry['second']} {least:.3f}")
+            found.append(f"{entry['first']} minus {entry['second']} {least:.3f}")
     if not found:
         return []
     return [
-        f"Where the seeds show no difference in micro-F1, one of this size shows with a power of {POWER:.0%} "
-        f"(before correction): {'; '.join(found)}.",
+        f"For comparisons without a significant difference in micro-F1 over seeds the test has a power of {POWER:.0%} "
+        f"(before correction) for: {'; '.join(found)}.",
         "",
     ]
 

@@ -71,11 +71,11 @@ def lines(document: dict) -> list[str]:
         )
     ]
     note = (
-        f"Of {figure['draws']} draws, all pairs; in {figure['changed']:.0%} of them a case had another reference. "
+        f"All pairs of {figure['draws']} draws; in {figure['changed']:.0%} of them the case had different references. "
         "Intervals over cases."
     )
     often = sorted(figure["flips"].items(), key=lambda item: -item[1])[:5]
     flips = ", ".join(f"{label} {share:.1%}" for label, share in often if share)
-    names = f"Most often named in some reports of a case and not in others: {flips or 'none'}."
+    names = f"Labels most often named in only some reports of a case: {flips or 'none'}."
     table = table_lines(["two reports of one scan", "mean over cases"], rows)
     return [*table, "", note, names, "", *device_lines(document)]

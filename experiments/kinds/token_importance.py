@@ -45,7 +45,7 @@ def lines(document: dict) -> list[str]:
     ]
     first = next(iter(figure.values()))
     head = ["model", "targets", "cases", "importance by", f"mass of the top {first['top']} of {first['tokens']}"]
-    note = f"Uniform weights hold {first['uniform_top_mass']:.3f}. The paper's top 8 tokens hold 45 %."
+    note = f"Uniform weights give {first['uniform_top_mass']:.3f}. In the paper, the top 8 tokens hold 45 %."
     picture = f"![{document['title']}]({document['picture']})"
     return [picture, "", *table_lines(head, rows), "", note, "", *device_lines(document)]
 
