@@ -5,7 +5,7 @@ Time of a report: vision and decoding, and the gains from merging, batching and 
 
     python benchmarks/generation.py --rounds 5 --output benchmarks/results
 
-Alternatives alternate in one process, with the shipped checkpoint and phantoms. A ratio is the median over rounds of
+Variants run in turns in one process, with the shipped checkpoint and phantoms. A ratio is the median over rounds of
 the ratio within a round. Processes (`diffvp --help`, the first token) are timed from outside, alternating as well.
 """
 

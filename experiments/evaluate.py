@@ -55,7 +55,7 @@ from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesion_scores import score_findings
 from .provenance import write_bytes, write_json
-from .system_scores import FINDINGS, PhantomReader, micro
+from .system_scores import FINDINGS, PhantomReader, micro, true_labels
 
 BATCH_SIZE = 16
 FEWEST_OF_LABEL = 5  # positive cases below which no score is shown
@@ -232,7 +232,7 @@ def mean_with_interval(values: np.ndarray) -> dict:
 
 def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
     """Compute precision, recall and micro-F1 of the findings, and BLEU-4 and ROUGE-L of texts, with intervals."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
+    truth = true_labels(cases)
     counts = label_counts(predicted, truth)
     result = {}
     for name in FINDINGS:
@@ -246,9 +246,9 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
     return result
 
 
-def score_labels(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
+def score_by_label(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
     """Compute precision, recall and F1 of each label, with the interval of F1 over cases."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
+    truth = true_labels(cases)
     scores = classification_scores(predicted, truth, DIAGNOSIS_LABELS)["labels"]
     counts = label_counts(predicted, truth)
     for index, label in enumerate(DIAGNOSIS_LABELS):
@@ -323,7 +323,7 @@ def evaluate(
     }
     systems = {name: score(written, reader.label_all(written), test) for name, written in texts.items()}
     written = reader.label_all(reports)
-    truth = np.stack([case.labels for case in test]).astype(int)
+    truth = true_labels(test)
     agreement = {}
     if probabilities is not None:
         classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
@@ -359,7 +359,7 @@ def evaluate(
         "systems": systems,
         **goals,
         **alone,
-        "per_label": score_labels(written, test),
+        "per_label": score_by_label(written, test),
         "collapse": collapse,
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
         **agreement,

@@ -26,7 +26,7 @@ from ..references_diffvp import ReferencePool
 from ..training.cohort import Features
 from .lesion_scores import named_twice, score_findings, size_bin
 from .map_scores import score_maps
-from .system_scores import mean_and_interval
+from .system_scores import mean_and_interval, true_labels
 
 SMALL_NODULE = ("Lung nodule", "6-8 mm")
 NO_TRUTH = "not measured"  # shown if the cohort has no case for a score
@@ -49,7 +49,7 @@ def naming_scores(
         number per normal patient. Each entry has `value` and `interval`, the last two also `cases`; `value` is `None`
         without such cases. "false_findings" also has the total `count`.
     """
-    counts = label_counts(predicted, _truth(cases))
+    counts = label_counts(predicted, true_labels(cases))
     scores = {
         f"{average}_f1": _entry(bootstrap_counts(counts, lambda sums, name=average: averages(sums)[name][..., 2]))
         for average in ("micro", "macro")
@@ -81,7 +81,7 @@ def classifier_scores(
         probabilities: (cases, labels).
     """
     predicted = (probabilities >= np.asarray(thresholds)).astype(int)
-    truth = _truth(cases)
+    truth = true_labels(cases)
     areas = {
         label: _entry(bootstrap_auroc(probabilities[:, column], truth[:, column]))
         if 0 < truth[:, column].sum() < len(truth)
@@ -113,7 +113,7 @@ def report_scores(
         the right lobes or sides; "size_right", share with a size within a quarter of the true one; "named_twice",
         share of reports that state a finding in two sentences, with counts by label in `labels`.
     """
-    truth = _truth(cases)
+    truth = true_labels(cases)
     counts = [label_counts(side, truth) for side in (classifier, named)]
     below = compare_counts(*counts, lambda sums: averages(sums)["micro"][..., 2])
     details = [
@@ -275,10 +275,6 @@ def _cell(of: Mapping | None) -> str:
         return NO_TRUTH
     counted = f", {of['count']} in {of['cases']}" if "count" in of else ""
     return with_interval(of["value"], of["interval"]) + counted
-
-
-def _truth(cases: Sequence[Case]) -> NDArray:
-    return np.stack([case.labels for case in cases]).astype(int)
 
 
 def _entry(of: Interval | Comparison) -> dict:

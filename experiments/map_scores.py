@@ -254,10 +254,6 @@ def score_maps(
     lesion_root: str | Path,
     cases: Sequence[Case],
     references: Mapping[str, Case],
-    *,
-    tolerance_mm: float = TOLERANCE_MM,
-    top_percent: float = TOP_PERCENT,
-    smoothing_mm: float = SMOOTHING_MM,
 ) -> dict:
     """
     Score the model's difference maps of the cases with findings, with baselines.
@@ -307,7 +303,7 @@ def score_maps(
         scored.append(case.name)
         following = targets[(index + 1) % len(targets)]
         subtraction = np.abs(target - reference)
-        sigma = [smoothing_mm / mm for mm in geometry.tensor_spacing]
+        sigma = [SMOOTHING_MM / mm for mm in geometry.tensor_spacing]
         if own_map is None:
             own_map = difference_map(model, features, case, references[case.name])
         following_map = difference_map(model, features, following, references[following.name])
@@ -320,9 +316,9 @@ def score_maps(
             "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
             "chance": np.zeros_like(subtraction),
         }
-        truth = Truth.from_codes(codes, body, geometry.tensor_spacing, tolerance_mm)
-        of_case = {name: score_map(values, truth, top_percent) for name, values in maps.items()}
-        of_case["chance, in one piece"] = score_ball(truth, top_percent)
+        truth = Truth.from_codes(codes, body, geometry.tensor_spacing)
+        of_case = {name: score_map(values, truth) for name, values in maps.items()}
+        of_case["chance, in one piece"] = score_ball(truth)
         for name, of_map in of_case.items():
             scores.setdefault(name, []).append(of_map)
         correlations.append(correlation(maps["latent"][body], maps["latent, another reference"][body]))
@@ -331,9 +327,9 @@ def score_maps(
     return {
         "cases": len(scored),
         "without_lesion_in_tensor": outside,
-        "tolerance_mm": tolerance_mm,
-        "top_percent": top_percent,
-        "smoothing_mm": smoothing_mm,
+        "tolerance_mm": TOLERANCE_MM,
+        "top_percent": TOP_PERCENT,
+        "smoothing_mm": SMOOTHING_MM,
         "maps": {name: summary(of_map, scores["chance"]) for name, of_map in scores.items()},
         "comparisons": compare_maps(scores, "latent"),
         "correlation": mean_and_interval(correlations),

@@ -77,22 +77,25 @@ def micro(counts: NDArray, metric: str) -> NDArray:
     return averages(counts)["micro"][..., FINDINGS.index(metric)]
 
 
+def true_labels(cases: Sequence[Case]) -> NDArray[np.int64]:
+    """Return the labels of the cases, (cases, labels)."""
+    return np.stack([case.labels for case in cases]).astype(int)
+
+
 def score_system(reports: Sequence[str], cases: Sequence[Case], labeler: Labeler, workers: int = 1) -> SystemScores:
     """Score the text of reports against the true reports, and their findings against the labels of the cases.
 
     Raises:
         LexiconError: METEOR's data are not installed.
     """
-    truth = np.stack([case.labels for case in cases]).astype(int)
     scores = score_reports(reports, [case.report for case in cases], workers=workers)
-    counts = label_counts(label_reports(labeler, reports), truth)
+    counts = label_counts(label_reports(labeler, reports), true_labels(cases))
     return SystemScores(scores.per_report, counts, f"{scores.signature} {findings_signature(labeler)}")
 
 
 def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:
     """Score predicted labels without a text."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
-    return SystemScores({}, label_counts(predicted.astype(int), truth), "")
+    return SystemScores({}, label_counts(predicted.astype(int), true_labels(cases)), "")
 
 
 def mean_and_interval(values: Sequence[float]) -> dict:

@@ -290,7 +290,7 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
         assert scores[name] == pytest.approx(function(truth, predicted, average="micro"))
         assert scores[f"{name}_interval"][0] < scores[name] < scores[f"{name}_interval"][1]
     assert scores["bleu4"] == scores["rougeL"] == 1
-    labels = evaluate.score_labels(predicted, cases)
+    labels = evaluate.score_by_label(predicted, cases)
     expected = f1_score(truth, predicted, average=None, zero_division=0)
     assert [labels[label]["f1"] for label in DIAGNOSIS_LABELS] == pytest.approx(expected)
     for label in labels.values():
