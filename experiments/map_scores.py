@@ -254,6 +254,7 @@ def score_maps(
     lesion_root: str | Path,
     cases: Sequence[Case],
     references: Mapping[str, Case],
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> dict:
     """
     Score the model's difference maps of the cases with findings, with baselines.
@@ -275,6 +276,7 @@ def score_maps(
     Args:
         lesion_root: the phantom cohort of the cases, with masks.
         references: the reference of each case, by its name.
+        tolerance_mm: largest distance between a maximum and the lesion that it points at.
 
     Returns:
         For each map the scores of [`MapScores`] as means over cases with 95 % intervals, "above_chance" (pointing in
@@ -316,7 +318,7 @@ def score_maps(
             "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
             "chance": np.zeros_like(subtraction),
         }
-        truth = Truth.from_codes(codes, body, geometry.tensor_spacing)
+        truth = Truth.from_codes(codes, body, geometry.tensor_spacing, tolerance_mm)
         of_case = {name: score_map(values, truth) for name, values in maps.items()}
         of_case["chance, in one piece"] = score_ball(truth)
         for name, of_map in of_case.items():
@@ -327,7 +329,7 @@ def score_maps(
     return {
         "cases": len(scored),
         "without_lesion_in_tensor": outside,
-        "tolerance_mm": TOLERANCE_MM,
+        "tolerance_mm": tolerance_mm,
         "top_percent": TOP_PERCENT,
         "smoothing_mm": SMOOTHING_MM,
         "maps": {name: summary(of_map, scores["chance"]) for name, of_map in scores.items()},
