@@ -128,7 +128,7 @@ class Table(_Section):
     about: str
     kind: str = "scores"  # a key of `kinds.KINDS`
     seeds: list[int]
-    rows: list[TableRow]
+    rows: list[TableRow] = Field(min_length=1)
     metrics: list[str] = []
     compare: list[tuple[str, str]] = []  # pairs of row names whose difference is tested
     paper_note: str = ""
