@@ -150,6 +150,7 @@ def test_only_what_a_variant_names_is_otherwise(repository_root):
         ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "must be unique"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
+        ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, maps"),
         ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
     ],
 )
@@ -163,6 +164,14 @@ def test_mistakes_in_a_table_are_named(tmp_path, change, message):
 def test_a_table_that_does_not_exist_is_answered_with_those_that_do():
     with pytest.raises(ValueError, match="no experiment 'table99'; expected one of .*table4"):
         load_table("table99", load_variants())
+
+
+def test_stored_page_matches_stored_results(repository_root, tmp_path):
+    """If this fails after a change of wording, call `write_page` on the folder of the results."""
+    stored = repository_root / "experiments/results/phantom"
+    for path in stored.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    assert write_page(tmp_path).read_text(encoding="utf-8") == (stored / "RESULTS.md").read_text(encoding="utf-8")
 
 
 # References at test time
