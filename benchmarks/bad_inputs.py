@@ -34,7 +34,7 @@ from rich.progress import track
 
 READERS = ("diffvp", "nibabel", "SimpleITK", "MONAI", "pydicom", "dicom2nifti", "dcm2niix")
 FORMATS = {
-    "diffvp": {"NIfTI", "NRRD", "MetaImage", "DICOM", "zip"},
+    "diffvp": {"NIfTI", "NRRD", "MetaImage", "DICOM", "zip", "folder"},
     "nibabel": {"NIfTI"},
     "SimpleITK": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
     "MONAI": {"NIfTI", "NRRD", "MetaImage", "DICOM"},
@@ -224,7 +224,8 @@ def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: f
             if check:
                 if package == "SimpleITK":
                     voxels = sys.modules[package].GetArrayFromImage(voxels)
-                result["sum"], result["size"] = float(np.sum(np.asarray(voxels), dtype=np.float64)), np.size(voxels)
+                voxels = np.asarray(voxels)
+                result["sum"], result["size"] = float(voxels.sum(dtype=np.float64)), voxels.size
         except BaseException as error:  # any exception is a result
             own = type(error).__module__.split(".")[0] == package
             result |= {"outcome": "typed error" if own else "generic error", "error": type(error).__name__}
@@ -303,7 +304,7 @@ def page(results: dict) -> str:
         lines += [f"## {title}", "", f"| reader | cases | {' | '.join(OUTCOMES)} | longest s | most MB |"]
         lines.append("|---" * (len(OUTCOMES) + 4) + "|")
         for name in readers:
-            found = [row["results"][name] for row in rows if row["group"] == group and name in row["results"]]
+            found = [row["results"][name] for row in rows if row["group"] == group and name in row.get("results", {})]
             counts = Counter(one["outcome"] for one in found)
             numbers = " | ".join(str(counts[outcome]) for outcome in OUTCOMES)
             worst = f"{max(one['seconds'] for one in found):.2f} | {max(one['mb'] for one in found):.0f}"
@@ -322,7 +323,7 @@ def page(results: dict) -> str:
     for row in rows:
         cells = []
         for name in readers:
-            one = row["results"].get(name)
+            one = row.get("results", {}).get(name)
             if one is None:
                 cells.append("-")
                 continue
