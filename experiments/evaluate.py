@@ -54,7 +54,7 @@ from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesion_scores import score_findings
-from .provenance import write_bytes, write_json
+from .result_files import write_bytes, write_json
 from .system_scores import FINDINGS, PhantomReader, micro, true_labels
 
 BATCH_SIZE = 16

@@ -32,7 +32,7 @@ from ..metrics.clinical_efficacy.reports import SCORES
 from ..metrics.labelers import RuleLabeler
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import LEVEL, RESAMPLES, Statistic, bootstrap_counts, compare_counts
-from .provenance import write_bytes, write_json
+from .result_files import write_bytes, write_json
 
 DEVELOPMENT_REPORTS = 500
 AVERAGES = ("micro", "macro")

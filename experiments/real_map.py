@@ -35,7 +35,7 @@ from ..training.encoder import load_encoder, read_header
 from ..volume_diffvp import CTVolume
 from .map_figure import MapExample, draw_maps
 from .map_scores import SMOOTHING_MM, TOLERANCE_MM, auroc, body_voxels, dilated, pointing, token_maps
-from .provenance import write_bytes, write_json
+from .result_files import write_bytes, write_json
 
 # Input of Merlin and Astra: the region above -1000 HU, resized to this shape.
 INFLATED_SIZE, INFLATED_FOREGROUND = (160, 224, 224), -1000.0

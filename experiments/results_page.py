@@ -9,7 +9,7 @@ from ..metrics.markdown import p_text
 from ..metrics.statistics import POWER
 from .kinds import KINDS, difference_maps, information
 from .kinds.score_table import detectable
-from .provenance import write_bytes
+from .result_files import write_bytes
 from .runner import load_table, table_names
 from .study import load_variants
 

@@ -28,7 +28,7 @@ from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .kinds import KINDS, Material, Needs
-from .provenance import machine, write_json
+from .result_files import machine, write_json
 from .runs import HeldOut, Run, make_reports
 from .study import FOLDER, Condition, StudyConfig, Table, TableRow, Variant, load_variants
 from .system_scores import study_labeler

@@ -37,8 +37,8 @@ from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
-from .provenance import json_text, machine, write_bytes, write_json
 from .references import choose_references, reference_pool
+from .result_files import json_text, machine, write_bytes, write_json
 from .study import Condition, StudyConfig, Variant
 
 

@@ -15,7 +15,7 @@ from ...metrics.markdown import p_text, table_lines
 from ...metrics.statistics import POWER, detectable_difference
 from ...train_accelerate import build_generator
 from ..evaluate import constant_normal_report, pooled_features
-from ..provenance import write_bytes, write_json
+from ..result_files import write_bytes, write_json
 from ..runs import Run, cases_sha256, frozen_sha256
 from ..study import Condition, Table, Variant
 from ..system_scores import (
