@@ -45,7 +45,8 @@ def _described(document: dict) -> dict:
         return document
     variants = load_variants()
     table = load_table(document["experiment"], variants)
-    rows = [row | {"about": variants[row["variant"]].about} for row in document["rows"]]
+    abouts = {key: {"about": variant.about} for key, variant in variants.items()}
+    rows = [row | abouts.get(row["variant"], {}) for row in document["rows"]]  # a variant may have been removed
     return document | {"title": table.title, "about": table.about, "paper_note": table.paper_note, "rows": rows}
 
 
