@@ -704,9 +704,9 @@ def experiment(
     logging.getLogger("diffvp").setLevel(logging.INFO)
     import yaml
 
-    from .experiments.page import write_page
-    from .experiments.study import Study
-    from .experiments.tables import planned_runs, run_experiment
+    from .experiments.results_page import write_page
+    from .experiments.runner import planned_runs, run_experiment
+    from .experiments.study import StudyConfig
     from .inference.report import EXPECTED_ERRORS
     from .metrics.labelers.radbert import RadBertError
     from .metrics.nlg import LexiconError
@@ -714,7 +714,7 @@ def experiment(
 
     overrides = [name for name in names if "=" in name]
     with _one_line_errors(ValueError, TypeError, yaml.YAMLError):
-        loaded = Study.load(study, overrides)
+        loaded = StudyConfig.load(study, overrides)
     with (
         _one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError),
         _listed_problems(),

@@ -1,15 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Do quicker ways to decode write the same reports? Drafts, batches, and weights of fewer bits, on unseen phantoms.
+Compare reports of faster decoding (drafts, batches, weights of fewer bits) with plain decoding, on unseen phantoms.
 
     python benchmarks/agreement.py --cases 200 --output benchmarks/results                  # drafts and batches
     python benchmarks/agreement.py --cases 100 --ways plain bfloat16 "bfloat16, batch" --output ...
     python benchmarks/agreement.py --ways plain drafts --scans a.nii.gz b.nii.gz --output ...
 
-All ways decode the same prompts, which the float32 model has embedded: what differs is decoding alone. `plain` is
-float32, one report at a time, a token a step. Each report is a line of agreement.jsonl as soon as it is written; the
-same command goes on with that file. A step is a forward pass of the LLM; seconds are of the processor.
+All ways decode the same prompts, embedded by the float32 model: only decoding differs. `plain` is float32, one report
+at a time, one token per step. Each report is appended to agreement.jsonl; the same command resumes with that file. A
+step is a forward pass of the LLM. Seconds are processor time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_report import labels_from_report, region_sentences, report_text
-from diffvp.experiments.scores import micro
+from diffvp.experiments.system_scores import micro
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.clinical_efficacy import label_counts
@@ -35,7 +35,7 @@ from diffvp.metrics.statistics import bootstrap_counts
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 SEED, SPLIT, BATCH = 25, "valid", 8
-# Weights, drafts, and how many prompts at a time.
+# Data type of the weights, drafts, and prompts per batch.
 WAYS = {
     "plain": ("float32", False, 1),
     "drafts": ("float32", True, 1),
@@ -48,7 +48,7 @@ WAYS = {
 
 
 class Decoder:
-    """A loaded checkpoint whose LLM decodes in one of the ways, and counts its steps."""
+    """A loaded checkpoint that decodes in one of the ways and counts the steps of its LLM."""
 
     def __init__(self, checkpoint: Path, way: str):
         weights, drafted, self.batch = WAYS[way]
@@ -73,7 +73,7 @@ class Decoder:
 def prompts_of(
     decoder: Decoder, cases: int, scans: list[Path], kept: Path
 ) -> dict[str, tuple[str | None, torch.Tensor]]:
-    """True report and prompt of each case by its name. Prompts are kept: encoding takes longer than decoding."""
+    """Return true report and prompt by case name. Prompts are cached: encoding takes longer than decoding."""
     found = {}
     for name in track([path.name for path in scans] or list(map(str, range(cases))), "Prompts"):
         patient = None if scans else sample_patient(SEED, int(name), SPLIT)
@@ -95,7 +95,7 @@ def prompts_of(
 
 
 def table(rows: dict[str, dict[str, dict]], truths: dict[str, str | None]) -> list[str]:
-    """Each way beside plain decoding, on the cases that both have."""
+    """Return a row for each way, compared with plain decoding on their common cases."""
     lines = []
     for way, written in rows.items():
         names = [name for name in written if name in rows["plain"]]
@@ -120,9 +120,9 @@ def table(rows: dict[str, dict[str, dict]], truths: dict[str, str | None]) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--cases", type=int, default=200, help="number of phantoms")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["plain", "drafts", "batch", "drafts, batch"])
-    parser.add_argument("--scans", nargs="+", type=Path, default=[], help="files, instead of phantoms")
+    parser.add_argument("--scans", nargs="+", type=Path, default=[], help="scan files to use instead of phantoms")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -134,7 +134,7 @@ def main() -> None:
         rows.setdefault(one["way"], {})[one["case"]] = one
     decoder = Decoder(options.checkpoint, "plain")
     prompts = prompts_of(decoder, options.cases, options.scans, kept)
-    # In turns, so that an interrupted run has all ways of the same cases.
+    # Alternate, so that an interrupted run has all ways for the same cases.
     decoders = {way: decoder if way == "plain" else Decoder(options.checkpoint, way) for way in options.ways}
     for start in track(range(0, len(prompts), BATCH), "Reports"):
         names = list(prompts)[start : start + BATCH]
@@ -150,9 +150,9 @@ def main() -> None:
                         file.write(json.dumps(rows[way][name]) + "\n")
     truths = {name: truth for name, (truth, _) in prompts.items()}
     page = [
-        "# The same words?", "",
+        "# Agreement of decoding methods", "",
         f"`python benchmarks/agreement.py` on {platform.machine()}, {torch.get_num_threads()} thread(s). Plain is",
-        "float32, one report at a time, a token a step; equal is equal to it, token for token.", "",
+        "float32, one report at a time, one token per step. Equal reports have the same tokens.", "",
         *table({way: {n: r for n, r in rows[way].items() if n in truths} for way in rows if rows[way]}, truths), "",
     ]  # fmt: skip
     (options.output / "agreement.md").write_text("\n".join(page), encoding="utf-8")

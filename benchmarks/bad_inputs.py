@@ -1,16 +1,16 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What readers make of malformed and hostile files, and of legitimate ones, on the corpora of `tests/`: diffvp, nibabel,
-SimpleITK, MONAI, pydicom, dicom2nifti and dcm2niix.
+Compare readers on malformed, hostile and legitimate files, with the corpora of `tests/`: diffvp, nibabel, SimpleITK,
+MONAI, pydicom, dicom2nifti and dcm2niix.
 
-    pip install itk pynrrd   # with which MONAI reads NRRD, MetaImage and DICOM
+    pip install itk pynrrd   # required by MONAI for NRRD, MetaImage and DICOM
     pip install --no-deps dicom2nifti python-gdcm
     apt-get install dcm2niix
     python benchmarks/bad_inputs.py --output benchmarks/results
 
-Each case runs in a process of its own, forked from one that has imported the reader, with a limit on time and on
-address space. Memory is what the process held at most beyond what it held after the imports.
+Each case runs in a separate process, forked from one that has imported the reader, with limits on time and address
+space. Memory is the peak of the process minus its size after the imports.
 """
 
 import argparse
@@ -45,9 +45,9 @@ FORMATS = {
     "dcm2niix": {"DICOM"},
 }
 OUTCOMES = ("accepted", "other voxels", "typed error", "generic error", "crash", "hang")
-PLAIN = "good: .nii.gz"  # the scan that all good cases hold
-# Sound files, or such whose contents a reader of images in general need not judge: that diffvp refuses them says that
-# they are no CT on a grid that its model can take.
+PLAIN = "good: .nii.gz"  # all good cases contain the scan of this one
+# Valid files that diffvp refuses because they are not a CT on a grid that its model accepts. A general image reader
+# may accept them.
 SOUND = {
     "NIfTI": (
         "ANALYZE 7.5 pair", "NIfTI pair", "unknown suffix", "folder named .nii.gz", "2-D", "4-D over time", "5-D",
@@ -76,13 +76,13 @@ SOUND = {
 
 
 def reader(name: str, voxels: bool = False):
-    """The function that reads a path, with its imports done.
+    """Import a reader and return its function that reads a path.
 
     Args:
-        voxels: read Hounsfield units; else as far as the reader goes, to the model's tensor where it makes one.
+        voxels: read Hounsfield units; otherwise go as far as the reader can, up to the model's tensor.
     """
     if name == "diffvp":
-        import diffvp.dicom_diffvp  # noqa: F401 - else imported at the first series
+        import diffvp.dicom_diffvp  # noqa: F401 - otherwise imported at the first series
         from diffvp.reading_diffvp import read_ct
         from diffvp.volume_diffvp import resample
 
@@ -122,7 +122,7 @@ def reader(name: str, voxels: bool = False):
 
     if voxels:
         return LoadImage(image_only=True)
-    # ITK loads itself bit by bit, for seconds.
+    # ITK loads its parts lazily, which takes seconds.
     for part in ("ImageFileReader", "ImageSeriesReader", "GDCMSeriesFileNames", "NrrdImageIO", "MetaImageIO"):
         getattr(itk, part)
     return Compose(
@@ -139,7 +139,7 @@ def reader(name: str, voxels: bool = False):
 
 
 def by_pydicom():
-    """As its documentation does it: pixels and rescale of every file, in the order of their positions."""
+    """Read as in the documentation: pixels and rescale of every file, in the order of their positions."""
     import pydicom
     from pydicom.fileset import FileSet
     from pydicom.pixels import apply_rescale
@@ -154,7 +154,7 @@ def by_pydicom():
             for file in files:
                 try:
                     slices.append(pydicom.dcmread(file))
-                except pydicom.errors.InvalidDicomError:  # notes, which folders also hold
+                except pydicom.errors.InvalidDicomError:  # folders also contain notes
                     continue
         if len(slices) > 1:
             slices.sort(key=lambda one: one.ImagePositionPatient[2])
@@ -188,7 +188,7 @@ def by_dcm2niix():
             source = os.path.dirname(path) if os.path.basename(path) == "DICOMDIR" else path
             command = ["dcm2niix", "-z", "n", "-b", "n", "-f", "%s", "-o", folder, source]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            # It converts all series that it finds; the first by name is taken.
+            # It converts all series; take the first by name.
             return nibabel.load(sorted(Path(folder).glob("*.nii"))[0]).get_fdata()
 
     return read
@@ -210,7 +210,7 @@ def resident_mb() -> float:
 
 
 def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: float) -> dict:
-    """One read in a forked process."""
+    """Read a file in a forked process; return outcome, seconds and memory."""
     receive, send = os.pipe()
     start = time.perf_counter()
     child = os.fork()
@@ -228,7 +228,7 @@ def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: f
                     voxels = sys.modules[package].GetArrayFromImage(voxels)
                 voxels = np.asarray(voxels)
                 result["sum"], result["size"] = float(voxels.sum(dtype=np.float64)), voxels.size
-        except BaseException as error:  # whatever comes is the result
+        except BaseException as error:  # any exception is a result
             own = type(error).__module__.split(".")[0] == package
             result |= {"outcome": "typed error" if own else "generic error", "error": type(error).__name__}
         os.write(send, json.dumps(result).encode())
@@ -252,7 +252,7 @@ def attempt(read, package: str, path: str, check: bool, gigabytes: int, limit: f
 
 
 def cases(folder: Path) -> list[dict]:
-    """Write the cases that are files, and say where they lie."""
+    """Write the cases that are files; return their descriptions and paths."""
     from diffvp.tests.bad_inputs import CASES
 
     written = []
@@ -270,7 +270,7 @@ def cases(folder: Path) -> list[dict]:
 
 
 def legitimate(folder: Path) -> list[dict]:
-    """Write the legitimate files, and say what they hold."""
+    """Write the legitimate files; return their descriptions, paths and contents."""
     from diffvp.tests.ct_samples import make_ct
     from diffvp.tests.good_inputs import GOOD
     from diffvp.tests.good_volumes import GOOD as VOLUMES
@@ -343,8 +343,8 @@ def page(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--limit", type=float, default=60, help="seconds for a case")
-    parser.add_argument("--gigabytes", type=int, default=16, help="of address space for a case")
+    parser.add_argument("--limit", type=float, default=60, help="time limit for a case, in seconds")
+    parser.add_argument("--gigabytes", type=int, default=16, help="limit of the address space for a case, in GB")
     parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reader:
@@ -371,7 +371,7 @@ def main() -> None:
             for row in rows:
                 if row["name"] in found:
                     one = row.setdefault("results", {})[name] = found[row["name"]]
-                    # Equal voxels have an equal sum in whatever order; resampling an oblique grid changes it by 9 %.
+                    # The sum does not depend on the order of voxels; resampling an oblique grid changes it by 9 %.
                     if row["group"] == "legitimate" and "sum" in one:
                         other = one["size"] != row["size"] or abs(one["sum"] / row["sum"] - 1) > 1e-3
                     else:

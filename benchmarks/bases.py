@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Which base LLMs lose nothing: a tiny random LLM of each family, a DiffVP with LoRA on it, in a batch and through every
+Check that base LLMs lose nothing: a tiny random LLM of each family in a DiffVP with LoRA, batched and saved in every
 kind of checkpoint.
 
     python -m diffvp.benchmarks.bases
 
-The families are those of `tests/base_families.py`. The table is also put into docs/bases.md.
+The families are those of `tests/base_families.py`. The table is also written into docs/bases.md.
 """
 
 import argparse
@@ -45,7 +45,7 @@ START, END = "<!-- made by: python -m diffvp.benchmarks.bases -->\n", "<!-- end 
 
 
 def make_inputs() -> dict[str, torch.Tensor]:
-    """Of `forward`: a scan without findings and one with all of them, whose prompt is longer."""
+    """Return arguments of `forward`: a scan without findings, and one with all findings and thus a longer prompt."""
     ct, reference = make_scans()
     findings = torch.full((2, 18), -9.0)
     findings[1] = 9.0
@@ -55,11 +55,12 @@ def make_inputs() -> dict[str, torch.Tensor]:
 
 def measure(name: str, folder: Path) -> dict[str, float | str]:
     """
-    One of `NAMES`.
+    Measure one base of `NAMES`.
 
     Returns:
-        the `architecture`, the `largest logit`, and for `BATCH` and each of `TRIPS` the largest difference of a logit
-        or the words of the refusal; or, of a base that is refused when the model is made, these words as `refused`.
+        `architecture`, `largest logit`, and for `BATCH` and each of `TRIPS` the largest difference of a logit or the
+        message of the refusal. If the base is refused when the model is built: `architecture` and `refused`, the
+        message.
     """
     if name == OWN_CODE:
         base = write_base_with_own_code(folder / "base")
@@ -86,7 +87,7 @@ def measure(name: str, folder: Path) -> dict[str, float | str]:
 
 
 def table(families: dict[str, dict]) -> str:
-    """Measured families, and below them those that are refused."""
+    """Return the table of measured families, followed by the refusals."""
     rows, refusals = [], []
     for name, row in families.items():
         cells = []

@@ -1,17 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A report by this build and by an earlier one, in turns: seconds of the clock and of the processor, memory, words.
+Compare reports of this build and of an earlier one, alternating: wall time, processor time, memory, text.
 
     git worktree add ../before/diffvp 63a5407
     python benchmarks/before.py ../before/diffvp --minutes 10 --output benchmarks/results
 
-Whole processes are timed from outside. Decoding is timed in this process: the LLM's own `generate`, which is how the
-build before decoded, and this one with drafts, on the same prompts. Rounds go on until the minutes are spent; a ratio
-is the median over the rounds of one round's ratio. The first round of each, which fills caches, does not count.
+Whole processes are timed from outside. Decoding is timed in this process, on the same prompts: with `generate` of the
+LLM, as in the earlier build, and with the drafts of this build. Rounds repeat until the minutes are spent. A ratio is
+the median over rounds of the ratio within a round. A warm-up round, which fills caches, does not count.
 
-With `--llama FOLDER` the tokens a second of llama.cpp stand beside it, on the same GGUF file with as many threads:
-`pip install --no-deps --target FOLDER xllamacpp` (its wheel for CPUs is built for any of them, without AVX-512).
+`--llama FOLDER` adds the tokens per second of llama.cpp, on the same GGUF file with the same number of threads:
+`pip install --no-deps --target FOLDER xllamacpp` (its CPU wheel runs on any CPU, without AVX-512).
 """
 
 import argparse
@@ -37,12 +37,12 @@ from diffvp.pipeline_diffvp import end_tokens
 from diffvp.provenance import machine
 
 HERE = Path(__file__).resolve().parents[1]
-SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; what is left is for the busy machine
+SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; the rest is for the busy machine
 BUSY = "while True: pass"
 
 
 def run(tree: Path, command: list[str]) -> dict[str, float]:
-    """Seconds and memory of a process that uses the package in `tree`."""
+    """Return seconds and memory (MB) of a process that uses the package in `tree`."""
     environment = os.environ | {"PYTHONPATH": str(tree.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -73,7 +73,7 @@ def processes(trees: dict[str, Path], scans: list[Path], folder: Path) -> dict[s
 
 
 def in_turns(kinds: dict[str, Callable[[], dict]], deadline: float, rounds: int) -> dict[str, list[dict]]:
-    """Measurements of each kind, a round after the other until the deadline; at least one round."""
+    """Measure all kinds in rounds until the deadline, at least one round."""
     for measure in kinds.values():
         measure()
     found = {name: [] for name in kinds}
@@ -87,7 +87,7 @@ def in_turns(kinds: dict[str, Callable[[], dict]], deadline: float, rounds: int)
 
 
 def decoding(scans: list[Path]) -> tuple[dict[str, Callable[[], dict]], Callable[[], list[bool]]]:
-    """Ways to decode the same prompts, and whether they write the same words."""
+    """Return ways to decode the same prompts, and a check that they write the same tokens."""
     model, processor = load_checkpoint(CHECKPOINT)
     model.merge_adapter()
     prompts = []
@@ -126,7 +126,7 @@ def decoding(scans: list[Path]) -> tuple[dict[str, Callable[[], dict]], Callable
 
 
 def beside_two(measure: Callable[[], dict]) -> dict:
-    """The same, while two other processes keep both cores busy."""
+    """Measure while two other processes keep both cores busy."""
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
     try:
         return measure()
@@ -149,7 +149,7 @@ print(json.dumps([server.handle_completions(request)["timings"]["predicted_per_s
 
 
 def llama(folder: str) -> float:
-    """Tokens a second of llama.cpp on the base LLM's own file, with as many threads as torch has here: the median."""
+    """Return the median tokens per second of llama.cpp on the file of the base LLM, with the threads of torch."""
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     place, file = locate_base_model(
         *(config[f"base_model_{key}"] for key in ("name_or_path", "revision", "gguf_file"))
@@ -207,10 +207,10 @@ def page(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="working tree of the build before, in a folder named diffvp")
+    parser.add_argument("before", type=Path, help="working tree of the earlier build, in a folder named diffvp")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--rounds", type=int, default=9, help="at most")
-    parser.add_argument("--llama", metavar="FOLDER", help="where xllamacpp, a build of llama.cpp, is installed")
+    parser.add_argument("--rounds", type=int, default=9, help="largest number of rounds")
+    parser.add_argument("--llama", metavar="FOLDER", help="folder with xllamacpp, a build of llama.cpp")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     results = {

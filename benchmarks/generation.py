@@ -1,13 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Writing a report: what of it is vision and what is decoding, and what merging, batching and cached references gain.
+Time of a report: vision and decoding, and the gains from merging, batching and cached references.
 
     python benchmarks/generation.py --rounds 5 --output benchmarks/results
 
-Alternatives take turns in one process, on the checkpoint that ships and phantoms; a ratio is the median over the
-rounds of one round's ratio. What starts processes (`diffvp --help`, the first token) is timed from outside, in turns
-as well.
+Variants run in turns in one process, with the shipped checkpoint and phantoms. A ratio is the median over rounds of
+the ratio within a round. Processes (`diffvp --help`, the first token) are timed from outside, alternating as well.
 """
 
 import argparse
@@ -64,7 +63,7 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
 
 
 def vision(model, ct: torch.Tensor, reference: torch.Tensor, max_new_tokens: int, rounds: int) -> dict:
-    """Encoding a scan for its report, with the reference's features from a cache and without."""
+    """Time the encoding of a scan, with and without cached features of the reference."""
     cached = model.extract_features(reference)
 
     def encode(reference_features=None) -> dict[str, torch.Tensor]:
@@ -85,7 +84,7 @@ def vision(model, ct: torch.Tensor, reference: torch.Tensor, max_new_tokens: int
 
 
 def pools(writer: ReportWriter, path: Path, rounds: int) -> dict:
-    """A report with pools of references that have been encoded before."""
+    """Time a report with pools of encoded references."""
     own = next(iter(writer._pool.values()))
     _, encoded = writer._reference(own["id"])
 
@@ -106,7 +105,7 @@ def pools(writer: ReportWriter, path: Path, rounds: int) -> dict:
 
 
 def decode(model, unmerged, inputs: dict, prompts: list[torch.Tensor], tokens: int, rounds: int) -> dict:
-    """The same number of tokens by ours, by the bare LLM, without merging, and in a batch."""
+    """Time the same number of tokens with ours, the bare LLM, without merging, and in a batch."""
     decoding = greedy(model, tokens)
     decoding.update(min_new_tokens=tokens)
     first = {name: value[:1] for name, value in inputs.items()}
@@ -140,7 +139,7 @@ def decode(model, unmerged, inputs: dict, prompts: list[torch.Tensor], tokens: i
 
 
 def processes(folder: Path, rounds: int) -> dict:
-    """Seconds of whole processes: the help, and from the start to the first token of a report."""
+    """Time whole processes: the help, and from the start to the first token of a report."""
     shape, spacing, noise = SHAPES["512 x 512 x 300"]
     target, reference = folder / "target.nii.gz", folder / "reference.nii.gz"
     write_nifti(target, scan(shape, noise), spacing)
@@ -177,7 +176,7 @@ def page(results: dict) -> str:
         "",
         f"- Encoding for a report with the reference's features cached, over both encoded: {vision['ratio']:.2f}; "
         f"same tokens: {_yes(vision['same_tokens'])}.",
-        "- Time of a report with a pool of so many encoded references, over a pool of one: "
+        "- Time of a report with a pool of N encoded references, over a pool of one: "
         + ", ".join(f"{int(name):,}: {value:.3f}" for name, value in pools["ratio"].items()) + ".",
         f"- Tokens per second of `model.generate` over the bare LLM's on the same embeddings: "
         f"{decoding['ours_over_bare']:.2f}; same tokens: {_yes(decoding['same_tokens_as_bare'])}.",

@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-How long it takes to score a test split of RadGenome-ChestCT's size: 1,564 reports of some 250 words.
+Time to score a test split of the size of RadGenome-ChestCT: 1,564 reports of about 250 words.
 
     python benchmarks/metrics.py --workers 2 --output benchmarks/results
 
-Reports are made of the sentences of phantoms. Scored are all language metrics of the paper, and the findings that the
-rule labeler reads, each with a 1,000-fold bootstrap.
+Reports consist of sentences of phantoms. Scores: all language metrics of the paper and the findings of the rule
+labeler, each with a 1,000-fold bootstrap.
 """
 
 import argparse
@@ -29,7 +29,7 @@ REPORTS, WORDS = 1564, 250
 
 
 def make_reports(seed: int) -> list[str]:
-    """Reports of at least `WORDS` words, of several phantoms each."""
+    """Make reports of at least `WORDS` words, each from several phantoms."""
     rng = np.random.default_rng(seed)
     single = [report_text(region_sentences(sample_patient(seed, index, "benchmark"))) for index in range(400)]
     reports = []

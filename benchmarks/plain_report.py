@@ -1,13 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-From nothing to the first token of a report: by this package, and by a script as one would write it with MONAI, peft
-and transformers. `benchmarks/generation.py` times both as processes.
+Write the first token of a report, with this package or with a plain script of MONAI, peft and transformers.
+`benchmarks/generation.py` times both as processes.
 
     python benchmarks/plain_report.py diffvp|plain CHECKPOINT TARGET REFERENCE
 
-The plain one does the same work: it preprocesses two scans, encodes them, encodes the target again for the classifier,
-loads the LLM with its adapter, and generates one token from as many embeddings as the checkpoint's prompt has.
+The plain script does the same work: it preprocesses two scans, encodes them, encodes the target again for the
+classifier, loads the LLM with its adapter, and generates one token from a prompt with the length of the checkpoint's.
 """
 
 import json

@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-From a CT file to the model's tensor: time and memory against MONAI, TorchIO and SimpleITK.
+Time and memory from a CT file to the model's tensor, against MONAI, TorchIO and SimpleITK.
 
     pip install torchio imagecodecs
     python benchmarks/preprocess.py --rounds 5 --output benchmarks/results
 
-All pipelines take the same file to 64 x 256 x 256 voxels in [-1, 1]. In each round they take turns in one process, and
-a ratio is the median over the rounds of (its time / ours in the same round). Peak memory is that of a process of its
-own. Single runs vary twofold on a shared machine: only the ratios mean something.
+All pipelines convert the same file to 64 x 256 x 256 voxels in [-1, 1]. They alternate in one process; a ratio is the
+median over rounds of (time / our time in the same round). Peak memory is measured in a separate process. Single runs
+vary twofold on a shared machine: only ratios are meaningful.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from diffvp.volume_diffvp import resample
 STREAMED = 24  # scans in a stream, for the scaling over threads
 SIZE = (64, 256, 256)  # depth, height, width
 WINDOW = (-1000.0, 200.0)
-# name: voxels x, y, z; mm; standard deviation of the noise in HU, which decides how the file compresses
+# name: voxels x, y, z; mm; standard deviation of the noise in HU, which determines how well the file compresses
 SHAPES = {
     "512 x 512 x 300": ((512, 512, 300), (0.7, 0.7, 1.0), 12),
     "256 x 256 x 200": ((256, 256, 200), (1.4, 1.4, 1.5), 12),
@@ -47,7 +47,7 @@ OURS = "diffvp"
 
 
 def scan(shape, noise: float, seed: int = 0) -> np.ndarray:
-    """HU [x, y, z] in LPS order: a noisy body with two lungs in air, and air around it that is noisy too."""
+    """Make HU [x, y, z] in LPS order: a noisy body with two lungs, in noisy air."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape[:2]], indexing="ij")
     body = (x / 0.85) ** 2 + (y / 0.65) ** 2 < 1
@@ -73,7 +73,7 @@ def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
 
     folder.mkdir()
     writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()  # else each slice is a series of its own
+    writer.KeepOriginalImageUIDOn()  # otherwise each slice becomes a separate series
     for z in range(array.shape[2]):
         image = sitk.GetImageFromArray(array[:, :, z].T)
         image.SetSpacing(spacing[:2])
@@ -88,7 +88,7 @@ def write_dicom(folder: Path, array: np.ndarray, spacing) -> None:
 
 
 def write_compressed(folder: Path, source: Path, kind: str) -> None:
-    """The slices of a folder, compressed without loss: JPEG 2000 by SimpleITK, JPEG-LS by imagecodecs."""
+    """Compress the slices of a folder losslessly: JPEG 2000 with SimpleITK, JPEG-LS with imagecodecs."""
     import pydicom
     import SimpleITK as sitk
     from pydicom.encaps import encapsulate
@@ -119,7 +119,7 @@ def write_compressed(folder: Path, source: Path, kind: str) -> None:
 
 
 def hounsfield(path) -> np.ndarray:
-    """A DICOM folder or file in HU: what a reader does, without resampling."""
+    """Read a DICOM folder or file in HU, without resampling."""
     volume = read_ct(path)
     assert (volume.slope, volume.intercept) == (1, 0)
     return volume.array
@@ -134,7 +134,7 @@ def hounsfield_simpleitk(path) -> np.ndarray:
 
 
 def ours(path, antialias: bool = False, digest: bool = False) -> torch.Tensor:
-    """What `DiffVPImageProcessor` does, which imports transformers (150 MB) for it."""
+    """Preprocess like `DiffVPImageProcessor`, without its import of transformers (150 MB)."""
     return resample(read_ct(path), SIZE, antialias=antialias, digest=digest)[0]
 
 
@@ -166,7 +166,7 @@ def monai_standard(path) -> torch.Tensor:
 
 
 def monai_single(path) -> torch.Tensor:
-    """What ours equals: the standard chain without Spacing, whose grid Resize changes again."""
+    """Preprocess with one interpolation, which ours equals: the standard chain without Spacing."""
     from monai.transforms import CropForeground, Orientation, ScaleIntensityRange
 
     return monai(path, [
@@ -192,7 +192,7 @@ def torchio(path) -> torch.Tensor:
 
 
 def simpleitk(path) -> torch.Tensor:
-    """One linear resampling straight to the tensor's grid."""
+    """Resample once, linearly, to the grid of the tensor."""
     import SimpleITK as sitk
 
     if Path(path).is_dir():
@@ -221,7 +221,7 @@ PIPELINES = {
     "SimpleITK, one resampling": simpleitk,
 }
 READERS = {OURS: hounsfield, "SimpleITK": hounsfield_simpleitk}
-NOT_DICOM = {"TorchIO"}  # reads a folder through ITK as well; no other way to time
+NOT_DICOM = {"TorchIO"}  # reads a folder through ITK, like SimpleITK: nothing else to time
 
 
 def interleaved(path: Path, names: list[str], rounds: int, pipelines=PIPELINES) -> dict[str, dict[str, float]]:
@@ -229,7 +229,7 @@ def interleaved(path: Path, names: list[str], rounds: int, pipelines=PIPELINES) 
     for name in names:
         pipelines[name](path)  # imports, page cache
     for turn in track(range(rounds), path.name):
-        # In another order each time: behind a pipeline that gives much memory back, the next has its pages to fault.
+        # Random order: after a pipeline that frees much memory, the next one pays for the page faults.
         for name in np.random.default_rng(turn).permutation(names).tolist():
             start = time.perf_counter()
             pipelines[name](path)
@@ -244,15 +244,16 @@ def interleaved(path: Path, names: list[str], rounds: int, pipelines=PIPELINES) 
 
 
 def peak_memory(path: Path, name: str) -> float:
-    """MB, of a process that does nothing else, its imports included."""
+    """Return the peak memory (MB) of a separate process, imports included."""
     command = [sys.executable, __file__, "--peak", name, str(path)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def threads(path: Path, rounds: int) -> float:
-    """Scans per second of two threads over that of one.
+    """Return the throughput of two threads over that of one.
 
-    Of a stream that is long beside its threads' first scans, for which each takes memory from the system.
+    The stream is long, so that the first scan of each thread, for which it takes memory from the system, hardly
+    counts.
     """
     from diffvp.processing_diffvp import DiffVPImageProcessor
 
@@ -270,7 +271,7 @@ def threads(path: Path, rounds: int) -> float:
 
 
 def readers(folder: Path, rounds: int) -> dict[str, dict]:
-    """Reading alone, of series as they come: uncompressed, JPEG 2000, JPEG-LS, and enhanced CT."""
+    """Time the reading of DICOM: uncompressed, JPEG 2000, JPEG-LS, and enhanced CT."""
     from diffvp.tests.ct_samples import write_enhanced
 
     array = scan((512, 512, 300), 12)
@@ -287,7 +288,7 @@ def readers(folder: Path, rounds: int) -> dict[str, dict]:
 
 
 def exponent(folder: Path, rounds: int) -> dict:
-    """Slope of log time against log voxels, from 64 MB to 512 MB of int16."""
+    """Fit the slope of log time against log voxels, from 64 MB to 512 MB of int16."""
     paths = {}
     for slices in (122, 244, 488, 976):
         paths[slices] = folder / f"slices_{slices}.nii.gz"
@@ -312,16 +313,16 @@ def resident() -> float:
 
 
 def peak_resident() -> float:
-    """MB of this process. Not `ru_maxrss`: that of the process which started this one counts there as well."""
+    """Return the peak memory (MB) of this process. `ru_maxrss` would include that of its parent."""
     with open("/proc/self/status") as file:
         [line] = [line for line in file if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def drift(path: Path, volumes: int) -> float:
-    """MB by which the process grows over so many volumes: the slope of a straight line through its sizes.
+    """Return the growth (MB) of the process over `volumes` scans, from a linear fit to its sizes.
 
-    Two looks, or medians of fifty, see what the allocator happens to hold: tensors of 17 MB come and go.
+    Single sizes, or medians of fifty, depend on what the allocator happens to hold: tensors of 17 MB come and go.
     """
     from diffvp.processing_diffvp import DiffVPImageProcessor
 
@@ -362,7 +363,7 @@ def page(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--volumes", type=int, default=1000, help="for the growth of memory")
+    parser.add_argument("--volumes", type=int, default=1000, help="scans for the measurement of memory growth")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint loses on its way to the disk and back, for any base LLM and adapter: nothing, or it is refused."""
+"""Check that a checkpoint with any base LLM and adapter is saved and loaded without loss, or refused."""
 
 import copy
 from pathlib import Path
@@ -18,12 +18,12 @@ AFTER = {"saved again": "saved", "adapter alone": "saved", "exported with a new 
 
 @torch.no_grad()
 def logits(model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a model says of some inputs, in float32."""
+    """Return the logits of a model in float32."""
     return model.eval()(**inputs).logits.float()
 
 
 def batch_against_alone(model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a logit between rows of a batch and the same rows alone; prompts differ in length."""
+    """Return the largest difference of a logit between a batch, with prompts of several lengths, and single rows."""
     together, count = logits(model, inputs), inputs["ct"].shape[0]
     alone = [logits(model, {name: value[row : row + 1] for name, value in inputs.items()}) for row in range(count)]
     return float((together - torch.cat(alone)).abs().max())
@@ -31,7 +31,7 @@ def batch_against_alone(model: DiffVPForConditionalGeneration, inputs: dict[str,
 
 @torch.no_grad()
 def move_adapter(model: DiffVPForConditionalGeneration, seed: int, scale: float = 0.1) -> None:
-    """Change the trainable weights of the LLM as training would: a fresh adapter does nothing."""
+    """Change the trainable weights of the LLM, because a fresh adapter has no effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.language_model.parameters():
         if parameter.requires_grad:
@@ -42,17 +42,17 @@ def round_trip(
     model: DiffVPForConditionalGeneration, inputs: dict[str, torch.Tensor], folder: Path, new_adapter: LoraConfig
 ) -> dict[str, float | str]:
     """
-    Save, load, save again, merge and export a model with an adapter, which stays as it is.
+    Save, load, save again, merge and export a model with an adapter. The model itself does not change.
 
-    "adapter alone" is what PEFT makes of the folder `adapter/` and the checkpoint's LLM.
+    "adapter alone" loads the folder `adapter/` with PEFT onto the LLM of the checkpoint.
 
     Args:
-        inputs: of `forward`.
-        folder: for the checkpoints, which stay there.
-        new_adapter: what the exported model gets, and is then saved with.
+        inputs: arguments of `forward`.
+        folder: folder for the checkpoints, which are not deleted.
+        new_adapter: adapter added to the exported model before it is saved.
 
     Returns:
-        For each of `TRIPS` the largest difference of a logit from what the model said, or the words of the refusal.
+        For each of `TRIPS` the largest difference of a logit from the original model, or the message of the refusal.
     """
     load = DiffVPForConditionalGeneration.from_pretrained
     expected = logits(model, inputs)
@@ -73,7 +73,7 @@ def round_trip(
         config.has_adapter = False
         bare = load(folder / "saved", config=config)
         if difference(bare) < 1e-3:
-            raise AssertionError("The adapter does nothing, so that losing it would not be seen.")
+            raise AssertionError("The adapter has no effect, so its loss would not be noticed.")
         PeftModel.from_pretrained(bare.language_model, folder / "saved" / "adapter")  # in place
         return difference(bare)
 
@@ -106,5 +106,5 @@ def round_trip(
             result[name] = str(error)
     unchanged = difference(model)
     if unchanged:
-        raise AssertionError(f"The model itself says something else afterwards: {unchanged:.2g}.")
+        raise AssertionError(f"The logits of the model itself changed by {unchanged:.2g} (expected 0).")
     return result

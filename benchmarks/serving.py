@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-`diffvp serve` under load: latency, what writing waiting requests together gains, and whether anything is lost.
+Test `diffvp serve` under load: latency, gain from batching waiting requests, and lost requests.
 
     python benchmarks/serving.py --output benchmarks/results
 
-Servers run in processes of their own, with the checkpoint that ships, and clients on threads of this one. One that
-writes a report at a time and one that writes what waits together take turns at the same requests; a ratio is the
-median over the rounds. A tenth of the requests of the long run has a file that is none. The exit status is 1 where a
-request was lost or mixed up, memory grew, or the ratio is below the goal.
+Servers run in separate processes with the shipped checkpoint, clients in threads of this process. A server that writes
+one report at a time and one that batches waiting requests alternate on the same requests; a ratio is the median over
+rounds. In the long run, a tenth of the requests has a file that is not a scan. The exit status is 1 if a request was
+lost or mixed up, memory grew, or the ratio is below the goal.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MIN_RATIO = 2.5
 
 
 def write_broken(folder: Path, scan: Path) -> list[Path]:
-    """Files that are no scans: cut off, of another kind, empty."""
+    """Write files that are not scans: truncated, text, empty."""
     contents = {"half.nii.gz": scan.read_bytes()[:100_000], "text.nii.gz": b"no scan", "empty.nii": b""}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -41,7 +41,7 @@ def write_broken(folder: Path, scan: Path) -> list[Path]:
 
 
 def compare(alone: Server, together: Server, scans: list[Path], rounds: int, clients: int) -> dict:
-    """Seconds for the same requests by both; each scan has one report, by whichever it is written."""
+    """Time the same requests with both servers and compare their reports of each scan."""
     walls, reports = {"one by one": [], "together": []}, {}
     servers = {"one by one": alone, "together": together}
     for turn in track(range(rounds), "One by one and together"):
@@ -57,7 +57,7 @@ def compare(alone: Server, together: Server, scans: list[Path], rounds: int, cli
 
 
 def load(server: Server, scans: list[Path], broken: list[Path], requests: int, clients: int) -> dict:
-    """What comes of many requests, and how the server's memory grew after the first of them."""
+    """Send many requests. Count results and measure the growth of the server's memory after a warm-up."""
     ask(server.url, scans, broken, 2 * clients, clients)
     before = server.metric("process_resident_memory_bytes")
     outcome: Outcome = ask(server.url, scans, broken, requests, clients)
@@ -79,7 +79,7 @@ def load(server: Server, scans: list[Path], broken: list[Path], requests: int, c
 
 
 def single(server: Server, scans: list[Path]) -> dict:
-    """A client alone: each request when the last was answered."""
+    """Time a single client, which sends each request after the previous answer."""
     outcome = ask(server.url, scans, [], len(scans), 1)
     return {"p50": outcome.percentile(0.5), "p95": outcome.percentile(0.95)}
 

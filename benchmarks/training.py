@@ -1,15 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A training step of report generation, against the loop that the field's code runs.
+Time of a training step of report generation, against the usual loop of the field.
 
     python benchmarks/training.py --rounds 5 --output benchmarks/results
 
-The other loop is in the style of Reg2RG's public code: every step reads the scan and its reference through MONAI's
-chain, encodes both again with the frozen encoder, pads the text to 2,048 tokens and computes logits on all of them.
-Ours reads both scans' frozen features from the cache, and pads to the longest report of the batch. Both train the same
-model (the default encoder with random weights; a Llama of 8 layers and 512 channels, small enough for two cores) with
-LoRA on the same samples, in turns, in one process; a ratio is the median over the rounds of one round's ratio.
+The other loop follows the public code of Reg2RG: each step preprocesses scan and reference with MONAI, encodes both
+again with the frozen encoder, pads the text to 2,048 tokens and computes logits for all of them. Ours reads the frozen
+features of both scans from the cache and pads to the longest report of the batch. Both train the same model (the
+default encoder with random weights; a Llama of 8 layers and 512 channels, small enough for two cores) with LoRA on the
+same samples, alternating in one process. A ratio is the median over rounds of the ratio within a round.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def make_model() -> DiffVPForConditionalGeneration:
 
 
 def text(length: int) -> dict[str, torch.Tensor]:
-    """A report behind the instruction, padded on the right to `length` tokens."""
+    """Make an instruction followed by a report, right-padded to `length` tokens."""
     ids = torch.randint(10, VOCABULARY, (1, INSTRUCTION + REPORT), generator=torch.Generator().manual_seed(1))
     padding = length - ids.shape[1]
     labels = ids.clone()
@@ -77,7 +77,7 @@ def text(length: int) -> dict[str, torch.Tensor]:
 
 
 class Loops:
-    """Both ways of a step. Files: a scan and a reference."""
+    """Both training loops, on a scan and a reference."""
 
     def __init__(self, files: list[Path], cache_dir: Path):
         self.files, self.model = files, make_model()
@@ -116,7 +116,7 @@ class Loops:
 
     @torch.no_grad()
     def decode_and_encode(self) -> None:
-        """What a hit stands for, our own reader included: the fastest way without a cache."""
+        """Compute what a cache hit replaces, with our reader: the fastest way without a cache."""
         processor = self.features.volumes.image_processor
         ct = processor(self.files[0])["ct"]
         self.model.extract_features(ct)

@@ -1,18 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Score a checkpoint on cases that it has not seen, beside the baselines that a report generator has to beat.
+Score a checkpoint on unseen cases, next to baselines.
 
-    diffvp evaluate my_scans/own_scans.yaml                     # the test cases of a training file, and its model
-    diffvp evaluate phantom --output experiments/results        # a phantom cohort, and the checkpoint that ships
+    diffvp evaluate my_scans/own_scans.yaml                     # test cases and model of a training file
+    diffvp evaluate phantom --output experiments/results        # a phantom cohort and the shipped checkpoint
     diffvp evaluate DIR --layout ct-rate --output results --checkpoint FOLDER
 
-Every system sees what a user would have: the scan, and a reference from the pool of the checkpoint. Findings are read
-from the text, of phantoms by their own sentence reader and of others by the rules or RadBERT, and compared with the
-labels of the case; where a dataset has none, with those that the same labeler reads out of the true report.
+The input is that of a user: the scan, and a reference from the pool of the checkpoint. Findings are read from the text
+(phantoms: by their sentence reader; other scans: by the rules or RadBERT) and compared with the labels of the case. If
+a dataset has no labels, the same labeler reads them from the true report.
 """
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,30 +54,31 @@ from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
-from .lesions import score_findings
-from .scores import FINDINGS, PhantomReader, micro
+from .lesion_scores import score_findings
+from .result_files import json_text
+from .system_scores import FINDINGS, PhantomReader, micro, true_labels
 
 BATCH_SIZE = 16
-FEWEST_OF_LABEL = 5  # cases with a finding; of fewer its scores say nothing
+FEWEST_OF_LABEL = 5  # positive cases below which no score is shown
 
 
 @dataclass(frozen=True)
 class TestSet:
     """
-    What a checkpoint is scored on.
+    Cases on which a checkpoint is scored.
 
     Attributes:
-        name: of the dataset, for the page.
-        training, test: the cases of the baselines, and those that are scored; all with the 18 labels.
-        labeler: reads the findings out of the text.
-        truth: where the labels come from: "dataset", "labeler", or "cohort" of phantoms.
-        pool: normal cases for a checkpoint that has no references of its own.
-        spacing: mm along x, y, z of scans whose files do not say it.
-        phantoms: folder of the cohort, for the sizes of lesions.
-        split: of the test cases, by name.
+        name: name of the dataset, for the page.
+        training, test: cases for the baselines, and cases to score; all have the 18 labels.
+        labeler: reads findings from reports.
+        truth: source of the labels: "dataset", "labeler", or "cohort" (of phantoms).
+        pool: normal cases for a checkpoint without references.
+        spacing: mm along x, y, z of scans whose files lack it.
+        phantoms: folder of the phantom cohort, for the sizes of lesions.
+        split: name of the test split.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class
 
     name: str
     training: list[Case]
@@ -92,13 +92,13 @@ class TestSet:
 
     @property
     def signature(self) -> str:
-        """How findings are scored."""
+        """Method of the scores of findings."""
         reader = self.labeler.signature.replace("|", ",")
         return f"clinical-efficacy|micro|labels:18|truth:{self.truth}|reader:{reader}"
 
 
 def phantom_set(data: str | os.PathLike) -> TestSet:
-    """The `valid` split of a phantom cohort."""
+    """Load the `valid` split of a phantom cohort."""
     train, test = load_phantom(data, "train"), load_phantom(data, "valid")
     return TestSet(Path(data).name, train, test, PhantomReader(), "cohort", phantoms=Path(data), split="valid")
 
@@ -106,7 +106,7 @@ def phantom_set(data: str | os.PathLike) -> TestSet:
 def dataset_set(
     layout: str, root: str | os.PathLike, split: str, training_split: str, labeler: Labeler, **options
 ) -> TestSet:
-    """A split of a dataset, with another for the baselines; `options` are those of [`TestSet`]."""
+    """Load a split of a dataset, and another for the baselines; `options` are fields of [`TestSet`]."""
     train, test = (load_dataset_cases(layout, root, one) for one in (training_split, split))
     check_no_leak(train, test, "test")
     tests = _labelled(TestSet(Path(root).name, train, test, labeler, "dataset", split=split, **options))
@@ -114,16 +114,16 @@ def dataset_set(
 
 
 def trained_set(config: TrainingConfig, labeler: Labeler) -> TestSet:
-    """The test cases of a training file, which its model has not seen.
+    """Load the test cases of a training file, which its model has not seen.
 
     Raises:
-        ValueError: it keeps none apart.
+        ValueError: the training file has no test cases.
     """
     cohort = load_cohort(config)
     if not cohort.test:
         raise ValueError(
-            "The training file keeps no cases apart; expected data.test_fraction or data.test_split, and a model that "
-            "was trained so."
+            "The training file has no test cases; expected data.test_fraction or data.test_split, and a model trained "
+            "with it."
         )
     training = list({case.name: case for case in cohort.diagnosis + cohort.report}.values())
     name = Path(config.data.root).name
@@ -136,10 +136,10 @@ def trained_set(config: TrainingConfig, labeler: Labeler) -> TestSet:
 
 
 def _labelled(tests: TestSet) -> TestSet:
-    """With labels that the labeler reads out of the reports, where the dataset has none."""
+    """Add labels that the labeler reads from the reports, if the dataset has none."""
     everything = tests.training + tests.test
     if any(case.labels is not None and len(case.labels) != len(DIAGNOSIS_LABELS) for case in everything):
-        raise ValueError(f"The labels of {tests.name} are others than the 18 that a labeler reads.")
+        raise ValueError(f"The labels of {tests.name} differ from the 18 that a labeler reads.")
     if all(case.labels is not None for case in everything):
         return tests
     options = {name: label_cases(getattr(tests, name), tests.labeler) for name in ("training", "test")}
@@ -147,12 +147,14 @@ def _labelled(tests: TestSet) -> TestSet:
 
 
 def constant_normal_report(cases: list[Case]) -> str:
-    """The most common wording of each region among the normal cases of the training split, or the most common report
-    where reports are not written by region."""
+    """Join the most common wording of each region over the normal training cases.
+
+    If reports are not written by region, return the most common normal report.
+    """
     members, _ = pool_by_rule(cases) or ([], "")
     normal = [case.report for case in members]
     if not normal:
-        raise ValueError("The training split has no normal case to take the constant report from.")
+        raise ValueError("The training split has no normal case for the constant report.")
     if not any(set(DiffVPProcessor.post_process(report)) & set(REGIONS) for report in normal):
         return most_frequent_report(normal)
     return most_frequent_report_by_region(normal, DiffVPProcessor.post_process, REGIONS)
@@ -161,7 +163,7 @@ def constant_normal_report(cases: list[Case]) -> str:
 def pooled_features(
     model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str
 ) -> np.ndarray:
-    """Mean and maximum of the frozen voxel features, (cases, 2 C), computed once for each volume and encoder."""
+    """Return mean and maximum of the frozen voxel features, (cases, 2 C), cached by volume and encoder."""
     recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
     cache = TensorCache(volumes.cache.root.parent / "pooled", recipe)
 
@@ -182,7 +184,7 @@ def generate_reports(
     targets: list[Case],
     spacing: tuple[float, float, float] | None = None,
 ) -> tuple[list[str], np.ndarray | None]:
-    """Greedy reports of the targets, and the classifier's probabilities (cases, labels) of a model that has one."""
+    """Generate reports greedily. Also return the classifier's probabilities (cases, labels), if there is one."""
     reports, probabilities = [], []
     allow_non_hu = processor.image_processor.allow_non_hu
     for start in counted(range(0, len(targets), BATCH_SIZE), "Reports"):
@@ -199,10 +201,10 @@ def generate_reports(
 @torch.no_grad()
 def predict(folder: str | os.PathLike, volumes: VolumeCache, cases: list[Case]) -> tuple[np.ndarray, DiffVPConfig]:
     """
-    Probabilities (cases, labels) of the classifier of a checkpoint, or of a first stage's, and its configuration.
+    Return the probabilities (cases, labels) of the classifier of a checkpoint or a first stage, and its configuration.
 
     Raises:
-        ValueError: there is no classifier, its labels are others, or it takes tensors of another shape.
+        ValueError: there is no classifier, or its labels or the shape of its input differ.
     """
     _, classifier = load_classifier(folder, DIAGNOSIS_LABELS)
     config = DiffVPConfig.from_pretrained(folder)
@@ -230,8 +232,8 @@ def mean_with_interval(values: np.ndarray) -> dict:
 
 
 def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -> dict:
-    """Precision, recall and micro-F1 of the findings and, for text, BLEU-4 and ROUGE-L, with intervals over cases."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
+    """Compute precision, recall and micro-F1 of the findings, and BLEU-4 and ROUGE-L of texts, with intervals."""
+    truth = true_labels(cases)
     counts = label_counts(predicted, truth)
     result = {}
     for name in FINDINGS:
@@ -245,9 +247,9 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
     return result
 
 
-def score_labels(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
-    """Precision, recall and F1 of each label, with the interval of its F1 over cases."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
+def score_by_label(predicted: np.ndarray, cases: list[Case]) -> dict[str, dict]:
+    """Compute precision, recall and F1 of each label, with the interval of F1 over cases."""
+    truth = true_labels(cases)
     scores = classification_scores(predicted, truth, DIAGNOSIS_LABELS)["labels"]
     counts = label_counts(predicted, truth)
     for index, label in enumerate(DIAGNOSIS_LABELS):
@@ -266,25 +268,27 @@ def evaluate(
     volume_labels: str | os.PathLike | None = None,
 ) -> tuple[Path, dict]:
     """
-    Evaluate on the test cases; writes `NAME_checkpoint.json` and `NAME_checkpoint.md`, NAME being that of the
-    checkpoint without "diffvp-". The path of the second, and the content of the first.
+    Evaluate a checkpoint; write `NAME_checkpoint.json` and `NAME_checkpoint.md` (NAME without "diffvp-").
 
     Args:
-        cache_dir: preprocessed volumes, for the nearest training report; the folder that training uses.
-        limit: only the first so many test cases, for a trial.
-        command: what the results say that they were made by.
-        volume_labels: of phantoms, another checkpoint, or the first stage of one, whose classifier was trained on
-            labels of whole volumes alone: what a dataset without masks allows. It is scored by its own thresholds.
+        cache_dir: cache of preprocessed volumes, shared with training.
+        limit: use only the first N test cases, for a trial.
+        command: command to state in the results.
+        volume_labels: phantoms only: another checkpoint, or its first stage, whose classifier was trained on labels of
+            whole volumes, as on a dataset without masks. It is scored with its own thresholds.
+
+    Returns:
+        The path of the Markdown page, and the content of the JSON file.
 
     Raises:
-        ValueError: the test split has too few cases or lesions, the checkpoint too few references, or a classifier
-            of other labels.
-        DatasetError: a cohort of phantoms has no masks.
+        ValueError: the test split has too few cases or lesions, the checkpoint has too few references, or a classifier
+            has other labels.
+        DatasetError: a phantom cohort has no masks.
     """
     output = Path(output)
     train, test = tests.training, tests.test[:limit]
     if len(test) < 2:
-        raise ValueError(f"The test split has {len(test)} case(s); comparing patients takes 2.")
+        raise ValueError(f"The test split has {len(test)} case(s); expected at least 2")
     patients = None if tests.phantoms is None else read_patients(tests.phantoms)
     if tests.phantoms is not None:
         _check_masks(tests.phantoms, test)
@@ -292,7 +296,7 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     model, processor = load_checkpoint(str(checkpoint))
     if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
-        raise ValueError("The checkpoint tells other findings than the 18 that a labeler reads out of reports.")
+        raise ValueError("The findings of the checkpoint differ from the 18 that a labeler reads.")
     if processor.reference_pool is None:
         paths = {case.name: case.volume for case in tests.pool if isinstance(case.volume, Path)}
         processor.reference_pool = ReferencePool.of_paths(paths)
@@ -303,8 +307,8 @@ def evaluate(
         probabilities, config = predict(volume_labels, volumes, test)
         alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, test, patients)}
     reports, probabilities = generate_reports(model, processor, test, tests.spacing)
-    # A report depends on its scan alone, the reference that is sampled for it included. So the report that the model
-    # writes when it is given the scan of the next patient is the next patient's. Nobody keeps his own.
+    # A report depends only on its scan, which also determines the sampled reference. The report for the scan of the
+    # next patient is thus the next patient's report.
     shuffled = reports[1:] + reports[:1]
     nearest = nearest_reports(
         pooled_features(model, volumes, test, "test"),
@@ -320,7 +324,7 @@ def evaluate(
     }
     systems = {name: score(written, reader.label_all(written), test) for name, written in texts.items()}
     written = reader.label_all(reports)
-    truth = np.stack([case.labels for case in test]).astype(int)
+    truth = true_labels(test)
     agreement = {}
     if probabilities is not None:
         classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
@@ -332,7 +336,7 @@ def evaluate(
     collapse = {
         name: collapse_panel(of, truth, reader, split=DiffVPProcessor.post_process)
         for name, of in (texts | {"true reports": [case.report for case in test]}).items()
-        if name != "DiffVP on another patient's scan"  # the same reports
+        if name != "DiffVP on another patient's scan"  # the same reports in another order
     }
     goals, map_of = {}, {}
     if patients is not None:
@@ -356,7 +360,7 @@ def evaluate(
         "systems": systems,
         **goals,
         **alone,
-        "per_label": score_labels(written, test),
+        "per_label": score_by_label(written, test),
         "collapse": collapse,
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
         **agreement,
@@ -372,13 +376,13 @@ def evaluate(
         ],
     }
     name = Path(checkpoint).name.removeprefix("diffvp-")
-    texts = {f"{name}_checkpoint.json": json.dumps(result, indent=1) + "\n", f"{name}_checkpoint.md": _page(result)}
+    texts = {f"{name}_checkpoint.json": json_text(result), f"{name}_checkpoint.md": _page(result)}
     write_texts(output, texts)
     return output / f"{name}_checkpoint.md", result
 
 
 def _check_masks(data: Path, test: list[Case]) -> None:
-    """What would else be found missing after an hour."""
+    """Fail on a missing lesion mask before hours of work."""
     paths = [lesion_mask_path(data, case.name) for case in test if not is_normal(case)]
     raise_problems(
         [
@@ -390,19 +394,19 @@ def _check_masks(data: Path, test: list[Case]) -> None:
 
 
 def _lesion_sizes(patients: dict[str, list[Finding]], test: list[Case], reports: list[str]) -> dict[str, dict]:
-    """How many lesions of each size the reports name, of phantoms, whose findings are known by the case's name."""
+    """Count the lesions of the phantoms by size, and those that the reports name."""
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
     by_size = score_findings(patients, named)["by_size"]
     return {f"{label}, {size}": counts for label, bins in by_size.items() for size, counts in bins.items()}
 
 
 def _page(result: dict) -> str:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     name, phantoms = result["checkpoint"]["name"], result["dataset"]["phantoms"]
     domain = (
         "Synthetic phantoms only: these numbers say nothing about patients."
         if phantoms
-        else f"Intended domain, as the checkpoint says: {result['intended_domain'] or 'not stated'}."
+        else f"Intended domain, as stated in the checkpoint: {result['intended_domain'] or 'not stated'}."
     )
     agreement = result.get("text_agrees_with_classifier")
     goals = []
@@ -413,8 +417,8 @@ def _page(result: dict) -> str:
     lines = [
         f"# {name} on unseen {'phantoms' if phantoms else 'scans'}",
         "",
-        f"{result['cases']} cases of the `{result['dataset']['split']}` split, which no training uses; the baselines "
-        f"know {result['training_cases']} others. {domain}",
+        f"{result['cases']} cases of the `{result['dataset']['split']}` split, never used in training. The baselines "
+        f"use {result['training_cases']} training cases. {domain}",
         f"Weights {result['checkpoint']['sha256']['model.safetensors'][:12]}.",
         f"Made by `{result['command']}`; intervals are 95 % bootstrap intervals over cases. {RESEARCH_USE}",
         "",
@@ -427,7 +431,7 @@ def _page(result: dict) -> str:
         ),
         "",
         *goals,
-        f"Findings of the generated reports, by label; of fewer than {FEWEST_OF_LABEL} cases no score is told:",
+        f"Findings of the generated reports by label (no scores below {FEWEST_OF_LABEL} positive cases):",
         "",
         *table_lines(
             ["label", "cases", "precision", "recall", "F1"],
@@ -439,7 +443,7 @@ def _page(result: dict) -> str:
     if agreement is not None:
         lines += [
             "",
-            "Labels on which a report and the diagnosis classifier that prompted it agree: "
+            "Share of labels on which a report agrees with the diagnosis classifier that prompted it: "
             f"{with_interval(**agreement)}.",
         ]
     return "\n".join([*lines, "", "Signatures: " + "; ".join(f"`{s}`" for s in result["signatures"]), ""])

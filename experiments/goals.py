@@ -1,8 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Does the classifier see, does the report say it, does the map point? What a checkpoint is measured by on phantoms,
-whose findings are known with place and size, each number beside the one that it was meant to reach.
+Goals of a checkpoint on phantoms, and its scores: classifier, report and difference map.
+
+The findings of phantoms are known with place and size. Each score is shown next to its goal.
 """
 
 import os
@@ -23,11 +24,12 @@ from ..metrics.statistics import Comparison, Interval, bootstrap_auroc, bootstra
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..references_diffvp import ReferencePool
 from ..training.cohort import Features
-from .lesions import named_twice, score_findings, size_bin
-from .maps import mean_and_interval, score_maps
+from .lesion_scores import named_twice, score_findings, size_bin
+from .map_scores import score_maps
+from .system_scores import mean_and_interval, true_labels
 
 SMALL_NODULE = ("Lung nodule", "6-8 mm")
-NO_TRUTH = "not measured"  # in a page, of what no case of the cohort can show
+NO_TRUTH = "not measured"  # shown if the cohort has no case for a score
 
 # Classifier ---------------------------------------------------------------------------------------------------------
 
@@ -36,18 +38,18 @@ def naming_scores(
     predicted: NDArray, cases: Sequence[Case], patients: Mapping[str, Sequence[Finding]]
 ) -> dict[str, dict]:
     """
-    Findings that somebody names, classifier or report, against those of the cases.
+    Score the findings named by a classifier or a report against those of the cases.
 
     Args:
-        predicted: (cases, labels) of 0 and 1.
+        predicted: 0 or 1, (cases, labels).
         patients: the findings of each case, by its name.
 
     Returns:
-        "micro_f1", "macro_f1"; "small_nodules", the recall of patients with a nodule of 6 to 8 mm; "false_findings",
-        per normal patient. Each is `value` and `interval`, the last two also with their `cases`; `value` is `None`
-        where there is none. "false_findings" also has their `count`.
+        "micro_f1" and "macro_f1"; "small_nodules", recall over patients with a nodule of 6 to 8 mm; "false_findings",
+        number per normal patient. Each entry has `value` and `interval`, the last two also `cases`; `value` is `None`
+        without such cases. "false_findings" also has the total `count`.
     """
-    counts = label_counts(predicted, _truth(cases))
+    counts = label_counts(predicted, true_labels(cases))
     scores = {
         f"{average}_f1": _entry(bootstrap_counts(counts, lambda sums, name=average: averages(sums)[name][..., 2]))
         for average in ("micro", "macro")
@@ -71,14 +73,15 @@ def classifier_scores(
     probabilities: NDArray, thresholds: float | Sequence[float], cases: Sequence[Case], patients: Mapping
 ) -> dict[str, dict]:
     """
-    [`naming_scores`] of what is at least as likely as its threshold, and "auroc", by label; `None` of a label that all
-    cases have or none has.
+    Compute [`naming_scores`] at the thresholds, and "auroc" by label.
+
+    The AUROC of a label is `None` if all cases have the label, or none.
 
     Args:
         probabilities: (cases, labels).
     """
     predicted = (probabilities >= np.asarray(thresholds)).astype(int)
-    truth = _truth(cases)
+    truth = true_labels(cases)
     areas = {
         label: _entry(bootstrap_auroc(probabilities[:, column], truth[:, column]))
         if 0 < truth[:, column].sum() < len(truth)
@@ -99,18 +102,18 @@ def report_scores(
     patients: Mapping[str, Sequence[Finding]],
 ) -> dict[str, dict]:
     """
-    [`naming_scores`] of reports, and what they say of the findings that they truly name.
+    Compute [`naming_scores`] of reports, and scores of the details of rightly named findings.
 
     Args:
-        named: (cases, labels), what the reports name.
-        classifier: (cases, labels), what the diagnosis prompt named.
+        named: findings of the reports, (cases, labels).
+        classifier: findings of the diagnosis prompts, (cases, labels).
 
     Returns:
-        "below_classifier", micro-F1 of the classifier less that of the report; "place_right", share of the findings
-        whose lobes or sides are right; "size_right", whose size is within a quarter; "named_twice", share of the
-        reports that state a finding in two sentences, with the `labels` that do and how often.
+        "below_classifier", micro-F1 of the classifier minus that of the report; "place_right", share of findings with
+        the right lobes or sides; "size_right", share with a size within a quarter of the true one; "named_twice",
+        share of reports that state a finding in two sentences, with counts by label in `labels`.
     """
-    truth = _truth(cases)
+    truth = true_labels(cases)
     counts = [label_counts(side, truth) for side in (classifier, named)]
     below = compare_counts(*counts, lambda sums: averages(sums)["micro"][..., 2])
     details = [
@@ -138,14 +141,14 @@ def _details(of_case: Mapping[str, Mapping[str, int]]) -> list[int]:
 
 def pool_cases(pool: ReferencePool | None) -> list[Case]:
     """
-    The normal scans that travel with a checkpoint, as cases without a report.
+    Return the normal scans stored with a checkpoint, as cases without a report.
 
     Raises:
-        ValueError: there are fewer than two: a map is compared with that of another reference.
+        ValueError: there are fewer than two; maps of two references are compared.
     """
     entries = () if pool is None else pool.entries
     if len(entries) < 2:
-        raise ValueError(f"The checkpoint has {len(entries)} reference(s); comparing the maps of two takes 2.")
+        raise ValueError(f"The checkpoint has {len(entries)} reference(s); expected at least 2 to compare maps")
     labels = np.zeros(len(DIAGNOSIS_LABELS), np.int8)
     return [Case(of["id"], of["id"], of["id"], pool.fetch(of), report="", labels=labels) for of in entries]
 
@@ -158,11 +161,11 @@ def map_scores(
     pool: Sequence[Case],
 ) -> dict:
     """
-    [`score_maps`] with one normal scan of the checkpoint's own for each case, drawn by names alone.
+    Compute [`score_maps`] with one reference of the checkpoint for each case, drawn by names only.
 
     Args:
-        data: folder of the phantom cohort of the cases, with masks.
-        pool: of [`pool_cases`].
+        data: folder of the phantom cohort, with masks.
+        pool: see [`pool_cases`].
 
     Raises:
         DatasetError: the cohort has no masks.
@@ -177,11 +180,11 @@ def map_scores(
 
 def goal_lines(result: Mapping) -> list[str]:
     """
-    The tables of the page.
+    Write the tables of the page.
 
     Args:
-        result: "classifier" of [`classifier_scores`], "report" of [`report_scores`], its "bleu4", and "maps" of
-            [`map_scores`]; "volume_labels", another classifier's, may be missing.
+        result: "classifier" of [`classifier_scores`], "report" of [`report_scores`], "bleu4" of the report, "maps" of
+            [`map_scores`], and optionally "volume_labels" of another classifier.
     """
     classifier, report, maps = (result[name] for name in ("classifier", "report", "maps"))
     alone = result.get("volume_labels")
@@ -189,7 +192,7 @@ def goal_lines(result: Mapping) -> list[str]:
         ("micro-F1", "micro_f1", "≥ 0.93, report ≥ 0.90"),
         ("macro-F1", "macro_f1", "≥ 0.88"),
         ("recall of nodules of 6–8 mm", "small_nodules", "≥ 0.45"),
-        ("false findings in a normal patient", "false_findings", "≤ 1 in 28"),
+        ("false findings per normal patient", "false_findings", "≤ 1 in 28"),
     ]
     columns = {"classifier": classifier, "report": report}
     if alone is not None:
@@ -199,12 +202,12 @@ def goal_lines(result: Mapping) -> list[str]:
     if known:
         least = min(known, key=lambda label: known[label]["value"])
         areas = [_cell(of["auroc"][least]) if "auroc" in of else "no probability" for of in columns.values()]
-        rows.append([f"AUROC, the least of {len(known)} labels ({least})", "≥ 0.93", *areas])
+        rows.append([f"lowest AUROC of {len(known)} labels ({least})", "≥ 0.93", *areas])
     said = [
         ["BLEU-4", "≥ 0.60", with_interval(**result["bleu4"])],
         ["micro-F1 below the classifier's", "≤ 0.02", _cell(report["below_classifier"])],
-        ["lobes or sides right, of findings truly named", "≥ 0.85", _cell(report["place_right"])],
-        ["size within a quarter, of findings truly named", "≥ 0.75", _cell(report["size_right"])],
+        ["lobes or sides right, of findings rightly named", "≥ 0.85", _cell(report["place_right"])],
+        ["size within a quarter, of findings rightly named", "≥ 0.75", _cell(report["size_right"])],
         ["reports that name a finding twice", "0", _cell(report["named_twice"])],
     ]
     return [
@@ -233,10 +236,14 @@ def _map_lines(maps: Mapping) -> list[str]:
     same = maps["correlation"]
     goals = [
         ["its maximum lies on a lesion", "≥ 0.90", _map_cell(maps["maps"]["latent"])],
-        ["that of another patient's map", "≤ 0.20", _map_cell(maps["maps"]["latent, another patient"])],
+        [
+            "maximum of another patient's map lies on a lesion",
+            "≤ 0.20",
+            _map_cell(maps["maps"]["latent, another patient"]),
+        ],
         ["correlation with the map of another reference", "≤ 0.90", with_interval(same["mean"], same["interval"])],
         *(
-            [f"{metric}, more than {name}", "interval above 0", _difference(against[name][key])]
+            [f"{metric}, minus {name}", "interval above 0", _difference(against[name][key])]
             for name in against
             if name.startswith("target alone")
             for metric, key in (("maximum on a lesion", "pointing_body"), ("AUROC", "auroc"))
@@ -246,7 +253,7 @@ def _map_lines(maps: Mapping) -> list[str]:
     return [
         *table_lines(["difference map", "goal", "measured"], goals),
         "",
-        f"Maps of {maps['cases']} patients with findings; a maximum lies on a lesion if it is {near}.",
+        f"Maps of {maps['cases']} patients with findings. A maximum on a lesion lies {near}.",
         "",
         *table_lines(["map", "maximum on a lesion", "in a lesion itself", "AUROC in the body"], rows),
     ]
@@ -270,17 +277,13 @@ def _cell(of: Mapping | None) -> str:
     return with_interval(of["value"], of["interval"]) + counted
 
 
-def _truth(cases: Sequence[Case]) -> NDArray:
-    return np.stack([case.labels for case in cases]).astype(int)
-
-
 def _entry(of: Interval | Comparison) -> dict:
     of = of.interval if isinstance(of, Comparison) else of
     return {"value": of.estimate, "interval": [of.low, of.high]}
 
 
 def _mean(values: Sequence[float]) -> dict:
-    """`value` is `None` of no case, `interval` of a single one."""
+    """Return the mean with interval. `value` is `None` without cases, `interval` also for a single case."""
     if not len(values):
         return {"cases": 0, "value": None, "interval": None}
     of = mean_and_interval(np.asarray(values, dtype=float))
@@ -288,7 +291,7 @@ def _mean(values: Sequence[float]) -> dict:
 
 
 def _ratio(counts: Sequence[Sequence[int]]) -> dict:
-    """Of right ones among all, (cases, 2)."""
+    """Return the share of right items, from counts of right ones and of all, (cases, 2)."""
     sums = np.array(counts)
     if not sums[:, 1].any():
         return {"findings": 0, "value": None, "interval": None}

@@ -1,18 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Agreement of the rule labeler with the labels that were set by hand in 800 reports of CT-RATE.
+Agreement of the rule labeler with hand-set labels of 800 reports of CT-RATE.
 
     python -m diffvp.experiments.labeler CSV --output experiments/results
 
-CSV is `ctclip_train.csv` of CT-CLIP: an id, the report, the 18 labels. 500 of the reports are the development part:
-the rules were written against them, and the baseline is trained on them. The other 300 are the test part, which
-nobody reads while rules are written; `--development` leaves them alone. The results hold no text of any report.
+CSV is `ctclip_train.csv` of CT-CLIP: id, report, 18 labels. 500 reports are the development part: the rules were
+written against them, and the baseline is trained on them. The other 300 are the test part. It must not be read while
+rules are written; `--development` skips it. The results contain no text of the reports.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -34,12 +33,13 @@ from ..metrics.labelers import RuleLabeler
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import LEVEL, RESAMPLES, Statistic, bootstrap_counts, compare_counts
 from ..provenance import without_place
+from .result_files import json_text
 
 DEVELOPMENT_REPORTS = 500
 AVERAGES = ("micro", "macro")
 FOLDS = 5
 NOISE_FILE = Path(__file__).with_name("labeler_noise.yaml")
-BASELINE = "TF-IDF of words and word pairs, one balanced logistic regression a label"
+BASELINE = "TF-IDF of words and word pairs, one balanced logistic regression per label"
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class LabelledReports:
 
 
 def read_reports(path: str | os.PathLike) -> LabelledReports:
-    """Reads the columns AccessionNo, report_text and the 18 labels.
+    """Read the columns AccessionNo, report_text and the 18 labels.
 
     Raises:
-        DatasetError: there is no such file, or a column is missing.
+        DatasetError: the file or a column is missing.
         ValueError: an id occurs twice, or a label is neither 0 nor 1.
     """
     problems: list[Problem] = []
@@ -84,9 +84,9 @@ def read_reports(path: str | os.PathLike) -> LabelledReports:
 
 
 def split_rows(reports: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Rows of the development and of the test part: the 500 reports with the smallest SHA-256, and the others.
+    """Return the rows of the development part (the 500 reports with the smallest SHA-256) and of the test part.
 
-    The hash is over the text, not the id, which keeps identical reports together: 13 of the 800 repeat another.
+    The hash is over the text, not the id, to keep identical reports together: 13 of the 800 repeat another.
     """
     digests = [hashlib.sha256(" ".join(report.split()).encode()).hexdigest() for report in reports]
     order = sorted(range(len(reports)), key=lambda row: (digests[row], row))
@@ -94,7 +94,7 @@ def split_rows(reports: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def baseline_labels(texts: Sequence[str], labels: NDArray[np.int64], queries: Sequence[str]) -> NDArray[np.int8]:
-    """(queries, 18): what `BASELINE`, trained on `texts` and `labels`, finds in `queries`."""
+    """Train `BASELINE` on `texts` and `labels`; return its labels of `queries`, (queries, 18)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -108,7 +108,7 @@ def baseline_labels(texts: Sequence[str], labels: NDArray[np.int64], queries: Se
 
 
 def cross_validated(data: LabelledReports) -> NDArray[np.int8]:
-    """(reports, 18): the baseline's labels of each report, trained on four fifths without it."""
+    """Return the cross-validated labels of the baseline, (reports, 18)."""
     found = np.zeros_like(data.labels, dtype=np.int8)
     for fold in range(FOLDS):
         asked = np.arange(len(data)) % FOLDS == fold
@@ -118,11 +118,11 @@ def cross_validated(data: LabelledReports) -> NDArray[np.int8]:
 
 
 def score(predicted: NDArray, actual: NDArray) -> dict:
-    """Precision, recall and F1 with 95 % intervals over reports: micro, macro and per label."""
+    """Compute precision, recall and F1 with 95 % intervals over reports: micro, macro and per label."""
     scores, counts = classification_scores(predicted, actual, DIAGNOSIS_LABELS), label_counts(predicted, actual)
 
     def entry(values: dict, statistic: Statistic) -> dict:
-        """`statistic`: sums of counts, (..., 3, labels), to precision, recall and F1, (..., 3)."""
+        """Add intervals. `statistic` maps sums of counts (..., 3, labels) to precision, recall and F1 (..., 3)."""
         result = dict(values)
         for column, name in enumerate(SCORES):
             interval = bootstrap_counts(counts, lambda sums, column=column: statistic(sums)[..., column])
@@ -142,7 +142,7 @@ def score(predicted: NDArray, actual: NDArray) -> dict:
 
 
 def compare(rules: NDArray, baseline: NDArray, actual: NDArray) -> dict:
-    """Both systems on one part, and the paired 95 % interval of the difference in F1."""
+    """Score both systems on one part, with the paired 95 % interval of the difference in F1."""
     counts = label_counts(rules, actual), label_counts(baseline, actual)
     differences = {}
     for name in AVERAGES:
@@ -156,7 +156,7 @@ def compare(rules: NDArray, baseline: NDArray, actual: NDArray) -> dict:
 
 
 def reports_per_second(labeler: RuleLabeler, texts: Sequence[str]) -> float:
-    """Best of three, in processor time, so that other work on the machine does not count."""
+    """Measure the best of three runs in processor time, which excludes other work on the machine."""
     best = float("inf")
     for _ in range(3):
         start = time.process_time()
@@ -166,10 +166,10 @@ def reports_per_second(labeler: RuleLabeler, texts: Sequence[str]) -> float:
 
 
 def judged_noise(path: Path, test: LabelledReports, predicted: NDArray) -> dict:
-    """The disagreements in `path` that were judged the annotator's error, and the scores if he had set them right.
+    """Read the disagreements judged as annotation errors, and score the rules with these labels corrected.
 
     Raises:
-        ValueError: an entry is no disagreement on the test part, or is listed twice.
+        ValueError: an entry is not a disagreement on the test part, or is listed twice.
     """
     entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
     corrected = test.labels.copy()
@@ -190,7 +190,7 @@ def judged_noise(path: Path, test: LabelledReports, predicted: NDArray) -> dict:
 
 
 def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_only: bool = False) -> Path:
-    """Scores both parts of the reports in `path` and writes labeler.json and labeler.md into `output`."""
+    """Score both parts of the reports in `path`; write labeler.json and labeler.md into `output`."""
     labeler = RuleLabeler()
     data = read_reports(path)
     development, test = (data.part(rows) for rows in split_rows(data.texts))
@@ -213,7 +213,7 @@ def evaluate(path: str | os.PathLike, output: str | os.PathLike, development_onl
         result["noise"] = judged_noise(NOISE_FILE, test, found)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    write_texts(output, {"labeler.json": json.dumps(result, indent=1) + "\n", "labeler.md": _page(result)})
+    write_texts(output, {"labeler.json": json_text(result), "labeler.md": _page(result)})
     return output / "labeler.md"
 
 
@@ -240,20 +240,20 @@ def _table(part: dict) -> list[str]:
 
 
 def _page(result: dict) -> str:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     development, test = result["split"]["development"], result["split"]["test"]
     lines = [
         "# Rule labeler against hand-set labels",
         "",
         f"Made by `{result['command']}`. Labeler `{result['signature']}`, {result['reports_per_second']:,.0f} reports "
-        "a second of processor time on one core. Scores "
+        "per second of processor time on one core. Scores "
         f"`{result['development']['rules']['signature']}`; intervals are 95 % bootstrap intervals over reports.",
         f"Baseline: {result['baseline']}.",
         "",
         f"## Development part, n = {development['n']}",
         "",
-        "The rules were written against these reports, so this is no estimate for new ones. The baseline's figures "
-        f"are from {FOLDS}-fold cross-validation.",
+        "The rules were written against these reports, so their scores are no estimate for new reports. The scores of "
+        f"the baseline come from {FOLDS}-fold cross-validation.",
         "",
         *_table(result["development"]),
     ]
@@ -262,9 +262,9 @@ def _page(result: dict) -> str:
             "",
             f"## Test part, n = {test['n']}",
             "",
-            "Neither read nor scored while the rules were written. Rules that came later are for wordings of other "
-            "departments and programs; these reports were not looked at for them. The baseline is trained on the "
-            "development part.",
+            "These reports were not read or scored while the rules were written. Later rules cover wordings of other "
+            "departments and programs and were written without looking at these reports. The baseline is trained on "
+            "the development part.",
             "",
             *_table(result["test"]),
             "",
@@ -284,8 +284,8 @@ def _page(result: dict) -> str:
 def _noise(noise: dict) -> list[str]:
     judged, corrected = noise["judged"], noise["corrected"]
     return [
-        f"The rules disagree with the annotator in {noise['disagreements']} of the test part's labels. The "
-        f"{len(judged)} below look most like errors of annotation, in the judgement of the rules' author after the "
+        f"The rules disagree with the annotator on {noise['disagreements']} labels of the test part. The "
+        f"{len(judged)} below look most like annotation errors, as judged by the author of the rules after the "
         f"scoring above. With these corrected, micro-F1 is {corrected['micro']:.3f} and macro-F1 "
         f"{corrected['macro']:.3f}. Errors that rules and annotator share do not show here.",
         "",
@@ -300,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Agreement of the rule labeler with hand-set labels.")
     parser.add_argument("csv", help="ctclip_train.csv: AccessionNo, report_text and the 18 labels")
     parser.add_argument("--output", default="experiments/results", help="folder for labeler.json and labeler.md")
-    parser.add_argument("--development", action="store_true", help="leave the test part alone")
+    parser.add_argument("--development", action="store_true", help="skip the test part")
     arguments = parser.parse_args()
     Console().print(str(evaluate(arguments.csv, arguments.output, arguments.development)))
 

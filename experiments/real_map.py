@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Where the aligned difference map of a real scan points, by the encoder that it is made with, beside a lesion mask.
+Score the aligned difference map of a real scan against a lesion mask, for one or two encoders.
 
     python -m diffvp.experiments.real_map SCAN MASK REFERENCE --encoder astra.safetensors --output OUT
 
-It writes `real_map.json`, `real_map.md` and `real_map.png`. One scan is an example, no measurement of a method: the
-last column says in what share of the places in this body a lesion of this shape would score as high by chance.
+Writes `real_map.json`, `real_map.md` and `real_map.png`. One scan is an example, not an evaluation of a method. The
+last column is the share of places in this body where a lesion of this shape would score as high by chance.
 """
 
 import argparse
@@ -27,44 +27,35 @@ from ..data.cases import DatasetError, Problem
 from ..data.lesions import mask_voxels
 from ..encoders_diffvp import DiffVPEncoderError
 from ..inference.report import load_checkpoint
-from ..metrics.markdown import table_lines
+from ..metrics.markdown import p_text, table_lines
 from ..modeling_diffvp import DiffVPModel
 from ..processing_diffvp import DiffVPImageProcessor
 from ..reading_diffvp import read_ct
 from ..training.encoder import load_encoder, read_header
 from ..volume_diffvp import CTVolume
-from .figures import p_value
-from .maps import (
-    SMOOTHING_MM,
-    TOLERANCE_MM,
-    MapExample,
-    auroc,
-    body_voxels,
-    dilated,
-    draw_maps,
-    pointing,
-    token_maps,
-)
-from .runs import write_bytes, write_json
+from .map_figure import MapExample, draw_maps
+from .map_scores import SMOOTHING_MM, TOLERANCE_MM, auroc, body_voxels, dilated, pointing, token_maps
+from .result_files import write_bytes, write_json
 
-# Merlin and Astra see a volume of this size, of whatever is above -1000 HU, stretched.
+# Input of Merlin and Astra: the region above -1000 HU, resized to this shape.
 INFLATED_SIZE, INFLATED_FOREGROUND = (160, 224, 224), -1000.0
-# A token of theirs is some 25 x 40 x 40 mm: one to each side is what two or more are to the phantom's encoder. Squared
-# distances grow with the channels, of which it has 48 at a temperature of 8.
+# Their tokens are about 25 x 40 x 40 mm, so a radius of one token matches two or more of the phantom's encoder.
+# Squared distances grow with the number of channels; the phantom's encoder has 48 at a temperature of 8.
 INFLATED_RADIUS, TEMPERATURE_PER_CHANNEL = 1, 8 / 48
 PEAK_MM = 12.0
-INSIDE = 0.95  # share of a moved lesion that has to lie in the body, to count as a place of it
+INSIDE = 0.95  # share of a shifted lesion that must lie in the body
 
 
 @dataclass(frozen=True)
 class Seen:
     """
-    Two scans as an encoder is given them, and its maps of the first; arrays are (depth, height, width).
+    Two preprocessed scans and the maps of the first; arrays are (depth, height, width).
 
     Attributes:
-        maps: by name; "difference" is the aligned one.
-        lesion: of the first scan.
-        hu_window: the HU that are -1 and 1.
+        lesion: mask of the lesion in the target.
+        maps: maps by name; "difference" is the aligned difference map.
+        spacing: mm (depth, height, width).
+        hu_window: HU at -1 and 1.
     """
 
     target: NDArray
@@ -77,11 +68,12 @@ class Seen:
 
 def read_lesion(path: str | Path, scan: CTVolume) -> NDArray[np.bool_]:
     """
-    A mask in any format of SimpleITK, [x, y, z] as the scan's array. (Our own reader takes what is packed as tightly
-    as a mask for an attack.)
+    Read a mask in any format of SimpleITK, as [x, y, z] like the array of the scan.
+
+    Our own reader refuses masks: they compress so well that it takes them for decompression bombs.
 
     Raises:
-        DatasetError: it cannot be read, is not on the grid of the scan, or is empty.
+        DatasetError: the mask cannot be read, is not on the grid of the scan, or is empty.
     """
     source = Path(path).name
 
@@ -93,7 +85,7 @@ def read_lesion(path: str | Path, scan: CTVolume) -> NDArray[np.bool_]:
     except RuntimeError as error:
         raise refuse("file", "unreadable", "a mask that SimpleITK reads") from error
     lesion = sitk.GetArrayViewFromImage(mask).T > 0
-    # Where the first voxel of the scan's array lies, in the file's grid and then in the world (LPS).
+    # Position of the array's first voxel: in the grid of the file, then in world coordinates (LPS).
     first = np.zeros(3)
     for axis, flip in zip(scan.axes, scan.flips, strict=True):
         first[axis] = (scan.shape[axis] - 1) * flip
@@ -116,8 +108,10 @@ def see(
     fit: bool = False,
 ) -> Seen:
     """
+    Compute the maps of a scan.
+
     Args:
-        fit: whiten by the tokens of the reference's body, for a model that has not seen a pool of normal scans.
+        fit: fit the whitening to the tokens of the reference's body, for a model without a pool of normal scans.
     """
     given = [image_processor(of) for of in (scan, reference)]
     tokens = [model.extract_features(of["ct"]) for of in given]
@@ -141,7 +135,7 @@ def see(
 
 def inflated_model(path: str | Path) -> tuple[DiffVPModel, DiffVPImageProcessor]:
     """
-    A model around converted weights of Merlin's or Astra's encoder; nothing but the encoder is trained.
+    Build a model around the converted encoder of Merlin or Astra. Only the encoder is trained.
 
     Raises:
         DiffVPEncoderError: the file has other weights.
@@ -166,12 +160,13 @@ def inflated_model(path: str | Path) -> tuple[DiffVPModel, DiffVPImageProcessor]
 
 def score(values: NDArray, seen: Seen) -> dict[str, float]:
     """
-    A map against the lesion, within the body.
+    Score a map against the lesion, within the body.
 
     Returns:
-        "inside": whether the maximum lies in the lesion; "near": or within the tolerance; "distance_mm" from it to the
-        lesion; "rank" of the lesion among the map's local maxima, which are the largest value in 12 mm to each side;
-        "auroc"; "dice" of the lesion with as many of the largest values; "by_chance": see [`share_of_places`].
+        "inside": 1 if the maximum lies in the lesion; "near": 1 if it lies in the lesion or within the tolerance;
+        "distance_mm" from the maximum to the lesion; "rank" of the lesion among the local maxima of the map (the
+        largest value within 12 mm to each side); "auroc"; "dice" of the lesion with the same number of largest values;
+        "by_chance": see [`share_of_places`].
     """
     body = body_voxels(seen.target, seen.hu_window)
     lesion = seen.lesion & body
@@ -193,8 +188,9 @@ def score(values: NDArray, seen: Seen) -> dict[str, float]:
 
 def share_of_places(values: NDArray, lesion: NDArray[np.bool_], body: NDArray[np.bool_]) -> float:
     """
-    In what share of the places of the body a lesion of this shape holds values of at least this mean rank: what a map
-    that knows nothing of the lesion, and is as smooth, would reach by chance.
+    Return the share of places in the body where a lesion of this shape has at least this mean rank.
+
+    It is the probability that an equally smooth map, independent of the lesion, scores as high by chance.
     """
     ranks = np.zeros(values.shape)
     ranks[body] = stats.rankdata(values[body]) / body.sum()
@@ -213,7 +209,7 @@ def make(
     checkpoint: str | Path = SHIPPED_CHECKPOINT,
     encoder: str | Path | None = None,
 ) -> Path:
-    """Write the page, its numbers and its picture; returns the page. `encoder` is of `diffvp encoder convert`."""
+    """Write page, numbers and picture; return the path of the page. `encoder` comes from `diffvp encoder convert`."""
     target, normal = read_ct(scan), read_ct(reference)
     lesion = read_lesion(mask, target)
     model, processor = load_checkpoint(checkpoint)
@@ -261,8 +257,8 @@ def _example(name: str, seen: Seen) -> MapExample:
 
 def _page(result: Mapping) -> list[str]:
     head = [
-        "encoder", "map", "maximum in the lesion", f"or within {TOLERANCE_MM:g} mm", "mm from it", "rank of lesion",
-        "AUROC in the body", "Dice of as many voxels", "share of places that score as high",
+        "encoder", "map", "maximum in the lesion", f"or within {TOLERANCE_MM:g} mm", "distance in mm",
+        "rank of the lesion", "AUROC in the body", "Dice with as many voxels", "share of places that score as high",
     ]  # fmt: skip
     rows = [
         [
@@ -273,7 +269,7 @@ def _page(result: Mapping) -> list[str]:
             str(of["rank"]),
             f"{of['auroc']:.3f}",
             f"{of['dice']:.3f}",
-            p_value(of["by_chance"]),
+            p_text(of["by_chance"]),
         ]
         for encoder, maps in result["scores"].items()
         for kind, of in maps.items()
@@ -286,19 +282,19 @@ def _page(result: Mapping) -> list[str]:
         "",
         *table_lines(head, rows),
         "",
-        f"One scan (n = 1). The lesion's share of the body, which is what chance gives as maximum and Dice: {shares}.",
-        f"Rank: among the map's maxima that are the largest value in {PEAK_MM:g} mm to each side.",
-        "Last column: of the places in the body where a lesion of this shape fits, those of as high a mean rank.",
+        f"One scan (n = 1). Share of the lesion in the body, the expected maximum and Dice by chance: {shares}.",
+        f"Rank: among the local maxima of the map, the largest values within {PEAK_MM:g} mm to each side.",
+        "Last column: share of the places in the body, with room for this lesion, that have as high a mean rank.",
     ]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scan", help="a CT in any format that is read")
-    parser.add_argument("mask", help="its lesion, above 0, on the same grid")
-    parser.add_argument("reference", help="a normal CT")
-    parser.add_argument("--checkpoint", default=SHIPPED_CHECKPOINT, help="with an aligned difference")
-    parser.add_argument("--encoder", help="weights from `diffvp encoder convert` of Merlin's or Astra's encoder")
-    parser.add_argument("--output", required=True, help="folder of the results")
+    parser.add_argument("scan", help="CT in any supported format")
+    parser.add_argument("mask", help="lesion mask (above 0) on the same grid")
+    parser.add_argument("reference", help="normal CT")
+    parser.add_argument("--checkpoint", default=SHIPPED_CHECKPOINT, help="checkpoint with an aligned difference")
+    parser.add_argument("--encoder", help="encoder of Merlin or Astra, from `diffvp encoder convert`")
+    parser.add_argument("--output", required=True, help="output folder")
     given = parser.parse_args()
     make(given.scan, given.mask, given.reference, given.output, given.checkpoint, given.encoder)

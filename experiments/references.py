@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Which normal references a test case is compared with under a test condition. All draws depend on names alone."""
+"""Choice of normal references under a test condition. All draws depend only on names and seeds."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,16 +14,16 @@ def reference_pool(
     cases: Sequence[Case], condition: Condition, seed: int, foreign: Sequence[Case] = ()
 ) -> dict[str, Case]:
     """
-    The pool of a condition, by name.
+    Draw the pool of references of a condition, by name.
 
-    A share of it is replaced, not added, so that pools of one size are compared.
+    Contaminating scans replace a share of the pool, so that all pools have the same size.
 
     Args:
-        cases: of the test split: its normal scans are the pool, its abnormal ones what contaminates it.
+        cases: the test split. Its normal scans form the pool, its abnormal scans contaminate it.
         foreign: normal scans of another scanner.
 
     Raises:
-        ValueError: there are fewer such scans than the condition asks for.
+        ValueError: there are fewer scans than the condition needs.
     """
 
     def drawn(candidates: Sequence[Case], count: int, what: str) -> list[Case]:
@@ -48,10 +48,10 @@ def choose_references(
     distance: Callable[[Case, Case], float] | None = None,
 ) -> dict[str, list[Case]]:
     """
-    The references of each case, by its name; a scan is never its own.
+    Choose the references of each case, by its name. A scan is never its own reference.
 
     Args:
-        distance: between the features of two cases; needed where the nearest is asked for.
+        distance: distance between the features of two cases; required for the choice "nearest".
 
     Raises:
         ValueError: the pool has too few other scans for a case.

@@ -1,12 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The models of a study and their reports on its test cases: each made once, whatever tables it stands in.
+"""
+Models of a study and their reports on its test cases. Each is made once and shared by all tables.
 
-    RUNS/STUDY/VARIANT/seed-21/                                 a training run, which `diffvp train` could go on with
-    RESULTS/STUDY/reports/VARIANT/seed-21/random.json.gz        what it wrote on the test cases
+    RUNS/STUDY/VARIANT/seed-21/                                 training run, as of `diffvp train`
+    RESULTS/STUDY/reports/VARIANT/seed-21/random.json.gz        its reports on the test cases
 
-Both go on where they were interrupted, and are refused if their settings are not those that are asked for. The reports
-are part of the results: where they are, a table is made from them, and no model is trained.
+Interrupted training resumes. Runs and reports made with other settings are refused. Reports are part of the results:
+if they are stored, a table is made from them without training a model.
 """
 
 import contextlib
@@ -33,26 +34,26 @@ from ..inference.report import load_checkpoint
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..provenance import compare, made_on, weights_sha256
-from ..storage_diffvp import replacing
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
 from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
 from .references import choose_references, reference_pool
-from .study import Condition, Study, Variant
+from .result_files import json_text, write_bytes, write_json
+from .study import Condition, StudyConfig, Variant
 
 
 class RunError(ValueError):
-    """What lies in a folder of runs was made with other settings, or by other weights."""
+    """Stored runs or reports were made with other settings or other weights."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a study. `folder` is the output of its training, `reports` holds what it writes."""
+    """A model of a study. `folder` holds the training output, `reports` the reports that the model writes."""
 
-    study: Study
+    study: StudyConfig
     variant: Variant
-    key: str  # of the variant
+    key: str  # key of the variant
     seed: int
     folder: Path
     reports: Path
@@ -62,10 +63,10 @@ class Run:
         return self.study.training_config(self.variant, self.seed, self.folder)
 
     def train(self) -> None:
-        """Train the model, or go on with it. One that is finished stays as it is.
+        """Train the model, or resume its training. Do nothing if it is finished.
 
         Raises:
-            RunError: it was trained with other settings.
+            RunError: the folder holds a run with other settings.
         """
         settings = self.folder / "settings.json"
         wanted = self.config.of_the_result("report")
@@ -83,30 +84,30 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether the model is there."""
+        """True if the model is trained."""
         return (self.folder / "model").is_dir()
 
     def reports_under(self, condition: Condition) -> Path:
-        """The file of the reports under a condition, which may be yet to make."""
+        """Return the path of the reports under a condition. The file may not exist yet."""
         return self.reports / f"{condition.name}.json.gz"
 
     def load(self) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
-        """The trained model, LoRA merged, on a GPU if there is one; it is trained now where that has not been done."""
+        """Load the model with LoRA merged, on a GPU if there is one. Train it first if necessary."""
         self.train()
         model, processor = load_checkpoint(self.folder / "model")
         model.merge_adapter()
         return model, processor
 
     def features(self, model: DiffVPForConditionalGeneration, processor: DiffVPProcessor) -> Features:
-        """Frozen features by way of the caches of the training."""
+        """Return the frozen features, read through the caches of the training."""
         data = self.config.data
         return make_features(data, VolumeCache(data.cache_dir, processor.image_processor, data.spacing), model)
 
 
 class HeldOut:
-    """The test cases of a study, and their references."""
+    """Test cases of a study and their references."""
 
-    def __init__(self, study: Study):
+    def __init__(self, study: StudyConfig):
         data = DataSection.model_validate(study.training["data"])
         self.root = data.root
         cases = load_dataset_cases(data.layout, data.root, study.test.split)
@@ -117,30 +118,30 @@ class HeldOut:
 
     @cached_property
     def foreign(self) -> list[Case]:
-        """The cases of another scanner; a cohort that only some conditions need.
+        """Cases of another scanner, which only some conditions need.
 
         Raises:
-            ValueError: the study has none.
+            ValueError: the study has no section `foreign`.
         """
         section = self.study.foreign
         if section is None:
-            raise ValueError(f"The study {self.study.name} has no section foreign; this condition takes scans of it")
+            raise ValueError(f"The study {self.study.name} has no section foreign; this condition needs its scans")
         return load_dataset_cases(section.layout, section.root, section.split)
 
     def cases_of(self, patients: str) -> list[Case]:
-        """Who is tested: the study's own cases, or "foreign" ones."""
+        """Return the tested cases: the study's ("own"), or those of another scanner ("foreign")."""
         return self.cases if patients == "own" else self.foreign[: self.study.test.cases]
 
     @cached_property
     def patients(self) -> dict[str, list[Finding]]:
-        """The findings of each case of a phantom cohort."""
+        """Findings of each case, by its name. Only for a phantom cohort."""
         return read_patients(self.root)
 
     def references(self, condition: Condition, seed: int, features: Features) -> dict[str, list[Case]]:
-        """The references of each case.
+        """Choose the references of each case, by its name.
 
         Raises:
-            ValueError: the condition takes scans that the study does not have.
+            ValueError: the study lacks scans that the condition needs.
         """
         draw = seed if condition.draw is None else condition.draw
         foreign = [case for case in self.foreign if is_normal(case)] if condition.foreign else []
@@ -159,10 +160,10 @@ class HeldOut:
 
 
 def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
-    """The reports of a model on the test cases under a condition, from their file or made now.
+    """Read the reports of a model on the test cases under a condition, or write them if there are none.
 
     Raises:
-        RunError: those in the file are of other settings, cases or weights.
+        RunError: the stored reports were made with other settings, cases or weights.
     """
     path = run.reports_under(condition)
     tested = test.cases_of(condition.patients)
@@ -178,7 +179,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
         if run.trained:
             made_by["weights"] = weights_sha256(run.folder / "model")
         stored = {key: document["made_by"][key] for key in made_by}
-        # Older reports have fewer fields.
+        # Older reports lack newer fields.
         stored["condition"] = Condition.model_validate(stored["condition"]).model_dump()
         differences = compare(stored, made_by)
         if differences:
@@ -207,7 +208,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
 
 
 def cases_sha256(cases: Sequence[Case]) -> str:
-    """Of names, reports and labels."""
+    """Return the digest of names, reports and labels."""
     digest = hashlib.sha256()
     for case in cases:
         digest.update(case.identity)
@@ -216,14 +217,14 @@ def cases_sha256(cases: Sequence[Case]) -> str:
 
 @cache
 def frozen_sha256(classifier: str | None) -> dict[str, str]:
-    """Digests of what the models of a study share; empty where each trains its own, which its settings describe."""
+    """Return the digests of the shared encoder and classifier; empty if each model trains its own."""
     if classifier is None:
         return {}
     return dict(zip(("encoder", "classifier"), map(state_sha256, load_classifier(classifier)), strict=True))
 
 
 def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
-    """Batches of at most `size` and at least two cases: in one of one, no patient could get another's prompt."""
+    """Split cases into batches of 2 to `size`: shuffled prompts need a second patient in the batch."""
     count = -(-len(cases) // size)
     return [[cases[index] for index in part] for part in np.array_split(np.arange(len(cases)), count)]
 
@@ -231,7 +232,7 @@ def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
 def model_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
-    """What `generate` takes, from the caches."""
+    """Return the arguments of `generate`, from the caches."""
     inputs = scan_inputs(model, features, cases, references)
     if model.config.use_diagnosis:
         logits = torch.stack([features.load(case)["diagnosis_logits"] for case in cases])
@@ -242,14 +243,14 @@ def model_inputs(
 def scan_inputs(
     model: DiffVPForConditionalGeneration, features: Features, cases: Sequence[Case], references: Sequence[list[Case]]
 ) -> dict[str, torch.Tensor]:
-    """Scans and references alone, from the caches: what is compared. Several references are averaged."""
+    """Return the features of scans and references, from the caches. Several references are averaged."""
     pairs = [features.inputs(case, of) for case, of in zip(cases, references, strict=True)]
     return {name: torch.stack([pair[name] for pair in pairs]).to(model.device) for name in pairs[0]}
 
 
 @contextlib.contextmanager
 def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterator[None]:
-    """Within it, the difference prompt of a batch is another patient's ("shuffled"), or zeros ("zeroed").
+    """Replace the difference prompts of a batch by those of other patients ("shuffled") or by zeros ("zeroed").
 
     Raises:
         ValueError: the model has no difference prompt.
@@ -258,7 +259,7 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         yield
         return
     if model.prompt_generator is None:
-        raise ValueError(f"This model has no difference prompt, which is to be {prompt}")
+        raise ValueError(f"prompt is {prompt!r}, but this model has no difference prompt")
 
     def change(module, inputs, own: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(own) if prompt == "zeroed" else own.roll(1, dims=0)
@@ -268,17 +269,3 @@ def changed_prompt(model: DiffVPForConditionalGeneration, prompt: str) -> Iterat
         yield
     finally:
         hook.remove()
-
-
-def json_text(document: dict) -> str:
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, document: dict) -> None:
-    write_bytes(path, json_text(document).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)

@@ -29,14 +29,15 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments import evaluate, tables
-from diffvp.experiments.figures import stability
-from diffvp.experiments.page import write_page
+from diffvp.experiments import evaluate
+from diffvp.experiments.kinds import score_table
+from diffvp.experiments.kinds.stability import stability
 from diffvp.experiments.references import choose_references, reference_pool
+from diffvp.experiments.results_page import write_page
+from diffvp.experiments.runner import completed, load_table, planned_runs, run_experiment, table_names
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
-from diffvp.experiments.scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
-from diffvp.experiments.study import Condition, Study, Variant, load_table, load_variants, table_names
-from diffvp.experiments.tables import completed, planned_runs, run_experiment
+from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants
+from diffvp.experiments.system_scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
 from diffvp.metrics.collapse import collapse_panel
 from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference
@@ -90,7 +91,7 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(study, table, meteor_data, tmp_path_factory):
     """The study, its folder of runs, and the result of the table."""
-    runs, loaded = tmp_path_factory.mktemp("runs"), Study.load(study)
+    runs, loaded = tmp_path_factory.mktemp("runs"), StudyConfig.load(study)
     return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
 
 
@@ -122,7 +123,7 @@ def cases(small_cohort):
 
 
 def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(repository_root):
-    variants, study = load_variants(), Study.load(repository_root / "configs/study_phantom.yaml")
+    variants, study = load_variants(), StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     assert {"table1", "table3", "table4", "table5", "table6", "table7", "table8", "table10", "fig5b"} <= set(
         table_names()
     )
@@ -135,7 +136,7 @@ def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(reposito
 
 
 def test_only_what_a_variant_names_is_otherwise(repository_root):
-    study = Study.load(repository_root / "configs/study_phantom.yaml")
+    study = StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
     levels = [settings["model"].pop("difference_level") for settings in (full, target)]
     assert levels == ["aligned", "target"] and target == full
@@ -146,9 +147,10 @@ def test_only_what_a_variant_names_is_otherwise(repository_root):
     [
         ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
-        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "names of their own"),
+        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "must be unique"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
+        ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, maps"),
         ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
     ],
 )
@@ -162,6 +164,14 @@ def test_mistakes_in_a_table_are_named(tmp_path, change, message):
 def test_a_table_that_does_not_exist_is_answered_with_those_that_do():
     with pytest.raises(ValueError, match="no experiment 'table99'; expected one of .*table4"):
         load_table("table99", load_variants())
+
+
+def test_stored_page_matches_stored_results(repository_root, tmp_path):
+    """If this fails after a change of wording, call `write_page` on the folder of the results."""
+    stored = repository_root / "experiments/results/phantom"
+    for path in stored.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    assert write_page(tmp_path).read_text(encoding="utf-8") == (stored / "RESULTS.md").read_text(encoding="utf-8")
 
 
 # References at test time
@@ -289,7 +299,7 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
         assert scores[name] == pytest.approx(function(truth, predicted, average="micro"))
         assert scores[f"{name}_interval"][0] < scores[name] < scores[f"{name}_interval"][1]
     assert scores["bleu4"] == scores["rougeL"] == 1
-    labels = evaluate.score_labels(predicted, cases)
+    labels = evaluate.score_by_label(predicted, cases)
     expected = f1_score(truth, predicted, average=None, zero_division=0)
     assert [labels[label]["f1"] for label in DIAGNOSIS_LABELS] == pytest.approx(expected)
     for label in labels.values():
@@ -310,7 +320,7 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
             "signatures": ["signature"],
         }
     )
-    assert "| distinct reports / n |" in page and "prompted it agree: 0.750 (" in page
+    assert "| distinct reports / n |" in page and "classifier that prompted it: 0.750 (" in page
     [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
@@ -362,7 +372,7 @@ def test_an_experiment_says_what_was_measured(made):
     page = write_page(result.parent).read_text()
     f1 = document["rows"][0]["scores"]["f1"]
     assert f"{f1['mean']:.3f} ± {f1['std']:.3f}" in page and "| DiffVP | 0.421 |" in page
-    assert "Is the benefit of the difference prompt real" in page.splitlines()[4]
+    assert "Does the difference prompt help" in page.splitlines()[4]
     for row in document["rows"] + document["baselines"]:
         assert f"| {row['name']} |" in page
 
@@ -381,7 +391,7 @@ def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tm
     assert ("a 0.100 < b 0.200 < c 0.300" in order) == (verdict == "is the paper's")
 
 
-@pytest.mark.parametrize(("least", "words"), [(0.0, "above it are: DiffVP"), (1.0, "above it is none")])
+@pytest.mark.parametrize(("least", "words"), [(0.0, "above it: DiffVP"), (1.0, "above it: none.")])
 def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, least, words):
     document = json.loads(made[2].read_text())
     document["experiment"], document["rows"][0]["scores"]["f1"]["mean"] = "mine", 0.5
@@ -389,7 +399,7 @@ def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, l
         if row["name"] == "nearest training report":
             row["scores"]["f1"]["mean"] = least
     (tmp_path / "mine.json").write_text(json.dumps(document))
-    assert f"gives a micro-F1 of {least:.3f}; of the rows of `mine`, {words}" in write_page(tmp_path).read_text()
+    assert f"gives a micro-F1 of {least:.3f}. Rows of `mine` {words}" in write_page(tmp_path).read_text()
 
 
 def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
@@ -405,13 +415,13 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
     assert json.loads(from_reports.read_text()) == document and baselines.is_file()
     assert not list(tmp_path.rglob("*.safetensors")), "no model is trained where its reports are"
-    elsewhere = Study.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
+    elsewhere = StudyConfig.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
     from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1], jobs=2)
     assert (tmp_path / "runs/small/target/seed-1/log.txt").stat().st_size > 0
     for row, expected in zip(json.loads(from_nothing.read_text())["rows"], document["rows"], strict=True):
         for metric, score in row["scores"].items():
             assert score["by_seed"]["1"] == expected["scores"][metric]["by_seed"]["1"]
-    other = Study.load(study, ["training.report.learning_rate=0.5"])
+    other = StudyConfig.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
         run_experiment(table, other, runs, tmp_path / "results")
 
@@ -440,7 +450,7 @@ def test_what_looks_into_models_trains_them_at_once_and_writes_nothing(study, tm
     path = tmp_path / "inside.yaml"
     row = {"name": "ours", "variant": "diffvp"}
     path.write_text(yaml.safe_dump(TABLE | {"kind": "importance", "seeds": [1], "rows": [row], "compare": []}))
-    result = run_experiment(str(path), Study.load(study), tmp_path / "runs", tmp_path / "results", jobs=2)
+    result = run_experiment(str(path), StudyConfig.load(study), tmp_path / "runs", tmp_path / "results", jobs=2)
     assert (tmp_path / "runs/small/diffvp/seed-1/log.txt").stat().st_size > 0
     assert not (result.parent / "reports").exists() and result.with_suffix(".png").is_file()
     assert list(json.loads(result.read_text())["provenance"]["weights"]) == ["ours, seed 1"]
@@ -467,8 +477,8 @@ def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
     path = tmp_path / "foreigners.yaml"
     path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
     with pytest.raises(ValueError, match="small has no section foreign"):
-        run_experiment(str(path), Study.load(study), runs, tmp_path / "results")
-    loaded = Study.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
+        run_experiment(str(path), StudyConfig.load(study), runs, tmp_path / "results")
+    loaded = StudyConfig.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
     document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())
     foreign = {case.name: case for case in load_phantom(root, "valid")}
     own = {case.name for case in HeldOut(loaded).cases}
@@ -556,18 +566,18 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
         changed = {"experiment": name, "comparisons": [comparison | {"metrics": metrics}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(document | changed))
     page = write_page(tmp_path).read_text()
-    assert "no reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
-    assert "named before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
+    assert "without a reference is +0.017 (95 % interval over cases +0.004 to +0.030" in page
+    assert "chosen before any of them was trained, it is -0.003 (-0.012 to +0.007; p = 0.851)." in page
     sides = [
         list(row["scores"]["f1"]["by_seed"].values())
         for row in document["rows"]
         if row["name"] in ("DiffVP", "equal compute")
     ]
     if any(len(set(side)) > 1 for side in sides):  # the least difference that these few seeds could have shown
-        assert page.count(f"a difference of {detectable_difference(*sides):.3f} shows with a power of 80%") == 2
+        assert page.count(f"a power of 80% for a difference of {detectable_difference(*sides):.3f}") == 2
     del metrics["f1"]["p_seeds"]  # a trial with one seed
     (tmp_path / "replication.json").write_text(json.dumps(document | changed))
-    assert "named before any of them" not in write_page(tmp_path).read_text()
+    assert "chosen before any of them" not in write_page(tmp_path).read_text()
 
 
 def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
@@ -584,9 +594,9 @@ def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
     document = json.loads(gzip.decompress(older.read_bytes()))
     del document["made_on"]
     older.write_bytes(gzip.compress(json.dumps(document).encode()))
-    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text())["provenance"]["devices"]["NVIDIA H200"] == ["equal compute"]
-    assert "Written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
+    assert "Reports written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
 
 
 def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp_path, monkeypatch):
@@ -594,21 +604,21 @@ def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp
     _, runs, result = made
     stored = tmp_path / "results/small/reports"
     shutil.copytree(result.parent / "reports", stored)
-    monkeypatch.setattr(tables, "make_baselines", lambda *_: pytest.fail("they were made already"))
+    monkeypatch.setattr(score_table, "make_baselines", lambda *_: pytest.fail("they were made already"))
     before = (stored / "baselines-own.json").read_bytes()
-    run_experiment(table, Study.load(study), runs, tmp_path / "results", seeds=[2])
+    run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results", seeds=[2])
     assert (stored / "baselines-own.json").read_bytes() == before
 
 
 def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     _, runs, result = made
     ours = json.loads(result.read_text())
-    other = Study.load(study, ["test.labeler=rules"])
+    other = StudyConfig.load(study, ["test.labeler=rules"])
     document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
     assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
     stored = json.loads((tmp_path / "results/small/reports/baselines-own.json").read_text())
     assert "labeler:rule-labeler" in stored["made_by"]["signature"]
-    again = run_experiment(table, Study.load(study), runs, tmp_path / "results")
+    again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
     assert json.loads(again.read_text()) == ours
 
 
@@ -670,10 +680,13 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         assert ours["test_cases"] == len(tested) and "| control | visual tokens |" in page
         told = ours["prompt"]["shares"].values()
         assert sum(of["count"] for of in told) == 18 * len(tested) and "micro-F1 of the prompt" in page
-        assert f"{ours['variance']['patient']:.1%} hangs on the patient alone" in page.splitlines()[6]
+        assert (
+            f"{ours['variance']['patient']:.1%} of the variance of its difference prompt depends on the patient alone"
+            in page.splitlines()[6]
+        )
     elif kind == "maps":
         pointing = document["figure"]["ours"]["maps"]["pixel"]["pointing_body"]["mean"]
-        assert f"{pointing:.0%} of subtracted voxels" in page.splitlines()[6]
+        assert f"for subtracted voxels in {pointing:.0%}" in page.splitlines()[6]
         assert (result.parent / document["picture"]).stat().st_size > 1000
     else:
         assert [set(case) for case in document["figure"]] == [{"id", "true", "ours", "control"}] * len(
@@ -682,11 +695,11 @@ def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
         assert document["figure"][0]["true"] in page
     document["provenance"]["devices"] = {"NVIDIA H200": ["control"]}
     result.write_text(json.dumps(document))
-    assert "Written on a GPU (NVIDIA H200): control." in write_page(result.parent).read_text()
+    assert "Reports written on a GPU (NVIDIA H200): control." in write_page(result.parent).read_text()
 
 
 def test_reports_of_other_weights_are_refused(study, tmp_path):
-    run = Run(Study.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x", tmp_path / "reports")
+    run = Run(StudyConfig.load(study), Variant(name="x", about="x"), "x", 1, tmp_path / "x", tmp_path / "reports")
     test = HeldOut(run.study)
     make_reports(run, test, Condition())
     path = run.folder / "model/model.safetensors"
@@ -702,7 +715,7 @@ def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
         variant = variant.model_copy(update={"settings": variant.settings | {"base.from_scratch": small}})
-    run = Run(Study.load(study), variant, key, 1, tmp_path / key, tmp_path / "reports")
+    run = Run(StudyConfig.load(study), variant, key, 1, tmp_path / key, tmp_path / "reports")
     reports = make_reports(run, HeldOut(run.study), Condition())["reports"]
     assert len(reports) == 18 and all(isinstance(row["report"], str) for row in reports)
     model, _ = run.load()

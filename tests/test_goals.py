@@ -14,9 +14,9 @@ from diffvp.data.cases import Case
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.experiments.goals import classifier_scores, goal_lines, naming_scores, pool_cases, report_scores
-from diffvp.experiments.lesions import named_twice
-from diffvp.experiments.maps import correlation, target_maps
-from diffvp.experiments.scores import PhantomReader
+from diffvp.experiments.lesion_scores import named_twice
+from diffvp.experiments.map_scores import correlation, target_maps
+from diffvp.experiments.system_scores import PhantomReader
 from diffvp.metrics.statistics import bootstrap_auroc
 from diffvp.references_diffvp import ReferencePool, index_references
 
@@ -230,8 +230,8 @@ def test_the_page_has_what_was_measured_beside_each_goal(cohort):
     page = "\n".join(goal_lines(result))
     assert "| BLEU-4 | ≥ 0.60 | 0.610 (0.600–0.620) |" in page
     assert "| its maximum lies on a lesion | ≥ 0.90 | 0.900 (0.800–1.000) |" in page
-    assert "| that of another patient's map | ≤ 0.20 | 0.123 |" in page
-    assert "| AUROC, more than target alone | interval above 0 | +0.050 (+0.010 to +0.090) |" in page
+    assert "| maximum of another patient's map lies on a lesion | ≤ 0.20 | 0.123 |" in page
+    assert "| AUROC, minus target alone | interval above 0 | +0.050 (+0.010 to +0.090) |" in page
     assert "| reports that name a finding twice | 0 | 0.000 (0.000–0.000), 0 in 60 |" in page
     assert "volume labels" not in page
     page = "\n".join(goal_lines(result | {"volume_labels": result["classifier"]}))

@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 
 from diffvp.data.pool import is_normal
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments.information import (
+from diffvp.experiments.kinds.information import (
     latent_overlap,
     probe,
     prompt_following,

@@ -12,7 +12,7 @@ from diffvp.data.cases import DatasetError
 from diffvp.data.lesions import read_patients, true_place
 from diffvp.data.phantom import FINDING_NETWORK, Finding, _attributes, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
-from diffvp.experiments.lesions import (
+from diffvp.experiments.lesion_scores import (
     named_lobes,
     named_sides,
     score_findings,

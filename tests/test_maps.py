@@ -22,8 +22,14 @@ from diffvp.data.lesions import lesion_mask_path, lesion_voxels
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import normal_pool
 from diffvp.data.radgenome import load_phantom
-from diffvp.experiments.maps import (
-    MapExample,
+from diffvp.experiments.kinds.token_importance import (
+    draw_importance,
+    importance_statistics,
+    score_importance,
+    token_weights,
+)
+from diffvp.experiments.map_figure import MapExample, draw_maps, map_example
+from diffvp.experiments.map_scores import (
     MapScores,
     Truth,
     auroc,
@@ -31,19 +37,13 @@ from diffvp.experiments.maps import (
     compare_maps,
     difference_map,
     dilated,
-    draw_importance,
-    draw_maps,
-    importance_statistics,
-    map_example,
     other_references,
     pointing,
     reaches_top,
     score_ball,
-    score_importance,
     score_map,
     score_maps,
     summary,
-    token_weights,
 )
 from diffvp.processing_diffvp import DiffVPImageProcessor
 from diffvp.training.cohort import Features

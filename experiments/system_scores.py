@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""From the reports of runs to the numbers of a table: means over seeds, intervals over cases, tests."""
+"""Scores of the rows of a table: means over seeds, intervals over cases, tests between rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,23 +31,23 @@ LANGUAGE = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_
 
 
 class PhantomReader:
-    """Reads the sentences of the phantom's own report writer back: exact, where a report is written as they are."""
+    """Labeler for the sentences of the phantom report writer. Exact for reports in its wording."""
 
     signature = "phantom-reader"
 
     def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """(reports, 18) of 0 and 1."""
+        """Return 0 or 1 for each label, (reports, 18)."""
         read = [labels_from_report(report) for report in reports]
         return np.array([[labels[label] for label in DIAGNOSIS_LABELS] for labels in read], np.int8)
 
 
 def study_labeler(name: str) -> Labeler:
-    """The labeler of a study: "phantom", "rules", or the folder of a converted RadBERT."""
+    """Load the labeler of a study: "phantom", "rules", or the folder of a converted RadBERT."""
     return PhantomReader() if name == "phantom" else load_labeler(None if name == "rules" else name)
 
 
 def findings_signature(labeler: Labeler) -> str:
-    """Of findings that a labeler reads, against the labels of the dataset."""
+    """Return the signature of findings from a labeler, scored against the labels of the dataset."""
     return f"clinical-efficacy|truth:dataset|labeler:{labeler.signature.replace('|', ',')}"
 
 
@@ -57,9 +57,9 @@ class SystemScores:
     Scores of one set of reports.
 
     Attributes:
-        per_report: language scores by name, (cases,).
-        counts: (cases, 3, labels), see `label_counts`; of all labels.
-        signature: how the scores were computed.
+        per_report: language scores by name, (cases,); empty for labels without text.
+        counts: (cases, 3, labels), see `label_counts`.
+        signature: method of the scores.
     """
 
     per_report: dict[str, NDArray]
@@ -73,38 +73,50 @@ class SystemScores:
 
 
 def micro(counts: NDArray, metric: str) -> NDArray:
-    """Sums of `label_counts`, (..., 3, labels), to a micro-averaged score, (...)."""
+    """Compute a micro-averaged score (...) from sums of `label_counts` (..., 3, labels)."""
     return averages(counts)["micro"][..., FINDINGS.index(metric)]
 
 
+def true_labels(cases: Sequence[Case]) -> NDArray[np.int64]:
+    """Return the labels of the cases, (cases, labels)."""
+    return np.stack([case.labels for case in cases]).astype(int)
+
+
 def score_system(reports: Sequence[str], cases: Sequence[Case], labeler: Labeler, workers: int = 1) -> SystemScores:
-    """Score reports against those of the cases, and their findings against the cases' labels.
+    """Score the text of reports against the true reports, and their findings against the labels of the cases.
 
     Raises:
         LexiconError: METEOR's data are not installed.
     """
-    truth = np.stack([case.labels for case in cases]).astype(int)
     scores = score_reports(reports, [case.report for case in cases], workers=workers)
-    counts = label_counts(label_reports(labeler, reports), truth)
+    counts = label_counts(label_reports(labeler, reports), true_labels(cases))
     return SystemScores(scores.per_report, counts, f"{scores.signature} {findings_signature(labeler)}")
 
 
 def score_labels(predicted: NDArray, cases: Sequence[Case]) -> SystemScores:
-    """Of labels without a text."""
-    truth = np.stack([case.labels for case in cases]).astype(int)
-    return SystemScores({}, label_counts(predicted.astype(int), truth), "")
+    """Score predicted labels without a text."""
+    return SystemScores({}, label_counts(predicted.astype(int), true_labels(cases)), "")
+
+
+def mean_and_interval(values: Sequence[float]) -> dict:
+    """Return the mean and its 95 % interval; the interval of a single value is `None`."""
+    if len(values) < 2:
+        return {"mean": float(values[0]), "interval": None}
+    interval = bootstrap_mean(values)
+    return {"mean": interval.estimate, "interval": [interval.low, interval.high]}
 
 
 def row_summary(seeds: dict[int, SystemScores], metrics: Sequence[str]) -> dict[str, dict]:
     """
-    Each metric of a row: its value by seed, their mean and standard deviation, and the 95 % interval over cases of the
-    mean over seeds. A bootstrap draws cases, with the reports of all seeds for each.
+    Summarize each metric of a row: value by seed, mean, standard deviation, and the 95 % interval over cases.
+
+    The interval is that of the mean over seeds. The bootstrap draws cases, each with the reports of all seeds.
     """
     summary = {}
     systems = list(seeds.values())
     for metric in metrics:
         if metric not in FINDINGS and not systems[0].per_report:
-            continue  # labels without a text
+            continue
         values = [system.value(metric) for system in systems]
         if metric in FINDINGS:
             # (cases, seeds, 3, labels)
@@ -130,11 +142,13 @@ def compare_rows(
     same_models: bool = False,
 ) -> dict:
     """
-    The first row less the second, metric by metric: Welch's two-sided t-test over seeds, as the paper's Table 5, and a
-    test over cases, which says whether other patients would show it, too. `holm` corrects over the metrics.
+    Compare two rows, metric by metric; the difference is first minus second.
+
+    Two tests: Welch's two-sided t-test over seeds, as in the paper's Table 5, and a paired test over cases, which
+    tells whether the difference generalizes to other patients. `holm` corrects over the metrics.
 
     Args:
-        same_models: both rows are of the same models, seed by seed, under two conditions: the t-test is paired.
+        same_models: True if both rows have the same models under two conditions: the t-test is then paired by seed.
     """
     test = paired_t_test if same_models else welch_test
     result = {}
@@ -159,7 +173,7 @@ def _over_cases(first: dict[int, SystemScores], second: dict[int, SystemScores],
         means = [np.mean([system.per_report[metric] for system in side], axis=0) for side in sides]
         comparison = compare_means(*means)
     else:
-        seeds = min(map(len, sides))  # of as many runs on either side, in one array
+        seeds = min(map(len, sides))  # equal numbers of runs, to stack the counts
         counts = [np.stack([system.counts for system in side[:seeds]], axis=1) for side in sides]
         comparison = compare_counts(*counts, lambda sums: micro(sums, metric).mean(-1))
     return {"p_cases": comparison.p_value, "interval": [comparison.interval.low, comparison.interval.high]}

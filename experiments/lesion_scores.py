@@ -1,8 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a report says of each finding of the phantom: whether it names it, by the finding's size, and whether side, lobe
-and size are right where it does. No dataset of patients knows the size of every finding.
+Findings of the phantoms in a report: named or not, by size, and for named ones whether side, lobe and size are right.
+
+Only phantoms allow this: no dataset of patients has the size of every finding.
 """
 
 import re
@@ -13,9 +14,9 @@ from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
 
-# Where bins begin, in mm: of a nodule at 9, above which guidelines want it followed up sooner, of pericardial effusion
-# at 10 and 20, from which on it is called moderate and large, of the others so that each bin has about a third of the
-# cases. Nothing is smaller than the first number: see `data/phantom.py`.
+# Lower bounds of the bins in mm. Nodules: 9, above which guidelines shorten the follow-up. Pericardial effusion: 10
+# and 20, from which on it is called moderate and large. Others: so that each bin has about a third of the cases. No
+# finding is smaller than the first number, see `data/phantom.py`.
 BINS_MM = {
     "Lung nodule": (6, 9, 16),
     "Consolidation": (28, 40, 55),
@@ -26,7 +27,7 @@ BINS_MM = {
 }
 SIZE_TOLERANCE = 0.25  # of the true size
 
-# As `labels_from_report` takes a report apart.
+# The same sentence ends as in `labels_from_report`.
 _SENTENCE = re.compile(r"[.;\n]+(?=\s|$)|\n")
 _MILLIMETRES = re.compile(r"(\d+(?:\.\d+)?) ?mm\b")
 _BOTH_LOBES = re.compile(r"\bboth (upper|lower) lobes\b")
@@ -38,10 +39,10 @@ _SIDE = re.compile(r"\b(right|left)\b")
 
 
 def size_bin(finding: Finding) -> str | None:
-    """ "9-15 mm", or a severity; `None` of a finding that has neither.
+    """Return the size bin ("9-15 mm") or the severity of a finding, or `None` if it has neither.
 
     Raises:
-        ValueError: it has a length, but no bin for it.
+        ValueError: there is no bin for the length of the finding.
     """
     size = size_mm(finding)
     if size is None:
@@ -62,17 +63,18 @@ def _bin_names(starts: Sequence[int]) -> list[str]:
 
 
 def sentences_about(report: str, label: str) -> list[str]:
-    """The sentences of a report that state a finding, in small letters."""
+    """Return the sentences of a report that state a finding, in lower case."""
     return [part for part in _SENTENCE.split(report.lower()) if labels_from_report(part)[label]]
 
 
 def named_twice(report: str) -> list[str]:
-    """The findings that more than one sentence of a report states: nobody has a second heart."""
+    """Return the findings that more than one sentence of a report states. A correct report states each once."""
     read = [labels_from_report(part) for part in _SENTENCE.split(report.lower())]
     return [label for label in DIAGNOSIS_LABELS if sum(of[label] for of in read) > 1]
 
 
 def named_lobes(sentence: str) -> frozenset[str]:
+    """Return the lobes named in a sentence in lower case."""
     named = {lobe for lobe in LOBES if lobe in sentence}
     for level in _BOTH_LOBES.findall(sentence):
         named |= {f"right {level} lobe", f"left {level} lobe"}
@@ -80,18 +82,19 @@ def named_lobes(sentence: str) -> frozenset[str]:
 
 
 def named_sides(sentence: str) -> frozenset[str]:
+    """Return the sides ("right", "left") named in a sentence in lower case."""
     return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
 
 
 def place_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Whether the sentences together name all lobes (or sides) of the finding and no other."""
+    """Return whether the sentences together name all lobes (or sides) of the finding and no other."""
     truth = true_place(finding)
     read = named_lobes if truth <= set(LOBES) else named_sides
     return frozenset().union(*map(read, sentences)) == truth
 
 
 def size_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Whether the sentences state a length, and each that they state is within a quarter of the true one."""
+    """Return whether the sentences state a length and all stated lengths are within a quarter of the true one."""
     truth = size_mm(finding)
     stated = [float(number) for sentence in sentences for number in _MILLIMETRES.findall(sentence)]
     return bool(stated) and all(abs(number - truth) <= SIZE_TOLERANCE * truth for number in stated)
@@ -102,19 +105,20 @@ def size_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
 
 def score_findings(findings: Mapping[str, Sequence[Finding]], reports: Mapping[str, str]) -> dict:
     """
+    Count the true findings that the reports name, by size, and those with the right place and size.
+
     Args:
-        findings: of each case by its name, as [`read_patients`] gives them; those of cases without a report do not
-            count.
-        reports: predicted, by the name of the case.
+        findings: the findings of each case by its name, see [`read_patients`]. Cases without a report are ignored.
+        reports: generated reports by case name.
 
     Returns:
-        "by_size": {label: {bin: {"cases", "found"}}} of the findings that have a length or a severity, bins from small
-        to large, without empty ones; "details": {label: {"found", "with_place", "place_right", "with_size",
-        "size_right"}} of the findings that were named; "counts" of "reports", "findings", "sized" ones (those of
-        `by_size`) and "found".
+        "by_size": {label: {bin: {"cases", "found"}}} for findings with a length or a severity, in ascending order,
+        without empty bins; "details": {label: {"found", "with_place", "place_right", "with_size", "size_right"}} for
+        the findings that were named; "counts": numbers of "reports", "findings", "sized" findings (those in
+        `by_size`) and "found" findings.
 
     Raises:
-        ValueError: nothing is known about the case of a report.
+        ValueError: the findings of a case with a report are unknown.
     """
     unknown = sorted(set(reports) - set(findings))
     if unknown:

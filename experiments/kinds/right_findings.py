@@ -1,6 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Fig. 4b: whose reports win, by rules that know the findings of a phantom and by a language model if one is given."""
+"""
+Fig. 4b: which reports have more of the findings right.
+
+The paper asks a language model. The findings of a phantom are known, so rules compare them, too; a language model
+judges in addition if one is given.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,40 +15,35 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..metrics.judge.calibration import calibrate
-from ..metrics.judge.rules import DIMENSIONS as COUNTED
-from ..metrics.judge.table import SHORT, calibration_page, judged, measured
-from ..metrics.judge.verdicts import Comparison, Verdicts, win_rates
-from ..metrics.markdown import table_lines
-from .lesions import score_findings
-from .runs import HeldOut
+from ...metrics.judge.calibration import calibrate
+from ...metrics.judge.rules import DIMENSIONS as COUNTED
+from ...metrics.judge.table import SHORT, calibration_page, judged, measured
+from ...metrics.judge.verdicts import Comparison, Verdicts, win_rates
+from ...metrics.markdown import table_lines
+from ..lesion_scores import score_findings
+from ..runs import HeldOut
+from .material import Material, Needs, device_lines
 
-PHANTOMS = 40  # that a language model is measured on
+NEEDS = Needs()
+PHANTOMS = 40  # cases that calibrate a language model
 KNOWN_TRUTH = f"judge|pairwise|dims:{len(COUNTED)}|rules|truth:findings of the phantom"
 ABOUT_RULES = (
-    "By rules, which know the findings of each phantom: coverage counts those that are named, specificity those with "
-    "the right lobes or sides, quantification those with a length within a quarter of the true one. Split cases, in "
-    "which both have as many of them right, are half a win each; p is that of a sign test over the others."
+    "Judged by rules that know the findings of each phantom. Coverage counts the findings that are named, specificity "
+    "those with the right lobes or sides, quantification those with a length within a quarter of the true one. If "
+    "both reports have the same count, the case is split: half a win each. p: sign test over the other cases."
 )
 
 
-def judge_content(
-    pairs: Sequence[tuple[str, str]], reports: Mapping[str, dict], test: HeldOut, judge, picture: Path
-) -> dict:
+def content(material: Material) -> dict:
     """
-    Case by case, whose report is better. The paper's Fig. 4b asks a language model; a phantom's truth is known, too.
-
-    Args:
-        pairs: names of the rows that are compared.
-        reports: of each row, as `make_reports` returns them.
-        judge: a [`ModelJudge`], or `None`.
-        picture: the PNG to draw.
+    Count the findings that each row has right and compare the pairs of rows case by case.
 
     Returns:
-        "wins", an entry for each judge and pair, of the form of [`judged`] with "judge", "first" and "second";
-        "calibration" of the language model, or `None`; "picture".
+        "figure", findings named, by size and in detail, for each row; "wins", an entry for each judge and pair, of
+        the form of [`judged`] with "judge", "first" and "second"; "calibration" of the language model, or `None`;
+        "picture".
     """
-    texts = {name: {row["id"]: row["report"] for row in document["reports"]} for name, document in reports.items()}
+    texts, test, pairs, judge = material.first_texts(), material.test, material.table.compare, material.judge
     entries = [
         {"judge": "rules", "first": first, "second": second, **known_winners(texts[first], texts[second], test)}
         for first, second in pairs
@@ -55,12 +55,17 @@ def judge_content(
             asked = [Comparison(case.report, texts[first][case.name], texts[second][case.name]) for case in test.cases]
             entries.append({"judge": "model", "first": first, "second": second, **judged(judge, asked)})
     if entries:
-        draw_radar(picture, entries)
-    return {"wins": entries, "calibration": calibration, "picture": picture.name if entries else None}
+        draw_radar(material.picture, entries)
+    return {
+        "figure": {name: score_findings(test.patients, of) for name, of in texts.items()},
+        "wins": entries,
+        "calibration": calibration,
+        "picture": material.picture.name if entries else None,
+    }
 
 
 def known_winners(first: Mapping[str, str], second: Mapping[str, str], test: HeldOut) -> dict:
-    """Win rates of the first system's reports, by how many of a case's findings each has right."""
+    """Compute win rates of the first system: the report with more of the case's findings right wins."""
     cases = [name for name in first if test.patients[name]]
     sides = [np.array([_right({name: of[name]}, test) for name in cases]) for of in (first, second)]
     scores = (np.sign(sides[0] - sides[1]) + 1) / 2
@@ -77,17 +82,21 @@ def known_winners(first: Mapping[str, str], second: Mapping[str, str], test: Hel
 
 
 def _right(report: Mapping[str, str], test: HeldOut) -> tuple[int, int, int]:
-    """Of the findings of one case: named, placed and measured."""
+    """Count the findings of one case that are named, rightly placed and rightly measured."""
     scores = score_findings(test.patients, report)
     placed, measured = (sum(of[key] for of in scores["details"].values()) for key in ("place_right", "size_right"))
     return scores["counts"]["found"], placed, measured
 
 
-def judge_lines(document: dict) -> list[str]:
-    """The part of the page."""
+def lines(document: dict) -> list[str]:
+    """Write the win rates by judge, and the findings of each row."""
+    return _win_lines(document) + _finding_lines(document["figure"]) + device_lines(document)
+
+
+def _win_lines(document: dict) -> list[str]:
     if not document["wins"]:
         return []
-    lines = [f"![{document['title']}]({document['picture']})", ""]
+    page = [f"![{document['title']}]({document['picture']})", ""]
     for judge in ("rules", "model"):
         entries = [entry for entry in document["wins"] if entry["judge"] == judge]
         if not entries:
@@ -100,12 +109,33 @@ def judge_lines(document: dict) -> list[str]:
         ]  # fmt: skip
         head = ["", "", "win rate", "wins", "split", "losses", "no answer", "p (Holm)"]
         about = ABOUT_RULES if judge == "rules" else calibration_page(document["calibration"])
-        lines += [about, "", *table_lines(head, rows), "", f"{entries[0]['n']} cases. `{entries[0]['signature']}`", ""]
-    return lines
+        page += [about, "", *table_lines(head, rows), "", f"{entries[0]['n']} cases. `{entries[0]['signature']}`", ""]
+    return page
+
+
+def _finding_lines(figure: Mapping[str, dict]) -> list[str]:
+    names = list(figure)
+    sizes = [(label, size) for label, bins in figure[names[0]]["by_size"].items() for size in bins]
+    rows = []
+    for label, size in sizes:
+        cells = [figure[name]["by_size"][label][size] for name in names]
+        rows.append([label, size, str(cells[0]["cases"]), *(f"{of['found'] / of['cases']:.2f}" for of in cells)])
+    details = []
+    for name in names:
+        of = figure[name]["details"].values()
+        sums = {key: sum(row[key] for row in of) for key in ("with_place", "place_right", "with_size", "size_right")}
+        counts = figure[name]["counts"]
+        details.append([
+            name, f"{counts['found']} of {counts['findings']}", f"{sums['place_right']} of {sums['with_place']}",
+            f"{sums['size_right']} of {sums['with_size']}",
+        ])  # fmt: skip
+    head = ["", "findings named", "of these, with right lobes or sides", "of these, with size within a quarter"]
+    by_size = table_lines(["finding", "size", "cases", *(f"found, {name}" for name in names)], rows)
+    return [*table_lines(head, details), "", *by_size, ""]
 
 
 def draw_radar(path: Path, entries: Sequence[dict]) -> None:
-    """A panel for each judge: an axis for each dimension, a line for each pair, the win rate with its interval."""
+    """Draw win rates with intervals: a panel for each judge, an axis for each dimension, a line for each pair."""
     judges = list(dict.fromkeys(entry["judge"] for entry in entries))
     figure = Figure((5.2 * len(judges), 5.6), dpi=130)
     FigureCanvasAgg(figure)
@@ -139,7 +169,7 @@ def _draw_panel(panel, entries: Sequence[dict]) -> None:
     for number, entry in enumerate(entries):
         of = [entry["dimensions"][name] for name in dimensions]
         values = [math.nan if one["value"] is None else one["value"] for one in of]
-        # Beside each other, so that one interval does not hide another.
+        # Shift the points of each pair, so that no interval hides another.
         beside = [angle + 0.09 * (number - (len(entries) - 1) / 2) for angle in angles]
         label = f"{entry['first']} against {entry['second']}"
         [line] = panel.plot([*beside, beside[0]], [*values, values[0]], marker="o", markersize=5, label=label)
