@@ -3,6 +3,7 @@
 """The outputs of the models."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from transformers.utils import ModelOutput
@@ -30,6 +31,15 @@ class DiffVPComparison(ModelOutput):
     attention: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     attributes: list | None = None
+
+
+class DiffVPComputed(TypedDict):
+    """Intermediate results on the way to the prompt; fields of [`DiffVPOutput`]."""
+
+    latents: torch.Tensor
+    reference_latents: torch.Tensor | None
+    difference_weights: torch.Tensor | None
+    diagnosis_logits: torch.Tensor | None
 
 
 @dataclass
@@ -78,4 +88,4 @@ class DiffVPDiagnosisOutput(ModelOutput):
     voxel_logits: torch.Tensor | None = None
 
 
-__all__ = ["DiffVPComparison", "DiffVPDiagnosisOutput", "DiffVPOutput"]
+__all__ = ["DiffVPComparison", "DiffVPComputed", "DiffVPDiagnosisOutput", "DiffVPOutput"]
