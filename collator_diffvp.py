@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from .references_diffvp import ReferencePool
+
 # Few lengths of batches: tensor cores want multiples of 8, and oneDNN keeps a compiled product for each shape it has
 # seen (with every length its own, a process grew by gigabytes an hour).
 PAD_MULTIPLE = 16
@@ -173,12 +175,14 @@ class DiffVPDataCollator:
             name = Path(case["ct"]).name
         if name is None:
             raise ValueError("A case has no `id`, by which its reference is drawn.")
-        for drawn in rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0))):
-            scan = references[drawn] if self.references is not None else pool.fetch(references[drawn])
-            volume, other = self._volume(scan)
-            if content is None or other != content:
-                return volume
-        raise ValueError(f"No reference for {name}: the pool holds no scan but its own.")
+        ranked = rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0)))
+
+        def load(entry: dict[str, str]) -> tuple[str | None, torch.Tensor]:
+            scan = references[entry["id"]]
+            volume, digest = self._volume(scan if self.references is not None else pool.fetch(scan))
+            return digest, volume
+
+        return ReferencePool.first_other(({"id": drawn} for drawn in ranked), content, load, f"Case {name}")[1]
 
     def _text(self, cases: list[dict]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(case.get("text")) for case in cases]

@@ -42,7 +42,7 @@ from .modules_diffvp import (
 from .outputs_diffvp import DiffVPComparison, DiffVPComputed, DiffVPDiagnosisOutput, DiffVPOutput
 
 
-# pyright: the mixin takes keyword arguments only where transformers also takes positional ones.
+# Ignored types: the mixin takes keyword arguments only where transformers also takes positional ones.
 class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):  # pyright: ignore[reportIncompatibleMethodOverride]
     config: DiffVPConfig
     base_model_prefix = "model"
@@ -327,7 +327,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         return F.interpolate(tokens.unflatten(-1, grid)[:, None], size, mode="trilinear", align_corners=False)[:, 0]
 
 
-# pyright: as above; and `push_to_hub` is no method, but assigned in transformers.
+# Ignored types: as above, and transformers assigns `push_to_hub` instead of defining it as a method.
 class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """
     The complete model, from two scans to a report. Build it for training with `from_base`; load it with

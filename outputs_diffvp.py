@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @dataclass

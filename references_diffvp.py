@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers.utils.hub import cached_file
 
@@ -23,6 +23,7 @@ from .storage_diffvp import digest
 REFERENCE_FOLDER, REFERENCE_INDEX = "references", "references.json"
 LOCAL_REFERENCES = "references.local.json"  # written by training; never saved again, never pushed
 
+Entry = TypeVar("Entry", bound=Mapping[str, Any])
 Loaded = TypeVar("Loaded")
 
 
@@ -130,12 +131,10 @@ class ReferencePool:
                 )
             return self._checked(entry, path)
         try:
-            path = Path(  # pyright: ignore[reportArgumentType]  # `cached_file` raises instead of returning None here
-                cached_file(self.name_or_path, entry["file"], subfolder=self.subfolder, **self.hub_kwargs)
-            )
+            path = cached_file(self.name_or_path, entry["file"], subfolder=self.subfolder, **self.hub_kwargs)
         except OSError as error:
             raise ReferencePoolError(f"Reference {entry['id']}: {entry['file']} is missing from the pool.") from error
-        return self._checked(entry, path)
+        return self._checked(entry, Path(path))  # pyright: ignore[reportArgumentType]  # never `None`: it would raise
 
     @staticmethod
     def _checked(entry: dict[str, str], path: Path) -> Path:
@@ -168,20 +167,29 @@ class ReferencePool:
         )
         return self.first_other(drawn, scan, load)
 
+    @staticmethod
     def first_other(
-        self, entries: Iterable[dict[str, str]], scan: str, load: Callable[[dict[str, str]], tuple[str, Loaded]]
+        entries: Iterable[Entry],
+        scan: str | None,
+        load: Callable[[Entry], tuple[str | None, Loaded]],
+        name: str = "The scan",
     ) -> tuple[str, Loaded]:
         """
         Return the first of `entries` that is not the scan itself. Arguments and result as in [`choose`].
+
+        Args:
+            entries: ranked entries of a pool, each with an `id`.
+            scan: SHA-256 of the scan's content; `None` if unknown, which accepts the first entry.
+            name: name of the scan for the error message.
 
         Raises:
             NoOtherReferenceError: `entries` holds no other scan.
         """
         for entry in entries:
             content, loaded = load(entry)
-            if content != scan:
+            if scan is None or content != scan:
                 return entry["id"], loaded
-        raise NoOtherReferenceError("The scan is the only one of the reference pool: give another reference.")
+        raise NoOtherReferenceError(f"{name} is the only one of the reference pool: give another reference.")
 
     def write_paths(self, folder: str | os.PathLike) -> Path:
         """Record the local paths of the references in a checkpoint's folder; return the path of the record."""
