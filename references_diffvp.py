@@ -86,7 +86,7 @@ class ReferencePool:
         for entry in entries:
             if Path(entry["file"]).name != entry["file"]:  # an index must not reach outside its folder
                 raise ReferencePoolError(
-                    f"{REFERENCE_INDEX}: file is {entry['file']!r}; expected a name without folders."
+                    f"{REFERENCE_INDEX}: file: {entry['file']!r} (expected a name without folders)"
                 )
         hub_kwargs.pop("force_download", None)  # done above; otherwise each `fetch` would download again
         return cls(str(name_or_path), subfolder, entries, hub_kwargs)
@@ -142,7 +142,7 @@ class ReferencePool:
         if found != entry["sha256"]:
             file = entry.get("file", "the scan")
             raise ReferencePoolError(
-                f"Reference {entry['id']}: {file} has sha256 {found}; the index says {entry['sha256']}."
+                f"Reference {entry['id']}: sha256 of {file}: {found} (expected {entry['sha256']}, as in the index)"
             )
         return path
 
@@ -189,7 +189,7 @@ class ReferencePool:
             content, loaded = load(entry)
             if scan is None or content != scan:
                 return entry["id"], loaded
-        raise NoOtherReferenceError(f"{name} is the only one of the reference pool: give another reference.")
+        raise NoOtherReferenceError(f"{name} is the only scan in the reference pool: give another reference.")
 
     def write_paths(self, folder: str | os.PathLike) -> Path:
         """Record the local paths of the references in a checkpoint's folder; return the path of the record."""
