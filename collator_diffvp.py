@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from .references_diffvp import ReferencePool
+
 # Keeps the number of batch lengths small: tensor cores need multiples of 8, and oneDNN keeps a compiled product for
 # each shape it has seen (without padding to multiples, a process grew by gigabytes an hour).
 PAD_MULTIPLE = 16
@@ -184,14 +186,14 @@ class DiffVPDataCollator:
             name = Path(case["ct"]).name
         if name is None:
             raise ValueError("A case has no `id`, which is needed to draw its reference.")
-        for drawn in rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0))):
-            scan = references[drawn]
-            if self.references is None and pool is not None:
-                scan = pool.fetch(scan)
-            volume, other = self._volume(scan)
-            if content is None or other != content:
-                return volume
-        raise ValueError(f"No reference for {name}: the pool holds no other scan.")
+        ranked = rank_references(str(name), list(references), self.seed, int(case.get("epoch", 0)))
+
+        def load(entry: dict[str, str]) -> tuple[str | None, torch.Tensor]:
+            scan = references[entry["id"]]
+            volume, digest = self._volume(scan if self.references is not None else pool.fetch(scan))
+            return digest, volume
+
+        return ReferencePool.first_other(({"id": drawn} for drawn in ranked), content, load, f"Case {name}")[1]
 
     def _text(self, cases: list[dict]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(case.get("text")) for case in cases]

@@ -5,18 +5,20 @@ DiffVP: CT report generation conditioned on the difference between a scan and a 
 
 - `DiffVPForDiagnosis`: 3D ResNet-18 with voxel logits and Noisy-OR pooling (appendix D)
 - `DiffVPModel`: encoder, classifier, difference extractor and prompt generator, from two scans to a prompt
-- `DiffVPForConditionalGeneration`: the same in front of a causal LLM with LoRA, eq. 9-11
+- `DiffVPForConditionalGeneration`: `DiffVPModel` in front of a causal LLM with LoRA, eq. 9-11
 
-`modules_diffvp.py` has the building blocks (eq. 3-8), `checkpoint_diffvp.py` loads, saves and merges.
+The building blocks (eq. 3-8) are in `modules_diffvp.py`; loading, saving and merging are in `checkpoint_diffvp.py`.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMixin
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.generation.utils import GenerationMixin
+from transformers.processing_utils import Unpack  # pyright: ignore[reportPrivateImportUsage]  # as its models do
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
@@ -37,14 +39,15 @@ from .modules_diffvp import (
     init_weights,
     pad_left,
 )
-from .outputs_diffvp import DiffVPComparison, DiffVPDiagnosisOutput, DiffVPOutput
+from .outputs_diffvp import DiffVPComparison, DiffVPComputed, DiffVPDiagnosisOutput, DiffVPOutput
 
 
-class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
+# Ignored types: the mixin takes keyword arguments only where transformers also takes positional ones.
+class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):  # pyright: ignore[reportIncompatibleMethodOverride]
     config: DiffVPConfig
     base_model_prefix = "model"
     main_input_name = "ct"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]  # a tuple in its own models, too
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -53,7 +56,7 @@ class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """What `set_attn_implementation` sets is the LLM's; the attention here stays eager (see `DiffVPAttention`)."""
+        """`set_attn_implementation` applies to the LLM; the attention here stays eager (see `DiffVPAttention`)."""
         return True
 
     @torch.no_grad()
@@ -63,9 +66,9 @@ class DiffVPPreTrainedModel(DiffVPCheckpointMixin, PreTrainedModel):
 
 
 class DiffVPForDiagnosis(DiffVPPreTrainedModel):
-    """The diagnosis classifier alone, trained first and then frozen inside [`DiffVPForConditionalGeneration`]."""
+    """The diagnosis classifier, trained first and then frozen inside [`DiffVPForConditionalGeneration`]."""
 
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]  # as above
     supports_gradient_checkpointing = False  # the layers are MONAI's
     _prefixes_in_whole = {"vision_encoder.": "classifier.vision_encoder.", "diagnosis.": "classifier."}
 
@@ -78,7 +81,11 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
     def forward(
         self, ct: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> DiffVPDiagnosisOutput:
-        """`ct` (batch, 1, depth, height, width); `labels` (batch, labels) in {0, 1}."""
+        """
+        Args:
+            ct: (batch, 1, depth, height, width).
+            labels: (batch, labels) in {0, 1}; needed for the loss.
+        """
         logits, voxel_logits = self.classifier(ct)
         loss = None if labels is None else F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return DiffVPDiagnosisOutput(loss=loss, logits=logits, voxel_logits=voxel_logits)
@@ -86,9 +93,9 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
 
 class DiffVPModel(DiffVPPreTrainedModel):
     """
-    DiffVP up to the language model: two scans in, latents, difference prompt and difference map out.
+    DiffVP without the language model: from two scans to latents, difference prompt and difference map.
 
-    [`DiffVPForConditionalGeneration`] puts a causal LLM behind it and inherits all of it, so that a weight has the
+    [`DiffVPForConditionalGeneration`] inherits from this class and adds a causal LLM, so that every weight has the
     same name in both.
     """
 
@@ -101,7 +108,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self.diagnosis = DiffVPDiagnosisClassifier(config, own_encoder) if config.use_diagnosis else None
         # "linear" is the R2GenGPT-style baseline: one projection per voxel token.
         self.resampler = DiffVPResampler(config) if config.visual_tokens == "resampler" else None
-        self.visual_projection = nn.Linear(config.visual_size, config.text_config.hidden_size)
+        self.visual_projection = nn.Linear(config.visual_size, config.get_text_config().hidden_size)
         self.classification_head = nn.Linear(config.visual_size, config.num_labels_diagnosis)
         self.local_delta = DiffVPLocalDelta(config)
         self.aligned_difference = DiffVPAlignedDifference(config) if config.difference_level == "aligned" else None
@@ -120,7 +127,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
                 module.requires_grad_(False)
 
     def train(self, mode: bool = True):
-        """Encoder and classifier stay in evaluation mode: frozen includes the statistics of BatchNorm."""
+        """Set training mode. Encoder and classifier stay in evaluation mode, which freezes BatchNorm's statistics."""
         super().train(mode)
         self.vision_encoder.eval()
         if self.diagnosis is not None:
@@ -131,43 +138,53 @@ class DiffVPModel(DiffVPPreTrainedModel):
 
     def attach_encoder(self, module: nn.Module) -> None:
         """
-        Put the encoder of the user's in its place, frozen: `ct` (batch, 1, *config.image_size) in [-1, 1] → tokens
-        (batch, N, C), N depth-major over `config.encoder_grid`, C being `config.encoder_width`.
+        Attach an encoder of your own and freeze it.
 
-        It is no part of a checkpoint: whoever loads one attaches it again, and its weights have to be the same.
+        Checkpoints do not contain it: attach it again, with the same weights, after loading a checkpoint.
+
+        Args:
+            module: maps `ct` (batch, 1, *config.image_size) in [-1, 1] to tokens (batch, N, C), with N depth-major
+                over `config.encoder_grid` and C = `config.encoder_width`.
 
         Raises:
-            DiffVPEncoderError: `config.encoder_type` is not "external", or the checkpoint was made with another one.
+            DiffVPEncoderError: `config.encoder_type` is not "external", or the checkpoint was made with another
+                encoder.
         """
         if not isinstance(self.vision_encoder, DiffVPExternalEncoder):
-            found, expected = self.config.encoder_type, "external, for a module of your own"
+            found, expected = self.config.encoder_type, "external, to attach an encoder"
             raise DiffVPEncoderError("config", "encoder_type", found, expected)
         self.vision_encoder.attach(module.to(self.device))
 
     def extract_features(self, ct: torch.Tensor) -> torch.Tensor:
-        """F of section 3.2: `ct` (batch, 1, D, H, W) → (batch, N, C)."""
+        """F of section 3.2, voxel tokens of the frozen encoder: `ct` (batch, 1, D, H, W) → (batch, N, C)."""
         with torch.no_grad():
             return self.vision_encoder(ct.to(self.device))
 
     def diagnose(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Volume log-odds of the frozen classifier, (batch, labels). `ct_features` spare the encoding of `ct` where the
-        classifier shares the encoder (`config.share_encoder`).
+        Volume log-odds of the frozen classifier, (batch, labels).
+
+        Args:
+            ct: (batch, 1, D, H, W).
+            ct_features: (batch, N, C), used instead of `ct` if the classifier shares the encoder
+                (`config.share_encoder`).
+
+        Raises:
+            ValueError: the model has no classifier, or the input that the classifier needs is missing.
         """
         return self.diagnose_voxels(ct, ct_features)[0]
 
     def diagnose_voxels(
         self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `diagnose`, with the voxel logits (batch, N, labels) from which its result is pooled."""
+        """As `diagnose`, but return also the voxel logits (batch, N, labels) that are pooled to its result."""
         if self.diagnosis is None:
             raise ValueError("This model was configured with use_diagnosis=False and has no classifier.")
         with torch.no_grad():
             if self.config.share_encoder:
-                features = self.extract_features(ct) if ct_features is None else ct_features.to(self.device)
-                return self.diagnosis.classify(features)
+                return self.diagnosis.classify(self._features("ct", ct, ct_features))
             if ct is None:
-                raise ValueError("The classifier has an encoder of its own: give `ct`, or `diagnosis_logits`.")
+                raise ValueError("The classifier has its own encoder: give `ct`, or `diagnosis_logits`.")
             return self.diagnosis(ct.to(self.device))
 
     @torch.no_grad()
@@ -175,18 +192,19 @@ class DiffVPModel(DiffVPPreTrainedModel):
         self, ct: torch.Tensor | None = None, reference: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """
-        Run everything frozen once: what `compare`, `forward`, `generate`, `embed_prompt` and `difference_map` take
-        instead of the volumes.
+        Run all frozen modules once. `compare`, `forward`, `generate`, `embed_prompt` and `difference_map` take the
+        result instead of the volumes.
 
-        Either side can be encoded alone and the two dicts merged, so that one reference serves many scans.
+        Scan and reference can be encoded separately and the two dicts merged, so that one reference serves many scans.
 
         Args:
-            ct, reference: `(batch, 1, D, H, W)`. An aligned difference takes several references of each scan,
-                `(batch, R, D, H, W)`.
+            ct, reference: `(batch, 1, D, H, W)`. For an aligned difference, `reference` may also hold R references
+                per scan, `(batch, R, D, H, W)`.
 
         Returns:
             `ct_features` and, with a classifier, `diagnosis_logits` of `ct`; `reference_features` of `reference`. A
-            pixel-level model subtracts volumes, so they are kept beside the scan's features.
+            pixel-level model subtracts volumes, so it gets the volumes `ct` and `reference` instead of
+            `reference_features`.
         """
         encoded = {}
         if ct is not None:
@@ -203,7 +221,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
     # Comparison, eq. 3-8
 
     def encode(self, ct: torch.Tensor | None = None, ct_features: torch.Tensor | None = None) -> torch.Tensor:
-        """V of eq. 3, (batch, K, d): of `ct` (batch, 1, D, H, W), or of its `ct_features` (batch, N, C)."""
+        """V of eq. 3, (batch, K, d), from `ct` (batch, 1, D, H, W) or its `ct_features` (batch, N, C)."""
         return self._visual_tokens(self._features("ct", ct, ct_features))[0]
 
     def _features(self, name: str, volume: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
@@ -214,7 +232,7 @@ class DiffVPModel(DiffVPPreTrainedModel):
         return self.extract_features(volume)
 
     def _visual_tokens(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Voxel features (batch, N, C) → visual tokens, and the attention (batch, K, N) of a resampler."""
+        """Voxel features (batch, N, C) → visual tokens and, with a resampler, its attention (batch, K, N)."""
         if self.resampler is None:
             return features.to(self.visual_projection.weight.dtype), None
         return self.resampler(features)
@@ -228,9 +246,14 @@ class DiffVPModel(DiffVPPreTrainedModel):
         reference_features: torch.Tensor | None = None,
     ) -> DiffVPComparison:
         """
-        Eq. 3 for scan and reference, and the two sides whose difference `config.difference_level` takes.
+        Compute eq. 3 for scan and reference, and the two sides of the difference at `config.difference_level`.
 
-        Features are those of the volume of the same name. Where they are given, the volume is not encoded again.
+        Args:
+            ct, reference: (batch, 1, D, H, W); for an aligned difference also (batch, R, D, H, W) references.
+            ct_features, reference_features: features of the volume of the same name, which is then not encoded again.
+
+        Raises:
+            ValueError: an input that `config.difference_level` needs is missing.
         """
         features = self._features("ct", ct, ct_features)
         latents, attention = self._visual_tokens(features)
@@ -241,30 +264,30 @@ class DiffVPModel(DiffVPPreTrainedModel):
         elif level == "pixel":
             if ct is None or reference is None:
                 raise ValueError('difference_level="pixel" subtracts volumes: give `ct` and `reference`.')
-            difference, attention = self.resampler(self.extract_features(ct - reference.to(ct.device)))
+            difference, attention = self._visual_tokens(self.extract_features(ct - reference.to(ct.device)))
             pair = difference, nothing
-        elif level == "aligned":
+        elif self.aligned_difference is not None:
             reference_features = self._reference_features(reference, reference_features)
-            with torch.autocast(self.device.type, enabled=False):  # distances of tokens that hardly differ
-                *pair, residual = self.aligned_difference(features, reference_features)
-            reference_latents = pair[1]
+            with torch.autocast(self.device.type, enabled=False):  # the tokens differ little: full precision
+                aligned, reference_latents, residual = self.aligned_difference(features, reference_features)
+            pair = aligned, reference_latents
         elif level == "latent":
-            reference_latents, _ = self.resampler(self._features("reference", reference, reference_features))
+            reference_latents, _ = self._visual_tokens(self._features("reference", reference, reference_features))
             pair = latents, reference_latents
         attributes = None
         if self.config.finding_attributes and self.diagnosis is not None:
-            with torch.autocast(self.device.type, enabled=False):  # in training the same as in use
+            with torch.autocast(self.device.type, enabled=False):  # the same in training as in inference
                 attributes = read_attributes(self.config, self.diagnosis.locate(features))
         return DiffVPComparison(latents, reference_latents, *pair, attention, residual, attributes)
 
     def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:
-        """(batch, N, C), or of several references of each scan (batch, R, N, C)."""
+        """Features (batch, N, C), or (batch, R, N, C) for R references per scan."""
         if volumes is None or features is not None or volumes.ndim != 5 or volumes.shape[1] == 1:
             return self._features("reference", volumes, features)
         return self.extract_features(volumes.flatten(0, 1)[:, None]).unflatten(0, volumes.shape[:2])
 
     def difference_prompt(self, comparison: DiffVPComparison) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Eqs. 4-8: the prompt P (batch, m, h), `None` without one, and the weights w of eq. 6 (batch, K)."""
+        """Eqs. 4-8: prompt P (batch, m, h), or `None` if the model has none, and weights w of eq. 6 (batch, K)."""
         pair = comparison.difference_from, comparison.difference_to
         local_delta, weights = self.local_delta(*pair)
         if self.prompt_generator is None:
@@ -283,29 +306,35 @@ class DiffVPModel(DiffVPPreTrainedModel):
         **features: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Fig. 5a: the squared token distances of eq. 6, spread over voxel tokens by the resampler's attention and
-        interpolated to the volume; of an aligned difference, the norm of its residual, in units of what normal scans
-        differ by. Shape (batch, D, H, W), float32, non-negative.
+        Difference map of Fig. 5a, (batch, D, H, W) in float32, non-negative.
 
-        Takes the result of `compare`, or what `compare` takes.
+        The squared token distances of eq. 6 are spread over the voxel tokens by the resampler's attention, then
+        interpolated to the volume. For an aligned difference, the map is the norm of the residual, in units of the
+        variation among normal scans.
+
+        Args:
+            ct, reference, features: arguments of `compare`.
+            comparison: result of `compare`, instead of its arguments.
         """
         seen = self.compare(ct, reference, **features) if comparison is None else comparison
         size, tokens, grid = tuple(self.config.image_size), seen.residual, self.config.feature_grid
-        if tokens is None and seen.attention is None:  # without a resampler, and so without a difference
-            return seen.latents.new_zeros(seen.latents.shape[0], *size, dtype=torch.float32)
         if tokens is None:
+            if seen.attention is None:  # no resampler, hence no difference
+                return seen.latents.new_zeros(seen.latents.shape[0], *size, dtype=torch.float32)
             distances = (seen.difference_from.float() - seen.difference_to.float()).square().sum(dim=-1)
             tokens = torch.einsum("bk,bkn->bn", distances, seen.attention.float())
             grid = self.config.resampler_grid
         return F.interpolate(tokens.unflatten(-1, grid)[:, None], size, mode="trilinear", align_corners=False)[:, 0]
 
 
-class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):
+# Ignored types: as above, and transformers assigns `push_to_hub` instead of defining it as a method.
+class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, GenerationMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """
-    The whole chain. Build one for training with `from_base`, load one with `from_pretrained`.
+    The complete model, from two scans to a report. Build it for training with `from_base`; load it with
+    `from_pretrained`.
 
-    A checkpoint holds the DiffVP modules in `model.safetensors` and the LoRA weights in `adapter/`; the base LLM is
-    pulled by name at a pinned revision. If `config.base_model_name_or_path` is `None` the checkpoint is
+    A checkpoint holds the DiffVP modules in `model.safetensors` and the LoRA weights in `adapter/`. The base LLM is
+    loaded by name at a pinned revision. If `config.base_model_name_or_path` is `None`, the checkpoint is
     self-contained (see `export_merged`).
 
     ```python
@@ -318,14 +347,14 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
 
     def __init__(self, config: DiffVPConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
-        if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-        else:
+        if language_model is not None:
             self._keep_weights(language_model)
-        self.language_model = language_model
+        self.language_model: PreTrainedModel = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
         self.drafts: ReportDrafts | None = None
-        # Its `generate` fills what a caller's config leaves open from its own, and most bases sample.
-        language_model.generation_config = GenerationConfig()
+        # The LLM's `generate` fills unset fields of the caller's config from its own, and most bases sample.
+        self.language_model.generation_config = GenerationConfig()
         self._freeze()
         self.post_init()
 
@@ -333,10 +362,12 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         self, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Predicted findings as a prompt: token ids and attention mask, (batch, T), padded on the left.
+        Write the predicted findings as a prompt: token ids and attention mask, both (batch, T), padded on the left.
 
         Args:
-            attributes: their places and sizes, from a [`DiffVPComparison`]; `None` names the findings alone.
+            diagnosis_logits: (batch, labels).
+            attributes: locations and sizes of the findings, from a [`DiffVPComparison`]; `None` writes the names of
+                the findings only.
         """
         rows = diagnosis_prompts(self.config, diagnosis_logits, attributes)
         length = max(map(len, rows))
@@ -347,16 +378,16 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
     def _prepare(
         self, ct, reference, input_ids, attention_mask, ct_features=None, reference_features=None,
         diagnosis_logits=None, comparison=None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor, DiffVPComputed]:  # fmt: skip
         """
-        Eq. 9: embeddings and mask of [P ; W V ; D ; text], and what was computed on the way.
+        Eq. 9: embeddings and mask of [P ; W V ; D ; text], and intermediate results.
 
-        Padding stands left of the whole prompt and right of the text, never inside: a sliding window or ALiBi counts
-        places, not tokens, and would count padding, too.
+        Padding is left of the whole prompt and right of the text, never inside: sliding windows and ALiBi count
+        positions, including those of padding.
         """
         encoded = {"ct_features": ct_features, "reference_features": reference_features}
         if comparison is None:
-            encoded["ct_features"] = self._features("ct", ct, ct_features)  # once, for latents and classifier
+            encoded["ct_features"] = self._features("ct", ct, ct_features)  # once for both latents and classifier
             comparison = self.compare(ct, reference, **encoded)
         prefix, weights = self.difference_prompt(comparison)
         embed = self.get_input_embeddings()
@@ -380,7 +411,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         masks.append(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         embeddings = torch.cat([part.to(text) for part in parts], dim=1)
         mask = torch.cat([mask.to(text.device).long() for mask in masks], dim=1)
-        computed = {
+        computed: DiffVPComputed = {
             "latents": comparison.latents,
             "reference_latents": comparison.reference_latents,
             "difference_weights": None if prefix is None else weights,
@@ -401,60 +432,64 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         reference_features: torch.Tensor | None = None,
         diagnosis_logits: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]  # has num_items_in_batch, too
     ) -> DiffVPOutput:
         """
         Args:
             ct, reference: target and normal reference, (batch, 1, depth, height, width) in [-1, 1].
-            input_ids, attention_mask: instruction, and in training the report behind it, (batch, text). The default is
+            input_ids, attention_mask: instruction, followed by the report in training, (batch, text). The default is
                 the config's instruction.
             labels: like `input_ids`, with -100 on everything but the report and its end token.
             diagnosis_labels: (batch, labels) in {0, 1}, for the auxiliary loss.
-            num_items_in_batch: report tokens of the whole optimizer step, as `transformers.Trainer` counts them. Both
-                losses are then this batch's part of the step's: each case weighs with its tokens, however the step is
-                divided. By default they are means over the batch's tokens and cases.
+            num_items_in_batch: number of report tokens in the whole optimizer step, as `transformers.Trainer` counts
+                them. Both losses are then this batch's share of the loss of the step: each case is weighted by its
+                number of tokens, however the step is divided into batches. By default the losses are means over the
+                tokens and the cases of the batch.
             ct_features, reference_features: output of `extract_features`, instead of `ct` and `reference`.
             diagnosis_logits: output of `diagnose`, instead of running the classifier.
-            kwargs: go to the LLM and to the loss.
+            kwargs: passed to the LLM and to the loss.
 
         Raises:
-            ValueError: `num_items_in_batch` without `labels`, which `Trainer` takes away for label smoothing.
+            ValueError: `num_items_in_batch` is given without `labels`, which `Trainer` removes for label smoothing.
         """
         check_labels(labels, num_items_in_batch)
         embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )
-        text_length = len(self.config.instruction_ids) if input_ids is None else input_ids.shape[1]
+        text_length = len(self.config.instruction_ids or ()) if input_ids is None else input_ids.shape[1]
+        options: dict[str, Any] = {**kwargs}
         if accepts(self.language_model, "position_ids"):
-            kwargs["position_ids"] = real_positions(mask)
+            options["position_ids"] = real_positions(mask)
         if labels is not None and accepts(self.language_model, "use_cache"):
-            kwargs.setdefault("use_cache", False)  # nothing is decoded: the keys of all layers would only cost memory
+            options.setdefault("use_cache", False)  # nothing is decoded: a cache would only cost memory
         decoded = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            logits_to_keep=text_length,  # the vocabulary projection is the largest product; the prompt needs none
+            logits_to_keep=text_length,  # the vocabulary projection is the largest product; skip it for the prompt
             return_dict=True,
-            **kwargs,
+            **options,
         )
         loss = generation_loss = classification_loss = None
         if labels is not None:
-            size = self.config.text_config.vocab_size
-            generation_loss = loss = self.loss_function(decoded.logits, labels, size, num_items_in_batch, **kwargs)
+            size = self.config.get_text_config().vocab_size
+            generation_loss = loss = self.loss_function(decoded.logits, labels, size, num_items_in_batch, **options)
         if labels is not None or diagnosis_labels is not None:
             scores = self.classification_head(computed["latents"].mean(dim=1)).float()
-        if diagnosis_labels is not None:
-            classification_loss = auxiliary_loss(scores, diagnosis_labels, labels, num_items_in_batch)
-            weighted = self.config.classification_loss_weight * classification_loss
-            loss = weighted if loss is None else loss + weighted
-        elif labels is not None:
-            loss = loss + 0 * scores.sum()  # DistributedDataParallel waits for a gradient of every trained parameter
+            if diagnosis_labels is None:
+                added = 0 * scores.sum()  # DistributedDataParallel waits for a gradient of every trained parameter
+            else:
+                classification_loss = auxiliary_loss(scores, diagnosis_labels, labels, num_items_in_batch)
+                added = self.config.classification_loss_weight * classification_loss
+            loss = added if loss is None else loss + added
         return DiffVPOutput(
             loss=loss,
             logits=decoded.logits,
             generation_loss=generation_loss,
             classification_loss=classification_loss,
-            # A state-space model has no keys and no attention.
-            **{key: decoded.get(key) for key in ("past_key_values", "hidden_states", "attentions")},
+            # `get`: the output of a state-space model has no keys and no attention.
+            past_key_values=decoded.get("past_key_values"),
+            hidden_states=decoded.get("hidden_states"),
+            attentions=decoded.get("attentions"),
             **computed,
         )
 
@@ -468,14 +503,19 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         **encoded: torch.Tensor | DiffVPComparison,
     ) -> list[torch.Tensor]:
         """
-        Eq. 9 up to the report, for engines that decode from embeddings: of each scan its whole prompt, `(length, h)`,
-        without padding. Arguments as in `generate`.
+        Embed the prompt of each scan (eq. 9 up to the report), for engines that decode from embeddings.
+
+        Args:
+            ct, reference, input_ids, attention_mask, encoded: as in `generate`.
+
+        Returns:
+            For each scan its prompt `(length, h)`, without padding.
         """
         embeddings, mask, _ = self._prepare(ct, reference, input_ids, attention_mask, **encoded)
         return [row[kept] for row, kept in zip(embeddings, mask.bool(), strict=True)]
 
     @torch.no_grad()
-    def generate(
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]  # takes scans instead of token ids
         self,
         ct: torch.Tensor | None = None,
         reference: torch.Tensor | None = None,
@@ -490,16 +530,22 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         **kwargs,
     ) -> torch.LongTensor:
         """
-        Write a report. Arguments as in `forward`; `kwargs` go to the LLM's `generate`. Returns the new tokens only.
+        Write a report.
 
-        The scans are encoded once, before decoding: what enters the decoding loop is embeddings. Greedy decoding
-        takes fewer steps with the checkpoint's `drafts`; `num_assistant_tokens=0` does without them.
+        The scans are encoded once, before decoding: the decoding loop starts from embeddings. With the checkpoint's
+        `drafts`, greedy decoding takes fewer steps; `num_assistant_tokens=0` turns them off.
 
         Args:
+            ct, reference, input_ids, attention_mask: as in `forward`.
+            ct_features, reference_features, diagnosis_logits: as in `forward`.
             comparison: result of `compare`, instead of scans and features.
-            generation_config: instead of the model's; the special tokens that it does not name are the model's.
-                `max_length` and `min_length`, here or in `kwargs`, count what is returned, as `max_new_tokens` and
-                `min_new_tokens` do: the prompt's embeddings are none of the caller's tokens.
+            generation_config: replaces the model's; special tokens that it does not set are taken from the model's.
+                `max_length` and `min_length`, here or in `kwargs`, count the returned tokens only, as `max_new_tokens`
+                and `min_new_tokens` do, because the prompt consists of embeddings.
+            kwargs: passed to the LLM's `generate`.
+
+        Returns:
+            The new tokens only.
         """
         embeddings, mask, _ = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison

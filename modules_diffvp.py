@@ -3,10 +3,10 @@
 """
 The building blocks of DiffVP, from the scan to the difference prompt.
 
-- `encoders_diffvp.py`: the frozen encoder, voxel tokens F of shape (batch, N, C)
+- `encoders_diffvp.py`: frozen encoder, voxel tokens F of shape (batch, N, C)
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
-- `DiffVPAlignedDifference`: voxel tokens against what the reference shows near each of them
-- `DiffVPGlobalDelta`, `DiffVPLocalDelta`: the hierarchical difference extractor, eq. 4-7
+- `DiffVPAlignedDifference`: voxel tokens minus the softly aligned tokens of the reference
+- `DiffVPGlobalDelta`, `DiffVPLocalDelta`: hierarchical difference extractor, eq. 4-7
 - `DiffVPPromptGenerator`: difference prompt P of shape (batch, m, h), eq. 8
 - `DiffVPDiagnosisClassifier`: voxel logits and Noisy-OR pooling (appendix D)
 """
@@ -33,8 +33,8 @@ def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: to
     """
     Fixed 3D sine-cosine position embedding, (prod(grid), width) in float32.
 
-    A third of the width (rounded down to even) belongs to each axis, the rest is zero. Positions are fractions of the
-    axis, so that the code of an anatomical level does not depend on the resolution of the grid.
+    Each axis takes a third of the width, rounded down to an even number; the rest is zero. Positions are fractions of
+    the axis, so that the embedding of an anatomical level does not depend on the resolution of the grid.
     """
     per_axis = width // 6 * 2
     frequencies = math.pi * 2.0 ** torch.linspace(0, math.log2(max(grid)), per_axis // 2, device=device)
@@ -48,9 +48,13 @@ def sincos_position_embedding(grid: tuple[int, int, int], width: int, device: to
 
 def locality_bias(grid: tuple[int, int, int], latents: int, width: float, device: torch.device) -> torch.Tensor:
     """
-    Log of a Gaussian of each voxel token's distance to each latent's own place, (latents, prod(grid)) in float32.
+    Log of a Gaussian of the distance from each latent's location to each voxel token, (latents, prod(grid)) in
+    float32.
 
-    The places are those of the R3 sequence, which fills the unit cube evenly for any number of latents.
+    The locations are points of the R3 sequence, which fills the unit cube evenly for any number of latents.
+
+    Args:
+        width: standard deviation of the Gaussian, as a fraction of the axes.
     """
     plastic = 1.2207440846057596  # the root of x⁴ = x + 1
     steps = torch.tensor([plastic**-1, plastic**-2, plastic**-3], device=device, dtype=torch.float64)
@@ -60,7 +64,7 @@ def locality_bias(grid: tuple[int, int, int], latents: int, width: float, device
 
 
 class DiffVPAttention(nn.Module):
-    """Multi-head attention of latents to keys; eager, because the difference map needs the weights."""
+    """Multi-head attention of latents to keys. Eager, because the difference map needs the weights."""
 
     def __init__(self, config: DiffVPConfig, key_size: int):
         super().__init__()
@@ -73,9 +77,14 @@ class DiffVPAttention(nn.Module):
     def forward(
         self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, K, d), (batch, N, key), (batch, N, key) → output (batch, K, d), weights (batch, heads, K, N).
+        """
+        Args:
+            hidden: (batch, K, d).
+            keys, values: (batch, N, key_size).
+            bias: (K, N), added to the scores.
 
-        `bias` (K, N) is added to the scores.
+        Returns:
+            The output (batch, K, d) and the weights (batch, heads, K, N).
         """
         batch, queries, width = hidden.shape
         query = self.q_proj(hidden).view(batch, queries, self.num_heads, -1).transpose(1, 2)
@@ -89,7 +98,7 @@ class DiffVPAttention(nn.Module):
 
 
 class DiffVPMLP(nn.Module):
-    """Feed-forward block of a Transformer layer, four times as wide inside."""
+    """Feed-forward block of a Transformer layer, with a hidden width of four times `latent_size`."""
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
@@ -140,7 +149,7 @@ class DiffVPResampler(nn.Module):
         """
         F (batch, N, C) → V (batch, K, d) and the last layer's attention averaged over heads (batch, K, N).
 
-        The tokens of a pyramid are averaged over 2x2x2 first: the attention is over N / 8 of them.
+        Tokens of a feature pyramid are first averaged over 2x2x2, so the attention is over N / 8 tokens.
         """
         if features.ndim != 3 or features.shape[1] != math.prod(self.feature_grid):
             raise ValueError(
@@ -156,11 +165,12 @@ class DiffVPResampler(nn.Module):
             position = sincos_position_embedding(self.grid, features.shape[-1], features.device)
             keys = values + position.to(values.dtype)
         bias = None
-        # The paper names no such prior; with it a latent stays with a region.
+        # Not in the paper: a prior that keeps each latent at one region of the scan.
         if self.locality is not None:
             bias = locality_bias(self.grid, len(self.queries), self.locality, features.device)
-        latents = self.queries.expand(features.shape[0], -1, -1)
-        for layer in self.layers:
+        first, *others = self.layers
+        latents, weights = first(self.queries.expand(features.shape[0], -1, -1), keys, values, bias)
+        for layer in others:
             latents, weights = layer(latents, keys, values, bias)
         return self.norm(latents), weights.mean(dim=1)
 
@@ -174,7 +184,7 @@ class DiffVPGlobalDelta(nn.Module):
         self.query = nn.Parameter(torch.empty(1, config.latent_size))
         # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
         self.side_embedding = None
-        # Every checkpoint has it; False is the literal eq. 4, an ablation.
+        # The literal eq. 4 has none; that is an ablation.
         if config.use_side_embedding:
             self.side_embedding = nn.Parameter(torch.empty(2, config.latent_size))
         self.layers = nn.ModuleList(
@@ -208,7 +218,7 @@ class DiffVPLocalDelta(nn.Module):
     """
     Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5-7. No parameters.
 
-    With `local_delta_weights="uniform"` the difference is a plain mean; w is still given, as the token importance.
+    With `local_delta_weights="uniform"` Δ_l is the plain mean; w is still returned, as the token importance.
     """
 
     def __init__(self, config: DiffVPConfig):
@@ -221,7 +231,7 @@ class DiffVPLocalDelta(nn.Module):
         difference = latents.float() - reference_latents.float()
         distances = difference.square().sum(dim=-1)
         weights = distances / (distances.sum(dim=-1, keepdim=True) + self.epsilon)
-        # The paper weighs by distance; the plain mean is the control.
+        # The paper weights by distance; the plain mean is the control.
         delta = difference.mean(dim=1) if self.uniform else (weights[..., None] * difference).sum(dim=1)
         return delta.to(latents.dtype), weights
 
@@ -232,28 +242,31 @@ class DiffVPPromptGenerator(nn.Module):
     def __init__(self, config: DiffVPConfig):
         super().__init__()
         self.num_prefix_tokens = config.num_prefix_tokens
-        hidden_size = config.text_config.hidden_size
+        hidden_size = config.get_text_config().hidden_size
         self.fc1 = nn.Linear(config.num_delta_vectors * config.latent_size, config.prompt_hidden_size)
         self.fc2 = nn.Linear(config.prompt_hidden_size, config.num_prefix_tokens * hidden_size)
 
     def forward(self, *deltas: torch.Tensor) -> torch.Tensor:
-        """The difference vectors in use, each (batch, d) → P (batch, m, h)."""
+        """Difference vectors in use, each (batch, d) → P (batch, m, h)."""
         hidden = F.gelu(self.fc1(torch.cat(deltas, dim=-1)))
         return self.fc2(hidden).unflatten(-1, (self.num_prefix_tokens, -1))
 
 
 class DiffVPAlignedDifference(nn.Module):
     """
-    The residual of the voxel tokens to a reference, after a soft alignment, and the K places where it is largest.
+    Residual of the voxel tokens with respect to a softly aligned reference, and the K locations where it is largest.
 
-    Tokens are whitened by the pool's own mean and covariance, so that a unit is what normal scans differ by. Around
-    each token t, the tokens r_j of the reference within `difference_radius` are averaged by
-    softmax(−‖t − r_j‖² / `difference_temperature`), and the average is taken from t. The pairs (token, average) at the
-    K largest local maxima of the residual's norm, mapped to the latents' width, are V and V_r of eq. 4-7. The map has
-    no bias, so that a residual of zero is a Δ_l of zero; it has the only parameters here.
+    Tokens are whitened by the mean and covariance of the pool, so that one unit is the variation among normal scans.
+    For each token t, the tokens r_j of the reference within `difference_radius` are averaged with the weights
+    softmax(−‖t − r_j‖² / `difference_temperature`), and the average is subtracted from t. The pairs (token, average)
+    at the K largest local maxima of the residual's norm, projected to the width of the latents, are V and V_r of
+    eq. 4-7. The projection has no bias, so that a residual of zero gives a Δ_l of zero; it holds the only parameters.
 
     `whitening` (C, C) and `mean` (C,) are buffers of the checkpoint, see [`fit`].
     """
+
+    whitening: torch.Tensor
+    mean: torch.Tensor
 
     def __init__(self, config: DiffVPConfig):
         super().__init__()
@@ -267,8 +280,12 @@ class DiffVPAlignedDifference(nn.Module):
     @torch.no_grad()
     def fit(self, tokens: torch.Tensor, shrinkage: float = 0.05) -> None:
         """
-        Whiten by tokens of normal scans, (tokens, C): ZCA of their correlations, with `shrinkage` added to each axis,
-        so that directions in which normal tokens hardly vary are not blown up.
+        Set `mean` and `whitening` from tokens of normal scans, by ZCA of their correlations.
+
+        Args:
+            tokens: (tokens, C).
+            shrinkage: added to the variance of each axis, so that directions in which normal tokens hardly vary are
+                not amplified.
         """
         tokens = tokens.double()
         deviation = tokens.std(dim=0) + 1e-3
@@ -280,8 +297,15 @@ class DiffVPAlignedDifference(nn.Module):
 
     def align(self, features: torch.Tensor, reference_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        F (batch, N, C) of target and reference → the whitened target and what the reference shows near each of its
-        tokens, both (batch, C, *grid) in float32. Of R references, (batch, R, N, C), all are searched.
+        Align a reference with the target.
+
+        Args:
+            features: F of the target, (batch, N, C).
+            reference_features: F of the reference, (batch, N, C), or of R references, (batch, R, N, C), which are
+                searched together.
+
+        Returns:
+            The whitened target and the aligned reference, both (batch, C, *grid) in float32.
         """
         target = self._whiten(features)
         if reference_features.ndim == 3:
@@ -310,19 +334,19 @@ class DiffVPAlignedDifference(nn.Module):
     def forward(
         self, features: torch.Tensor, reference_features: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """F of target and reference → V, V_r (batch, K, d), and the residual's norm (batch, N) in float32."""
+        """F of target and reference, as in [`align`] → V, V_r (batch, K, d), residual norm (batch, N) in float32."""
         with torch.no_grad():
             target, aligned = self.align(features, reference_features)
             norm = (target - aligned).square().sum(dim=1).sqrt()
             width = 2 * self.radius + 1
             peaks = F.max_pool3d(norm[:, None], width, 1, self.radius)[:, 0] == norm
-            # A grid too small for K local maxima is filled up with what comes next.
+            # If the grid has fewer than K local maxima, the largest other tokens follow.
             order = (norm * peaks + norm * 1e-3).flatten(1).topk(min(self.num_places, norm[0].numel()), dim=1).indices
             pair = [
                 volume.flatten(2).transpose(1, 2).take_along_dim(order[..., None], dim=1)
                 for volume in (target, aligned)
             ]
-            # Where a place is: the same on both sides, so that it leaves the difference.
+            # The position is the same on both sides, so it cancels in the difference.
             position = sincos_position_embedding(self.grid, self.projection.out_features, norm.device)[order]
         dtype = self.projection.weight.dtype
         latents, reference_latents = (self.projection(one.to(dtype)) + position.to(dtype) for one in pair)
@@ -333,11 +357,11 @@ class DiffVPDiagnosisClassifier(nn.Module):
     """
     3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D).
 
-    With `finding_regions` a second head tells the regions apart, and with `finding_attributes` a third one the size of
-    the finding that a token belongs to: what [`locate`] reads places and sizes from.
+    With `finding_regions`, a second head classifies the anatomical region of each token. With `finding_attributes`, a
+    third head predicts the size of the finding at each token. [`locate`] reads locations and sizes from both.
 
     Args:
-        own_encoder: without one it has `classify` alone, on the features of another module's encoder.
+        own_encoder: if `False`, only `classify` works, on features of another module's encoder.
     """
 
     def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
@@ -352,30 +376,50 @@ class DiffVPDiagnosisClassifier(nn.Module):
         self.size_head = nn.Linear(width, labels) if config.finding_attributes else None
 
     def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels)."""
+        """
+        `ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels).
+
+        Raises:
+            ValueError: the classifier has no encoder.
+        """
+        if self.vision_encoder is None:
+            raise ValueError("The classifier has no encoder of its own: call `classify` with features.")
         return self.classify(self.vision_encoder(ct))
 
     def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Voxel features (batch, N, C) → what `forward` returns."""
+        """Voxel features (batch, N, C) → the same as `forward`."""
         voxel_logits = self.head(features)
         return noisy_or(voxel_logits), voxel_logits
 
     def sizes(self, features: torch.Tensor) -> torch.Tensor:
-        """Voxel features (batch, N, C) → the natural logarithm of each finding's size in mm, (batch, N, labels)."""
+        """
+        Voxel features (batch, N, C) → natural logarithm of each finding's size in mm, (batch, N, labels).
+
+        Raises:
+            ValueError: the classifier has no size head (`config.finding_attributes` is not set).
+        """
+        if self.size_head is None:
+            raise ValueError("The classifier has no size head: set config.finding_attributes.")
         return self.size_head(features).float() + SIZE_LOG_MM
 
     @torch.no_grad()
     def locate(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Where each finding is and how large, given that it is there: voxel features (batch, N, C) →
+        Locate and measure each finding, assuming that it is present.
 
-        - `peak` (batch, labels): the token that shows it most; of a finding with sizes, the largest of several.
-        - `size_mm` (batch, labels)
-        - `region` (batch, labels): the region at the peak; -1 without a region head.
-        - `region_evidence` (batch, labels, regions): log of the highest probability of a token of the region. A patch
-          that reaches across a fissure has much mass there, but not its peak.
-        - `side_evidence` (batch, labels, 2), right and left: log of the probability mass of the tokens that show it at
-          least half as much as any other.
+        Args:
+            features: voxel features (batch, N, C).
+
+        Returns:
+            - `peak` (batch, labels): index of the token with the highest probability. For findings with a size, the
+              probability is multiplied by the size, so that the largest of several is chosen.
+            - `size_mm` (batch, labels).
+            - `region` (batch, labels): region at the peak; -1 without a region head.
+            - `region_evidence` (batch, labels, regions), only with a region head: log of the highest probability of
+              the finding at a token of the region. The maximum, because a finding that extends across a fissure has
+              much probability mass in the other region, but not its peak.
+            - `side_evidence` (batch, labels, 2), right and left: log of the probability mass, over the tokens whose
+              probability is at least half the maximum.
         """
         probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
         log_size = self.sizes(features).transpose(1, 2)
@@ -385,7 +429,7 @@ class DiffVPDiagnosisClassifier(nn.Module):
         evidence = probability * (probability >= 0.5 * probability.amax(dim=2, keepdim=True))
         around = self._smoothed(evidence, 3).clamp(min=1e-12)
         size = (self._smoothed(evidence * log_size, 3) / around).take_along_dim(peak[..., None], dim=2)[..., 0].exp()
-        # Width runs from the patient's right to the left.
+        # Width runs from the patient's right to left.
         volume = evidence.unflatten(2, self.grid)
         half = (self.grid[2] + 1) // 2
         sides = torch.stack([volume[..., :half].sum(dim=(2, 3, 4)), volume[..., -half:].sum(dim=(2, 3, 4))], dim=-1)
@@ -394,7 +438,7 @@ class DiffVPDiagnosisClassifier(nn.Module):
         if self.region_head is None:
             return found
         regions = self.region_head(features).float().softmax(dim=-1)[..., 1:].transpose(1, 2)
-        # A finding hides the region that it lies in: its tokens are those of the region around them.
+        # A finding hides the region it lies in, so its tokens take the region of the tokens around them.
         regions = self._smoothed(regions, 5)
         regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
         peaks = [(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)]
@@ -404,19 +448,19 @@ class DiffVPDiagnosisClassifier(nn.Module):
         return found
 
     def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:
-        """Means over `width` tokens along each axis, of values (batch, ..., N)."""
+        """Average of values (batch, channels, N) over `width` tokens along each axis."""
         return F.avg_pool3d(values.unflatten(2, self.grid), width, 1, width // 2).flatten(2)
 
 
-# Of the sizes that a report states, in mm: about the geometric mean, where the size head begins.
+# Initial value of the size head: about the geometric mean of the sizes (mm) that reports state.
 SIZE_LOG_MM = math.log(20.0)
-EVIDENCE_FLOOR = 0.02  # of a token: what counts as no evidence
+EVIDENCE_FLOOR = 0.02  # probability of a token that counts as no evidence
 
 
 def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
     """Voxel logits (batch, N, labels) → log-odds of 1 − Π(1 − p_voxel), (batch, labels) in float32."""
     log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
-    # Bounded away from 0, where every voxel is certainly negative and log p would be −∞.
+    # Keep it below 0: if every voxel is certainly negative, log p would be −∞.
     log_negative = log_negative.clamp(max=-1e-12)
     log_positive = torch.log(-torch.expm1(log_negative))
     return log_positive - log_negative
@@ -424,14 +468,14 @@ def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
 
 def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Move the padding inside each prompt to its left end; what is masked behind the text's first token stays there.
+    Move the padding inside each prompt to its left end. Masked positions after the first token of the text stay.
 
     Args:
-        embeddings: (batch, L, h), the last `text_length` places of which are the text.
+        embeddings: (batch, L, h); the last `text_length` positions are the text.
         mask: (batch, L), 1 for a token and 0 for padding.
 
     Returns:
-        embeddings and mask in the new order. The text's tokens keep their places, counted from the right.
+        Embeddings and mask in the new order. The text's tokens keep their positions, counted from the right.
     """
     places = torch.arange(mask.shape[1], device=mask.device)
     first_of_text = mask.shape[1] - text_length + mask[:, -text_length:].argmax(dim=1)
@@ -441,12 +485,12 @@ def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> 
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise what transformers' own `_init_weights` does not know, unless it is loaded."""
+    """Initialise the modules that transformers' own `_init_weights` does not know, unless they are loaded."""
     if isinstance(module, nn.Conv3d):
-        # ResNet's own initialisation; a fixed range would shrink the signal layer by layer.
+        # The initialisation of ResNet; with a fixed range the signal would shrink layer by layer.
         init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, DiffVPResampler):
-        # Unit-scale queries: rows that start alike attend alike, and the latents would stay near copies.
+        # Unit scale: queries that start alike attend alike, and the latents would stay nearly identical.
         init.normal_(module.queries, std=1.0)
     elif isinstance(module, DiffVPGlobalDelta):
         init.normal_(module.query, std=module.initializer_range)
@@ -461,27 +505,34 @@ def auxiliary_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    L_cls of eq. 11: binary cross-entropy, its mean over labels and cases.
+    L_cls of eq. 11: mean binary cross-entropy over labels and cases.
 
     Args:
         scores, diagnosis_labels: (batch, labels).
-        labels: (batch, text), -100 on all but the report.
-        num_items_in_batch: report tokens of the whole step. The result is then this batch's part of the step's loss,
-            in which each case weighs with its tokens.
+        labels: (batch, text), -100 on everything but the report. Needed with `num_items_in_batch`.
+        num_items_in_batch: number of report tokens in the whole optimizer step. The result is then this batch's share
+            of the loss of the step, in which each case is weighted by its number of tokens.
+
+    Raises:
+        ValueError: `num_items_in_batch` without `labels`.
     """
     losses = F.binary_cross_entropy_with_logits(scores, diagnosis_labels.to(scores), reduction="none").mean(1)
     if num_items_in_batch is None:
         return losses.mean()
+    if labels is None:
+        raise ValueError("`labels` is missing (expected with `num_items_in_batch`)")
     return ((labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch * losses).sum()
 
 
 def check_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
     """
+    Check that the labels whose tokens `Trainer` has counted were not removed.
+
     Raises:
-        ValueError: there are no labels where `Trainer` has counted them.
+        ValueError: `num_items_in_batch` is given without `labels`.
     """
     if num_items_in_batch is not None and labels is None:
         raise ValueError(
-            "`labels` is missing: Trainer takes it away for label_smoothing_factor and compute_loss_func, and "
-            "would train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
+            "`labels` is missing: Trainer removes it for label_smoothing_factor and compute_loss_func, and would "
+            "train on another loss than eq. 11. Set label_smoothing_factor=0, or override compute_loss."
         )

@@ -1,12 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The task `ct-report-generation` of `transformers.pipeline`: a scan in; report, findings and difference map out.
+"""The task `ct-report-generation` of `transformers.pipeline`: from a scan to report, findings and difference map.
 
-It imports no other file of the checkpoint, so that `modeling_diffvp.py` can import it: the saver copies what is
-imported, and every saved checkpoint has its pipeline.
+This file imports no other file of the checkpoint, so that `modeling_diffvp.py` can import it: saving copies imported
+files, so every saved checkpoint has its pipeline.
 """
 
 from types import GeneratorType
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -16,15 +17,17 @@ TASK = "ct-report-generation"
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_diffvp.DiffVPPipeline", "pt": ["AutoModel"]}}  # for config.json
 
 RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
-GIVEN_REFERENCE = "given by the user"  # the name of its file may name a patient
+GIVEN_REFERENCE = "given by the user"  # instead of its file name, which may identify a patient
 
-# The longest phantom report has 400 tokens. Used where neither caller nor checkpoint sets a limit: transformers' own
-# default would stop after 20.
+# Used if neither the caller nor the checkpoint sets a limit; transformers' own default is 20. The longest phantom
+# report has 400 tokens.
 MAX_NEW_TOKENS = 512
 
 
 class DiffVPPipeline(Pipeline):
     """
+    Write the report of a CT scan.
+
     ```python
     pipe = pipeline("ct-report-generation", model=repo, revision=commit, trust_remote_code=True)
     pipe("scan.nii.gz")["report"]
@@ -33,35 +36,48 @@ class DiffVPPipeline(Pipeline):
     ```
     """
 
+    model: Any  # a `DiffVPForConditionalGeneration`
+    processor: Any  # a `DiffVPProcessor`
+
     _load_processor = True
     _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
 
     def __call__(self, ct, reference=None, **kwargs):
         """
-        Write the report of a scan, or of each of a list. With `batch_size`, so many are decoded at a time.
+        Write the report of a scan, or of each scan in a list. `batch_size` is the number of scans decoded at a time.
 
         Args:
-            ct: whatever the processor takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these,
-                or of dicts `{"ct": ..., "reference": ...}`, or a generator or torch dataset of them. A column of
-                `datasets` or pandas is a list, too.
-            reference: a normal scan to compare with: one for all, or a list of one each. `None` samples from the
-                checkpoint's own.
-            reference_seed (`int`): seed of that sampling; 0 if not given.
-            spacing (`tuple`): mm along x, y, z of bare arrays.
+            ct: any input of the processor (a path, an image, a `datasets.Nifti` value, an array), or a list, generator
+                or torch dataset of these or of dicts `{"ct": ..., "reference": ...}`. A column of `datasets` or pandas
+                counts as a list.
+            reference: normal scan to compare with: one for all scans, or a list with one for each. `None` samples
+                from the checkpoint's own references.
+            reference_seed (`int`): seed for sampling the reference; 0 if not given.
+            spacing (`tuple`): mm along x, y, z; for bare arrays only.
             allow_any_anatomy (`bool`): also write reports of scans without lungs, which are refused by default.
-            max_new_tokens (`int`): where to stop; the default is the checkpoint's.
-            streamer: is told the tokens as they come, such as transformers' `TextIteratorStreamer`; theirs take one
-                scan at a time.
-            generate_kwargs (`dict`): more arguments for `generate`. With `num_return_sequences`, each scan has a list
-                of so many results.
+            max_new_tokens (`int`): maximum length of a report; the default is the checkpoint's.
+            streamer: receives the tokens as they are generated, for example transformers' `TextIteratorStreamer`.
+                The streamers of transformers take one scan at a time.
+            generate_kwargs (`dict`): further arguments for `generate`. With `num_return_sequences`, the result for
+                each scan is a list of that length.
 
         Returns:
-            A dict, or a list of them, one a scan: `report`; `regions`, {region: text}; `findings`, a label,
-            probability, threshold and `positive` each, of some checkpoints also `location`, `size_mm` and `peak` (see
-            `describe_findings`); `complete`, whether the report came to its end; `reference`, the id of the sampled
-            one; `difference_map`, float32 (depth, height, width), and `geometry`, with which
-            `pipe.processor.save_map(path, difference_map, geometry)` writes it on the grid of the file; `statement`
-            and `intended_domain`, which belong beside the report wherever it goes.
+            A dict per scan (a list of dicts for several scans):
+
+            - `report`: text.
+            - `regions`: {region: text}.
+            - `findings`: for each label its `label`, `probability`, `threshold` and `positive`; with some checkpoints
+              also `location`, `size_mm` and `peak` (see `describe_findings`).
+            - `complete`: `True` if the report reached its end token.
+            - `reference`: id of the sampled reference.
+            - `difference_map`: float32 (depth, height, width).
+            - `geometry`: use `pipe.processor.save_map(path, difference_map, geometry)` to write the map on the grid of
+              the input file.
+            - `statement`, `intended_domain`: keep them with the report wherever it goes.
+
+        Raises:
+            ValueError: the numbers of references and scans differ.
+            CTInputError: an input is not a usable chest CT.
         """
         is_many, each = self.processor.is_many, self.processor.each
         if is_many(reference):
@@ -72,15 +88,15 @@ class DiffVPPipeline(Pipeline):
                 )
             ct = [{"ct": scan, "reference": normal} for scan, normal in zip(scans, normals, strict=True)]
             reference = None
-        elif is_many(ct) and not isinstance(ct, (GeneratorType, Dataset)):  # which transformers goes through itself
+        elif is_many(ct) and not isinstance(ct, (GeneratorType, Dataset)):  # transformers iterates over these itself
             ct = list(each(ct))
-        if isinstance(ct, list) and not ct:  # transformers would look at the first
+        if isinstance(ct, list) and not ct:  # transformers would access the first item
             return []
         if reference is not None:
             kwargs["reference"] = reference
         return super().__call__(ct, **kwargs)
 
-    def _sanitize_parameters(
+    def _sanitize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]  # names its arguments
         self,
         reference=None,
         reference_seed: int | None = None,
@@ -101,13 +117,13 @@ class DiffVPPipeline(Pipeline):
             {key: value for key, value in given.items() if value is not None} for given in (reading, writing)
         )
         if writing.get("return_dict_in_generate"):
-            raise ValueError("return_dict_in_generate is True (expected False): a report is made of token ids alone.")
+            raise ValueError("return_dict_in_generate: True (expected False, a report is made of token ids only)")
         return reading, writing, {}
 
-    def preprocess(
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]  # names its arguments
         self, scan, reference=None, reference_seed: int = 0, spacing=None, allow_any_anatomy: bool = False
     ) -> dict:
-        if isinstance(scan, dict) and "ct" in scan:  # and not the {"path", "bytes"} of a datasets.Nifti
+        if isinstance(scan, dict) and "ct" in scan:  # not the dict {"path", "bytes"} of a `datasets.Nifti`
             scan, reference = scan["ct"], scan.get("reference", reference)
         inputs = self.processor(
             ct=scan,
@@ -116,14 +132,14 @@ class DiffVPPipeline(Pipeline):
             spacing=spacing,
             allow_any_anatomy=allow_any_anatomy,
         )
-        # Without a list around them they are one a scan, as what transformers batches and takes apart again has to be.
+        # transformers batches these values and splits the batch again, so they are given per scan, without a list.
         return {
             **inputs,
             "geometry": inputs.geometry[0],
             "reference_id": inputs.reference_ids[0] if reference is None else GIVEN_REFERENCE,
         }
 
-    def _forward(self, inputs: dict, **generate_kwargs) -> dict:
+    def _forward(self, inputs: dict, **generate_kwargs) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
         encoded = self.model.encode_inputs(inputs["ct"], inputs["reference"])
         logits = encoded.pop("diagnosis_logits", None)
         with torch.no_grad():
@@ -139,17 +155,17 @@ class DiffVPPipeline(Pipeline):
         )
         attributes, batched = comparison.attributes, isinstance(inputs["geometry"], list)
         return {
-            # A row a scan, as transformers takes a batch apart again: of several sequences, all of the scan.
+            # transformers splits a batch by rows: one row per scan, with all its sequences.
             "tokens": tokens.unflatten(0, (len(inputs["ct"]), -1)),
             "logits": logits,
-            # transformers takes a batch apart again, but not what is one scan.
+            # transformers splits batches, but not the output for a single scan.
             "attributes": attributes if attributes is None or batched else attributes[0],
             "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "reference_id": inputs["reference_id"],
         }
 
-    def postprocess(self, outputs: dict) -> dict | list[dict]:
+    def postprocess(self, outputs: dict) -> dict | list[dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_scan = {
             "reference": outputs["reference_id"],
             "difference_map": outputs["difference_map"][0].float(),
@@ -167,29 +183,28 @@ class DiffVPPipeline(Pipeline):
         return reports if len(reports) > 1 else reports[0]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """The checkpoint with its processor and references; transformers would leave out both."""
+        """Save the checkpoint with its processor and references, which transformers would leave out."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
 
 def end_tokens(generation_config) -> list[int]:
-    """The tokens that end a report; an LLM may have several, or none."""
+    """Return the ids of the tokens that end a report. An LLM may have several, or none."""
     ends = generation_config.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
 
 
 def describe_text(processor, tokens: list[int], findings: list[dict], ends: list[int]) -> dict:
     """
-    A written report, in the one form that the pipeline, report.json and `diffvp batch` share.
+    Describe a report in the common form of the pipeline, report.json and `diffvp batch`.
 
     Args:
         tokens: new token ids of one report; padding may follow its end.
-        findings: of the scan, from [`describe_findings`]; empty without a classifier.
-        ends: see [`end_tokens`].
+        findings: findings of the scan, from [`describe_findings`]; empty without a classifier.
+        ends: ids of the end tokens, from [`end_tokens`].
 
     Returns:
-        `report`, the text; `regions`, {region: text}; `findings`; `complete`, whether the
-        report came to its end.
+        `report`, the text; `regions`, {region: text}; `findings`; `complete`, `True` if the report reached its end.
     """
     text = processor.decode(tokens, skip_special_tokens=True).strip()
     return {
@@ -202,13 +217,17 @@ def describe_text(processor, tokens: list[int], findings: list[dict], ends: list
 
 def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=()) -> list[list[dict]]:
     """
-    The classifier's log-odds (batch, labels) in words: for each scan, all labels in their order.
+    Describe the findings of each scan: all labels, in their order.
 
     Args:
-        attributes: of a model with `finding_attributes`, those of its `compare`. Each finding then also has
-            `location`, in words, and `size_mm`, both `None` where the model reads none, and `peak`, where it shows
-            most, (x, y, z) in RAS+ mm of the scan's own frame.
-        geometries: then the [`CTGeometry`] of each scan.
+        logits: log-odds of the classifier, (batch, labels).
+        attributes: attributes of `compare`, from a model with `finding_attributes`. They add to each finding its
+            `location` in words and `size_mm`, both `None` if the model reads none, and `peak`, the centre of the token
+            that shows it most, (x, y, z) in RAS+ mm in the frame of the scan.
+        geometries: [`CTGeometry`] of each scan; needed with `attributes`.
+
+    Returns:
+        For each scan a list of dicts with `label`, `probability`, `threshold` and `positive`.
     """
     thresholds = config.diagnosis_threshold
     if not isinstance(thresholds, list):

@@ -13,10 +13,10 @@
 # limitations under the License.
 #
 # SPDX-License-Identifier: Apache-2.0
-"""What turns a CT file into the model's tensors and the model's tokens into a report.
+"""Processors: from CT files to the model's tensors, and from its tokens to a report.
 
-[`DiffVPImageProcessor`] reads and resamples; [`DiffVPProcessor`] adds the reference scan, the instruction and the way
-back from text to regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
+[`DiffVPImageProcessor`] reads and resamples. [`DiffVPProcessor`] adds the reference scan and the instruction, and
+splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
 """
 
 import io
@@ -26,14 +26,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
+from transformers.processing_utils import (
+    ProcessingKwargs,
+    TextKwargs,
+    Unpack,  # pyright: ignore[reportPrivateImportUsage]  # as its own processors do
+)
 from transformers.utils.hub import resolve_revision
 
 from .anatomy_diffvp import check_chest, measure_coverage
@@ -45,10 +49,10 @@ from .storage_diffvp import HUB_KWARGS
 from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
-# Keys that transformers itself writes beside an image processor's attributes.
+# Keys that transformers writes next to an image processor's attributes.
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
-OTHER = "other"  # what post_process calls text that belongs to no region
-# What opens a region or a section of a report, and its name. Departments write plurals and other spellings.
+OTHER = "other"  # key in `post_process` for text that belongs to no region
+# Headings of the regions and sections of a report, with their names. Some departments use plurals or other spellings.
 REGION_HEADINGS = {region: region for region in REGIONS} | {
     "lungs": "lung",
     "bones": "bone",
@@ -69,17 +73,17 @@ SECTION_HEADINGS = {
 
 class DiffVPImageProcessorKwargs(TypedDict, total=False):
     """
-    size (`dict[str, int]`): voxels of the tensor, `{"depth": 64, "height": 256, "width": 256}`; also three numbers in
-        that order.
+    size (`dict[str, int]`): size of the tensor in voxels, `{"depth": 64, "height": 256, "width": 256}`, or three
+        numbers in that order.
     target_spacing (`tuple`, *optional*): mm per voxel (depth, height, width) of a fixed grid, centred on the
         foreground. `None` stretches the foreground to `size`, as the paper's preprocessing does.
-    hu_window (`tuple`): HU that become -1 and 1; values beyond are clipped.
+    hu_window (`tuple`): HU that are mapped to -1 and 1; values outside are clipped.
     crop_foreground (`bool`): crop to the bounding box of the voxels above `foreground_hu`.
-    foreground_hu (`float`): HU.
-    antialias (`bool`): average over the voxels between those of a coarser tensor, where `False` takes the two nearest
-        of them along each axis, as MONAI does.
-    allow_non_hu (`bool`): accept voxels that are not Hounsfield units; set a `hu_window` that fits them.
-    return_tensors (`str`, *optional*): `"pt"` (also for `None`) or `"np"`.
+    foreground_hu (`float`): HU threshold of the foreground.
+    antialias (`bool`): if the tensor is coarser than the scan, average over all voxels in between. `False`
+        interpolates between the two nearest voxels along each axis, as MONAI does.
+    allow_non_hu (`bool`): accept voxels that are not in Hounsfield units; set a `hu_window` that fits them.
+    return_tensors (`str`, *optional*): `"pt"` (also if `None`) or `"np"`.
     """
 
     size: dict[str, int] | list[int] | tuple[int, ...]
@@ -93,16 +97,16 @@ class DiffVPImageProcessorKwargs(TypedDict, total=False):
 
 
 class DiffVPImageProcessor(BaseImageProcessor):
-    """CT -> float32 tensor (batch, 1, depth, height, width) in [-1, 1]; its attributes are those of
-    [`DiffVPImageProcessorKwargs`] and may be overridden in each call.
+    """Convert CTs to a float32 tensor (batch, 1, depth, height, width) in [-1, 1].
 
     Depth runs from inferior to superior, height from anterior to posterior, width from the patient's right to left.
+    The attributes are those of [`DiffVPImageProcessorKwargs`]; each call may override them.
     """
 
     valid_kwargs = DiffVPImageProcessorKwargs
     model_input_names = ["ct"]
 
-    # The paper's grid and window; it crops the foreground first (section 4.1).
+    # Grid and window of the paper, which crops the foreground first (section 4.1).
     size = {"depth": 64, "height": 256, "width": 256}
     target_spacing = None
     hu_window = (-1000.0, 200.0)
@@ -116,38 +120,42 @@ class DiffVPImageProcessor(BaseImageProcessor):
         unknown = sorted(set(kwargs) - set(known) - SERVICE_KEYS)
         if unknown:
             raise TypeError(f"Unknown argument(s) {', '.join(unknown)}. Known: {', '.join(known)}.")
-        validate_typed_dict(self.valid_kwargs, {key: value for key, value in kwargs.items() if key in known})
+        self._validate({key: value for key, value in kwargs.items() if key in known})
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
 
-    def __call__(
+    def _validate(self, kwargs: dict) -> None:
+        validate_typed_dict(self.valid_kwargs, kwargs)  # pyright: ignore[reportArgumentType]  # wants a dict, no TypedDict
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # CTs have other settings than images
         self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
         **kwargs: Unpack[DiffVPImageProcessorKwargs],
     ) -> BatchFeature:  # fmt: skip
         return self.preprocess(ct, spacing=spacing, digest=digest, allow_any_anatomy=allow_any_anatomy, **kwargs)
 
-    def preprocess(
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]  # as `__call__`
         self, ct, spacing=None, digest: bool = False, allow_any_anatomy: bool = True,
         **kwargs: Unpack[DiffVPImageProcessorKwargs],
     ) -> BatchFeature:  # fmt: skip
-        """Read and resample one CT or a list of them. For many, see [`stream`].
+        """Read and resample one CT or a list of CTs. For many scans, use [`stream`].
 
         Args:
-            ct: whatever [`read_ct`] takes: a path, an image, a `datasets.Nifti` value, an array; or a list of these
-                (also a tuple, a column of `datasets` or pandas, an array of objects, a generator). A scan that needs
-                more to be understood (its dataset's metadata, one series of several) is given as the `CTVolume` that
-                `read_ct(path, metadata=..., series=...)` returns.
+            ct: any input of [`read_ct`] (a path, an image, a `datasets.Nifti` value, an array), or several: a list, a
+                tuple, a column of `datasets` or pandas, an array of objects, a generator. If a scan can be read only
+                with further information (metadata of its dataset, a choice among several series), pass the `CTVolume`
+                that `read_ct(path, metadata=..., series=...)` returns.
             spacing: mm per voxel along x, y, z of bare arrays, which are indexed [x, y, z] in LPS order.
-            digest: also take the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
-            allow_any_anatomy: also take scans of other regions than the chest. `False` refuses scans without lungs, as
-                reports do. What a scan holds of them is in `geometry.coverage` either way.
+            digest: compute the SHA-256 of each scan's content, `geometry.sha256`: 0.1 s for 512 x 512 x 300.
+            allow_any_anatomy: accept scans of other regions than the chest. `False` refuses scans without lungs, as
+                report generation does. `geometry.coverage` has the measured coverage in both cases.
 
         Returns:
             `ct`, (batch, 1, depth, height, width), and `geometry`, a list of [`CTGeometry`].
 
         Raises:
             CTInputError: an input is not a usable chest CT; the message names source, field, value and expectation.
-            CTAnatomyError: the one among them for a CT of another region.
+            CTAnatomyError: a CT shows another region than the chest; a subclass of `CTInputError`.
+            ValueError: the list is empty, `spacing` is given without arrays, or a setting is invalid.
         """
         options = self._options(kwargs)
         inputs = list(each(ct))
@@ -176,16 +184,17 @@ class DiffVPImageProcessor(BaseImageProcessor):
     def resample(
         self, volume: CTVolume, **kwargs: Unpack[DiffVPImageProcessorKwargs]
     ) -> tuple[torch.Tensor, CTGeometry]:
-        """A volume that [`read_ct`] returned as a tensor (1, depth, height, width), and its place in the file."""
+        """Resample a volume from [`read_ct`]: its tensor (1, depth, height, width), and its position in the file."""
         return _resample(volume, self._options(kwargs), digest=False)
 
-    def _options(self, kwargs: dict) -> dict:
-        """The settings, with those of a call."""
-        validate_typed_dict(self.valid_kwargs, kwargs)
+    def _options(self, kwargs: Mapping[str, object]) -> dict:
+        """Return all settings; those given in the call take precedence."""
+        given = dict(kwargs)
+        self._validate(given)
         settings = {key: getattr(self, key) for key in self.valid_kwargs.__annotations__}
-        return self._standardize_kwargs(**settings | kwargs)
+        return self._standardize_kwargs(**settings | given)
 
-    def _standardize_kwargs(self, **kwargs) -> dict:
+    def _standardize_kwargs(self, **kwargs) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]  # other names
         size, spacing, window = kwargs["size"], kwargs["target_spacing"], kwargs["hu_window"]
         if isinstance(size, (list, tuple)) and len(size) == 3:
             size = dict(zip(AXES, size, strict=True))
@@ -196,7 +205,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
                 f"target_spacing must be None or three positive mm (depth, height, width), got {spacing}."
             )
         if len(window) != 2 or not window[0] < window[1]:
-            # The one of these that the command line sets, whose errors of input are a line each.
+            # The only one of these settings with a command-line option: input errors there are shown in one line.
             raise CTIntensityError("settings", "hu_window", tuple(window), "two rising HU, such as (-1000, 200)")
         if kwargs["return_tensors"] not in (None, "pt", "np"):
             raise ValueError(f'return_tensors must be "pt" or "np", got {kwargs["return_tensors"]!r}.')
@@ -213,13 +222,21 @@ class DiffVPImageProcessor(BaseImageProcessor):
     def stream(
         self, scans: Iterable, workers: int = 1, **kwargs: Unpack[DiffVPImageProcessorKwargs]
     ) -> Iterator[BatchFeature | CTInputError]:
-        """[`preprocess`] each of many scans, in their order, a scan at a time in each of `workers` threads.
+        """[`preprocess`] many scans in parallel threads, and yield the results in the order of the scans.
 
-        Threads suffice: inflating and interpolating release the interpreter's lock. Memory is bounded by
-        `workers + 1` scans however many there are, for no scan is begun before its turn is near.
+        Threads suffice, because decompression and interpolation release the GIL. At most `workers + 1` scans are in
+        memory at a time.
+
+        Args:
+            scans: any inputs of [`preprocess`], each a single scan.
+            workers: number of threads; each processes one scan at a time.
+            kwargs: arguments of [`preprocess`].
 
         Yields:
-            the features of one scan (batch of 1), or the error that refused it: one bad scan does not end the rest.
+            The features of one scan (batch of 1), or the error that refused it; the other scans continue.
+
+        Raises:
+            ValueError: `workers` is below 1.
         """
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}.")
@@ -244,24 +261,23 @@ class DiffVPImageProcessor(BaseImageProcessor):
                     future.cancel()
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
-        """A map (depth, height, width) on the voxel grid of the input file; see [`to_input_grid`]."""
+        """Resample a map (depth, height, width) to the voxel grid of the input file; see [`to_input_grid`]."""
         return to_input_grid(map, geometry)
 
     def save_map(self, path, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
-        """A map (depth, height, width) as NIfTI with the shape and affine of the input file; see [`save_map`]."""
+        """Save a map (depth, height, width) as NIfTI on the voxel grid of the input file; see [`save_map`]."""
         return save_map(path, map, geometry)
 
 
-# What can be iterated over, and is one scan or one text, or neither. Nor does a set count as several: it has no order
-# that results could follow.
+# Iterable types that do not count as a list. A set does not, because it has no order for the results.
 _SINGLE = (str, bytes, Mapping, Set, torch.Tensor, io.IOBase)
 
 
 def is_many(value) -> bool:
-    """Whether a value of an argument that takes one or a list is a list, whatever its type.
+    """Return `True` if an argument that takes one value or several holds several.
 
-    That is what can be iterated over: also a tuple, a column of `datasets` (which is no list) or pandas, a generator.
-    Arrays are one scan, but for those of objects or texts.
+    Any iterable counts as several values: also a tuple, a column of `datasets` or pandas, or a generator. An array is
+    one scan, unless it is an array of objects or strings.
     """
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "OUT"  # T: NumPy's strings of any length
@@ -269,17 +285,17 @@ def is_many(value) -> bool:
 
 
 def each(value) -> Iterator:
-    """The items of such an argument, one after another."""
+    """Iterate over the values of an argument that takes one value or several (see [`is_many`])."""
     for item in value if is_many(value) else [value]:
         yield unwrapped(item)
 
 
 def _texts(text, count: int) -> list[str | None]:
-    """A text for each of `count` scans.
+    """Return one text for each of `count` scans.
 
     Raises:
-        TypeError: what is given, or an item of it, is no string.
-        ValueError: there are more of them, or fewer.
+        TypeError: `text`, or an item of it, is not a string.
+        ValueError: the numbers of texts and scans differ.
     """
     if text is None:
         return [None] * count
@@ -316,7 +332,7 @@ def _is_array(value) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
-# What other processors call their arguments.
+# Argument names of other processors, and the names here.
 HABITS = {
     **dict.fromkeys(("image", "images", "pixel_values", "video", "videos", "volume", "volumes"), "ct"),
     **dict.fromkeys(("reference_image", "reference_images", "references", "normal"), "reference"),
@@ -325,11 +341,11 @@ HABITS = {
 
 
 class DiffVPBatchFeature(BatchFeature):
-    """The model's inputs as keys, and what is known about them as attributes, which survive `.to()`.
+    """The model's inputs as keys; facts about them as attributes, which survive `.to()`.
 
     Attributes:
-        geometry, reference_geometry: one [`CTGeometry`] per scan: source, content digest, the way back to the file.
-        reference_ids: id in the pool, or the source of a reference that the caller gave.
+        geometry, reference_geometry: one [`CTGeometry`] per scan: source, content digest, mapping to the file's grid.
+        reference_ids: for each scan the id of its reference in the pool, or the source of a given reference.
     """
 
     def __init__(self, data: dict, geometry=(), reference_geometry=(), reference_ids=()):
@@ -339,8 +355,8 @@ class DiffVPBatchFeature(BatchFeature):
         self.reference_ids: list[str] = list(reference_ids)
 
     @property
-    def ct_sha256(self) -> list[str]:
-        """Content digest of each scan."""
+    def ct_sha256(self) -> list[str | None]:
+        """SHA-256 of the content of each scan."""
         return [place.sha256 for place in self.geometry]
 
     def __getstate__(self):
@@ -351,34 +367,35 @@ class DiffVPBatchFeature(BatchFeature):
 
 
 class DiffVPProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: DiffVPImageProcessorKwargs
-    _defaults = {}  # transformers before 5.2x reads it; defaults are class attributes
+    images_kwargs: DiffVPImageProcessorKwargs  # pyright: ignore[reportIncompatibleVariableOverride]  # as its own do
+    # Read by transformers 5.19; defaults are class attributes.
+    _defaults = {}  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class DiffVPProcessor(ProcessorMixin):
-    """CT preprocessing, reference sampling, the instruction, and text back to regions.
+    """Preprocess CTs, sample references, tokenize the instruction, and split reports into regions.
 
     Args:
-        image_processor ([`DiffVPImageProcessor`])
-        tokenizer (`PreTrainedTokenizerBase`): the base LLM's.
-        chat_template (`str`, *optional*): Jinja template; by default the tokenizer's own, if it has one.
-        instruction (`str`): what the model is asked to do when a call gives no `text`.
+        image_processor ([`DiffVPImageProcessor`]): preprocesses the CTs.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the base LLM.
+        chat_template (`str`, *optional*): Jinja template; the default is the tokenizer's own, if it has one.
+        instruction (`str`): instruction to the model if a call gives no `text`.
     """
 
     valid_processor_kwargs = DiffVPProcessorKwargs
-    # For the pipeline, which imports no other file.
+    # Used by the pipeline, which imports no other file.
     is_many, each = staticmethod(is_many), staticmethod(each)
-    # Left: the report continues the prompt, so padding must not stand between the two.
+    # Left, because the report continues the prompt: no padding may stand between the two.
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
     def __init__(self, image_processor, tokenizer, chat_template=None, instruction: str = DEFAULT_INSTRUCTION):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.instruction = instruction
         self.reference_pool: ReferencePool | None = None
-        if tokenizer.pad_token is None:  # LLaMA-2 has none; padding is masked, so that any token will do
+        if tokenizer.pad_token is None:  # LLaMA-2 has none; padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # takes scans, no images, videos or audio
         self,
         ct=None,
         reference=None,
@@ -391,22 +408,28 @@ class DiffVPProcessor(ProcessorMixin):
         """Prepare scans, their references and the instruction for [`DiffVPForConditionalGeneration`].
 
         Args:
-            ct: one CT or a list of them, of any type that [`DiffVPImageProcessor.preprocess`] takes for one, as
-                also for `reference` and `text`; `None` for the text alone.
-            reference: one for each CT, or one for all. `None` samples from the pool that ships with the checkpoint,
-                by `reference_seed` and the content of the scan alone: not by its name or its place in a batch. A scan
-                is never its own reference.
-            text: instruction for all or for each; `None` is the default one.
+            ct: one CT or several, in any form that [`DiffVPImageProcessor.preprocess`] accepts; `None` to tokenize
+                text only. Several values of `reference` and `text` are accepted in the same forms.
+            reference: one for each CT, or one for all. `None` samples from the pool that ships with the checkpoint.
+                The sample depends only on `reference_seed` and the content of the scan, not on its name or its
+                position in a batch. A scan is never its own reference.
+            text: one instruction for all CTs, or one for each; `None` is the default instruction.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
-            reference_seed: seed of the sampling; 0 if not given.
-            allow_any_anatomy: `False` refuses scans, and given references, that are not of a chest, as reports do;
-                `True` if not given.
+            reference_seed: seed for sampling references; 0 if not given.
+            allow_any_anatomy: `False` refuses scans, and given references, that do not show a chest, as report
+                generation does; `True` if not given.
             kwargs: settings of the image processor or the tokenizer for this call. A `hu_window` or `foreground_hu`
-                given for a scan that is not in Hounsfield units does not apply to a reference that is.
+                for a scan that is not in Hounsfield units is not applied to a reference that is.
 
         Returns:
             `ct` and `reference` (batch, 1, depth, height, width), `input_ids` and `attention_mask` (batch, length),
             padded on the left; and the attributes of [`DiffVPBatchFeature`].
+
+        Raises:
+            TypeError: an argument is unknown or of the wrong type.
+            ValueError: the numbers of scans, references and texts differ, or there is nothing to process.
+            CTInputError: a scan or reference is not a usable chest CT.
+            ReferencePoolError: no reference is given and the pool has none for the scan.
         """
         text_kwargs, images_kwargs = self._split_kwargs(kwargs)
         if ct is None:
@@ -414,13 +437,13 @@ class DiffVPProcessor(ProcessorMixin):
                 raise ValueError("Give ct=, or text= alone.")
             text = list(each(text))
             return DiffVPBatchFeature(self._tokenize(_texts(text, len(text)), text_kwargs))
-        # transformers' suite wants `None` for the default of what a call may leave out.
+        # transformers' test suite requires `None` as the default of optional arguments.
         allow_any_anatomy = True if allow_any_anatomy is None else allow_any_anatomy
         seed = 0 if reference_seed is None else reference_seed
         if not isinstance(seed, int):
             raise TypeError(f"reference_seed must be an integer, got {seed!r}.")
         scans = list(each(ct))
-        texts = _texts(text, len(scans))  # before anything is read
+        texts = _texts(text, len(scans))  # fail before reading any scan
         given = [] if reference is None else list(each(reference))
         if given and len(given) not in (1, len(scans)):
             raise ValueError(f"{len(given)} references for {len(scans)} scans; expected one each, or one for all.")
@@ -428,7 +451,7 @@ class DiffVPProcessor(ProcessorMixin):
             raise ValueError("spacing= is for bare arrays; files and images carry their own.")
         features = self._preprocess(scans, spacing, images_kwargs, allow_any_anatomy)
         batch = len(features["geometry"])
-        # A window of grey values is one of the scan: a reference in Hounsfield units keeps theirs.
+        # A window of grey values is only for the scan; a reference in Hounsfield units keeps the default window.
         hu_kwargs = images_kwargs
         if not all(place.is_hu for place in features["geometry"]):
             hu_kwargs = {key: images_kwargs[key] for key in images_kwargs if key not in ("hu_window", "foreground_hu")}
@@ -439,22 +462,26 @@ class DiffVPProcessor(ProcessorMixin):
                 self._preprocess([one], None, hu_kwargs if one.is_hu else images_kwargs, allow_any_anatomy)
                 for one in volumes
             ]
-            references = {"ct": torch.cat([part["ct"] for part in parts])}
-            references["geometry"] = [place for part in parts for place in part["geometry"]]
-            ids = [place.source for place in references["geometry"]]
+            references = torch.cat([part["ct"] for part in parts])
+            geometry = [place for part in parts for place in part["geometry"]]
+            ids = [place.source for place in geometry]
             if len(given) < batch:  # one for all
-                references["ct"] = references["ct"].repeat_interleave(batch, 0)
-                references["geometry"], ids = references["geometry"] * batch, ids * batch
+                references = references.repeat_interleave(batch, 0)
+                geometry, ids = geometry * batch, ids * batch
         else:
-            references, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
-        data = {"ct": features["ct"], "reference": references["ct"]}
+            references, geometry, ids = self._sample_references(features["geometry"], seed, hu_kwargs)
+        data = {"ct": features["ct"], "reference": references}
         if text_kwargs["return_tensors"] == "np":
             data = {key: value.numpy() for key, value in data.items()}
         data |= self._tokenize(texts, text_kwargs)
-        return DiffVPBatchFeature(data, features["geometry"], references["geometry"], ids)
+        return DiffVPBatchFeature(data, features["geometry"], geometry, ids)
 
-    def _split_kwargs(self, kwargs: dict) -> tuple[dict, dict]:
-        """Call-time arguments for the tokenizer and for the image processor, checked; transformers only warns."""
+    def _split_kwargs(self, kwargs: Mapping[str, Any]) -> tuple[dict, dict]:
+        """Split the arguments of a call into those for the tokenizer and those for the image processor.
+
+        Raises:
+            TypeError: an argument is unknown; transformers would only warn.
+        """
         image_names = set(self.image_processor.valid_kwargs.__annotations__)
         groups = {"text_kwargs", "images_kwargs", "common_kwargs"}
         unknown = sorted(set(kwargs) - set(TextKwargs.__annotations__) - image_names - groups)
@@ -462,9 +489,10 @@ class DiffVPProcessor(ProcessorMixin):
             meant = sorted({f"{HABITS[name]}=" for name in unknown if name in HABITS})
             hint = f" Expected {' and '.join(meant)}." if meant else ""
             raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for {type(self).__name__}.{hint}")
-        # Most base tokenizers pad on the right; that must not win over the reason for the left.
+        # Most base tokenizers pad on the right, which must not override `text_kwargs`.
         init_kwargs = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
-        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
+        valid: Any = self.valid_processor_kwargs  # transformers takes the class, but is annotated with an instance
+        merged = self._merge_kwargs(valid, tokenizer_init_kwargs=init_kwargs, **kwargs)
         images = {key: value for key, value in merged["images_kwargs"].items() if key in image_names}
         return {**self.text_kwargs, **merged["text_kwargs"]}, images | {"return_tensors": "pt"}
 
@@ -476,13 +504,14 @@ class DiffVPProcessor(ProcessorMixin):
 
     def choose_reference(self, sha256: str, seed: int = 0) -> tuple[str, CTVolume]:
         """
-        Id and volume of the reference that `__call__` samples for a scan.
+        Return the id and volume of the reference that `__call__` samples for a scan.
 
         Args:
-            sha256: of the scan's content, `CTVolume.sha256`.
+            sha256: SHA-256 of the scan's content, `CTVolume.sha256`.
+            seed: `reference_seed` of `__call__`.
 
         Raises:
-            ReferencePoolError: there is no pool, or nothing in it but the scan.
+            ReferencePoolError: there is no pool, or it holds no other scan.
         """
         pool = self._pool()
 
@@ -497,8 +526,10 @@ class DiffVPProcessor(ProcessorMixin):
             raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
         return self.reference_pool
 
-    def _sample_references(self, geometry: list[CTGeometry], seed: int, images_kwargs: dict):
-        """One reference for each scan, from the pool."""
+    def _sample_references(
+        self, geometry: list[CTGeometry], seed: int, images_kwargs: dict
+    ) -> tuple[torch.Tensor, list[CTGeometry], list[str]]:
+        """Sample a reference from the pool for each scan: tensors, geometries and ids."""
         pool = self._pool()
         loaded, tensors, places, ids = {}, [], [], []
 
@@ -508,20 +539,20 @@ class DiffVPProcessor(ProcessorMixin):
             return loaded[entry["id"]]["geometry"][0].sha256, loaded[entry["id"]]
 
         for place in geometry:
-            name, reference = pool.choose(seed, place.sha256, load)
+            name, reference = pool.choose(seed, cast(str, place.sha256), load)  # computed by `_preprocess`
             tensors.append(reference["ct"])
             places += reference["geometry"]
             ids.append(name)
-        return {"ct": torch.cat(tensors), "geometry": places}, ids
+        return torch.cat(tensors), places, ids
 
-    def _tokenize(self, texts: list[str | None], text_kwargs: dict) -> dict:
+    def _tokenize(self, texts: Sequence[str | None], text_kwargs: dict) -> dict:
         # A chat template writes the special tokens itself; the tokenizer would add a second BOS.
         options = {"add_special_tokens": self._chat_template() is None} | text_kwargs
         encoded = self.tokenizer([self.format_instruction(text) for text in texts], **options)
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def format_instruction(self, text: str | None = None) -> str:
-        """The instruction as the LLM reads it: a user turn where there is a chat template, else a line."""
+        """Format an instruction for the LLM: a user turn if there is a chat template, otherwise a line of text."""
         text = self.instruction if text is None else text
         template = self._chat_template()
         if template is None:
@@ -530,22 +561,25 @@ class DiffVPProcessor(ProcessorMixin):
             [{"role": "user", "content": text}], chat_template=template, tokenize=False, add_generation_prompt=True
         )
 
-    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs: dict | None = None, **kwargs):
-        """As the tokenizer's, but text by default as in other processors: a conversation holds no scans.
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]  # the other arguments are in `kwargs`
+        self, conversation, chat_template=None, processor_kwargs: dict | None = None, **kwargs
+    ):
+        """Apply the chat template as the tokenizer does, but return text by default, as other processors do.
 
-        Scans are arguments of the call, which makes its `text` a user turn itself.
+        A conversation cannot hold scans. Pass scans to `__call__`, which formats its `text` as a user turn itself.
         """
         options = {"chat_template": chat_template or self._chat_template(), "tokenize": False, "return_dict": False}
         return self.tokenizer.apply_chat_template(conversation, **options | (processor_kwargs or {}) | kwargs)
 
-    def _chat_template(self) -> str | None:
+    def _chat_template(self) -> str | dict[str, str] | None:
         return self.tokenizer.chat_template if self.chat_template is None else self.chat_template
 
     def encode_report(self, report: str, max_length: int | None = None, truncation: bool = False) -> list[int]:
-        """Token ids of a report with the end token: the target of eq. 10.
+        """Return the token ids of a report with the end token, the target of eq. 10.
 
         Raises:
-            ValueError: it is longer than `max_length` and `truncation` is off: a cut report teaches to stop early.
+            ValueError: the report is longer than `max_length` and `truncation` is off. Training on truncated reports
+                teaches the model to stop early.
         """
         ids = self.tokenizer(report, add_special_tokens=False)["input_ids"]
         if max_length is not None and len(ids) >= max_length:
@@ -559,10 +593,14 @@ class DiffVPProcessor(ProcessorMixin):
     @staticmethod
     def diagnosis_prompt(labels: Sequence[str], attributes: Mapping[str, str] | None = None) -> str:
         """
-        The diagnosis prompt D of eq. 9, findings in the order of `DIAGNOSIS_LABELS`.
+        Write the diagnosis prompt D of eq. 9, with findings in the order of `DIAGNOSIS_LABELS`.
 
         Args:
-            attributes: what stands in brackets behind a finding, by label: "right upper lobe, 12 mm".
+            labels: labels of the predicted findings.
+            attributes: text in brackets after a finding, by label, for example "right upper lobe, 12 mm".
+
+        Raises:
+            ValueError: a label is unknown.
         """
         unknown = sorted(set(labels) - set(DIAGNOSIS_LABELS))
         if unknown:
@@ -575,11 +613,16 @@ class DiffVPProcessor(ProcessorMixin):
     def diagnosis_prompt_ids(
         tokenizer, labels: Sequence[str] = DIAGNOSIS_LABELS, places: Sequence[str] | None = None
     ) -> dict:
-        """The fragments of the diagnosis prompt as token ids, for `config.diagnosis_prompt_ids`.
+        """Tokenize the fragments of the diagnosis prompt, for `config.diagnosis_prompt_ids`.
 
-        Their concatenation *defines* the prompt's ids: prefix, then the found labels with the separator between them
-        or `none`, then suffix. `labels` holds one list for each label, in the given order. With `places`, fragments
-        for the attributes of a finding, sizes digit by digit.
+        Their concatenation *defines* the prompt's ids: `prefix`, then the predicted labels with the `separator`
+        between them (or `none`), then `suffix`. In the result, `labels` holds a list of ids for each label, in the
+        given order.
+
+        Args:
+            labels: all labels that the prompt can name.
+            places: all locations that the prompt can name; adds fragments for the attributes of a finding, with sizes
+                digit by digit.
         """
 
         def ids(text: str) -> list[int]:
@@ -608,16 +651,16 @@ class DiffVPProcessor(ProcessorMixin):
     def post_process(text: str, sections: bool = False) -> dict[str, str]:
         """Split a report into {region: text}, in canonical order.
 
-        "Heart: ..." opens a region, on a line of its own or within one; so do "Lungs:" and "LUNGS:". A region that is
-        not written is absent; parts of a region written twice are joined; text before the first region, and what has
-        another heading ("Impression: ..."), go to "other", the heading included.
+        A heading such as "Heart:" starts a region, at the start of a line or within it; so do "Lungs:" and "LUNGS:".
+        Regions that the report does not name are absent. If a region occurs twice, its parts are joined. Text before
+        the first region, and text under any other heading ("Impression: ..."), go to "other", including the heading.
 
         Args:
-            sections: also "findings", the text below "Findings:" that belongs to no region, and "impression", all
-                that stands below "Impression:" or "Conclusion:" up to the next section.
+            sections: also return "findings", the text under "Findings:" that belongs to no region, and "impression",
+                all text under "Impression:" or "Conclusion:" up to the next section.
         """
         names = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
-        anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line in any case
+        anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line: upper or lower case
         inline = "|".join(re.escape(form) for name in names for form in (name.capitalize(), name.upper()))
         heading = re.compile(
             rf"(?:^[ \t]*(?i:{anywhere})|(?<=\s)(?:{inline}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
@@ -638,11 +681,11 @@ class DiffVPProcessor(ProcessorMixin):
         return {region: words for region, words in joined.items() if words}
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
-        """A map (depth, height, width) on the voxel grid of the input file; see [`to_input_grid`]."""
+        """Resample a map (depth, height, width) to the voxel grid of the input file; see [`to_input_grid`]."""
         return to_input_grid(map, geometry)
 
     def save_map(self, path, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> Path:
-        """A map (depth, height, width) as NIfTI with the shape and affine of the input file; see [`save_map`]."""
+        """Save a map (depth, height, width) as NIfTI on the voxel grid of the input file; see [`save_map`]."""
         return save_map(path, map, geometry)
 
     @property
@@ -650,19 +693,25 @@ class DiffVPProcessor(ProcessorMixin):
         return ["ct", "reference", "input_ids", "attention_mask"]
 
     def load_references(self, folder) -> None:
-        """Use the pool of a folder: NIfTI files and the `references.json` that [`index_references`] writes."""
+        """
+        Use the pool in a folder: NIfTI files and a `references.json`, which [`index_references`] writes.
+
+        Raises:
+            ReferencePoolError: the folder has no `references.json`, or a malformed one.
+        """
         self.reference_pool = ReferencePool.load(folder, subfolder="")
         if self.reference_pool is None:
             raise ReferencePoolError(f"{Path(folder).name} has no references.json.")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; also finds the pool in `references/` of the same repository and revision."""
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in transformers, but also load the pool in `references/` of the same repository and revision."""
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
         access = {key: hub_kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in hub_kwargs}
         revision = resolve_revision(pretrained_model_name_or_path, kwargs.get("revision") or "main", **access)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"revision": revision})
-        processor = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs
+        options: dict[str, Any] = kwargs | {"revision": revision}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with return_unused_kwargs
         subfolder = "/".join(part for part in (kwargs.get("subfolder", ""), REFERENCE_FOLDER) if part)
         processor.reference_pool = ReferencePool.load(
             pretrained_model_name_or_path, subfolder, **hub_kwargs | {"revision": revision}
@@ -671,22 +720,22 @@ class DiffVPProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # By class: AutoImageProcessor would ask for trust_remote_code, although this code is already running.
+        # AutoImageProcessor would require trust_remote_code, although this code is already running.
         image_processor = DiffVPImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # The tokenizer's file says its class. Without a config AutoTokenizer would ask the model's, for whose type it
-        # knows none, and warn of it.
-        tokenizer = cls._load_tokenizer_from_pretrained(
-            "tokenizer", pretrained_model_name_or_path, **{"config": PreTrainedConfig()} | kwargs
-        )
+        # The tokenizer's file names its class. Without a config, AutoTokenizer would read the model's and warn that
+        # it knows no tokenizer for this model type.
+        options: dict[str, Any] = {"config": PreTrainedConfig()} | kwargs
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **options)
         return [image_processor, tokenizer]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        As in transformers; the reference pool is copied along, and one of an earlier save is taken away. Of references
-        that may not travel neither the scans nor their paths are written.
+        As in transformers, but also save the reference pool, and remove that of an earlier save.
+
+        For a local pool (scans that must not leave this machine), neither the scans nor their paths are written.
         """
         files = super().save_pretrained(save_directory, **kwargs)
-        # transformers leaves auto_map on what it saves but not on what it loads, and the two should be equal.
+        # transformers sets auto_map on the processor it saves, but not on the one it loads; keep them equal.
         vars(self).pop("auto_map", None)
         references = Path(save_directory) / REFERENCE_FOLDER
         if self.reference_pool is None or self.reference_pool.is_local:
@@ -701,7 +750,7 @@ class DiffVPProcessor(ProcessorMixin):
 DiffVPImageProcessor.register_for_auto_class()
 DiffVPProcessor.register_for_auto_class()
 
-# The collator comes along: every checkpoint can be trained further, and the saver copies what is imported.
+# The collator is exported so that every checkpoint can be trained further: saving copies imported files.
 __all__ = [
     "DiffVPBatchFeature",
     "DiffVPDataCollator",

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The pool of normal scans of a checkpoint, and the seeded choice of one of them.
+The pool of normal reference scans of a checkpoint, and the seeded choice of a reference.
 
-A pool that may be passed on travels with the checkpoint, in `references/`. Patients' scans do not: of these the
-checkpoint's folder holds where they lie on this machine and their digests, in `references.local.json`.
+A pool that may be redistributed travels with the checkpoint, in `references/`. Scans of patients do not: the
+checkpoint's folder only records their paths on this machine and their digests, in `references.local.json`.
 """
 
 import hashlib
@@ -14,28 +14,29 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers.utils.hub import cached_file
 
 from .storage_diffvp import digest
 
 REFERENCE_FOLDER, REFERENCE_INDEX = "references", "references.json"
-LOCAL_REFERENCES = "references.local.json"  # written by training; neither saved again nor pushed
+LOCAL_REFERENCES = "references.local.json"  # written by training; never saved again, never pushed
 
+Entry = TypeVar("Entry", bound=Mapping[str, Any])
 Loaded = TypeVar("Loaded")
 
 
 class ReferencePoolError(ValueError):
-    """No pool, nothing in it to compare the scan with, or a file that is not what the index says."""
+    """There is no pool, the pool has no reference for the scan, or a file does not match the index."""
 
 
 class NoOtherReferenceError(ReferencePoolError):
-    """The scan is the only one of the pool."""
+    """The pool holds no scan other than the one to compare."""
 
 
 def path_sha256(path: str | os.PathLike, of_file: Callable[[Path], str] = digest) -> str:
-    """Hex SHA-256 of a file, or of the names and files of a folder."""
+    """SHA-256 in hexadecimal of a file, or of the names and contents of the files in a folder."""
     path = Path(path)
     if not path.is_dir():
         return of_file(path)
@@ -48,10 +49,10 @@ def path_sha256(path: str | os.PathLike, of_file: Callable[[Path], str] = digest
 @dataclass(frozen=True)
 class ReferencePool:
     """
-    Normal scans to compare with, each fetched when it is needed and checked each time.
+    Normal scans to compare with. Each is fetched when it is needed, and checked against its digest each time.
 
-    Those that travel with a checkpoint are entries of `references.json`: id, file and its sha256, of each NIfTI beside
-    it. Those of this machine have a path, of a file or a folder of DICOM slices, instead of the file.
+    A pool that travels with a checkpoint has a `references.json` with one entry per NIfTI file beside it: id, file and
+    sha256. The entries of a local pool have a path (a file, or a folder of DICOM slices) instead of a file.
     """
 
     name_or_path: str
@@ -61,7 +62,14 @@ class ReferencePool:
 
     @classmethod
     def load(cls, name_or_path, subfolder: str = REFERENCE_FOLDER, **hub_kwargs) -> "ReferencePool | None":
-        """The pool of a repository or folder; `None` if it has none. Paths count in a folder alone, not on the Hub."""
+        """
+        Load the pool of a repository or folder; return `None` if it has none.
+
+        `references.local.json` is read from folders only, never from the Hub.
+
+        Raises:
+            ReferencePoolError: the index is malformed, or names a file outside its folder.
+        """
         index = cached_file(
             name_or_path,
             REFERENCE_INDEX,
@@ -78,18 +86,23 @@ class ReferencePool:
         for entry in entries:
             if Path(entry["file"]).name != entry["file"]:  # an index must not reach outside its folder
                 raise ReferencePoolError(
-                    f"{REFERENCE_INDEX}: file is {entry['file']!r}; expected a name without folders."
+                    f"{REFERENCE_INDEX}: file: {entry['file']!r} (expected a name without folders)"
                 )
-        hub_kwargs.pop("force_download", None)  # has been done, and each `fetch` would do it again
+        hub_kwargs.pop("force_download", None)  # done above; otherwise each `fetch` would download again
         return cls(str(name_or_path), subfolder, entries, hub_kwargs)
 
     @classmethod
     def of_paths(cls, paths: Mapping[str, str | os.PathLike], digests: Mapping[str, str] | None = None):
         """
-        Scans of this machine by their ids.
+        Make a pool of scans on this machine.
 
         Args:
-            digests: of each, see [`path_sha256`], for a pool that is kept; one that is used at once can do without.
+            paths: path of each scan by its id.
+            digests: [`path_sha256`] of each scan by its id. Needed for a pool that is saved; optional for a pool that
+                is used at once, whose files are then not checked.
+
+        Raises:
+            ReferencePoolError: there are no paths.
         """
         if not paths:
             raise ReferencePoolError("The pool of references is empty; expected at least one scan.")
@@ -99,24 +112,29 @@ class ReferencePool:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is of paths, which must not leave this machine."""
+        """True if the entries are paths, which must not leave this machine."""
         return any("path" in entry for entry in self.entries)
 
     def fetch(self, entry: dict[str, str]) -> Path:
-        """Local path of a reference, its content checked against the index."""
+        """
+        Return the local path of a reference after checking its content against the index.
+
+        Raises:
+            ReferencePoolError: the file is missing, or its digest differs from the index.
+        """
         if "path" in entry:
             path = Path(entry["path"])
             if not path.exists():
                 raise ReferencePoolError(
-                    f"Reference {entry['id']}: missing from where it lay when the pool was made (expected there, or "
-                    "another reference given)."
+                    f"Reference {entry['id']}: path: missing (expected the scan at the path it had when the pool was "
+                    "made, or another reference given)"
                 )
             return self._checked(entry, path)
         try:
-            path = Path(cached_file(self.name_or_path, entry["file"], subfolder=self.subfolder, **self.hub_kwargs))
+            path = cached_file(self.name_or_path, entry["file"], subfolder=self.subfolder, **self.hub_kwargs)
         except OSError as error:
             raise ReferencePoolError(f"Reference {entry['id']}: {entry['file']} is missing from the pool.") from error
-        return self._checked(entry, path)
+        return self._checked(entry, Path(path))  # pyright: ignore[reportArgumentType]  # never `None`: it would raise
 
     @staticmethod
     def _checked(entry: dict[str, str], path: Path) -> Path:
@@ -124,52 +142,63 @@ class ReferencePool:
         if found != entry["sha256"]:
             file = entry.get("file", "the scan")
             raise ReferencePoolError(
-                f"Reference {entry['id']}: {file} has sha256 {found}; the index says {entry['sha256']}."
+                f"Reference {entry['id']}: sha256 of {file}: {found} (expected {entry['sha256']}, as in the index)"
             )
         return path
 
     def choose(self, seed: int, scan: str, load: Callable[[dict[str, str]], tuple[str, Loaded]]) -> tuple[str, Loaded]:
         """
-        Draw the reference of a scan. The draw depends on (seed, scan) alone, not on the order of the index.
+        Draw a reference for a scan: the entries are ranked by the seed, and a scan is never its own reference.
+
+        The draw depends only on (seed, scan), not on the order of the index.
 
         Args:
             scan: SHA-256 of the scan's content.
-            load: reads an entry; returns the SHA-256 of its content and whatever is wanted of it.
+            load: read an entry; return the SHA-256 of its content, and anything the caller needs from it.
 
         Returns:
-            id of the reference, and what `load` returned of it.
+            The id of the reference, and the second value that `load` returned for it.
 
         Raises:
-            NoOtherReferenceError: as [`first_other`].
+            NoOtherReferenceError: the pool holds no other scan.
         """
         drawn = sorted(
             self.entries, key=lambda entry: hashlib.sha256(f"{seed}:{scan}:{entry['id']}".encode()).hexdigest()
         )
         return self.first_other(drawn, scan, load)
 
+    @staticmethod
     def first_other(
-        self, entries: Iterable[dict[str, str]], scan: str, load: Callable[[dict[str, str]], tuple[str, Loaded]]
+        entries: Iterable[Entry],
+        scan: str | None,
+        load: Callable[[Entry], tuple[str | None, Loaded]],
+        name: str = "The scan",
     ) -> tuple[str, Loaded]:
         """
-        The first of `entries` that is not the scan itself; arguments and result as in [`choose`].
+        Return the first of `entries` that is not the scan itself. Arguments and result as in [`choose`].
+
+        Args:
+            entries: ranked entries of a pool, each with an `id`.
+            scan: SHA-256 of the scan's content; `None` if unknown, which accepts the first entry.
+            name: name of the scan for the error message.
 
         Raises:
-            NoOtherReferenceError: the scan is the only one of the pool.
+            NoOtherReferenceError: `entries` holds no other scan.
         """
         for entry in entries:
             content, loaded = load(entry)
-            if content != scan:
+            if scan is None or content != scan:
                 return entry["id"], loaded
-        raise NoOtherReferenceError("The scan is the only one of the reference pool: give another reference.")
+        raise NoOtherReferenceError(f"{name} is the only scan in the reference pool: give another reference.")
 
     def write_paths(self, folder: str | os.PathLike) -> Path:
-        """Note in the folder of a checkpoint where the references lie on this machine."""
+        """Record the local paths of the references in a checkpoint's folder; return the path of the record."""
         target = Path(folder) / LOCAL_REFERENCES
         target.write_text(json.dumps(list(self.entries), indent=2) + "\n", encoding="utf-8")
         return target
 
     def copy_to(self, folder: Path) -> None:
-        """Write all references and their index into a folder, and take away those of an earlier save."""
+        """Copy all references and their index into a folder, and remove those of an earlier save."""
         folder.mkdir(exist_ok=True)
         for entry in self.entries:
             source, target = self.fetch(entry), folder / entry["file"]
@@ -180,7 +209,15 @@ class ReferencePool:
 
 
 def _read_index(path: Path, place: str) -> tuple[dict[str, str], ...]:
-    """The entries of an index, each with an id, a `place` and a digest."""
+    """
+    Read the entries of an index.
+
+    Args:
+        place: key that holds the location of a scan, "file" or "path".
+
+    Raises:
+        ReferencePoolError: an entry lacks its id, location or digest, ids repeat, or there are no entries.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         names = [(entry["id"], entry[place], entry["sha256"])[0] for entry in entries]
@@ -192,7 +229,7 @@ def _read_index(path: Path, place: str) -> tuple[dict[str, str], ...]:
 
 
 def remove_references(folder: Path, keep: Collection[str] = ()) -> None:
-    """Take away a pool: its index first, then the files that the index lists, but those to `keep`."""
+    """Remove a pool from a folder: first the index, then the files it lists, except those to `keep`."""
     index = folder / REFERENCE_INDEX
     if not index.is_file():
         return
@@ -212,7 +249,7 @@ def _write_index(folder: Path, entries) -> Path:
 
 
 def index_references(folder) -> Path:
-    """Write `references.json` for the NIfTI files of a folder; the id of each is its name without the suffix."""
+    """Write `references.json` for the NIfTI files in a folder. The id of a scan is its file name without suffix."""
     folder = Path(folder)
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".nii", ".nii.gz")))
     entries = [

@@ -1,9 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The 3D ResNet-18 of the vision encoder, with the names and the numbers of MONAI's, so that MedicalNet's weights fit.
+The 3D ResNet-18 of the vision encoder.
 
-Importing MONAI itself takes longer, and more memory, than reading and encoding a scan.
+Parameter names and results are those of MONAI's ResNet, so that MedicalNet's weights fit. MONAI itself is not used,
+because importing it takes more time and memory than reading and encoding a scan.
 """
 
 import torch
@@ -12,7 +13,15 @@ from torch import nn
 
 
 class DiffVPResNetBlock(nn.Module):
-    """Two convolutions and what goes past them: of another size, by a convolution ("B") or padded with zeros ("A")."""
+    """
+    Two convolutions and a shortcut.
+
+    Args:
+        inputs, outputs: number of channels.
+        stride: stride of the first convolution.
+        shortcut_type: if the size changes, the shortcut is a convolution ("B"), or is subsampled and padded with
+            zeros ("A").
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, shortcut_type: str):
         super().__init__()
@@ -26,26 +35,33 @@ class DiffVPResNetBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride), nn.BatchNorm3d(outputs))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        past = hidden
+        shortcut = hidden
         hidden = self.bn2(self.conv2(self.act(self.bn1(self.conv1(hidden)))))
         if self.downsample is not None:
-            past = self.downsample(past)
+            shortcut = self.downsample(shortcut)
         elif self.stride != 1 or self.added:
-            past = F.pad(past[:, :, :: self.stride, :: self.stride, :: self.stride], (0,) * 7 + (self.added,))
-        hidden += past
+            shortcut = shortcut[:, :, :: self.stride, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0,) * 7 + (self.added,))
+        hidden += shortcut
         return self.act(hidden)
 
 
 class DiffVPResNet(nn.Module):
     """
-    Four stages of two blocks each; the second to the fourth halve the resolution.
+    Four stages of two blocks each. The second to fourth stages halve the resolution.
 
     Args:
-        inputs: channels of the input.
-        channels: of the four stages.
-        size, stride: of the first convolution.
+        inputs: number of channels of the input.
+        channels: number of channels of each stage.
+        size, stride: kernel size and stride of the first convolution.
+        max_pool: halve the resolution once more, before the first stage.
         shortcut_type: "A" or "B", see [`DiffVPResNetBlock`].
     """
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(
         self, inputs: int, channels: list[int], *, size: int, stride: int, max_pool: bool, shortcut_type: str
@@ -62,7 +78,13 @@ class DiffVPResNet(nn.Module):
             before = after
 
     def forward(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """(batch, inputs, depth, height, width) → the output of each stage."""
+        """
+        Args:
+            hidden: (batch, inputs, depth, height, width).
+
+        Returns:
+            The output of each stage, (batch, channels, ...).
+        """
         hidden = self.maxpool(self.act(self.bn1(self.conv1(hidden))))
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):

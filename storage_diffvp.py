@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The files of a checkpoint: written all or none, with digests in `config.json`.
+The files of a checkpoint: written atomically, with digests in `config.json`.
 
-A checkpoint is several files, and a folder of a former save may hold others. `config.json` leaves first and comes
-last, so that a folder with a `config.json` is whole at any moment.
+A checkpoint consists of several files, and its folder may hold files of an earlier save. A save removes `config.json`
+first and writes it last, so that a folder with a `config.json` is complete at any moment.
 """
 
 import contextlib
@@ -19,39 +19,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 WEIGHTS_NAME = SAFE_WEIGHTS_NAME
 ADAPTER_SUBFOLDER = "adapter"
 DRAFTS_NAME = "drafts.json"
 STAGING_PREFIX = ".saving-"
-# What only a save writes, so that a later one may delete it.
+# Only a save writes these files, so that a later save may delete them.
 _WEIGHTS = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|{ADAPTER_SUBFOLDER}/[^/]+")
 _OWNED = re.compile(rf"{_WEIGHTS.pattern}|{re.escape(DRAFTS_NAME)}")
 
 
 class DiffVPCheckpointError(RuntimeError):
-    """A checkpoint, or the base LLM it names, does not fit the configuration."""
+    """A checkpoint, or the base LLM that it names, does not match the configuration."""
 
 
 @contextlib.contextmanager
 def replace_files(folder: str | os.PathLike, is_main_process: bool = True) -> Iterator[Path]:
     """
-    Yields an empty folder. What lies in it at the end becomes the checkpoint in `folder`: all of it or nothing.
+    Yield an empty folder whose files become the checkpoint in `folder` at the end: all of them or none.
 
-    Files that are no part of a checkpoint stay as they are, such as the processor's. A kill leaves the former
-    checkpoint, the new one, or a folder without `config.json`, which nothing loads.
+    Files that are not part of a checkpoint, such as the processor's, stay as they are. A kill leaves the earlier
+    checkpoint, the new one, or a folder without `config.json`, which cannot be loaded.
 
     Args:
-        is_main_process: of the others, what they write is thrown away.
+        is_main_process: if `False`, discard the files at the end.
     """
     folder = Path(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{STAGING_PREFIX}*") if is_main_process else ():
-        shutil.rmtree(left, ignore_errors=True)  # of a save that was killed
-    # Inside, since only there the same file system is certain: `folder` may be a mount.
+        shutil.rmtree(left, ignore_errors=True)  # left by a save that was killed
+    # Inside `folder`, which may be a mount point: only there the file system is certainly the same.
     staged = folder / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
     staged.mkdir()
     complete = False
@@ -63,11 +64,12 @@ def replace_files(folder: str | os.PathLike, is_main_process: bool = True) -> It
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         if made and not complete:
-            with contextlib.suppress(OSError):  # others may have written into it
+            with contextlib.suppress(OSError):  # not empty: another process has written into it
                 folder.rmdir()
 
 
 def _commit(staged: Path, folder: Path) -> None:
+    """Move the staged files into `folder`, `config.json` last, and delete stale files of an earlier save."""
     new = _files(staged)
     for name in new:
         flush(staged / name)
@@ -79,7 +81,7 @@ def _commit(staged: Path, folder: Path) -> None:
         if name == CONFIG_NAME:
             for old in stale:
                 os.unlink(folder / old)
-            with contextlib.suppress(OSError):  # it holds others, or is not there
+            with contextlib.suppress(OSError):  # not empty, or missing
                 (folder / ADAPTER_SUBFOLDER).rmdir()
             for changed in {(folder / other).parent for other in new}:
                 flush(changed)
@@ -89,7 +91,7 @@ def _commit(staged: Path, folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative names of the files in a folder and in its adapter's."""
+    """Return the relative names of the files in a folder and in its adapter subfolder."""
     found = [*folder.iterdir()]
     if (folder / ADAPTER_SUBFOLDER).is_dir():
         found += (folder / ADAPTER_SUBFOLDER).iterdir()
@@ -97,7 +99,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def flush(path: Path) -> None:
-    """Have the kernel write a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,7 +135,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """[`file_sha256`], computed once for a file that does not change."""
+    """Return [`file_sha256`], cached until the file changes."""
     status = os.stat(path)
     return _digest(os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
 
@@ -145,54 +147,67 @@ def _digest(path: str, inode: int, modified: int, size: int) -> str:
 
 def digests(folder: Path, own_weights: bool) -> dict[str, str]:
     """
-    {relative name: SHA-256} of the adapter and, if asked for, the weights in `folder`.
+    Compute the digests of the adapter and, with `own_weights`, of the weights in `folder`: {relative name: SHA-256}.
 
-    Without the weights where they are those of a whole LLM: reading them twice would double the time to load them.
+    `own_weights` is off if the weights include the whole LLM: reading them twice would double the loading time.
     """
-    names = [name for name in _files(folder) if _WEIGHTS.fullmatch(name)]  # drafts change no word
+    names = [name for name in _files(folder) if _WEIGHTS.fullmatch(name)]  # not the drafts, which change no output
     return {name: digest(folder / name) for name in names if own_weights or name.startswith(ADAPTER_SUBFOLDER)}
 
 
 def check_digest(expected: dict[str, str] | None, name: str, path: str) -> None:
     """
+    Check a file of a checkpoint against the digests in its `config.json`.
+
+    Args:
+        expected: `config.file_digests`; `None` checks nothing.
+        name: relative name in the checkpoint.
+        path: local path of the file.
+
     Raises:
-        DiffVPCheckpointError: the file at `path`, `name` in the checkpoint, is not the one that was saved with it.
+        DiffVPCheckpointError: the file is from another save than `config.json`.
     """
     if expected is None:
         return
     if name not in expected:
-        raise DiffVPCheckpointError(f"{path} is not among the file_digests of config.json: it is from another save.")
+        raise DiffVPCheckpointError(
+            f"{path}: file_digests of config.json: not listed (expected the file to be from the same save)"
+        )
     found = digest(path)
     if found != expected[name]:
         raise DiffVPCheckpointError(
-            f"{path} has SHA-256 {found}, config.json was saved with {expected[name]}: the files are of two saves. "
-            "Save or download the checkpoint again; if the file was changed on purpose, delete file_digests from "
-            "config.json."
+            f"{path}: SHA-256: {found} (expected {expected[name]}, as in config.json): the files are from different "
+            "saves. Save or download the checkpoint again. If the file was changed on purpose, delete file_digests "
+            "from config.json."
         )
 
 
 def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
     """
-    {relative name: local path} of the weights of a checkpoint, in one file or in shards with their index.
+    Find the weights of a checkpoint, in one file or in shards with an index: {relative name: local path}.
 
     Raises:
-        OSError: there are none, or they cannot be had.
+        OSError: there are no weights, or they cannot be downloaded.
         DiffVPCheckpointError: the index names a file outside the checkpoint.
     """
+
+    def locate(file: str) -> str:
+        return cached_file(name, file, **hub_kwargs)  # pyright: ignore[reportReturnType]  # raises; never `None` here
+
     try:
-        return {SAFE_WEIGHTS_NAME: cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)}
-    except OSError:  # not there, or the Hub failed
+        return {SAFE_WEIGHTS_NAME: locate(SAFE_WEIGHTS_NAME)}
+    except OSError:  # missing, or the Hub failed
         index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if index is None:
             raise
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     if wrong := [shard for shard in shards if not _WEIGHTS.fullmatch(shard)]:
         raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
-    return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: cached_file(name, shard, **hub_kwargs) for shard in shards}
+    return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: locate(shard) for shard in shards}
 
 
 def read_weights(files: dict[str, str], keep=lambda key: True) -> dict:
-    """The tensors, on the CPU, of the files that [`locate_weights`] found, for which `keep(key)` holds."""
+    """Read the tensors whose key satisfies `keep` from the files that [`locate_weights`] found, to the CPU."""
     state = {}
     for name, path in files.items():
         if name.endswith(".safetensors"):

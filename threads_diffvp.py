@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-How many threads decode: one, or all that torch may use, whichever is quicker at the moment.
+Number of threads for decoding: one, or all that torch may use, whichever is faster at the moment.
 
-A step of decoding is hundreds of small products, after each of which threads wait for each other. On a quiet machine a
-second thread helps a little. Where another process has its core, each wait lasts until that one is interrupted, and a
-report takes many times longer than with one thread.
+A decoding step consists of hundreds of small matrix products, and the threads synchronize after each of them. On an
+idle machine a second thread helps a little. If another process occupies its core, each synchronization lasts until
+that process is preempted, and a report takes many times longer than with one thread.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 ROUNDS = 4
-MATRICES = 15  # of about two blocks: 5 ms of a model of 135 M parameters
-GAIN = 0.9  # more threads have to be so much quicker: they take the cores of others
+MATRICES = 15  # those of about two Transformer blocks: 5 ms for a model with 135 M parameters
+GAIN = 0.9  # all threads are used only if their time is below this fraction: they take cores from other processes
 
 
 @contextlib.contextmanager
 def quickest_threads(language_model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """
-    While it lasts, torch computes with one thread or with as many as it was set to; afterwards with those again.
+    Context in which torch computes with one thread or with its present number; the number is restored at the end.
 
     Args:
-        tokens: of a step.
+        tokens: number of tokens per decoding step.
     """
     before = torch.get_num_threads()
     if before == 1 or language_model.device.type != "cpu":
@@ -41,6 +41,7 @@ def quickest_threads(language_model: PreTrainedModel, tokens: int) -> Iterator[N
 
 
 def _quickest(language_model: PreTrainedModel, tokens: int, most: int) -> int:
+    """Time products with the LLM's own matrices; return the faster of 1 and `most` threads."""
     embeddings = language_model.get_input_embeddings().weight
     matrices = [
         weight.detach()
@@ -54,9 +55,9 @@ def _quickest(language_model: PreTrainedModel, tokens: int, most: int) -> int:
             start = time.perf_counter()
             for matrix in matrices:
                 F.linear(matrix.new_zeros(tokens, matrix.shape[1]), matrix)
-            if round_:  # the first one wakes them up
+            if round_:  # the first round only wakes the threads up
                 spent[threads] += time.perf_counter() - start
-        if spent[most] > 3 * spent[1]:  # on a busy machine measuring takes long, too
+        if spent[most] > 3 * spent[1]:  # stop early: on a busy machine the measurement itself takes long
             break
     return most if spent[most] < GAIN * spent[1] else 1
 

@@ -151,7 +151,7 @@ def test_a_weight_of_the_adapter_that_is_not_there_is_refused(make, tmp_path):
     state = load_file(path)
     lost = next(name for name in state if "magnitude" in name)
     save_file({name: value for name, value in state.items() if name != lost}, path)
-    with pytest.raises(DiffVPCheckpointError, match="another SHA-256|has SHA-256"):
+    with pytest.raises(DiffVPCheckpointError, match="SHA-256: "):
         load(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "file_digests": None}))
@@ -167,7 +167,7 @@ def test_the_adapter_of_another_save_is_refused(make, tmp_path):
     one.save_pretrained(tmp_path / "one")
     other.save_pretrained(tmp_path / "other")
     shutil.copytree(tmp_path / "other/adapter", tmp_path / "one/adapter", dirs_exist_ok=True)
-    with pytest.raises(DiffVPCheckpointError, match="of two saves"):
+    with pytest.raises(DiffVPCheckpointError, match="from different saves"):
         load(tmp_path / "one")
 
 

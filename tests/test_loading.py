@@ -133,9 +133,9 @@ def test_weights_of_another_save_are_refused(make_model, model, tmp_path):
     state = load_file(tmp_path / "model/model.safetensors")
     state["resampler.queries"] += 1
     save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
-    with pytest.raises(DiffVPCheckpointError, match="of two saves"):
+    with pytest.raises(DiffVPCheckpointError, match="from different saves"):
         load(tmp_path / "model")
-    with pytest.raises(DiffVPCheckpointError, match="of two saves"):
+    with pytest.raises(DiffVPCheckpointError, match="from different saves"):
         DiffVPModel.from_pretrained(tmp_path / "model")
 
 

@@ -254,7 +254,7 @@ def test_a_scan_is_never_its_own_reference(processor, pool):
     index_references(pool)
     processor.load_references(pool)
     assert processor(ct=make_ct(3), spacing=SPACING).reference_ids == ["normal-2"]
-    with pytest.raises(ReferencePoolError, match="only one of the reference pool"):
+    with pytest.raises(ReferencePoolError, match="only scan in the reference pool"):
         processor(ct=make_ct(2), spacing=SPACING)
 
 

@@ -181,7 +181,7 @@ REFUSALS = {
     "path left in the config": (spoil_text_config, "text_config._name_or_path is ../bases/llama, a place on this"),
     "no adapter": (lambda folder: shutil.rmtree(folder / "adapter"), "says has_adapter, but adapter/adapter_model"),
     "reference that is not indexed": (spoil_with("references/other.nii.gz"), "references/other.nii.gz is not in ref"),
-    "changed reference": (spoil_with("references/normal_1.nii.gz"), "Reference normal_1: .* the index says"),
+    "changed reference": (spoil_with("references/normal_1.nii.gz"), "Reference normal_1: sha256 .* as in the index"),
 }  # fmt: skip
 
 
