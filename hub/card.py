@@ -214,7 +214,7 @@ def describe_drafts(folder: Path) -> dict | None:
     return {"file": path.name, "bytes": path.stat().st_size, **counted}
 
 
-def demo(folder: Path) -> dict:
+def demo_report(folder: Path) -> dict:
     """The report of `make demo`'s patient and how it compares with the true one."""
     model, processor = load_checkpoint(str(folder), device="cpu")
     scan, truth = single_phantom(0, "demo")
@@ -268,7 +268,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         missed={label: row for label, row in labels.items() if row["support"] and row["recall"] < MISSED},
         overcalled={label: row for label, row in labels.items() if row["predicted"] > OVERCALLED * row["support"]},
         thresholds={"missed": MISSED, "overcalled": OVERCALLED},
-        demo=demo(folder) if has_references else None,
+        demo=demo_report(folder) if has_references else None,
     )
 
 

@@ -58,7 +58,7 @@ def _rows(path: Path) -> dict[str, dict[str, str]]:
         return {row["VolumeName"]: row for row in csv.DictReader(file)}
 
 
-def make_card(root: str | os.PathLike, counts: dict[str, int]) -> DatasetCard:
+def make_dataset_card(root: str | os.PathLike, counts: dict[str, int]) -> DatasetCard:
     """
     Args:
         counts: cases of each split.
@@ -94,7 +94,7 @@ def push_cohort(root: str | os.PathLike, repo_id: str, private: bool = False) ->
     """
     root, api = Path(root), HfApi()
     counts = write_tables(root)
-    make_card(root, counts).save(root / "README.md")
+    make_dataset_card(root, counts).save(root / "README.md")
     try:
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -50,14 +50,14 @@ class BatchError(ValueError):
 
 
 @dataclass(frozen=True)
-class Scan:
+class ListedScan:
     """A scan by its name in the output."""
 
     id: str
     path: Path
 
 
-def list_scans(source: str | os.PathLike) -> list[Scan]:
+def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     """
     The scans of a folder, at any depth; or of a list: a text file with a path in each line, or a .csv file with a
     column `path` (or `file_name`) and, if the paths are not to be the names, one `id`; or the one scan that is named.
@@ -74,9 +74,9 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
             raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
         names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
-        return list(map(Scan, names, found))
+        return list(map(ListedScan, names, found))
     if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
-        return [Scan(source.name, source)]
+        return [ListedScan(source.name, source)]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
         if not path:
@@ -85,7 +85,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             found = f"{shown(name)}, as in row {rows[name]}"
             problems.append(Problem(source.name, number, "id", found, "one row per id"))
         rows.setdefault(name, number)
-        scans.append(Scan(name, source.parent / path))
+        scans.append(ListedScan(name, source.parent / path))
     if not (scans or problems):
         problems.append(Problem(source.name, None, "list", "empty", "paths of scans"))
     raise_problems(problems)
@@ -238,7 +238,7 @@ class ReportWriter:
         self._reference = lru_cache(KEPT_REFERENCES)(self._encode_reference)
         self._signature = lru_cache(None)(self._mean_features)  # a few hundred numbers each
 
-    def read(self, scans: Sequence[Scan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
+    def read(self, scans: Sequence[ListedScan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
         """Name, file digest and features of each scan, or the error that refused it, in their order."""
         digests = deque()
 
@@ -407,7 +407,7 @@ class ReportFile:
         self.done |= {record["id"]: record["file_sha256"] for record in records}
         self.failed += len(failures)
 
-    def waiting(self, scans: Sequence[Scan]) -> tuple[list[Scan], int]:
+    def waiting(self, scans: Sequence[ListedScan]) -> tuple[list[ListedScan], int]:
         """The scans without a report, no longer `done`, and how many have the name of another that has one."""
         named = [scan for scan in scans if scan.id in self.done]
         same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
@@ -425,7 +425,7 @@ class ReportFile:
 
 
 def write_reports(
-    scans: Sequence[Scan],
+    scans: Sequence[ListedScan],
     output: str | os.PathLike,
     writer: ReportWriter,
     *,

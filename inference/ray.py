@@ -31,7 +31,7 @@ from rich.console import Console
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
 from ..references_diffvp import path_sha256
-from .batch import NEAREST, ReportFile, ReportWriter, Scan, list_scans
+from .batch import NEAREST, ListedScan, ReportFile, ReportWriter, list_scans
 
 # Scans of a reading task: what is lost when it dies. A task for each of a million would be many for the scheduler.
 SCANS_PER_TASK = 8
@@ -75,8 +75,8 @@ def read_scan(row: dict, image_processor: DiffVPImageProcessor, allow_any_anatom
     return {"id": row["id"], "file_sha256": file_sha256, "scan": pickle.dumps(features)}
 
 
-def write_reports(
-    scans: Sequence[Scan],
+def write_reports_with_ray(
+    scans: Sequence[ListedScan],
     output: str | os.PathLike,
     *,
     batch_size: int,
@@ -167,7 +167,7 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers that it is in use
     ray.init(address=arguments.address)
     scans = list_scans(arguments.scans)
-    file = write_reports(
+    file = write_reports_with_ray(
         scans,
         arguments.output,
         batch_size=arguments.batch_size,

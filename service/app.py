@@ -50,7 +50,7 @@ SUFFIX = re.compile(r"(\.nii)?\.[a-z0-9]{1,8}$")
 Retrieve = Callable[[str, str | None], AbstractContextManager[Path]]
 
 
-class Problem(BaseModel):
+class ProblemDetails(BaseModel):
     """Why there is no report. The last four are of a scan that cannot be read, or a field that is wrong."""
 
     title: str
@@ -62,7 +62,7 @@ class Problem(BaseModel):
     expected: str | None = None
 
 
-class Report(BaseModel):
+class ReportAnswer(BaseModel):
     """A report, as a line of `diffvp batch`.
 
     Attributes:
@@ -134,7 +134,7 @@ UPLOAD = {
     }
 }
 PROBLEMS = {
-    status: {"model": Problem, "content": {PROBLEM: {}}, "description": text}
+    status: {"model": ProblemDetails, "content": {PROBLEM: {}}, "description": text}
     for status, text in {
         400: "The form is wrong.", 401: "No token, or another.", 404: "No such request, or it was answered.",
         408: "The upload took too long.", 413: "The upload is too large.",
@@ -229,7 +229,7 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
 
     @app.post(
         "/v1/reports", openapi_extra=UPLOAD, **protected,
-        responses={200: {"model": Report}, 202: {"model": Pending}, **of(400, 401, 408, 413, 422, 429, 503)},
+        responses={200: {"model": ReportAnswer}, 202: {"model": Pending}, **of(400, 401, 408, 413, 422, 429, 503)},
     )  # fmt: skip
     async def write_report(request: Request, prefer: Annotated[str, Header()] = "") -> Response:
         """Write the report of a scan. `Prefer: respond-async` answers at once, with where the report will be."""
@@ -252,7 +252,7 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
                 queue.forget(job)
 
     @app.get(
-        "/v1/reports/{id}", responses={200: {"model": Report}, 202: {"model": Pending}, **of(401, 404, 422, 503)},
+        "/v1/reports/{id}", responses={200: {"model": ReportAnswer}, 202: {"model": Pending}, **of(401, 404, 422, 503)},
         **protected,
     )  # fmt: skip
     async def get_report(job: Annotated[Job, Depends(find)]) -> Response:
@@ -406,7 +406,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(
+def serve_reports(
     queue: ReportQueue,
     host: str,
     port: int,

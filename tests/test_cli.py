@@ -179,7 +179,7 @@ def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
 
 
 def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
+    monkeypatch.setattr(cli.console, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
     assert_one_line_error(run("report", scan), "ReportError", "not-there", "--checkpoint")
     assert_one_line_error(run("demo"), "ReportError", "not-there", "--checkpoint")
     gone = tmp_path / "nowhere"

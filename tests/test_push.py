@@ -74,7 +74,7 @@ def test_each_section_with_scores_has_the_command_that_makes_them(pushable):
 
 def test_card_leaves_out_what_is_not_known(pushable, tmp_path, monkeypatch):
     folder = shutil.copytree(pushable, tmp_path / "diffvp-tiny")
-    monkeypatch.setattr(card_module, "demo", lambda _: None)
+    monkeypatch.setattr(card_module, "demo_report", lambda _: None)
     (folder / "evaluation.json").unlink()
     write_card(folder)
     card = ModelCard.load(folder / "README.md")

@@ -219,7 +219,7 @@ def test_openapi_describes_what_is_sent_and_answered(client):
         "file", "study", "series"
     }  # fmt: skip
     assert {"200", "202", "413", "422", "429", "503"} <= set(post["responses"])
-    assert "Report" in description["components"]["schemas"]
+    assert "ReportAnswer" in description["components"]["schemas"]
     assert "Research use only" in description["info"]["description"]
 
 

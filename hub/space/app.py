@@ -7,7 +7,7 @@ import os
 import spaces  # noqa: F401  before torch: on ZeroGPU it takes the place of CUDA until a GPU is there
 
 from diffvp.cli import SHIPPED_CHECKPOINT
-from diffvp.hub.space.page import serve
+from diffvp.hub.space.page import serve_page
 
 if __name__ == "__main__":
-    serve(os.environ.get("DIFFVP_CHECKPOINT", str(SHIPPED_CHECKPOINT)), "0.0.0.0", 7860)
+    serve_page(os.environ.get("DIFFVP_CHECKPOINT", str(SHIPPED_CHECKPOINT)), "0.0.0.0", 7860)

@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from ...inference.figure import PLANES
 from ...inference.report import EXPECTED_ERRORS
 from ...scratch import make_folder
-from .session import LARGEST, MAX_FILE_BYTES, Desk, Study
+from .session import LARGEST, MAX_FILE_BYTES, Desk, PageStudy
 from .upload import Upload, UploadLimit
 from .viewer import (
     LIMITS,
@@ -56,16 +56,16 @@ class Visits:
     """The study of each visitor, by the hash of his session."""
 
     def __init__(self):
-        self._studies: OrderedDict[str, Study] = OrderedDict()
+        self._studies: OrderedDict[str, PageStudy] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, request: gr.Request) -> Study | None:
+    def get(self, request: gr.Request) -> PageStudy | None:
         with self._lock:
             if request.session_hash in self._studies:
                 self._studies.move_to_end(request.session_hash)
             return self._studies.get(request.session_hash)
 
-    def put(self, request: gr.Request, study: Study) -> None:
+    def put(self, request: gr.Request, study: PageStudy) -> None:
         self.leave(request)
         with self._lock:
             self._studies[request.session_hash] = study
@@ -131,11 +131,11 @@ def build_page(desk: Desk) -> gr.Blocks:
         look = [window, overlay, opacity]
         pictures, numbers = list(views.values()), list(sliders.values())
 
-        def images(study: Study | None, at: dict[str, int], window: str, overlay: bool, opacity: float) -> dict:
+        def images(study: PageStudy | None, at: dict[str, int], window: str, overlay: bool, opacity: float) -> dict:
             shown = opacity / 100 if overlay else 0.0
             return {views[name]: plane_html(study, name, at[name], window, shown) for name in PLANES}
 
-        def moved(study: Study, place: str, *look) -> dict:
+        def moved(study: PageStudy, place: str, *look) -> dict:
             at = position(study.places[place])
             lengths = dict(zip(PLANES, study.scan.hu.shape, strict=True))
             sizes = {
@@ -162,7 +162,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 reference = desk.reference(name)
                 described = f"{name}, nearest by features" if kind == NEAREST else f"{name}, drawn with seed {seed}"
             options = {"reference_name": name, "seed": seed if kind == RANDOM else None, "truth": truth}
-            study = Study(desk, scan, reference, **options)
+            study = PageStudy(desk, scan, reference, **options)
             visits.put(request, study)
             against = f"Reference: {described}."
             yield {
@@ -257,7 +257,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 target = desk.receive(scan)
                 seed = int(reference_seed)
                 name = desk.random_reference(target, seed)
-                study = Study(desk, target, desk.reference(name), reference_name=name, seed=seed)
+                study = PageStudy(desk, target, desk.reference(name), reference_name=name, seed=seed)
                 for _ in study.stream():
                     pass
                 return study.document
@@ -321,7 +321,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, *, mcp: bool = False, b
     return address
 
 
-def serve(checkpoint: str, host: str, port: int, *, mcp: bool = False) -> None:
+def serve_page(checkpoint: str, host: str, port: int, *, mcp: bool = False) -> None:
     """Load a checkpoint and serve the page until the process is ended.
 
     Raises:

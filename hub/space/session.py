@@ -4,7 +4,7 @@
 What a visitor's run is: a scan and a reference in; slices, map, findings and a report that comes word by word out.
 
 There is no page in it: `viewer.py` shows it, and tests run it alone. A [`Desk`] is what all visitors share, a
-[`Study`] is what one of them looks at. Of an uploaded file nothing stays but what is shown: the file itself is deleted
+[`PageStudy`] is what one of them looks at. Of an uploaded file nothing stays but what is shown: the file itself is deleted
 as soon as it has been read, and a study's own files when it is closed.
 
 On a Space with ZeroGPU, what computes runs in another process while it has a GPU. Nothing but its arguments and what
@@ -66,7 +66,7 @@ LARGEST = "Largest difference"  # where the slices go when no finding is chosen
 
 
 @dataclass(frozen=True, eq=False)
-class Scan:
+class PageScan:
     """
     A scan as the model takes it and as the page shows it. The file that it came from may be gone.
 
@@ -137,7 +137,7 @@ class Desk:
             return model.extract_features(tensor.to(model.device)).cpu()
 
         @torch.no_grad()
-        def compare(scan: Scan, reference: Scan) -> dict:
+        def compare(scan: PageScan, reference: PageScan) -> dict:
             """What a study is made of: the comparison's attributes, the map, the classifier's view, the prompt."""
             tensors = (scan.tensor, reference.tensor, scan.features, reference.features)
             ct, other, ct_features, reference_features = (tensor.to(model.device) for tensor in tensors)
@@ -186,7 +186,7 @@ class Desk:
         nib.save(scan, path)
         return Sample(name, path, truth)
 
-    def receive(self, path: str | Path | None) -> Scan:
+    def receive(self, path: str | Path | None) -> PageScan:
         """Read an uploaded file and delete it, whether or not it could be read.
 
         It is claimed before that, by another name: two visitors with the same file have one path, and nobody else's
@@ -236,7 +236,7 @@ class Desk:
                     files[path] = status.st_size
         return len(files) < MAX_UPLOADED_FILES and sum(files.values()) + size <= MAX_UPLOADED_BYTES
 
-    def read(self, path: Path, allow_any_anatomy: bool = True) -> Scan:
+    def read(self, path: Path, allow_any_anatomy: bool = True) -> PageScan:
         """Read and encode a scan; a visitor's has to be of a chest."""
         volume = read_ct(path)
         processor = self.processor.image_processor
@@ -246,9 +246,9 @@ class Desk:
         low, high = DISPLAY_HU
         hu = (shown["ct"][0, 0] + 1) * ((high - low) / 2) + low
         features, spacing = self.encode(inputs["ct"]), shown["geometry"][0].tensor_spacing
-        return Scan(inputs["ct"], features, geometry, hu.round().short().numpy(), spacing)
+        return PageScan(inputs["ct"], features, geometry, hu.round().short().numpy(), spacing)
 
-    def _read_reference(self, name: str) -> Scan:
+    def _read_reference(self, name: str) -> PageScan:
         pool = self._pool()
         scan = self.read(pool.fetch(next(entry for entry in pool.entries if entry["id"] == name)))
         self._signatures[name] = scan.features.mean(dim=1)
@@ -259,14 +259,14 @@ class Desk:
             raise ReferencePoolError("This checkpoint has no normal references: give one of your own.")
         return self.processor.reference_pool
 
-    def random_reference(self, scan: Scan, seed: int) -> str:
+    def random_reference(self, scan: PageScan, seed: int) -> str:
         """Id of the reference that the processor, too, would draw for this scan and seed."""
         return self._pool().choose(seed, scan.geometry.sha256, self._identify)[0]
 
     def _identify(self, entry: dict[str, str]) -> tuple[str, None]:
         return self.reference(entry["id"]).geometry.sha256, None
 
-    def nearest_reference(self, scan: Scan) -> str:
+    def nearest_reference(self, scan: PageScan) -> str:
         """Id of the reference whose mean features are closest to the scan's."""
         pool, own = self._pool(), scan.features.mean(dim=1)
         for entry in pool.entries:
@@ -276,7 +276,7 @@ class Desk:
         return pool.first_other(nearest, scan.geometry.sha256, self._identify)[0]
 
 
-class Study:
+class PageStudy:
     """
     A scan beside a reference: what can be shown at once, and the report, which [`stream`] writes.
 
@@ -298,8 +298,8 @@ class Study:
     def __init__(
         self,
         desk: Desk,
-        scan: Scan,
-        reference: Scan,
+        scan: PageScan,
+        reference: PageScan,
         *,
         reference_name: str | None = None,
         seed: int | None = None,

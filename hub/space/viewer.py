@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ...inference.figure import COLORS, EDGES, PLANES, plane
 from ...inference.figure import WINDOWS as FIGURE_WINDOWS
 from ...inference.report import RESEARCH_USE
-from .session import LARGEST, MAX_FILE_BYTES, Study
+from .session import LARGEST, MAX_FILE_BYTES, PageStudy
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
 PIXEL_MM = 0.9  # of an image
@@ -65,7 +65,7 @@ def letters(image: Image.Image, name: str) -> None:
 
 
 def slice_image(
-    study: Study, name: str, index: int, window: tuple[float, float], *, reference: bool = False, opacity: float = 0.0
+    study: PageStudy, name: str, index: int, window: tuple[float, float], *, reference: bool = False, opacity: float = 0.0
 ) -> np.ndarray:
     """
     One slice as RGB (rows, columns, 3), square pixels of `PIXEL_MM`, with the letters of its sides.
@@ -95,7 +95,7 @@ def data_uri(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def plane_html(study: Study | None, name: str, number: int, window: str, opacity: float) -> str:
+def plane_html(study: PageStudy | None, name: str, number: int, window: str, opacity: float) -> str:
     """Target and reference of one plane; `number` counts slices from 1. Black panels without a study."""
     cells = []
     for label in ("Target", "Reference"):
@@ -112,7 +112,7 @@ def plane_html(study: Study | None, name: str, number: int, window: str, opacity
     return f'<div class="plane" data-plane="{name}">{"".join(cells)}</div>'
 
 
-def report_html(study: Study | None, writing: bool = False) -> str:
+def report_html(study: PageStudy | None, writing: bool = False) -> str:
     """The report by region, as far as it is written; under it the true one of a phantom."""
     if study is None:
         return '<div class="report"><p class="quiet">The report appears here, region by region.</p></div>'
@@ -133,7 +133,7 @@ def report_html(study: Study | None, writing: bool = False) -> str:
     return f'<div class="report" aria-live="polite" aria-busy="{busy}">{"".join(blocks)}</div>'
 
 
-def _truth(study: Study) -> str:
+def _truth(study: PageStudy) -> str:
     truth = study.document["truth"]
     counts = ", ".join(f"{name}: {', '.join(truth[name]) or 'none'}" for name in ("hit", "missed", "false"))
     regions = "".join(
@@ -158,7 +158,7 @@ def header_html(intended_domain: str | None) -> str:
     )
 
 
-def choices(study: Study | None) -> list[tuple[str, str]]:
+def choices(study: PageStudy | None) -> list[tuple[str, str]]:
     """Where the slices can be moved to: (what is shown, name), the whole map first."""
     if study is None:
         return [(LARGEST, LARGEST)]
