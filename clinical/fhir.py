@@ -8,7 +8,7 @@ It names the study by its UID, and no patient: who receives it knows whose study
 
 import base64
 
-from ..inference.report import report_page
+from ..inference.document import report_page
 from ..pipeline_diffvp import RESEARCH_USE
 from . import codes
 from .codes import Code

@@ -155,12 +155,8 @@ class BatchResults:
 def _document(record: dict, header: dict) -> dict:
     """A record as report.json would have it, as far as the objects say it."""
     settings = header["settings"]
-    cut_off = [] if record["complete"] else ["The report is cut off."]
     return {
-        **{name: record[name] for name in ("report", "regions", "findings")},
-        "warnings": [*cut_off, *record["warnings"]],
-        "statement": header["statement"],
-        "intended_domain": header["intended_domain"],
+        **record,
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{name: settings[name] for name in ("checkpoint", "base_model")},

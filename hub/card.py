@@ -25,7 +25,8 @@ from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import weights_sha256
 from ..data.phantom_cohort import single_phantom
-from ..inference.report import compare_findings, load_checkpoint
+from ..inference.document import compare_findings
+from ..inference.report import load_checkpoint
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..references_diffvp import REFERENCE_FOLDER
 from ..storage_diffvp import DRAFTS_NAME

@@ -26,18 +26,17 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
-from ..anatomy_diffvp import anatomy_warnings
 from ..clinical.results import BatchResults
 from ..data.cache import ContentHashes, compare, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.scans import find_scans
 from ..data.table import PATH_COLUMNS
-from ..metrics.consistency import report_consistency
-from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..pipeline_diffvp import RESEARCH_USE, describe_findings
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
 from ..volume_diffvp import CTInputError
+from .document import SCHEMA_VERSION, describe_decoding, identify_model, library_versions, written_report
 from .engines import load_engine
-from .report import greedy, identify_model, library_versions, load_checkpoint, public_fields
+from .report import greedy, load_checkpoint
 
 # Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
 # 1,024 voxel tokens each takes 2 MB.
@@ -213,16 +212,12 @@ class ReportWriter:
             **given,
             "reference_seed": reference_seed,
             "preprocessing": preprocessing(self.processor.image_processor),
-            "decoding": {
-                "engine": self.engine.name,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "instruction": self.processor.instruction,
-                "generation_config": public_fields(self.decoding.to_diff_dict()),
-            },
+            "decoding": describe_decoding(self.model, self.processor, self.decoding, self.engine.name),
         }
         if self.clinical is not None:
             settings["results"] = {"dicom": dicom is not None, "fhir": fhir}
         self.header = {
+            "schema_version": SCHEMA_VERSION,
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
             "settings": json.loads(json.dumps(settings)),  # as it will be read: tuples are lists
@@ -231,7 +226,6 @@ class ReportWriter:
         self._stamp = {
             "checkpoint": {key: made_by["checkpoint"][key] for key in ("name", "commit")},
             "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-            "statement": RESEARCH_USE,
         }
         self._instruction = dict(self.processor(text=self.processor.instruction).to(self.model.device))
         self._pool = {entry["id"]: entry for entry in self.processor.reference_pool.entries}
@@ -264,52 +258,60 @@ class ReportWriter:
         Args:
             on_tokens: see [`Engine.generate`].
         """
-        prompts, drafts, failures, coverages, sources = [], [], [], [], []
+        prompts, drafts, failures, sources = [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
             try:
-                prompt, draft = self._prompt(features)
+                prompt, draft, known = self._prompt(features)
             except NoOtherReferenceError as error:
                 failures.append({"id": name, "error": type(error).__name__, "message": str(error)})
                 continue
-            coverages.append(features["geometry"][0].coverage)
             sources.append(features.get("source"))
             prompts.append(prompt)
-            drafts.append({"id": name, "file_sha256": file_sha256, **draft})
+            drafts.append(({"id": name, "file_sha256": file_sha256, **draft}, known))
         written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
-        records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
-        for record, coverage in zip(records, coverages, strict=True):
-            record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
-            record["consistency"] = report_consistency(record["report"], record["findings"])
+        records = [
+            draft | written_report(self.model, self.processor, tokens, decoding=self.decoding, **known) | self._stamp
+            for (draft, known), tokens in zip(drafts, written, strict=True)
+        ]
         if self.clinical is not None:
             for record, source in zip(records, sources, strict=True):
                 self.clinical.write(record, self.header, source)
         return records, failures
 
-    def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
-        """The prompt of a scan, (length, h), and what is known of it before its report is written."""
+    def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict, dict]:
+        """Return the prompt of a scan, (length, h), first fields of its record, arguments of [`written_report`]."""
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
         logits = scan.pop("diagnosis_logits", None)
-        reference, compared = self._choose(geometry.sha256, scan)
+        name, (compared, is_hu) = self._choose(geometry.sha256, scan)
         with torch.no_grad():
             comparison = self.model.compare(**scan, **compared)
         [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
         findings = []
         if logits is not None:
             [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
-        draft = {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        draft = {"sha256": geometry.sha256, "reference": name}
         if self.clinical is not None and self.clinical.dicom is not None:
             draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
-        return prompt, draft
+        return prompt, draft, {"findings": findings, "geometry": geometry, "is_hu": geometry.is_hu and is_hu}
 
-    def _choose(self, scan: str, encoded: dict) -> tuple[str, dict[str, torch.Tensor]]:
-        """Id and encoding of the reference of a scan, of its digest and encoding."""
+    def _choose(self, scan: str, encoded: dict) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
+        """
+        Choose the reference of a scan.
+
+        Args:
+            scan: SHA-256 of the content of the scan.
+            encoded: encoding of the scan.
+
+        Returns:
+            id of the reference, its encoding, and whether its voxels are Hounsfield units.
+        """
         pool = self.processor.reference_pool
 
-        def load(entry: dict[str, str]) -> tuple[str, dict[str, torch.Tensor]]:
+        def load(entry: dict[str, str]) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
             return self._reference(entry["id"])
 
         if not self.nearest:
@@ -320,17 +322,15 @@ class ReportWriter:
         )
 
     def _mean_features(self, name: str) -> torch.Tensor:
-        return self._reference(name)[1]["reference_features"].mean(dim=1)
+        encoded, _ = self._reference(name)[1]
+        return encoded["reference_features"].mean(dim=1)
 
-    def _finish(self, draft: dict, tokens: list[int]) -> dict:
-        findings, ends = draft.pop("findings"), end_tokens(self.decoding)
-        return draft | describe_text(self.processor, tokens, findings, ends) | self._stamp
-
-    def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """Digest and encoding of a reference."""
+    def _encode_reference(self, name: str) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
+        """Return digest and encoding of a reference, and whether its voxels are Hounsfield units."""
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
-        return features["geometry"][0].sha256, self.model.encode_inputs(reference=features["ct"])
+        geometry = features["geometry"][0]
+        return geometry.sha256, (self.model.encode_inputs(reference=features["ct"]), geometry.is_hu)
 
 
 class ReportFile:

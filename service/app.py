@@ -75,6 +75,7 @@ class ReportAnswer(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     id: str
+    schema_version: int
     sha256: str
     file_sha256: str | None
     report: str
@@ -214,7 +215,7 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
     def answer(job: Job) -> Response:
         """The outcome of a job, which is then forgotten."""
         error = job.outcome.exception()
-        record = None if error else {**job.outcome.result(), "intended_domain": queue.writer.header["intended_domain"]}
+        record = None if error else job.outcome.result()
         queue.forget(job)
         if error:
             return refusal(error)

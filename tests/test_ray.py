@@ -14,7 +14,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import psutil
 import ray
 
-from diffvp.hub import batch
+from diffvp.inference import batch
 from diffvp.inference.batch import BatchError, ReportWriter, list_scans
 from diffvp.inference.ray import Resources, write_reports_with_ray
 

@@ -27,6 +27,7 @@ from .ct_samples import make_ct, write_dicom
 
 FILES = {"report.txt", "report.json", "difference_map.nii.gz", "figure.png"}
 DOMAIN = "boxes of noise, and nothing else"
+GRID = (8.0, 9.0, 10.0)  # mm, of arrays
 
 
 def box(seed: int, shape=(26, 22, 18)) -> np.ndarray:
@@ -313,7 +314,7 @@ def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
 
 
 def test_arrays(loaded, tmp_path):
-    report = write_report(*loaded, box(1), tmp_path / "report", reference=box(2), spacing=(8.0, 9.0, 10.0))
+    report = write_report(*loaded, read_ct(box(1), GRID), tmp_path / "report", reference=read_ct(box(2), GRID))
     assert nib.load(report.folder / "difference_map.nii.gz").shape == box(1).shape
 
 
@@ -344,11 +345,12 @@ def test_self_contained_checkpoint(loaded, scan, tmp_path):
 def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
     exported = ((box(1).astype(float) + 1000) / 6).clip(0, 255).astype(np.uint8)
     with pytest.raises(CTInputError, match="Hounsfield"):
-        write_report(*loaded, exported, tmp_path / "report", spacing=(8.0, 9.0, 10.0))
-    options = {"allow_non_hu": True, "hu_window": (0.0, 200.0), "spacing": (8.0, 9.0, 10.0)}
+        write_report(*loaded, read_ct(exported, GRID), tmp_path / "report")
+    options = {"allow_non_hu": True, "hu_window": (0.0, 200.0)}
     loaded[1].image_processor.foreground_hu, kept = 10.0, loaded[1].image_processor.foreground_hu
     try:
-        report = write_report(*loaded, exported, tmp_path / "report", **options)
+        volume = read_ct(exported, GRID, allow_non_hu=True)
+        report = write_report(*loaded, volume, tmp_path / "report", **options)
     finally:
         loaded[1].image_processor.foreground_hu = kept
     assert report.document["provenance"]["scan"]["is_hu"] is False
@@ -361,8 +363,8 @@ def test_an_incomplete_series_has_a_warning(loaded, tmp_path):
     (folder / "001.dcm").write_bytes(b"")
     with pytest.raises(CTInputError, match="001.dcm: content: empty"):
         write_report(*loaded, folder, tmp_path / "report")
-    options = {"allow_incomplete": True, "allow_any_anatomy": True}
-    report = write_report(*loaded, folder, tmp_path / "report", **options)
+    volume = read_ct(folder, allow_incomplete=True)
+    report = write_report(*loaded, volume, tmp_path / "report", allow_any_anatomy=True)
     assert "Files of the series that could not be read: 1." in report.document["warnings"]
     assert "001.dcm" not in json.dumps(report.document)
 

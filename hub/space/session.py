@@ -12,7 +12,6 @@ it returns goes over; so these functions are the desk's own, change nothing, and
 """
 
 import contextlib
-import json
 import os
 import queue
 import secrets
@@ -31,19 +30,10 @@ import torch
 import torch.nn.functional as F
 
 from ...data.phantom_cohort import single_phantom
+from ...inference.document import describe_report, identify_model
 from ...inference.engines import TransformersEngine
 from ...inference.figure import body_mask, peak
-from ...inference.report import (
-    DIFFERENCE_MAP,
-    REPORT_JSON,
-    REPORT_TEXT,
-    describe_report,
-    display_grid,
-    greedy,
-    identify_model,
-    load_checkpoint,
-    report_page,
-)
+from ...inference.report import DIFFERENCE_MAP, display_grid, greedy, load_checkpoint, write_texts
 from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
@@ -386,13 +376,8 @@ class PageStudy:
 
     def write_files(self) -> list[Path]:
         """report.txt, report.json and the map on the grid of the visitor's file; they go when the study is closed."""
-        folder = self._folder
-        text, document = folder / REPORT_TEXT, folder / REPORT_JSON
-        text.write_text(report_page(self.document), encoding="utf-8")
-        document.write_text(json.dumps(self.document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return [
-            text, document, self.desk.processor.save_map(folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
-        ]  # fmt: skip
+        image = self.desk.processor.save_map(self._folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
+        return [*write_texts(self._folder, self.document), image]
 
 
 class _Stopped(Exception):

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...inference.figure import COLORS, EDGES, PLANES, plane
 from ...inference.figure import WINDOWS as FIGURE_WINDOWS
-from ...inference.report import RESEARCH_USE
+from ...pipeline_diffvp import RESEARCH_USE
 from .session import LARGEST, MAX_FILE_BYTES, PageStudy
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
@@ -65,7 +65,13 @@ def letters(image: Image.Image, name: str) -> None:
 
 
 def slice_image(
-    study: PageStudy, name: str, index: int, window: tuple[float, float], *, reference: bool = False, opacity: float = 0.0
+    study: PageStudy,
+    name: str,
+    index: int,
+    window: tuple[float, float],
+    *,
+    reference: bool = False,
+    opacity: float = 0.0,
 ) -> np.ndarray:
     """
     One slice as RGB (rows, columns, 3), square pixels of `PIXEL_MM`, with the letters of its sides.
