@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports of many scans (`diffvp batch`), on one machine here and on many in `ray.py`.
+Write the reports of many scans (`diffvp batch`), on one machine here and on many in `ray.py`.
 
-    reports.jsonl           line 1: what writes the reports; then a line for each scan
+    reports.jsonl           line 1: checkpoint and settings; then one line per scan (docs/reports.md)
     reports.failed.jsonl    scans that could not be read in the last run, and why
 
-A run that was interrupted goes on where it was, by either of the two. A scan is done if its name *and* the SHA-256 of
-its file have a report: another `scan.nii.gz` is read, and so is a file that was replaced. The last report of a
-scan counts. Scans appear in these files by the names that the caller gave them, and nowhere else.
+Both continue an interrupted run. A scan is done if its name *and* the SHA-256 of its file have a report: a different
+file of the same name is read, and so is a file that was replaced. If a scan has several reports, the last one counts.
+Scans appear in these files under the names given by the caller, and in no other file.
 """
 
 import hashlib
@@ -38,19 +38,18 @@ from .document import SCHEMA_VERSION, describe_decoding, identify_model, library
 from .engines import load_engine
 from .report import greedy, load_checkpoint
 
-# Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
-# 1,024 voxel tokens each takes 2 MB.
+# Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
 KEPT_REFERENCES = 2048
 NEAREST = "nearest"
 
 
 class BatchError(ValueError):
-    """The output is no file of reports, or was begun with other settings."""
+    """The output is not a file of reports, or was started with other settings."""
 
 
 @dataclass(frozen=True)
 class ListedScan:
-    """A scan by its name in the output."""
+    """A scan with its name in the output."""
 
     id: str
     path: Path
@@ -58,13 +57,14 @@ class ListedScan:
 
 def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     """
-    The scans of a folder, at any depth; or of a list: a text file with a path in each line, or a .csv file with a
-    column `path` (or `file_name`) and, if the paths are not to be the names, one `id`; or the one scan that is named.
+    List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
 
-    Paths are relative to the list. A folder that holds DICOM slices is a scan, wherever it lies.
+    A list is a text file with one path per line, or a .csv file with a column `path` (or `file_name`) and optionally a
+    column `id` with the names; without it, paths are names. Paths are relative to the list. A folder of DICOM slices
+    is one scan.
 
     Raises:
-        DatasetError: all that is wrong with the list. Whether its files can be read, only reading them tells.
+        DatasetError: all problems of the list. The scans themselves are not read here.
     """
     source, problems = Path(source).absolute(), []
     if source.is_dir():
@@ -92,7 +92,7 @@ def list_scans(source: str | os.PathLike) -> list[ListedScan]:
 
 
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
-    """Row, name and path of each scan of a list."""
+    """Yield row number, name and path of each scan of a list."""
     if source.suffix.lower() not in (".csv", ".tsv"):
         try:
             lines = source.read_text(encoding="utf-8-sig").splitlines()
@@ -118,7 +118,7 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
 
 
 def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
-    """The references that a user names, and a digest of their ids and contents.
+    """Return the pool of the references that a user names, and a digest of their ids and contents.
 
     Raises:
         DatasetError: there are none, or one is missing.
@@ -136,37 +136,36 @@ def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
     return ReferencePool.of_paths({scan.id: scan.path for scan in scans}, digests), digest
 
 
-# Name, SHA-256 of the file (`None` where there is none), and features or the error that refused the scan.
+# Name, SHA-256 of the file (`None` if it is missing), and the features or the error that refused the scan.
 ReadScan = tuple[str, str | None, BatchFeature | CTInputError]
 
 
 class ReportWriter:
     """
-    A checkpoint that writes reports of batches of scans: encoder, references and engine.
+    Writer of reports for batches of scans: a checkpoint with its references and an engine.
 
-    A reference is encoded once, however many scans are compared with it. A scan is encoded by itself, so that its
-    prompt does not depend on the batch.
+    Each reference is encoded once. Each scan is encoded separately, so its prompt does not depend on the batch.
 
     Args:
         checkpoint: folder or Hub id.
         engine: see [`load_engine`].
-        reference: a normal scan, or a folder or list of them (see [`list_scans`]), instead of the checkpoint's pool;
-            or "nearest": of the checkpoint's pool the scan whose mean features are closest.
-        reference_seed: of the choice of references.
-        max_new_tokens: where to stop; the default is the checkpoint's.
+        reference: normal scan, or folder or list of normal scans (see [`list_scans`]), used instead of the
+            checkpoint's pool; or "nearest" for the scan of that pool whose mean features are closest.
+        reference_seed: random seed for the choice of references.
+        max_new_tokens: maximum length in tokens; `None` keeps the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
-        dicom: folder that gets structured report and difference map of each scan; what is no DICOM then fails.
-        fhir: whether each record has a FHIR DiagnosticReport.
+        dicom: folder for structured report and difference map of each scan. Scans that are not DICOM then fail.
+        fhir: add a FHIR DiagnosticReport to each record.
         dtype: see [`load_checkpoint`].
-        hub_kwargs: of the Hub, such as `revision`.
+        hub_kwargs: options of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
     Attributes:
-        header: what writes the reports; the first line of their file.
+        header: checkpoint, settings and versions; the first line of a file of reports.
 
     Raises:
-        DiffVPCheckpointError, EngineError: it cannot be loaded.
-        ReferencePoolError: it has no references.
+        DiffVPCheckpointError, EngineError: checkpoint or engine cannot be loaded.
+        ReferencePoolError: the checkpoint has no references.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class ReportWriter:
             given = {"references": NEAREST}
             if self.model.config.compares_voxels:
                 raise ReferencePoolError(
-                    "This checkpoint compares voxels, not features, by which the nearest is told."
+                    "This checkpoint compares voxels: it has no features by which to find the nearest reference."
                 )
         if self.processor.reference_pool is None:
             raise ReferencePoolError(
@@ -220,7 +219,7 @@ class ReportWriter:
             "schema_version": SCHEMA_VERSION,
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
-            "settings": json.loads(json.dumps(settings)),  # as it will be read: tuples are lists
+            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in the file
             "versions": library_versions(),
         }
         self._stamp = {
@@ -233,12 +232,12 @@ class ReportWriter:
         self._signature = lru_cache(None)(self._mean_features)  # a few hundred numbers each
 
     def read(self, scans: Sequence[ListedScan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
-        """Name, file digest and features of each scan, or the error that refused it, in their order."""
+        """Yield name, file digest and features of each scan, or the error that refused it, in order."""
         digests = deque()
 
         def paths() -> Iterator[Path]:
             for scan in scans:
-                # Before it is read: a file that is replaced in between counts as another one in the next run.
+                # Hashed before reading: if the file is replaced in between, the next run reads it again.
                 digests.append(digest(scan.path) if scan.path.exists() else None)
                 yield scan.path
 
@@ -253,10 +252,14 @@ class ReportWriter:
     def write(
         self, batch: Iterable[ReadScan], on_tokens: Callable[[list[int]], None] | None = None
     ) -> tuple[list[dict], list[dict]]:
-        """The records of a batch of what [`read`] yields, and those of its failures.
+        """Write the reports of a batch.
 
         Args:
+            batch: items of [`read`].
             on_tokens: see [`Engine.generate`].
+
+        Returns:
+            the records of the reports, and those of the failures.
         """
         prompts, drafts, failures, sources = [], [], [], []
         for name, file_sha256, features in batch:
@@ -335,15 +338,15 @@ class ReportWriter:
 
 class ReportFile:
     """
-    A file of reports, and beside it one of failures, to which one run at a time adds.
+    A file of reports with its file of failures. One run at a time may add to them.
 
     Attributes:
-        done: the scans whose reports it holds: name and SHA-256 of the file.
-        failed: how many scans failed in this run.
-        digest: the SHA-256 of a file, or of the files of a folder; remembered beside the reports.
+        done: {name: SHA-256 of the file} of the scans that have a report.
+        failed: number of scans that failed in this run.
+        digest: function that returns the SHA-256 of a file, or of the files of a folder; results are cached on disk.
 
     Raises:
-        BatchError: there is a file that is none of reports.
+        BatchError: the file exists and is not a file of reports.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -360,14 +363,15 @@ class ReportFile:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n") and self._header is not None:
-                    break  # half a record: the run that wrote it was killed
+                    break  # half a record, left by a killed run
                 try:
                     entry = json.loads(line)
                     if number == 1:
                         self._header = {"settings": entry["settings"]}
                     else:
                         name = entry["id"]
-                        self.done[name] = entry.get("file_sha256")  # earlier versions wrote none: read again
+                        # Files of earlier versions have no digest: their scans are read again.
+                        self.done[name] = entry.get("file_sha256")
                 except (ValueError, KeyError, TypeError) as error:
                     expected = "what diffvp batch writes; choose another output"
                     raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
@@ -376,22 +380,22 @@ class ReportFile:
             raise BatchError(f"{self.path.name} is empty; expected what diffvp batch writes, or no file.")
 
     def begin(self, header: dict) -> None:
-        """Go on with the file, or begin it.
+        """Start the file, or continue it.
 
         Raises:
-            BatchError: it was begun with other settings.
+            BatchError: it was started with other settings.
         """
         if self._header is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stage = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
             stage.write_text(_line(header), encoding="utf-8")
             self._whole = stage.stat().st_size
-            os.replace(stage, self.path)  # so that no file has half a header
+            os.replace(stage, self.path)  # a header is written completely or not at all
             self._header = header
         others = compare(self._header["settings"], header["settings"])
         if others:
             raise BatchError(
-                f"{self.path.name} was begun with other settings: {'; '.join(others)}. Choose another output."
+                f"{self.path.name} was started with other settings: {'; '.join(others)}. Choose another output."
             )
         if not self._files:
             with self.path.open("r+b") as file:
@@ -399,7 +403,7 @@ class ReportFile:
             self._files = (self.path.open("a", encoding="utf-8"), self.failures.open("w", encoding="utf-8"))
 
     def add(self, records: Sequence[dict], failures: Sequence[dict]) -> None:
-        """Write records and failures of a batch; they are on the disk when this returns."""
+        """Write the records and failures of a batch. They are on the disk when this returns."""
         for file, lines in zip(self._files, (records, failures), strict=True):
             file.writelines(map(_line, lines))
             file.flush()
@@ -408,7 +412,10 @@ class ReportFile:
         self.failed += len(failures)
 
     def waiting(self, scans: Sequence[ListedScan]) -> tuple[list[ListedScan], int]:
-        """The scans without a report, no longer `done`, and how many have the name of another that has one."""
+        """Return the scans without a report, and how many of these have the name of another scan with a report.
+
+        The returned scans are removed from `done`.
+        """
         named = [scan for scan in scans if scan.id in self.done]
         same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
         waiting = [scan for scan in scans if scan.id not in same]
@@ -435,16 +442,17 @@ def write_reports(
     on_replaced: Callable[[int], None] = lambda count: None,
 ) -> ReportFile:
     """
-    Write the reports of all scans that `output` does not hold yet. While a batch is decoded, the next is read.
+    Write the reports of all scans that `output` does not hold yet. The next batch is read while one is decoded.
 
     Args:
-        batch_size: scans that are decoded together.
-        workers: threads that read.
-        on_progress: is told after each batch.
-        on_replaced: is told how many scans have the name, but not the content, of one that has a report.
+        batch_size: number of scans to decode together.
+        workers: number of threads that read.
+        on_progress: called after each batch.
+        on_replaced: called with the number of scans that share their name, but not their content, with a scan that has
+            a report.
 
     Raises:
-        BatchError: `output` is no file of reports, or was begun with other settings.
+        BatchError: `output` is not a file of reports, or was started with other settings.
     """
     with ReportFile(output) as file:
         file.begin(writer.header)
@@ -464,7 +472,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """Each item, while a thread makes the next."""
+    """Yield each item while a thread prepares the next."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -473,4 +481,4 @@ def _ahead(items: Iterator) -> Iterator:
 
 
 def _line(entry: dict) -> str:
-    return json.dumps(entry) + "\n"  # in ASCII, so that a name that is not UTF-8 can be written, too
+    return json.dumps(entry) + "\n"  # ASCII, so that names that are not valid UTF-8 can be written
