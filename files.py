@@ -1,19 +1,19 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether something can be written where it is to go, asked before anything is computed."""
+"""Check whether an output can be written, before anything is computed."""
 
 import os
 from pathlib import Path
 
 
 def nearest_folder(path: str | os.PathLike) -> Path:
-    """The path itself, or the nearest above it that is there."""
+    """Return the path itself, or its nearest existing parent."""
     path = Path(path).absolute()
     return next(one for one in (path, *path.parents) if one.exists())
 
 
 def writing_problem(path: str | os.PathLike) -> str | None:
-    """Why neither a file nor a folder can be made at `path`, in words; `None` where it can."""
+    """Return in words why neither a file nor a folder can be created at `path`; `None` if it can."""
     there = nearest_folder(Path(path).absolute().parent)
     if not there.is_dir():
         return f"below the file {there.name}"

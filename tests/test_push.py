@@ -147,7 +147,7 @@ REFUSALS = {
     "unknown file": (spoil_with("notes.txt"), "notes.txt does not belong"),
     "unknown code": (spoil_with("extra_diffvp.py"), "extra_diffvp.py is not a file of the package"),
     "adapter at the root": (spoil_with("adapter_config.json", b"{}"), "adapter_config.json does not belong"),
-    "changed code": (spoil_code, "modeling_diffvp.py is not that of the installed package"),
+    "changed code": (spoil_code, "modeling_diffvp.py differs from the installed package"),
     "missing code": (lambda folder: (folder / "volume_diffvp.py").unlink(), "volume_diffvp.py is missing"),
     "code elsewhere": (
         lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "other/repo--modeling.Model"}),

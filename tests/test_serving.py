@@ -350,7 +350,7 @@ def test_told_to_end_it_says_503_to_whom_it_cannot_answer_in_time(writer, scans)
     answers = serve_in_this_process(slow, scenario, Limits(batch_size=1, grace=0.3))
     slow.go.set()
     assert [answer.status_code for answer in answers] == [503] * 3
-    assert all("going down" in answer.json()["detail"] and answer.headers["retry-after"] for answer in answers)
+    assert all("shutting down" in answer.json()["detail"] and answer.headers["retry-after"] for answer in answers)
 
 
 def test_a_token(writer, scans):

@@ -193,7 +193,7 @@ def test_a_stopped_report_ends_and_has_no_document(study):
     study.stop()
     left = list(stream)
     assert len(left) < 10 and study.document is None
-    assert "Stopped before its end" in viewer.report_html(study)
+    assert "Stopped before the end" in viewer.report_html(study)
 
 
 def test_a_visitor_who_leaves_ends_the_writing(study, monkeypatch):
@@ -342,7 +342,7 @@ def test_of_two_who_sent_the_same_file_one_is_told_to_send_it_again(desk, upload
     with ThreadPoolExecutor(2) as threads:
         outcomes = [threads.submit(desk.receive, path) for _ in range(2)]
     [error] = [one.exception() for one in outcomes if one.exception()]
-    assert "scan.nii.gz: upload: no longer there (expected the file once more" in str(error)
+    assert "scan.nii.gz: upload: no longer there (expected the file again" in str(error)
 
 
 def test_uploads_that_nobody_had_read_are_bounded_and_make_room(desk, upload, monkeypatch):
