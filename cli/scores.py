@@ -184,10 +184,9 @@ def judge(
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
     from ..metrics.judge import JudgeError
-    from ..metrics.judge.calibration import calibrate as measure
     from ..metrics.judge.calibration import calibration_items
     from ..metrics.judge.rules import RuleJudge
-    from ..metrics.judge.table import calibration_page, is_same, judged, read_comparisons, verdict_page
+    from ..metrics.judge.table import is_same, read_comparisons
 
     with one_line_errors(JudgeError), listed_problems(), contextlib.ExitStack() as stack:
         if by not in CALIBRATION:
@@ -211,18 +210,7 @@ def judge(
         if dry_run:
             return
         stack.enter_context(resumable(answers))
-        document: dict = {"calibration": None}
-        if phantoms:
-            with counting("Calibration", err) as count:
-                document["calibration"] = measure(asked, phantoms, count)
-        if not as_json:
-            typer.echo(calibration_page(document["calibration"]))
-        if not calibrate:
-            names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
-            with counting("Comparisons", err) as count:
-                document |= {"systems": names, **judged(asked, comparisons, count)}
-            if not as_json:
-                typer.echo(verdict_page(document, names, document["calibration"]))
+        document = _judge(asked, phantoms, () if calibrate else (first, second), comparisons, as_json)
         if by == "model":
             document["tokens"] = asked.tokens
             _print_tokens(asked.tokens, price)
@@ -407,6 +395,27 @@ def _model_judge(
         raise JudgeError("a judge needs --base-url and --model, such as a local server's; --judge rules needs neither")
     with ChatServer(base_url, model, **server) as chat, AnswerFile(answers) as kept:
         yield ModelJudge(chat, kept, orders=orders, workers=workers)
+
+
+def _judge(judge, phantoms: int, tables: tuple[Path, ...], comparisons: list, as_json: bool) -> dict:
+    """Measure a judge on phantoms and let it compare two tables of reports. Print both pages unless `as_json`."""
+    from ..metrics.judge.calibration import calibrate
+    from ..metrics.judge.table import calibration_page, judged, verdict_page
+
+    document: dict = {"calibration": None}
+    if phantoms:
+        with counting("Calibration", err) as count:
+            document["calibration"] = calibrate(judge, phantoms, count)
+    if not as_json:
+        typer.echo(calibration_page(document["calibration"]))
+    if tables:
+        different = len({table.name for table in tables}) == len(tables)
+        names = tuple(table.name if different else str(table) for table in tables)
+        with counting("Comparisons", err) as count:
+            document |= {"systems": names, **judged(judge, comparisons, count)}
+        if not as_json:
+            typer.echo(verdict_page(document, names, document["calibration"]))
+    return document
 
 
 def _print_questions(judge, comparisons: list, price: tuple[float, float] | None) -> None:

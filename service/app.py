@@ -356,7 +356,7 @@ async def _receive(request: Request, job: Job, queue: ReportQueue, retrieve: Ret
             raise FieldError(name, "text" if name == "file" else "a file", "a file" if name == "file" else "text")
     file, study, series = (form.get(name) for name in known)
     if (file is None) == (study is None):
-        raise FieldError("file", "missing" if file is None else "beside study", "a file, or study")
+        raise FieldError("file", "missing" if file is None else "given together with study", "a file, or study")
     if study is None:
         queue.submit(job, _stored(file, job), series)
         return
