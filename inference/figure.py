@@ -248,25 +248,8 @@ def compose_figure(
         """Add axes at a distance in inches from the left edge and from the title."""
         return figure.add_axes((left / size[0], 1 - (TOP + top + height) / size[1], width / size[0], height / size[1]))
 
-    for row, (label, drawn, where) in enumerate(
-        (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
-    ):
-        left = LEFT
-        for width, (name, window, low, high) in zip(widths * inches, views, strict=True):
-            axes = panel(left, row * (height + GAP), width, height)
-            axes.set_label(f"{label}: {name}, {window}")
-            _show(axes, drawn, name, where, (low, high))
-            if row == 0:
-                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
-            if left == LEFT:
-                axes.set_ylabel(label, color="white", fontsize=11)
-            left += width + GAP
-            if row < 2:
-                _cross(axes, drawn, name, where)
-            if row == 0:
-                _mark(axes, drawn, name, where, marked)
-            if row == 2:
-                _overlay(axes, *(plane(volume, name, at[PLANES.index(name)]) for volume in (difference, body)), colors)
+    shown = (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
+    _draw_planes(panel, views, widths * inches, height, shown, marked, (difference, body, colors))
     for number, (where, _) in enumerate(marked, 1):
         row, column = divmod(number - 1, columns)
         top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
@@ -291,6 +274,45 @@ def _place_in_reference(
     spans = [(int(indices.min()), int(indices.max())) for indices in np.nonzero(reference[1])]
     inside = tuple(min(max(index, low), high) for index, (low, high) in zip(place, spans, strict=True))
     return inside, None not in ends
+
+
+def _draw_planes(
+    panel,
+    views: Sequence[tuple],
+    widths: np.ndarray,
+    height: float,
+    rows: Sequence[tuple],
+    marked: Sequence,
+    over: tuple,
+) -> None:
+    """
+    Draw the rows of planes.
+
+    Args:
+        panel: function that adds axes.
+        views: plane, caption of its window, and limits of the window, for each column.
+        widths, height: inches.
+        rows: label, volume and index of the target, of the reference, and of the target under the map.
+        marked: findings to mark.
+        over: map, mask of the body, and colours.
+    """
+    for row, (label, drawn, where) in enumerate(rows):
+        left = LEFT
+        for width, (name, window, *limits) in zip(widths, views, strict=True):
+            axes = panel(left, row * (height + GAP), width, height)
+            axes.set_label(f"{label}: {name}, {window}")
+            _show(axes, drawn, name, where, limits)
+            if left == LEFT:
+                axes.set_ylabel(label, color="white", fontsize=11)
+            left += width + GAP
+            if row < 2:
+                _cross(axes, drawn, name, where)
+            if row == 0:
+                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
+                _mark(axes, drawn, name, where, marked)
+            if row == 2:
+                values, body = (plane(volume, name, where[PLANES.index(name)]) for volume in over[:2])
+                _overlay(axes, values, body, over[2])
 
 
 def _show_finding(axes, drawn: Drawn, number: int, marked: tuple, window: tuple[str, float, float]) -> None:
