@@ -5,6 +5,7 @@
 import importlib.util
 import json
 import os
+import re
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from diffvp import cli
 from diffvp.data.cases import DatasetError
-from diffvp.inference import batch
+from diffvp.inference import batch, document
 from diffvp.inference import report as reporting
 from diffvp.inference.batch import BatchError, ReportWriter, list_scans, write_reports
 from diffvp.inference.engines import EngineError, TransformersEngine, load_engine
@@ -398,3 +399,10 @@ def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
         assert result.exit_code == 2 and "no normal references" in " ".join(result.stderr.split())
     finally:
         os.rename(tmp_path / "aside", checkpoint / "references")
+
+
+def test_the_fields_of_a_report_are_documented(repository_root):
+    page = (repository_root / "docs" / "reports.md").read_text(encoding="utf-8")
+    table = page.split("## Fields of every report (schema version 1)")[1].split("\n\n")[1]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SHARED)
+    assert document.SCHEMA_VERSION == 1
