@@ -313,7 +313,7 @@ class _Page:
             reference_seed: another number draws another normal reference.
 
         Returns:
-            the report by region, the findings with probabilities, and where all of it came from.
+            the report by region, the findings with probabilities, and the provenance.
         """
         study = None
         try:
