@@ -21,9 +21,9 @@ MAX_COLUMNS = 8  # of a table on a terminal
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
 
 
-def say(text: str, **options) -> None:
+def say(text: str) -> None:
     """Print a line of results as it is: without markup, highlighting or line breaks inside paths."""
-    out.print(text, soft_wrap=True, markup=False, highlight=False, **options)
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def warn(text: str, style: str | None = "yellow") -> None:

