@@ -129,7 +129,7 @@ def test_no_address_of_the_web_is_fetched(page, client, monkeypatch):
 
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetched)
     told = run(client, page, "run_upload", file_at("https://example.org/scan.nii.gz"), "Random")
-    assert "expected a file that you have sent" in told and not files_below(page.desk.uploads)
+    assert "expected an uploaded file" in told and not files_below(page.desk.uploads)
 
 
 def test_a_visitor_reads_what_is_his_and_nothing_else(page, client, scan):
