@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What to install where a library of an extra is not there: in one sentence, and not as a traceback."""
+"""Tell in one sentence which optional library to install, instead of a traceback."""
 
 import contextlib
 import importlib.metadata
@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterator
 
 PACKAGE = __package__
-IMPORTED_AS = {"sklearn": "scikit-learn"}  # packages that are called otherwise than they are imported
+IMPORTED_AS = {"sklearn": "scikit-learn"}  # packages whose name differs from their import name
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def missing_library(error: ModuleNotFoundError) -> str | None:
     """
-    A sentence with the command that installs what an import lacks, with all of its extra; `None` where it is a module
-    of our own, which is a defect.
+    Return a sentence with the command that installs a missing library and the rest of its extra, or `None` if the
+    missing module is our own, which is a defect.
     """
     module = (error.name or PACKAGE).partition(".")[0]
     if module == PACKAGE:
@@ -29,7 +29,7 @@ def missing_library(error: ModuleNotFoundError) -> str | None:
 
 @contextlib.contextmanager
 def needs_libraries() -> Iterator[None]:
-    """Within it, a library that is not installed ends the program with that sentence and status 2."""
+    """End the program with that sentence and status 2 if a library is missing in this context."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -41,10 +41,10 @@ def needs_libraries() -> Iterator[None]:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The requirements of each extra, in the order in which pyproject.toml has them; those for our own tests last."""
+    """Return the requirements of each extra in the order of pyproject.toml, with those for tests last."""
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of files
+    except importlib.metadata.PackageNotFoundError:  # not installed
         return {}
     found: dict[str, list[str]] = {}
     for line in lines:

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""How far a long command has come: a bar on a terminal, elsewhere a line every ten seconds. On stderr."""
+"""Progress of a long command on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 import contextlib
 import time
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 @contextlib.contextmanager
 def counting(title: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how many of how many are done."""
+    """Yield a function `(done, total)` that shows the progress."""
     console = Console(stderr=True) if console is None else console
     if console.is_terminal:
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
@@ -36,11 +36,11 @@ def counting(title: str, console: Console | None = None) -> Iterator[Callable[[i
 
 
 def counted(items: Iterable[Item], title: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:
-    """Each item, and how many have been done.
+    """Yield each item and show the progress.
 
     Args:
-        total: of items that do not know their number.
-        shown: `False` in processes that are not the main one.
+        total: number of items, if they have no length.
+        shown: `False` in all processes except the main one.
     """
     if not shown:
         yield from items

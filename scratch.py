@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A server's folder for what strangers send: it goes with the server, also with one that was killed."""
+"""Temporary folder of a server for uploads. It is removed with the server, also after the server was killed."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 
 def make_folder(prefix: str) -> Path:
     """
-    A new temporary folder, readable by this user alone, whose name says which process it is of. Those of processes
-    that are gone are removed: a killed one could not.
+    Make a temporary folder that only this user can read and whose name contains the process id. Folders of ended
+    processes are removed, because a killed process cannot remove its own.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         owner = folder.name.removeprefix(prefix).split("-")[0]
-        # In a container, each server may have the same number.
+        # In a container, each server may have the same process id.
         if owner.isdecimal() and (int(owner) == os.getpid() or not _is_running(int(owner))):
             shutil.rmtree(folder, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
@@ -26,6 +26,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process belongs to another user
         return True
     return True

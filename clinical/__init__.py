@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports where hospitals look for them: DICOM, FHIR, DICOMweb. docs/clinical.md says what each object is and is not.
+Reports for hospital systems: DICOM, FHIR, DICOMweb. docs/clinical.md describes each object and its limits.
 
-    source.py     the DICOM series that a report is of: its patient, study and slices
-    codes.py      findings, places and headings as SNOMED CT, LOINC and DICOM code them
+    source.py     the source DICOM series of a report: patient, study and slices
+    codes.py      SNOMED CT, LOINC and DICOM codes of findings, places and headings
     objects.py    Comprehensive SR and Parametric Map (needs the extra `dicom`)
     fhir.py       DiagnosticReport
-    dicomweb.py   series from a PACS, objects to it (needs the extra `dicom`)
-    results.py    what `diffvp report` and `diffvp batch` do with all of these
+    dicomweb.py   retrieve series from a PACS, store objects in it (needs the extra `dicom`)
+    results.py    clinical results of `diffvp report` and `diffvp batch`
 """

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Codes of findings, places and headings. A finding without a code that says exactly this is written as text.
+Codes of findings, places and headings. Findings without an exact code are written as text.
 
-SCT is SNOMED CT, LN is LOINC, DCM are DICOM's own (PS3.16), UCUM are units.
+Coding schemes: SCT is SNOMED CT, LN is LOINC, DCM is DICOM (PS3.16), UCUM holds units.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Code(NamedTuple):
     meaning: str
 
 
-# Of CT-RATE's 18 labels. Without a code: medical material, for which "device" would say less; arterial wall
-# calcification; peribronchial thickening. "Fibrosis" is the morphology: pulmonary fibrosis would be another disease.
+# Codes of CT-RATE's 18 labels. Three have no code: medical material ("device" would be less specific), arterial wall
+# calcification, and peribronchial thickening. "Fibrosis" is the morphology; pulmonary fibrosis is a different disease.
 FINDINGS = {
     "Cardiomegaly": Code("8186001", "SCT", "Cardiomegaly"),
     "Pericardial effusion": Code("373945007", "SCT", "Pericardial effusion"),
@@ -37,7 +37,7 @@ FINDINGS = {
     "Interlobular septal thickening": Code("112114", "DCM", "Septal line(s)"),
 }
 
-# Of RadGenome-ChestCT, under its names.
+# Regions of RadGenome-ChestCT, under its names.
 REGIONS = {
     "abdomen": Code("818981001", "SCT", "Abdomen"),
     "bone": Code("272710004", "SCT", "Bone of thorax"),
@@ -53,7 +53,7 @@ REGIONS = {
 
 FINDING_SITE = Code("363698007", "SCT", "Finding Site")
 LATERALITY = Code("272741003", "SCT", "Laterality")
-# Places that findings name: the concept, and its value.
+# Places named in findings: concept and value.
 PLACES = {
     "right upper lobe": (FINDING_SITE, Code("42400003", "SCT", "Upper lobe of right lung")),
     "right middle lobe": (FINDING_SITE, Code("72481006", "SCT", "Middle lobe of right lung")),
@@ -82,12 +82,12 @@ PERCENT = Code("%", "UCUM", "Percent")
 MILLIMETRE = Code("mm", "UCUM", "mm")
 NO_UNITS = Code("1", "UCUM", "no units")
 
-# DICOM has no concept for what was looked for and is below its threshold. Under "Finding" a viewer that shows no
-# probabilities would list it as found.
+# DICOM has no concept for a finding below its threshold. Under "Finding", a viewer that does not show probabilities
+# would list it as present.
 OWN_SCHEME, OWN_SCHEME_NAME = "99DIFFVP", "DiffVP"
 NOT_FOUND = Code("not-found", OWN_SCHEME, "Not found: below the threshold")
 
-# Coding systems by their names in FHIR.
+# Names of the coding systems in FHIR.
 SYSTEMS = {
     "SCT": "http://snomed.info/sct",
     "LN": "http://loinc.org",
@@ -97,5 +97,5 @@ SYSTEMS = {
 
 
 def places_of(location: str | None) -> list[tuple[Code, Code]]:
-    """Concept and value of each place that a finding names, of those that have a code."""
+    """Return concept and value of each place in a location that has a code."""
     return [PLACES[place] for place in (location or "").split(" and ") if place in PLACES]

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A series from a PACS (QIDO-RS, WADO-RS), and objects to it (STOW-RS), by dicomweb-client.
+Retrieve a series from a PACS (QIDO-RS, WADO-RS) and store objects in it (STOW-RS), with dicomweb-client.
 
-Messages name the server's host, and neither UIDs nor what the server says, which may name a patient.
+Error messages name the host of the server. They contain no UIDs and no text from the server, which may name a patient.
 """
 
 import contextlib
@@ -25,31 +25,32 @@ from ..slices_diffvp import DAMAGED
 from ..volume_diffvp import CTInputError
 from .source import values_as_they_are
 
-# They would print tracebacks, and what a server warns of, where no log is set up.
+# Without a handler, they would print tracebacks and warnings of the server.
 for library in ("dicomweb_client", "retrying"):
     logging.getLogger(library).addHandler(logging.NullHandler())
 
-TIMEOUT = (10, 120)  # seconds to connect, and between two reads
-AS_STORED = (("application/dicom", "*"),)  # in the transfer syntax that the server has: nothing is transcoded
+TIMEOUT = (10, 120)  # seconds to connect, seconds between two reads
+AS_STORED = (("application/dicom", "*"),)  # in the transfer syntax of the server, without transcoding
 
 
 class DicomWebError(CTInputError):
-    """A PACS cannot be reached, refuses, or has not what was asked for."""
+    """A PACS cannot be reached, refuses the request, or does not have the requested objects."""
 
 
 @contextlib.contextmanager
 def retrieve(url: str, study: str, series: str | None = None, allow_incomplete: bool = False) -> Iterator[Path]:
     """
-    A folder with the CT series of a study, for [`read_ct`] with the same `series`. It is gone afterwards.
+    Yield a temporary folder with the CT series of a study, for [`read_ct`] with the same `series`.
 
     Args:
-        url: of the service, such as http://pacs:8042/dicom-web. Credentials come from ~/.netrc.
+        url: URL of the service, such as http://pacs:8042/dicom-web. Credentials come from ~/.netrc.
         study: StudyInstanceUID.
-        series: SeriesInstanceUID of the one to retrieve; `None` or a number retrieves all that are CT.
-        allow_incomplete: also take a series of which the server sends fewer instances than it has.
+        series: SeriesInstanceUID of the series to retrieve; `None` or a number retrieves all CT series.
+        allow_incomplete: also accept a series of which the server sends fewer instances than it has.
 
     Raises:
-        DicomWebError: no such study or series, more than [`read_ct`] takes of an archive, or the server fails.
+        DicomWebError: there is no such study or series, it exceeds the limits of [`read_ct`] for archives, or the
+            server fails.
     """
     host = _host(url)
     one = None if series is None or series.isdecimal() else series
@@ -79,17 +80,19 @@ def retrieve(url: str, study: str, series: str | None = None, allow_incomplete: 
 
 def store(url: str, objects: Sequence[pydicom.Dataset]) -> None:
     """
-    Send objects to the study that they belong to.
+    Store objects in their study.
 
     Raises:
-        DicomWebError: the server does not take all of them.
+        DicomWebError: the server does not store all of them.
     """
     host, statuses = _host(url), []
     with _answers(host), values_as_they_are():
         client = _client(url, lambda response, **_: statuses.append(response.status_code))
-        client.set_http_retry_params(retry=False)  # a second try would send an empty body: the first has used it up
+        client.set_http_retry_params(
+            retry=False
+        )  # a retry would send an empty body, because the first try consumes it
         answer = client.store_instances(objects, study_instance_uid=objects[0].StudyInstanceUID)
-    if not answer and statuses[-1] == 200:  # all is stored (PS3.18, 10.5.3), without a list of what
+    if not answer and statuses[-1] == 200:  # everything is stored (PS3.18, 10.5.3), without a list
         return
     stored = {one.ReferencedSOPInstanceUID for one in answer.get("ReferencedSOPSequence") or []}
     missing = sum(one.SOPInstanceUID not in stored for one in objects)
@@ -101,12 +104,12 @@ def store(url: str, objects: Sequence[pydicom.Dataset]) -> None:
 
 
 def _host(url: str) -> str:
-    """The server's host, for messages."""
+    """Return the host of a URL, for messages."""
     expected = "http:// or https://, host and path of the service, such as http://pacs:8042/dicom-web"
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         valid = False
     if not valid:
         raise DicomWebError("DICOMweb", "URL", "malformed", expected)
@@ -122,7 +125,7 @@ def _client(url: str, on_response: Callable) -> DICOMwebClient:
 
 
 def _at_most(limit: int, host: str) -> Callable:
-    """What counts the bytes of all responses, as they are read, and refuses one too many."""
+    """Return a callback that counts the bytes of all responses as they are read, and refuses more than the limit."""
     left = limit
 
     def count(response: requests.Response, **_) -> requests.Response:
@@ -143,7 +146,7 @@ def _at_most(limit: int, host: str) -> Callable:
 
 
 def _series(client: DICOMwebClient, host: str, study: str, series: str | None) -> list[tuple[str, int | None]]:
-    """UID of each CT series of a study, and how many instances the server says that it has."""
+    """Return the UID of each CT series of a study, and the number of instances stated by the server."""
     filters = {} if series is None else {"SeriesInstanceUID": series}
     fields = ["Modality", "NumberOfSeriesRelatedInstances"]
     answers = client.search_for_series(study, fields=fields, search_filters=filters)
@@ -162,7 +165,7 @@ def _series(client: DICOMwebClient, host: str, study: str, series: str | None) -
 
 @contextlib.contextmanager
 def _answers(host: str) -> Iterator[None]:
-    """Errors of connection, HTTP and content as one kind. What they say holds the URL, and so UIDs."""
+    """Turn errors of connection, HTTP and content into [`DicomWebError`]. Their texts contain the URL, with UIDs."""
     try:
         yield
     except (requests.HTTPError, RetryError) as error:

@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A report as a FHIR R4 DiagnosticReport (4.0.1; valid in R4B), with an Observation for each finding inside it.
+Write a report as a FHIR R4 DiagnosticReport (4.0.1; valid in R4B), with a contained Observation per finding.
 
-It names the study by its UID, and no patient: who receives it knows whose study that is.
+It names the study by its UID, but not the patient: the receiving server knows the patient of the study.
 """
 
 import base64
 
-from ..inference.report import report_page
+from ..inference.document import report_page
 from ..pipeline_diffvp import RESEARCH_USE
 from . import codes
 from .codes import Code
@@ -21,11 +21,11 @@ DEVICE_ID = "diffvp"
 
 def diagnostic_report(document: dict, source: SourceSeries | None = None, report_uid: str | None = None) -> dict:
     """
-    The resource, ready for JSON.
+    Return the resource as a dict for JSON.
 
     Args:
-        document: what report.json holds.
-        source: of a DICOM input; others have no study to name.
+        document: content of report.json.
+        source: source series of a DICOM input; other inputs have no study to name.
         report_uid: SOPInstanceUID of the structured report, if there is one.
     """
     page = report_page(document)
@@ -34,7 +34,9 @@ def diagnostic_report(document: dict, source: SourceSeries | None = None, report
     ]
     resource = {
         "resourceType": "DiagnosticReport",
-        "contained": [_device(document), *observations] if observations else [],  # FHIR has none that nothing names
+        "contained": [_device(document), *observations]
+        if observations
+        else [],  # FHIR forbids contained resources without a reference
         "status": "preliminary",
         "category": [{"coding": [{"system": CATEGORY, "code": "RAD", "display": "Radiology"}]}],
         "code": _concept(codes.REPORT, "CT report by a program. " + RESEARCH_USE),
@@ -47,7 +49,7 @@ def diagnostic_report(document: dict, source: SourceSeries | None = None, report
                 "contentType": "text/plain; charset=utf-8",
                 "language": "en",
                 "data": base64.b64encode(page.encode()).decode("ascii"),
-                "title": "Report by region, with what it was made of",
+                "title": "Report by region, with its provenance",
             }
         ],
     }
@@ -56,7 +58,7 @@ def diagnostic_report(document: dict, source: SourceSeries | None = None, report
         resource["imagingStudy"] = [{"type": "ImagingStudy", "identifier": study}]
     if report_uid is not None:
         resource["identifier"] = [{"system": "urn:dicom:uid", "value": f"urn:oid:{report_uid}"}]
-    return {name: value for name, value in resource.items() if value}  # FHIR has no empty lists
+    return {name: value for name, value in resource.items() if value}  # FHIR forbids empty lists
 
 
 def _device(document: dict) -> dict:

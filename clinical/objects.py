@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A report as DICOM objects in the study of its source: Comprehensive SR, and Parametric Map of the difference map.
+Write a report as DICOM objects in the study of its source: Comprehensive SR, and Parametric Map of the difference map.
 
-Both have the patient and study modules of the source as they are. Neither is verified by anybody, and both say so.
+Both copy the patient and study modules of the source unchanged. Both are unverified and are marked so.
 """
 
 import hashlib
@@ -28,25 +28,25 @@ from .source import SourceSeries, values_as_they_are
 
 SR_FILE, MAP_FILE = "structured_report.dcm", "difference_map.dcm"
 MANUFACTURER, DEVICE = "The DiffVP Authors", "DiffVP"
-REPORT_SERIES, MAP_SERIES = 9001, 9002  # SeriesNumber: behind those of the scanner
+REPORT_SERIES, MAP_SERIES = 9001, 9002  # SeriesNumber: above those of the scanner
 PATIENT_AND_STUDY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 UTF_8 = "ISO_IR 192"
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")  # what a text of DICOM may not have
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")  # control characters that DICOM forbids in text
 
 
 def dicom_objects(
     document: dict, difference: np.ndarray, source: SourceSeries
 ) -> tuple[sr.ComprehensiveSR, hd.pm.ParametricMap]:
     """
-    Structured report and parametric map, each in a series of its own.
+    Make the structured report and the parametric map, each in its own series.
 
     Args:
-        document: what report.json holds.
-        difference: (columns, rows, slices), on the grid of `source`, as difference_map.nii.gz has it.
+        document: content of report.json.
+        difference: (columns, rows, slices), on the grid of `source`, as in difference_map.nii.gz.
 
     Raises:
         ValueError: the map is on another grid.
@@ -58,12 +58,12 @@ def dicom_objects(
         report = _structured_report(document, source, image)
         for made in (report, image):
             made.copy_patient_and_study_information(source.header)
-            made.SpecificCharacterSet = UTF_8  # of all text: the copied is decoded
+            made.SpecificCharacterSet = UTF_8  # for all text, because the copied elements are decoded
     return report, image
 
 
 def write_objects(folder: str | os.PathLike, report: pydicom.Dataset, image: pydicom.Dataset) -> None:
-    """Write both to a folder. Others' files there stay. A report is only there with the map that it refers to."""
+    """Write both to a folder and keep its other files. A report exists only together with the map it refers to."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SR_FILE).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def write_objects(folder: str | os.PathLike, report: pydicom.Dataset, image: pyd
 
 
 def checkpoint_digest(document: dict) -> str:
-    """SHA-256 of the digests of a checkpoint's files: 64 hexadecimal digits."""
+    """Return the SHA-256 of the digests of a checkpoint's files: 64 hexadecimal digits."""
     files = document["provenance"]["checkpoint"]["sha256"]
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
@@ -95,7 +95,7 @@ def _equipment(document: dict) -> dict:
 
 
 def _image(source: SourceSeries, **fields) -> pydicom.Dataset:
-    """What highdicom asks of an image that an object refers to. Patient and study are copied when it is made."""
+    """Return the elements that highdicom needs of a referenced image. Patient and study are copied later."""
     image = pydicom.Dataset()
     for name in PATIENT_AND_STUDY:
         setattr(image, name, None)
@@ -114,9 +114,9 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
     low, high = float(frames.min()), float(frames.max())
     width = max(high - low, 1e-6)
     columns, rows, _ = source.shape
-    # Each slice as an image of its own, also of a file of many: highdicom takes all frames of one file, or none.
+    # Each slice becomes an image of its own, also for multi-frame files: highdicom takes all frames of a file or none.
     planes = {f"{frame.sop_instance}.{k}": frame for k, frame in enumerate(source.frames)}
-    # What was compressed with loss is so for good, and so is what was made of it.
+    # Lossy compression is permanent, and derived images must state it.
     lossy = {name: source.header[name].value for name in LOSSY if name in source.header}
     images = [
         _image(
@@ -145,7 +145,7 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
             )
         ],
         voi_lut_transformations=[
-            # LINEAR, the default, takes no window below 1.
+            # LINEAR, the default, does not allow a window width below 1.
             hd.VOILUTTransformation(low + width / 2, width, voi_lut_function="LINEAR_EXACT")
         ],
         transfer_syntax_uid=ExplicitVRLittleEndian,
@@ -157,14 +157,14 @@ def _parametric_map(document: dict, difference: np.ndarray, source: SourceSeries
         if source.header.get(name):
             made[name] = source.header[name]
     if "BodyPartExamined" not in made and "Laterality" not in made:
-        made.Laterality = None  # it could be a paired part (PS3.3, C.7.3.1)
+        made.Laterality = None  # required if the body part may be paired (PS3.3, C.7.3.1)
     made.DerivationDescription = _derivation(document)
     _refer_to(made, planes)
     return made
 
 
 def _refer_to(image: pydicom.Dataset, planes: dict) -> None:
-    """Refer to the source's own files and frames."""
+    """Make the map refer to the files and frames of the source."""
     files = {frame.sop_instance: frame.sop_class for frame in planes.values()}
     image.SourceImageSequence = [_reference(sop_class, uid) for uid, sop_class in files.items()]
     [series] = image.ReferencedSeriesSequence
@@ -215,14 +215,14 @@ def _structured_report(document: dict, source: SourceSeries, image: pydicom.Data
 
 
 def summary(document: dict) -> list[str]:
-    """What has to be read before a report."""
+    """Return the statements that must be read before the report."""
     domain = document["intended_domain"] or "not stated by the checkpoint"
-    unverified = "Written by a program. Nobody has verified it."
+    unverified = "Written by a program. Not verified by a person."
     return [RESEARCH_USE, unverified, f"Intended for: {domain}.", *document["warnings"]]
 
 
 def procedure(document: dict) -> list[str]:
-    """What a report was made of, in words."""
+    """Return the inputs of a report in words."""
     provenance = document["provenance"]
     return [
         f"Compared with the normal reference {provenance['reference']['id']}.",
@@ -237,7 +237,7 @@ def _derivation(document: dict) -> str:
 def _observer(document: dict) -> sr.DeviceObserverIdentifyingAttributes:
     digest = checkpoint_digest(document)
     return sr.DeviceObserverIdentifyingAttributes(
-        uid=f"2.25.{int(digest[:32], 16)}",  # the same device for the same weights
+        uid=f"2.25.{int(digest[:32], 16)}",  # the same weights give the same device
         name=DEVICE,
         manufacturer_name=MANUFACTURER,
         model_name=document["provenance"]["checkpoint"]["name"],
@@ -259,7 +259,7 @@ def _algorithm(document: dict) -> sr.AlgorithmIdentification:
 
 
 def _findings(document: dict, source: SourceSeries, image: pydicom.Dataset) -> list[sr.ContentItem]:
-    """The report by region; what the classifier found; the map."""
+    """Return the report by region, the positive findings of the classifier, and the map."""
     items = []
     for region, text in document["regions"].items():
         if not text:
@@ -281,7 +281,7 @@ def _not_found(document: dict) -> list[sr.ContentItem]:
 
 
 def _finding(found: dict, concept: Code, source: SourceSeries | None = None) -> sr.ContentItem:
-    """A finding with probability and threshold; with place, size and the slice that shows it, where it was found."""
+    """Return a finding with probability and threshold; with `source` also place, size and the slice that shows it."""
     label, properties = found["label"], "HAS PROPERTIES"
     item = _code(concept, codes.FINDINGS[label]) if label in codes.FINDINGS else _text(concept, label)
     described = [
@@ -299,7 +299,7 @@ def _finding(found: dict, concept: Code, source: SourceSeries | None = None) -> 
 
 
 def _point(peak: list[float], source: SourceSeries) -> list[sr.ContentItem]:
-    """Where a finding shows most, on the slice that it lies in; nothing if that is outside of the scan."""
+    """Return the point of a finding on its slice; nothing if it lies outside the scan."""
     column, row, k = np.linalg.solve(source.affine, [*peak, 1.0])[:3]
     columns, rows, slices = source.shape
     if not (-0.5 <= column < columns - 0.5 and -0.5 <= row < rows - 0.5 and -0.5 <= k < slices - 0.5):
@@ -308,7 +308,7 @@ def _point(peak: list[float], source: SourceSeries) -> list[sr.ContentItem]:
     at = sr.ScoordContentItem(
         _concept(codes.ILLUSTRATION),
         "POINT",
-        np.array([[column + 0.5, row + 0.5]]),  # the middle of the first pixel is at (0.5, 0.5)
+        np.array([[column + 0.5, row + 0.5]]),  # the centre of the first pixel is (0.5, 0.5)
         relationship_type="INFERRED FROM",
     )
     at.ContentSequence = [

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What `diffvp report` and `diffvp batch` do besides: read from a PACS, write DICOM and FHIR, send them back."""
+"""Clinical results of `diffvp report` and `diffvp batch`: read from a PACS, write DICOM and FHIR, store them."""
 
 import contextlib
 import hashlib
@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..inference.report import Report  # takes seconds to import, in which a scan would be refused already
+    from ..inference.report import Report  # importing it takes seconds, and a bad scan is refused before that
 
 
 class ClinicalResults:
     """
+    Clinical results of one report.
+
     Args:
         ct: path of the scan.
         dicom: folder for SR and map, or `None`.
-        fhir: whether the report's folder gets a DiagnosticReport.
-        store_at: URL of the DICOMweb service that gets SR and map, or `None`.
+        fhir: add a DiagnosticReport to the folder of the report.
+        store_at: URL of the DICOMweb service that receives SR and map, or `None`.
         series, allow_incomplete: see [`read_ct`].
 
     Raises:
-        CTReadError: DICOM objects are wanted of a scan that is none, or that lacks what they have to say of it.
+        CTReadError: DICOM objects are requested, but the scan is not DICOM or lacks elements that they need.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class ClinicalResults:
             self._source = read_source(ct, **self._reading)
 
     def write(self, report: "Report") -> None:
-        """Everything that was asked for, of a report of `ct`."""
+        """Write all requested results of a report of `ct`."""
         report_uid, source = None, self._source
         if source is not None:
             import nibabel as nib
@@ -82,12 +84,12 @@ def clinical_results(
     ct: Path | None, *, dicomweb: str | None = None, study: str | None = None, store: bool = False, **options
 ) -> Iterator[ClinicalResults]:
     """
-    The scan, of a file or of a PACS, and what to do with its report.
+    Yield the clinical results for a scan from a file or a PACS.
 
     Args:
         ct: path of the scan, or `None` for `study` at the service `dicomweb`.
-        store: send SR and map to that service.
-        options: of [`ClinicalResults`].
+        store: store SR and map in that service.
+        options: options of [`ClinicalResults`].
 
     Raises:
         CTInputError: see [`ClinicalResults`] and [`retrieve`].
@@ -103,16 +105,18 @@ def clinical_results(
 
 class BatchResults:
     """
+    Clinical results of a batch.
+
     Args:
-        dicom: folder for SR and map of each scan, in a folder of their own whose name says nothing; or `None`.
-        fhir: whether each record gets a DiagnosticReport.
+        dicom: folder for SR and map, which get a subfolder per scan with an anonymous name; or `None`.
+        fhir: add a DiagnosticReport to each record.
     """
 
     def __init__(self, dicom: str | os.PathLike | None, fhir: bool):
         self.dicom, self._fhir = None if dicom is None else Path(dicom), fhir
 
     def with_source(self, features, path: Path):
-        """The features of a scan with the series that they are of as `source`, or the error that there is none."""
+        """Add the source series of a scan to its features as `source`. Return the features, or an error."""
         from ..volume_diffvp import CTInputError
         from .source import read_source
 
@@ -129,16 +133,16 @@ class BatchResults:
 
     def write(self, record: dict, header: dict, source) -> None:
         """
-        Make what was asked for of a record, and note it there: `dicom`, the folder of its objects, and `fhir`.
+        Make the requested results of a record, and add them to it: `dicom`, the folder of its objects, and `fhir`.
 
         Args:
-            header: of the file of records.
-            source: of the scan, or `None` where it is no DICOM.
+            header: first line of the file of records.
+            source: source series of the scan, or `None` if the scan is not DICOM.
         """
         from ..volume_diffvp import to_input_grid
 
-        report_uid, document = None, _document(record, header)
         difference = record.pop("difference", None)
+        report_uid, document = None, _document(record, header)
         if self.dicom is not None:
             from .objects import dicom_objects, write_objects
 
@@ -153,14 +157,10 @@ class BatchResults:
 
 
 def _document(record: dict, header: dict) -> dict:
-    """A record as report.json would have it, as far as the objects say it."""
+    """Return a record in the form of report.json, with the provenance that the objects state."""
     settings = header["settings"]
-    cut_off = [] if record["complete"] else ["The report is cut off."]
     return {
-        **{name: record[name] for name in ("report", "regions", "findings")},
-        "warnings": [*cut_off, *record["warnings"]],
-        "statement": header["statement"],
-        "intended_domain": header["intended_domain"],
+        **record,
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{name: settings[name] for name in ("checkpoint", "base_model")},
@@ -172,7 +172,7 @@ def _document(record: dict, header: dict) -> dict:
 
 
 def is_dicom(document: dict) -> bool:
-    """Whether a report is of a DICOM series."""
+    """Return whether a report describes a DICOM series."""
     return document["provenance"]["scan"]["layout"].startswith("DICOM")
 
 

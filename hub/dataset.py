@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A phantom cohort as a dataset on the Hub: `diffvp phantom FOLDER ... --push NAME/DATASET`.
+Publish a phantom cohort as a dataset on the Hub: `diffvp phantom FOLDER ... --push NAME/DATASET`.
 
-It keeps its layout, so that whoever downloads it has what `diffvp train` reads, and gets a table beside the volumes of
-each split, so that `datasets.load_dataset("NAME/DATASET")` has scans, reports and the 18 labels without any code.
+The dataset keeps the layout that `diffvp train` reads. Each split gets a table next to its volumes, so that
+`datasets.load_dataset("NAME/DATASET")` gives scans, reports and the 18 labels without custom code.
 """
 
 import csv
@@ -21,15 +21,15 @@ from ..data.phantom_cohort import LONG_NAME, VOLUME_FOLDER, volume_path
 from .push import Pushed, PushError
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")
-TABLE = "metadata.jsonl"  # the name that `datasets` looks for beside volumes
+TABLE = "metadata.jsonl"  # the file name that `datasets` expects
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 def write_tables(root: str | os.PathLike) -> dict[str, int]:
-    """Write the table of each split beside its volumes: `file_name`, `report`, `impression` and a 0 or 1 a label.
+    """Write the table of each split next to its volumes: `file_name`, `report`, `impression`, and 0 or 1 per label.
 
     Returns:
-        how many cases each split has that has any.
+        number of cases of each split that has cases.
     """
     dataset, counts = Path(root) / "dataset", {}
     for split, folder in VOLUME_FOLDER.items():
@@ -58,10 +58,12 @@ def _rows(path: Path) -> dict[str, dict[str, str]]:
         return {row["VolumeName"]: row for row in csv.DictReader(file)}
 
 
-def make_card(root: str | os.PathLike, counts: dict[str, int]) -> DatasetCard:
+def make_dataset_card(root: str | os.PathLike, counts: dict[str, int]) -> DatasetCard:
     """
+    Make the card of the dataset.
+
     Args:
-        counts: cases of each split.
+        counts: number of cases of each split.
     """
     settings = json.loads((Path(root) / "phantom" / "cohort.json").read_text(encoding="utf-8"))
     total = sum(counts.values())
@@ -90,17 +92,17 @@ def push_cohort(root: str | os.PathLike, repo_id: str, private: bool = False) ->
     Upload a cohort that [`write_cohort`] wrote, in one commit.
 
     Raises:
-        PushError: what went wrong; nothing was uploaded.
+        PushError: the upload failed; nothing was uploaded.
     """
     root, api = Path(root), HfApi()
     counts = write_tables(root)
-    make_card(root, counts).save(root / "README.md")
+    make_dataset_card(root, counts).save(root / "README.md")
     try:
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=root, ignore_patterns=["**/.*", ".*"],
             commit_message=f"Upload {sum(counts.values())} phantoms",
         )  # fmt: skip
-    except (HTTPError, LocalTokenNotFoundError, ValueError) as error:  # a ValueError: an id or a card that is refused
+    except (HTTPError, LocalTokenNotFoundError, ValueError) as error:  # ValueError: an id or a card is refused
         raise PushError(f"{repo_id}: {' '.join(str(error).split())}", ["Nothing was uploaded."]) from error
     return Pushed(repo_id, commit.oid, commit.commit_url, None)

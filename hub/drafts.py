@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Write the drafts of a phantom checkpoint anew, without its cohort: a phantom's report follows from its seed.
+Write the drafts of a phantom checkpoint without its cohort: the report of a phantom is derived from its seed.
 
     python -m diffvp.hub.drafts checkpoints/diffvp-phantom --first 2500 --last 3599
 
-Training writes them by itself. This is for a checkpoint that was trained before there were drafts, and shows where
-those of the checkpoint that ships come from.
+Training writes drafts itself. This script is for checkpoints trained before drafts existed, and documents the origin
+of the drafts of the shipped checkpoint.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ..storage_diffvp import DRAFTS_NAME
 
 
 def phantom_drafts(checkpoint: str | Path, seed: int, first: int, last: int) -> ReportDrafts:
-    """Drafts of the training reports `first` to `last` of the cohort of a seed, a patient each."""
+    """Build drafts from the training reports `first` to `last` of the cohort of a seed, one patient each."""
     processor = DiffVPProcessor.from_pretrained(checkpoint, trust_remote_code=False)
     patients = [sample_patient(seed, index, "train") for index in range(first, last + 1)]
     reports = [processor.encode_report(report_text(region_sentences(patient))) for patient in patients]
@@ -30,11 +30,11 @@ def phantom_drafts(checkpoint: str | Path, seed: int, first: int, last: int) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, to which they are added")
-    parser.add_argument("--seed", type=int, default=0, help="of the cohort")
-    parser.add_argument("--first", type=int, required=True, help="first case that trained the generator")
-    parser.add_argument("--last", type=int, required=True)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder to add the drafts to")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the cohort (default: 0)")
+    parser.add_argument("--first", type=int, required=True, help="index of the first training case of the generator")
+    parser.add_argument("--last", type=int, required=True, help="index of the last training case of the generator")
     options = parser.parse_args()
     drafts = phantom_drafts(options.checkpoint, options.seed, options.first, options.last)
-    with tempfile.TemporaryDirectory(dir=options.checkpoint) as folder:  # renamed: no reader sees half a file
+    with tempfile.TemporaryDirectory(dir=options.checkpoint) as folder:  # renamed, so that no reader sees half a file
         drafts.save(Path(folder)).replace(options.checkpoint / DRAFTS_NAME)

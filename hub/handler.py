@@ -1,13 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A checkpoint on Hugging Face's Inference Endpoints, which look for this file beside it.
+Serve a checkpoint on Hugging Face Inference Endpoints, which expect this file next to it.
 
     {"inputs": "BASE64 of a NIfTI or NRRD file, or of a .zip of DICOM slices", "parameters": {"reference_seed": 1}}
 
-Parameters: `reference_seed`, `max_new_tokens`, `allow_any_anatomy`, and `difference_map`, with which the answer has
-that, too, as base64 of a .nii.gz on the grid of the scan. What is wrong with a scan or a parameter is an error whose
-message names it; the endpoint answers it with status 400.
+Parameters: `reference_seed`, `max_new_tokens`, `allow_any_anatomy` and `difference_map`. With `difference_map`, the
+answer includes the map as base64 of a .nii.gz on the grid of the scan. A wrong scan or parameter gives an error that
+names it; the endpoint answers with status 400.
 """
 
 import base64
@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import pipeline
 
 PARAMETERS = ("reference_seed", "max_new_tokens", "allow_any_anatomy")
-# How the formats begin. Of a name that came along it could not be told what is in the file.
+# First bytes of the formats. The content decides, because a request has no file name.
 BEGINNINGS = {b"\x1f\x8b": "scan.nii.gz", b"PK\x03\x04": "scan.zip", b"NRRD": "scan.nrrd"}
 
 
@@ -31,7 +31,7 @@ class EndpointHandler:
         Write the report of a scan.
 
         Raises:
-            ValueError: what is wrong with the scan or a parameter.
+            ValueError: the scan or a parameter is wrong; the message says how.
         """
         parameters = dict(data.get("parameters") or {})
         with_map = parameters.pop("difference_map", False)

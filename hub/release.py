@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Turn the result of phantom training into the checkpoint that ships: small files, a pool of normal references, a card,
+Turn the result of phantom training into the shipped checkpoint: small files, a pool of normal references, card,
 licence and notice.
 
     python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
@@ -23,13 +23,13 @@ from ..references_diffvp import index_references
 from .card import write_card, write_endpoint, write_licence
 
 POOL_SEED = 0
-POOL_SPLIT = "reference"  # its own stream of patients: neither train nor valid
+POOL_SPLIT = "reference"  # a stream of patients that is separate from train and valid
 POOL_SIZE = 4
 POOL_THICKNESS = 4.0  # mm: thin slices would make the pool larger than the model
 
 
 def write_pool(folder: Path) -> None:
-    """Normal phantoms as NIfTI, with their index."""
+    """Write normal phantoms as NIfTI files, with their index."""
     folder.mkdir(parents=True)
     index = kept = 0
     while kept < POOL_SIZE:
@@ -38,7 +38,7 @@ def write_pool(folder: Path) -> None:
         if patient.findings or patient.slice_mm < POOL_THICKNESS:
             continue
         scan = render_patient(patient)
-        # Below -1000 HU and above 1200 the windows of the encoder clip anyway, and constants compress well.
+        # The encoder clips values below -1000 and above 1200 HU anyway, and constant regions compress well.
         image = nib.Nifti1Image(np.clip(scan.hu, -1000, 1200), scan.affine)
         image.header.set_xyzt_units("mm")
         image.to_filename(folder / f"normal_{kept + 1}.nii.gz")
@@ -47,18 +47,18 @@ def write_pool(folder: Path) -> None:
 
 
 def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """Write the released form of the checkpoint `source` to `target`, an earlier release of which is replaced.
+    """Write the release form of the checkpoint `source` to `target`. An earlier release there is replaced.
 
     Raises:
-        ValueError: `target` is there and is no checkpoint.
+        ValueError: `target` exists and is not a checkpoint.
     """
     target = Path(target)
     if target.exists() and not (target / "config.json").is_file():
         raise ValueError(f"{target} is not a checkpoint folder: it would be lost.")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(str(source))
-    # Matrices in bfloat16 halve the download. Norms and biases are few, and variances and the whitening, which are
-    # buffers, lose most by rounding.
+    # Matrices in bfloat16 halve the download. Norms, biases and buffers (variances, whitening) stay in float32: they
+    # are small, and buffers suffer most from rounding.
     trained = dict(model.named_parameters())
     state = {
         name: value.bfloat16() if name in trained and value.is_floating_point() and value.ndim > 1 else value
@@ -73,7 +73,7 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         processor.save_pretrained(staged)
         write_licence(staged)
         write_endpoint(staged)
-        write_card(staged)  # without numbers, which `hub.card` adds when these weights have been evaluated
+        write_card(staged)  # without numbers; `hub.card` adds them when these weights are evaluated
         if target.exists():
             os.replace(target, Path(temporary) / "previous")
         os.replace(staged, target)

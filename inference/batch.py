@@ -1,14 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports of many scans (`diffvp batch`), on one machine here and on many in `ray.py`.
+Write the reports of many scans (`diffvp batch`), on one machine here and on many in `ray.py`.
 
-    reports.jsonl           line 1: what writes the reports; then a line for each scan
+    reports.jsonl           line 1: checkpoint and settings; then one line per scan (docs/reports.md)
     reports.failed.jsonl    scans that could not be read in the last run, and why
 
-A run that was interrupted goes on where it was, by either of the two. A scan is done if its name *and* the SHA-256 of
-its file have a report: another `scan.nii.gz` is read, and so is a file that was replaced. The last report of a
-scan counts. Scans appear in these files by the names that the caller gave them, and nowhere else.
+Both continue an interrupted run. A scan is done if its name *and* the SHA-256 of its file have a report: a different
+file of the same name is read, and so is a file that was replaced. If a scan has several reports, the last one counts.
+Scans appear in these files under the names given by the caller, and in no other file.
 """
 
 import hashlib
@@ -25,48 +25,47 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
-from ..anatomy_diffvp import anatomy_warnings
 from ..clinical.results import BatchResults
 from ..data.cache import ContentHashes, preprocessing
 from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from ..data.scans import find_scans
 from ..data.table import PATH_COLUMNS
-from ..metrics.consistency import report_consistency
-from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..pipeline_diffvp import RESEARCH_USE, describe_findings
 from ..provenance import compare, library_versions
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
 from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
+from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report
 from .engines import load_engine
-from .report import greedy, identify_model, load_checkpoint, public_fields
+from .report import greedy, load_checkpoint
 
-# Encoded references that are kept: those of a pool of this size all, of a larger one those that were used last. Of
-# 1,024 voxel tokens each takes 2 MB.
+# Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
 KEPT_REFERENCES = 2048
 NEAREST = "nearest"
 
 
 class BatchError(ValueError):
-    """The output is no file of reports, or was begun with other settings."""
+    """The output is not a file of reports, or was started with other settings."""
 
 
 @dataclass(frozen=True)
-class Scan:
-    """A scan by its name in the output."""
+class ListedScan:
+    """A scan with its name in the output."""
 
     id: str
     path: Path
 
 
-def list_scans(source: str | os.PathLike) -> list[Scan]:
+def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     """
-    The scans of a folder, at any depth; or of a list: a text file with a path in each line, or a .csv file with a
-    column `path` (or `file_name`) and, if the paths are not to be the names, one `id`; or the one scan that is named.
+    List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
 
-    Paths are relative to the list. A folder that holds DICOM slices is a scan, wherever it lies.
+    A list is a text file with one path per line, or a .csv file with a column `path` (or `file_name`) and optionally a
+    column `id` with the names; without it, paths are names. Paths are relative to the list. A folder of DICOM slices
+    is one scan.
 
     Raises:
-        DatasetError: all that is wrong with the list. Whether its files can be read, only reading them tells.
+        DatasetError: all problems of the list. The scans themselves are not read here.
     """
     source, problems = Path(source).absolute(), []
     if source.is_dir():
@@ -75,9 +74,9 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
             raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
         names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
-        return list(map(Scan, names, found))
+        return list(map(ListedScan, names, found))
     if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
-        return [Scan(source.name, source)]
+        return [ListedScan(source.name, source)]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
         if not path:
@@ -86,7 +85,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
             found = f"{shown(name)}, as in row {rows[name]}"
             problems.append(Problem(source.name, number, "id", found, "one row per id"))
         rows.setdefault(name, number)
-        scans.append(Scan(name, source.parent / path))
+        scans.append(ListedScan(name, source.parent / path))
     if not (scans or problems):
         problems.append(Problem(source.name, None, "list", "empty", "paths of scans"))
     raise_problems(problems)
@@ -94,7 +93,7 @@ def list_scans(source: str | os.PathLike) -> list[Scan]:
 
 
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
-    """Row, name and path of each scan of a list."""
+    """Yield row number, name and path of each scan of a list."""
     if source.suffix.lower() not in (".csv", ".tsv"):
         try:
             lines = source.read_text(encoding="utf-8-sig").splitlines()
@@ -120,7 +119,7 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
 
 
 def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
-    """The references that a user names, and a digest of their ids and contents.
+    """Return the pool of the references that a user names, and a digest of their ids and contents.
 
     Raises:
         DatasetError: there are none, or one is missing.
@@ -138,37 +137,36 @@ def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
     return ReferencePool.of_paths({scan.id: scan.path for scan in scans}, digests), digest
 
 
-# Name, SHA-256 of the file (`None` where there is none), and features or the error that refused the scan.
+# Name, SHA-256 of the file (`None` if it is missing), and the features or the error that refused the scan.
 ReadScan = tuple[str, str | None, BatchFeature | CTInputError]
 
 
 class ReportWriter:
     """
-    A checkpoint that writes reports of batches of scans: encoder, references and engine.
+    Writer of reports for batches of scans: a checkpoint with its references and an engine.
 
-    A reference is encoded once, however many scans are compared with it. A scan is encoded by itself, so that its
-    prompt does not depend on the batch.
+    Each reference is encoded once. Each scan is encoded separately, so its prompt does not depend on the batch.
 
     Args:
         checkpoint: folder or Hub id.
         engine: see [`load_engine`].
-        reference: a normal scan, or a folder or list of them (see [`list_scans`]), instead of the checkpoint's pool;
-            or "nearest": of the checkpoint's pool the scan whose mean features are closest.
-        reference_seed: of the choice of references.
-        max_new_tokens: where to stop; the default is the checkpoint's.
+        reference: normal scan, or folder or list of normal scans (see [`list_scans`]), used instead of the
+            checkpoint's pool; or "nearest" for the scan of that pool whose mean features are closest.
+        reference_seed: random seed for the choice of references.
+        max_new_tokens: maximum length in tokens; `None` keeps the checkpoint's.
         allow_any_anatomy: also write reports of scans without lungs, which fail otherwise.
-        dicom: folder that gets structured report and difference map of each scan; what is no DICOM then fails.
-        fhir: whether each record has a FHIR DiagnosticReport.
+        dicom: folder for structured report and difference map of each scan. Scans that are not DICOM then fail.
+        fhir: add a FHIR DiagnosticReport to each record.
         dtype: see [`load_checkpoint`].
-        hub_kwargs: of the Hub, such as `revision`.
+        hub_kwargs: options of the Hub, such as `revision`.
         engine_options: see [`VLLMEngine`].
 
     Attributes:
-        header: what writes the reports; the first line of their file.
+        header: checkpoint, settings and versions; the first line of a file of reports.
 
     Raises:
-        DiffVPCheckpointError, EngineError: it cannot be loaded.
-        ReferencePoolError: it has no references.
+        DiffVPCheckpointError, EngineError: checkpoint or engine cannot be loaded.
+        ReferencePoolError: the checkpoint has no references.
     """
 
     def __init__(
@@ -198,7 +196,7 @@ class ReportWriter:
             given = {"references": NEAREST}
             if self.model.config.compares_voxels:
                 raise ReferencePoolError(
-                    "This checkpoint compares voxels, not features, by which the nearest is told."
+                    "This checkpoint compares voxels: it has no features by which to find the nearest reference."
                 )
         if self.processor.reference_pool is None:
             raise ReferencePoolError(
@@ -214,38 +212,33 @@ class ReportWriter:
             **given,
             "reference_seed": reference_seed,
             "preprocessing": preprocessing(self.processor.image_processor),
-            "decoding": {
-                "engine": self.engine.name,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "instruction": self.processor.instruction,
-                "generation_config": public_fields(self.decoding.to_diff_dict()),
-            },
+            "decoding": describe_decoding(self.model, self.processor, self.decoding, self.engine.name),
         }
         if self.clinical is not None:
             settings["results"] = {"dicom": dicom is not None, "fhir": fhir}
         self.header = {
+            "schema_version": SCHEMA_VERSION,
             "statement": RESEARCH_USE,
             "intended_domain": self.model.config.intended_domain,
-            "settings": json.loads(json.dumps(settings)),  # as it will be read: tuples are lists
+            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in the file
             "versions": library_versions(),
         }
         self._stamp = {
             "checkpoint": {key: made_by["checkpoint"][key] for key in ("name", "commit")},
             "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-            "statement": RESEARCH_USE,
         }
         self._instruction = dict(self.processor(text=self.processor.instruction).to(self.model.device))
         self._pool = {entry["id"]: entry for entry in self.processor.reference_pool.entries}
         self._reference = lru_cache(KEPT_REFERENCES)(self._encode_reference)
         self._signature = lru_cache(None)(self._mean_features)  # a few hundred numbers each
 
-    def read(self, scans: Sequence[Scan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
-        """Name, file digest and features of each scan, or the error that refused it, in their order."""
+    def read(self, scans: Sequence[ListedScan], workers: int, digest: Callable[[Path], str]) -> Iterator[ReadScan]:
+        """Yield name, file digest and features of each scan, or the error that refused it, in order."""
         digests = deque()
 
         def paths() -> Iterator[Path]:
             for scan in scans:
-                # Before it is read: a file that is replaced in between counts as another one in the next run.
+                # Hashed before reading: if the file is replaced in between, the next run reads it again.
                 digests.append(digest(scan.path) if scan.path.exists() else None)
                 yield scan.path
 
@@ -260,57 +253,69 @@ class ReportWriter:
     def write(
         self, batch: Iterable[ReadScan], on_tokens: Callable[[list[int]], None] | None = None
     ) -> tuple[list[dict], list[dict]]:
-        """The records of a batch of what [`read`] yields, and those of its failures.
+        """Write the reports of a batch.
 
         Args:
+            batch: items of [`read`].
             on_tokens: see [`Engine.generate`].
+
+        Returns:
+            the records of the reports, and those of the failures.
         """
-        prompts, drafts, failures, coverages, sources = [], [], [], [], []
+        prompts, drafts, failures, sources = [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
             try:
-                prompt, draft = self._prompt(features)
+                prompt, draft, known = self._prompt(features)
             except NoOtherReferenceError as error:
                 failures.append({"id": name, "error": type(error).__name__, "message": str(error)})
                 continue
-            coverages.append(features["geometry"][0].coverage)
             sources.append(features.get("source"))
             prompts.append(prompt)
-            drafts.append({"id": name, "file_sha256": file_sha256, **draft})
+            drafts.append(({"id": name, "file_sha256": file_sha256, **draft}, known))
         written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
-        records = [self._finish(draft, tokens) for draft, tokens in zip(drafts, written, strict=True)]
-        for record, coverage in zip(records, coverages, strict=True):
-            record["coverage"], record["warnings"] = coverage, anatomy_warnings(coverage)
-            record["consistency"] = report_consistency(record["report"], record["findings"])
+        records = [
+            draft | written_report(self.model, self.processor, tokens, decoding=self.decoding, **known) | self._stamp
+            for (draft, known), tokens in zip(drafts, written, strict=True)
+        ]
         if self.clinical is not None:
             for record, source in zip(records, sources, strict=True):
                 self.clinical.write(record, self.header, source)
         return records, failures
 
-    def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict]:
-        """The prompt of a scan, (length, h), and what is known of it before its report is written."""
+    def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict, dict]:
+        """Return the prompt of a scan, (length, h), first fields of its record, arguments of [`written_report`]."""
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
         logits = scan.pop("diagnosis_logits", None)
-        reference, compared = self._choose(geometry.sha256, scan)
+        name, (compared, is_hu) = self._choose(geometry.sha256, scan)
         with torch.no_grad():
             comparison = self.model.compare(**scan, **compared)
         [prompt] = self.model.embed_prompt(**self._instruction, diagnosis_logits=logits, comparison=comparison)
         findings = []
         if logits is not None:
             [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
-        draft = {"sha256": geometry.sha256, "reference": reference, "findings": findings}
+        draft = {"sha256": geometry.sha256, "reference": name}
         if self.clinical is not None and self.clinical.dicom is not None:
             draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
-        return prompt, draft
+        return prompt, draft, {"findings": findings, "geometry": geometry, "is_hu": geometry.is_hu and is_hu}
 
-    def _choose(self, scan: str, encoded: dict) -> tuple[str, dict[str, torch.Tensor]]:
-        """Id and encoding of the reference of a scan, of its digest and encoding."""
+    def _choose(self, scan: str, encoded: dict) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
+        """
+        Choose the reference of a scan.
+
+        Args:
+            scan: SHA-256 of the content of the scan.
+            encoded: encoding of the scan.
+
+        Returns:
+            id of the reference, its encoding, and whether its voxels are Hounsfield units.
+        """
         pool = self.processor.reference_pool
 
-        def load(entry: dict[str, str]) -> tuple[str, dict[str, torch.Tensor]]:
+        def load(entry: dict[str, str]) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
             return self._reference(entry["id"])
 
         if not self.nearest:
@@ -321,30 +326,28 @@ class ReportWriter:
         )
 
     def _mean_features(self, name: str) -> torch.Tensor:
-        return self._reference(name)[1]["reference_features"].mean(dim=1)
+        encoded, _ = self._reference(name)[1]
+        return encoded["reference_features"].mean(dim=1)
 
-    def _finish(self, draft: dict, tokens: list[int]) -> dict:
-        findings, ends = draft.pop("findings"), end_tokens(self.decoding)
-        return draft | describe_text(self.processor, tokens, findings, ends) | self._stamp
-
-    def _encode_reference(self, name: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """Digest and encoding of a reference."""
+    def _encode_reference(self, name: str) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
+        """Return digest and encoding of a reference, and whether its voxels are Hounsfield units."""
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
-        return features["geometry"][0].sha256, self.model.encode_inputs(reference=features["ct"])
+        geometry = features["geometry"][0]
+        return geometry.sha256, (self.model.encode_inputs(reference=features["ct"]), geometry.is_hu)
 
 
 class ReportFile:
     """
-    A file of reports, and beside it one of failures, to which one run at a time adds.
+    A file of reports with its file of failures. One run at a time may add to them.
 
     Attributes:
-        done: the scans whose reports it holds: name and SHA-256 of the file.
-        failed: how many scans failed in this run.
-        digest: the SHA-256 of a file, or of the files of a folder; remembered beside the reports.
+        done: {name: SHA-256 of the file} of the scans that have a report.
+        failed: number of scans that failed in this run.
+        digest: function that returns the SHA-256 of a file, or of the files of a folder; results are cached on disk.
 
     Raises:
-        BatchError: there is a file that is none of reports.
+        BatchError: the file exists and is not a file of reports.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -361,14 +364,15 @@ class ReportFile:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n") and self._header is not None:
-                    break  # half a record: the run that wrote it was killed
+                    break  # half a record, left by a killed run
                 try:
                     entry = json.loads(line)
                     if number == 1:
                         self._header = {"settings": entry["settings"]}
                     else:
                         name = entry["id"]
-                        self.done[name] = entry.get("file_sha256")  # earlier versions wrote none: read again
+                        # Files of earlier versions have no digest: their scans are read again.
+                        self.done[name] = entry.get("file_sha256")
                 except (ValueError, KeyError, TypeError) as error:
                     expected = "what diffvp batch writes; choose another output"
                     raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
@@ -377,10 +381,10 @@ class ReportFile:
             raise BatchError(f"{self.path.name} is empty; expected what diffvp batch writes, or no file.")
 
     def begin(self, header: dict) -> None:
-        """Go on with the file, or begin it.
+        """Start the file, or continue it.
 
         Raises:
-            BatchError: it was begun with other settings.
+            BatchError: it was started with other settings.
         """
         if self._header is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -391,7 +395,7 @@ class ReportFile:
         others = compare(self._header["settings"], header["settings"])
         if others:
             raise BatchError(
-                f"{self.path.name} was begun with other settings: {'; '.join(others)}. Choose another output."
+                f"{self.path.name} was started with other settings: {'; '.join(others)}. Choose another output."
             )
         if not self._files:
             with self.path.open("r+b") as file:
@@ -399,7 +403,7 @@ class ReportFile:
             self._files = (self.path.open("a", encoding="utf-8"), self.failures.open("w", encoding="utf-8"))
 
     def add(self, records: Sequence[dict], failures: Sequence[dict]) -> None:
-        """Write records and failures of a batch; they are on the disk when this returns."""
+        """Write the records and failures of a batch. They are on the disk when this returns."""
         for file, lines in zip(self._files, (records, failures), strict=True):
             file.writelines(map(_line, lines))
             file.flush()
@@ -407,8 +411,11 @@ class ReportFile:
         self.done |= {record["id"]: record["file_sha256"] for record in records}
         self.failed += len(failures)
 
-    def waiting(self, scans: Sequence[Scan]) -> tuple[list[Scan], int]:
-        """The scans without a report, no longer `done`, and how many have the name of another that has one."""
+    def waiting(self, scans: Sequence[ListedScan]) -> tuple[list[ListedScan], int]:
+        """Return the scans without a report, and how many of these have the name of another scan with a report.
+
+        The returned scans are removed from `done`.
+        """
         named = [scan for scan in scans if scan.id in self.done]
         same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
         waiting = [scan for scan in scans if scan.id not in same]
@@ -425,7 +432,7 @@ class ReportFile:
 
 
 def write_reports(
-    scans: Sequence[Scan],
+    scans: Sequence[ListedScan],
     output: str | os.PathLike,
     writer: ReportWriter,
     *,
@@ -435,16 +442,17 @@ def write_reports(
     on_replaced: Callable[[int], None] = lambda count: None,
 ) -> ReportFile:
     """
-    Write the reports of all scans that `output` does not hold yet. While a batch is decoded, the next is read.
+    Write the reports of all scans that `output` does not hold yet. The next batch is read while one is decoded.
 
     Args:
-        batch_size: scans that are decoded together.
-        workers: threads that read.
-        on_progress: is told after each batch.
-        on_replaced: is told how many scans have the name, but not the content, of one that has a report.
+        batch_size: number of scans to decode together.
+        workers: number of threads that read.
+        on_progress: called after each batch.
+        on_replaced: called with the number of scans that share their name, but not their content, with a scan that has
+            a report.
 
     Raises:
-        BatchError: `output` is no file of reports, or was begun with other settings.
+        BatchError: `output` is not a file of reports, or was started with other settings.
     """
     with ReportFile(output) as file:
         file.begin(writer.header)
@@ -464,7 +472,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def _ahead(items: Iterator) -> Iterator:
-    """Each item, while a thread makes the next."""
+    """Yield each item while a thread prepares the next."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -473,4 +481,4 @@ def _ahead(items: Iterator) -> Iterator:
 
 
 def _line(entry: dict) -> str:
-    return json.dumps(entry) + "\n"  # in ASCII, so that a name that is not UTF-8 can be written, too
+    return json.dumps(entry) + "\n"  # ASCII, so that names that are not valid UTF-8 can be written

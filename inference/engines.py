@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What decodes a report: finished prompts in, greedy token ids out.
+Decoding engines: they take complete prompts and return greedy token ids.
 
 The vision part of the model and the prompt of eq. 9 are the same for every engine: `embed_prompt` makes the *whole*
-prompt, and an engine sees nothing but a stock LLM and embeddings. These come from `embed_prompt` alone. Do not let
-users send any: engines load tensors, and trust them.
+prompt, and an engine sees only a stock LLM and embeddings. Do not accept embeddings from users: engines load these
+tensors without checking them.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 from ..drafts_diffvp import decode
 from ..pipeline_diffvp import end_tokens
 
-# Of a generation config, what greedy decoding heeds, or does without: engines agree on it.
+# Settings of a generation config that greedy decoding uses or may ignore. All engines treat them alike.
 PLAIN = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample", "num_beams",
     "temperature", "top_k", "top_p", "use_cache", "output_attentions", "output_hidden_states", "transformers_version",
@@ -32,11 +32,11 @@ PLAIN = {
 
 
 class EngineError(RuntimeError):
-    """An engine is not installed, or cannot decode as the checkpoint wants it."""
+    """An engine is not installed, or does not support the generation config of the checkpoint."""
 
 
 class Engine(Protocol):
-    """`name` says what decodes, with its version, for the provenance of a report."""
+    """`name` is the name and version of the engine, for the provenance of a report."""
 
     name: str
 
@@ -47,19 +47,21 @@ class Engine(Protocol):
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[list[int]]:
         """
+        Decode prompts greedily.
+
         Args:
-            prompts: whole prompts without padding, `(length, h)` each, of `embed_prompt`.
-            decoding: greedy; how many tokens at most, and which end a report.
-            on_tokens: is told the next token of each prompt as they come, padding behind an end among them; what it
-                raises ends the decoding. vLLM tells nothing before its end.
+            prompts: complete prompts without padding, `(length, h)` each, from `embed_prompt`.
+            decoding: greedy generation config with the maximum number of tokens and the end tokens.
+            on_tokens: called with the next token of each prompt at every step; finished prompts give padding. An
+                exception that it raises ends the decoding. vLLM does not call it.
 
         Returns:
-            new token ids of each, up to its end token, or without one where the limit came first.
+            new token ids of each prompt, including the end token, or without it if the limit was reached first.
         """
 
 
 class TransformersEngine:
-    """The model's own LLM with the checkpoint's drafts, all prompts in one batch."""
+    """Engine that runs the model's own LLM with the drafts of the checkpoint, all prompts in one batch."""
 
     def __init__(self, model):
         self.language_model, self.drafts = model.language_model, model.drafts
@@ -81,24 +83,25 @@ class TransformersEngine:
 
 class VLLMEngine:
     """
-    vLLM in this process, on the merged LLM.
+    Engine that runs vLLM in this process, on the merged LLM.
 
-    LoRA is merged into the model first: beside prompts of embeddings, vLLM's own LoRA crashes
-    (vllm-project/vllm#51122). Prefixes are not cached: a prompt begins with what differs between two scans, so that no
-    other begins with it, and the cache has confused prompts with embeddings in them (vllm-project/vllm#56655).
+    LoRA is merged into the model first, because vLLM's own LoRA crashes with prompts of embeddings
+    (vllm-project/vllm#51122). Prefix caching is off: each prompt starts with the difference of its own two scans, so
+    prompts share no prefix, and the cache has confused prompts that contain embeddings (vllm-project/vllm#56655).
 
     Args:
-        model, tokenizer: of a checkpoint. Of the model's LLM only the embeddings of tokens are kept, for vLLM has the
-            rest: it can still encode, diagnose, embed prompts and map differences, but neither generate nor be saved.
-        options: more arguments of `vllm.LLM`, such as `tensor_parallel_size` or `gpu_memory_utilization`.
+        model, tokenizer: model and tokenizer of a checkpoint. Only the token embeddings of the model's LLM are kept,
+            because vLLM holds the rest. The model can still encode, diagnose, embed prompts and map differences, but
+            it cannot generate or be saved.
+        options: further arguments of `vllm.LLM`, such as `tensor_parallel_size` or `gpu_memory_utilization`.
 
     Raises:
         EngineError: vLLM is not installed.
-        DiffVPCheckpointError: the LLM is quantised, so that LoRA cannot be merged.
+        DiffVPCheckpointError: the LLM is quantised, so LoRA cannot be merged.
     """
 
     def __init__(self, model, tokenizer, **options):
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers that it is in use
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # disables telemetry
         try:
             import vllm
         except ModuleNotFoundError as error:
@@ -108,14 +111,14 @@ class VLLMEngine:
         model.merge_adapter()
         dtype = str(model.language_model.dtype).removeprefix("torch.")
         with tempfile.TemporaryDirectory(prefix="diffvp-") as folder:
-            # Else transformers would undo, on the LLM's weights, the renaming that it did when it loaded PEFT's.
+            # Otherwise transformers would revert, in the LLM's weights, the renaming it did when it loaded PEFT's.
             model.language_model.save_pretrained(folder, save_original_format=False)
             tokenizer.save_pretrained(folder)
-            _keep_embeddings(model)  # before vLLM asks how much memory is free
+            _keep_embeddings(model)  # before vLLM measures the free memory
             self.llm = vllm.LLM(
                 model=folder,
                 dtype=dtype,
-                generation_config="vllm",  # nothing but what `generate` is told
+                generation_config="vllm",  # only the sampling parameters of `generate` apply
                 enable_prompt_embeds=True,
                 enable_prefix_caching=False,
                 **options,
@@ -128,19 +131,22 @@ class VLLMEngine:
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[list[int]]:
         """
+        Decode prompts greedily, see [`Engine.generate`].
+
         Raises:
             EngineError: the checkpoint's generation config asks for more than greedy decoding, such as a penalty.
         """
         others = {key: value for key, value in decoding.to_diff_dict().items() if key not in PLAIN and key[0] != "_"}
         if others:
             raise EngineError(
-                f"generation_config sets {', '.join(others)}; expected none of it: vLLM decodes plainly here."
+                f"generation_config sets {', '.join(others)}; expected none of them: the engine vllm supports plain "
+                "greedy decoding only."
             )
         greedy = self._vllm.SamplingParams(
             temperature=0.0,
             max_tokens=decoding.max_new_tokens,
             stop_token_ids=end_tokens(decoding),
-            ignore_eos=True,  # those of the generation config count, and no other that vLLM finds in a folder
+            ignore_eos=True,  # only the end tokens of the generation config count, not those of the folder
             detokenize=False,
         )
         requests = [{"prompt_embeds": prompt.detach().cpu()} for prompt in prompts]
@@ -151,11 +157,11 @@ class VLLMEngine:
 
 def load_engine(name: str, model, tokenizer, **options) -> Engine:
     """
-    The engine of a name, with LoRA merged into `model` for good.
+    Return the engine of a name. LoRA is merged into `model` permanently.
 
     Args:
         name: "transformers" or "vllm".
-        options: of [`VLLMEngine`].
+        options: options of [`VLLMEngine`].
 
     Raises:
         EngineError: there is no such engine, or it is not installed.
@@ -169,13 +175,13 @@ def load_engine(name: str, model, tokenizer, **options) -> Engine:
 
 
 class _Streamer(BaseStreamer):
-    """transformers' own take one prompt at a time."""
+    """Streamer for several prompts; those of transformers take one prompt at a time."""
 
     def __init__(self, on_tokens: Callable[[list[int]], None]):
         self.on_tokens = on_tokens
 
     def put(self, value: torch.Tensor) -> None:
-        if value.ndim == 1:  # the first has the ids of the prompts, of which there are none
+        if value.ndim == 1:  # the first call has the ids of the prompts, which are empty here
             self.on_tokens(value.tolist())
 
     def end(self) -> None:
@@ -183,7 +189,7 @@ class _Streamer(BaseStreamer):
 
 
 def _keep_embeddings(model) -> None:
-    """Free the LLM's weights but the embeddings of its tokens."""
+    """Free all weights of the LLM except its token embeddings."""
     embeddings = copy.deepcopy(model.get_input_embeddings())
     model.language_model.to("meta")
     model.set_input_embeddings(embeddings)
@@ -192,6 +198,6 @@ def _keep_embeddings(model) -> None:
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to the first that ends a report, with it; what follows is padding."""
+    """Return the tokens up to and including the first end token; the rest is padding."""
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: end + 1]

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of a report: target, reference and difference map in three planes, the findings that are named, the text.
+"""The figure of a report: target, reference and difference map in three planes, the named findings, and the text.
 
 Volumes are indexed [depth, height, width] as the model's tensors: depth runs from inferior to superior, height from
 anterior to posterior, width from the patient's right to left. Axial and coronal planes are shown as seen from the feet
@@ -24,24 +24,25 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 PLANES = ("axial", "coronal", "sagittal")
-# What stands at the left, right, top and bottom of each plane.
+# Letters at the left, right, top and bottom of each plane.
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}  # HU: black, white
 VIEWS = (("axial", "lung"), ("axial", "mediastinum"), ("coronal", "lung"), ("sagittal", "mediastinum"))
 COLORS = "inferno"
-OPACITY = 0.65  # of the map's largest value in the body; its smallest is transparent
-MARGIN = 8  # voxels of air that are shown around the bodies
-TABLE = 9  # voxels: what is thinner in an axial plane is the scanner's table or a blanket
-SOLID = 0.8  # of the voxels of a square of that size: with fewer that are denser than air it holds no lung
-TISSUE_HU = -520.0  # a voxel above it is tissue
-AIR_HU = -960.0  # lung is above it, but for bullae; the air around the patient is below
-MIN_LUNG = 0.03  # of the body: with less lung its ends say nothing
-# Of the largest section through the lungs: less is beyond their end. Where their end has more, the scan cuts them off.
+OPACITY = 0.65  # of the map's largest value in the body; the smallest value is transparent
+MARGIN = 8  # voxels of air shown around the bodies
+TABLE = 9  # voxels: thinner structures in an axial plane are the scanner's table or a blanket
+SOLID = 0.8  # minimum share of voxels denser than air in a square of that size, for it to hold lung
+TISSUE_HU = -520.0  # voxels above it are tissue
+AIR_HU = -960.0  # lung is above it, except for bullae; air around the patient is below
+MIN_LUNG = 0.03  # minimum share of lung in the body, for the ends of the lungs to be meaningful
+# Shares of the largest section through the lungs. Sections below END lie beyond the lungs. If the last section has
+# more than CUT, the scan cuts the lungs off there.
 END, CUT = 0.05, 0.3
-NEAR_MM = 10.0  # a finding is marked on slices that pass so near
-SHOWN = 8  # findings with a slice of their own
-BARS_MM = (50, 10)  # scale bars: the longer one where it fits twice
-# Inches: all columns of planes, a row at most, the text beside them, and what stands around them.
+NEAR_MM = 10.0  # a finding is marked on slices within this distance
+SHOWN = 8  # maximum number of findings with a slice of their own
+BARS_MM = (50, 10)  # scale bars: the longer one if it fits twice
+# Inches: width of all columns, maximum height of a row, width of the text, and the margins.
 INCHES, HIGHEST, TEXT, LEFT, TOP, BOTTOM, GAP = 12.0, 4.0, 4.0, 0.4, 0.85, 0.6, 0.05
 TITLE = 0.45  # above the slice of a finding
 LINE, LETTERS, REPORT_LINES = 0.165, 56, 26  # inches a line of text, letters in it, lines of the report
@@ -50,22 +51,22 @@ MARK = "lime"
 
 @dataclass(frozen=True)
 class Drawn:
-    """A volume (depth, height, width) in HU, and its `affine`: 4x4, index -> RAS+ mm of the scan's own frame."""
+    """A volume (depth, height, width) in HU with its `affine`: 4x4, index -> RAS+ mm in the frame of the scan."""
 
     hu: np.ndarray
     affine: np.ndarray
 
     @property
     def spacing(self) -> np.ndarray:
-        """mm (depth, height, width)."""
+        """Voxel size in mm (depth, height, width)."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     def position(self, at: Sequence[float]) -> np.ndarray:
-        """RAS+ mm (x, y, z) of an index (depth, height, width)."""
+        """Return the position in RAS+ mm (x, y, z) of an index (depth, height, width)."""
         return (self.affine @ (*at, 1.0))[:3]
 
     def index(self, position: Sequence[float]) -> tuple[int, int, int]:
-        """The voxel that is nearest to RAS+ mm."""
+        """Return the voxel nearest to a position in RAS+ mm."""
         at = np.linalg.solve(self.affine, (*position, 1.0))[:3]
         return tuple(int(n) for n in np.clip(np.rint(at), 0, np.array(self.hu.shape) - 1))
 
@@ -76,13 +77,13 @@ class Drawn:
 
 
 def to_hu(grey: np.ndarray, hu_window: Sequence[float]) -> np.ndarray:
-    """Grey values in [-1, 1] as the HU of the window that they are clipped to."""
+    """Convert grey values in [-1, 1] to the HU of the window that they are clipped to."""
     low, high = hu_window
     return low + (grey + 1) * ((high - low) / 2)
 
 
 def plane(volume: np.ndarray, name: str, index: int) -> np.ndarray:
-    """One plane of a volume [depth, height, width] as an image: rows from top to bottom, columns from left to right.
+    """Return a plane of a volume [depth, height, width] as an image: rows from top to bottom, columns left to right.
 
     `index` counts along depth for "axial", along height for "coronal", along width for "sagittal".
     """
@@ -97,17 +98,17 @@ def plane(volume: np.ndarray, name: str, index: int) -> np.ndarray:
 
 def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = AIR_HU) -> np.ndarray:
     """
-    The inside of the body, in each axial plane: solid tissue, and what has some on all four sides.
+    Return the mask of the inside of the body: in each axial plane, solid tissue, and voxels with tissue on four sides.
 
-    Lung at the border of a small field of view has tissue on two sides or three, and is denser than air. A volume
-    without any tissue counts as body throughout.
+    Lung at the border of a small field of view has tissue on two or three sides only, and is denser than air. In a
+    volume without tissue, every voxel counts as body.
 
     Args:
-        tissue_hu, air_hu: above these a voxel is tissue, and may be lung; in the units of the volume.
+        tissue_hu, air_hu: thresholds for tissue and for lung, in the units of the volume.
     """
     tissue = torch.from_numpy(volume > tissue_hu).float()[:, None]
-    for sign in (-1, 1):  # an opening: shrunk, then grown
-        for kernel in ((TABLE, 1), (1, TABLE)):  # row by column, which is the same
+    for sign in (-1, 1):  # morphological opening: erosion, then dilation
+        for kernel in ((TABLE, 1), (1, TABLE)):  # a square kernel is separable into a row and a column
             padding = [size // 2 for size in kernel]
             tissue = sign * F.max_pool2d(sign * tissue, kernel, stride=1, padding=padding)
     tissue = tissue[:, 0].numpy() > 0
@@ -115,7 +116,7 @@ def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = 
     for axis in (1, 2):
         sides += np.logical_or.accumulate(tissue, axis=axis)
         sides += np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis=axis), axis)
-    # Noise makes lung of single voxels and holes in lung; a blanket is denser than air, but thin.
+    # Noise gives single voxels the density of lung, and makes holes in lung. A blanket is denser than air, but thin.
     dense = torch.from_numpy(volume > air_hu).float()[:, None]
     lung = F.avg_pool2d(dense, TABLE, stride=1, padding=TABLE // 2, count_include_pad=False) > SOLID
     lung = dense * F.max_pool2d(lung.float(), TABLE, stride=1, padding=TABLE // 2)
@@ -124,7 +125,7 @@ def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = 
 
 
 def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
-    """Index of the map's largest value inside the body; the centre of the body where the map is flat."""
+    """Return the index of the map's largest value inside the body, or the centre of the body if the map is flat."""
     values = np.where(body, difference, -np.inf)
     if values.max() == difference[body].min():
         return tuple(int(np.median(indices)) for indices in np.nonzero(body))
@@ -133,9 +134,11 @@ def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
 
 def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], tuple[int, bool]]] | None:
     """
-    First and last voxel of the lungs along each axis, each with whether they end there: else the scan cuts them off.
+    Find the ends of the lungs along each axis.
 
-    `None`: there is too little lung to tell.
+    Returns:
+        first and last voxel of the lungs along each axis, each with `True` if the lungs end there and `False` if the
+        scan cuts them off; `None` if there is too little lung.
     """
     lung = body & (hu > AIR_HU) & (hu < TISSUE_HU)
     if lung.sum() < MIN_LUNG * body.sum():
@@ -150,10 +153,11 @@ def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], 
 
 def matching_place(at: Sequence[int], target: Drawn, reference: Drawn, ends, reference_ends) -> tuple[int, ...]:
     """
-    The voxel of the reference at the same place of the lungs; the same index where one of the scans shows none.
+    Return the voxel of the reference at the same place of the lungs, or the same index if one scan shows no lungs.
 
-    Along each axis it lies in proportion between their ends; where a scan cuts one of these off, as many mm from the
-    other, but not beyond the lungs for a voxel that is not; where it cuts off both, at the same index.
+    Along each axis, the position between the ends of the lungs is kept in proportion. If a scan cuts off one end, the
+    distance in mm to the other end is kept; a voxel inside the lungs stays inside. If it cuts off both ends, the index
+    is kept.
 
     Args:
         at: index in the target.
@@ -176,7 +180,7 @@ def matching_place(at: Sequence[int], target: Drawn, reference: Drawn, ends, ref
 
 
 def draw_figure(path: str | Path, *volumes: np.ndarray, **options) -> None:
-    """Write what [`compose_figure`] makes as a PNG."""
+    """Write the figure of [`compose_figure`] as a PNG."""
     compose_figure(*volumes, **options).savefig(path, format="png")
 
 
@@ -196,16 +200,18 @@ def compose_figure(
     footer: str,
 ) -> Figure:
     """
-    Rows target, reference, target with map, through the map's peak; then an axial slice of each finding; beside them
-    the report's first lines and a legend.
+    Compose the figure: rows target, reference, and target with map, through the peak of the map; below them an axial
+    slice of each finding; at the side the first lines of the report and a legend.
 
     Args:
-        target, difference: (depth, height, width); HU clipped to `hu_window`, and a map that is not negative.
+        target, difference: (depth, height, width); HU clipped to `hu_window`, and a non-negative map.
         reference: (depth, height, width), of the same shape.
-        is_hu: `False`: the voxels have another unit, and are shown in `hu_window` alone.
-        has_lungs: `False`: the target is not of a chest, and has no slices to match; gas of the bowel looks like lung.
-        target_affine, reference_affine: 4x4, index (depth, height, width) -> RAS+ mm of the scan's own frame.
-        findings: to be named: `label`, and for a slice of its own `peak`, RAS+ mm of the target's frame.
+        is_hu: `False` if the voxels have another unit; they are then shown in `hu_window` only.
+        has_lungs: `False` if the target is not a chest. Slices are then not matched, because gas in the bowel looks
+            like lung.
+        target_affine, reference_affine: 4x4, index (depth, height, width) -> RAS+ mm in the frame of each scan.
+        findings: findings to name: `label`, and optionally `peak`, RAS+ mm in the frame of the target, which gives the
+            finding a slice of its own.
     """
     shapes = {volume.shape for volume in (target, reference, difference)}
     if len(shapes) != 1:
@@ -214,17 +220,12 @@ def compose_figure(
     body, reference_body = body_mask(target, **levels), body_mask(reference, **levels)
     box = _bounding_box(body | reference_body)
     one, other = Drawn(target, target_affine).cropped(box), Drawn(reference, reference_affine).cropped(box)
-    difference, body, reference_body = difference[box], body[box], reference_body[box]
+    difference, body = difference[box], body[box]
     at = peak(difference, body)
-    both = [(one, body), (other, reference_body)]
-    ends = [lung_ends(drawn.hu, mask) if is_hu and has_lungs else None for drawn, mask in both]
-    place = matching_place(at, one, other, *ends)
-    spans = [(int(indices.min()), int(indices.max())) for indices in np.nonzero(reference_body)]
-    place = tuple(min(max(index, low), high) for index, (low, high) in zip(place, spans, strict=True))
-    # Units are arbitrary: what can be read off is where the difference is large against its largest value.
+    place, matched = _place_in_reference(at, (one, body), (other, reference_body[box]), is_hu and has_lungs)
+    # The units are arbitrary. The scale shows the difference relative to its largest value.
     difference = difference / (difference[body].max() or 1.0)
-    scale = Normalize(difference[body].min(), 1, clip=True)
-    colors = ScalarMappable(scale, COLORS)
+    colors = ScalarMappable(Normalize(difference[body].min(), 1, clip=True), COLORS)
 
     views = list(dict.fromkeys((name, *_window(window, hu_window, is_hu)) for name, window in VIEWS))
     lengths = one.spacing * one.hu.shape
@@ -236,59 +237,26 @@ def compose_figure(
     own_width = (across - GAP * (columns - 1)) / columns
     own_height = min(own_width * lengths[1] / lengths[2], height)
     rows = -(-len(marked) // columns)
-    lines = _text(report, findings, len(marked), known=None not in ends)
+    lines = _text(report, findings, len(marked), matched)
     used = max(3 * (height + GAP) + rows * (own_height + TITLE), (len(lines) + 5) * LINE)
     size = np.array((LEFT + across + 0.2 + TEXT, TOP + used + BOTTOM))
 
     figure = Figure(size, dpi=130, facecolor="black")
-    FigureCanvasAgg(figure)  # the object itself: pyplot's global state would outlive the report
+    FigureCanvasAgg(figure)  # not pyplot, whose global state would outlive the report
 
     def panel(left: float, top: float, width: float, height: float):
-        """Axes at inches from the left and from below the title."""
+        """Add axes at a distance in inches from the left edge and from the title."""
         return figure.add_axes((left / size[0], 1 - (TOP + top + height) / size[1], width / size[0], height / size[1]))
 
-    for row, (label, drawn, where) in enumerate(
-        (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
-    ):
-        left = LEFT
-        for width, (name, window, low, high) in zip(widths * inches, views, strict=True):
-            axes = panel(left, row * (height + GAP), width, height)
-            axes.set_label(f"{label}: {name}, {window}")
-            _show(axes, drawn, name, where, (low, high))
-            if row == 0:
-                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
-            if left == LEFT:
-                axes.set_ylabel(label, color="white", fontsize=11)
-            left += width + GAP
-            if row < 2:
-                _cross(axes, drawn, name, where)
-            if row == 0:
-                _mark(axes, drawn, name, where, marked)
-            if row == 2:
-                values = plane(difference, name, at[PLANES.index(name)])
-                overlay = colors.to_rgba(values)
-                overlay[..., 3] = OPACITY * plane(body, name, at[PLANES.index(name)]) * scale(values)
-                axes.imshow(overlay, extent=axes.images[0].get_extent(), interpolation="bilinear")
-    for number, (where, finding) in enumerate(marked, 1):
+    shown = (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
+    _draw_planes(panel, views, widths * inches, height, shown, marked, (difference, body, colors))
+    for number, (where, _) in enumerate(marked, 1):
         row, column = divmod(number - 1, columns)
         top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
         axes = panel(LEFT + column * (own_width + GAP), top, own_width, own_height)
-        window, low, high = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
-        axes.set_label(f"finding {number}: axial, {window}")
-        _show(axes, one, "axial", where, (low, high))
-        axes.set_title(f"{number}  {_drawable(finding['label'])}\n{window}", color=MARK, fontsize=8, parse_math=False)
-        _mark(axes, one, "axial", where, marked[number - 1 : number], number)
-
-    left = LEFT + across + 0.2
-    text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
-    figure.text(left / size[0], 1 - TOP / size[1], _drawable("\n".join(lines)), **text)
-    bar = figure.colorbar(
-        colors, cax=panel(left, used - 0.45, TEXT * 0.75, 0.12), format="%.3g", orientation="horizontal",
-        ticks=MaxNLocator(4),
-    )  # fmt: skip
-    bar.set_label("difference / its maximum", color="white", fontsize=9)
-    bar.ax.tick_params(colors="white", labelsize=8)
-    bar.outline.set_edgecolor("white")
+        window = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
+        _show_finding(axes, one, number, marked[number - 1], window)
+    _write_beside(figure, panel, LEFT + across + 0.2, used, lines, colors)
     figure.suptitle(_drawable(title), y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)
     footer = "\n".join(textwrap.fill(line, int(size[0] * 13)) for line in _drawable(footer).splitlines())
     figure.text(
@@ -297,32 +265,112 @@ def compose_figure(
     return figure
 
 
+def _place_in_reference(
+    at: tuple[int, int, int], target: tuple[Drawn, np.ndarray], reference: tuple[Drawn, np.ndarray], by_lungs: bool
+) -> tuple[tuple[int, ...], bool]:
+    """Return the voxel of the reference to show, inside its body, and whether it was matched by the lungs."""
+    ends = [lung_ends(drawn.hu, mask) if by_lungs else None for drawn, mask in (target, reference)]
+    place = matching_place(at, target[0], reference[0], *ends)
+    spans = [(int(indices.min()), int(indices.max())) for indices in np.nonzero(reference[1])]
+    inside = tuple(min(max(index, low), high) for index, (low, high) in zip(place, spans, strict=True))
+    return inside, None not in ends
+
+
+def _draw_planes(
+    panel,
+    views: Sequence[tuple],
+    widths: np.ndarray,
+    height: float,
+    rows: Sequence[tuple],
+    marked: Sequence,
+    over: tuple,
+) -> None:
+    """
+    Draw the rows of planes.
+
+    Args:
+        panel: function that adds axes.
+        views: plane, caption of its window, and limits of the window, for each column.
+        widths, height: inches.
+        rows: label, volume and index of the target, of the reference, and of the target under the map.
+        marked: findings to mark.
+        over: map, mask of the body, and colours.
+    """
+    for row, (label, drawn, where) in enumerate(rows):
+        left = LEFT
+        for width, (name, window, *limits) in zip(widths, views, strict=True):
+            axes = panel(left, row * (height + GAP), width, height)
+            axes.set_label(f"{label}: {name}, {window}")
+            _show(axes, drawn, name, where, limits)
+            if left == LEFT:
+                axes.set_ylabel(label, color="white", fontsize=11)
+            left += width + GAP
+            if row < 2:
+                _cross(axes, drawn, name, where)
+            if row == 0:
+                axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
+                _mark(axes, drawn, name, where, marked)
+            if row == 2:
+                values, body = (plane(volume, name, where[PLANES.index(name)]) for volume in over[:2])
+                _overlay(axes, values, body, over[2])
+
+
+def _show_finding(axes, drawn: Drawn, number: int, marked: tuple, window: tuple[str, float, float]) -> None:
+    """Show the axial slice of a finding."""
+    (where, finding), (caption, *limits) = marked, window
+    axes.set_label(f"finding {number}: axial, {caption}")
+    _show(axes, drawn, "axial", where, limits)
+    axes.set_title(f"{number}  {_drawable(finding['label'])}\n{caption}", color=MARK, fontsize=8, parse_math=False)
+    _mark(axes, drawn, "axial", where, [marked], number)
+
+
+def _overlay(axes, values: np.ndarray, body: np.ndarray, colors: ScalarMappable) -> None:
+    """Lay a plane of the map over the image; it is transparent outside the body."""
+    overlay = colors.to_rgba(values)
+    overlay[..., 3] = OPACITY * body * colors.norm(values)
+    axes.imshow(overlay, extent=axes.images[0].get_extent(), interpolation="bilinear")
+
+
+def _write_beside(figure: Figure, panel, left: float, used: float, lines: list[str], colors: ScalarMappable) -> None:
+    """Write the text and the colour bar at the side, `left` inches from the edge."""
+    width, height = figure.get_size_inches()
+    text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
+    figure.text(left / width, 1 - TOP / height, _drawable("\n".join(lines)), **text)
+    bar = figure.colorbar(
+        colors, cax=panel(left, used - 0.45, TEXT * 0.75, 0.12), format="%.3g", orientation="horizontal",
+        ticks=MaxNLocator(4),
+    )  # fmt: skip
+    bar.set_label("difference / its maximum", color="white", fontsize=9)
+    bar.ax.tick_params(colors="white", labelsize=8)
+    bar.outline.set_edgecolor("white")
+
+
 def _drawable(text: str) -> str:
-    """Letters that the font lacks as boxes: a report may hold anything."""
+    """Replace letters that the font lacks with boxes, because a report may hold any text."""
     known = get_font(findfont(FontProperties())).get_charmap()
     return "".join(letter if letter == "\n" or ord(letter) in known else "\N{WHITE SQUARE}" for letter in text)
 
 
-def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> list[str]:
-    """The lines beside the pictures."""
+def _text(report: str, findings: Sequence[dict], marked: int, matched: bool) -> list[str]:
+    """Return the lines at the side of the pictures."""
     written = [line for part in report.splitlines() for line in textwrap.wrap(part, LETTERS)]
     if len(written) > REPORT_LINES:
         written = [*written[:REPORT_LINES], "... (the rest is in report.txt)"]
     others = [finding["label"] for finding in findings if "peak" not in finding]
     others += [finding["label"] for finding in findings if "peak" in finding][marked:]
     slices = (
-        "Reference: the slices at the same place between the ends of the lungs, not those that the model compares."
-        if known
-        else "Reference: the slices at the same place of the model's grid, or the nearest that show it."
+        "Reference: slices at the same place between the ends of the lungs, not the ones that the model compares."
+        if matched
+        else "Reference: slices at the same place of the model's grid, or the nearest that show the reference."
     )
     legend = [
         "Target and map: slices through the maximum of the map in the body.",
         slices,
-        "Dashed lines: where the other two planes cut. x, y, z: the slice in RAS+ mm of each scan's own frame.",
+        "Dashed lines: the other two planes. x, y, z: position of the slice in RAS+ mm, in the frame of each scan.",
     ]
     if marked:
         legend.append(
-            "Green rings: the findings that the classifier names, where it sees most of each; on the upper row if the "
+            "Green rings: findings of the classifier, at the voxel with the most evidence; in the upper row if the "
             f"slice passes within {NEAR_MM:g} mm."
         )
     if others:
@@ -337,7 +385,7 @@ def _text(report: str, findings: Sequence[dict], marked: int, known: bool) -> li
 
 
 def _window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str, float, float]:
-    """A window in words with its black and its white; all that the grey values hold, where that is less than half."""
+    """Return the caption and the limits of a window; if less than half of it is covered, those of all grey values."""
     low, high = WINDOWS[name]
     if is_hu and min(high, hu_window[1]) - max(low, hu_window[0]) >= (high - low) / 2:
         return f"{name} ({low:g} to {high:g} HU)", low, high
@@ -346,21 +394,21 @@ def _window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str
 
 
 def _in_lung(drawn: Drawn, at: tuple[int, int, int]) -> bool:
-    """Whether there is lung around a finding."""
+    """Return whether there is lung around a finding."""
     reach = [round(15 / mm) for mm in drawn.spacing]
     around = drawn.hu[tuple(slice(max(n - size, 0), n + size + 1) for n, size in zip(at, reach, strict=True))]
     return ((around > AIR_HU) & (around < TISSUE_HU)).mean() > 0.25
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The voxels of a mask with a margin, without ends that hold little of it (raised arms, the tip of the nose)."""
+    """Return the box of a mask with a margin, without ends that hold little of it (raised arms, tip of the nose)."""
     sections = [mask.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1))]
     spans = [np.flatnonzero(section > 0.05 * section.max()) for section in sections]
     return tuple(slice(max(int(span[0]) - MARGIN, 0), int(span[-1]) + 1 + MARGIN) for span in spans)
 
 
 def _show(axes, drawn: Drawn, name: str, at: Sequence[int], window: tuple[float, float]) -> None:
-    """A slice with its letters, position and scale bar; the axes count mm from the middle of its upper left voxel."""
+    """Show a slice with letters, position and scale bar. Axes are in mm from the centre of its upper left voxel."""
     image = plane(drawn.hu, name, at[PLANES.index(name)])
     depth, height, width = drawn.spacing
     row, column = {"axial": (height, width), "coronal": (depth, width), "sagittal": (depth, height)}[name]
@@ -391,20 +439,20 @@ def _show(axes, drawn: Drawn, name: str, at: Sequence[int], window: tuple[float,
 
 
 def _point(drawn: Drawn, name: str, at: Sequence[int]) -> tuple[float, float]:
-    """x and y in the axes of a plane of a voxel, which may lie before or behind it."""
+    """Return x and y of a voxel in the axes of a plane; it may lie in front of the plane or behind it."""
     depth, height, width = ((drawn.hu.shape[0] - 1 - at[0]), at[1], at[2]) * drawn.spacing
     return {"axial": (width, height), "coronal": (width, depth), "sagittal": (height, depth)}[name]
 
 
 def _cross(axes, drawn: Drawn, name: str, at: Sequence[int]) -> None:
-    """Thin lines where the two other planes cut this one."""
+    """Draw thin lines where the other two planes cut this one."""
     x, y = _point(drawn, name, at)
     for draw, position in ((axes.axhline, y), (axes.axvline, x)):
         draw(position, color="deepskyblue", linewidth=0.6, alpha=0.7, linestyle=(0, (5, 5)))
 
 
 def _mark(axes, drawn: Drawn, name: str, at: Sequence[int], marked: Sequence, first: int = 1) -> None:
-    """Rings with the numbers of the findings that lie near a slice; those at one place share a ring."""
+    """Draw rings with the numbers of the findings near a slice; findings at the same place share a ring."""
     axis = PLANES.index(name)
     rings = {}
     for number, (place, _) in enumerate(marked, first):

@@ -1,21 +1,19 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-`diffvp batch` on many machines, as a pipeline of Ray Data. Needs the extra `ray`.
+Run `diffvp batch` on many machines, as a Ray Data pipeline. Needs the extra `ray`.
 
     python -m diffvp.inference.ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --readers 40
 
-1. Tasks on CPUs read and resample the scans: `--readers` of them at a time, on whichever node has a core.
-2. Actors, one for each GPU, encode and decode them; each holds the model, its engine and the references that it has
-   encoded.
-3. This process writes the file of reports, the same that `diffvp batch` writes, as the batches come: a few kB each
-   report.
+1. CPU tasks read and resample the scans: `--readers` at a time, on any node with a free core.
+2. Actors, one per GPU, encode and decode them. Each holds the model, its engine and its encoded references.
+3. This process writes the reports as the batches arrive, to the same file as `diffvp batch`: a few kB per report.
 
-In flight are at most `--readers` tasks of a few scans and two batches for each actor: the rest waits in the list. A
-task of a process or node that dies is run again, and an actor started anew, as often as it takes: so does Ray Data.
-Since one process alone writes, no report is there twice; what it had not written when it dies, the next run does.
+At most `--readers` tasks of a few scans each and two batches per actor are in flight. If a process or node dies, Ray
+Data runs its tasks again and restarts its actors, without a limit. Only this process writes, so no report is written
+twice. If it dies, the next run writes the missing reports.
 
-Each node must find the scans, and a checkpoint that is not on the Hub, under the same path.
+Scans, and a checkpoint that is not on the Hub, must have the same path on every node.
 """
 
 import argparse
@@ -31,21 +29,23 @@ from rich.console import Console
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
 from ..references_diffvp import path_sha256
-from .batch import NEAREST, ReportFile, ReportWriter, Scan, list_scans
+from .batch import NEAREST, ListedScan, ReportFile, ReportWriter, list_scans
 
-# Scans of a reading task: what is lost when it dies. A task for each of a million would be many for the scheduler.
+# Scans per reading task. This is what is read again if a task dies; one task per scan would overload the scheduler.
 SCANS_PER_TASK = 8
-READING_BYTES = 600 * 2**20  # that a task may take at its peak, for a scan of 512 x 512 x 300
+READING_BYTES = 600 * 2**20  # peak memory of a task, for a scan of 512 x 512 x 300
 
 
 @dataclass(frozen=True)
 class Resources:
     """
+    Resources of the pipeline.
+
     Args:
-        readers: tasks that read at a time.
-        engines: actors.
-        gpus: for each actor; 0 computes on CPU.
-        cpus: cores for each actor.
+        readers: number of concurrent reading tasks.
+        engines: number of actors.
+        gpus: GPUs per actor; 0 computes on the CPU.
+        cpus: cores per actor.
     """
 
     readers: int
@@ -55,28 +55,28 @@ class Resources:
 
 
 class ReportActor:
-    """A [`ReportWriter`] on a GPU: a batch of pickled scans in, a row of JSON out."""
+    """A [`ReportWriter`] on a GPU. It takes a batch of pickled scans and returns a row of JSON."""
 
     def __init__(self, **options):
         self.writer = ReportWriter(**options)
 
     def __call__(self, batch: dict) -> dict:
-        scans = [pickle.loads(scan) for scan in batch["scan"]]  # of `read_scan`, and of nobody outside the pipeline
+        scans = [pickle.loads(scan) for scan in batch["scan"]]  # made by `read_scan`, never from outside the pipeline
         digests = [digest or None for digest in batch["file_sha256"].tolist()]
         records, failures = self.writer.write(zip(batch["id"].tolist(), digests, scans, strict=True))
         return {"result": [json.dumps({"header": self.writer.header, "records": records, "failures": failures})]}
 
 
 def read_scan(row: dict, image_processor: DiffVPImageProcessor, allow_any_anatomy: bool = False) -> dict:
-    """Features of a scan, or the error that refused it, pickled."""
+    """Return the pickled features of a scan, or the error that refused it."""
     path = Path(row["path"])
-    file_sha256 = path_sha256(path) if path.exists() else ""  # before it is read, as `ReportWriter.read` does
+    file_sha256 = path_sha256(path) if path.exists() else ""  # hashed before reading, as in `ReportWriter.read`
     [features] = image_processor.stream([path], digest=True, allow_any_anatomy=allow_any_anatomy)
     return {"id": row["id"], "file_sha256": file_sha256, "scan": pickle.dumps(features)}
 
 
-def write_reports(
-    scans: Sequence[Scan],
+def write_reports_with_ray(
+    scans: Sequence[ListedScan],
     output: str | os.PathLike,
     *,
     batch_size: int,
@@ -89,13 +89,13 @@ def write_reports(
     Write the reports of all scans that `output` does not hold yet. Ray must be running (`ray.init`).
 
     Args:
-        batch_size: scans that an actor decodes together.
-        on_progress: is told after each batch.
+        batch_size: number of scans that an actor decodes together.
+        on_progress: called after each batch.
         on_replaced: as in `batch.write_reports`.
-        options: of [`ReportWriter`].
+        options: options of [`ReportWriter`].
 
     Raises:
-        BatchError: `output` is no file of reports, or was begun with other settings.
+        BatchError: `output` is not a file of reports, or was started with other settings.
     """
     import ray
 
@@ -147,27 +147,31 @@ def main() -> None:
         import ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scans", type=Path, help="folder of scans, or list of them (text or .csv)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines file; goes on where it was interrupted")
-    parser.add_argument("--checkpoint", required=True, help="folder or Hub id")
+    parser.add_argument("scans", type=Path, help="folder of scans, or a list of scans (text or .csv)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON lines file; an interrupted run continues with it"
+    )
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--revision", help="commit of a checkpoint on the Hub; pin one")
-    parser.add_argument("--engine", default="vllm", help="transformers or vllm")
-    parser.add_argument("--engines", type=int, default=1, help="actors that encode and decode")
-    parser.add_argument("--gpus", type=float, default=1.0, help="for each actor; 0 computes on CPU")
-    parser.add_argument("--cpus", type=float, default=1.0, help="cores for each actor")
-    parser.add_argument("--readers", type=int, default=8, help="tasks that read at a time")
-    parser.add_argument("--batch-size", type=int, default=64, help="scans that are decoded together")
-    parser.add_argument("--reference", help="a normal scan, a folder or list of them, or nearest")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of references")
-    parser.add_argument("--max-new-tokens", type=int, help="where to stop (default: the checkpoint's)")
-    parser.add_argument("--allow-any-anatomy", action="store_true", help="also of scans without lungs")
-    parser.add_argument("--address", help="of the Ray cluster (default: that of RAY_ADDRESS, or one started here)")
+    parser.add_argument("--engine", default="vllm", help="decoding engine: transformers or vllm (default: vllm)")
+    parser.add_argument("--engines", type=int, default=1, help="number of actors that encode and decode (default: 1)")
+    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs per actor; 0 computes on the CPU (default: 1)")
+    parser.add_argument("--cpus", type=float, default=1.0, help="cores per actor (default: 1)")
+    parser.add_argument("--readers", type=int, default=8, help="number of concurrent reading tasks (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=64, help="number of scans to decode together (default: 64)")
+    parser.add_argument("--reference", help="normal scan, folder or list of normal scans, or nearest")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the choice of references (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="maximum length of a report, in tokens (default: the checkpoint's)"
+    )
+    parser.add_argument("--allow-any-anatomy", action="store_true", help="also write reports of scans without lungs")
+    parser.add_argument("--address", help="address of the Ray cluster (default: RAY_ADDRESS, or a local cluster)")
     arguments = parser.parse_args()
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers that it is in use
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # disables telemetry
     ray.init(address=arguments.address)
     scans = list_scans(arguments.scans)
-    file = write_reports(
+    file = write_reports_with_ray(
         scans,
         arguments.output,
         batch_size=arguments.batch_size,

@@ -1,17 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The routes of `diffvp serve`.
+Routes of `diffvp serve`.
 
-    POST   /v1/reports              a scan; its report, or with `Prefer: respond-async` 202 and the place of its report
-    GET    /v1/reports/{id}         that report, once
-    GET    /v1/reports/{id}/events  the same as server-sent events, word by word
-    DELETE /v1/reports/{id}         never mind
-    GET    /v1/settings             what writes: checkpoint, digests, references, decoding
+    POST   /v1/reports              take a scan; answer its report, or with `Prefer: respond-async` 202 and a location
+    GET    /v1/reports/{id}         return that report, once
+    GET    /v1/reports/{id}/events  return it as server-sent events while it is written
+    DELETE /v1/reports/{id}         cancel the request
+    GET    /v1/settings             return checkpoint, digests, references and decoding
     GET    /healthz /readyz /metrics /openapi.json /docs
 
-Errors are problem details (RFC 9457). One about a scan has `source`, `field`, `found` and `expected`, and never the
-name that the client's file had.
+Errors are problem details (RFC 9457). Errors of a scan have `source`, `field`, `found` and `expected`, and never
+contain the client's file name.
 """
 
 import asyncio
@@ -42,16 +42,16 @@ from ..pipeline_diffvp import RESEARCH_USE
 from .jobs import Abandoned, Job, Refused, ReportQueue
 
 PROBLEM = "application/problem+json"
-LISTENING = 0.2  # seconds between looks at what has been written
+LISTENING = 0.2  # seconds between two looks at the text written so far
 
-# As far as a name says what is in the file. The rest of it may name the patient, and is forgotten.
+# The suffix is kept because it names the format. The rest of a file name may name the patient, and is dropped.
 SUFFIX = re.compile(r"(\.nii)?\.[a-z0-9]{1,8}$")
 
 Retrieve = Callable[[str, str | None], AbstractContextManager[Path]]
 
 
-class Problem(BaseModel):
-    """Why there is no report. The last four are of a scan that cannot be read, or a field that is wrong."""
+class ProblemDetails(BaseModel):
+    """Reason why there is no report. The last four fields describe an unreadable scan or a wrong form field."""
 
     title: str
     status: int
@@ -62,19 +62,20 @@ class Problem(BaseModel):
     expected: str | None = None
 
 
-class Report(BaseModel):
-    """A report, as a line of `diffvp batch`.
+class ReportAnswer(BaseModel):
+    """A report with the fields of a line of `diffvp batch`: docs/reports.md.
 
     Attributes:
-        id: of the request.
-        sha256: of the scan's content, the same in every file format.
-        file_sha256: of the file that was sent; of a study that was fetched, null.
-        settings_sha256: of /v1/settings.
+        id: id of the request.
+        sha256: digest of the scan's content, which does not depend on the file format.
+        file_sha256: digest of the uploaded file; null for a study that was retrieved.
+        settings_sha256: digest of the settings in /v1/settings.
     """
 
     model_config = ConfigDict(extra="allow")
 
     id: str
+    schema_version: int
     sha256: str
     file_sha256: str | None
     report: str
@@ -92,14 +93,14 @@ class Report(BaseModel):
 
 
 class Pending(BaseModel):
-    """A request without an outcome yet: arriving, reading, waiting or writing."""
+    """A request without an outcome. States: arriving, reading, waiting, writing."""
 
     id: str
     state: str
 
 
 class FieldError(ValueError):
-    """A field of the form that is wrong."""
+    """A form field is wrong."""
 
     def __init__(self, field: str, found: str, expected: str):
         super().__init__(f"form: {field}: {found} (expected {expected})")
@@ -121,11 +122,11 @@ UPLOAD = {
                         },
                         "study": {
                             "type": "string",
-                            "description": "Instead of a file: StudyInstanceUID on this service's DICOMweb server.",
+                            "description": "StudyInstanceUID on this service's DICOMweb server, instead of a file.",
                         },
                         "series": {
                             "type": "string",
-                            "description": "SeriesInstanceUID, where a study or an archive has several.",
+                            "description": "SeriesInstanceUID, if a study or an archive has several series.",
                         },
                     },
                 }
@@ -134,29 +135,81 @@ UPLOAD = {
     }
 }
 PROBLEMS = {
-    status: {"model": Problem, "content": {PROBLEM: {}}, "description": text}
+    status: {"model": ProblemDetails, "content": {PROBLEM: {}}, "description": text}
     for status, text in {
-        400: "The form is wrong.", 401: "No token, or another.", 404: "No such request, or it was answered.",
+        400: "The form is wrong.", 401: "The token is missing or wrong.",
+        404: "There is no such request, or it has been answered.",
         408: "The upload took too long.", 413: "The upload is too large.",
-        422: "The scan cannot be read, or is none of a chest.", 429: "Too many requests are waiting.",
-        503: "The server is going down, or the time was up.",
+        422: "The scan cannot be read, or does not show a chest.", 429: "Too many requests are waiting.",
+        503: "The server is shutting down, or the request timed out.",
     }.items()
 }  # fmt: skip
 
 
-def of(*statuses: int) -> dict:
+WRITTEN = {200: {"model": ReportAnswer}, 202: {"model": Pending}}
+
+
+def problems(*statuses: int) -> dict:
     return {status: PROBLEMS[status] for status in statuses}
+
+
+class _Answers:
+    """The HTTP answers of a service, counted by status."""
+
+    def __init__(self, queue: ReportQueue):
+        self.queue = queue
+        self.counter = Counter("diffvp_requests", "Answers by status", ["status"], registry=queue.registry)
+
+    def problem(self, status: int, error: Exception, title: str | None = None, retry: int | None = None) -> Response:
+        """Return problem details."""
+        self.counter.labels(status).inc()
+        facts = {name: getattr(error, name, None) for name in ("source", "field", "found", "expected")}
+        facts = {name: str(value) for name, value in facts.items() if value is not None}
+        content = {"title": title or type(error).__name__, "status": status, "detail": str(error), **facts}
+        headers = {"Cache-Control": "no-store"} | ({} if retry is None else {"Retry-After": str(retry)})
+        headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        return JSONResponse(content, status, headers, PROBLEM)
+
+    def refusal(self, error: Exception) -> Response:
+        """Return the answer for an outcome that is not a report."""
+        if isinstance(error, Refused):
+            return self.problem(error.status, error, "Refused", error.retry)
+        if isinstance(error, EXPECTED_ERRORS):
+            return self.problem(422, error)
+        if isinstance(error, FieldError):
+            return self.problem(400, error)
+        if isinstance(error, Abandoned):  # seen in the metrics only; 499 is nginx's status for it
+            return self.problem(499, RuntimeError("The client no longer waits for this report."), "Abandoned")
+        return self.problem(
+            500, RuntimeError("The report could not be written. The server's log says where it failed.")
+        )
+
+    def outcome(self, job: Job) -> Response:
+        """Return the outcome of a job, and forget the job."""
+        error = job.outcome.exception()
+        record = None if error else job.outcome.result()
+        self.queue.forget(job)
+        if error:
+            return self.refusal(error)
+        self.counter.labels(200).inc()
+        return JSONResponse(record, headers={"Cache-Control": "no-store"})
+
+    def pending(self, job: Job) -> Response:
+        """Return the state and the location of a job without an outcome."""
+        place = f"/v1/reports/{job.id}"
+        return JSONResponse({"id": job.id, "state": job.state}, 202, {"Location": place, "Cache-Control": "no-store"})
 
 
 def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve | None = None) -> FastAPI:
     """
-    The service as an ASGI application.
+    Build the service as an ASGI application.
 
     Args:
-        queue: with a loaded checkpoint.
-        token: which requests have to carry (`Authorization: Bearer`); without it only names of this machine are
-            answered to, so that no web page can ask through a visitor's browser.
-        retrieve: makes a folder of a study, by its UID and that of a series or `None`, of a DICOMweb server.
+        queue: queue with a loaded checkpoint.
+        token: token that requests must send (`Authorization: Bearer`). Without one, only requests to names of this
+            machine are answered, so that no web page can send requests through a visitor's browser.
+        retrieve: function that retrieves a study from a DICOMweb server to a folder, given its UID and the UID of a
+            series or `None`.
     """
 
     @contextlib.asynccontextmanager
@@ -169,104 +222,77 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
         title="DiffVP", version=__version__, lifespan=lifespan, summary="Reports of chest CT by comparison",
         description=f"**{RESEARCH_USE}**",
     )  # fmt: skip
-    requests = Counter("diffvp_requests", "Answers by status", ["status"], registry=queue.registry)
+    answers = _Answers(queue)
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]"])
 
-    def problem(status: int, error: Exception, title: str | None = None, retry: int | None = None) -> JSONResponse:
-        requests.labels(status).inc()
-        facts = {name: getattr(error, name, None) for name in ("source", "field", "found", "expected")}
-        facts = {name: str(value) for name, value in facts.items() if value is not None}
-        content = {"title": title or type(error).__name__, "status": status, "detail": str(error), **facts}
-        headers = {"Cache-Control": "no-store"} | ({} if retry is None else {"Retry-After": str(retry)})
-        headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        return JSONResponse(content, status, headers, PROBLEM)
-
-    def refusal(error: Exception) -> JSONResponse:
-        """The answer that an outcome is which is no report."""
-        if isinstance(error, Refused):
-            return problem(error.status, error, "Refused", error.retry)
-        if isinstance(error, EXPECTED_ERRORS):
-            return problem(422, error)
-        if isinstance(error, FieldError):
-            return problem(400, error)
-        if isinstance(error, Abandoned):  # read by nobody but the metrics, with nginx's status for it
-            return problem(499, RuntimeError("Nobody waits for this report."), "Abandoned")
-        return problem(500, RuntimeError("The report could not be written; the server's log says where it failed."))
-
     @app.exception_handler(Refused)
     @app.exception_handler(FieldError)
-    async def refused(_: Request, error: Exception) -> JSONResponse:
-        return refusal(error)
+    async def refused(_: Request, error: Exception) -> Response:
+        return answers.refusal(error)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, RuntimeError(error.detail), "HTTP error")
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        return answers.problem(error.status_code, RuntimeError(error.detail), "HTTP error")
 
     async def authorized(authorization: Annotated[str, Header()] = "") -> None:
         expected = f"Bearer {token}".encode()
         if token is not None and not hmac.compare_digest(authorization.encode(), expected):
-            raise Refused(401, "The token is missing or another; expected Authorization: Bearer TOKEN.")
+            raise Refused(401, "The token is missing or wrong; expected Authorization: Bearer TOKEN.")
+
+    protected = {"dependencies": [Depends(authorized)]}
+    _add_report_routes(app, queue, answers, retrieve, protected)
+    _add_service_routes(app, queue, protected)
+    return app
+
+
+def _add_report_routes(
+    app: FastAPI, queue: ReportQueue, answers: _Answers, retrieve: Retrieve | None, protected: dict
+) -> None:
+    """Add the routes that write and return reports."""
 
     async def find(id: str) -> Job:
         return queue.find(id)
 
-    def answer(job: Job) -> Response:
-        """The outcome of a job, which is then forgotten."""
-        error = job.outcome.exception()
-        record = None if error else {**job.outcome.result(), "intended_domain": queue.writer.header["intended_domain"]}
-        queue.forget(job)
-        if error:
-            return refusal(error)
-        requests.labels(200).inc()
-        return JSONResponse(record, headers={"Cache-Control": "no-store"})
-
-    def pending(job: Job) -> Response:
-        place = f"/v1/reports/{job.id}"
-        return JSONResponse({"id": job.id, "state": job.state}, 202, {"Location": place, "Cache-Control": "no-store"})
-
-    protected = {"dependencies": [Depends(authorized)]}
-
     @app.post(
         "/v1/reports", openapi_extra=UPLOAD, **protected,
-        responses={200: {"model": Report}, 202: {"model": Pending}, **of(400, 401, 408, 413, 422, 429, 503)},
+        responses=WRITTEN | problems(400, 401, 408, 413, 422, 429, 503),
     )  # fmt: skip
     async def write_report(request: Request, prefer: Annotated[str, Header()] = "") -> Response:
-        """Write the report of a scan. `Prefer: respond-async` answers at once, with where the report will be."""
-        job = queue.admit()  # before the upload is read: who is refused need not send it
+        """Write the report of a scan. `Prefer: respond-async` answers at once with the location of the report."""
+        job = queue.admit()  # before the upload is read, so that a refused client need not send it
         kept = False
         try:
             await _receive(request, job, queue, retrieve)
             if "respond-async" in prefer:
                 kept = True
                 queue.keep(job)
-                return pending(job)
+                return answers.pending(job)
             left = asyncio.create_task(_has_left(request))
             await asyncio.wait((job.outcome, left), return_when=asyncio.FIRST_COMPLETED)
             left.cancel()
             if not job.outcome.done():
                 job.fail(Abandoned())
-            return answer(job)
+            return answers.outcome(job)
         finally:
             if not kept:
                 queue.forget(job)
 
     @app.get(
-        "/v1/reports/{id}", responses={200: {"model": Report}, 202: {"model": Pending}, **of(401, 404, 422, 503)},
-        **protected,
+        "/v1/reports/{id}", responses=WRITTEN | problems(401, 404, 422, 503), **protected,
     )  # fmt: skip
     async def get_report(job: Annotated[Job, Depends(find)]) -> Response:
-        """The report, once: it is forgotten with this answer. 202 while it is not written."""
-        return answer(job) if job.outcome.done() else pending(job)
+        """Return the report once; it is then forgotten. Answer 202 until it is written."""
+        return answers.outcome(job) if job.outcome.done() else answers.pending(job)
 
-    @app.delete("/v1/reports/{id}", status_code=204, responses=of(401, 404), **protected)
+    @app.delete("/v1/reports/{id}", status_code=204, responses=problems(401, 404), **protected)
     async def delete_report(job: Annotated[Job, Depends(find)]) -> None:
-        """Forget the scan, and its report if there is one."""
+        """Cancel the request and forget the scan and its report."""
         queue.forget(job)
 
-    @app.get("/v1/reports/{id}/events", response_class=EventSourceResponse, responses=of(401, 404), **protected)
+    @app.get("/v1/reports/{id}/events", response_class=EventSourceResponse, responses=problems(401, 404), **protected)
     async def get_events(job: Annotated[Job, Depends(find)]) -> AsyncIterator[ServerSentEvent]:
-        """`state` when it changes, `text` as far as it is written, then once `report` or `error`."""
+        """Send `state` on each change, `text` with the text written so far, and finally `report` or `error`."""
         state, written = None, ""
         while not job.outcome.done():
             if job.state != state:
@@ -277,47 +303,50 @@ def build_app(queue: ReportQueue, token: str | None = None, retrieve: Retrieve |
                 written = text
                 yield ServerSentEvent(event="text", data={"text": text})
             await asyncio.wait((job.outcome,), timeout=LISTENING)
-        final = answer(job)
+        final = answers.outcome(job)
         kind = "report" if final.status_code == 200 else "error"
         yield ServerSentEvent(event=kind, raw_data=final.body.decode())
 
-    @app.get("/v1/settings", responses=of(401), **protected)
+
+def _add_service_routes(app: FastAPI, queue: ReportQueue, protected: dict) -> None:
+    """Add the routes that describe the service itself."""
+
+    @app.get("/v1/settings", responses=problems(401), **protected)
     def get_settings() -> dict:
-        """What writes the reports: checkpoint and base model with digests, preprocessing, decoding, versions."""
+        """Return checkpoint and base model with digests, preprocessing, decoding and versions."""
         return queue.writer.header
 
-    @app.get("/metrics", response_class=Response, responses=of(401), **protected)
+    @app.get("/metrics", response_class=Response, responses=problems(401), **protected)
     def get_metrics() -> Response:
-        """Metrics of Prometheus."""
+        """Return Prometheus metrics."""
         return Response(generate_latest(queue.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/healthz")
     async def get_health() -> dict[str, str]:
-        """Whether the process should go on: 503 tells who watches it to start another."""
+        """Check liveness: 503 means that the process must be restarted."""
         if not queue.alive:
-            raise Refused(503, "Nothing writes reports any more.")
+            raise Refused(503, "The thread that writes reports has ended.")
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def get_readiness() -> dict[str, str]:
-        """Whether to send requests here: not while the server is going down."""
+        """Check readiness: 503 while the server shuts down."""
         if queue.draining:
-            raise Refused(503, "The server is going down.")
+            raise Refused(503, "The server is shutting down.")
         return {"status": "ready"}
-
-    return app
 
 
 async def _receive(request: Request, job: Job, queue: ReportQueue, retrieve: Retrieve | None) -> None:
-    """The form of a request, whose scan is then read.
+    """Receive the form of a request and submit its scan.
 
     Raises:
-        FieldError, Refused
+        FieldError: a form field is wrong.
+        Refused: the upload is too large or took too long.
     """
     bounded = Request(request.scope, _bounded(request, queue.limits.upload_bytes))
     try:
         form = await asyncio.wait_for(_form(bounded), queue.limits.timeout)
-    except asyncio.TimeoutError:  # of Python 3.10 it is not the built-in one
+    except asyncio.TimeoutError:  # in Python 3.10, not the built-in TimeoutError
         raise Refused(408, f"The upload took more than {queue.limits.timeout:g} s.") from None
     known = {"file": UploadFile, "study": str, "series": str}
     for name, value in form.multi_items():
@@ -327,7 +356,7 @@ async def _receive(request: Request, job: Job, queue: ReportQueue, retrieve: Ret
             raise FieldError(name, "text" if name == "file" else "a file", "a file" if name == "file" else "text")
     file, study, series = (form.get(name) for name in known)
     if (file is None) == (study is None):
-        raise FieldError("file", "missing" if file is None else "beside study", "a file, or study")
+        raise FieldError("file", "missing" if file is None else "given together with study", "a file, or study")
     if study is None:
         queue.submit(job, _stored(file, job), series)
         return
@@ -340,10 +369,10 @@ async def _receive(request: Request, job: Job, queue: ReportQueue, retrieve: Ret
 
 
 def _bounded(request: Request, limit: int) -> Callable[[], Awaitable[dict]]:
-    """The body of a request, which ends with a refusal where it is longer than it may be.
+    """Return a function that receives the body of a request and refuses one that exceeds the limit.
 
     Raises:
-        Refused: it says so beforehand.
+        Refused: the declared length exceeds the limit.
     """
     too_large = Refused(413, f"The request has more than {limit:,} bytes.")
     if int(request.headers.get("content-length", 0)) > limit:
@@ -367,7 +396,7 @@ async def _form(request: Request) -> FormData:
 
 @contextlib.contextmanager
 def _stored(file: UploadFile, job: Job) -> Iterator[Path]:
-    """An upload as a file, under a name of ours."""
+    """Yield an upload as a file with a name of our own."""
     suffix = SUFFIX.search((file.filename or "").lower())
     path, digest = job.folder / f"scan{suffix[0] if suffix else ''}", hashlib.sha256()
     try:
@@ -383,7 +412,7 @@ def _stored(file: UploadFile, job: Job) -> Iterator[Path]:
 
 
 async def _has_left(request: Request) -> None:
-    """Returns when the client has hung up."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -399,14 +428,14 @@ class _Server(uvicorn.Server):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Return whether only this machine can reach a host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def serve(
+def serve_reports(
     queue: ReportQueue,
     host: str,
     port: int,
@@ -415,7 +444,7 @@ def serve(
     retrieve: Retrieve | None = None,
     log_level: str = "info",
 ) -> None:
-    """Serve until the process is told to end; what is under way is then finished, within the time of grace."""
+    """Serve until the process is told to stop; accepted requests are then finished within the grace period."""
     config = uvicorn.Config(
         build_app(queue, token, retrieve), host=host, port=port, log_level=log_level, server_header=False,
         timeout_graceful_shutdown=round(queue.limits.grace) + 5,

@@ -1,13 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What happens to a scan between its request and its answer.
+The queue of scans between request and answer.
 
     arriving -> reading -> waiting -> writing -> an answer, or a refusal
 
-Threads read, a few scans ahead of the model; one thread writes, all scans that wait at a time. Everything else happens
-on the event loop, so that a job has one state and one outcome, and nothing needs a lock. A scan's file is deleted when
-it has been read, and a job is forgotten when it has been answered.
+Several threads read, a few scans ahead of the model. One thread writes the reports of all waiting scans together.
+Everything else runs on the event loop, so no locks are needed. A scan's file is deleted after it is read, and a job is
+forgotten after it is answered.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ log = logging.getLogger("diffvp.serve")
 
 
 class Refused(Exception):
-    """A request that is not answered by a report, through no fault of its scan.
+    """A request is refused for a reason other than its scan.
 
     Attributes:
-        status: of HTTP.
-        retry: seconds after which it may be worth another try.
+        status: HTTP status.
+        retry: seconds after which the client may try again.
     """
 
     def __init__(self, status: int, message: str, retry: int | None = None):
@@ -52,20 +52,22 @@ class Refused(Exception):
 
 
 class Abandoned(Exception):
-    """Nobody waits any more for what is being written."""
+    """The client no longer waits for the report."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """
+    Limits of the service.
+
     Attributes:
-        batch_size: scans that are written together.
+        batch_size: maximum number of scans to decode together.
         batch_wait: seconds for which a scan waits for others that are arriving or being read.
-        workers: threads that read.
-        waiting: requests without an answer, beyond which others are refused.
-        upload_bytes: of a request, its form included.
-        timeout: seconds from the request to its answer, and for which an answer is kept that nobody fetches.
-        grace: seconds that a server which is told to end still writes.
+        workers: number of threads that read.
+        waiting: maximum number of unanswered requests; further ones are refused.
+        upload_bytes: maximum size of a request, including its form.
+        timeout: seconds from a request to its answer, and seconds for which an unfetched answer is kept.
+        grace: seconds to finish accepted requests when the server is told to stop.
     """
 
     batch_size: int = 16
@@ -83,10 +85,10 @@ class Job:
     One request.
 
     Attributes:
-        folder: where its file lies until it has been read.
-        outcome: the report's record, or the exception that takes its place.
-        followed: somebody may look on while it is written.
-        tokens: of the report as far as it is written.
+        folder: folder of its file until it is read.
+        outcome: the record of the report, or an exception.
+        followed: a client may follow the report while it is written.
+        tokens: token ids of the report written so far.
     """
 
     id: str
@@ -107,13 +109,15 @@ class Job:
 
 class ReportQueue:
     """
+    Queue of requests, with the threads that read and write.
+
     Args:
-        writer: the checkpoint with its engine.
+        writer: checkpoint with its engine.
         limits: see [`Limits`].
 
     Attributes:
-        draining: nothing more is accepted.
-        registry: metrics of Prometheus.
+        draining: `True` if no further requests are accepted.
+        registry: Prometheus metrics.
     """
 
     def __init__(self, writer: ReportWriter, limits: Limits):
@@ -126,29 +130,29 @@ class ReportQueue:
         waiting = Gauge("diffvp_requests_waiting", "Requests without an answer", registry=self.registry)
         waiting.set_function(lambda: len(self._jobs))
         self._seconds = Histogram(
-            "diffvp_stage_seconds", "Time of a scan in each stage", ["stage"], registry=self.registry,
+            "diffvp_stage_seconds", "Seconds of a scan in each stage", ["stage"], registry=self.registry,
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
         )  # fmt: skip
         self._sizes = Histogram(
-            "diffvp_batch_size", "Scans that were written together", registry=self.registry,
+            "diffvp_batch_size", "Scans decoded together", registry=self.registry,
             buckets=(1, 2, 4, 8, 16, 32, 64),
         )  # fmt: skip
 
     async def open(self) -> None:
-        """Begin to work, on the event loop that this is called on."""
+        """Start working on the current event loop."""
         self._loop = asyncio.get_running_loop()
         self._folder = make_folder(FOLDER)
         self._readers = ThreadPoolExecutor(self.limits.workers, "read")
-        self._ahead = asyncio.Semaphore(2 * self.limits.batch_size)  # a scan that has been read takes megabytes
+        self._ahead = asyncio.Semaphore(2 * self.limits.batch_size)  # each scan in memory takes megabytes
         self._ready: asyncio.Queue[Job] = asyncio.Queue()
         self._reading: set[asyncio.Task] = set()
         self._calls: queues.SimpleQueue[Callable[[], None]] = queues.SimpleQueue()
-        # A daemon: the process does not wait for a batch that nobody waits for.
+        # A daemon thread, so that the process can end during a batch.
         threading.Thread(target=_work, args=(self._calls,), name="write", daemon=True).start()
         self._writing = asyncio.create_task(self._write_batches())
 
     async def close(self) -> None:
-        """End at once: who still waits is told."""
+        """Stop at once; waiting clients get an answer."""
         self._give_up()
         for task in (self._writing, *self._reading):
             task.cancel()
@@ -157,33 +161,35 @@ class ReportQueue:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def drain(self) -> None:
-        """Accept nothing more, and finish what is there within the time of grace. May be called by a signal."""
+        """Accept no further requests and finish the others within the grace period. Signal handlers may call it."""
         self.draining = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.call_later, self.limits.grace, self._give_up)
 
     def _give_up(self) -> None:
         for job in list(self._jobs.values()):
-            job.fail(Refused(503, "The server is going down.", retry=10))
+            job.fail(Refused(503, "The server is shutting down.", retry=10))
 
     @property
     def alive(self) -> bool:
-        """Whether reports can still be written."""
+        """`True` while reports can be written."""
         return not self._writing.done()
 
     def admit(self) -> Job:
-        """A place in the queue, and a folder for the scan.
+        """Return a new job with a folder for its scan.
 
         Raises:
-            Refused: there is no place.
+            Refused: the queue is full or the server is shutting down.
         """
         if self.draining:
-            raise Refused(503, "The server is going down.", retry=10)
+            raise Refused(503, "The server is shutting down.", retry=10)
         if len(self._jobs) >= self.limits.waiting:
             raise Refused(429, f"{len(self._jobs)} requests are waiting; expected fewer.", retry=5)
         job = Job(secrets.token_urlsafe(16), Path(tempfile.mkdtemp(dir=self._folder)), self._loop.create_future())
         job.began = self._loop.time()
-        job.outcome.add_done_callback(lambda future: future.exception())  # else asyncio would log it as forgotten
+        job.outcome.add_done_callback(
+            lambda future: future.exception()
+        )  # otherwise asyncio would log it as never retrieved
         late = Refused(503, f"No report after {self.limits.timeout:g} s.", retry=30)
         job.timers.append(self._loop.call_later(self.limits.timeout, job.fail, late))
         self._jobs[job.id] = job
@@ -195,7 +201,7 @@ class ReportQueue:
         return self._jobs[name]
 
     def forget(self, job: Job) -> None:
-        """What was answered, or is no longer wanted, leaves nothing behind."""
+        """Remove a job that was answered or cancelled, with its files."""
         job.fail(Abandoned())
         for timer in job.timers:
             timer.cancel()
@@ -203,7 +209,7 @@ class ReportQueue:
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def keep(self, job: Job) -> None:
-        """Somebody will ask for it, and may look on; forget it some time after its outcome if nobody does."""
+        """Keep a job for a client that will fetch it, until `timeout` seconds after its outcome."""
         job.followed = True
 
         def wait(_: asyncio.Future) -> None:
@@ -214,9 +220,11 @@ class ReportQueue:
 
     def submit(self, job: Job, scan: AbstractContextManager[Path], series: str | None) -> None:
         """
+        Submit the scan of a job.
+
         Args:
-            scan: its file or folder, which is there as long as it is being read.
-            series: of DICOM, if there are several.
+            scan: its file or folder, which exists while the context is open.
+            series: number or UID of the DICOM series, if there are several.
         """
         job.state = "reading"
         task = asyncio.create_task(self._read(job, scan, series))
@@ -231,8 +239,8 @@ class ReportQueue:
                     job.features = await self._loop.run_in_executor(self._readers, self._features, scan, series)
         except EXPECTED_ERRORS as error:
             job.fail(error)
-        except Exception as error:  # of one scan: the others are read
-            if not job.outcome.done():  # else its folder is gone because nobody waits for it
+        except Exception as error:  # a defect with one scan does not stop the others
+            if not job.outcome.done():  # otherwise its folder is gone because it was cancelled
                 _report(error)
             job.fail(error)
         if job.outcome.done():
@@ -261,7 +269,7 @@ class ReportQueue:
             for _ in batch:
                 self._ahead.release()
             await self._write([job for job in batch if not job.outcome.done()])
-            for job in batch:  # which would otherwise lie in memory until the next one
+            for job in batch:  # otherwise they stay in memory until the next batch
                 job.features = None
 
     async def _write(self, batch: list[Job]) -> None:
@@ -277,7 +285,7 @@ class ReportQueue:
         except Abandoned:
             return
         except Exception as error:
-            if len(batch) > 1:  # one of them may be to blame, or there is memory for fewer only
+            if len(batch) > 1:  # one scan may be the cause, or the memory suffices for fewer only
                 for job in batch:
                     if not job.outcome.done():
                         await self._write([job])
@@ -291,7 +299,7 @@ class ReportQueue:
                 job.outcome.set_result(record)
 
     async def _in_thread(self, function: Callable, *arguments):
-        """What a function returns, in the one thread that writes."""
+        """Run a function in the thread that writes, and return its result."""
         done = self._loop.create_future()
 
         def settle(settle_it: Callable, value) -> None:
@@ -303,7 +311,7 @@ class ReportQueue:
                 outcome = done.set_result, function(*arguments)
             except Exception as error:
                 outcome = done.set_exception, error
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
                 self._loop.call_soon_threadsafe(settle, *outcome)
 
         self._calls.put(call)
@@ -317,12 +325,12 @@ class ReportQueue:
                 job.tokens.append(token)
 
         read = [(job.id, job.file_sha256, job.features) for job in batch]
-        # Only then: where nobody looks on, an engine may decode several tokens at a time.
+        # Only if a client follows: without `on_tokens`, an engine may decode several tokens at a time.
         records, _ = self.writer.write(read, on_tokens if any(job.followed for job in batch) else None)
         return records
 
     def text(self, job: Job) -> str:
-        """The report as far as it is written."""
+        """Return the text of the report written so far."""
         return self.writer.processor.decode(job.tokens, skip_special_tokens=True).strip()
 
 
@@ -332,7 +340,7 @@ def _work(calls: queues.SimpleQueue) -> None:
 
 
 def _report(error: Exception) -> None:
-    """Where a defect arose, without its message: that might quote the scan."""
+    """Log where a defect arose, without its message, which might quote the scan."""
     trace, places = error.__traceback__, []
     while trace is not None:
         places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")

@@ -125,6 +125,6 @@ def document(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
         shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}
-        patch.setattr(card_module, "demo", lambda _: shown | {"findings": findings})
+        patch.setattr(card_module, "demo_report", lambda _: shown | {"findings": findings})
         write_licence(folder)
         write_card(folder, PHANTOM, make_results(folder))

@@ -160,6 +160,16 @@ def test_one_series_of_several(run, checkpoint, tmp_path):
         assert "secret" not in result.output.lower()
 
 
+def test_an_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
+    folder = write_dicom(tmp_path / "series", make_ct())
+    (folder / "001.dcm").write_bytes(b"")
+    arguments = ("report", folder, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json", "--allow-any-anatomy")
+    assert_one_line_error(run(*arguments), "CTReadError", "001.dcm: content: empty")
+    result = run(*arguments, "--allow-incomplete")
+    assert result.exit_code == 0, result.output
+    assert "Files of the series that could not be read: 1." in json.loads(result.stdout)["warnings"]
+
+
 def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
     scan, table = tmp_path / "valid_1_a_1.nii.gz", tmp_path / "validation_metadata.csv"
     raw = make_ct((26, 22, 18)).astype(np.float32) + 1024
@@ -179,7 +189,7 @@ def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
 
 
 def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
+    monkeypatch.setattr(cli.console, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
     assert_one_line_error(run("report", scan), "ReportError", "not-there", "--checkpoint")
     assert_one_line_error(run("demo"), "ReportError", "not-there", "--checkpoint")
     gone = tmp_path / "nowhere"

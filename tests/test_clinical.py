@@ -642,7 +642,7 @@ def test_batch_writes_the_objects_of_each_scan(tmp_path, checkpoint, no_figures)
     kept = {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")}
     run("batch", listed, *options, "--allow-failures")  # all is there already
     assert {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")} == kept
-    assert "was begun with other settings: results" in refusal("batch", listed, *options[:4])
+    assert "was started with other settings: results" in refusal("batch", listed, *options[:4])
 
 
 def test_batch_without_dicom_takes_any_scan_for_fhir(tmp_path, checkpoint):

@@ -275,23 +275,23 @@ def test_failures_say_what_happened_and_leave_nothing_half_done(hub, pushable, p
     finally:
         hub.fail = lambda method, path: None
     assert "500 Internal Server Error" in answer["fails"]
-    assert answer["fails"].endswith("- Nothing was uploaded; the repository was made and is empty.")
+    assert answer["fails"].endswith("- Nothing was uploaded; the repository was created and is empty.")
     assert list(hub.repos["models/tester/fails"].commits.values()) == [{}]
     assert "A commit has happened since" in answer["busy"]
     assert list(hub.repos["models/tester/busy"].commits.values()) == [{}, {"config.json": b"{}"}]
     lost = hub.repos["models/tester/lost"].branches["main"]
-    assert f"The repository is at commit {lost}: this upload, or somebody else's" in answer["lost"]
+    assert f"The repository is at commit {lost}: this upload or another one" in answer["lost"]
     assert "Invalid credentials in Authorization header" in answer["token"]
     assert answer["token"].endswith("- Nothing was uploaded.") and "models/tester/token" not in hub.repos
     untagged = hub.repos["models/tester/untagged"]
     commit = untagged.branches["main"]
     assert f"Everything was uploaded as commit {commit}; only the tag v1 is missing." in answer["untagged"]
-    assert "files that are no checkpoint's (paper.pdf)" in answer["foreign"]
+    assert "files that do not belong in a checkpoint (paper.pdf)" in answer["foreign"]
     assert set(hub.repos["models/tester/foreign"].branches) == {"main"}
-    assert "The tag v1 is there already" in answer["diffvp-tiny"]
+    assert "The tag v1 already exists" in answer["diffvp-tiny"]
     assert "Nothing was uploaded" in answer["apart/from/it"] and "Repo id" in answer["apart/from/it"]
     assert hub.repos["models/tester/by-now"].private and len(answer["by-now"]) == 40
-    assert "there already, and public" in answer["public"]
+    assert "already exists and is public" in answer["public"]
     assert "tester/nowhere is not a local folder and is not a valid model identifier" in answer["('nowhere', None)"]
     assert "v9 is not a valid git identifier" in answer["('diffvp-tiny', 'v9')"]
     assert "couldn't connect" in answer["('pulled', None)"]

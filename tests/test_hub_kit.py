@@ -183,10 +183,10 @@ def test_a_space_of_these_files_writes_reports(hub, pushable, repository_root, t
         from pathlib import Path
         import diffvp
         assert Path(diffvp.__file__).parent == Path({str(got / "diffvp")!r}), diffvp.__file__
-        from diffvp.hub.space.session import Desk, Study
+        from diffvp.hub.space.session import Desk, PageStudy
         desk = Desk({str(pushable)!r}, Path("desk"))
         scan = desk.receive(shutil.copy("scan.nii.gz", desk.uploads))
-        study = Study(desk, scan, desk.reference("normal_1"), reference_name="normal_1")
+        study = PageStudy(desk, scan, desk.reference("normal_1"), reference_name="normal_1")
         for _ in study.stream():
             pass
         print(study.document["statement"])

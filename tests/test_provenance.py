@@ -117,7 +117,7 @@ def test_a_base_that_nobody_else_has_is_not_pushed(checkpoint, tiny_base_with_to
 def test_the_card_names_no_folder(checkpoint, tiny_base_with_tokenizer, monkeypatch):
     shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}
     findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
-    monkeypatch.setattr(card_module, "demo", lambda _: shown | {"findings": findings})
+    monkeypatch.setattr(card_module, "demo_report", lambda _: shown | {"findings": findings})
     card = str(make_card(checkpoint, PHANTOM))
     assert f"read from `{tiny_base_with_tokenizer.name}`" in card
     assert str(tiny_base_with_tokenizer.parent) not in card and str(checkpoint.parent) not in card

@@ -74,7 +74,7 @@ def test_each_section_with_scores_has_the_command_that_makes_them(pushable):
 
 def test_card_leaves_out_what_is_not_known(pushable, tmp_path, monkeypatch):
     folder = shutil.copytree(pushable, tmp_path / "diffvp-tiny")
-    monkeypatch.setattr(card_module, "demo", lambda _: None)
+    monkeypatch.setattr(card_module, "demo_report", lambda _: None)
     (folder / "evaluation.json").unlink()
     write_card(folder)
     card = ModelCard.load(folder / "README.md")
@@ -147,7 +147,7 @@ REFUSALS = {
     "unknown file": (spoil_with("notes.txt"), "notes.txt does not belong"),
     "unknown code": (spoil_with("extra_diffvp.py"), "extra_diffvp.py is not a file of the package"),
     "adapter at the root": (spoil_with("adapter_config.json", b"{}"), "adapter_config.json does not belong"),
-    "changed code": (spoil_code, "modeling_diffvp.py is not that of the installed package"),
+    "changed code": (spoil_code, "modeling_diffvp.py differs from the installed package"),
     "missing code": (lambda folder: (folder / "volume_diffvp.py").unlink(), "volume_diffvp.py is missing"),
     "code elsewhere": (
         lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "other/repo--modeling.Model"}),

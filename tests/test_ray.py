@@ -14,9 +14,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import psutil
 import ray
 
-from diffvp.hub import batch
+from diffvp.inference import batch
 from diffvp.inference.batch import BatchError, ReportWriter, list_scans
-from diffvp.inference.ray import Resources, write_reports
+from diffvp.inference.ray import Resources, write_reports_with_ray
 
 from .batch_samples import read_lines, write_checkpoint, write_cohort
 
@@ -46,7 +46,7 @@ def cohort(tmp_path_factory):
 def write(scans, output, checkpoint, **options):
     resources = Resources(readers=1, engines=1, gpus=0)
     defaults = {"batch_size": 8, "resources": resources, "engine": "transformers"}
-    return write_reports(scans, output, checkpoint=checkpoint, **defaults | options)
+    return write_reports_with_ray(scans, output, checkpoint=checkpoint, **defaults | options)
 
 
 def kill(name: str) -> bool:

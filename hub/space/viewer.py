@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-How a study looks: slices as images, and the pieces of the page that hold them and the report.
+Slices of a study as images, and the HTML of the page for images and report.
 
 Planes are in radiological convention, as in `inference/figure.py`: the patient's right is on the left of axial and
-coronal images, anterior on the left of sagittal ones. Images travel inside the HTML, so that none is written to disk.
+coronal images, anterior on the left of sagittal ones. Images are embedded in the HTML, so none is written to disk.
 """
 
 import base64
@@ -17,33 +17,33 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...inference.figure import COLORS, EDGES, PLANES, plane
 from ...inference.figure import WINDOWS as FIGURE_WINDOWS
-from ...inference.report import RESEARCH_USE
-from .session import LARGEST, MAX_FILE_BYTES, Study
+from ...pipeline_diffvp import RESEARCH_USE
+from .session import LARGEST, MAX_FILE_BYTES, PageStudy
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
-PIXEL_MM = 0.9  # of an image
+PIXEL_MM = 0.9  # pixel size of an image
 LETTER_PIXELS = 20
 WAITING = "Choose a sample phantom, or drop a scan of your own."
 LIMITS = (
     f"One .nii, .nii.gz, or .zip of DICOM slices, up to {MAX_FILE_BYTES // 2**20} MB. It is deleted as soon as it has "
-    "been read; what is shown goes when you leave. Do not upload data that names a patient."
+    "been read; images and report are deleted when you leave. Do not upload data that names a patient."
 )
 
 
 def grey(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """HU as uint8, black at and below the lower end of the window, white at and above the upper one."""
+    """Convert HU to uint8: black at or below the lower end of the window, white at or above the upper end."""
     low, high = window
     return np.rint((hu.astype(np.float32) - low).clip(0, high - low) * (255 / (high - low))).astype(np.uint8)
 
 
 def blend(image: np.ndarray, difference: np.ndarray, body: np.ndarray, opacity: float) -> np.ndarray:
     """
-    A grey image (rows, columns) under a map, as RGB (rows, columns, 3).
+    Lay a map over a grey image (rows, columns); returns RGB (rows, columns, 3).
 
     Args:
-        difference: (rows, columns) in [0, 1]: transparent at 0, and at 1 as opaque as `opacity` says.
-        body: (rows, columns); nothing is laid over what is outside it.
-        opacity: in [0, 1]; 0 leaves the image as it is.
+        difference: (rows, columns) in [0, 1]: transparent at 0, and `opacity` at 1.
+        body: mask (rows, columns); the map is shown inside it only.
+        opacity: in [0, 1]; 0 leaves the image unchanged.
     """
     colors = matplotlib.colormaps[COLORS](difference)[..., :3] * 255
     alpha = (opacity * difference * body)[..., None]
@@ -51,7 +51,7 @@ def blend(image: np.ndarray, difference: np.ndarray, body: np.ndarray, opacity: 
 
 
 def letters(image: Image.Image, name: str) -> None:
-    """Write at each edge of a plane which side of the patient lies there."""
+    """Write the side of the patient at each edge of a plane."""
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(LETTER_PIXELS)
     width, height = image.size
     places = (
@@ -65,15 +65,21 @@ def letters(image: Image.Image, name: str) -> None:
 
 
 def slice_image(
-    study: Study, name: str, index: int, window: tuple[float, float], *, reference: bool = False, opacity: float = 0.0
+    study: PageStudy,
+    name: str,
+    index: int,
+    window: tuple[float, float],
+    *,
+    reference: bool = False,
+    opacity: float = 0.0,
 ) -> np.ndarray:
     """
-    One slice as RGB (rows, columns, 3), square pixels of `PIXEL_MM`, with the letters of its sides.
+    Draw a slice as RGB (rows, columns, 3), with square pixels of `PIXEL_MM` and the letters of its sides.
 
     Args:
-        name: of the plane, see [`inference.figure.plane`]; `index` counts as there.
+        name, index: plane and slice, see [`inference.figure.plane`].
         reference: show the reference instead of the target.
-        opacity: of the difference map where it is largest.
+        opacity: opacity of the difference map at its largest value.
     """
     scan = study.reference if reference else study.scan
     depth, height, width = scan.spacing
@@ -89,14 +95,14 @@ def slice_image(
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An RGB image as the address of a PNG."""
+    """Return an RGB image as a PNG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=4)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def plane_html(study: Study | None, name: str, number: int, window: str, opacity: float) -> str:
-    """Target and reference of one plane; `number` counts slices from 1. Black panels without a study."""
+def plane_html(study: PageStudy | None, name: str, number: int, window: str, opacity: float) -> str:
+    """Return target and reference of a plane; `number` counts slices from 1. Without a study, panels are black."""
     cells = []
     for label in ("Target", "Reference"):
         picture = '<div class="none"></div>'
@@ -112,18 +118,18 @@ def plane_html(study: Study | None, name: str, number: int, window: str, opacity
     return f'<div class="plane" data-plane="{name}">{"".join(cells)}</div>'
 
 
-def report_html(study: Study | None, writing: bool = False) -> str:
-    """The report by region, as far as it is written; under it the true one of a phantom."""
+def report_html(study: PageStudy | None, writing: bool = False) -> str:
+    """Return the report by region, as far as it is written, followed by the true report of a phantom."""
     if study is None:
         return '<div class="report"><p class="quiet">The report appears here, region by region.</p></div>'
-    # A heading is not one before its colon.
+    # The last line is a region heading only once its colon is written.
     text = study.text
     if writing and ":" not in text[text.rfind("\n") + 1 :]:
         text = text[: text.rfind("\n") + 1]
     regions = study.desk.processor.post_process(text)
     blocks = [f"<h3>{escape(region.capitalize())}</h3><p>{escape(words)}</p>" for region, words in regions.items()]
     if not writing and study.document is None:
-        blocks.append('<p class="quiet">Stopped before its end.</p>')
+        blocks.append('<p class="quiet">Stopped before the end.</p>')
     if study.document is not None:
         blocks += [f'<p class="warning">{escape(warning)}</p>' for warning in study.document["warnings"]]
         blocks.append(f'<p class="quiet">{RESEARCH_USE}</p>')
@@ -133,7 +139,7 @@ def report_html(study: Study | None, writing: bool = False) -> str:
     return f'<div class="report" aria-live="polite" aria-busy="{busy}">{"".join(blocks)}</div>'
 
 
-def _truth(study: Study) -> str:
+def _truth(study: PageStudy) -> str:
     truth = study.document["truth"]
     counts = ", ".join(f"{name}: {', '.join(truth[name]) or 'none'}" for name in ("hit", "missed", "false"))
     regions = "".join(
@@ -143,13 +149,13 @@ def _truth(study: Study) -> str:
 
 
 def status_html(text: str, error: bool = False) -> str:
-    """A line of what happens, or in plain sight what went wrong."""
+    """Return the status line, or an error message."""
     kind = 'class="status error" role="alert"' if error else 'class="status" role="status"'
     return f"<div {kind}>{escape(text)}</div>"
 
 
 def header_html(intended_domain: str | None) -> str:
-    """What has to be in sight all the time."""
+    """Return the banner, which is always visible."""
     domain = intended_domain or "not stated by the checkpoint"
     return (
         '<header><h1>DiffVP</h1><p class="what">CT report by comparison with a normal scan</p>'
@@ -158,8 +164,8 @@ def header_html(intended_domain: str | None) -> str:
     )
 
 
-def choices(study: Study | None) -> list[tuple[str, str]]:
-    """Where the slices can be moved to: (what is shown, name), the whole map first."""
+def choices(study: PageStudy | None) -> list[tuple[str, str]]:
+    """Return the places to go to as (caption, name); the largest difference comes first."""
     if study is None:
         return [(LARGEST, LARGEST)]
     named = [(f"{one['label']}  {one['probability']:.2f}", one["label"]) for one in study.positive]
@@ -167,5 +173,5 @@ def choices(study: Study | None) -> list[tuple[str, str]]:
 
 
 def position(place: tuple[int, int, int]) -> dict[str, int]:
-    """The slice numbers, from 1, of a place (depth, height, width)."""
+    """Return the slice numbers, from 1, of an index (depth, height, width)."""
     return {name: index + 1 for name, index in zip(PLANES, place, strict=True)}

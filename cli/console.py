@@ -1,0 +1,114 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Output of the commands: what goes to stdout and stderr, how errors are shown, and how tables are printed."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..files import writing_problem
+
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "diffvp-phantom"
+STATEMENT = "Research use only. Not a medical device; not for diagnosis."
+MAX_COLUMNS = 8  # of a table on a terminal
+out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
+
+
+def say(text: str) -> None:
+    """Print a line of results as it is: without markup, highlighting or line breaks inside paths."""
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def warn(text: str, style: str | None = "yellow") -> None:
+    """Print a line to stderr as it is."""
+    err.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def quiet() -> None:
+    """Silence progress bars and notices of libraries."""
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def find_checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[str, str]]:
+    """Return the name of the checkpoint, and the options with which to get it from the Hub."""
+    from ..inference.report import ReportError
+
+    if name is None and not SHIPPED_CHECKPOINT.is_dir():
+        raise ReportError(f"The shipped checkpoint is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
+    return (str(SHIPPED_CHECKPOINT) if name is None else name), ({} if revision is None else {"revision": revision})
+
+
+def print_page(page: str, markdown: bool) -> None:
+    """Print a page of results. Its Markdown tables become terminal tables; wide ones are transposed."""
+    if markdown:
+        typer.echo(page)
+        return
+    for is_table, lines in itertools.groupby(page.splitlines(), lambda line: line.startswith("|")):
+        lines = list(lines)
+        if not is_table:
+            say("\n".join(lines).replace("`", ""))
+            continue
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")
+        ]
+        if len(rows[0]) > MAX_COLUMNS and len(rows) <= MAX_COLUMNS:
+            rows = [list(column) for column in zip(*rows, strict=True)]
+        table = Table()
+        for head in rows[0]:
+            table.add_column(head, overflow="fold")  # a truncated number would be another number
+        for row in rows[1:]:
+            table.add_row(*map(Text, row))
+        out.print(table)
+
+
+def check_writable(*outputs: Path | None) -> None:
+    """Exit with status 2 if an output cannot be written, before anything is computed."""
+    for output in outputs:
+        found = None if output is None else writing_problem(output)
+        if found is not None:
+            warn(f"{output}: output: {found} (expected a place that can be written)", style="red")
+            raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def resumable(file: Path) -> Iterator[None]:
+    """End a run without a traceback on Ctrl-C, and say how to continue it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        warn(f"Interrupted. Run the same command again to continue with {file}.", style=None)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
+    """Print an error that a user can cause in one line and exit with status 2. Other errors keep their traceback."""
+    try:
+        yield
+    except (OSError, *expected) as error:
+        warn(f"{type(error).__name__}: {' '.join(str(error).split())}", style="red")
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def listed_problems(*expected: type[Exception]) -> Iterator[None]:
+    """Print the problems of a dataset or a checkpoint, one per line, and exit with status 2."""
+    from ..data.cases import DatasetError
+
+    try:
+        yield
+    except (DatasetError, *expected) as error:
+        warn(str(error), style="red")
+        raise typer.Exit(2) from error

@@ -1,0 +1,44 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CORES = os.cpu_count() or 1
+
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or Hub id (default: the checkpoint shipped with the package).")
+]
+Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub. Pin one.")]
+Engine = Annotated[str, typer.Option(help="Decoding engine: transformers or vllm (docs/scaling.md).")]
+AnyAnatomy = Annotated[
+    bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
+]
+Dicom = Annotated[
+    Path | None,
+    typer.Option(help="Write structured report and difference map as DICOM to this folder (docs/clinical.md)."),
+]
+Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of terminal tables.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Data type of the weights: float32 or bfloat16 (default: the checkpoint's; docs/scaling.md)."),
+]
+Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the figure when it is written.")]
+ReferenceSeed = Annotated[int, typer.Option(min=0, help="Random seed for the choice of the reference.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Maximum length of a report, in tokens (default: the checkpoint's).")
+]
+Readers = Annotated[int, typer.Option(min=1, help="Number of threads that read scans.")]
+Radbert = Annotated[
+    str | None,
+    typer.Option(help="Label with RadBERT instead of the rules: a folder, or IAMJB/RadBERT-CT on the Hub."),
+]
+ReportsLeaveMachine = Annotated[
+    bool,
+    typer.Option("--reports-leave-machine", help="Allow a server on another machine. It will see all reports."),
+]

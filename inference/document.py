@@ -1,0 +1,253 @@
+# Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The one form of a written report, and the provenance that goes with it. docs/reports.md describes every field.
+
+[`written_report`] makes the part shared by report.json, the lines of `diffvp batch` and the answers of `diffvp serve`.
+[`describe_report`] adds the provenance, which makes it report.json. Neither names the patient or the place of a file:
+scans appear as digests of their content.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from ..anatomy_diffvp import anatomy_warnings
+from ..bases_diffvp import locate_base_model, public_name
+from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
+from ..data.cache import preprocessing
+from ..data.phantom_report import labels_from_report
+from ..metrics.consistency import report_consistency
+from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..provenance import library_versions
+from ..storage_diffvp import WEIGHTS_NAME, digest
+from ..volume_diffvp import GIVEN, STATED, CTGeometry
+
+# Version of the fields of [`written_report`]. It rises when a field is removed, renamed or changes its meaning.
+SCHEMA_VERSION = 1
+
+WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
+ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
+CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
+
+
+class ReportError(ValueError):
+    """A report cannot be written as asked; the message says what to change."""
+
+
+def written_report(
+    model,
+    processor,
+    tokens: Sequence[int],
+    *,
+    decoding: GenerationConfig,
+    findings: list[dict],
+    geometry: CTGeometry,
+    is_hu: bool = True,
+) -> dict:
+    """
+    Return a report in the form that all outputs share.
+
+    Args:
+        tokens: generated token ids.
+        decoding: generation config with which they were generated.
+        findings: from [`describe_findings`]; empty for a model without a classifier.
+        geometry: geometry of the scan.
+        is_hu: `False` if the voxels of the scan or of the reference are not Hounsfield units.
+
+    Returns:
+        `schema_version`, `statement`, `intended_domain`, `warnings`, `report`, `regions`, `findings`, `complete`,
+        `consistency`, `coverage`.
+    """
+    tokens = [int(token) for token in tokens]
+    written = describe_text(processor, tokens, findings, end_tokens(decoding))
+    states_no_grid = geometry.layout not in (STATED, GIVEN) and not geometry.layout.startswith("DICOM")
+    warnings = {
+        "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not is_hu,
+        f"The report is cut off after {len(tokens)} tokens.": not written["complete"],
+        "This model takes no difference: the map is empty.": model.config.difference_level == "none",
+        f"The file states no grid. Read as: {geometry.layout}.": states_no_grid,
+        **dict.fromkeys(geometry.warnings, True),
+    }
+    applying = [warning for warning, applies in warnings.items() if applies]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "statement": RESEARCH_USE,
+        "intended_domain": model.config.intended_domain,
+        "warnings": [*applying, *anatomy_warnings(geometry.coverage)],
+        **written,
+        "consistency": report_consistency(written["report"], written["findings"]),
+        "coverage": geometry.coverage,
+    }
+
+
+def describe_report(
+    model,
+    processor,
+    tokens: Sequence[int],
+    *,
+    decoding: GenerationConfig,
+    engine: str,
+    logits: torch.Tensor | None,
+    attributes: list[list[dict]] | None = None,
+    geometries: tuple[CTGeometry, CTGeometry],
+    reference: tuple[str, int | None],
+    made_by: dict,
+    options: dict | None = None,
+    truth: str | None = None,
+) -> dict:
+    """
+    Return the content of report.json: [`written_report`] and its provenance.
+
+    Args:
+        tokens: generated token ids.
+        decoding: generation config with which they were generated.
+        engine: name of the engine that generated them.
+        logits: log-odds of the classifier, (1, labels).
+        attributes: finding attributes of the model's comparison.
+        geometries: geometry of the scan and of the reference.
+        reference: id of the reference, and the seed with which it was sampled; `None` if it was chosen.
+        made_by: from [`identify_model`].
+        options: preprocessing options that differ from the checkpoint's.
+        truth: true report of a phantom.
+    """
+    geometry, reference_geometry = geometries
+    name, seed = reference
+    findings = [] if logits is None else describe_findings(model.config, logits, attributes, (geometry,))[0]
+    is_hu = geometry.is_hu and reference_geometry.is_hu
+    written = written_report(
+        model, processor, tokens, decoding=decoding, findings=findings, geometry=geometry, is_hu=is_hu
+    )
+    document = {
+        **written,
+        "provenance": {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **made_by,
+            "scan": _scan(geometry),
+            "reference": {"id": name, "sampled": seed is not None, "seed": seed, **_scan(reference_geometry)},
+            "preprocessing": preprocessing(processor.image_processor) | (options or {}),
+            "decoding": {**describe_decoding(model, processor, decoding, engine), "new_tokens": len(tokens)},
+            "versions": library_versions(),
+        },
+    }
+    if truth is not None:
+        true = {"report": truth, "regions": processor.post_process(truth)}
+        document["truth"] = true | compare_findings(written["report"], truth)
+    return json.loads(json.dumps(document))  # tuples become lists, as in the file
+
+
+def describe_decoding(model, processor, decoding: GenerationConfig, engine: str) -> dict:
+    """Return how reports are decoded: engine, data type, instruction and generation config."""
+    return {
+        "engine": engine,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "instruction": processor.instruction,
+        "generation_config": public_fields(decoding.to_diff_dict()),
+    }
+
+
+def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
+    """Compare the findings of a generated phantom report with the true one: {"hit", "missed", "false": labels}."""
+    written, true = labels_from_report(report), labels_from_report(truth)
+    return {
+        "hit": [label for label in true if true[label] and written[label]],
+        "missed": [label for label in true if true[label] and not written[label]],
+        "false": [label for label in true if written[label] and not true[label]],
+    }
+
+
+def report_page(document: dict) -> str:
+    """Return the text of report.txt. The statements come first, so that every excerpt starts with them."""
+    reference = document["provenance"]["reference"]
+    sampled = f" (sampled, seed {reference['seed']})" if reference["sampled"] else ""
+    lines = [RESEARCH_USE, domain_line(document), *document["warnings"], f"Reference: {reference['id']}{sampled}."]
+    return "\n".join([*lines, "", document["report"], ""])
+
+
+def domain_line(document: dict) -> str:
+    """Return the sentence that states the intended domain."""
+    return f"Intended for: {document['intended_domain'] or 'not stated by the checkpoint'}."
+
+
+def identify_model(model, hub_kwargs: dict) -> dict:
+    """
+    Return "checkpoint" and "base_model" of a loaded model: names, revisions and digests.
+
+    Raises:
+        ReportError: the model was not loaded from a checkpoint, or the checkpoint is no longer there.
+    """
+    return {"checkpoint": _checkpoint(model, hub_kwargs), "base_model": _base_model(model, hub_kwargs)}
+
+
+def public_fields(values: dict) -> dict:
+    """Return the settings of a generation config without its book-keeping."""
+    return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
+
+
+def _scan(geometry: CTGeometry) -> dict:
+    """Return digest and grid of a scan, without its source, which may name the patient."""
+    return {
+        "sha256": geometry.sha256,
+        "layout": geometry.layout,
+        "is_hu": geometry.is_hu,
+        "shape": list(geometry.shape),
+        "spacing_xyz_mm": list(geometry.spacing),
+        "tensor_size": list(geometry.size),
+        "tensor_spacing_mm": list(geometry.tensor_spacing),
+        "tensor_affine": geometry.tensor_affine.tolist(),
+    }
+
+
+def _checkpoint(model, hub_kwargs: dict) -> dict:
+    """Return name, commit and digests of the files from which the model was loaded."""
+    name = model.name_or_path
+    if not name:
+        raise ReportError(
+            "The model was not loaded from a checkpoint, so its report could not state its origin: "
+            "save_pretrained() it and load it from there."
+        )
+    files = {file: _local_file(name, file, hub_kwargs) for file in CHECKPOINT_FILES}
+    index = files[WEIGHTS_INDEX]
+    if index is not None:  # a large self-contained checkpoint is saved in shards
+        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            files[shard] = _local_file(name, shard, hub_kwargs)
+    found = {file: path for file, path in files.items() if path is not None}
+    if "config.json" not in found:
+        raise ReportError(f"The checkpoint {public_name(name)} is no longer where the model was loaded from.")
+    return {
+        "name": public_name(name),
+        "commit": extract_commit_hash(str(found["config.json"]), None),
+        "sha256": {file: digest(path) for file, path in found.items()},
+    }
+
+
+def _base_model(model, hub_kwargs: dict) -> dict:
+    """Return name, revision and weight digests of the base LLM; for one on the Hub, its commit instead of digests."""
+    config = model.config
+    if config.base_model_name_or_path is None:
+        return {"name": None, "note": "inside the checkpoint's weights"}
+    name, revision, gguf_file = model.language_model.name_or_path, None, None
+    if name == config.base_model_name_or_path:  # otherwise another place was given on loading
+        revision, gguf_file = config.base_model_revision, config.base_model_gguf_file
+    entry = {"name": public_name(name), "revision": revision}
+    path, file = locate_base_model(name, revision, gguf_file)
+    if not Path(path).is_dir():
+        access = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+        place = _local_file(path, file or "config.json", access | {"revision": revision or "main"})
+        return entry | {"commit": extract_commit_hash(str(place), None)}
+    weights = [Path(path) / file] if file else sorted(Path(path).glob("*.safetensors"))
+    return entry | {"sha256": {weight.name: digest(weight) for weight in weights}}
+
+
+def _local_file(name: str, file: str, hub_kwargs: dict) -> Path | None:
+    """Return a local file of a loaded checkpoint, or `None` if it has no such file."""
+    found = cached_file(
+        name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, **hub_kwargs,
+    )  # fmt: skip
+    return None if found is None else Path(found)
