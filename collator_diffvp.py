@@ -190,7 +190,9 @@ class DiffVPDataCollator:
 
         def load(entry: dict[str, str]) -> tuple[str | None, torch.Tensor]:
             scan = references[entry["id"]]
-            volume, digest = self._volume(scan if self.references is not None else pool.fetch(scan))
+            if self.references is None and pool is not None:
+                scan = pool.fetch(scan)
+            volume, digest = self._volume(scan)
             return digest, volume
 
         return ReferencePool.first_other(({"id": drawn} for drawn in ranked), content, load, f"Case {name}")[1]
