@@ -318,4 +318,4 @@ def test_a_report_stays_when_the_server_does_not_take_it(server, series, checkpo
 )
 def test_a_scan_comes_from_one_place(arguments):
     result = report(*arguments)
-    assert result.exit_code == 2 and "a scan, or --dicomweb URL and --study UID" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "a scan, or --dicomweb URL with --study UID" in " ".join(result.output.split())

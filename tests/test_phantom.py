@@ -370,7 +370,7 @@ def test_no_third_scanner_and_no_scanner_twice():
     patient = sample_patient(0, 0, "train")
     with pytest.raises(ValueError, match="scanner='c': expected one of a, b"):
         on_scanner(patient, "c")
-    with pytest.raises(ValueError, match="train_1_b_1 is on scanner 'b' already"):
+    with pytest.raises(ValueError, match="train_1_b_1 is already on scanner 'b'"):
         on_scanner(on_scanner(patient, "b"), "b")
 
 

@@ -137,7 +137,7 @@ def test_command_prints_it_below_the_other_scores(served, tmp_path, monkeypatch)
     monkeypatch.setattr("diffvp.metrics.report_table.score_table", lambda *args, **options: {})
     monkeypatch.setattr("diffvp.metrics.report_table.table_page", lambda document: "the other scores")
     options = ["--radmatch", str(tmp_path / "out"), "--base-url", served.url, "--model", "m"]
-    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), *options])
+    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), *options, "--markdown"])
     assert result.exit_code == 0, result.output
     assert result.stdout.index("the other scores") < result.stdout.index("2 of 2 reports | 1.000 (0.000–2.000)")
     document = json.loads(CliRunner().invoke(cli.app, ["score", table(tmp_path), *options, "--json"]).stdout)

@@ -195,12 +195,12 @@ def test_an_uploaded_scan_is_shown_and_not_kept(browser, server, tmp_path):
     tab = browser.new_page()
     tab.goto(address)
     scan = tmp_path / "someone.nii.gz"
-    shutil.copyfile(next(folder.glob("phantom_2.nii.gz")), scan)
+    shutil.copyfile(next(folder.glob("samples/phantom_2.nii.gz")), scan)
     tab.locator("#upload input[type=file]").set_input_files(scan)
     tab.wait_for_selector("#report h3", timeout=60_000)
     assert tab.locator("#view-axial img").count() == 2
     assert not list(folder.rglob("someone*"))
-    assert list(folder.glob("study-*"))
+    assert list(folder.rglob("study-*"))
     tab.close()
 
 

@@ -364,7 +364,7 @@ def test_holm_agrees_with_the_step_down_procedure(p_values, data):
 def test_most_frequent_report():
     assert most_frequent_report(["a", "b", "b", "c"]) == "b"
     assert most_frequent_report(["b", "a", "a", "b"]) == "b"  # the first of those that tie
-    with pytest.raises(ValueError, match="no report"):
+    with pytest.raises(ValueError, match="reports is empty"):
         most_frequent_report([])
 
 
@@ -376,7 +376,7 @@ def test_most_frequent_report_by_region():
 
     result = most_frequent_report_by_region(reports, split, ("heart", "bone", "lung"))
     assert result == "Heart: small\nLung: clear"
-    with pytest.raises(ValueError, match="no report"):
+    with pytest.raises(ValueError, match="reports is empty"):
         most_frequent_report_by_region([], split, ("heart",))
 
 
