@@ -85,9 +85,8 @@ assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
 
 def test_three_commands_lead_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "builtins.input", asked.append
-    )  # transformers would ask before it runs a checkpoint's own code
+    # transformers would ask before it runs a checkpoint's own code.
+    monkeypatch.setattr("builtins.input", asked.append)
     runner = CliRunner()
     command = ["pool", "build", own, "--layout", "table", "--ids", own / "normal.txt", "--output", own / "pool.txt"]
     result = runner.invoke(app, [str(word) for word in command])
