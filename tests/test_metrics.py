@@ -34,7 +34,7 @@ def test_scores_match_a_hand_computation():
     assert result["micro"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "predicted": 3, "support": 3}
     assert result["macro"]["f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert result["weighted"]["recall"] == pytest.approx((1 * 1.0 + 2 * 0.5) / 3)
-    # The reports score F1 1, 2/3 and 0.
+    # F1 per report: 1, 2/3 and 0.
     assert result["samples"]["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert "zero-division:0" in result["signature"]
 

@@ -171,7 +171,7 @@ def test_meteor_matches_a_hand_computation(meteor_data):
 
 
 def test_meteor_splits_full_stops_only_at_sentence_ends(meteor_data):
-    # The Punkt model knows "Dr." and "CT." as abbreviations. Without it METEOR would be another number.
+    # The Punkt model knows "Dr." and "CT." as abbreviations. Without it METEOR would give another score.
     tokens = meteor_tokens("Seen by Dr. Smith on an unenhanced CT. No mass in the liver. Normal otherwise.")
     assert [token for token in tokens if "." in token] == ["Dr.", "CT.", ".", "."]
 
@@ -331,9 +331,8 @@ def test_cider_equals_pycocoevalcap():
     # environment.
     theirs = [3.6488656114822335, 0.4316117551946153, 0.0, 1.0699449578099811, 2.5]
     np.testing.assert_allclose(coco_cider_per_report(predictions, references), theirs, rtol=1e-12)
-    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [
-        0.0
-    ]  # every n-gram is in all reports, so its IDF is 0
+    # With a single report, every n-gram is in all reports and has an IDF of 0.
+    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [0.0]
 
 
 def test_cider_of_identical_reports_is_10_in_any_order():

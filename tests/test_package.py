@@ -145,6 +145,7 @@ def test_wheel_is_marked_as_typed(wheel_members):
     assert "diffvp/py.typed" in wheel_members
 
 
+# Modules that the small install runs.
 CORE = (
     "cli",
     "inference.report",
@@ -152,7 +153,7 @@ CORE = (
     "data.phantom_cohort",
     "hub.push",
     "references_diffvp",
-)  # run by the small install
+)
 OPTIONAL = {"datasets"}  # imported only if the caller passes one of its objects
 
 

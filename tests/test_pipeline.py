@@ -211,7 +211,7 @@ def test_length_limit_comes_from_the_call_the_pipeline_or_the_default(scans, par
     pipe(scans[0], max_new_tokens=4, streamer=recorders[4])
     assert pipe(scans[0], generate_kwargs={"num_beams": 2})["report"]
     monkeypatch.setattr(model.generation_config, "max_new_tokens", None)
-    monkeypatch.setattr(pipeline_diffvp, "MAX_NEW_TOKENS", 30)  # transformers alone would stop after 20
+    monkeypatch.setattr(pipeline_diffvp, "MAX_NEW_TOKENS", 30)  # the default of transformers would be 20
     pipe = DiffVPPipeline(model=model, processor=processor, device="cpu")
     pipe(scans[0], streamer=recorders[30], generate_kwargs={"min_new_tokens": 30})
     assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)

@@ -56,7 +56,7 @@ def pool(tmp_path):
     return folder
 
 
-# The image processor alone
+# The image processor
 
 
 def test_defaults_are_the_papers_and_need_no_checkpoint():

@@ -458,7 +458,7 @@ def test_checkpoint_without_pool_asks_for_a_reference(make_checkpoint, scan, tmp
 
 
 def test_loading_never_asks_to_run_the_checkpoints_code(checkpoint, monkeypatch):
-    """The folder holds copies of the Hub files, and transformers would ask on the console whether to run them."""
+    """The folder holds copies of the Hub files, so transformers would ask on the console whether to run them."""
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the console"))
     model, processor = load_checkpoint(checkpoint)
     assert type(model) is DiffVPForConditionalGeneration and type(processor) is DiffVPProcessor

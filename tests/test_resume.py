@@ -106,9 +106,8 @@ def test_resume_with_other_settings_or_data_is_refused(stage_one, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             run(TrainingConfig.load(stage_one, [*FAST, override]))
-    run(
-        TrainingConfig.load(stage_one, [*FAST, "save_every_steps=7", "num_workers=1"])
-    )  # these do not change the result
+    # These settings do not change the result.
+    run(TrainingConfig.load(stage_one, [*FAST, "save_every_steps=7", "num_workers=1"]))
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run/model").items())
 
 
@@ -182,10 +181,10 @@ def train_in_a_fork(config):
 
 
 def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
-    """Send `kill -9` at random moments, also while a checkpoint is written, renamed or deleted. Few are kept."""
+    """Send `kill -9` at random moments, also during writing, renaming and deleting: every step is saved, few kept."""
     for name in ("whole", "killed"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
-    epochs = 5 * KILLS  # of 4 steps
+    epochs = 5 * KILLS  # of 4 steps each
     overrides = [f"report.epochs={epochs}", "report.batch_size=2", "save_every_steps=1", "stage=report"]
     whole = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'whole'}"])
     killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])

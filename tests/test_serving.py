@@ -233,7 +233,9 @@ def test_request_with_a_foreign_host_name_is_refused(client, scans):
 
 def test_server_recovers_from_sigkill_and_drains_on_sigterm(checkpoint, scans, broken, tmp_path):
     """Requests of a killed server fail. The next server removes its uploads and answers on the same port.
-    On SIGTERM, a server first answers the waiting requests."""
+
+    On SIGTERM, a server first answers the waiting requests.
+    """
     folder, port = tmp_path / "tmp", free_port()
     with Server(checkpoint, folder, port=port) as server:
         with ThreadPoolExecutor(1) as threads:

@@ -31,7 +31,7 @@ from diffvp.volume_diffvp import CTInputError
 
 from .ct_samples import write_dicom
 
-AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])  # of an array in LPS order
+AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])  # array in LPS order
 MARK = (slice(28, 34), slice(6, 12), slice(20, 26))  # left, anterior, superior
 
 
@@ -156,7 +156,7 @@ def test_slices_are_embedded_in_the_page_as_png(study):
     sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
     assert len(pictures) == 2 and len(sizes) == 1
     width, height = sizes.pop()
-    assert width / height == pytest.approx((32 * 8.5) / (32 * 7.0), rel=0.02)  # of the box, in mm
+    assert width / height == pytest.approx((32 * 8.5) / (32 * 7.0), rel=0.02)  # proportions of the box in mm
     assert "Target with difference map: coronal slice 5, lung window" in html
     assert "Reference: coronal slice 5, lung window" in html
 

@@ -103,7 +103,7 @@ def test_checkpoint_of_each_epoch_is_complete_and_resumes(model, make_model, tmp
 
 
 def test_best_model_comes_from_one_epoch(model, tmp_path):
-    """The highest loss counts as best, which is that of the first epoch."""
+    """The highest loss counts as best: here that of the first epoch."""
     epochs = []
 
     class Remember(TrainerCallback):

@@ -380,7 +380,7 @@ def test_refusals_name_field_value_and_expectation(name):
     if isinstance(ct, nib.Nifti1Image) and extra is not None and np.shape(extra) == (4, 4):
         ct, extra = nib.Nifti1Image(np.asanyarray(ct.dataobj), None), None
         ct.header.set_sform(made[1], code=1)
-        ct._affine = made[1]  # nibabel itself would refuse some of these only when it writes them
+        ct._affine = made[1]  # nibabel would refuse some of these only when it writes them
     with pytest.raises(error, match=message) as caught:
         read_ct(ct, extra)
     assert isinstance(caught.value, CTInputError) and isinstance(caught.value, ValueError)

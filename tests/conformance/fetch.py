@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetch transformers' own test suites of one release: `python tests/conformance/fetch.py 5.23.0`.
 
-The source distribution on PyPI contains them (`tests/test_modeling_common.py` and others); the wheel does not. They are
-put in `.conformance/<version>/transformers_tests`, under their own name, because `tests` is this project's folder. If
-another release is installed than the requested one, the requested one is put in `.conformance/<version>/site`, without
-its dependencies, to take precedence. `make test-conformance` puts `.conformance/<version>/site` and
+The source distribution on PyPI contains them (`tests/test_modeling_common.py` and others); the wheel does not. They
+are put in `.conformance/<version>/transformers_tests`, under their own name, because `tests` is this project's folder.
+If another release is installed than the requested one, the requested one is put in `.conformance/<version>/site`,
+without its dependencies, to take precedence. `make test-conformance` puts `.conformance/<version>/site` and
 `.conformance/<version>` on PYTHONPATH, so that a test can write
 `from transformers_tests.test_modeling_common import ModelTesterMixin`.
 """
@@ -44,8 +44,8 @@ STUBS = {
         '    "problem_type": "regression",\n'
         "}\n"
     ),
-    # Next to the suite, where it looks for the helpers of transformers' repository. The original finds files that their
-    # CI has downloaded, and otherwise returns the address, as this stub does.
+    # Next to the suite, where it looks for the helpers of transformers' repository. The original finds files that
+    # their CI has downloaded, and otherwise returns the address, as this stub does.
     "utils/fetch_hub_objects_for_ci.py": (
         "def url_to_local_path(url, return_url_if_not_found=True):\n"
         "    if return_url_if_not_found:\n"
@@ -99,7 +99,7 @@ def fetch(release: str) -> Path:
         raise ValueError(f"{release!r} is not a transformers version such as 5.23.0")
     folder = CONFORMANCE / release
     CONFORMANCE.mkdir(exist_ok=True)
-    # Build both next to their place and rename them: an interrupted download leaves nothing that looks complete.
+    # Build both next to their place and rename them, so that an interrupted download never looks complete.
     with tempfile.TemporaryDirectory(dir=CONFORMANCE, prefix="building-") as building:
         if not folder.is_dir():
             suites = Path(building, "suites")
