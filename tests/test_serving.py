@@ -120,7 +120,7 @@ def test_logs_contain_neither_scan_names_nor_reports(server, client, scans, brok
     assert "POST /v1/reports HTTP/1.1" in server.said()
 
 
-def test_bad_scans_are_refused_with_the_wrong_field_named(client, scans, broken, tmp_path):
+def test_bad_scans_are_refused_with_the_faulty_field_named(client, scans, broken, tmp_path):
     for path, field in zip(broken, ("sizeof_hdr", "suffix", "voxel data"), strict=True):
         problem = send(client, path)
         assert problem.headers["content-type"] == "application/problem+json"
