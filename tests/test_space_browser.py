@@ -200,7 +200,7 @@ def test_uploaded_scan_is_shown_and_not_kept(browser, server, tmp_path):
     tab.wait_for_selector("#report h3", timeout=60_000)
     assert tab.locator("#view-axial img").count() == 2
     assert not list(folder.rglob("someone*"))
-    assert list((folder / "studies").iterdir())
+    assert not list((folder / "claimed").iterdir())
     tab.close()
 
 
