@@ -9,12 +9,14 @@ DIFFVP_SCREENSHOTS, a folder, the pictures of the documentation are taken.
 
 import io
 import os
-import shutil
 import time
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 from PIL import Image
+
+from diffvp.data.phantom_cohort import single_phantom
 
 pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser (pip install playwright)")
@@ -195,7 +197,7 @@ def test_uploaded_scan_is_shown_and_not_kept(browser, server, tmp_path):
     tab = browser.new_page()
     tab.goto(address)
     scan = tmp_path / "someone.nii.gz"
-    shutil.copyfile(next(folder.glob("samples/phantom_2.nii.gz")), scan)
+    nib.save(single_phantom(2, "browser")[0], scan)
     tab.locator("#upload input[type=file]").set_input_files(scan)
     tab.wait_for_selector("#report h3", timeout=60_000)
     assert tab.locator("#view-axial img").count() == 2
