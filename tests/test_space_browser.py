@@ -9,6 +9,7 @@ DIFFVP_SCREENSHOTS, a folder, the pictures of the documentation are taken.
 
 import io
 import os
+import shutil
 import time
 from pathlib import Path
 
