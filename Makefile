@@ -123,7 +123,7 @@ test-serve: $(DEV)  ## test the HTTP service, and measure it under load with the
 test-hub: $(DEV)  ## push checkpoint, dataset, Space and job to a Hub on this machine, and read them back
 	$(BIN)/pytest tests/test_hub.py tests/test_hub_kit.py tests/test_push.py tests/test_handler.py $(PYTEST_ARGS)
 
-test-dicom: $(DEV)  ## show results for hospitals to dciodvfy and an Orthanc (Debian's dicom3tools orthanc orthanc-dicomweb)
+test-dicom: $(DEV)  ## test DICOM and FHIR output and DICOMweb with dciodvfy and Orthanc (Debian's dicom3tools orthanc orthanc-dicomweb)
 	DIFFVP_DICOM_TOOLS=1 $(BIN)/pytest tests/test_clinical_tools.py tests/test_clinical.py tests/test_dicomweb.py $(PYTEST_ARGS)
 
 $(AXE):

@@ -216,7 +216,7 @@ class DiffVPGlobalDelta(nn.Module):
 
 class DiffVPLocalDelta(nn.Module):
     """
-    Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5-7. No parameters.
+    Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5, 6 and 7. No parameters.
 
     With `local_delta_weights="uniform"` Δ_l is the plain mean; w is still returned, as the token importance.
     """
