@@ -195,7 +195,7 @@ def test_a_reference_is_encoded_once(cohort, checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"difference_level": "pixel"}, {"use_diagnosis": False}])
-def test_models_without_local_difference_or_diagnosis_write_reports(make_checkpoint, cohort, tmp_path, changes):
+def test_models_with_pixel_difference_or_no_diagnosis_write_reports(make_checkpoint, cohort, tmp_path, changes):
     writer = ReportWriter(make_checkpoint(**changes), max_new_tokens=3)
     write(cohort, tmp_path / "reports.jsonl", writer)
     assert len(names(tmp_path / "reports.jsonl")) == SCANS
