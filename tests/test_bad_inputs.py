@@ -162,7 +162,7 @@ def test_inflate_returns_exactly_the_expected_bytes(content, length, padding, mo
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
 def test_trailing_zeros_are_dropped_up_to_a_limit(monkeypatch, codec):
-    """The zeros are inside the compressed stream; the limit stops a decompression bomb."""
+    """Zeros inside the compressed stream are limited, because a decompression bomb could continue with them."""
     content, pack = np.random.default_rng(0).bytes(3000), (gzip if codec == "gzip" else zlib).compress
     monkeypatch.setattr(decoding_diffvp, "MAX_PADDING", 10_000)
     monkeypatch.setattr(decoding_diffvp, "CHUNK", 1000)

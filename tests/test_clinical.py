@@ -142,7 +142,7 @@ def test_dicom_map_equals_the_nifti_map(made):
 
 
 def test_map_grid_equals_the_grid_simpleitk_reads(made):
-    """The grid of an independent reader. SimpleITK also reads Enhanced CT, but no parametric maps (test below)."""
+    """SimpleITK, an independent reader, also reads Enhanced CT, but no parametric maps (test below)."""
     source, _, folder = made
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(source)) if source.is_dir() else str(source)
     read = sitk.ReadImage(names)
@@ -197,7 +197,7 @@ def test_highdicom_reads_the_structured_report(made):
 
 
 def test_patient_data_appears_only_in_the_dicom_objects(made):
-    """The patient appears in no other file, printed output or file name."""
+    """Patient data appears in no other file, printed output or file name."""
     _, printed, folder = made
     uids = [pydicom.dcmread(folder / "dicom" / SR_FILE)[name].value for name in ("StudyInstanceUID", "SOPInstanceUID")]
     resource = folder / "report" / "diagnostic_report.json"
@@ -473,7 +473,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_series_without_unique_identifiers_is_refused(tmp_path, case):
-    """The series itself can be read and reported on."""
+    """Such a series can still be read and reported on."""
     change, message = REFUSED[case]
     path = write_dicom(tmp_path / "series", make_chest(1), change=change)
     read_ct(path)
@@ -612,7 +612,7 @@ def test_nifti_scan_gives_a_fhir_resource_without_a_study(tmp_path, checkpoint, 
 
 
 def test_batch_writes_dicom_and_fhir_of_each_scan(tmp_path, checkpoint, no_figures):
-    """The run continues after a file that is not DICOM; the objects equal those of a single report."""
+    """Batches continue after a file that is not DICOM; their objects equal those of a single report."""
     scans, output = tmp_path / "Ward^7", tmp_path / "reports.jsonl"
     folders = [SOURCES[name](tmp_path) for name in ("single-frame", "Enhanced CT")]
     write_scan(scans.parent / "scan.nii.gz", seed=3)

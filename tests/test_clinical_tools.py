@@ -106,7 +106,7 @@ def test_required_tools_are_installed():
 
 
 def test_dicom_validator_finds_errors(tmp_path):
-    """The tests below are meaningful only if the validator reports errors."""
+    """Only a validator that reports errors makes the tests below meaningful."""
     source = read_source(SOURCES["single-frame"](tmp_path))
     report, image = dicom_objects(make_document(), np.zeros(source.shape, np.float32), source)
     del report.VerificationFlag, image.FrameOfReferenceUID

@@ -177,7 +177,7 @@ def test_dataset_cases_are_the_same_in_every_format(rows, form):
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("form", [None, "numpy", "torch", "pandas"])
 def test_geometry_survives_map_in_every_format(image_processor, rows, paths, tmp_path, batched, form):
-    """The maps written with the stored geometry equal those of the original geometry."""
+    """Maps written with the stored geometry equal those of the original geometry."""
     stored = rows.map(
         lambda row: image_processor(row["ct"], digest=True), batched=batched, batch_size=2,
         remove_columns=rows.column_names, load_from_cache_file=False, keep_in_memory=True,

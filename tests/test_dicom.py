@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The DICOM reader. pydicom writes the series; pydicom, SimpleITK and the written array give the expected values."""
+"""DICOM reader. pydicom writes the series; pydicom, SimpleITK and the written array give the expected values."""
 
 import struct
 import tempfile
@@ -275,7 +275,7 @@ def bits12(k, one, lps):
 
 
 def bits12_signed(k, one, lps):
-    """The sign bit of negative numbers is bit 11."""
+    """Store signed 12-bit values, whose sign bit is bit 11."""
     stored(lps[:, :, k] & 0xFFF, one, bits=12, signed=True)
     one.RescaleIntercept = 0
 

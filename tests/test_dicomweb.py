@@ -93,7 +93,7 @@ def test_retrieved_study_equals_its_files(server, source, temporary):
 
 
 def test_errors_of_the_caller_pass_through_unchanged(server, series):
-    """The temporary folder is removed."""
+    """Errors raised by the caller also remove the temporary folder."""
     with pytest.raises(CTReadError, match="series: none chosen"), retrieve(server.url, study_of(series)):
         raise CTReadError("study", "series", "none chosen", "one")
     with pytest.raises(ValueError, match="of the caller"), retrieve(server.url, study_of(series)):
@@ -208,7 +208,7 @@ def test_server_failure_is_reported_without_patient_data(server, series, name, c
 
 
 def test_incomplete_study_is_refused_unless_allowed(server, series):
-    """The PACS may still be receiving the study."""
+    """A PACS may still be receiving the study."""
     server.promised = 19
     assert refused(server, study_of(series)).startswith("number of instances: 18 of 19 (expected all of the series")
     with retrieve(server.url, study_of(series), allow_incomplete=True) as folder:

@@ -301,7 +301,7 @@ def test_sides_are_those_of_the_patient():
 
 
 def test_peak_is_in_file_coordinates(tmp_path):
-    """The peak of a finding is within half a token of a bright voxel, in a file of unusual orientation."""
+    """A finding's peak is within half a token of a bright voxel, in a file of unusual orientation."""
     hu = np.full((40, 70, 60), -1000, np.int16)
     hu[8:32, 10:60, 10:50] = 40
     hu[20, 41, 33] = 1000

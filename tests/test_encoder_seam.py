@@ -392,7 +392,7 @@ def external_run(stage_one, *overrides):
 
 
 def test_training_on_features_equals_training_with_the_module(stage_one, tmp_path, monkeypatch):
-    """The second stage gives the same weights from features on disk and from the module that computed them."""
+    """Features on disk and the module that computed them give the same weights in the second stage."""
     monkeypatch.setitem(sys.modules, "my_pooled", sys.modules[__name__])
     of_module, config = external_run(stage_one, "encoder=my_pooled:Pooled")
     assert of_module.config.encoder_name.endswith("Pooled") and of_module.config.encoder_sha256

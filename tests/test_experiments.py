@@ -290,7 +290,7 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases, meteor_data):
 
 
 def test_evaluation_page_gives_an_interval_for_each_score(cases):
-    """The page of `diffvp evaluate`."""
+    """Check the page of `diffvp evaluate`."""
     rng = np.random.default_rng(0)
     truth = np.stack([case.labels for case in cases])
     predicted = np.where(rng.random(truth.shape) < 0.2, 1 - truth, truth)

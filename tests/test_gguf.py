@@ -141,7 +141,7 @@ def test_unwritable_cache_gives_a_warning(file, tmp_path, monkeypatch):
 
 
 def test_cache_written_meanwhile_by_another_process_is_kept(file, home, monkeypatch):
-    """The other process may be reading its cache."""
+    """Another process may be reading its cache."""
     load(file)
     [made] = home.iterdir()
     inode = made.stat().st_ino

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The handler of Inference Endpoints, loaded from a checkpoint folder in the same way as by their toolkit."""
+"""Handler of Inference Endpoints, loaded from a checkpoint folder in the same way as by their toolkit."""
 
 import base64
 import gzip

@@ -97,7 +97,7 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_fac
 
 @pytest.fixture(scope="module")
 def fine_tuned(pushable, tmp_path_factory):
-    """The checkpoint after more training: other weights and other digests in its documents."""
+    """Checkpoint after more training, with other weights and other digests in its documents."""
     folder = Path(shutil.copytree(pushable, tmp_path_factory.mktemp("fine_tuned") / pushable.name))
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"] += 0.5

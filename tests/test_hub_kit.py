@@ -167,7 +167,7 @@ def test_hub_requirements_agree_with_the_package(repository_root):
 
 
 def test_uploaded_space_writes_reports(hub, pushable, repository_root, tiny_base_with_tokenizer, tmp_path):
-    """The Space is uploaded by the commands of its README, downloaded, and run without the rest of the repository."""
+    """Upload the Space by the commands of its README, download it, and run it without the rest of the repository."""
     readme = (repository_root / "hub" / "space" / "README.md").read_text()
     commands = [line.split() for line in readme.splitlines() if line.startswith("hf ")]
     assert len(commands) == 3

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The rule labeler: each language rule, and the agreement with manual labels if these are available."""
+"""Rule labeler: each language rule, and the agreement with manual labels if these are available."""
 
 import csv
 import json
@@ -515,7 +515,7 @@ def test_experiment_scores_lie_within_their_intervals():
 
 
 def test_labeler_experiment_writes_scores_without_report_text(tmp_path, monkeypatch):
-    """The experiment on synthetic reports writes its scores without any text of the reports."""
+    """Run the experiment on synthetic reports: it writes scores without any text of the reports."""
     monkeypatch.setattr(experiment, "DEVELOPMENT_REPORTS", 60)
     rng, path = random.Random(0), tmp_path / "reports.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:

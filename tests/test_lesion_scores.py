@@ -95,7 +95,7 @@ def test_details_are_read_only_from_sentences_naming_the_finding():
     other = "A consolidation of 40 mm with air bronchogram is observed in the left lower lobe."
     row = details(nodule(10), f"Lung: {other} There is a 10 mm solid nodule in the right upper lobe.")
     assert (row["place_right"], row["size_right"]) == (1, 1)
-    row = details(nodule(10), "Lung: A nodule is observed.")  # says neither
+    row = details(nodule(10), "Lung: A nodule is observed.")  # states no location and no size
     assert row == {"found": 1, "with_place": 1, "place_right": 0, "with_size": 1, "size_right": 0}
     # Two contradictory sentences count as wrong, even if one of them is right.
     twice = (

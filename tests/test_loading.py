@@ -140,7 +140,7 @@ def test_weights_of_another_save_are_refused(make_model, model, tmp_path):
 
 
 def test_checkpoint_of_the_first_format_loads(model, tmp_path, scans):
-    """The first format, in which diffvp-phantom was published, has no version and no digests."""
+    """In the first format, in which diffvp-phantom was published, there is no version and no digest."""
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     for key in ("format_version", "file_digests"):
