@@ -39,7 +39,7 @@ from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError
 from .bad_dicom import LOST
 from .ct_samples import SPACING, make_ct, write_dicom
 
-SIZE = (16, 24, 24)  # of the tensor
+SIZE = (16, 24, 24)  # tensor size
 GIB = 2**30
 
 

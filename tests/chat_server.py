@@ -119,7 +119,7 @@ class ChatServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        pass  # clients that gave up
+        pass  # clients that timed out
 
 
 class _Handler(BaseHTTPRequestHandler):

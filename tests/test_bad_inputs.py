@@ -55,7 +55,7 @@ def test_bad_input_is_refused_and_good_input_read(case, results):
     result = results[case.name]
     assert result["found"] == (case.error.__name__ if case.error else "the scan"), result["message"]
     assert case.field in result["field"] and result["field"] in result["message"]
-    assert "secret" not in result["message"].lower(), "the patient's name"
+    assert "secret" not in result["message"].lower(), "the message contains the patient's name"
     assert result["printed"] == ""
     assert result["seconds"] <= MAX_SECONDS and result["peak_mb"] <= MAX_MB
 
@@ -181,9 +181,9 @@ def test_inflate_refuses_truncation_bad_checksums_and_trailing_bytes(codec):
     for cut in range(1, len(packed)):
         with pytest.raises(CTReadError, match="truncated"):
             inflate(io.BytesIO(packed[:cut]), len(content), codec, "bytes")
-    name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # of a second member
+    name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # header of a second member
     bad = [packed + bytes(9) + b"other bytes", packed + name]
-    for position in range(-8 if codec == "gzip" else -4, 0):  # checksum and, of gzip, length
+    for position in range(-8 if codec == "gzip" else -4, 0):  # checksum, and length for gzip
         flipped = bytearray(packed)
         flipped[position] ^= 1
         bad.append(bytes(flipped))

@@ -69,7 +69,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("TQDM_DISABLE", "")  # a command sets it, and the verbosity, for its whole process
+    monkeypatch.setenv("TQDM_DISABLE", "")  # commands set it, and the verbosity, for the whole process
     verbosity = transformers_logging.get_verbosity()
     level = logging.getLogger("diffvp").level
     runner = CliRunner()
@@ -141,7 +141,7 @@ def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
     assert_one_line_error(report(tmp_path / "scan.txt"), "CTReadError", "scan.txt", "suffix")
     write_box(tmp_path / "eight-bit.nii", seed=1, low=0)
     assert_one_line_error(report(tmp_path / "eight-bit.nii"), "CTIntensityError", "Hounsfield")
-    assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves nothing"
+    assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves no output"
     assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
 
 

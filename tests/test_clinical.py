@@ -249,7 +249,9 @@ def below(report, heading: str) -> list:
 
 def test_structured_report_lists_findings_above_and_below_threshold(coded):
     report, _, _ = coded
-    findings = [item for item in below(report, "Findings") if name_of(item) == "Finding"][3:]  # after three regions
+    findings = [item for item in below(report, "Findings") if name_of(item) == "Finding"][
+        3:
+    ]  # after the three regions
     others = below(report, "Not found: below the threshold")
     assert {name_of(item) for item in others} == {"Not found: below the threshold"}
     document = make_document()["findings"]

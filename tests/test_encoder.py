@@ -229,7 +229,7 @@ def test_residual_shows_a_lesion_but_not_a_shift():
     assert inside.max() < 0.1, "every token has an equal one a step away"
 
 
-# Places and sizes ----------------------------------------------------------------------------------------------------
+# Locations and sizes -------------------------------------------------------------------------------------------------
 
 
 def fragments():

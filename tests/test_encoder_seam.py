@@ -405,7 +405,7 @@ def test_training_on_features_equals_training_with_the_module(stage_one, tmp_pat
     for case in cohort.everyone():
         features = Pooled()(volumes.load(case)[None].float())[0].detach()
         save_file({"features": features.contiguous()}, stored / f"{case.name}.safetensors")
-    monkeypatch.setattr(DiffVPForConditionalGeneration, "extract_features", None)  # nothing encodes
+    monkeypatch.setattr(DiffVPForConditionalGeneration, "extract_features", None)  # encoding a scan would fail
     (tmp_path / "run" / "model").rename(tmp_path / "of_module")
     for name in ("checkpoints/report", "report.jsonl"):
         (tmp_path / "run" / name).rename(tmp_path / name.replace("/", "-"))

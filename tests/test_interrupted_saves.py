@@ -160,4 +160,4 @@ def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
         loaded += found is not None
     assert loaded > 0, "some of the saves were complete"
     models[1].save_pretrained(folder)
-    assert content(folder) == contents[1], "the folder can be saved to again"
+    assert content(folder) == contents[1], "saving to the folder works again"

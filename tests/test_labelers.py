@@ -87,7 +87,7 @@ def test_counterexamples_of_each_rule_are_negative(rule, text):
         ("The nodules observed in the previous examination are not observed now.", set()),
         ("The pleural effusion on the right has decreased.", {"Pleural effusion"}),
         ("With a history of atelectasis, emphysema is observed.", {"Emphysema"}),
-        # places
+        # anatomical sites
         ("Thyroid nodule.", set()),
         ("A 2 cm nodule in the left adrenal gland.", set()),
         ("Nodules in the liver and emphysema in both lungs.", {"Emphysema"}),
