@@ -27,6 +27,9 @@ TESTS_ON_TRANSFORMERS := \
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 RULES := $(VENV)/mlinter-rules.toml
 PYTEST_ARGS ?=
+# Another pyright counts other errors. TYPE_ERRORS only ever falls.
+PYRIGHT := pyright[nodejs]==1.1.414
+TYPE_ERRORS := 523
 FUZZ_SECONDS ?= 60
 AXE := $(VENV)/axe/package/axe.min.js
 
@@ -46,7 +49,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test test-all lint types format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -68,6 +71,15 @@ $(RULES): $(DEV) Makefile
 	@rules=$$($(BIN)/python -c "import mlinter, pathlib; print(pathlib.Path(mlinter.__file__).with_name('rules.toml'))"); \
 	for rule in TRF019 TRF028 TRF041 TRF057; do script="$$script;/^\[rules.$$rule\]/,/^default_enabled/s/= true/= false/"; done; \
 	sed "$${script#;}" "$$rules" > $@
+
+types: $(DEV)  ## pyright: no error in the files *_diffvp.py, at most TYPE_ERRORS in the rest of the package
+	$(PIP) install --quiet "$(PYRIGHT)"
+	$(BIN)/pyright *_diffvp.py
+	@errors=$$($(BIN)/pyright --outputjson | \
+		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["summary"]["errorCount"])'); \
+	echo "$$errors type errors in the package (at most $(TYPE_ERRORS))"; [ "$$errors" -le $(TYPE_ERRORS) ]
+
+test-all: test test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)
 
 format: $(DEV)  ## put the code into ruff's form
 	$(BIN)/ruff check --fix .

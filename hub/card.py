@@ -112,8 +112,8 @@ PHANTOM = CardFacts(
   and reports derived from the images. Synthetic, without patient data, Apache-2.0. The only information from CT-RATE
   is an aggregate statistic: how often findings occur together.
 - **References**: normal phantoms from a separate stream of patients, in neither training nor test, Apache-2.0.""",
-    compute="the two stages took 242 and 183 s on one H200 (`configs/phantom.yaml`), and the last epoch 26 minutes on "
-    "two cores of an AMD EPYC (`configs/phantom_more.yaml`). Energy was not metered.",
+    compute="`diffvp train` took 242 and 183 s for the two stages on one H200 (`configs/phantom.yaml`), and 26 "
+    "minutes for the last epoch on two cores of an AMD EPYC (`configs/phantom_more.yaml`). Energy was not metered.",
     reproduce=("make train-phantom", "make evaluate-phantom"),
     dataset="diffvp-phantom",
     dataset_name="DiffVP phantoms",

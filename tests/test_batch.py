@@ -275,7 +275,7 @@ def test_interrupted_batch_resumes_with_the_same_command(cohort, checkpoint, tmp
     monkeypatch.setattr(ReportWriter, "write", interrupted)
     arguments = ["batch", str(cohort), "--output", str(output), "--checkpoint", str(checkpoint), "--batch-size", "3"]
     stopped = CliRunner().invoke(cli.app, arguments)
-    assert stopped.exit_code == 130 and "The same command goes on" in stopped.output
+    assert stopped.exit_code == 130 and "Run the same command again" in stopped.output
     assert 0 < len(names(output)) <= 3
     monkeypatch.undo()
     done = CliRunner().invoke(cli.app, arguments)

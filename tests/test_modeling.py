@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The equations of the paper against an independent NumPy reading, and what must hold for any weights."""
+"""The paper's equations against an independent NumPy implementation, and properties that hold for any weights."""
 
 import math
 
@@ -23,7 +23,7 @@ from diffvp.modules_diffvp import (
 )
 from diffvp.outputs_diffvp import DiffVPComparison
 
-# NumPy readings, written from the formulas and from the textbook definition of a Transformer layer
+# NumPy implementations, written from the formulas and the textbook definition of a Transformer layer
 
 
 def array(tensor):
@@ -51,7 +51,7 @@ def softmax(x):
 
 
 def attend(query, key, value, heads):
-    """(Q, d), (N, d), (N, d) → (Q, d), head by head."""
+    """Attend head by head: (Q, d), (N, d), (N, d) → (Q, d) and head-averaged weights (Q, N)."""
     width = query.shape[-1] // heads
     out, weights = [], []
     for h in range(heads):
@@ -115,14 +115,14 @@ def pair(module_config):
 
 
 def randomise(module):
-    """Biases and norms away from 0 and 1, so that a reading that forgets one of them fails."""
+    """Move biases and norms away from 0 and 1, so that an implementation that forgets one of them fails."""
     generator = torch.Generator().manual_seed(2)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return module
 
 
-def test_equation_3_resampler(module_config):
+def test_resampler_matches_equation_3(module_config):
     module = randomise(DiffVPResampler(module_config))
     tokens = math.prod(module_config.feature_grid)
     features = torch.randn(2, tokens, module_config.encoder_hidden_size)
@@ -134,7 +134,7 @@ def test_equation_3_resampler(module_config):
         np.testing.assert_allclose(array(weights[row]), expected_weights, atol=1e-5)
 
 
-def test_equation_4_global_delta(module_config, pair):
+def test_global_delta_matches_equation_4(module_config, pair):
     module = randomise(DiffVPGlobalDelta(module_config))
     delta = module(*pair)
     for row in range(3):
@@ -142,7 +142,7 @@ def test_equation_4_global_delta(module_config, pair):
         np.testing.assert_allclose(array(delta[row]), expected, atol=1e-5)
 
 
-def test_equations_5_to_7_local_delta(module_config, pair):
+def test_local_delta_matches_equations_5_to_7(module_config, pair):
     delta, weights = DiffVPLocalDelta(module_config)(*pair)
     for row in range(3):
         expected, expected_weights = local_delta(
@@ -152,7 +152,7 @@ def test_equations_5_to_7_local_delta(module_config, pair):
         np.testing.assert_allclose(array(weights[row]), expected_weights, atol=1e-5)
 
 
-def test_equation_8_prompt_generator(module_config):
+def test_prompt_generator_matches_equation_8(module_config):
     module = randomise(DiffVPPromptGenerator(module_config))
     deltas = torch.randn(2, 3, module_config.latent_size)
     prompt = module(*deltas)
@@ -205,8 +205,8 @@ def test_only_the_side_embedding_tells_target_from_reference(module_config, pair
     torch.testing.assert_close(module(*pair), module(*reversed(pair)), atol=1e-5, rtol=1e-5)
 
 
-def test_each_latent_prefers_a_place_of_its_own(module_config):
-    """With features that are the same everywhere, nothing but the place is left to attend to."""
+def test_latent_locality_focuses_each_latent_on_its_own_place(module_config):
+    """With constant features, attention depends on the place alone."""
     module_config.position_embedding, module_config.latent_locality = "none", 0.2
     module = randomise(DiffVPResampler(module_config))
     grid, count = module_config.feature_grid, module_config.num_latents
@@ -228,7 +228,7 @@ def test_position_embedding_tells_left_from_right(module_config):
 
 
 @pytest.mark.parametrize(("stride", "tokens"), [(2, 128), (1, 1024)])
-def test_paper_grid_and_stride(stride, tokens):
+def test_paper_config_gives_the_expected_number_of_voxel_tokens(stride, tokens):
     config = DiffVPConfig(encoder_stride=stride)
     assert math.prod(config.feature_grid) == tokens
     with torch.device("meta"):
@@ -236,7 +236,7 @@ def test_paper_grid_and_stride(stride, tokens):
     assert features.shape == (1, tokens, 512)
 
 
-def test_paper_encoder_takes_the_weights_of_a_monai_resnet18_by_name():
+def test_paper_encoder_has_the_weight_names_of_monai_resnet18():
     from monai.networks.nets import resnet18
 
     with torch.device("meta"):
@@ -247,7 +247,7 @@ def test_paper_encoder_takes_the_weights_of_a_monai_resnet18_by_name():
 
 
 @pytest.mark.parametrize("shortcut_type", ["A", "B"])
-def test_the_network_equals_monais(shortcut_type, module_config):
+def test_encoder_equals_the_monai_resnet(shortcut_type, module_config):
     from monai.networks.nets.resnet import ResNet
 
     arguments = {
@@ -289,7 +289,7 @@ def test_the_network_equals_monais(shortcut_type, module_config):
         ({"latent_locality": 0.2}, 4),
     ],
 )
-def test_every_ablation_is_a_config_value(make_model, scans, changes, prefix):
+def test_every_ablation_runs_from_a_config_value(make_model, scans, changes, prefix):
     model = make_model(**changes)
     lengths = []
     hook = model.language_model.register_forward_pre_hook(
@@ -307,8 +307,8 @@ def test_every_ablation_is_a_config_value(make_model, scans, changes, prefix):
     assert model.generate(*scans, max_new_tokens=3).shape == (2, 3)
 
 
-def test_a_prompt_of_the_target_alone_has_all_parameters_and_no_reference(make_model, scans):
-    """The control of equal compute."""
+def test_target_only_prompt_keeps_all_parameters_and_ignores_reference(make_model, scans):
+    """Check the control of equal compute."""
     ours, control = make_model(), make_model(difference_level="target")
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in control.named_parameters()}
     target, reference = scans
@@ -322,7 +322,7 @@ def test_a_prompt_of_the_target_alone_has_all_parameters_and_no_reference(make_m
     np.testing.assert_allclose(array(got), delta, rtol=1e-3, atol=1e-5)
 
 
-def test_uniform_weights_are_a_plain_subtraction(module_config, pair):
+def test_uniform_weights_average_the_plain_difference(module_config, pair):
     module_config.local_delta_weights = "uniform"
     delta, weights = DiffVPLocalDelta(module_config)(*pair)
     v, r = (array(tokens) for tokens in pair)
@@ -342,7 +342,7 @@ def test_linear_visual_tokens_are_the_voxel_tokens(make_model, scans):
         make_model(visual_tokens="linear")
 
 
-def test_cached_features_stand_in_for_the_volumes(make_model, scans):
+def test_cached_features_give_the_same_outputs_as_volumes(make_model, scans):
     model = make_model()
     features, reference_features = (model.extract_features(scan) for scan in scans)
     cached = {
@@ -360,7 +360,7 @@ def test_cached_features_stand_in_for_the_volumes(make_model, scans):
 
 
 @pytest.mark.parametrize("level", ["latent", "pixel"])
-def test_a_shared_encoder_encodes_a_scan_once_and_changes_nothing(make_model, scans, level, tmp_path):
+def test_shared_encoder_encodes_a_scan_once_and_changes_nothing(make_model, scans, level, tmp_path):
     own, shared = make_model(difference_level=level), make_model(difference_level=level, share_encoder=True)
     own.diagnosis.vision_encoder.load_state_dict(own.vision_encoder.state_dict())
     missing = shared.load_state_dict(own.state_dict(), strict=False)
@@ -383,7 +383,7 @@ def test_a_shared_encoder_encodes_a_scan_once_and_changes_nothing(make_model, sc
     assert loaded.diagnosis.vision_encoder is None and torch.equal(loaded(*scans).logits, expected.logits)
 
 
-def test_wrong_inputs_are_named(make_model, scans):
+def test_wrong_inputs_are_refused(make_model, scans):
     model = make_model()
     with pytest.raises(ValueError, match="Give `ct` or `ct_features`"):
         model(reference=scans[1])
@@ -399,7 +399,7 @@ def test_wrong_inputs_are_named(make_model, scans):
         model.encode(ct_features=torch.zeros(1, 5, 16))
 
 
-def test_generate_is_the_argmax_of_forward(make_model, scans):
+def test_greedy_generate_is_the_argmax_of_forward(make_model, scans):
     model = make_model()
     generated = model.generate(*scans, max_new_tokens=8, do_sample=False, eos_token_id=None)
     ids = torch.tensor(model.config.instruction_ids).expand(2, -1)
@@ -411,8 +411,8 @@ def test_generate_is_the_argmax_of_forward(make_model, scans):
     assert torch.equal(generated, torch.cat(by_hand, dim=1))
 
 
-def test_batch_equals_single_with_left_padding(make_model, scans):
-    """Diagnosis prompts and instructions of different length in one batch must not change a report."""
+def test_left_padded_batch_equals_single_scans(make_model, scans):
+    """Diagnosis prompts and instructions of different lengths in one batch must not change a report."""
     model = make_model(diagnosis_threshold=0.5)
     short, long = [1, 40], [1, 50, 60, 70, 80]
     logits = torch.full((2, 18), -9.0)
@@ -430,7 +430,7 @@ def test_batch_equals_single_with_left_padding(make_model, scans):
         torch.testing.assert_close(logits_both, logits_alone, atol=1e-4, rtol=1e-4)
 
 
-def test_diagnosis_prompt_names_what_was_predicted(make_model):
+def test_diagnosis_prompt_names_the_predicted_findings(make_model):
     model = make_model(diagnosis_threshold=[0.5] * 17 + [0.9])
     fragments = model.config.diagnosis_prompt_ids
     logits = torch.full((3, 18), -9.0)
@@ -444,11 +444,10 @@ def test_diagnosis_prompt_names_what_was_predicted(make_model):
         two + fragments["suffix"],
         none,
     ]
-    assert mask[0].tolist() == sorted(mask[0].tolist()), "padding stands on the left"
+    assert mask[0].tolist() == sorted(mask[0].tolist()), "expected padding on the left"
 
 
-def test_losses(make_model, scans):
-    """Eq. 10 and 11 written out."""
+def test_losses_match_equations_10_and_11(make_model, scans):
     model = make_model(classification_loss_weight=0.25)
     ids = torch.tensor([[1, 20, 30, 40, 2], [1, 20, 35, 2, 0]])
     labels = torch.tensor([[-100, -100, 30, 40, 2], [-100, -100, 35, 2, -100]])
@@ -463,7 +462,7 @@ def test_losses(make_model, scans):
     torch.testing.assert_close(output.loss, output.generation_loss + 0.25 * output.classification_loss)
 
 
-def test_trainable_set_and_frozen_state(make_model, scans):
+def test_training_updates_exactly_the_trainable_parameters(make_model, scans):
     model = make_model(lora=True)
     own = ("resampler.", "global_delta.", "prompt_generator.", "visual_projection.", "classification_head.")
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -491,14 +490,14 @@ def test_lora_starts_as_a_no_op(make_model, scans):
     assert torch.equal(base(*scans).logits, adapted(*scans).logits)
 
 
-def test_difference_map_lies_where_the_changed_token_is(make_model):
-    """The map is the attention-weighted sum of token distances, upsampled; checked on a hand-made attention."""
+def test_difference_map_is_large_where_the_changed_token_attends(make_model):
+    """Check the upsampled, attention-weighted sum of token distances on a hand-made attention."""
     model = make_model()
     grid = model.config.feature_grid
     latents, other = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
     latents[0, 1] = 2.0  # token 1 differs, by ‖·‖² = 16
     attention = torch.zeros(1, 2, math.prod(grid))
-    attention[0, 1, -1] = 1.0  # and looks at the last voxel token only
+    attention[0, 1, -1] = 1.0  # and attends to the last voxel token only
     heat = model.difference_map(comparison=DiffVPComparison(latents, None, latents, other, attention))
     assert heat.shape == (1, *model.config.image_size)
     assert heat.max() == heat[0, -1, -1, -1] == 16.0 and heat[0, 0, 0, 0] == 0

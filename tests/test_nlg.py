@@ -70,9 +70,9 @@ def bleu_of(prediction, reference):
     return bleu_from_counts(bleu_counts([prediction], [reference])[0])
 
 
-def test_bleu_by_hand():
-    # 5 tokens against 6. Unigrams: the, lungs, are, "." of 5 match; bigrams: "the lungs", "lungs are" of 4;
-    # trigrams: "the lungs are" of 3; no fourgram of 2. Each order counts one more of both.
+def test_bleu_matches_a_hand_computation():
+    # 5 tokens against 6. 4 of 5 unigrams match (the, lungs, are, "."), 2 of 4 bigrams ("the lungs", "lungs are"),
+    # 1 of 3 trigrams ("the lungs are") and 0 of 2 fourgrams. Smoothing adds 1 to both counts of each order.
     prediction, reference = "the lungs are clear .", "the lungs are well aerated ."
     precisions = [5 / 6, 3 / 5, 2 / 4, 1 / 3]
     brevity = math.exp(1 - 6 / 5)
@@ -81,7 +81,7 @@ def test_bleu_by_hand():
         assert bleu_of(prediction, reference)[order - 1] == pytest.approx(expected, rel=1e-12)
 
 
-def test_bleu_tokenises_as_13a_and_keeps_case():
+def test_bleu_tokenises_as_13a_and_is_case_sensitive():
     # 13a splits the full stop off the word but not the decimal point, so all 4 tokens match.
     assert bleu_of("Nodule of 4.6.", "Nodule of 4.6 .")[0] == 1.0
     # 3 of 4 tokens match when the case differs, smoothed to (3 + 1) / (4 + 1).
@@ -89,16 +89,16 @@ def test_bleu_tokenises_as_13a_and_keeps_case():
 
 
 def test_bleu_clips_repeated_words_and_does_not_penalise_length():
-    # "the" counts once of 4; a longer prediction has no brevity penalty.
+    # "the" counts once out of 4; a longer prediction has no brevity penalty.
     assert bleu_of("the the the the", "the")[0] == pytest.approx((1 + 1) / (4 + 1))
 
 
-def test_bleu_refuses_a_reference_that_loses_all_its_tokens():
+def test_bleu_refuses_a_reference_without_tokens():
     with pytest.raises(ValueError, match=r"references\[1\] has no tokens"):
         bleu_counts(["a", "b"], ["a", "<skipped>"])
 
 
-def test_corpus_bleu_of_a_resample_is_that_of_its_texts():
+def test_bleu_of_resampled_counts_equals_bleu_of_the_texts():
     counts = bleu_counts(PREDICTIONS, REFERENCES)
     chosen = [3, 0, 0, 1]
     again = score_reports(
@@ -113,16 +113,16 @@ def test_corpus_bleu_of_a_resample_is_that_of_its_texts():
 # ROUGE
 
 
-def test_rouge_by_hand():
+def test_rouge_matches_a_hand_computation():
     # The longest common subsequence "the heart is" has 3 of 4 and 3 of 5 words: F = 2 PR / (P + R) = 6 / 9. Bigrams
-    # match 2 of 3 and 2 of 4. Without a stemmer "sizes" and "size" would not match either; case is ignored.
+    # match 2 of 3 and 2 of 4. Case is ignored. There is no stemmer, so "nodules" and "nodule" do not match.
     scores = rouge_per_report(["The heart is enlarged.", "nodules"], ["the heart is normal size", "nodule"])
     np.testing.assert_allclose(scores, [[6 / 9, 4 / 7, 6 / 9], [0, 0, 0]], rtol=1e-12)
 
 
 @settings(deadline=None, max_examples=100)
 @given(prediction=st.one_of(texts, st.text(max_size=40)), reference=texts)
-def test_rouge_is_that_of_the_rouge_score_package(prediction, reference):
+def test_rouge_equals_the_rouge_score_package(prediction, reference):
     names = ["rouge1", "rouge2", "rougeL"]
     oracle = RougeScorer(names, use_stemmer=False).score(reference, prediction)
     assert rouge_per_report([prediction], [reference])[0].tolist() == [oracle[name].fmeasure for name in names]
@@ -130,7 +130,7 @@ def test_rouge_is_that_of_the_rouge_score_package(prediction, reference):
 
 @settings(deadline=None, max_examples=100)
 @given(first=st.lists(st.integers(0, 4), max_size=90), second=st.lists(st.integers(0, 4), max_size=90))
-def test_common_subsequence_by_the_usual_table(first, second):
+def test_common_subsequence_length_equals_the_textbook_table(first, second):
     row = [0] * (len(second) + 1)
     for a in first:
         above, row = row, [0]
@@ -142,7 +142,7 @@ def test_common_subsequence_by_the_usual_table(first, second):
 # COCO
 
 
-def test_coco_by_hand():
+def test_coco_scores_match_a_hand_computation():
     predictions, references = ["the lungs are clear.", "no  mass"], ["the lungs are clear .", "no mass"]
     # Corpus: 3 + 2 of 6 words, 2 + 1 of 4 bigrams, 1 of 2 trigrams, 0 of 1 fourgram; 6 words against 7.
     brevity = math.exp(1 - 7 / 6)
@@ -150,7 +150,7 @@ def test_coco_by_hand():
     bleu = coco_bleu_from_counts(coco_bleu_counts(predictions, references).sum(axis=0))
     np.testing.assert_allclose(bleu[:3], brevity * np.array(expected[:3]), rtol=1e-8)
     assert 0 <= bleu[3] < 1e-3
-    # ROUGE-L: 3 of 4 and of 5 words; 2 of 3 (the double space makes an empty word) and of 2.
+    # ROUGE-L: 3 of 4 and 3 of 5 words; 2 of 3 (the double space makes an empty word) and 2 of 2.
     pairs = [(3 / 4, 3 / 5), (2 / 3, 1.0)]
     expected = [(1 + 1.44) * p * r / (r + 1.44 * p) for p, r in pairs]
     np.testing.assert_allclose(coco_rouge_per_report(predictions, references), expected, rtol=1e-12)
@@ -159,24 +159,25 @@ def test_coco_by_hand():
 # METEOR
 
 
-def test_meteor_by_hand(meteor_data):
-    # Of 4 tokens "the", "nodules" (stem), "." match 3 of 4 in 2 chunks: P = R = 3 / 4, penalty 0.5 (2 / 3)^3.
+def test_meteor_matches_a_hand_computation(meteor_data):
+    # "the", "nodules" (by its stem) and "." match: 3 of 4 tokens on either side, in 2 chunks. So P = R = 3 / 4, and
+    # the penalty is 0.5 (2 / 3)^3.
     expected = 3 / 4 * (1 - 0.5 * (2 / 3) ** 3)
     assert meteor_per_report(["The nodules grew."], ["the nodule persists."])[0] == pytest.approx(expected, rel=1e-12)
-    # "sick" and "ill" are synonyms. So are "large" and "big", but NLTK looks up stems, and "larg" is no word.
+    # "sick" and "ill" are synonyms. So are "large" and "big", but NLTK looks up stems, and "larg" is not a word.
     assert meteor_per_report(["sick", "large"], ["ill", "big"]).tolist() == [0.5, 0.0]
     assert meteor_per_report(["", "???"], ["The heart is normal."] * 2).tolist() == [0.0, 0.0]
     assert "wordnet:3.0|nltk:" in meteor_signature()
 
 
-def test_meteor_splits_full_stops_at_the_ends_of_sentences_alone(meteor_data):
-    # To the Punkt model "Dr." and "CT." are abbreviations. Without it they are not, and METEOR is another number.
+def test_meteor_splits_full_stops_only_at_sentence_ends(meteor_data):
+    # The Punkt model knows "Dr." and "CT." as abbreviations. Without it METEOR would give another score.
     tokens = meteor_tokens("Seen by Dr. Smith on an unenhanced CT. No mass in the liver. Normal otherwise.")
     assert [token for token in tokens if "." in token] == ["Dr.", "CT.", ".", "."]
 
 
 def _nltk_data(root):
-    """NLTK's data folder as its downloader leaves it, from whatever WordNet and Punkt model this machine has."""
+    """Write NLTK's data folder as its downloader leaves it, from the WordNet and Punkt model of this machine."""
     wordnet_reader, punkt_reader = lexicon.find_wordnet(), lexicon.find_punkt()
     wordnet = root / "corpora" / "wordnet"
     punkt = root / "tokenizers" / "punkt_tab" / "english"
@@ -185,20 +186,20 @@ def _nltk_data(root):
     for name in lexicon.PARTS_OF_SPEECH.values():
         for file in (f"data.{name}", f"index.{name}", f"{name}.exc"):
             (wordnet / file).write_bytes(wordnet_reader(file))
-    # NLTK's own reader wants the names of the lexicographers' files, which METEOR does not use: 45 in WordNet 3.0.
+    # NLTK's own reader needs the names of the lexicographer files, which METEOR does not use: 45 in WordNet 3.0.
     (wordnet / "lexnames").write_text("".join(f"{index:02d}\tname{index}\t0\n" for index in range(45)))
     for file in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
         (punkt / file).write_bytes(punkt_reader(file))
     return root
 
 
-def test_wordnet_punkt_and_meteor_are_nltks(meteor_data, tmp_path, monkeypatch):
+def test_wordnet_punkt_and_meteor_agree_with_nltk(meteor_data, tmp_path, monkeypatch):
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
     from nltk.tokenize import _get_punkt_tokenizer, word_tokenize
     from nltk.translate.meteor_score import single_meteor_score
 
     class Reader(WordNetCorpusReader):
-        def map_wn(self, version="wordnet"):  # for other languages; wants index.sense
+        def map_wn(self, version="wordnet"):  # for other languages; needs index.sense
             return None
 
     monkeypatch.setattr(nltk.data, "path", [str(_nltk_data(tmp_path / "nltk_data"))])
@@ -226,7 +227,7 @@ def test_wordnet_punkt_and_meteor_are_nltks(meteor_data, tmp_path, monkeypatch):
         assert meteor_per_report([prediction], [reference])[0] == expected
 
 
-def test_wordnet_is_read_from_a_zip_file_too(meteor_data, tmp_path, monkeypatch):
+def test_wordnet_is_also_read_from_a_zip_file(meteor_data, tmp_path, monkeypatch):
     folder = _nltk_data(tmp_path / "nltk_data") / "corpora"
     with zipfile.ZipFile(folder / "wordnet.zip", "w") as archive:
         for file in sorted((folder / "wordnet").iterdir()):
@@ -267,7 +268,7 @@ def test_incomplete_lexicons_are_refused(tmp_path, monkeypatch):
         lexicon.load_punkt()
 
 
-def test_workers_change_nothing(meteor_data):
+def test_meteor_is_the_same_for_any_number_of_workers(meteor_data):
     predictions, references = PREDICTIONS * 3, REFERENCES * 3
     alone = meteor_per_report(predictions, references)
     assert meteor_per_report(predictions, references, workers=2).tolist() == alone.tolist()
@@ -275,7 +276,7 @@ def test_workers_change_nothing(meteor_data):
         meteor_per_report(predictions, references, workers=0)
 
 
-# All of them
+# All scores
 
 without_meteor = partial(score_reports, meteor=False)
 SCORES = [
@@ -300,7 +301,7 @@ SCORES = [
         ("ab", ["a", "b"], TypeError, "predictions must be a list of texts, got one text"),
     ],
 )
-def test_unusable_report_lists(score, predictions, references, error, message):
+def test_invalid_report_lists_are_refused(score, predictions, references, error, message):
     with pytest.raises(error, match=message):
         score(predictions, references)
 
@@ -311,7 +312,7 @@ def test_empty_predictions_score_0(scorer):
     assert all(value == 0.0 for name, value in summary.items() if name not in ("n", "signature")), summary
 
 
-def test_cider_is_that_of_pycocoevalcap():
+def test_cider_equals_pycocoevalcap():
     predictions = [
         "the heart is normal .",
         "no nodule",
@@ -326,11 +327,12 @@ def test_cider_is_that_of_pycocoevalcap():
         "a nodule of 5 mm in the right lung .",
         "clear",
     ]
-    # pycocoevalcap 1.2's Cider().compute_score({i: [reference]}, {i: [prediction]}), run once in an environment of
-    # its own.
+    # Output of pycocoevalcap 1.2's Cider().compute_score({i: [reference]}, {i: [prediction]}), run once in a separate
+    # environment.
     theirs = [3.6488656114822335, 0.4316117551946153, 0.0, 1.0699449578099811, 2.5]
     np.testing.assert_allclose(coco_cider_per_report(predictions, references), theirs, rtol=1e-12)
-    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [0.0]  # of one report all are in every one
+    # With a single report, every n-gram is in all reports and has an IDF of 0.
+    assert coco_cider_per_report(["a b c d e"], ["a b c d e"]).tolist() == [0.0]
 
 
 def test_cider_of_identical_reports_is_10_in_any_order():
@@ -342,7 +344,7 @@ def test_cider_of_identical_reports_is_10_in_any_order():
     np.testing.assert_allclose(coco_cider_per_report(texts[::-1], texts)[::-1], mixed)
 
 
-def test_summary_is_the_mean_over_reports_and_says_how_it_was_computed(meteor_data):
+def test_summary_is_the_mean_over_reports_with_a_signature(meteor_data):
     scores = score_reports(PREDICTIONS, REFERENCES)
     assert tuple(scores.per_report) == NAMES
     assert scores.per_report["bleu_3"][1] == bleu_of(PREDICTIONS[1], REFERENCES[1])[2]
@@ -359,7 +361,7 @@ def test_summary_is_the_mean_over_reports_and_says_how_it_was_computed(meteor_da
     assert rouge.startswith("rouge1,2,L|per-sample-mean|fmeasure|stemmer:no|case:lower|tok:a-z0-9|rouge-score:")
 
 
-def test_scorers_differ_in_what_they_have_and_in_their_signatures():
+def test_scorers_differ_in_scores_and_signatures():
     corpus = without_meteor(PREDICTIONS, REFERENCES, scorer="corpus").summary()
     assert "bleu_4" in corpus and "bleu_4_std" not in corpus and "rouge_2_std" in corpus and "meteor" not in corpus
     assert "bleu|corpus|" in corpus["signature"] and "meteor" not in corpus["signature"]
@@ -373,7 +375,7 @@ def test_scorers_differ_in_what_they_have_and_in_their_signatures():
         score_reports(PREDICTIONS, REFERENCES, clean="mimic")
 
 
-def test_reg2rgs_preparation():
+def test_reg2rg_cleaning_removes_region_headings():
     text = "The region 0 is lung: Both lungs\n are  clear. The region 12 is trachea and bronchie: Open. "
     assert clean_reg2rg(text) == "Both lungs are clear. Open."
     summary = without_meteor([text], ["Both lungs are clear. Open."], clean="reg2rg").summary()
@@ -383,15 +385,15 @@ def test_reg2rgs_preparation():
 
 @settings(deadline=None, max_examples=50)
 @given(texts)
-def test_identical_text_scores_1_where_it_should(text):
+def test_identical_text_scores_1_if_it_is_long_enough(text):
     paper, coco = (without_meteor([text], [text], scorer=scorer).summary() for scorer in ("paper", "coco"))
     # The smoothing adds 1 to both sides of a fraction that is 1, so BLEU is exactly 1 even below 4 tokens.
     assert [paper[f"bleu_{order}"] for order in range(1, 5)] == [1.0] * 4
-    # ROUGE sees a-z and 0-9 alone, and ROUGE-2 needs two words of them.
+    # ROUGE sees only a-z and 0-9, and ROUGE-2 needs two such words.
     words = RougeScorer([])._tokenizer.tokenize(text)
     assert paper["rouge_1"] == paper["rouge_l"] == (1.0 if words else 0.0)
     assert paper["rouge_2"] == (1.0 if len(words) > 1 else 0.0)
-    # COCO's constants take a little off, and all of it where there is no n-gram of an order.
+    # COCO's constants lower the score slightly, and to almost 0 if the text has no n-gram of an order.
     for order in range(1, 5):
         full = len(text.split()) >= order
         assert coco[f"bleu_{order}"] == pytest.approx(1.0, abs=1e-8) if full else coco[f"bleu_{order}"] < 0.04
@@ -408,10 +410,10 @@ def test_identical_text_has_a_meteor_below_1(meteor_data, text):
 @settings(deadline=None, max_examples=25)
 @given(pairs=st.lists(st.tuples(st.one_of(texts, st.just("")), texts), min_size=1, max_size=8), data=st.data())
 @pytest.mark.parametrize("scorer", ["paper", "corpus", "coco"])
-def test_order_of_reports_changes_nothing(scorer, pairs, data):
+def test_order_of_reports_does_not_change_the_scores(scorer, pairs, data):
     shuffled = data.draw(st.permutations(pairs))
     one, other = (without_meteor(*zip(*rows, strict=True), scorer=scorer).summary() for rows in (pairs, shuffled))
-    assert one == other  # to the last bit
+    assert one == other  # bit for bit
 
 
 @settings(deadline=None, max_examples=100)
@@ -426,13 +428,13 @@ def test_any_unicode_scores_between_0_and_1(prediction, reference):
         assert all(0 <= value <= 1 + 1e-12 for name, value in summary.items() if name not in ("n", "signature"))
 
 
-def test_meteor_of_any_unicode(meteor_data):
+def test_meteor_accepts_any_unicode(meteor_data):
     odd = ["µm ± 4,6 – “ʺ” é̂", "肺は正常です。", "\ud83e\udec1 \x00 \u2028 \x85", "İstanbul ß ﬁ", "\ufeff."]
     scores = meteor_per_report(odd, odd)
     assert ((0 <= scores) & (scores < 1)).all() and scores[1] == 0.5
 
 
-def test_constant_predictions_are_scored_as_any():
+def test_constant_predictions_are_scored():
     summary = without_meteor(["No finding."] * 4, REFERENCES).summary()
     assert 0 < summary["bleu_4"] < 0.3 and summary["rouge_l"] < 0.3
     same = without_meteor(["No finding."] * 3, ["A finding."] * 3).summary()
@@ -441,18 +443,18 @@ def test_constant_predictions_are_scored_as_any():
 
 
 @pytest.mark.timeout(60)
-def test_reports_of_10_000_words():
+def test_reports_of_10_000_words_are_scored_within_a_minute():
     rng = np.random.default_rng(0)
     vocabulary = [f"word{index}" for index in range(500)]
     long, other = (" ".join(rng.choice(vocabulary, 10_000)) + "." for _ in range(2))
     assert without_meteor([long], [long]).summary()["rouge_l"] == 1.0
-    # Unrelated words of a vocabulary of k share about 2 / sqrt(k) of their order.
+    # Unrelated texts over a vocabulary of k words have about 2 / sqrt(k) of their words in common order.
     assert 0.07 < without_meteor([long], [other]).summary()["rouge_l"] < 0.11
     assert 0.07 < score_reports([long], [other], scorer="coco").summary()["rouge_l"] < 0.11
 
 
 @pytest.mark.timeout(60)
-def test_meteor_of_10_000_words(meteor_data):
+def test_meteor_of_10_000_words_takes_at_most_a_minute(meteor_data):
     text = "The left lung is clear and the heart is of normal size. " * 833
     assert meteor_per_report([text], [text])[0] == pytest.approx(1.0, abs=1e-9)
     assert 0 < meteor_per_report([text], ["Both lungs are large. " * 2_500])[0] < 0.5
@@ -461,7 +463,7 @@ def test_meteor_of_10_000_words(meteor_data):
 # Regions
 
 
-def test_canonical_order_is_read_back_as_it_was():
+def test_report_in_canonical_order_parses_to_the_same_regions():
     report = "Lung: Clear.\nHeart: Large.\nNo comparison.\nImpression: cardiomegaly.\nAbdomen: Normal."
     parts = DiffVPProcessor.post_process(report)
     ordered = canonical_report(parts, REGIONS)
@@ -470,18 +472,18 @@ def test_canonical_order_is_read_back_as_it_was():
     assert canonical_report({"lung": "Clear.", "heart": "Large."}, REGIONS, headings=False) == "Large. Clear."
 
 
-def test_reg2rgs_regions():
+def test_reg2rg_text_is_split_into_regions():
     text = "Chest CT. The region 3 is Heart: Large.  The region 0 is lung:Clear. The region 4 is heart: No effusion."
     assert split_reg2rg(text) == {"other": "Chest CT.", "heart": "Large. No effusion.", "lung": "Clear."}
     assert split_reg2rg("Nothing of that form.") == {"other": "Nothing of that form."}
     assert split_reg2rg("") == {}
 
 
-def test_region_scores():
+def test_region_scores_ignore_order_and_count_missing_and_extra():
     references = ["Heart: Normal size.\nLung: Both lungs are clear.", "Lung: A nodule is seen."]
     predictions = ["Lung: Both lungs are clear.\nHeart: Normal size.", "Heart: Large."]
     views = region_scores(predictions, references, DiffVPProcessor.post_process, REGIONS, meteor=False)
-    # The first prediction has nothing wrong but its order; the second has nothing right.
+    # The first prediction differs only in order; the second has nothing right.
     assert views["as_written"]["rouge_l"] < 0.5
     assert views["canonical_order"]["rouge_l"] == 0.5
     assert list(views["regions"]) == list(REGIONS)
@@ -492,7 +494,7 @@ def test_region_scores():
     assert lung["signature"] == views["as_written"]["signature"]
 
 
-def test_region_scores_without_headings():
+def test_region_scores_of_reg2rg_text_ignore_order():
     references = ["The region 0 is heart: Normal. The region 1 is lung: Both lungs are clear."]
     predictions = ["The region 0 is lung: Both lungs are clear. The region 1 is heart: Normal."]
     views = region_scores(predictions, references, split_reg2rg, REGIONS, clean="reg2rg", meteor=False)
@@ -504,14 +506,14 @@ def test_region_scores_without_headings():
 
 
 def _published(check_data):
-    """Reg2RG published its 361 reference and generated CTRG reports, and their scores as "mean±std"."""
+    """Return Reg2RG's 361 generated and reference CTRG reports, and their published scores as "mean±std"."""
     rows = _read_csv(check_data / "reports" / "reg2rg_ctrg_combined_reports_rm_region_text.csv")
     assert len(rows) == 361
     [scores] = _read_csv(check_data / "reports" / "reg2rg_nlg_evaluation_results.csv")
     return [row["Pred_whole_report"] for row in rows], [row["GT_whole_report"] for row in rows], scores
 
 
-def test_bleu_and_rouge_are_the_published_ones(check_data):
+def test_bleu_and_rouge_equal_the_published_values(check_data):
     *pairs, published = _published(check_data)
     paper = without_meteor(*pairs).summary()
     for name, column in zip(
@@ -525,18 +527,18 @@ def test_bleu_and_rouge_are_the_published_ones(check_data):
         assert f"{corpus[f'bleu_{order}']:.4f}" == published[f"Overall_BLEU-{order}"]
 
 
-def test_meteor_is_the_published_one(check_data, meteor_data):
+def test_meteor_equals_the_published_value(check_data, meteor_data):
     *pairs, published = _published(check_data)
     meteor = meteor_per_report(*pairs)
     assert f"{meteor.mean():.4f}±{meteor.std():.4f}" == published["METEOR"] == "0.4971±0.1660"
 
 
-def test_coco_scores_are_those_of_pycocoevalcap(check_data):
+def test_coco_scores_equal_pycocoevalcap(check_data):
     *pairs, _ = _published(check_data)
     coco = score_reports(*pairs, scorer="coco").summary()
     found = [coco[name] for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")]
     assert [round(100 * value, 2) for value in found] == [46.58, 37.98, 32.56, 28.74, 44.11]
-    # What pycocoevalcap 1.2 itself gives for these texts, run once.
+    # Output of pycocoevalcap 1.2 for these texts, run once.
     theirs = [0.4658275414130067, 0.3798399197874062, 0.32559709859270713, 0.28738238097408086, 0.4410671993074136]
     np.testing.assert_allclose(found, theirs, rtol=1e-12)
     # python -m venv O && O/bin/pip install pycocoevalcap==1.2, then its Cider().compute_score on these texts.
@@ -546,8 +548,8 @@ def test_coco_scores_are_those_of_pycocoevalcap(check_data):
 # The evaluate module
 
 
-def test_evaluate_loads_the_module_with_the_package_absent(repository_root, tmp_path):
-    """As a user of evaluate does it: a path, another working directory, no `diffvp` to import, no network."""
+def test_evaluate_loads_the_module_without_the_package(repository_root, tmp_path):
+    """Load it as a user of `evaluate` does: by path, from another working directory, without `diffvp` or network."""
     code = """
 import importlib.util, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]

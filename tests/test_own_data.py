@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Training on scans and reports of one's own, and on other base LLMs: from a folder to a checkpoint that loads."""
+"""Training on your own scans and reports, and on other base LLMs: from a folder to a checkpoint that loads."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def write_table(folder, rows):
 
 @pytest.fixture
 def own(small_cohort, tmp_path):
-    """A folder of 24 scans, a table of two columns, and a list of those that are normal."""
+    """Make a folder of 24 scans with a table of two columns and a list of the normal scans."""
     folder = tmp_path / "my_scans"
     folder.mkdir()
     cases = load_phantom(small_cohort, "train")[:24]
@@ -54,14 +54,14 @@ def own(small_cohort, tmp_path):
 
 @pytest.fixture
 def start(stage_one, tmp_path):
-    """A checkpoint to go on from."""
+    """Train a checkpoint to start from."""
     run(TrainingConfig.load(stage_one, ["stage=report", "report.epochs=1"]))
     return tmp_path / "run/model"
 
 
 @pytest.fixture
 def finetune(own, start, tmp_path, repository_root):
-    """The training file of the documentation, small."""
+    """Write a small version of the documented training file."""
     values = yaml.safe_load((repository_root / "configs/finetune.yaml").read_text())
     values |= {"output_dir": str(tmp_path / "tuned"), "init_from": str(start)}
     values["data"] |= {"root": str(own), "cache_dir": str(tmp_path / "cache"), "pool": str(own / "normal.txt")}
@@ -83,9 +83,10 @@ assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
 """
 
 
-def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
+def test_three_commands_lead_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("builtins.input", asked.append)  # transformers would, before it runs a checkpoint's own code
+    # transformers would ask before it runs a checkpoint's own code.
+    monkeypatch.setattr("builtins.input", asked.append)
     runner = CliRunner()
     command = ["pool", "build", own, "--layout", "table", "--ids", own / "normal.txt", "--output", own / "pool.txt"]
     result = runner.invoke(app, [str(word) for word in command])
@@ -99,7 +100,7 @@ def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, m
     scans = sorted(own.glob("*.nii.gz"))
     checkpoint = tmp_path / "tuned/model"
     subprocess.run([sys.executable, "-c", LOAD, checkpoint, scans[0], scans[1]], check=True, cwd=tmp_path)
-    assert not (checkpoint / "references").exists(), "neither the start's nor patients' scans travel along"
+    assert not (checkpoint / "references").exists(), "the checkpoint must not contain scans"
     samples = [json.loads(line) for line in (tmp_path / "tuned/samples/epoch-1.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and all(sample["report"] and "generated" in sample for sample in samples)
     report = [str(word) for word in ("report", scans[0], "--reference", scans[1], "--checkpoint", checkpoint)]
@@ -108,7 +109,7 @@ def test_three_commands_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, m
     assert not asked
 
 
-def test_rules_tell_the_normal_scans_of_a_table_without_labels(own, finetune, tmp_path):
+def test_rules_find_the_normal_scans_of_a_table_without_labels(own, finetune, tmp_path):
     command = ["pool", "build", own, "--layout", "table", "--read-reports", "--output", tmp_path / "pool.txt"]
     result = CliRunner().invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, result.output
@@ -119,12 +120,12 @@ def test_rules_tell_the_normal_scans_of_a_table_without_labels(own, finetune, tm
     assert all(case.labels is not None for case in cohort.everyone())
 
 
-def test_finetuning_changes_what_it_trains_and_nothing_else(finetune, start, tmp_path):
+def test_finetuning_changes_only_what_it_trains(finetune, start, tmp_path):
     run(TrainingConfig.load(finetune))
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "tuned/model"))
     assert before.keys() == after.keys()
     for name, value in before.items():
-        # Reports alone teach nothing to the auxiliary head of eq. 11.
+        # Reports alone do not train the auxiliary head of eq. 11.
         frozen = name.startswith(("vision_encoder.", "diagnosis.", "classification_head."))
         changed = not torch.equal(value, after[name])
         assert not (frozen and changed), name
@@ -137,7 +138,7 @@ def problems(path, overrides=()):
     return [str(problem) for problem in caught.value.problems]
 
 
-def test_all_that_is_wrong_is_said_before_training(own, finetune, tmp_path):
+def test_all_problems_are_listed_before_training(own, finetune, tmp_path):
     scans = sorted(own.glob("*.nii.gz"))
     rows = list(csv.reader((own / "metadata.csv").read_text().splitlines()))[1:]
     rows = [*rows, ("absent.nii.gz", "Lung: clear."), (scans[0].name, "again"), (rows[1][0] + "x", "")]
@@ -147,13 +148,13 @@ def test_all_that_is_wrong_is_said_before_training(own, finetune, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_reports_that_do_not_fit_are_named_together(finetune, tmp_path):
+def test_reports_that_are_too_long_are_listed_together(finetune, tmp_path):
     found = problems(finetune, ["report.max_report_tokens=200"])
     assert len(found) > 10 and all("at most 200, or report.truncate_reports: true" in text for text in found)
     run(TrainingConfig.load(finetune, ["report.max_report_tokens=200", "report.truncate_reports=true"]))
 
 
-def test_a_pool_without_a_scan_on_the_training_side_is_refused(own, finetune):
+def test_pool_without_a_training_scan_is_refused(own, finetune):
     (own / "normal.txt").write_text("")
     [found] = problems(finetune)
     assert "pool of references: empty" in found
@@ -162,10 +163,10 @@ def test_a_pool_without_a_scan_on_the_training_side_is_refused(own, finetune):
     [found] = problems(finetune, ["data.validation_fraction=0.05"])
     assert "one scan" in found and "its own reference" in found
     [found] = problems(finetune, ["data.pool=null"])
-    assert "pool of references: empty" in found, "there are no labels that would tell"
+    assert "pool of references: empty" in found, "without labels, no scan is known to be normal"
 
 
-def test_unreadable_volumes_are_listed_and_left_out_if_the_file_says_so(own, finetune, tmp_path):
+def test_unreadable_volumes_are_listed_and_skipped_if_configured(own, finetune, tmp_path):
     scans = sorted(own.glob("*.nii.gz"))
     normal = set((own / "normal.txt").read_text().split())
     broken = [scan for scan in scans if scan.name.removesuffix(".nii.gz") not in normal][:2]
@@ -180,13 +181,13 @@ def test_unreadable_volumes_are_listed_and_left_out_if_the_file_says_so(own, fin
     assert (tmp_path / "tuned/model/model.safetensors").is_file()
 
 
-def test_a_dataset_with_a_nifti_column(own, finetune, tmp_path):
+def test_hub_dataset_with_a_nifti_column_is_read(own, finetune, tmp_path):
     os.rename(own / "metadata.csv", own / "table.csv")
     lines = (own / "table.csv").read_text().replace("path,report", "file_name,report", 1)
     (own / "metadata.csv").write_text(lines)
     (own / "table.csv").unlink()
-    pool = (own / "normal.txt").rename(tmp_path / "normal.txt")  # beside the volumes it would be one of the files
-    # `datasets` makes splits of files called train_..., and would leave metadata.csv out of them.
+    pool = (own / "normal.txt").rename(tmp_path / "normal.txt")  # next to the volumes it would be one of the files
+    # `datasets` infers splits from file names such as train_..., and would then leave out metadata.csv.
     files = f"{{train: {own}/**}}"
     where = ["data.root=niftifolder", f"data.load_options={{data_files: {files}}}"]
     overrides = ["data.layout=hub", "data.split=train", f"data.pool={pool}", *where]
@@ -199,7 +200,7 @@ def test_a_dataset_with_a_nifti_column(own, finetune, tmp_path):
         assert case.volume.read_bytes() == of_table[case.name].volume.read_bytes()
 
 
-def test_a_start_brings_its_own_parts(finetune):
+def test_init_from_refuses_parts_that_the_checkpoint_has(finetune):
     with pytest.raises(ValueError, match="init_from has its own; leave out: lora"):
         TrainingConfig.load(finetune, ["lora={r: 4}"])
     with pytest.raises(ValueError, match="expected init_from, or also: image_processor, base, model, diagnosis"):
@@ -209,7 +210,7 @@ def test_a_start_brings_its_own_parts(finetune):
 
 
 def test_cached_features_give_the_losses_of_the_volumes(own, start, finetune, tmp_path):
-    """The loss of a batch by way of the cache, twice, against the encoder run on the volumes within the batch."""
+    """Compare the loss through the cache, twice, with the encoder run on the volumes of the batch."""
     config = TrainingConfig.load(finetune)
     model, processor = load_start(config)
     model.train()
@@ -229,7 +230,7 @@ def test_cached_features_give_the_losses_of_the_volumes(own, start, finetune, tm
     assert losses[0] == losses[1] == pytest.approx(losses[2], abs=1e-6)
 
 
-def test_features_are_those_of_file_settings_and_weights(own, start, finetune, tmp_path):
+def test_feature_cache_depends_on_file_settings_and_weights(own, start, finetune, tmp_path):
     model, processor = load_start(TrainingConfig.load(finetune))
     case = load_table(own)[0]
 
@@ -247,7 +248,7 @@ def test_features_are_those_of_file_settings_and_weights(own, start, finetune, t
     assert misses() == (1, 1) and misses() == (0, 0)
     with torch.no_grad():
         model.diagnosis.head.bias[0] += 1e-3
-    assert misses() == (0, 1) and misses() == (0, 0), "another classifier reads the same features"
+    assert misses() == (0, 1) and misses() == (0, 0), "a changed classifier must reuse the features"
     shutil.copy(load_table(own)[1].volume, case.volume)
     assert misses() == (1, 1)
 
@@ -258,7 +259,7 @@ needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs DIFFVP_CH
 
 @needs_stories
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_real_llama_stays_as_it_was_and_out_of_the_checkpoint(stage_one, tmp_path, dtype):
+def test_base_llm_stays_unchanged_and_out_of_the_checkpoint(stage_one, tmp_path, dtype):
     values = yaml.safe_load(stage_one.read_text())
     precision = "no" if dtype == "float32" else "bf16"
     values["base"] = {
@@ -282,7 +283,9 @@ def test_a_real_llama_stays_as_it_was_and_out_of_the_checkpoint(stage_one, tmp_p
         assert not any(name.startswith("language_model.") for name in file.keys())  # noqa: SIM118
     adapter = load_file(checkpoint / "adapter/adapter_model.safetensors")
     assert adapter and all("lora_" in name for name in adapter)
-    assert max(value.abs().max() for name, value in adapter.items() if "lora_B" in name) > 0, "it starts from 0"
+    assert max(value.abs().max() for name, value in adapter.items() if "lora_B" in name) > 0, (
+        "lora_B is still at its initial 0"
+    )
     model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
     fresh = AutoModelForCausalLM.from_pretrained(STORIES, dtype=model.language_model.dtype).state_dict()
     trained = model.language_model.state_dict()
@@ -296,7 +299,7 @@ def test_a_real_llama_stays_as_it_was_and_out_of_the_checkpoint(stage_one, tmp_p
 
 
 @needs_stories
-def test_another_base_than_expected_is_refused(stage_one, tmp_path):
+def test_base_with_an_unexpected_config_is_refused(stage_one, tmp_path):
     values = yaml.safe_load(stage_one.read_text())
     values["base"] = {"name": str(STORIES), "expected_config": {"vocab_size": 32000}}
     path = tmp_path / "stories.yaml"
@@ -305,8 +308,8 @@ def test_another_base_than_expected_is_refused(stage_one, tmp_path):
         run(TrainingConfig.load(path))
 
 
-def test_own_findings_go_through_both_stages(tmp_path, tiny_base_with_tokenizer, tiny_fields):
-    """Names that no dataset has, in a table of one's own: trained, said in the prompt, and read back."""
+def test_custom_findings_go_through_both_stages(tmp_path, tiny_base_with_tokenizer, tiny_fields):
+    """Train on finding names from the user's own table, and read them back from the prompt."""
     import nibabel as nib
 
     from diffvp.training.config import TrainingConfig

@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The road of a user with scans and reports of his own, with the commands of docs/training.md and nothing else.
+A user's way from their own scans and reports to a model, using only the commands of docs/training.md.
 
-Here on a few phantoms and a base LLM of two layers. `make test-road` (DIFFVP_ROAD=1) has 40 phantoms, the base that
-docs/training.md names, and an environment that was made from a wheel, outside of the clone.
+By default the tests use a few phantoms and a base LLM of two layers. `make test-road` (DIFFVP_ROAD=1) uses 40
+phantoms, the base that docs/training.md names, and an environment made from a wheel, outside the clone.
 """
 
 import csv
@@ -27,7 +27,7 @@ from diffvp.data.start import set_in_text
 from .ct_samples import make_ct, write_dicom
 from .own_scans import write_own_dicom, write_own_scans, write_table
 
-full = pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="an hour of two cores: make test-road")
+full = pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="takes an hour on two cores: make test-road")
 DOMAIN = "phantoms in the place of patients"
 
 
@@ -45,12 +45,12 @@ def check(result) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of the road, as the page has them: its first shell block, a line each."""
+    """Return the commands in the first shell block of the page, one per line."""
     [block, *_] = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     return [line.partition("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
-def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
+def test_documented_commands_lead_from_a_table_to_a_scored_checkpoint(
     run, tmp_path, tiny_base_with_tokenizer, repository_root, caplog
 ):
     write_own_scans(tmp_path / "my_scans", normal=9, others=7, matrix=48)
@@ -63,7 +63,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
         result = run(*words)
         if words[0] != "push":
             check(result)
-        if words[0] == "init":  # a vocabulary of 258 makes long reports of short ones, and one epoch is enough here
+        if words[0] == "init":  # a vocabulary of 258 makes even short reports long; one epoch is enough here
             path = tmp_path / "my_scans/own_scans.yaml"
             text = path.read_text()
             for dotted, value in {
@@ -87,7 +87,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
             assert "95 % bootstrap intervals" in result.output and "by label" in result.output
 
     model = tmp_path / "my_scans/runs/model"
-    # Of what push objects to, all is the base of this test, which nobody else has.
+    # Everything that push refuses concerns the base of this test, which exists only on this machine.
     problems = [line for line in result.output.splitlines() if line.startswith("- ")]
     assert problems and all("a place on this machine" in line for line in problems)
     config = json.loads((model / "config.json").read_text())
@@ -99,7 +99,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
     with safe_open(model / "model.safetensors", "pt") as file:
         assert not any(name.startswith("language_model.") for name in file.keys())  # noqa: SIM118
 
-    # Neither scans nor their places leave with the checkpoint.
+    # Neither scans nor their paths are published with the checkpoint.
     local = json.loads((model / "references.local.json").read_text())
     assert local and all(set(one) == {"id", "path", "sha256"} for one in local)
     assert not (model / "references").exists() and not list(model.rglob("*.nii.gz"))
@@ -108,7 +108,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
     tested = json.loads((tmp_path / "my_scans/runs/evaluation/model_checkpoint.json").read_text())
     assert "predictions" not in evaluation and evaluation["cases"] == len(tested["predictions"]) >= 2
 
-    # What was kept apart is neither reference nor training, and git would not see any of it.
+    # Test cases are neither references nor training data, and git ignores the whole folder.
     names = {one["name"] for one in tested["predictions"]}
     assert not names & {one["id"] for one in local}
     assert (tmp_path / "my_scans/.gitignore").read_text().splitlines()[1] == "*"
@@ -120,7 +120,7 @@ def test_from_a_folder_and_a_table_to_a_scored_checkpoint(
     assert "16 reports" in scored and "constant normal report" in scored
 
 
-def test_a_run_is_stopped_by_what_stops_its_dry_run(run, tmp_path, tiny_base_with_tokenizer):
+def test_run_fails_with_the_same_message_as_its_dry_run(run, tmp_path, tiny_base_with_tokenizer):
     write_own_scans(tmp_path / "my_scans", normal=8, others=2, matrix=32)
     check(run("init", "my_scans", "--quick", "--base", tiny_base_with_tokenizer, "--domain", DOMAIN))
     config = "my_scans/own_scans.yaml"
@@ -143,14 +143,14 @@ def test_a_run_is_stopped_by_what_stops_its_dry_run(run, tmp_path, tiny_base_wit
     assert not (tmp_path / "my_scans/runs").exists()
 
 
-# What init makes of a folder
+# diffvp init
 
 
 def start(run, *words):
     return run("init", "my_scans", *words)
 
 
-def test_init_asks_for_reports_and_goes_on(run, tmp_path):
+def test_init_asks_for_missing_reports_and_then_continues(run, tmp_path):
     write_own_scans(tmp_path / "my_scans", normal=3, others=1, matrix=32)
     folder = tmp_path / "my_scans"
     rows = list(csv.reader((folder / "metadata.csv").read_text().splitlines()))
@@ -163,11 +163,11 @@ def test_init_asks_for_reports_and_goes_on(run, tmp_path):
     assert not (folder / "own_scans.yaml").exists()
     write_table(folder, rows)
     assert "Next: diffvp train" in check(start(run, "--domain", DOMAIN))
-    assert start(run).exit_code == 2, "a training file that is there is nobody's to replace"
+    assert start(run).exit_code == 2, "init must not replace an existing training file"
 
 
-def test_init_tells_what_the_table_says(run, tmp_path):
-    """DICOM folders and a column `normal`; splits of the table's own; a report longer than usual."""
+def test_init_uses_the_columns_of_the_table(run, tmp_path):
+    """Cover DICOM folders, a column `normal`, splits from the table, and one report longer than usual."""
     rows = [["path", "report", "normal", "patient_id", "split"]]
     for number in range(12):
         write_dicom(tmp_path / f"my_scans/p{number}/series", make_ct((20, 20, 6)))
@@ -191,7 +191,7 @@ def test_init_tells_what_the_table_says(run, tmp_path):
     assert [len(of) for of in (cohort.report, cohort.validation, cohort.test, cohort.pool)] == [8, 2, 2, 6]
 
 
-def test_the_test_patients_stay_whatever_the_seed(tmp_path, run, tiny_base_with_tokenizer):
+def test_test_patients_are_the_same_for_every_seed(tmp_path, run, tiny_base_with_tokenizer):
     from diffvp.training.cohort import load_cohort
     from diffvp.training.config import TrainingConfig
 
@@ -206,11 +206,11 @@ def test_the_test_patients_stay_whatever_the_seed(tmp_path, run, tiny_base_with_
         assert not tested[0] & {case.patient_id for case in others}
 
 
-# The whole of it
+# End to end
 
 
 def shell(command: str, folder: Path, environment: dict) -> str:
-    print(f"$ {command}", file=sys.stderr)  # noqa: T201 (an hour without a word would be long)
+    print(f"$ {command}", file=sys.stderr)  # noqa: T201 (shows progress during the hour)
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -219,11 +219,11 @@ def shell(command: str, folder: Path, environment: dict) -> str:
 @full
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", ["nifti", "dicom"])
-def test_in_an_environment_made_from_a_wheel(kind, repository_root, tmp_path):
+def test_documented_commands_work_with_an_installed_wheel(kind, repository_root, tmp_path):
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, repository_root]
     subprocess.run(wheel, check=True, cwd=tmp_path)
     [built] = tmp_path.glob("diffvp-*.whl")
-    # With the libraries of this environment, and diffvp from the wheel alone: they take gigabytes.
+    # The libraries come from this environment, because they take gigabytes; only diffvp comes from the wheel.
     venv.create(tmp_path / "env", with_pip=True, system_site_packages=False)
     libraries = next(Path(sys.prefix).glob("lib/python*/site-packages"))
     [site] = (tmp_path / "env").glob("lib/python*/site-packages")

@@ -21,7 +21,7 @@ MACHINE_PATH = re.compile(rb"(?<![\w./~-])/(?:wor[k]|far[m]|roo[t]|hom[e]|User[s
 
 @pytest.fixture(scope="module")
 def project_files(repository_root) -> list[Path]:
-    """What git tracks or would add."""
+    """List the files that git tracks or would add."""
     if not (repository_root / ".git").exists():
         pytest.skip("not a git clone: which files belong to the project is unknown")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -34,7 +34,7 @@ def test_versions_agree():
     assert version("diffvp") == diffvp.__version__
 
 
-def test_the_command_says_its_version(tmp_path):
+def test_command_prints_its_version(tmp_path):
     run = subprocess.run(
         [Path(sys.executable).parent / "diffvp", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -52,7 +52,7 @@ def test_help_is_quick_and_lists_the_commands(tmp_path):
 
 
 def test_help_imports_no_heavy_library(tmp_path):
-    """What keeps `diffvp --help` below a second, measured without a clock."""
+    """Check without a clock what keeps `diffvp --help` below a second."""
     heavy = {"torch", "transformers", "monai", "peft", "matplotlib"}
     code = f"import sys, diffvp.cli; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -61,7 +61,7 @@ def test_help_imports_no_heavy_library(tmp_path):
 
 
 def test_every_python_file_has_the_licence_header(project_files):
-    """One line is enough, except in the files that ship to the Hub, whose full notice `make lint` checks."""
+    """One line is enough, except in the files that ship to the Hub; `make lint` checks their full notice."""
     without = []
     for path in project_files:
         if path.suffix == ".py":
@@ -73,7 +73,7 @@ def test_every_python_file_has_the_licence_header(project_files):
     assert without == []
 
 
-def test_no_path_of_a_developers_machine(project_files, repository_root):
+def test_no_file_contains_a_path_of_a_developers_machine(project_files, repository_root):
     text_suffixes = {"", ".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", ".cfg", ".jinja"}
     found = [
         f"{path.relative_to(repository_root)}:{number}: {line.decode(errors='replace').strip()[:100]}"
@@ -87,7 +87,7 @@ def test_no_path_of_a_developers_machine(project_files, repository_root):
 
 @pytest.fixture(scope="module")
 def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
-    """The members of a wheel that is built from the project's files alone, without a download."""
+    """Return the members of a wheel that is built from the project's files only, without a download."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for path in project_files:
@@ -104,7 +104,7 @@ def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, repository_root):
+def test_wheel_contains_exactly_the_package(wheel_members, project_files, repository_root):
     outside_the_package = {"tests", "benchmarks", "docs"}
     expected = {
         f"diffvp/{relative.as_posix()}"
@@ -115,14 +115,14 @@ def test_wheel_holds_the_package_whole_and_alone(wheel_members, project_files, r
     copied = [repository_root / "hub/handler.py", *repository_root.glob("*_diffvp.py")]  # see setup.py
     expected |= {f"diffvp/checkpoints/diffvp-phantom/{path.name}" for path in copied}
     assert "diffvp/__init__.py" in expected
-    # Equal, not a subset: a sub-package that pyproject.toml does not name would be missing here and work in a clone.
+    # Equal, not a subset: a sub-package that pyproject.toml does not name would work in a clone but be missing here.
     assert {member for member in wheel_members if member.endswith(".py")} == expected
     tops = {PurePosixPath(member).parts[0] for member in wheel_members}
     assert tops == {"diffvp", f"diffvp-{diffvp.__version__}.dist-info"}
 
 
 def test_wheel_carries_the_checkpoint_and_the_training_files(wheel_members, project_files, repository_root):
-    """`diffvp demo`, `report` and `init` work without a clone."""
+    """`diffvp demo`, `report` and `init` must work without a clone."""
     wanted = {
         f"diffvp/{relative.as_posix()}"
         for path in project_files
@@ -145,6 +145,7 @@ def test_wheel_is_marked_as_typed(wheel_members):
     assert "diffvp/py.typed" in wheel_members
 
 
+# Modules that the small install runs.
 CORE = (
     "cli",
     "inference.report",
@@ -152,16 +153,16 @@ CORE = (
     "data.phantom_cohort",
     "hub.push",
     "references_diffvp",
-)  # what the small install runs
-OPTIONAL = {"datasets"}  # imported where a value of it was given, so that it is there
+)
+OPTIONAL = {"datasets"}  # imported only if the caller passes one of its objects
 
 
 def _distribution(requirement: str) -> str:
     return re.split(r"[<>=!~;\[ ]", requirement)[0].lower().replace("_", "-")
 
 
-def test_what_the_small_install_imports_it_also_installs(repository_root):
-    """Of the modules behind `diffvp demo`, `report`, `phantom` and `push`, lazy imports of the package left out."""
+def test_small_install_contains_all_its_imports(repository_root):
+    """Follow the imports behind `diffvp demo`, `report`, `phantom` and `push`, except lazy imports."""
     declared = {_distribution(line) for line in requires("diffvp") if "extra ==" not in line}
     distributions = packages_distributions()
     waiting, seen, missing = [f"diffvp.{name}" for name in CORE], set(), {}
@@ -192,7 +193,7 @@ def test_what_the_small_install_imports_it_also_installs(repository_root):
     assert not missing
 
 
-def test_links_between_pages_lead_somewhere(repository_root):
+def test_links_between_pages_resolve(repository_root):
     pages = [
         *repository_root.glob("*.md"),
         *repository_root.glob("docs/*.md"),

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The phantom cohort: the image shows what the report says, the layout is CT-RATE's, the bytes are reproducible."""
+"""Phantom cohort: images show what the reports say, the layout is CT-RATE's, and the bytes are reproducible."""
 
 import csv
 import dataclasses
@@ -80,7 +80,7 @@ def tree(root):
 
 
 def centre_mm(mask, scan):
-    """Centre of a mask in scanner mm along the array axes (LPS)."""
+    """Return the centre of a mask in scanner mm along the array axes (LPS)."""
     world = scan.affine @ [*ndimage.center_of_mass(mask), 1]
     return np.array([-world[0], -world[1], world[2]])
 
@@ -94,18 +94,18 @@ def cohort(tmp_path_factory):
 # Patients and reports ------------------------------------------------------------------------------------------------
 
 
-def test_reports_state_the_labels_of_the_patient_and_nothing_else():
+def test_reports_state_exactly_the_labels_of_the_patient():
     for index in range(500):
         patient = sample_patient(3, index, "train")
         expected = {label: patient.labels[label] for label in DIAGNOSIS_LABELS}
-        # Another stream of wordings than the patient's own, so that rare wordings come up too.
+        # The second stream of wordings brings up rare wordings, too.
         for rng in (None, np.random.default_rng(index)):
             regions = region_sentences(patient, rng)
             assert list(regions) == list(REGIONS)
             assert labels_from_report(report_text(regions)) == expected, report_text(regions)
 
 
-def test_every_wording_of_a_finding_names_it_alone():
+def test_every_wording_names_only_its_own_finding():
     for label in DIAGNOSIS_LABELS:
         for seed in range(40):
             for sentence in _wordings(label, draw(label, seed).attributes):
@@ -116,17 +116,17 @@ def test_every_wording_of_a_finding_names_it_alone():
             assert not any(labels_from_report(sentence).values()), sentence
 
 
-def test_label_reader_survives_imperfect_text():
+def test_label_reader_handles_imperfect_text():
     text = "Pleura: Right pleural effusion measuring 12 mm in thickness is observed."
     assert labels_from_report(f"{text}\n{text} {text}")["Pleural effusion"] == 1
     assert not any(labels_from_report("").values())
     assert not any(labels_from_report("Lung: A nod").values())
-    # A negated sentence stays negated beside a positive one, on one line or on two.
+    # A negated sentence stays negated next to a positive one, on one line or on two.
     mixed = "Heart: No pericardial effusion was detected. Heart size is increased (mild).\nPleura: No pleural"
     assert [name for name, value in labels_from_report(mixed).items() if value] == ["Cardiomegaly"]
 
 
-def test_report_in_two_sections_says_the_same_as_the_report_without():
+def test_report_with_impression_says_the_same_as_without():
     for index in range(100):
         patient = sample_patient(4, index, "train")
         sentences = region_sentences(patient)
@@ -145,7 +145,7 @@ def test_reports_are_short_and_varied():
     assert reports[0].startswith("Abdomen: ") and "\nTrachea and bronchie: " in reports[0]
 
 
-def test_prevalences_are_those_of_ct_rate():
+def test_prevalences_match_ct_rate():
     patients = [sample_patient(1, index, "train") for index in range(4000)]
     labels = np.array([[patient.labels[label] for label in DIAGNOSIS_LABELS] for patient in patients])
     normal = labels.sum(1) == 0
@@ -155,10 +155,10 @@ def test_prevalences_are_those_of_ct_rate():
         labels[:, DIAGNOSIS_LABELS.index(f"{name} wall calcification")] == 1
         for name in ("Coronary artery", "Arterial")
     )
-    assert arterial[coronary].mean() > 0.75 > 0.4 > arterial.mean()  # the data's strongest pair: 0.86 against 0.28
+    assert arterial[coronary].mean() > 0.75 > 0.4 > arterial.mean()  # strongest pair in the data: 0.86 against 0.28
 
 
-def test_patient_depends_on_seed_split_and_index_alone():
+def test_patient_depends_only_on_seed_split_and_index():
     assert sample_patient(0, 5, "train") == sample_patient(0, 5, "train")
     others = [sample_patient(1, 5, "train"), sample_patient(0, 6, "train"), sample_patient(0, 5, "valid")]
     assert all(other.anatomy != sample_patient(0, 5, "train").anatomy for other in others)
@@ -184,9 +184,9 @@ def test_same_patient_gives_the_same_bytes_and_normals_differ_everywhere():
         assert np.abs(a[:, :, z].astype(int) - b[:, :, z])[body[:, :, z]].mean() > 20
 
 
-def test_air_fills_the_corners_of_the_field_of_view():
+def test_corners_of_the_field_of_view_are_air():
     scan = render(only(sample_patient(0, 1, "train")))
-    # The shoulders may reach the sides of the field of view, never its corners; a threshold then finds the body.
+    # The shoulders may reach the sides of the field of view but never its corners, so a threshold finds the body.
     for corner in (scan.hu[:6, :6], scan.hu[-6:, :6], scan.hu[:6, -6:], scan.hu[-6:, -6:]):
         assert corner.max() <= -1000
 
@@ -214,13 +214,13 @@ def test_orientation_is_lps():
 
 
 @pytest.mark.parametrize("label", DIAGNOSIS_LABELS)
-def test_a_finding_changes_the_image_where_its_mask_is_and_nowhere_else(label):
+def test_finding_changes_the_image_only_at_its_mask(label):
     patient = sample_patient(2, DIAGNOSIS_LABELS.index(label), "train")
     without, scan = render(only(patient)), render(only(patient, draw(label, 1)))
     mask = scan.lesions[label]
     change = np.abs(scan.hu.astype(int) - without.hu)
     assert mask.sum() >= 3
-    # Well above the noise on average, and hardly any voxel of the mask is as it was.
+    # The change is well above the noise on average, and it covers most voxels of the mask.
     assert change[mask].mean() > 3 * patient.anatomy.noise
     assert (change[mask] > 15).mean() > 0.6
     distance = ndimage.distance_transform_edt(~mask, sampling=scan.spacing)
@@ -249,20 +249,20 @@ def test_nodules_have_the_reported_size_number_side_and_lobe():
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_effusion_lies_behind_on_its_side_with_the_reported_thickness(side):
+def test_effusion_lies_behind_with_the_reported_side_and_thickness(side):
     patient = sample_patient(8, 1, "train")
     scan = render(only(patient, draw("Pleural effusion", side=side, thickness_mm=30)))
     fluid = scan.lesions["Pleural effusion"]
     lungs = centre_mm(scan.regions["lung"], scan)
     centre = centre_mm(fluid, scan)
     assert (centre[0] < lungs[0]) == (side == "right") and centre[1] > lungs[1] + 15
-    # Thickness from front to back in the columns through the fluid: the thickest layer is the reported one.
+    # Thickness from front to back in the columns through the fluid; the thickest layer has the reported value.
     column = fluid.sum(axis=1) * scan.spacing[1]
     assert np.percentile(column[column > 0], 90) == pytest.approx(30, abs=9)
 
 
 @pytest.mark.parametrize("ratio", [0.43, 0.60])
-def test_cardiothoracic_ratio_is_visible(ratio):
+def test_image_shows_the_reported_cardiothoracic_ratio(ratio):
     patient = sample_patient(9, 3, "train")
     anatomy = dataclasses.replace(patient.anatomy, cardiothoracic_ratio=0.43, roll=0.0)
     finding = [draw("Cardiomegaly", cardiothoracic_ratio=ratio)] if ratio > 0.5 else []
@@ -273,7 +273,7 @@ def test_cardiothoracic_ratio_is_visible(ratio):
     )
 
 
-def test_sizes_of_hernia_pericardial_effusion_and_lymph_node():
+def test_hernia_effusion_and_lymph_node_have_the_reported_sizes():
     patient = sample_patient(10, 1, "train")
     scan = render(
         only(
@@ -307,11 +307,11 @@ def test_matrix_changes_the_sampling_but_not_the_patient():
 
 # The second scanner --------------------------------------------------------------------------------------------------
 
-# What depends on how a patient is scanned; all else about the anatomy is the patient.
+# Fields that depend on the scan; all other fields of the anatomy belong to the patient.
 OF_THE_SCAN = {"below", "roll", "shift_x", "shift_y", "blood_hu", "liver_hu", "bone_hu", "fat_hu", "noise"}
 
 
-def test_another_scanner_keeps_the_patient_and_changes_the_scan():
+def test_second_scanner_keeps_the_patient_and_changes_the_scan():
     patients = [sample_patient(0, index, "train") for index in range(300)]
     assert all(on_scanner(patient, "a") is patient for patient in patients)
     others = [on_scanner(patient, "b") for patient in patients]
@@ -329,7 +329,7 @@ def test_another_scanner_keeps_the_patient_and_changes_the_scan():
         assert contrast.mean() == pytest.approx(share, abs=0.08) and blood[contrast].min() > blood[~contrast].max()
 
 
-def test_findings_lie_in_the_same_place_of_the_body_on_either_scanner():
+def test_findings_keep_their_place_in_the_body_on_either_scanner():
     nodule = draw("Lung nodule", 1, count=1, size_mm=24, lobe="left lower lobe")
     patient = only(sample_patient(0, 3, "train"), nodule)
     places, sizes = [], []
@@ -342,7 +342,7 @@ def test_findings_lie_in_the_same_place_of_the_body_on_either_scanner():
     assert sizes == pytest.approx([24, 24], abs=1.5)
 
 
-def test_a_scanner_reads_air_and_water_as_it_is_calibrated():
+def test_hu_follow_the_calibration_of_air_and_water():
     patient = only(sample_patient(0, 1, "train"))
     scan = render(patient)
     other = render(dataclasses.replace(patient, air_hu=-980.0, water_hu=10.0))
@@ -355,7 +355,7 @@ def test_a_scanner_reads_air_and_water_as_it_is_calibrated():
         assert corner.max() <= -1000
 
 
-def test_the_second_scanner_shows_in_the_image():
+def test_second_scanner_changes_the_image():
     patient = only(sample_patient(0, 1, "train"))
     scan, other = render(patient), render(on_scanner(patient, "b"))
     depth = [volume.hu.shape[2] * volume.spacing[2] for volume in (scan, other)]
@@ -366,15 +366,15 @@ def test_the_second_scanner_shows_in_the_image():
     assert all(mask.any() for mask in other.regions.values())
 
 
-def test_no_third_scanner_and_no_scanner_twice():
+def test_unknown_and_repeated_scanners_are_refused():
     patient = sample_patient(0, 0, "train")
     with pytest.raises(ValueError, match="scanner='c': expected one of a, b"):
         on_scanner(patient, "c")
-    with pytest.raises(ValueError, match="train_1_b_1 is on scanner 'b' already"):
+    with pytest.raises(ValueError, match="train_1_b_1 is already on scanner 'b'"):
         on_scanner(on_scanner(patient, "b"), "b")
 
 
-def test_a_cohort_of_the_second_scanner_is_read_back_and_mixes_with_no_other(cohort, tmp_path):
+def test_cohort_of_the_second_scanner_is_read_back_and_never_mixed(cohort, tmp_path):
     arguments = {"train": 0, "valid": 2, "seed": 4, "matrix": 64, "workers": 1, "progress": False}
     write_cohort(tmp_path, scanner="b", **arguments)
     cases, first = load_phantom(tmp_path, "valid"), load_phantom(cohort, "valid")
@@ -396,8 +396,8 @@ def test_a_cohort_of_the_second_scanner_is_read_back_and_mixes_with_no_other(coh
         write_cohort(cohort, scanner="b", **arguments)
 
 
-def test_the_first_scanner_is_named_nowhere(cohort):
-    """Cohorts from before there was a second one go on, and get the same bytes."""
+def test_first_scanner_is_not_named_in_the_records(cohort):
+    """Cohorts written before the second scanner existed must continue with the same bytes."""
     assert (cohort / "phantom/cohort.json").read_text() == '{"matrix": 64, "rendering": 2, "seed": 4}\n'
     fields = {"name", "seed", "index", "split", "sex", "age", "phase", "kernel", "slice_mm", "fov_mm", "anatomy"}
     for line in (cohort / "phantom/patients.jsonl").read_text().splitlines():
@@ -407,7 +407,7 @@ def test_the_first_scanner_is_named_nowhere(cohort):
 # Dataset -------------------------------------------------------------------------------------------------------------
 
 
-def test_layout_is_read_back(cohort):
+def test_cohort_is_read_back_as_sampled(cohort):
     for split, count in (("train", 5), ("valid", 2)):
         cases = load_phantom(cohort, split)
         assert len(cases) == count
@@ -424,7 +424,7 @@ def test_layout_is_read_back(cohort):
     ]
 
 
-def test_volumes_and_masks_share_a_true_grid(cohort):
+def test_volumes_and_masks_share_one_grid(cohort):
     patient = sample_patient(4, 0, "train")
     image = nib.load(cohort / "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz")
     assert image.get_data_dtype() == np.int16 and nib.aff2axcodes(image.affine) == ("L", "P", "S")
@@ -472,7 +472,7 @@ def test_interrupted_run_resumes_and_keeps_complete_volumes(cohort, tmp_path, mo
     assert tree(tmp_path) == tree(cohort)
     with pytest.raises(ValueError, match="'seed': 4.*'seed': 5"):
         write_cohort(tmp_path, **(arguments | {"seed": 5}))
-    # Volumes of another rendering are not mixed in either.
+    # Volumes of another rendering version are not mixed in either.
     monkeypatch.setattr(phantom_cohort, "RENDERING", phantom_cohort.RENDERING + 1)
     with pytest.raises(ValueError, match="choose another folder"):
         write_cohort(tmp_path, **arguments)

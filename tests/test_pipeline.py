@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline `ct-report-generation`: what it returns is what processor and model give, whatever the batch."""
+"""The pipeline `ct-report-generation` returns what processor and model return, at any batch size."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def checkpoint(tiny_base_with_tokenizer, tiny_fields, tokenizer, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint):
-    """As a user makes it, from the code in the checkpoint."""
+    """Build the pipeline as a user does, from the code in the checkpoint."""
     pipe = pipeline("ct-report-generation", model=str(checkpoint), trust_remote_code=True, device="cpu")
     assert type(pipe).__module__.startswith("transformers_modules.")
     return pipe
@@ -47,7 +47,7 @@ def scans(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def parts(checkpoint):
-    """Model and processor without a pipeline."""
+    """Return model and processor without a pipeline."""
     return DiffVPForConditionalGeneration.from_pretrained(checkpoint), DiffVPProcessor.from_pretrained(checkpoint)
 
 
@@ -61,10 +61,10 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert found["geometry"].sha256 == expected["geometry"].sha256
 
 
-def test_findings_have_places_and_sizes_whatever_the_batch(
+def test_findings_have_places_and_sizes_at_any_batch_size(
     scans, tiny_base_with_tokenizer, tiny_fields, tokenizer, tmp_path
 ):
-    """A model with fine tokens and an aligned difference, saved and loaded from its own code."""
+    """Use a model with fine tokens and an aligned difference, saved and loaded from its own code."""
     fine = {"encoder_pyramid_channels": 6, "share_encoder": True, "difference_level": "aligned"}
     fine |= {"finding_regions": ["right lung", "left lung"]}
     fine |= {"finding_attributes": {"Lung nodule": {"place": "region", "size": True}, "Emphysema": {"place": "side"}}}
@@ -86,7 +86,7 @@ def test_findings_have_places_and_sizes_whatever_the_batch(
         assert findings["Cardiomegaly"]["location"] is None and len(findings["Cardiomegaly"]["peak"]) == 3
 
 
-def test_one_scan(pipe, parts, scans, tmp_path):
+def test_result_for_one_scan_matches_processor_and_model(pipe, parts, scans, tmp_path):
     model, processor = parts
     inputs = processor(ct=scans[0])
     tokens = model.generate(**inputs)[0]
@@ -107,9 +107,11 @@ def test_one_scan(pipe, parts, scans, tmp_path):
     assert found["statement"] == reporting.RESEARCH_USE and found["intended_domain"] == "boxes of noise"
 
 
-def test_a_batch_is_as_one_by_one(pipe, scans):
+def test_batch_results_equal_single_results(pipe, scans):
     single = [pipe(scan) for scan in scans]
-    assert not torch.allclose(single[0]["difference_map"], single[1]["difference_map"]), "else order would not matter"
+    assert not torch.allclose(single[0]["difference_map"], single[1]["difference_map"]), (
+        "equal maps would hide a wrong order"
+    )
     batched = pipe(scans, batch_size=2)
     streamed = list(pipe((scan for scan in scans), batch_size=2))
     for results in (batched, streamed, pipe(tuple(scans))):
@@ -117,7 +119,7 @@ def test_a_batch_is_as_one_by_one(pipe, scans):
             assert_equal(found, expected)
 
 
-def test_references_of_the_caller(pipe, scans):
+def test_given_references_are_used(pipe, scans):
     first, second = (pipe(scans[0], reference=reference) for reference in scans[1:])
     assert not torch.allclose(first["difference_map"], second["difference_map"])
     paired = pipe([scans[0], scans[0]], reference=scans[1:], batch_size=2)
@@ -125,18 +127,18 @@ def test_references_of_the_caller(pipe, scans):
     shared = pipe([scans[0]], reference=scans[1])
     for found, expected in ((paired[0], first), (paired[1], second), (rows[1], second), (shared[0], first)):
         assert_equal(found, expected)
-    assert first["reference"] == "given by the user", "a file's name may be a patient's"
+    assert first["reference"] == "given by the user", "a file name may be a patient's name"
     assert torch.count_nonzero(pipe(scans[0], reference=scans[0])["difference_map"]) == 0
 
 
 @pytest.mark.parametrize("ct, number", [("one", 1), (["one", "two", "three"], 3)])
-def test_references_that_do_not_match(pipe, ct, number):
+def test_wrong_number_of_references_is_refused(pipe, ct, number):
     with pytest.raises(ValueError, match=f"2 references for {number} scan"):
         pipe(ct, reference=["a", "b"])
 
 
-def test_columns_are_lists(pipe, scans):
-    """Of scans and of references: each with its own."""
+def test_columns_series_and_iterators_work_as_lists(pipe, scans):
+    """Check columns of scans and of references: each scan keeps its own reference."""
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     rows = datasets.Dataset.from_dict({"ct": scans, "reference": scans[::-1]})
     decoded = rows.cast_column("ct", datasets.Nifti())
@@ -154,13 +156,13 @@ def test_columns_are_lists(pipe, scans):
         pipe(rows["ct"], reference=pandas.Series(scans[:2]))
 
 
-def test_seed_of_the_reference(pipe, scans):
+def test_seed_selects_the_reference(pipe, scans):
     drawn = {seed: pipe(scans[0], reference_seed=seed, max_new_tokens=1)["reference"] for seed in range(6)}
     assert set(drawn.values()) == {"normal_1", "normal_2"}
     assert pipe(scans[0], max_new_tokens=1)["reference"] == drawn[0]
 
 
-def test_arrays_and_bad_scans(parts, scans):
+def test_array_gives_the_report_of_the_file_and_needs_a_spacing(parts, scans):
     pipe = DiffVPPipeline(model=parts[0], processor=parts[1], device="cpu")
     found = pipe(make_chest(11), reference=scans[1], spacing=SPACING)
     assert found["report"] == pipe(scans[0], reference=scans[1])["report"]
@@ -168,7 +170,7 @@ def test_arrays_and_bad_scans(parts, scans):
         pipe(make_chest(11))
 
 
-def test_reports_are_of_chests_unless_asked_otherwise(pipe, scans, tmp_path):
+def test_scan_without_lungs_is_refused_unless_allowed(pipe, scans, tmp_path):
     array = np.full((24, 24, 20), -1000, np.int16)
     array[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(0, 100, (16, 16, 16))
     nib.save(nib.Nifti1Image(array, np.diag([-9.0, -9.0, 9.0, 1.0])), tmp_path / "knee.nii.gz")
@@ -192,7 +194,7 @@ class Recorder(BaseStreamer):
         self.ended = True
 
 
-def test_streamers_are_told_the_tokens(pipe, scans):
+def test_streamers_receive_the_tokens_of_the_report(pipe, scans):
     recorder, text = Recorder(), TextIteratorStreamer(pipe.tokenizer, skip_special_tokens=True)
     found = pipe(scans[0], streamer=recorder)
     assert recorder.ended and len(recorder.tokens) == 9
@@ -201,7 +203,7 @@ def test_streamers_are_told_the_tokens(pipe, scans):
     assert "".join(text).strip() == found["report"]
 
 
-def test_length(scans, parts, monkeypatch):
+def test_length_limit_comes_from_the_call_the_pipeline_or_the_default(scans, parts, monkeypatch):
     model, processor = parts
     recorders = {length: Recorder() for length in (3, 4, 30)}
     pipe = DiffVPPipeline(model=model, processor=processor, device="cpu", max_new_tokens=3)
@@ -209,14 +211,14 @@ def test_length(scans, parts, monkeypatch):
     pipe(scans[0], max_new_tokens=4, streamer=recorders[4])
     assert pipe(scans[0], generate_kwargs={"num_beams": 2})["report"]
     monkeypatch.setattr(model.generation_config, "max_new_tokens", None)
-    monkeypatch.setattr(pipeline_diffvp, "MAX_NEW_TOKENS", 30)  # transformers alone would stop after 20
+    monkeypatch.setattr(pipeline_diffvp, "MAX_NEW_TOKENS", 30)  # the default of transformers would be 20
     pipe = DiffVPPipeline(model=model, processor=processor, device="cpu")
     pipe(scans[0], streamer=recorders[30], generate_kwargs={"min_new_tokens": 30})
     assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)
 
 
-def test_each_scan_has_its_own_sequences(pipe, scans, monkeypatch):
-    """Of two sequences for each of two scans, rows 0 and 1 of what `generate` returns are of the first scan."""
+def test_each_scan_gets_its_own_sequences(pipe, scans, monkeypatch):
+    """With two sequences for each of two scans, rows 0 and 1 of `generate` belong to the first scan."""
     rows, generate = [], pipe.model.generate
     monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
     torch.manual_seed(0)
@@ -224,21 +226,21 @@ def test_each_scan_has_its_own_sequences(pipe, scans, monkeypatch):
     found = pipe(scans[:2], batch_size=2, max_new_tokens=12, generate_kwargs=options)
     texts = [pipe.processor.decode(row, skip_special_tokens=True).strip() for row in rows[0]]
     assert [[one["report"] for one in of_scan] for of_scan in found] == [texts[:2], texts[2:]]
-    assert len(set(texts)) == 4, "else whose they are would not matter"
+    assert len(set(texts)) == 4, "equal texts would hide mixed-up scans"
     assert all(torch.equal(of_scan[0]["difference_map"], of_scan[1]["difference_map"]) for of_scan in found)
 
 
-def test_a_pipeline_over_no_scan_returns_no_report(pipe):
+def test_empty_input_gives_no_reports(pipe):
     assert pipe([]) == [] == pipe(())
 
 
-def test_a_dict_of_outputs_is_refused_before_anything_is_read(pipe):
+def test_return_dict_in_generate_is_refused_before_reading(pipe):
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         pipe("nowhere.nii.gz", generate_kwargs={"return_dict_in_generate": True})
 
 
 @pytest.mark.parametrize("ends", [None, [1, 3]])
-def test_a_report_is_complete_only_if_it_came_to_an_end(pipe, scans, monkeypatch, ends):
+def test_report_is_complete_only_if_it_has_an_end_token(pipe, scans, monkeypatch, ends):
     monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", ends)
     rows, generate = [], pipe.model.generate
     monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
@@ -247,7 +249,7 @@ def test_a_report_is_complete_only_if_it_came_to_an_end(pipe, scans, monkeypatch
 
 
 @pytest.mark.parametrize("changes", [{"use_diagnosis": False}, {"difference_level": "pixel"}])
-def test_variants_of_the_model(changes, parts, tiny_fields, tiny_base_with_tokenizer, scans):
+def test_model_variants_run_in_the_pipeline(changes, parts, tiny_fields, tiny_base_with_tokenizer, scans):
     trained, processor = parts
     fields = {key: getattr(trained.config, key) for key in ("diagnosis_prompt_ids", "instruction_ids")}
     torch.manual_seed(0)
@@ -262,7 +264,7 @@ def test_variants_of_the_model(changes, parts, tiny_fields, tiny_base_with_token
     assert [len(one["findings"]) for one in found] == [0 if model.diagnosis is None else 18] * 2
 
 
-def test_saved_pipeline_is_a_whole_checkpoint(checkpoint, parts, tmp_path):
+def test_saved_pipeline_is_a_complete_checkpoint(checkpoint, parts, tmp_path):
     model, processor = parts
     DiffVPPipeline(model=model, processor=processor, device="cpu").save_pretrained(tmp_path / "saved")
     found, expected = (

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The processor: inputs, reference sampling, text, and the way through save and load."""
+"""The processor: inputs, reference sampling, text, saving and loading."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def processor(tokenizer) -> DiffVPProcessor:
 
 @pytest.fixture
 def pool(tmp_path):
-    """A folder with five references and their index."""
+    """Make a folder with five references and their index."""
     folder = tmp_path / "pool"
     folder.mkdir()
     for seed in range(5):
@@ -56,17 +56,17 @@ def pool(tmp_path):
     return folder
 
 
-# The image processor alone
+# The image processor
 
 
-def test_defaults_need_no_checkpoint_and_are_the_papers():
+def test_defaults_are_the_papers_and_need_no_checkpoint():
     features = DiffVPImageProcessor()(make_ct(1), spacing=SPACING)
     assert features["ct"].shape == (1, 1, 64, 256, 256) and features["ct"].dtype == torch.float32
     assert -1 <= features["ct"].min() < -0.8 and 0.9 < features["ct"].max() < 1
     assert len(features["geometry"]) == 1 and features["geometry"][0].size == (64, 256, 256)
 
 
-def test_attributes_and_call_time_overrides():
+def test_call_arguments_override_attributes_for_one_call():
     image_processor = DiffVPImageProcessor(size=[8, 10, 12], hu_window=(-900, 100))
     assert image_processor.size == SIZE and image_processor.hu_window == (-900.0, 100.0)
     ct, volume = make_ct(1), read_ct(make_ct(1), SPACING)
@@ -90,7 +90,7 @@ def test_attributes_and_call_time_overrides():
         {"allow_non_hu": 1},
     ],
 )
-def test_types_are_validated(arguments):
+def test_argument_types_are_validated(arguments):
     with pytest.raises(StrictDataclassFieldValidationError):
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, **arguments)
     with pytest.raises(StrictDataclassFieldValidationError):
@@ -109,13 +109,13 @@ def test_types_are_validated(arguments):
         ({"return_tensors": "tf"}, "return_tensors"),
     ],
 )
-def test_values_are_validated(arguments, message):
+def test_argument_values_are_validated(arguments, message):
     with pytest.raises(ValueError, match=message):
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, **arguments)
 
 
-def test_a_falling_window_is_an_error_of_input():
-    """Which the command line shows in one line, as it does of a scan."""
+def test_falling_window_is_an_input_error():
+    """The command line shows an input error in one line, as it does for a scan."""
     with pytest.raises(CTInputError) as caught:
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, hu_window=(200, -1000))
     assert caught.value.field == "hu_window"
@@ -130,7 +130,7 @@ def test_unknown_arguments_are_refused(processor):
         processor(ct=make_ct(1), refrence=make_ct(2), spacing=SPACING)
 
 
-def test_spacing_belongs_to_arrays(processor, tmp_path):
+def test_spacing_is_required_for_arrays_and_refused_for_files(processor, tmp_path):
     path = write_ct(tmp_path / "scan.nii.gz", 1)
     with pytest.raises(CTInputError, match="spacing: missing"):
         processor.image_processor(make_ct(1))
@@ -141,7 +141,7 @@ def test_spacing_belongs_to_arrays(processor, tmp_path):
     assert torch.equal(inputs["ct"][0], inputs["ct"][1])
 
 
-def test_map_goes_back_through_the_processor(processor, tmp_path):
+def test_map_is_saved_on_the_grid_of_the_input(processor, tmp_path):
     path = write_ct(tmp_path / "scan.nii.gz", 1)
     inputs = processor(ct=path, reference=path)
     saved = nib.load(processor.save_map(tmp_path / "map.nii.gz", inputs["ct"][0, 0], inputs.geometry[0]))
@@ -149,10 +149,10 @@ def test_map_goes_back_through_the_processor(processor, tmp_path):
     np.testing.assert_array_equal(saved.get_fdata(), processor.to_input_grid(inputs["ct"][0, 0], inputs.geometry[0]))
 
 
-# What the model receives
+# Inputs of the model
 
 
-def test_keys_and_attributes(processor, tmp_path):
+def test_inputs_have_the_expected_keys_and_attributes(processor, tmp_path):
     target, normal = write_ct(tmp_path / "target.nii.gz", 1), write_ct(tmp_path / "normal.nii.gz", 2)
     inputs = processor(ct=target, reference=normal, return_tensors="pt")
     assert list(inputs) == ["ct", "reference", "input_ids", "attention_mask"] == processor.model_input_names
@@ -167,7 +167,7 @@ def test_keys_and_attributes(processor, tmp_path):
     assert all(isinstance(value, np.ndarray) for value in arrays.values())
 
 
-def test_one_reference_for_all_or_one_each(processor):
+def test_reference_is_shared_or_given_once_per_scan(processor):
     scans, normals = [make_ct(1), make_ct(2), make_ct(3)], [make_ct(4), make_ct(5), make_ct(6)]
     each = processor(ct=scans, reference=normals, spacing=SPACING)
     shared = processor(ct=scans, reference=normals[0], spacing=SPACING)
@@ -197,14 +197,14 @@ def test_batches_pad_on_the_left(processor):
     assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
 
 
-def test_text_alone(processor):
+def test_text_needs_no_scan_but_a_reference_does(processor):
     assert list(processor(text="Describe the lungs.")) == ["input_ids", "attention_mask"]
     for arguments in ({}, {"reference": make_ct(1), "spacing": SPACING}):
         with pytest.raises(ValueError, match="Give ct="):
             processor(**arguments)
 
 
-def test_instruction_with_and_without_chat_template(processor):
+def test_instruction_uses_the_chat_template_if_there_is_one(processor):
     assert processor.format_instruction() == f"{DEFAULT_INSTRUCTION}\n"
     assert processor.format_instruction("Be brief.") == "Be brief.\n"
     processor.tokenizer.chat_template = CHAT_TEMPLATE
@@ -221,7 +221,7 @@ def test_instruction_with_and_without_chat_template(processor):
 # The reference pool
 
 
-def test_sampling_depends_on_seed_and_content_alone(processor, pool, tmp_path):
+def test_sampled_reference_depends_only_on_seed_and_content(processor, pool, tmp_path):
     processor.load_references(pool)
     scans = [write_ct(tmp_path / f"scan-{seed}.nii.gz", seed) for seed in range(10, 16)]
     together = processor(ct=scans)
@@ -244,10 +244,10 @@ def test_sampling_depends_on_seed_and_content_alone(processor, pool, tmp_path):
         processor(ct=renamed, reference_seed="1")
 
 
-def test_a_scan_is_never_its_own_reference(processor, pool):
+def test_scan_is_never_its_own_reference(processor, pool):
     processor.load_references(pool)
     for seed in range(30):
-        # The same content as normal-2, under another name, in another format and without a file.
+        # The content of normal-2 as a bare array, without its name, format or file.
         assert processor(ct=make_ct(2), spacing=SPACING, reference_seed=seed).reference_ids != ["normal-2"]
     for k in (0, 1, 3, 4):
         (pool / f"normal-{k}.nii.gz").unlink()
@@ -258,7 +258,7 @@ def test_a_scan_is_never_its_own_reference(processor, pool):
         processor(ct=make_ct(2), spacing=SPACING)
 
 
-def test_missing_and_damaged_pools(processor, pool, tmp_path):
+def test_missing_and_damaged_pools_are_refused(processor, pool, tmp_path):
     with pytest.raises(ReferencePoolError, match="no reference pool"):
         processor(ct=make_ct(1), spacing=SPACING)
     with pytest.raises(ReferencePoolError, match="has no references.json"):
@@ -284,7 +284,7 @@ def test_missing_and_damaged_pools(processor, pool, tmp_path):
         (json.dumps([{"id": "a", "file": "a.nii.gz", "sha256": "0"}] * 2), "distinct"),
     ],
 )
-def test_bad_index(tmp_path, index, message):
+def test_invalid_pool_index_is_refused(tmp_path, index, message):
     (tmp_path / "references.json").write_text(index)
     with pytest.raises(ReferencePoolError, match=message):
         ReferencePool.load(tmp_path, subfolder="")
@@ -293,7 +293,7 @@ def test_bad_index(tmp_path, index, message):
 # Save and load
 
 
-def test_round_trip(processor, pool, tmp_path):
+def test_loaded_processor_equals_the_saved_one(processor, pool, tmp_path):
     processor.load_references(pool)
     processor.instruction = "Describe the chest."
     processor.image_processor = DiffVPImageProcessor(size=SIZE, target_spacing=(4, 3, 3), hu_window=(-900, 300))
@@ -307,7 +307,7 @@ def test_round_trip(processor, pool, tmp_path):
     before, after = (one(ct=make_ct(7), spacing=SPACING) for one in (processor, loaded))
     assert after.reference_ids == before.reference_ids
     assert all(torch.equal(before[key], after[key]) for key in before)
-    loaded.save_pretrained(tmp_path / "saved")  # onto itself
+    loaded.save_pretrained(tmp_path / "saved")  # over itself
     loaded.save_pretrained(tmp_path / "again")
     names = [sorted(path.name for path in (tmp_path / one / "references").iterdir()) for one in ("saved", "again")]
     assert names[0] == names[1] == sorted(path.name for path in pool.iterdir())
@@ -315,7 +315,7 @@ def test_round_trip(processor, pool, tmp_path):
     assert again(ct=make_ct(7), spacing=SPACING).reference_ids == before.reference_ids
 
 
-def test_auto_processor_in_another_process_without_the_package(processor, pool, tmp_path):
+def test_auto_processor_works_in_a_process_without_the_package(processor, pool, tmp_path):
     processor.load_references(pool)
     processor.save_pretrained(tmp_path / "saved")
     expected = processor(ct=make_ct(7), spacing=SPACING)
@@ -354,7 +354,7 @@ def test_auto_processor_in_another_process_without_the_package(processor, pool, 
 # Text
 
 
-def test_diagnosis_prompt():
+def test_diagnosis_prompt_lists_findings_in_label_order():
     assert DiffVPProcessor.diagnosis_prompt([]) == "Predicted findings: none.\n"
     found = ["Lung nodule", "Cardiomegaly"]
     assert DiffVPProcessor.diagnosis_prompt(found) == "Predicted findings: cardiomegaly, lung nodule.\n"
@@ -375,7 +375,7 @@ def test_diagnosis_prompt_fragments_spell_the_prompt(tokenizer, found):
     assert tokenizer.decode(ids + fragments["suffix"]) == DiffVPProcessor.diagnosis_prompt(found)
 
 
-def test_encode_report(processor):
+def test_encoded_report_ends_with_eos_and_respects_max_length(processor):
     report = "Heart: of normal size.\nLung: clear."
     ids = processor.encode_report(report)
     assert ids[-1] == processor.tokenizer.eos_token_id and ids.count(processor.tokenizer.bos_token_id) == 0
@@ -387,7 +387,7 @@ def test_encode_report(processor):
     assert cut == ids[:4] + [processor.tokenizer.eos_token_id]
 
 
-def test_post_process_is_the_inverse_of_the_report_form():
+def test_post_process_inverts_the_report_format():
     regions = {region: f"The {region} is normal. Nothing else." for region in REGIONS}
     report = "\n".join(f"{region.capitalize()}: {text}" for region, text in regions.items())
     assert DiffVPProcessor.post_process(report) == regions
@@ -418,7 +418,7 @@ def test_post_process_is_the_inverse_of_the_report_form():
         ("Lung: no findings: clear.", {"lung": "no findings: clear."}),
     ],
 )
-def test_post_process(text, expected):
+def test_post_process_splits_reports_into_regions(text, expected):
     assert DiffVPProcessor.post_process(text) == expected
 
 
@@ -435,11 +435,11 @@ def test_post_process(text, expected):
         ("Impression: one.\nImpressions: two.", {"impression": "one. two."}),
     ],
 )  # fmt: skip
-def test_post_process_of_sections(text, expected):
+def test_post_process_splits_sections(text, expected):
     assert DiffVPProcessor.post_process(text, sections=True) == expected
 
 
-def test_stream_keeps_order_and_goes_on_after_a_bad_scan(tmp_path):
+def test_stream_keeps_order_and_continues_after_a_bad_scan(tmp_path):
     scans = []
     for seed in range(7):
         path = tmp_path / f"{seed}.nii.gz"
@@ -455,7 +455,7 @@ def test_stream_keeps_order_and_goes_on_after_a_bad_scan(tmp_path):
             assert features["geometry"][0].source == path.name
 
 
-def test_stream_reads_no_further_than_it_is_asked(tmp_path):
+def test_stream_reads_only_a_few_scans_ahead(tmp_path):
     begun = []
 
     def scans():
@@ -472,15 +472,15 @@ def test_stream_reads_no_further_than_it_is_asked(tmp_path):
         next(DiffVPImageProcessor().stream([], workers=0))
 
 
-def test_digest_is_taken_on_request_and_for_references():
+def test_digest_is_computed_only_on_request():
     scan = read_ct(make_ct(0), SPACING)
     processor = DiffVPImageProcessor(size=SIZE)
     assert processor(scan)["geometry"][0].sha256 is None
     assert processor(scan, digest=True)["geometry"][0].sha256 == scan.sha256
 
 
-def test_a_window_of_grey_values_is_not_the_references(processor, pool):
-    """An 8-bit scan beside a reference in Hounsfield units, from the pool and given."""
+def test_grey_value_window_is_not_applied_to_the_reference(processor, pool):
+    """Combine an 8-bit scan with a reference in Hounsfield units, from the pool and given."""
     processor.load_references(pool)
     grey = ((np.clip(make_ct(7).astype(np.float32), -1000, 200) + 1000) / 1200 * 255).round().astype(np.uint8)
     options = {"allow_non_hu": True, "hu_window": (0.0, 255.0), "foreground_hu": 10.0}

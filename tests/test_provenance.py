@@ -1,8 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What says where something came from names no place of the machine that it was made on. Reports are in
-test_reporting.py, results for hospitals in test_clinical.py.
+Provenance contains no paths of the machine that wrote it.
+
+Reports are tested in test_reporting.py, results for hospitals in test_clinical.py.
 """
 
 import json
@@ -26,14 +27,14 @@ from .batch_samples import write_checkpoint
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factory):
-    """Its base is a folder of this machine."""
+    """Write a checkpoint whose base is a folder of this machine."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     return write_checkpoint(folder, tiny_base_with_tokenizer, tokenizer, tiny_fields)
 
 
 @pytest.fixture
 def named(checkpoint, tiny_base_with_tokenizer, tmp_path):
-    """Its base is one of the Hub, read from a folder of this machine; model and processor."""
+    """Return model and processor; the base has a name on the Hub but is read from a folder of this machine."""
     model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
     model.config.base_model_name_or_path = "somebody/tiny-llama"
     model.save_pretrained(tmp_path / "named")
@@ -46,7 +47,7 @@ def named(checkpoint, tiny_base_with_tokenizer, tmp_path):
 
 @pytest.fixture
 def uploads(monkeypatch, tmp_path):
-    """What `push_to_hub` would upload: {path: content} of each push."""
+    """Record what `push_to_hub` would upload: {path: content} for each push."""
     kept = []
 
     def upload(_, folder, *__, **___):
@@ -68,11 +69,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def naming(files: dict[str, bytes], place: Path) -> list[str]:
-    """The files that name a folder."""
+    """Return the names of the files that contain the path of a folder."""
     return [name for name, content in files.items() if str(place).encode() in content]
 
 
-def test_a_self_contained_checkpoint_names_no_folder(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
+def test_self_contained_checkpoint_contains_no_local_path(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
     model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
     model.export_merged(tmp_path / "merged")
     DiffVPProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "merged")
@@ -85,7 +86,7 @@ def test_a_self_contained_checkpoint_names_no_folder(checkpoint, tiny_base_with_
     assert not [place for place in (tmp_path, tiny_base_with_tokenizer.parent) if naming(uploaded, place)]
 
 
-def test_a_base_of_the_hub_is_named_as_there(named, tiny_base_with_tokenizer, checkpoint, tmp_path, uploads):
+def test_base_from_the_hub_is_saved_under_its_hub_name(named, tiny_base_with_tokenizer, checkpoint, tmp_path, uploads):
     model, processor = named
     model.save_pretrained(tmp_path / "saved")
     model.push_to_hub("somebody/tiny")
@@ -98,8 +99,8 @@ def test_a_base_of_the_hub_is_named_as_there(named, tiny_base_with_tokenizer, ch
             assert not naming(files, place)
 
 
-def test_a_base_that_nobody_else_has_is_not_pushed(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
-    """Nor is where it lies. On this machine the checkpoint needs to say so."""
+def test_base_that_exists_only_locally_is_not_pushed(checkpoint, tiny_base_with_tokenizer, tmp_path, uploads):
+    """Its path must not be published, although the checkpoint on this machine needs it."""
     model = DiffVPForConditionalGeneration.from_pretrained(checkpoint)
     pushes = [
         lambda: model.push_to_hub("somebody/tiny"),
@@ -114,7 +115,7 @@ def test_a_base_that_nobody_else_has_is_not_pushed(checkpoint, tiny_base_with_to
     assert DiffVPForConditionalGeneration.from_pretrained(tmp_path / "saved")
 
 
-def test_the_card_names_no_folder(checkpoint, tiny_base_with_tokenizer, monkeypatch):
+def test_card_contains_no_local_path(checkpoint, tiny_base_with_tokenizer, monkeypatch):
     shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}
     findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
     monkeypatch.setattr(card_module, "demo_report", lambda _: shown | {"findings": findings})
@@ -123,8 +124,8 @@ def test_the_card_names_no_folder(checkpoint, tiny_base_with_tokenizer, monkeypa
     assert str(tiny_base_with_tokenizer.parent) not in card and str(checkpoint.parent) not in card
 
 
-def test_commands_of_results_name_no_folder(tmp_path):
-    """What `diffvp evaluate` notes of its command, and so the card and evaluation.json."""
+def test_commands_in_results_contain_no_local_path(tmp_path):
+    """`diffvp evaluate` records its command, which is copied to the card and evaluation.json."""
     assert without_place("experiments/results") == "experiments/results"
     assert without_place(Path("runs") / "a") == "runs/a"
     assert without_place(tmp_path / "results") == "results"

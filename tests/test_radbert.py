@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The RadBERT labeler on small random weights in the published layout, against a RoBERTa written out below."""
+"""The RadBERT labeler with small random weights in the published layout, against a RoBERTa written out below."""
 
 import hashlib
 import logging
@@ -40,7 +40,7 @@ REPORTS = [
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A folder like zzxslp/RadBERT-RoBERTa-4m, without weights: a tiny configuration and a byte-level BPE."""
+    """Make a folder like zzxslp/RadBERT-RoBERTa-4m without weights: a tiny configuration and a byte-level BPE."""
     folder = tmp_path_factory.mktemp("encoder")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
@@ -69,7 +69,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(encoder):
-    """Random weights by their published names, large enough that the labels differ from report to report."""
+    """Draw random weights with the published names, large enough that the labels differ between reports."""
     torch.manual_seed(0)
     model = RadBertClassifier(RobertaConfig.from_pretrained(encoder))
 
@@ -83,7 +83,7 @@ def state(encoder):
 
 @pytest.fixture(scope="module")
 def published(state, tmp_path_factory):
-    """RadBertClassifier.pth as an older transformers saved it, with the buffer of positions."""
+    """Save RadBertClassifier.pth as an older transformers did, with the buffer of positions."""
     path = tmp_path_factory.mktemp("published") / "RadBertClassifier.pth"
     torch.save({POSITION_IDS: torch.arange(MAX_TOKENS + 2)[None], **state}, path)
     return path
@@ -100,7 +100,7 @@ def labeler(converted):
 
 
 def oracle_logits(state, ids, padded_to):
-    """Logits (18,) of one report: RoBERTa in plain torch, with padding to a length as the published code does it."""
+    """Compute the logits (18,) of one report in plain torch, padded to a length as in the published code."""
     tokens = torch.tensor(ids + [1] * (padded_to - len(ids)))
     real = tokens != 1
     positions = torch.where(real, torch.cumsum(real, 0) + 1, 1)
@@ -132,7 +132,7 @@ def oracle_logits(state, ids, padded_to):
 
 
 def oracle_probabilities(state, encoder, reports):
-    """As published: `do_lower_case`, every text padded to 512 tokens, sigmoid in NumPy."""
+    """Follow the published code: `do_lower_case`, every text padded to 512 tokens, sigmoid in NumPy."""
     tokenizer = AutoTokenizer.from_pretrained(encoder, do_lower_case=True)
     logits = []
     for report in reports:
@@ -141,7 +141,7 @@ def oracle_probabilities(state, encoder, reports):
     return 1 / (1 + np.exp(-torch.stack(logits).numpy().astype(np.float64)))
 
 
-def test_probabilities_and_labels_are_those_of_the_published_procedure(labeler, state, encoder):
+def test_probabilities_and_labels_match_the_published_procedure(labeler, state, encoder):
     # Five reports in batches of two: the last batch has one.
     expected = oracle_probabilities(state, encoder, REPORTS)
     probabilities = labeler.probabilities(REPORTS)
@@ -150,7 +150,7 @@ def test_probabilities_and_labels_are_those_of_the_published_procedure(labeler, 
     labels = labeler.label_all(REPORTS)
     assert labels.dtype == np.int8
     np.testing.assert_array_equal(labels, expected >= 0.5)
-    assert 0 < labels.mean() < 1 and len({tuple(row) for row in labels}) > 1  # the weights do tell reports apart
+    assert 0 < labels.mean() < 1 and len({tuple(row) for row in labels}) > 1  # the labels differ between reports
 
 
 def test_dynamic_padding_gives_the_logits_of_padding_to_512(labeler):
@@ -162,7 +162,7 @@ def test_dynamic_padding_gives_the_logits_of_padding_to_512(labeler):
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-5)
 
 
-def test_neither_order_nor_batches_change_anything(labeler, converted):
+def test_order_and_batch_size_do_not_change_probabilities(labeler, converted):
     expected = labeler.probabilities(REPORTS)
     np.testing.assert_allclose(labeler.probabilities(REPORTS[::-1])[::-1], expected, atol=1e-6)
     for batch_size in (1, 3, 64):
@@ -177,22 +177,22 @@ def test_lower_case_option_of_the_published_code_does_nothing(encoder):
     assert lower(text)["input_ids"] == plain(text)["input_ids"] != plain(text.lower())["input_ids"]
 
 
-def test_long_reports_are_cut_and_counted(labeler, state, encoder, caplog):
+def test_long_reports_are_truncated_with_a_warning(labeler, state, encoder, caplog):
     head = "nodule " * 600
     counts = labeler.token_counts([head, REPORTS[0], ""])
     assert counts[0] > MAX_TOKENS and counts[1] < MAX_TOKENS and counts[2] == 2
     with caplog.at_level(logging.WARNING):
         probabilities = labeler.probabilities([head + "effusion", REPORTS[0], head + "emphysema"])
     assert "2 of 3 reports have more than 512 tokens" in caplog.text
-    np.testing.assert_allclose(probabilities[0], probabilities[2], atol=1e-6)  # they differ after the cut alone
+    np.testing.assert_allclose(probabilities[0], probabilities[2], atol=1e-6)  # they differ only after the cut
     np.testing.assert_allclose(probabilities[0], oracle_probabilities(state, encoder, [head])[0], atol=2e-5)
     caplog.clear()
     labeler.probabilities(REPORTS)
     assert not caplog.text
 
 
-def test_report_of_exactly_512_tokens_is_whole(labeler, caplog):
-    # One token a piece, and the two at the ends.
+def test_report_of_exactly_512_tokens_is_not_truncated(labeler, caplog):
+    # One token per piece, and one special token at each end.
     piece = next(token for token in labeler.tokenizer.get_vocab() if token.startswith("Ġno"))
     text = piece.replace("Ġ", " ") * (MAX_TOKENS - 2)
     assert labeler.token_counts([text, text + piece.replace("Ġ", " ")]).tolist() == [MAX_TOKENS, MAX_TOKENS + 1]
@@ -209,7 +209,7 @@ def test_threshold_includes_one_half(labeler, converted):
     assert undecided.label_all(REPORTS[:1]).all()
 
 
-def test_no_reports_and_no_text(labeler):
+def test_empty_list_is_accepted_and_non_text_is_refused(labeler):
     assert labeler.label_all([]).shape == (0, 18)
     assert labeler.token_counts([]).shape == (0,)
     with pytest.raises(TypeError, match=r"reports\[1\] is float: every report must be text"):
@@ -231,11 +231,11 @@ def test_conversion_keeps_every_weight_and_drops_the_positions(converted, state)
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], state[name]) for name in state)
     assert RobertaConfig.from_pretrained(converted).id2label == dict(enumerate(DIAGNOSIS_LABELS))
-    assert not list(converted.parent.glob(".*"))  # nothing half written is left
+    assert not list(converted.parent.glob(".*"))  # no temporary file is left
     assert {path.suffix for path in converted.iterdir()} <= {".safetensors", ".json", ".txt"}
 
 
-def test_conversion_as_a_command(published, encoder, converted, tmp_path, repository_root):
+def test_conversion_command_writes_the_same_weights(published, encoder, converted, tmp_path, repository_root):
     target = tmp_path / "radbert"
     command = [sys.executable, "-m", "diffvp.metrics.labelers.radbert", str(published), str(encoder), str(target)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -256,7 +256,7 @@ def test_conversion_as_a_command(published, encoder, converted, tmp_path, reposi
         (lambda s: [s.pop(key) for key in list(s) if "encoder" in key], r"32 weight\(s\) missing: .*, \.\.\.$"),
     ],
 )
-def test_other_weights_are_refused(change, message, state, encoder, tmp_path):
+def test_weights_of_another_model_are_refused(change, message, state, encoder, tmp_path):
     changed = dict(state)
     change(changed)
     torch.save(changed, tmp_path / "other.pth")
@@ -275,12 +275,12 @@ def test_pickle_that_would_run_code_is_refused(encoder, tmp_path):
             convert_radbert(tmp_path / name, encoder, tmp_path / "out")
 
 
-def test_existing_target_is_left_alone(published, encoder, tmp_path):
+def test_existing_target_is_not_overwritten(published, encoder, tmp_path):
     with pytest.raises(RadBertError, match="exists already"):
         convert_radbert(published, encoder, tmp_path)
 
 
-def test_encoder_that_does_not_fit(published, encoder, tmp_path):
+def test_encoder_of_another_type_or_size_is_refused(published, encoder, tmp_path):
     def variant(name, config):
         folder = tmp_path / name
         AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
@@ -331,7 +331,7 @@ def test_damaged_folders_are_refused(converted, encoder, state, tmp_path):
 
 @pytest.fixture(scope="module")
 def hub_folder(state, encoder, tmp_path_factory):
-    """A folder like IAMJB/RadBERT-CT: the same weights, saved by RobertaForSequenceClassification itself."""
+    """Make a folder like IAMJB/RadBERT-CT: the same weights, saved by RobertaForSequenceClassification itself."""
     folder = tmp_path_factory.mktemp("hub") / "RadBERT-CT"
     config = RobertaConfig.from_pretrained(encoder, num_labels=18, problem_type="multi_label_classification")
     model = RobertaForSequenceClassification(config)
@@ -348,7 +348,7 @@ def test_both_layouts_give_the_same_labels(labeler, hub_folder):
     hub = RadBertLabeler.from_pretrained(hub_folder, batch_size=2)
     np.testing.assert_allclose(hub.probabilities(REPORTS), labeler.probabilities(REPORTS), atol=1e-6)
     np.testing.assert_array_equal(hub.label_all(REPORTS), labeler.label_all(REPORTS))
-    # And the logits are those of transformers' own class.
+    # The logits also equal those of transformers' own class.
     batch = hub.tokenizer(REPORTS, padding="longest", return_tensors="pt")
     theirs = RobertaForSequenceClassification.from_pretrained(hub_folder).eval()
     with torch.inference_mode():
@@ -358,7 +358,7 @@ def test_both_layouts_give_the_same_labels(labeler, hub_folder):
             torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_hub_id_is_loaded_from_the_cache_of_the_hub(hub_folder, labeler, tmp_path, monkeypatch):
+def test_hub_id_is_loaded_from_the_hub_cache(hub_folder, labeler, tmp_path, monkeypatch):
     cache, commit = tmp_path / "hub", "0" * 40
     repository = cache / "models--IAMJB--RadBERT-CT"
     shutil.copytree(hub_folder, repository / "snapshots" / commit)
@@ -374,7 +374,7 @@ def test_hub_id_is_loaded_from_the_cache_of_the_hub(hub_folder, labeler, tmp_pat
         RadBertLabeler.from_pretrained("IAMJB/absent")
 
 
-def test_pickle_in_the_hub_layout_is_converted_and_never_loaded_as_it_is(hub_folder, labeler, encoder, tmp_path):
+def test_hub_pickle_is_converted_but_never_loaded_directly(hub_folder, labeler, encoder, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(hub_folder, folder)
     weights = load_file(folder / "model.safetensors")
@@ -388,7 +388,7 @@ def test_pickle_in_the_hub_layout_is_converted_and_never_loaded_as_it_is(hub_fol
     np.testing.assert_array_equal(labels, labeler.label_all(REPORTS))
 
 
-def test_hub_folder_of_other_labels_or_weights_is_refused(hub_folder, tmp_path):
+def test_hub_folder_with_other_labels_or_weights_is_refused(hub_folder, tmp_path):
     def copy(name):
         return Path(shutil.copytree(hub_folder, tmp_path / name))
 

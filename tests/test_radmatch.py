@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The bridge to RadMatch, whose own stages run here against a server of the tests."""
+"""The bridge to RadMatch. RadMatch's own stages run here, against a server in the tests."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ MISSED, WRONG_SIDE = "", "Right pleural effusion."
 
 
 def judge(body: dict, number: int):
-    """What a model would answer: a finding a sentence, those with the same last word match, other words are wrong."""
+    """Answer like a model: one finding per sentence, equal last words match, other wordings are errors."""
     content = body["messages"][-1]["content"]
     stage = body["response_format"]["json_schema"]["name"]
     if stage == "findings_output":
@@ -61,7 +61,7 @@ def score(served, predictions, references, folder, **options):
     return score_radmatch(ids, predictions, references, folder, base_url=served.url, model="m", **options)
 
 
-def test_errors_are_counted_report_by_report(served, tmp_path):
+def test_errors_are_counted_per_report(served, tmp_path):
     truth = f"{NODULE} {EFFUSION}"
     scores = score(served, [truth, NODULE, f"{NODULE} {WRONG_SIDE}"], [truth] * 3, tmp_path / "out")
     assert scores["n"] == scores["scored"] == 3
@@ -72,12 +72,12 @@ def test_errors_are_counted_report_by_report(served, tmp_path):
     assert "3 of 3 reports | 0.667 (" in radmatch_page(scores)
 
 
-def test_report_without_text_misses_everything_and_is_not_dropped(served, tmp_path):
+def test_empty_report_counts_as_missing_every_finding(served, tmp_path):
     scores = score(served, [NODULE, MISSED], [f"{NODULE} {EFFUSION}"] * 2, tmp_path)
     assert scores["scored"] == 2 and scores["summary"]["muc_counts"]["MIS"] == 3
 
 
-def test_second_run_asks_nothing_and_other_reports_are_asked(served, tmp_path):
+def test_second_run_asks_only_about_changed_reports(served, tmp_path):
     first = score(served, [NODULE, EFFUSION, MISSED], [NODULE] * 3, tmp_path)
     asked = len(served.requests)
     assert (
@@ -85,12 +85,12 @@ def test_second_run_asks_nothing_and_other_reports_are_asked(served, tmp_path):
         == (first["summary"]["muc_counts"])
     )
     assert len(served.requests) == asked
-    changed = score(served, [NODULE], [NODULE], tmp_path)  # fewer reports: those of before do not count
+    changed = score(served, [NODULE], [NODULE], tmp_path)  # fewer reports: the earlier ones no longer count
     assert changed["scored"] == 1 and changed["actionable_errors_per_report"] == 0
     assert score(served, [EFFUSION], [NODULE], tmp_path)["actionable_errors_per_report"] == 2
 
 
-def test_report_that_fails_is_counted_and_said(served, tmp_path):
+def test_failed_report_is_counted_and_mentioned(served, tmp_path):
     served.reply = lambda body, number: (
         Status(400) if WRONG_SIDE in body["messages"][-1]["content"] else judge(body, number)
     )
@@ -101,13 +101,13 @@ def test_report_that_fails_is_counted_and_said(served, tmp_path):
         score(served, [WRONG_SIDE], [NODULE], tmp_path / "other")
 
 
-def test_reports_leave_the_machine_only_if_somebody_says_so(tmp_path):
+def test_reports_leave_the_machine_only_with_permission(tmp_path):
     with pytest.raises(JudgeError, match="reports-leave-machine"):
         score_radmatch(["1"], ["a"], ["b"], tmp_path / "o", base_url="https://api.example.com/v1", model="m")
     assert not (tmp_path / "o").exists()
 
 
-def test_environment_is_as_before_and_no_proxy_is_used(served, tmp_path, monkeypatch):
+def test_environment_is_restored_and_no_proxy_is_used(served, tmp_path, monkeypatch):
     import os
 
     with ChatServer(judge) as proxy:
@@ -118,7 +118,7 @@ def test_environment_is_as_before_and_no_proxy_is_used(served, tmp_path, monkeyp
         assert dict(os.environ) == before and not proxy.requests
 
 
-def test_ids_stay_in_their_own_table(served, tmp_path):
+def test_ids_appear_only_in_their_own_table(served, tmp_path):
     score(served, [NODULE], [NODULE], tmp_path)
     with open(tmp_path / "reports.csv", newline="", encoding="utf-8") as file:
         [row] = csv.DictReader(file)
@@ -133,11 +133,11 @@ def table(folder):
     return str(path)
 
 
-def test_command_prints_it_below_the_other_scores(served, tmp_path, monkeypatch):
+def test_command_prints_radmatch_below_the_other_scores(served, tmp_path, monkeypatch):
     monkeypatch.setattr("diffvp.metrics.report_table.score_table", lambda *args, **options: {})
     monkeypatch.setattr("diffvp.metrics.report_table.table_page", lambda document: "the other scores")
     options = ["--radmatch", str(tmp_path / "out"), "--base-url", served.url, "--model", "m"]
-    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), *options])
+    result = CliRunner().invoke(cli.app, ["score", table(tmp_path), *options, "--markdown"])
     assert result.exit_code == 0, result.output
     assert result.stdout.index("the other scores") < result.stdout.index("2 of 2 reports | 1.000 (0.000–2.000)")
     document = json.loads(CliRunner().invoke(cli.app, ["score", table(tmp_path), *options, "--json"]).stdout)
@@ -145,12 +145,12 @@ def test_command_prints_it_below_the_other_scores(served, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("options", [[], ["--base-url", "https://example.com/v1", "--model", "m"]])
-def test_server_is_asked_for_before_anything_is_scored(options, tmp_path):
+def test_missing_or_remote_server_is_refused_before_scoring(options, tmp_path):
     result = CliRunner().invoke(cli.app, ["score", table(tmp_path), "--radmatch", str(tmp_path / "out"), *options])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_missing_extra_is_one_sentence(tmp_path, monkeypatch):
+def test_missing_extra_gives_an_install_hint(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "diffvp.metrics.radmatch")
     monkeypatch.setitem(sys.modules, "radmatch", None)
     result = CliRunner().invoke(cli.app, ["score", table(tmp_path), "--radmatch", str(tmp_path / "out")])

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline on a cluster of one machine. Run by `make test-ray`, in an environment of its own."""
+"""Batches with Ray on a cluster of one machine. `make test-ray` runs them in their own environment."""
 
 import os
 import threading
@@ -50,7 +50,7 @@ def write(scans, output, checkpoint, **options):
 
 
 def kill(name: str) -> bool:
-    """Kill one of this cluster's processes that run the task or actor; whether there was one."""
+    """Kill one of this cluster's processes that run the named task or actor, and return whether there was one."""
     for process in psutil.Process().children(recursive=True):
         if name in " ".join(process.cmdline()):
             process.kill()
@@ -59,7 +59,7 @@ def kill(name: str) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_finishes_past_broken_scans_and_killed_processes(cohort, checkpoint, tmp_path):
+def test_run_finishes_despite_broken_scans_and_killed_processes(cohort, checkpoint, tmp_path):
     output, killed, over = tmp_path / "reports.jsonl", set(), threading.Event()
 
     def kill_reader():
@@ -85,7 +85,7 @@ def test_finishes_past_broken_scans_and_killed_processes(cohort, checkpoint, tmp
     failures = read_lines(tmp_path / "reports.failed.jsonl")
     assert {failure["id"] for failure in failures} == BROKEN and len(failures) == file.failed == 2
 
-    # One machine goes on with the file, and writes the same reports.
+    # A single machine continues the same file and writes the same reports.
     writer = ReportWriter(checkpoint)
     batch.write_reports(list_scans(cohort), output, writer, batch_size=8, workers=1)
     assert read_lines(output)[1:] == records
@@ -95,12 +95,12 @@ def test_finishes_past_broken_scans_and_killed_processes(cohort, checkpoint, tmp
 
 
 @pytest.mark.timeout(600)
-def test_goes_on_without_repeating(cohort, checkpoint, tmp_path):
+def test_resumed_run_repeats_no_scan(cohort, checkpoint, tmp_path):
     output, scans = tmp_path / "reports.jsonl", list_scans(cohort)
     write(scans[:12], output, checkpoint)
     begun = output.read_bytes()
     with output.open("ab") as file:
-        file.write(b'{"id": "half a rec')  # as a driver leaves it that is killed
+        file.write(b'{"id": "half a rec')  # as a killed driver leaves it
     write(scans[:24], output, checkpoint)
     assert output.read_bytes().startswith(begun)
     names = [record["id"] for record in read_lines(output)[1:]]

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The map of one scan with a lesion mask: read, drawn and scored, on scans whose lesion is planted."""
+"""The map of one scan with a lesion mask: read, drawn and scored on scans with a planted lesion."""
 
 import json
 
@@ -24,7 +24,7 @@ AFFINE = np.array([[0, 0, 3.0, -40], [-2.0, 0, 0, 90], [0, -2.5, 0, 60], [0, 0, 
 
 @pytest.fixture
 def scans(tmp_path):
-    """A body with a bright ball, its mask, and a body without."""
+    """Write a body with a bright ball, the mask of the ball, and a body without it."""
     index = np.stack(np.meshgrid(*map(np.arange, (70, 60, 50)), indexing="ij"), -1)
     body = (((index - [35, 30, 25]) / [25, 22, 21]) ** 2).sum(-1) < 1
     lesion = (((index - [45, 38, 18]) * [2.0, 2.5, 3.0]) ** 2).sum(-1) < 9**2
@@ -36,7 +36,7 @@ def scans(tmp_path):
     return {name: tmp_path / f"{name}.nii.gz" for name in ("scan", "mask", "normal")}
 
 
-def test_a_mask_is_read_on_the_grid_of_its_scan_and_no_other(scans, tmp_path):
+def test_mask_is_read_only_on_the_grid_of_its_scan(scans, tmp_path):
     scan = read_ct(scans["scan"])
     lesion = read_lesion(scans["mask"], scan)
     hu = scan.array * scan.slope + scan.intercept
@@ -63,13 +63,13 @@ def seen_of(values, lesion):
     )
 
 
-def test_scores_of_maps_that_are_known():
+def test_hand_made_maps_get_the_expected_scores():
     lesion = np.zeros((20, 30, 30), bool)
     lesion[8:11, 10:14, 12:16] = True
     perfect = score(lesion.astype(float), seen_of(None, lesion))
     assert (perfect["inside"], perfect["near"], perfect["auroc"], perfect["dice"]) == (1, 1, 1, 1)
     assert perfect["rank"] == 1 and perfect["distance_mm"] == 0 and perfect["by_chance"] < 0.001
-    # A larger maximum three planes above it, 9 mm away from its edge.
+    # A larger maximum three planes above the lesion, 9 mm from its edge.
     beside = lesion.astype(float)
     beside[13, 12, 13] = 2
     near = score(beside, seen_of(None, lesion))
@@ -79,8 +79,7 @@ def test_scores_of_maps_that_are_known():
     assert flat["auroc"] == 0.5 and flat["by_chance"] == 1
 
 
-def test_places_that_score_as_high_are_counted():
-    """By trying them all."""
+def test_share_of_places_equals_a_count_over_all_places():
     rng = np.random.default_rng(0)
     values, body = rng.random((9, 10, 11)), np.ones((9, 10, 11), bool)
     body[:2] = False
@@ -97,7 +96,7 @@ def test_places_that_score_as_high_are_counted():
     assert share_of_places(values, lesion, body) == pytest.approx(np.mean(np.array(scores) >= own - 1e-9))
 
 
-def test_the_page_has_both_encoders(scans, make_model, tokenizer, tmp_path, monkeypatch):
+def test_page_shows_both_encoders(scans, make_model, tokenizer, tmp_path, monkeypatch):
     model = make_model(difference_level="aligned")
     processor = DiffVPProcessor(DiffVPImageProcessor(size=(32, 32, 32), foreground_hu=-500.0), tokenizer)
     monkeypatch.setattr(real_map, "load_checkpoint", lambda name: (model, processor))
@@ -118,7 +117,7 @@ def test_the_page_has_both_encoders(scans, make_model, tokenizer, tmp_path, monk
     assert list(result["scores"]) == ["tiny-checkpoint", "astra.pt"]
     kinds = ["difference", "target alone", "target alone, whitened", "pixels subtracted, smoothed"]
     assert all(list(maps) == kinds for maps in result["scores"].values())
-    # The ball is what the two scans differ by.
+    # The ball is the difference between the two scans.
     assert all(maps[kinds[3]]["near"] == 1 and maps[kinds[3]]["auroc"] > 0.9 for maps in result["scores"].values())
     assert "n = 1" in page.read_text() and (tmp_path / "out/real_map.png").stat().st_size > 10_000
     assert str(tmp_path) not in page.read_text() + json.dumps(result)
@@ -128,8 +127,8 @@ def test_the_page_has_both_encoders(scans, make_model, tokenizer, tmp_path, monk
         inflated_model(tmp_path / "resnet.safetensors")
 
 
-def test_the_tumour_of_a_real_scan_is_read_where_it_lies(check_data):
-    """13 mm of soft tissue in the right lung."""
+def test_tumour_of_a_real_scan_is_read_at_its_place(check_data):
+    """The tumour is 13 mm of soft tissue in the right lung."""
     folder = check_data / "ct" / "pyradiomics"
     scan = read_ct(folder / "lung1_image.nrrd")
     lesion = read_lesion(folder / "lung1_label.nrrd", scan)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of what `diffvp batch` and `diffvp label` write, and of the same reports in other files. Without METEOR."""
+"""Scores of files from `diffvp batch` and `diffvp label`, and of the same reports in other formats. No METEOR."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ WRITTEN = {"a": "Lung: A nodule of 6 mm is observed.", "ward 1/b": "Heart: Norma
 
 @pytest.fixture
 def truth(tmp_path):
-    """A table of one's own scans, whose paths are the ids; one of them failed in the batch."""
+    """Write a table of the user's scans with paths as ids; one of the scans failed in the batch."""
     rows = [["path", "report"], *([f"{name}.nii.gz", text] for name, text in REPORTS.items()), ["z.nii.gz", "Clear."]]
     with open(tmp_path / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -34,7 +34,7 @@ def truth(tmp_path):
 
 @pytest.fixture
 def batch(tmp_path):
-    """As `diffvp batch` writes: what made it, a report for each scan, and again for one that was replaced."""
+    """Write a file like `diffvp batch`: a header, a report per scan, and the older report of a replaced one."""
     lines = [
         {"statement": "...", "settings": {}, "versions": {}},
         {"id": "a.nii.gz", "report": "Old.", "settings_sha256": ""},
@@ -46,14 +46,14 @@ def batch(tmp_path):
 
 @pytest.fixture
 def expected(tmp_path):
-    """The scores of the same reports in one table."""
+    """Score the same reports in one table."""
     with open(tmp_path / "both.csv", "w", newline="") as file:
         rows = [[name, WRITTEN[name], REPORTS[name]] for name in REPORTS]
         csv.writer(file).writerows([["id", "prediction", "reference"], *rows])
     return score_table(tmp_path / "both.csv", RuleLabeler(), meteor=False)
 
 
-def test_a_batch_beside_the_table_of_the_scans(batch, truth, expected):
+def test_batch_file_is_scored_against_the_table_of_scans(batch, truth, expected):
     document = score_table(batch, RuleLabeler(), reference=truth, meteor=False)
     assert document["systems"] == expected["systems"] and document["n"] == 3
     assert document["without_prediction"] == 1
@@ -61,7 +61,7 @@ def test_a_batch_beside_the_table_of_the_scans(batch, truth, expected):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
-def test_other_files(tmp_path, truth, expected, suffix):
+def test_parquet_jsonl_and_csv_give_the_same_scores(tmp_path, truth, expected, suffix):
     rows = [{"id": name, "prediction": WRITTEN[name], "reference": REPORTS[name]} for name in REPORTS]
     path = tmp_path / f"reports.{suffix}"
     if suffix == "parquet":
@@ -75,7 +75,7 @@ def test_other_files(tmp_path, truth, expected, suffix):
     assert score_table(path, RuleLabeler(), reference=truth, meteor=False)["systems"] == expected["systems"]
 
 
-def test_labels_as_label_writes_them(tmp_path, truth, batch, expected):
+def test_labels_from_diffvp_label_give_the_same_scores(tmp_path, truth, batch, expected):
     with open(tmp_path / "reports.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", "report"], *REPORTS.items()])
     run = CliRunner().invoke(app, ["label", str(tmp_path / "reports.csv"), "--output", str(tmp_path / "labels.csv")])
@@ -84,7 +84,7 @@ def test_labels_as_label_writes_them(tmp_path, truth, batch, expected):
     assert document["systems"]["predictions"]["micro f1"] == expected["systems"]["predictions"]["micro f1"]
 
 
-def test_what_is_wrong_is_said(tmp_path, truth, batch):
+def test_unusable_files_and_unknown_ids_are_refused(tmp_path, truth, batch):
     with batch.open("a") as file:
         file.write(json.dumps({"id": "q.nii.gz", "report": "x", "settings_sha256": ""}) + "\n")
     with pytest.raises(DatasetError, match=r"metadata.csv \('q'\): row: missing"):
@@ -100,11 +100,11 @@ def test_what_is_wrong_is_said(tmp_path, truth, batch):
             score_table(tmp_path / name, RuleLabeler(), meteor=False)
 
 
-def test_tables_for_people_and_markdown(batch, truth, monkeypatch):
+def test_output_is_a_terminal_table_or_markdown(batch, truth, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     command = ["score", str(batch), "--reference", str(truth), "--no-meteor"]
     shown, page = (CliRunner().invoke(app, [*command, *more]).stdout for more in ([], ["--markdown"]))
     assert "┃" in shown and "| ---" not in shown and "1 true reports have no generated one" in shown
     assert "| predictions | " in page and "┃" not in page
-    # The systems stand side by side, a line a score.
+    # The systems are columns, and each score has a line.
     assert any(line.startswith("│ bleu_4") for line in shown.splitlines())

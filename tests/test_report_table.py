@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""`diffvp score`: a table of reports to all scores, with intervals and baselines."""
+"""`diffvp score`: from a table of reports to all scores, with intervals and baselines."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def training(tmp_path):
     return write(tmp_path / "train.csv", ["report"], [[NORMAL], [REPORTS[0]], [NORMAL], [REPORTS[0]], [REPORTS[0]]])
 
 
-def test_scores_are_those_of_the_metrics(table, training):
+def test_scores_equal_those_of_the_metrics(table, training):
     document = score_table(table, RuleLabeler(), training=training)
     expected = score_reports(REPORTS[::-1], REPORTS).summary()
     ours = document["systems"]["predictions"]
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_metrics(table, training):
     assert majority["micro f1"]["value"] == pytest.approx(f1_score(labels, heart, average="micro"))
 
 
-def test_every_table_has_n_intervals_signatures_and_baselines(table, training):
+def test_page_has_n_intervals_signatures_and_baselines(table, training):
     page = table_page(score_table(table, RuleLabeler(), training=training, regions="diffvp"))
     assert page.startswith("4 reports; 95 % bootstrap intervals")
     assert "| constant normal report |" in page and "| labels alone, all-negative |" in page
@@ -80,12 +80,12 @@ def test_every_table_has_n_intervals_signatures_and_baselines(table, training):
     assert all(cell.count("–") == 1 for line in rows for cell in line.split(" | ")[4:]), rows
 
 
-def test_without_training_reports_it_says_what_is_missing(table):
+def test_page_says_what_is_missing_without_training_reports(table):
     page = table_page(score_table(table, RuleLabeler()))
     assert "no constant normal report" in page and "| labels alone, all-positive |" in page
 
 
-def test_labels_from_a_table_are_found_by_id(table, tmp_path):
+def test_labels_from_a_table_are_matched_by_id(table, tmp_path):
     truth = np.array(RuleLabeler().label_all(REPORTS))
     rows = [(f"case_{i}", *truth[i]) for i in (2, 0, 3, 1)]
     labels = write(tmp_path / "labels.csv", ["VolumeName", *DIAGNOSIS_LABELS], rows)
@@ -107,13 +107,13 @@ def test_one_report_has_no_interval(tmp_path):
 
 
 @pytest.mark.parametrize("scorer", ["corpus", "coco"])
-def test_other_scorers(table, scorer):
+def test_scorer_option_selects_the_scorer(table, scorer):
     ours = score_table(table, RuleLabeler(), scorer=scorer)["systems"]["predictions"]
     expected = score_reports(REPORTS[::-1], REPORTS, scorer=scorer).summary()
     assert ours["bleu_4"]["value"] == pytest.approx(expected["bleu_4"]) and len(ours["bleu_4"]["interval"]) == 2
 
 
-def test_all_that_is_wrong_is_listed(tmp_path):
+def test_all_problems_are_listed(tmp_path):
     rows = [("a", "x", NORMAL), ("a", "x", NORMAL), ("", "x", NORMAL), ("b", "x", " "), ("c", "", NORMAL)]
     path = write(tmp_path / "wrong.csv", ["id", "prediction", "reference"], rows)
     with pytest.raises(DatasetError) as caught:
@@ -123,18 +123,18 @@ def test_all_that_is_wrong_is_listed(tmp_path):
     assert result.exit_code == 2 and "pred" in result.output and "wrong.csv" in result.output
 
 
-def test_no_normal_report_in_training(table, tmp_path):
+def test_training_table_without_a_normal_report_is_refused(table, tmp_path):
     path = write(tmp_path / "train.csv", ["report"], [[REPORTS[0]]])
     with pytest.raises(DatasetError, match="normal reports: none"):
         score_table(table, RuleLabeler(), training=path)
 
 
-def test_the_command_prints_json(table):
+def test_command_prints_json(table):
     result = CliRunner().invoke(app, ["score", str(table), "--json", "--workers", "1"])
     assert result.exit_code == 0 and json.loads(result.output)["n"] == 4
 
 
-def test_reg2rgs_published_scores_come_out(check_data):
+def test_published_reg2rg_scores_are_reproduced(check_data):
     source = check_data / "reports/reg2rg_ctrg_combined_reports_rm_region_text.csv"
     columns = {"id_column": "AccNum", "prediction_column": "Pred_whole_report", "reference_column": "GT_whole_report"}
     ours = score_table(source, RuleLabeler(), workers=2, **columns)["systems"]["predictions"]
@@ -144,7 +144,7 @@ def test_reg2rgs_published_scores_come_out(check_data):
         assert f"{ours[name]['value']:.4f}" == f"{float(published[column].split('±')[0]):.4f}"
 
 
-def test_collapse_panel_stands_beside_the_truth_and_the_baselines(tmp_path, training):
+def test_collapse_panel_includes_truth_and_baselines(tmp_path, training):
     rows = [(f"case_{i}", NORMAL, true, REPORTS[0]) for i, true in enumerate(REPORTS)]
     path = write(tmp_path / "reports.csv", ["id", "prediction", "reference", "near"], rows)
     document = score_table(path, RuleLabeler(), training=training, regions="diffvp", nearest_column="near")

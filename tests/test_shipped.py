@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint in this repository: whole, small, of the present code, and the same wherever it is loaded."""
+"""The checkpoint in this repository: complete, small, up to date, and the same however it is loaded."""
 
 import json
 import os
@@ -27,15 +27,15 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory):
-    """A phantom patient that no training saw, in a file."""
+    """Write the scan of a phantom patient outside all training data."""
     scan = render_patient(sample_patient(5, 0, "demo"))
     path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
     nib.save(nib.Nifti1Image(scan.hu, scan.affine), path)
     return path
 
 
-def test_loading_warns_of_nothing():
-    """In a process of its own, as a script of a user sees it, without progress bars."""
+def test_loading_prints_no_warnings():
+    """Load in a separate process, as a user's script does, without progress bars."""
     code = f"from diffvp.inference.report import load_checkpoint; load_checkpoint({str(SHIPPED_CHECKPOINT)!r})"
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning", "TQDM_DISABLE": "1"}
     run = subprocess.run(
@@ -44,7 +44,7 @@ def test_loading_warns_of_nothing():
     assert (run.stdout.strip(), run.stderr.strip()) == ("", "")
 
 
-def test_files(repository_root):
+def test_files_are_small_and_up_to_date(repository_root):
     files = [path for path in SHIPPED_CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 20e6
     assert {path.suffix for path in files if path.name not in ("LICENSE", "NOTICE", "requirements.txt")} <= {
@@ -55,7 +55,7 @@ def test_files(repository_root):
         assert path.read_bytes() == (repository_root / path.name).read_bytes(), f"{path.name}: release again"
 
 
-def test_same_tokens_in_a_process_without_the_package(scan, tmp_path):
+def test_process_without_the_package_generates_the_same_tokens(scan, tmp_path):
     model, processor = load_checkpoint(str(SHIPPED_CHECKPOINT))
     inputs = processor(ct=str(scan))
     expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
@@ -91,16 +91,15 @@ def test_same_tokens_in_a_process_without_the_package(scan, tmp_path):
     assert positional == keywords == expected.tolist()
 
 
-def test_adapter_is_trained_and_the_base_is_not_inside():
+def test_adapter_is_trained_and_the_base_is_left_out():
     model = AutoModel.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=True)
     weights = dict(model.named_parameters())
     assert any(torch.count_nonzero(value) for name, value in weights.items() if "lora_B" in name)
     assert (SHIPPED_CHECKPOINT / "model.safetensors").stat().st_size < 15e6  # the base alone has 135 M parameters
 
 
-def test_evaluation_of_two_cases(tmp_path, monkeypatch):
-    """The table of the docs, on a cohort of a few: a model that writes the true reports has the full score, and with
-    the next patient's scan it has not."""
+def test_evaluation_of_two_cases_fills_every_table(tmp_path, monkeypatch):
+    """Evaluate a model that writes the true reports: its scores are perfect, and lower on another patient's scan."""
 
     def generate_truth(model, processor, targets, spacing):
         return [case.report for case in targets], np.stack([case.labels for case in targets]).astype(float)
@@ -134,7 +133,7 @@ def test_evaluation_of_two_cases(tmp_path, monkeypatch):
     assert result["text_agrees_with_classifier"]["value"] == 1 and "| distinct reports / n |" in page
 
 
-def test_an_evaluation_that_would_lack_something_ends_before_it_begins(tmp_path):
+def test_incomplete_evaluation_is_refused_before_it_starts(tmp_path):
     cohort = write_cohort(
         tmp_path / "phantom", train=1, valid=2, seed=23, matrix=32, masks=False, workers=1, progress=False
     )

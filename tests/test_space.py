@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A visitor's run without a browser: what is read and forgotten, what is written, and on which side it is shown."""
+"""A visitor's session without a browser: scans are read and deleted, reports written, sides shown correctly."""
 
 import base64
 import inspect
@@ -31,12 +31,12 @@ from diffvp.volume_diffvp import CTInputError
 
 from .ct_samples import write_dicom
 
-AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])  # of an array in LPS order
+AFFINE = np.diag([-5.0, -5.0, 5.0, 1.0])  # array in LPS order
 MARK = (slice(28, 34), slice(6, 12), slice(20, 26))  # left, anterior, superior
 
 
 def body(seed: int) -> np.ndarray:
-    """A box of noisy tissue with lungs in air, a block of metal left, in front and above; [x, y, z] in LPS order."""
+    """Make tissue with lungs in air and a metal block left, anterior and superior; [x, y, z] in LPS order."""
     lps = np.full((40, 36, 30), -1000, np.int16)
     lps[4:-4, 4:-4, 2:-2] = np.random.default_rng(seed).integers(-60, 60, (32, 28, 26))
     lps[9:16, 14:28, 6:22] = lps[24:31, 14:28, 6:18] = -850
@@ -89,7 +89,7 @@ def study(desk, tmp_path):
 
 
 def brightest(image: np.ndarray, low: int = 250) -> tuple[float, float]:
-    """Centre (row, column) of what is white, as shares of the image. The letters are black here."""
+    """Return the centre (row, column) of the white pixels, as shares of the image. The letters are black here."""
     rows, columns = np.nonzero((image >= low).all(axis=-1))
     return rows.mean() / image.shape[0], columns.mean() / image.shape[1]
 
@@ -98,7 +98,7 @@ def brightest(image: np.ndarray, low: int = 250) -> tuple[float, float]:
     ("name", "up", "left"),
     [("axial", True, False), ("coronal", True, False), ("sagittal", True, True)],  # A and L; S and L; S and A
 )
-def test_marked_voxels_lie_on_the_side_of_the_patient_that_the_letters_say(study, name, up, left, monkeypatch):
+def test_marked_voxels_appear_on_the_side_that_the_letters_state(study, name, up, left, monkeypatch):
     hu = study.scan.hu
     depth, height, width = (int(np.median(indices)) for indices in np.nonzero(hu > 1000))
     index = {"axial": depth, "coronal": height, "sagittal": width}[name]
@@ -109,7 +109,7 @@ def test_marked_voxels_lie_on_the_side_of_the_patient_that_the_letters_say(study
 
 
 @pytest.mark.parametrize(("name", "edges"), [("axial", "RLAP"), ("coronal", "RLSI"), ("sagittal", "APSI")])
-def test_letters_stand_at_their_edges(name, edges, monkeypatch):
+def test_letters_are_placed_at_their_edges(name, edges, monkeypatch):
     written = []
     monkeypatch.setattr(
         viewer.ImageDraw, "Draw",
@@ -123,7 +123,7 @@ def test_letters_stand_at_their_edges(name, edges, monkeypatch):
 
 
 def test_letters_are_drawn(study):
-    image = viewer.slice_image(study, "axial", 0, (-160, 240))  # air: black but for the letters
+    image = viewer.slice_image(study, "axial", 0, (-160, 240))  # air: black except for the letters
     rows, columns = np.nonzero(image.max(axis=-1) > 200)
     assert rows.min() < 30 and rows.max() > image.shape[0] - 30
     assert columns.min() < 30 and columns.max() > image.shape[1] - 30
@@ -134,11 +134,11 @@ def test_letters_are_drawn(study):
     [(-160, "Mediastinum", 0), (240, "Mediastinum", 255), (40, "Mediastinum", 128), (-2000, "Lung", 0),
      (-600, "Lung", 128), (3000, "Bone", 255)],
 )  # fmt: skip
-def test_window(hu, window, expected):
+def test_window_maps_hu_to_grey_values(hu, window, expected):
     assert viewer.grey(np.array([[hu]], np.int16), viewer.WINDOWS[window])[0, 0] == expected
 
 
-def test_overlay_is_nothing_when_off_and_colours_only_the_body():
+def test_overlay_changes_nothing_when_off_and_colours_only_the_body():
     image = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
     difference, inside = np.linspace(0, 1, 16).reshape(4, 4), np.ones((4, 4), bool)
     inside[2:] = False
@@ -150,18 +150,18 @@ def test_overlay_is_nothing_when_off_and_colours_only_the_body():
     assert np.ptp(over[1, 3].astype(int)) > 20  # a colour, not a grey
 
 
-def test_slices_go_into_the_page_as_png(study):
+def test_slices_are_embedded_in_the_page_as_png(study):
     html = viewer.plane_html(study, "coronal", 5, "Lung", 0.5)
     pictures = [part.split('"')[0] for part in html.split("data:image/png;base64,")[1:]]
     sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
     assert len(pictures) == 2 and len(sizes) == 1
     width, height = sizes.pop()
-    assert width / height == pytest.approx((32 * 8.5) / (32 * 7.0), rel=0.02)  # of the box, in mm
+    assert width / height == pytest.approx((32 * 8.5) / (32 * 7.0), rel=0.02)  # proportions of the box in mm
     assert "Target with difference map: coronal slice 5, lung window" in html
     assert "Reference: coronal slice 5, lung window" in html
 
 
-def test_streamed_text_is_the_text_of_generate(study, desk):
+def test_streamed_text_equals_the_text_of_generate(study, desk):
     pieces = list(study.stream())
     inputs = desk.processor(text=desk.processor.instruction)
     ids = desk.model.generate(study.scan.tensor, study.reference.tensor, **inputs, do_sample=False)
@@ -171,7 +171,7 @@ def test_streamed_text_is_the_text_of_generate(study, desk):
     assert all(expected.startswith(piece) for piece in pieces)
 
 
-def test_files_are_those_of_a_report_and_go_with_the_study(study, desk):
+def test_files_match_the_report_and_are_deleted_with_the_study(study, desk):
     for _ in study.stream():
         pass
     text, document, map_file = study.write_files()
@@ -187,7 +187,7 @@ def test_files_are_those_of_a_report_and_go_with_the_study(study, desk):
     assert not list(desk.studies.iterdir())
 
 
-def test_a_stopped_report_ends_and_has_no_document(study):
+def test_stopped_report_ends_early_without_a_document(study):
     stream = study.stream()
     next(stream)
     study.stop()
@@ -196,7 +196,7 @@ def test_a_stopped_report_ends_and_has_no_document(study):
     assert "Stopped before the end" in viewer.report_html(study)
 
 
-def test_a_visitor_who_leaves_ends_the_writing(study, monkeypatch):
+def test_writing_stops_when_the_visitor_leaves(study, monkeypatch):
     written, generate = [], session.TransformersEngine.generate
 
     def counted(self, prompts, decoding, on_tokens):
@@ -209,13 +209,13 @@ def test_a_visitor_who_leaves_ends_the_writing(study, monkeypatch):
     assert study.document is None and len(written) < 10
 
 
-def test_words_come_one_after_another_and_the_last_of_them_is_the_end(study):
+def test_tokens_arrive_one_after_another_up_to_the_end(study):
     steps = list(study.desk.write(study._prompt))
     assert len(steps) > 5 and steps[5] == steps[-1][:6]
     assert [len(step) for step in steps] == list(range(1, len(steps) + 1))
 
 
-def test_an_error_while_writing_reaches_the_reader(study, monkeypatch):
+def test_error_while_writing_reaches_the_reader(study, monkeypatch):
     def fail(**inputs):
         raise RuntimeError("out of memory")
 
@@ -224,33 +224,33 @@ def test_an_error_while_writing_reaches_the_reader(study, monkeypatch):
         list(study.stream())
 
 
-def test_random_reference_is_the_one_that_the_processor_draws(desk, study, tmp_path):
+def test_random_reference_equals_that_of_the_processor(desk, study, tmp_path):
     path = save(tmp_path / "same.nii.gz", body(1))
     drawn = [desk.random_reference(study.scan, seed) for seed in range(6)]
     assert drawn == [desk.processor(ct=path, reference_seed=seed).reference_ids[0] for seed in range(6)]
     assert len(set(drawn)) > 1
 
 
-def test_nearest_reference_is_the_same_scan_in_all_but_one_voxel(desk, tmp_path):
+def test_nearest_reference_is_the_almost_identical_scan(desk, tmp_path):
     almost = body(102)
     almost[20, 18, 15] += 1
     scan = desk.read(save(tmp_path / "almost.nii.gz", almost))
     assert desk.nearest_reference(scan) == "normal-102"
 
 
-def test_a_scan_is_never_its_own_reference(desk, tmp_path):
+def test_scan_is_never_its_own_reference(desk, tmp_path):
     scan = desk.read(save(tmp_path / "pool.nii.gz", body(102)))
     assert desk.nearest_reference(scan) != "normal-102"
     assert "normal-102" not in {desk.random_reference(scan, seed) for seed in range(8)}
 
 
-def test_without_a_pool_a_reference_has_to_be_given(desk, study, monkeypatch):
+def test_without_a_pool_a_reference_is_required(desk, study, monkeypatch):
     monkeypatch.setattr(desk.processor, "reference_pool", None)
     with pytest.raises(ReferencePoolError, match="give one of your own"):
         desk.nearest_reference(study.scan)
 
 
-def test_places_are_inside_the_body_and_the_first_is_the_map_s_peak(study):
+def test_places_are_inside_the_body_and_start_at_the_maps_peak(study):
     assert set(study.places) == {LARGEST, *(one["label"] for one in study.positive)}
     highest = study.difference[study.body].max()
     assert highest == 1.0 and study.difference.min() == 0.0
@@ -260,7 +260,7 @@ def test_places_are_inside_the_body_and_the_first_is_the_map_s_peak(study):
 
 @pytest.fixture
 def upload(desk):
-    """`upload(name, content)`: a file as a browser's upload leaves it; its path."""
+    """Return `upload(name, content)`, which makes a file as a browser's upload leaves it and returns its path."""
 
     def put(name: str, content: bytes | None = None):
         path = desk.uploads / "hash" / name
@@ -273,13 +273,13 @@ def upload(desk):
     shutil.rmtree(desk.uploads / "hash", ignore_errors=True)
 
 
-def test_an_upload_is_read_and_deleted(desk, upload):
+def test_upload_is_read_and_deleted(desk, upload):
     path = save(upload("scan.nii.gz"), body(4))
     scan = desk.receive(path)
     assert scan.hu.shape == (149, 171, 181) and not path.exists() and not list(desk._claimed.iterdir())
 
 
-def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, upload, tmp_path):
+def test_zip_of_dicom_slices_is_read_and_deleted(desk, upload, tmp_path):
     folder = write_dicom(tmp_path / "slices", body(1))
     path = upload("scan.zip")
     with zipfile.ZipFile(path, "w") as archive:
@@ -297,7 +297,7 @@ def test_a_zip_of_dicom_slices_is_read_and_deleted(desk, upload, tmp_path):
      ("scan.nii.gz", b"no gzip at all" * 100, "scan.nii.gz"),
      ("scan.zip", b"no archive" * 100, "scan.zip")],
 )  # fmt: skip
-def test_what_is_no_scan_is_refused_and_deleted(desk, upload, name, content, message):
+def test_upload_that_is_not_a_scan_is_refused_and_deleted(desk, upload, name, content, message):
     path = upload(name, content)
     with pytest.raises(CTInputError, match=message):
         desk.receive(path)
@@ -311,7 +311,7 @@ def test_scan_without_lungs_is_refused_and_deleted(desk, upload):
     assert not path.exists()
 
 
-def test_too_large_a_file_is_refused_before_it_is_read(desk, upload, monkeypatch):
+def test_too_large_file_is_refused_before_it_is_read(desk, upload, monkeypatch):
     path = upload("scan.nii", b"")
     with open(path, "wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
@@ -322,7 +322,7 @@ def test_too_large_a_file_is_refused_before_it_is_read(desk, upload, monkeypatch
     assert "512 MB" in viewer.LIMITS
 
 
-def test_what_was_not_uploaded_is_neither_read_nor_deleted(desk, upload, tmp_path):
+def test_file_that_was_not_uploaded_is_neither_read_nor_deleted(desk, upload, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     outside = save(tmp_path / "elsewhere" / "scan.nii.gz", body(4))
     link = upload("link.nii.gz")
@@ -337,7 +337,7 @@ def test_what_was_not_uploaded_is_neither_read_nor_deleted(desk, upload, tmp_pat
             desk.receive(nothing)
 
 
-def test_of_two_who_sent_the_same_file_one_is_told_to_send_it_again(desk, upload):
+def test_same_upload_from_two_visitors_is_read_once_and_refused_once(desk, upload):
     path = save(upload("scan.nii.gz"), body(4))
     with ThreadPoolExecutor(2) as threads:
         outcomes = [threads.submit(desk.receive, path) for _ in range(2)]
@@ -345,7 +345,7 @@ def test_of_two_who_sent_the_same_file_one_is_told_to_send_it_again(desk, upload
     assert "scan.nii.gz: upload: no longer there (expected the file again" in str(error)
 
 
-def test_uploads_that_nobody_had_read_are_bounded_and_make_room(desk, upload, monkeypatch):
+def test_unread_uploads_are_limited_and_old_ones_deleted(desk, upload, monkeypatch):
     monkeypatch.setattr(session, "MAX_UPLOADED_FILES", 2)
     monkeypatch.setattr(session, "MAX_UPLOADED_BYTES", 1000)
     first = upload("a.nii", b"0" * 600)
@@ -360,20 +360,20 @@ def test_uploads_that_nobody_had_read_are_bounded_and_make_room(desk, upload, mo
     assert desk.has_room(0) and not second.parent.exists()
 
 
-def test_a_sample_is_rendered_once_and_has_its_true_report(desk):
+def test_sample_is_rendered_once_with_its_true_report(desk):
     first, again = desk.sample("Phantom 1"), desk.sample("Phantom 1")
     assert first is again and first.path.is_file() and "Lung:" in first.truth
     assert "phantom_1" in first.path.name and nib.load(first.path).shape[:2] == (144, 144)
 
 
-def test_the_report_is_shown_by_region_and_escaped(study):
+def test_report_is_shown_by_region_and_escaped(study):
     study.text = "Heart: <b>large</b>.\nLung: clear.\nMediast"
     html = viewer.report_html(study, writing=True)
     assert "<h3>Heart</h3><p>&lt;b&gt;large&lt;/b&gt;.</p>" in html and "<h3>Lung</h3><p>clear.</p>" in html
     assert "Mediast" not in html and 'aria-busy="true"' in html  # no heading before its colon
 
 
-def test_statements_and_errors_are_in_plain_sight(desk):
+def test_statements_and_errors_are_visible_and_escaped(desk):
     header = viewer.header_html(desk.model.config.intended_domain)
     assert "Research use only. Not a medical device; not for diagnosis." in header
     assert "boxes &lt;of&gt; noise" in header
@@ -386,7 +386,7 @@ class TestPage:
     def gradio(self):
         return pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 
-    def test_no_public_link_and_no_open_programming_interface(self, gradio, desk, monkeypatch):
+    def test_page_has_no_public_link_and_only_the_report_endpoint(self, gradio, desk, monkeypatch):
         from diffvp.hub.space.page import build_page, launch
 
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
@@ -398,7 +398,7 @@ class TestPage:
         public = [fn.api_name for fn in page.fns.values() if fn.api_visibility != "private"]
         assert [name for name in public if name != "leave"] == ["report"]
 
-    def test_studies_are_closed_when_visitors_leave_and_when_there_are_too_many(self, monkeypatch):
+    def test_studies_are_closed_on_leaving_and_beyond_the_limit(self, monkeypatch):
         from diffvp.hub.space import page
 
         class Closing:
@@ -414,14 +414,14 @@ class TestPage:
         visits.put(guests[1], studies[1])
         visits.get(guests[0])
         visits.put(guests[2], studies[2])
-        assert [one.closed for one in studies] == [False, True, False, False]  # b was looked at longest ago
+        assert [one.closed for one in studies] == [False, True, False, False]  # b was used least recently
         visits.put(guests[0], studies[3])
         visits.leave(guests[2])
         assert [one.closed for one in studies] == [True, True, True, False]
         assert visits.get(guests[2]) is None and visits.get(guests[0]) is studies[3]
 
 
-def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, monkeypatch):
+def test_temporary_folder_is_empty_after_a_visit(checkpoint, tmp_path, monkeypatch):
     elsewhere = tmp_path / "tmp"
     elsewhere.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
@@ -441,7 +441,7 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(checkpoint, tmp_path, 
 class TestZeroGPU:
     @pytest.fixture
     def zero_gpu(self, monkeypatch):
-        """A package `spaces` that passes arguments and results on as ZeroGPU does: to another process and back."""
+        """Fake the package `spaces`: arguments and results are pickled, as ZeroGPU passes them to another process."""
         calls = []
 
         def passed_on(value):
@@ -466,7 +466,7 @@ class TestZeroGPU:
         monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=on_gpu))
         return calls
 
-    def test_what_computes_does_so_where_there_is_a_gpu(self, checkpoint, zero_gpu, study, tmp_path):
+    def test_all_computation_runs_in_gpu_functions(self, checkpoint, zero_gpu, study, tmp_path):
         for _ in study.stream():
             pass
         remote = Desk(str(checkpoint), tmp_path / "desk")
@@ -478,7 +478,7 @@ class TestZeroGPU:
         assert zero_gpu[3:] == ["write"] and len(pieces) > 2 and again.text == study.text
         assert again.findings == study.findings and again.places == study.places
 
-    def test_elsewhere_the_package_changes_nothing(self):
+    def test_spaces_package_changes_nothing_without_zero_gpu(self):
         pytest.importorskip("spaces")
 
         def function():

@@ -1,20 +1,22 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The page in a browser, from end to end, with the checkpoint that ships (`make test-space`).
+The page in a browser, end to end, with the shipped checkpoint (`make test-space`).
 
-With DIFFVP_AXE, the path of axe.min.js (npm's package axe-core), also its rules of accessibility. With
+With DIFFVP_AXE, the path of axe.min.js (npm's package axe-core), its accessibility rules are checked, too. With
 DIFFVP_SCREENSHOTS, a folder, the pictures of the documentation are taken.
 """
 
 import io
 import os
-import shutil
 import time
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 from PIL import Image
+
+from diffvp.data.phantom_cohort import single_phantom
 
 pytest.importorskip("gradio", reason="the page needs gradio (pip install -e .[app])")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser (pip install playwright)")
@@ -28,7 +30,7 @@ WRITTEN = 120_000  # ms until a report is complete, on a busy machine
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Address of a running page, and the folder of its temporary files."""
+    """Run the page; yield its address and the folder of its temporary files."""
     from diffvp.cli import SHIPPED_CHECKPOINT
     from diffvp.hub.space.page import build_page, launch
     from diffvp.hub.space.session import Desk
@@ -51,7 +53,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tab(browser, server):
-    """A tab in which the report of a sample is complete; `tab.first_word` is the time that its first words took."""
+    """Open a tab and wait for the complete report of a sample; `tab.first_word` is the time to its first words."""
     tab = browser.new_page(viewport={"width": 1440, "height": 900})
     tab.failures = []
     tab.on("pageerror", lambda error: tab.failures.append(str(error)))
@@ -76,12 +78,12 @@ def picture(tab, name: str, which: int = 0) -> str:
 
 
 def changes(tab, name: str, act, which: int = 0) -> str:
-    """Do something, and wait until the picture of a plane is another."""
+    """Call `act` and wait until the picture of a plane changes."""
     before = picture(tab, name, which)
     act()
     deadline = time.monotonic() + 20
     while picture(tab, name, which) == before:
-        assert time.monotonic() < deadline, "the picture stays as it was"
+        assert time.monotonic() < deadline, "the picture did not change"
         tab.wait_for_timeout(50)
     return picture(tab, name, which)
 
@@ -90,14 +92,14 @@ def number(tab, name: str) -> int:
     return int(float(tab.locator(f"#slice-{name} input[type=range]").input_value()))
 
 
-def test_the_report_streams_in_within_seconds(tab):
+def test_report_streams_in_within_seconds(tab):
     print(f"first words after {tab.first_word:.1f} s")  # noqa: T201
     assert tab.first_word <= FIRST_WORD_SECONDS
     assert len(tab.seen) > 4
     assert "Lung" in tab.locator("#report").inner_text() and not tab.failures
 
 
-def test_slider_and_wheel_scroll(tab):
+def test_slider_and_wheel_scroll_through_slices(tab):
     start = number(tab, "axial")
     tab.locator("#slice-axial input[type=range]").focus()
     changes(tab, "axial", lambda: tab.keyboard.press("ArrowRight"))
@@ -110,13 +112,13 @@ def test_slider_and_wheel_scroll(tab):
 def test_overlay_and_window_change_the_pictures(tab):
     target, reference = picture(tab, "coronal"), picture(tab, "coronal", 1)
     changes(tab, "coronal", lambda: tab.get_by_label("Difference map").uncheck())
-    assert picture(tab, "coronal", 1) == reference  # the map is not laid over it
+    assert picture(tab, "coronal", 1) == reference  # the reference has no overlay
     assert changes(tab, "coronal", lambda: tab.get_by_label("Difference map").check()) == target
     changes(tab, "coronal", lambda: tab.get_by_label("Lung", exact=True).check(), which=1)
     changes(tab, "coronal", lambda: tab.get_by_label("Mediastinum").check(), which=1)
 
 
-def test_a_finding_moves_the_slices(tab):
+def test_choosing_a_finding_moves_the_slices(tab):
     tab.locator("#finding input").first.check()
     tab.wait_for_timeout(1500)
     start = [number(tab, name) for name in ("axial", "coronal", "sagittal")]
@@ -140,7 +142,7 @@ def test_files_can_be_downloaded(tab, tmp_path):
     assert (tmp_path / "difference_map.nii.gz").stat().st_size > 1000
 
 
-def test_the_statement_stays_in_sight(tab):
+def test_statement_stays_visible_when_scrolling(tab):
     tab.set_viewport_size({"width": 1440, "height": 500})
     tab.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     tab.wait_for_timeout(300)
@@ -151,7 +153,7 @@ def test_the_statement_stays_in_sight(tab):
     assert scrolled > 50 and 0 <= box["y"] < 60
 
 
-def test_phone_width_needs_no_scrolling_sideways(tab):
+def test_phone_width_needs_no_sideways_scrolling(tab):
     tab.set_viewport_size({"width": 390, "height": 844})
     tab.wait_for_timeout(500)
     width = tab.evaluate("document.documentElement.scrollWidth")
@@ -164,7 +166,7 @@ def test_phone_width_needs_no_scrolling_sideways(tab):
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]  # one column
 
 
-def test_accessible(tab):
+def test_page_passes_the_accessibility_rules(tab):
     if "DIFFVP_AXE" not in os.environ:
         pytest.skip("DIFFVP_AXE does not say where axe.min.js is (npm pack axe-core)")
     if "DIFFVP_SCREENSHOTS" in os.environ:
@@ -176,7 +178,7 @@ def test_accessible(tab):
     assert not problems, "\n".join(problems)
 
 
-def test_a_bad_file_is_refused_in_plain_sight_and_not_kept(browser, server, tmp_path):
+def test_bad_file_is_refused_visibly_and_not_kept(browser, server, tmp_path):
     address, folder = server
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"this is no scan" * 50)
@@ -190,21 +192,21 @@ def test_a_bad_file_is_refused_in_plain_sight_and_not_kept(browser, server, tmp_
     tab.close()
 
 
-def test_an_uploaded_scan_is_shown_and_not_kept(browser, server, tmp_path):
+def test_uploaded_scan_is_shown_and_not_kept(browser, server, tmp_path):
     address, folder = server
     tab = browser.new_page()
     tab.goto(address)
     scan = tmp_path / "someone.nii.gz"
-    shutil.copyfile(next(folder.glob("phantom_2.nii.gz")), scan)
+    nib.save(single_phantom(2, "browser")[0], scan)
     tab.locator("#upload input[type=file]").set_input_files(scan)
     tab.wait_for_selector("#report h3", timeout=60_000)
     assert tab.locator("#view-axial img").count() == 2
     assert not list(folder.rglob("someone*"))
-    assert list(folder.glob("study-*"))
+    assert not list((folder / "claimed").iterdir())
     tab.close()
 
 
 def _screenshot(tab, name: str, **options) -> None:
-    """A picture of at most 256 colours, which is a third of the bytes."""
+    """Save a screenshot with at most 256 colours, which takes a third of the bytes."""
     taken = Image.open(io.BytesIO(tab.screenshot(**options))).convert("RGB")
     taken.quantize(256).save(Path(os.environ["DIFFVP_SCREENSHOTS"]) / name, optimize=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The page as strangers reach it: its endpoint for programs, what they may send, and what is left of it."""
+"""The page as strangers reach it: its endpoint for programs, its limits, and the removal of files."""
 
 import asyncio
 import http.client
@@ -56,7 +56,7 @@ def upload(client: httpx.Client, path: Path) -> str:
 
 
 def run(client: httpx.Client, page, event: str, *data) -> str:
-    """Choose something as a browser does; all that came back."""
+    """Choose something as a browser does, and return everything that comes back."""
     [number] = [fn._id for fn in page.fns.values() if fn.name == event and len(fn.outputs) > 5][:1]
     visitor = uuid.uuid4().hex
     request = {"data": [*data, *LOOK], "fn_index": number, "session_hash": visitor}
@@ -83,7 +83,7 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_program_asks_for_a_report_by_the_endpoint_s_name(page, scan):
+def test_program_gets_a_report_from_the_named_endpoint(page, scan):
     program = Client(page.address, verbose=False)
     document = program.predict(scan=handle_file(scan), reference_seed=1, api_name="/report")
     assert document["statement"].startswith("Research use only")
@@ -96,14 +96,14 @@ def test_a_program_asks_for_a_report_by_the_endpoint_s_name(page, scan):
     assert set(program.view_api(return_format="dict")["named_endpoints"]) == {"/report"}
 
 
-def test_a_program_is_told_what_is_wrong_with_its_scan(page, tmp_path):
+def test_program_gets_the_reason_for_a_refused_scan(page, tmp_path):
     (tmp_path / "text.nii.gz").write_bytes(b"no scan")
     with pytest.raises(Exception, match=r"text.nii.gz: sizeof_hdr: .* \(expected"):
         Client(page.address, verbose=False).predict(handle_file(tmp_path / "text.nii.gz"), 0, api_name="/report")
     assert not files_below(page.desk.uploads) and not list(page.desk._claimed.iterdir())
 
 
-def test_it_is_one_tool_for_a_language_model(page):
+def test_page_is_one_tool_for_a_language_model(page):
     pytest.importorskip("mcp", reason="pip install gradio[mcp]")
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
@@ -121,7 +121,7 @@ def test_it_is_one_tool_for_a_language_model(page):
     assert set(tool.inputSchema["properties"]) == {"scan", "reference_seed"}
 
 
-def test_no_address_of_the_web_is_fetched(page, client, monkeypatch):
+def test_web_addresses_are_never_fetched(page, client, monkeypatch):
     from gradio import processing_utils
 
     async def fetched(*_, **__):
@@ -132,7 +132,7 @@ def test_no_address_of_the_web_is_fetched(page, client, monkeypatch):
     assert "expected an uploaded file" in told and not files_below(page.desk.uploads)
 
 
-def test_a_visitor_reads_what_is_his_and_nothing_else(page, client, scan):
+def test_visitor_can_read_only_their_own_files(page, client, scan):
     told = run(client, page, "run_upload", file_at(upload(client, scan)), "Random")
     assert status_of(told).startswith("Reference:")
     places = sorted(set(re.findall(r'"path": "(/[^"]*)"', told)))
@@ -142,12 +142,12 @@ def test_a_visitor_reads_what_is_his_and_nothing_else(page, client, scan):
     others = [page.desk.sample("Phantom 4").path, page.desk.model.name_or_path + "/config.json", __file__]
     for place in others:
         assert client.get(f"/gradio_api/file={place}").status_code == 403
-    assert not files_below(page.desk.uploads), "neither the upload nor an empty file of Gradio's"
-    for study in list(page.desk.studies.iterdir()):  # as when the page is left
+    assert not files_below(page.desk.uploads), "neither the upload nor an empty file of Gradio's may be left"
+    for study in list(page.desk.studies.iterdir()):  # a study stays until its visitor leaves
         assert study.is_dir()
 
 
-def test_a_defect_is_told_and_not_what_it_quotes(page, client, scan, monkeypatch, caplog):
+def test_internal_error_is_reported_without_its_message(page, client, scan, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("Doe^Jane")
 
@@ -159,7 +159,7 @@ def test_a_defect_is_told_and_not_what_it_quotes(page, client, scan, monkeypatch
     assert "An error occurred" in status_of(run(client, page, "run_sample", "Phantom 1", "Random"))
 
 
-def test_uploads_are_bounded(page, client, scan, monkeypatch):
+def test_uploads_are_limited_in_number_and_size(page, client, scan, monkeypatch):
     monkeypatch.setattr(session, "MAX_UPLOADED_FILES", 2)
     place = upload(client, scan)
     for number in range(2):
@@ -171,16 +171,16 @@ def test_uploads_are_bounded(page, client, scan, monkeypatch):
     for path in files_below(page.desk.uploads):
         os.utime(path, (long_ago, long_ago))
     assert client.post("/gradio_api/upload", files={"files": (scan.name, scan.read_bytes())}).status_code == 200
-    assert files_below(page.desk.uploads) == [Path(place)], "what nobody had read in time made room"
+    assert files_below(page.desk.uploads) == [Path(place)], "old unread uploads must make room"
     Path(place).unlink()
     connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=30)
     connection.putrequest("POST", "/gradio_api/upload")
     connection.putheader("Content-Length", str(session.MAX_FILE_BYTES * 2))
     connection.endheaders()
-    assert connection.getresponse().status == 413, "before anything of it was sent"
+    assert connection.getresponse().status == 413, "expected a refusal before the content is sent"
 
 
-def test_an_upload_without_a_length_is_bounded_too(page, client, monkeypatch):
+def test_upload_without_a_length_is_limited_too(page, client, monkeypatch):
     from diffvp.hub.space import upload as module
 
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 200_000)

@@ -33,7 +33,7 @@ from diffvp.metrics.statistics import (
     welch_test,
 )
 
-# On a grid, so that differences are exact and equal ones tie.
+# Scores on a grid, so that differences are exact and equal differences tie.
 SCORES = st.lists(st.integers(-64, 64).map(lambda number: number / 64), min_size=2, max_size=12)
 
 
@@ -51,7 +51,7 @@ def findings(seed, cases=40, labels=6):
 # Bootstrap
 
 
-def test_interval_of_a_mean_case_by_case():
+def test_interval_of_a_mean_equals_explicit_resampling():
     values = np.random.default_rng(3).normal(size=30)
     result = bootstrap_mean(values, seed=7)
     generator, ordered = np.random.default_rng(7), np.sort(values)
@@ -61,7 +61,7 @@ def test_interval_of_a_mean_case_by_case():
     assert result.method == "percentile bootstrap over cases, 1000 resamples, seed 7"
 
 
-def test_interval_of_a_mean_agrees_with_scipy_and_with_theory():
+def test_interval_of_a_mean_agrees_with_scipy_and_theory():
     values = np.random.default_rng(4).normal(0.5, 0.2, size=200)
     result = bootstrap_mean(values, resamples=9999)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=0).confidence_interval
@@ -76,10 +76,10 @@ def test_interval_of_a_mean_agrees_with_scipy_and_with_theory():
     assert wider.low < result.low < result.high < wider.high
 
 
-def test_interval_of_pooled_counts_report_by_report():
+def test_interval_of_pooled_counts_equals_explicit_resampling():
     predicted, actual = findings(0)
     result = bootstrap_counts(label_counts(predicted, actual), micro_f1, resamples=200, seed=1)
-    # The same resamples, scored one by one from the matrices: cases in the order of their rows of counts.
+    # Score the same resamples one by one from the matrices, with cases in the order of their rows of counts.
     rows = np.concatenate([predicted & actual, predicted, actual], axis=1)
     order = sorted(range(40), key=lambda case: rows[case].tolist())
     generator, scores = np.random.default_rng(1), []
@@ -91,7 +91,7 @@ def test_interval_of_pooled_counts_report_by_report():
     assert result.estimate == pytest.approx(whole) and result.n == 40
 
 
-def test_blocks_of_resamples_change_nothing(monkeypatch):
+def test_block_size_does_not_change_the_intervals(monkeypatch):
     counts = label_counts(*findings(1))
     values = np.random.default_rng(0).random(40)
     expected = bootstrap_counts(counts, micro_f1), bootstrap_mean(values)
@@ -101,7 +101,7 @@ def test_blocks_of_resamples_change_nothing(monkeypatch):
 
 @settings(deadline=None, max_examples=30)
 @given(values=SCORES, seed=st.integers(0, 1000), data=st.data())
-def test_order_of_cases_changes_nothing(values, seed, data):
+def test_order_of_cases_does_not_change_the_intervals(values, seed, data):
     order = data.draw(st.permutations(range(len(values))))
     values = np.array(values)
     assert bootstrap_mean(values, resamples=50) == bootstrap_mean(values[order], resamples=50)
@@ -116,12 +116,12 @@ def test_order_of_cases_changes_nothing(values, seed, data):
     assert first == paired_bootstrap(values[order], values[::-1][order], resamples=50)
 
 
-def test_constant_values_have_an_interval_of_no_width():
+def test_constant_values_have_an_interval_of_zero_width():
     result = bootstrap_mean([0.25] * 5)
     assert (result.estimate, result.low, result.high) == (0.25, 0.25, 0.25)
 
 
-def test_resamples_without_a_value_are_left_out_and_counted():
+def test_undefined_resamples_are_left_out_and_counted():
     # One of three cases has the only finding, so CRG is undefined in (2/3)^3 = 30 % of the resamples.
     predicted, actual = np.array([[1, 0], [0, 0], [0, 1]]), np.array([[1, 0], [0, 0], [0, 0]])
     result = bootstrap_counts(label_counts(predicted, actual), lambda sums: crg(sums, 3))
@@ -131,22 +131,22 @@ def test_resamples_without_a_value_are_left_out_and_counted():
         bootstrap_counts(label_counts(predicted, np.zeros((3, 2))), lambda sums: crg(sums, 3))
 
 
-def test_paired_bootstrap():
+def test_paired_bootstrap_gives_difference_interval_and_p_value():
     generator = np.random.default_rng(0)
     first = generator.random(60)
     second = first - 0.05 + 0.01 * generator.normal(size=60)
     result = paired_bootstrap(first, second)
     assert result.difference == pytest.approx((first - second).mean()) and result.n == (60, 60)
-    assert result.p_value == pytest.approx(2 / 10001)  # no resample on the other side: the least that it can be
+    assert result.p_value == pytest.approx(2 / 10001)  # no resample on the other side: the smallest p-value
     assert result.interval.low > 0 and result.interval.level == 0.95
     assert paired_bootstrap(second, first).difference == pytest.approx(-result.difference)
-    # Cases without a common direction: about the p-value of the t-test.
+    # Without a common direction, the p-value is close to that of the t-test.
     noise = generator.normal(0.02, 0.1, size=(2, 200))
     approximate = paired_bootstrap(*noise, resamples=5000).p_value
     assert approximate == pytest.approx(stats.ttest_rel(*noise).pvalue, abs=0.05)
 
 
-def test_paired_bootstrap_of_pooled_counts_draws_the_same_cases_for_both():
+def test_paired_bootstrap_of_counts_draws_the_same_cases_for_both():
     predicted, actual = findings(2)
     worse = predicted & ~((np.arange(40) % 2).astype(bool))[:, None]
     first, second = label_counts(predicted, actual), label_counts(worse, actual)
@@ -207,8 +207,8 @@ def test_many_cases_are_compared_by_bootstrap():
     assert compare_counts(*counts, micro_f1) == paired_bootstrap_counts(*counts, micro_f1)
 
 
-def test_of_equal_systems_permutation_calls_5_percent_different_and_the_bootstrap_more():
-    # 1,500 pairs of equal systems on 20 cases. Of the exact 5 % the share's standard error is 0.6 points.
+def test_permutation_has_5_percent_false_positives_and_bootstrap_more():
+    # 1,500 pairs of equal systems on 20 cases. The standard error of a share of 5 % is 0.6 points.
     generator = np.random.default_rng(5)
     false = {"permutation": 0, "bootstrap": 0}
     for _ in range(1500):
@@ -220,18 +220,18 @@ def test_of_equal_systems_permutation_calls_5_percent_different_and_the_bootstra
     assert 0.065 < shares["bootstrap"] < 0.1, shares
 
 
-def test_detectable_difference_is_found_with_the_power_that_it_states():
+def test_detectable_difference_is_found_with_the_stated_power():
     generator = np.random.default_rng(3)
     first, second = generator.normal(0, 0.02, 5), generator.normal(0, 0.01, 5)
     shift = detectable_difference(first, second)
-    # As the design says it: values with exactly these variances on average, apart by `shift`.
+    # Simulate the design: values with exactly these variances on average, and means apart by `shift`.
     noise = generator.normal(size=(2, 20_000, 5))
     sides = noise[0] * first.std(ddof=1), noise[1] * second.std(ddof=1) + shift
     found = stats.ttest_ind(*sides, axis=1, equal_var=False).pvalue <= 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.03)
     assert detectable_difference(first, second, power=0.9) > shift
-    # Equal variances and numbers: the textbook's power of the two-sample t-test. With 64 a side, 0.5 std are shown
-    # with a power of 0.80 (Cohen, 1988, table 2.4.1).
+    # With equal variances and sizes, compare with the textbook power of the two-sample t-test: 64 values per side show
+    # a difference of 0.5 std with a power of 0.80 (Cohen, 1988, table 2.4.1).
     values = np.tile([-1.0, 1.0], 32)
     assert detectable_difference(values, values) / values.std(ddof=1) == pytest.approx(0.5, abs=0.005)
     with pytest.raises(ValueError, match="constant"):
@@ -264,7 +264,7 @@ def test_detectable_difference_is_found_with_the_power_that_it_states():
         (lambda: holm([0.5, 1.2]), "p_values must be between 0 and 1"),
     ],
 )
-def test_unusable_values(call, message):
+def test_invalid_values_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -272,7 +272,7 @@ def test_unusable_values(call, message):
 # Seeds and tests
 
 
-def test_spread_over_seeds():
+def test_mean_and_std_over_seeds_match_a_hand_computation():
     values = [0.47, 0.49, 0.48]
     sample, population = mean_std(values), mean_std(values, ddof=0)
     assert sample.mean == pytest.approx(0.48) and sample.std == pytest.approx(0.01)
@@ -300,7 +300,7 @@ def test_welch_agrees_with_its_formula(first, second):
 @settings(deadline=None, max_examples=60)
 @given(pairs=st.lists(st.tuples(st.integers(-64, 64), st.integers(-64, 64)), min_size=2, max_size=8))
 @example(pairs=[(0, 52), (7, 8), (-28, -29)])  # rounding the sides before the differences broke a tie
-def test_paired_tests_agree_with_scipy(pairs):
+def test_paired_t_test_agrees_with_scipy(pairs):
     first, second = np.array(pairs).T / 64
     differences = first - second
     assume(np.ptp(differences) > 0)
@@ -317,7 +317,7 @@ def test_equal_systems_do_not_differ(values, data):
     for test in (paired_t_test, paired_bootstrap, compare_means, welch_test):
         result = test(values, values)
         assert result.difference == 0 and result.p_value == 1, test.__name__
-        # Equal but for how a sum was rounded.
+        # Equal except for the rounding of a sum.
         nearly = values * (1 + 1e-15)
         assert test(values, nearly).p_value == pytest.approx(1), test.__name__
     order = data.draw(st.permutations(range(len(values))))
@@ -326,7 +326,7 @@ def test_equal_systems_do_not_differ(values, data):
 
 @settings(deadline=None, max_examples=40)
 @given(pairs=st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=9), data=st.data())
-def test_order_of_pairs_changes_no_test(pairs, data):
+def test_order_of_pairs_does_not_change_the_tests(pairs, data):
     first, second = np.array(pairs).T / 8
     assume(np.ptp(first - second) > 0)
     order = data.draw(st.permutations(range(len(pairs))))
@@ -336,8 +336,8 @@ def test_order_of_pairs_changes_no_test(pairs, data):
         assert one.difference == pytest.approx(other.difference, abs=1e-12)
 
 
-def test_holm_by_hand():
-    # Sorted, times 4, 3, 2, 1: 0.04, 0.06, 0.06 and 0.04, and the last may not be below those before.
+def test_holm_matches_a_hand_computation():
+    # Sorted, times 4, 3, 2, 1: 0.04, 0.06, 0.06 and 0.04; the last may not be smaller than those before it.
     np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
     np.testing.assert_allclose(holm([0.5, 0.9]), [1, 1])
     assert holm([0.03]) == pytest.approx(0.03)
@@ -348,7 +348,7 @@ def test_holm_by_hand():
 def test_holm_agrees_with_the_step_down_procedure(p_values, data):
     corrected = holm(p_values)
     level = data.draw(st.floats(0.001, 0.999))
-    # Step down: reject the smallest while p <= level / how many are left; stop at the first that is not.
+    # Step down: reject the smallest while p <= level / number left; stop at the first that is larger.
     order, rejected = sorted(range(len(p_values)), key=lambda index: p_values[index]), set()
     for step, index in enumerate(order):
         if p_values[index] * (len(p_values) - step) > level:
@@ -361,14 +361,14 @@ def test_holm_agrees_with_the_step_down_procedure(p_values, data):
 # Baselines
 
 
-def test_most_frequent_report():
+def test_most_frequent_report_is_the_first_of_the_commonest():
     assert most_frequent_report(["a", "b", "b", "c"]) == "b"
     assert most_frequent_report(["b", "a", "a", "b"]) == "b"  # the first of those that tie
-    with pytest.raises(ValueError, match="no report"):
+    with pytest.raises(ValueError, match="reports is empty"):
         most_frequent_report([])
 
 
-def test_most_frequent_report_by_region():
+def test_most_frequent_text_is_chosen_per_region():
     reports = ["lung=clear;heart=normal", "lung=clear;heart=small;other=x", "lung=open;heart=small"]
 
     def split(report):
@@ -376,16 +376,16 @@ def test_most_frequent_report_by_region():
 
     result = most_frequent_report_by_region(reports, split, ("heart", "bone", "lung"))
     assert result == "Heart: small\nLung: clear"
-    with pytest.raises(ValueError, match="no report"):
+    with pytest.raises(ValueError, match="reports is empty"):
         most_frequent_report_by_region([], split, ("heart",))
 
 
-def test_nearest_reports():
+def test_nearest_report_has_the_highest_cosine():
     generator = np.random.default_rng(0)
     keys = generator.normal(size=(8, 5)) * [1, 10, 100, 1, 1]
     query = keys[[3, 0, 7]] + generator.normal(size=(3, 5)) * 1e-3
     assert nearest_reports(query, keys, list("abcdefgh")) == ["d", "a", "h"]
-    # By the definition: cosine of features that are standardised with the mean and spread of the training scans.
+    # The definition: cosine of features, standardised with the mean and spread of the training scans.
     other = generator.normal(size=(4, 5)) * [1, 10, 100, 1, 1]
     standard = [(features - keys.mean(0)) / (keys.std(0) + 1e-6) for features in (other, keys)]
     cosine = [[float(q @ k / (np.linalg.norm(q) * np.linalg.norm(k))) for k in standard[1]] for q in standard[0]]
@@ -399,13 +399,13 @@ def test_nearest_reports():
             nearest_reports(query, keys, reports)
 
 
-def test_label_baselines():
+def test_label_baselines_follow_their_definitions():
     training = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 1]])
     baselines = label_baselines(2000, training, seed=3)
     assert {matrix.shape for matrix in baselines.values()} == {(2000, 3)}
     assert all(matrix.dtype == np.int8 for matrix in baselines.values())
     assert baselines["all-positive"].all() and not baselines["all-negative"].any()
-    assert (baselines["prevalence-majority"] == [1, 1, 0]).all()  # one half counts
+    assert (baselines["prevalence-majority"] == [1, 1, 0]).all()  # one half counts as a majority
     drawn = baselines["prevalence-draw"]
     np.testing.assert_allclose(drawn.mean(0), [1, 0.5, 0.25], atol=0.04)
     np.testing.assert_array_equal(drawn, label_baselines(2000, training, seed=3)["prevalence-draw"])
@@ -421,6 +421,6 @@ def test_label_baselines():
         (1, [[1, float("nan")]], r"training_labels\[0, 1\] is nan"),
     ],
 )
-def test_unusable_training_labels(count, training, message):
+def test_invalid_training_labels_are_refused(count, training, message):
     with pytest.raises(ValueError, match=message):
         label_baselines(count, training)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as spreadsheets save them: byte order marks, separators, and what they leave in the text of a report."""
+"""Tables as spreadsheets save them: byte order marks, separators, and markup left in the text of a report."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ from diffvp.reading_diffvp import CTMetadata, load_metadata
 from diffvp.volume_diffvp import CTReadError
 
 ROWS = [["path", "report"], ["a.nii.gz", 'Lungs: clear; heart, "normal".\nNo effusion.'], ["b.nii.gz", "Größe\t5 mm"]]
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16"]  # the last with its mark, as Excel's "Unicode text"
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16"]  # UTF-16 with its mark is Excel's "Unicode text"
 SEPARATORS = [",", ";", "\t"]
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=12)
 
@@ -40,7 +40,7 @@ def written(rows, separator: str, encoding: str, hint: bool = False) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """With the files that `ROWS` names; whether they are scans, no table asks."""
+    """Make the files that `ROWS` names; readers of tables do not check that they are scans."""
     for name in ("a.nii.gz", "b.nii.gz"):
         (tmp_path / name).write_bytes(b"")
     return tmp_path
@@ -49,7 +49,7 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("hint", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("separator", SEPARATORS)
-def test_a_table_is_read_with_any_mark_and_separator(folder, separator, encoding, hint):
+def test_table_is_read_with_any_mark_and_separator(folder, separator, encoding, hint):
     (folder / "metadata.csv").write_bytes(written(ROWS, separator, encoding, hint))
     assert [fields for _, fields in read_table(folder / "metadata.csv")] == ROWS
     assert [number for number, _ in read_table(folder / "metadata.csv")] == [1, 2, 3]
@@ -57,7 +57,7 @@ def test_a_table_is_read_with_any_mark_and_separator(folder, separator, encoding
     assert [scan.path.name for scan in list_scans(folder / "metadata.csv")] == ["a.nii.gz", "b.nii.gz"]
 
 
-def test_a_table_may_end_in_tsv_or_capitals(folder):
+def test_table_name_may_end_in_tsv_or_capitals(folder):
     for name in ("mine.tsv", "MINE.CSV"):
         (folder / name).write_bytes(written(ROWS, "\t", "utf-8-sig"))
         assert len(load_table(folder / name)) == len(list_scans(folder / name)) == 2
@@ -68,14 +68,14 @@ def test_a_table_may_end_in_tsv_or_capitals(folder):
     st.sampled_from(SEPARATORS),
     st.sampled_from(ENCODINGS),
 )
-def test_any_text_comes_back(tmp_path_factory, rows, separator, encoding):
+def test_any_text_is_read_back_unchanged(tmp_path_factory, rows, separator, encoding):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     rows = [["path", "report"], *rows]
     path.write_bytes(written(rows, separator, encoding))
     assert [fields for _, fields in read_table(path)] == rows
 
 
-def test_two_marks_are_none_of_a_column(folder):
+def test_second_byte_order_mark_is_ignored(folder):
     (folder / "metadata.csv").write_bytes("\ufeff".encode() + written(ROWS, ";", "utf-8-sig"))
     assert len(load_table(folder)) == 2
 
@@ -91,7 +91,7 @@ def test_labels_are_read_with_any_mark_and_separator(tmp_path):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("separator", SEPARATORS)
-def test_ct_rates_metadata_are_read_with_any_mark_and_separator(tmp_path, separator, encoding):
+def test_ct_rate_metadata_is_read_with_any_mark_and_separator(tmp_path, separator, encoding):
     columns = ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing", "ImageOrientationPatient"]
     rows = [["VolumeName", *columns, "PatientPosition"]]
     rows += [["train_1_a_1.nii.gz", "1", "-1024", "[0.7, 0.7]", "2.5", "[1, 0, 0, 0, 1, 0]", "HFS"]]
@@ -104,7 +104,7 @@ def test_ct_rates_metadata_are_read_with_any_mark_and_separator(tmp_path, separa
     "content",
     [b"PK\3\4\xff\xfe", b"path,report\n\xe9,x\n", b'path,report\n"a"b,c\n', "path,report\n".encode("utf-16")[:-1]],
 )
-def test_what_is_no_table_is_refused_by_name(tmp_path, content):
+def test_file_that_is_not_a_table_is_refused_by_name(tmp_path, content):
     (tmp_path / "table.csv").write_bytes(content)
     problems = []
     assert read_csv(tmp_path / "table.csv", ["path"], problems) is None
@@ -115,7 +115,7 @@ def test_what_is_no_table_is_refused_by_name(tmp_path, content):
     assert (caught.value.source, caught.value.field) == ("table.csv", "content")
 
 
-def test_an_empty_table_and_a_missing_one_are_refused(tmp_path):
+def test_empty_and_missing_tables_are_refused(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"")
     for path in (tmp_path / "table.csv", tmp_path / "missing.csv", tmp_path):
         with pytest.raises(CTReadError):
@@ -138,7 +138,7 @@ def test_an_empty_table_and_a_missing_one_are_refused(tmp_path):
         ("Nodule &lt; 5&nbsp;mm &amp; scar&#44; &quot;old&quot;", 'Nodule < 5 mm & scar, "old"'),
         ("Clear lungs.&lt;br&gt;Normal heart.", "Clear lungs.\nNormal heart."),
         ("Nodule &amp;lt; 5 mm", "Nodule < 5 mm"),
-        # These hold none.
+        # These contain no markup.
         ("Nodules < 5 mm and > 3 mm.", "Nodules < 5 mm and > 3 mm."),
         ("Density <a few HU and >30 HU", "Density <a few HU and >30 HU"),
         ("R&D; A & B; x_000D_y", "R&D; A & B; x_000D_y"),
@@ -150,7 +150,7 @@ def test_markup_in_a_report_becomes_plain_text(text, expected):
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="<&_")))
-def test_a_text_without_markup_stays_as_it_is(text):
+def test_text_without_markup_is_unchanged(text):
     assert plain_text(text) == text
 
 
@@ -173,9 +173,9 @@ def test_every_table_of_reports_is_cleaned(folder):
     assert load_ctrg(folder, "train")[0].report == CLEAN
 
 
-def test_true_reports_are_scored_clean_and_generated_ones_as_they_were_written(folder, monkeypatch):
+def test_only_true_reports_are_cleaned_before_scoring(folder, monkeypatch):
     class Scored(Exception):
-        """With the predictions and references that would have been."""
+        """Carries the predictions and references that would have been scored."""
 
     def score(predictions, references, **options):
         raise Scored(list(predictions), list(references))
@@ -188,7 +188,7 @@ def test_true_reports_are_scored_clean_and_generated_ones_as_they_were_written(f
     assert scored.value.args == ([DIRTY], [CLEAN])
 
 
-def test_a_labeler_reads_the_cleaned_text(folder):
+def test_labeler_reads_the_cleaned_text(folder):
     rows = [["id", "report"], ["a", "No pleural&nbsp;effusion._x000D_\nThere is a hiatal<b> hernia</b>."]]
     (folder / "reports.csv").write_bytes(written(rows, ";", "utf-8-sig"))
     labels = label_table(folder / "reports.csv", folder / "labels.csv", RuleLabeler())
@@ -198,7 +198,7 @@ def test_a_labeler_reads_the_cleaned_text(folder):
 @pytest.mark.parametrize(
     "text", ["<html>x</html>", "<!-- x -->", "{\\rtf1 x}", "<w:p>x</w:p>", "_xD83D_", '<img src="x">']
 )
-def test_markup_of_other_kinds_is_refused_with_row_and_column(folder, text):
+def test_other_markup_is_refused_with_row_and_column(folder, text):
     report = f"Secret words. {text}"
     (folder / "metadata.csv").write_bytes(
         written([["path", "report"], ["a.nii.gz", "Clear."], ["b.nii.gz", report]], ",", "utf-8")
@@ -207,11 +207,11 @@ def test_markup_of_other_kinds_is_refused_with_row_and_column(folder, text):
         load_table(folder)
     [problem] = caught.value.problems
     assert (problem.row, problem.field, problem.name) == (3, "report", "b")
-    assert "markup" in problem.found and "15" in problem.found  # its place
+    assert "markup" in problem.found and "15" in problem.found  # its position
     assert not re.search("Secret|words", str(caught.value))
 
 
-def test_a_report_of_markup_alone_is_empty(folder):
+def test_report_of_markup_only_is_refused_as_empty(folder):
     (folder / "metadata.csv").write_bytes(
         written([["path", "report"], ["a.nii.gz", "<br>&nbsp;_x000D_"]], ",", "utf-8")
     )
@@ -220,7 +220,7 @@ def test_a_report_of_markup_alone_is_empty(folder):
     assert [problem.field for problem in caught.value.problems] == ["report"]
 
 
-def test_one_name_to_leave_out_is_not_taken_for_its_letters(folder):
+def test_single_name_to_exclude_is_not_split_into_letters(folder):
     (folder / "metadata.csv").write_bytes(written(ROWS, ",", "utf-8"))
     assert [case.name for case in load_table(folder, exclude="a")] == ["b"]
     assert [case.name for case in load_table(folder, include="b.nii.gz")] == ["b"]

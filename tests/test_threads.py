@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Threads of decoding: chosen by measurement, and the caller's setting comes back."""
+"""Threads for decoding are chosen by measurement, and the caller's setting is restored."""
 
 import itertools
 
@@ -21,8 +21,8 @@ def three_threads():
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [(1, 3), (3, 1), (None, 1)])
-def test_what_is_quicker_is_taken(slow, chosen, make_model, three_threads, monkeypatch):
-    """A clock that runs on while `slow` threads compute; with none that is slower, one thread is enough."""
+def test_faster_number_of_threads_is_chosen(slow, chosen, make_model, three_threads, monkeypatch):
+    """Fake a clock on which `slow` threads take twice as long; if neither is slower, one thread is enough."""
     model, clock = make_model(lora=True), itertools.count()
     now = [0.0]
     monkeypatch.setattr(threads_diffvp.time, "perf_counter", lambda: now[0])
@@ -39,7 +39,7 @@ def test_what_is_quicker_is_taken(slow, chosen, make_model, three_threads, monke
     assert torch.get_num_threads() == 3 and next(clock) > 0
 
 
-def test_the_callers_setting_comes_back(make_model, scans, three_threads):
+def test_callers_thread_setting_is_restored(make_model, scans, three_threads):
     model, seen = make_model(), []
     model.language_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     model.generate(*scans, max_new_tokens=3)
@@ -49,8 +49,8 @@ def test_the_callers_setting_comes_back(make_model, scans, three_threads):
     assert torch.get_num_threads() == 3
 
 
-def test_one_thread_is_not_measured(make_model, monkeypatch):
+def test_single_thread_is_used_without_measuring(make_model, monkeypatch):
     monkeypatch.setattr(threads_diffvp, "_quickest", None)
-    assert torch.get_num_threads() == 1, "conftest.py"
+    assert torch.get_num_threads() == 1, "conftest.py sets one thread"
     with quickest_threads(make_model().language_model, 16):
         assert torch.get_num_threads() == 1

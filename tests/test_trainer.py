@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers.Trainer` on the model: what it saves, resumes, accumulates and shares out, and the collator."""
+"""`transformers.Trainer` with the model: saving, resuming, accumulation, several processes, and the collator."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ SAME = 1e-5
 
 
 class Cases(torch.utils.data.Dataset):
-    """Eight scans of noise with reports of several lengths, as token ids."""
+    """Eight scans of noise with reports of different lengths, as token ids."""
 
     def __len__(self):
         return 8
@@ -91,7 +91,7 @@ def difference(first, second) -> float:
 # Resuming, and the best model
 
 
-def test_a_checkpoint_of_each_epoch_is_whole_and_resumes(model, make_model, tmp_path):
+def test_checkpoint_of_each_epoch_is_complete_and_resumes(model, make_model, tmp_path):
     before = logits(model)
     make_trainer(model, tmp_path / "whole").train()
     assert difference(model, before) > 0.1
@@ -102,8 +102,8 @@ def test_a_checkpoint_of_each_epoch_is_whole_and_resumes(model, make_model, tmp_
     assert difference(resumed, model) < SAME
 
 
-def test_the_best_model_is_of_one_epoch(model, tmp_path):
-    """The highest loss counts as best: the first epoch."""
+def test_best_model_comes_from_one_epoch(model, tmp_path):
+    """The highest loss counts as best: here that of the first epoch."""
     epochs = []
 
     class Remember(TrainerCallback):
@@ -117,7 +117,7 @@ def test_the_best_model_is_of_one_epoch(model, tmp_path):
 
 
 def test_weights_without_their_adapter_do_not_resume(model, make_model, tmp_path):
-    """As in any other folder than a checkpoint of Trainer's."""
+    """Put weights from `save_pretrained`, which leaves out the adapter, into a checkpoint of Trainer's."""
     make_trainer(model, tmp_path / "run", num_train_epochs=1).train()
     shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "stripped")
     model.save_pretrained(tmp_path / "final")
@@ -130,7 +130,7 @@ def test_weights_without_their_adapter_do_not_resume(model, make_model, tmp_path
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_a_checkpoint_of_two_steps_is_refused(model, tmp_path):
+def test_checkpoint_mixed_from_two_steps_is_refused(model, tmp_path):
     make_trainer(model, tmp_path).train()
     first, last = (tmp_path / f"checkpoint-{step}" for step in (2, 4))
     shutil.copytree(last / "adapter", first / "adapter", dirs_exist_ok=True)
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_two_steps_is_refused(model, tmp_path):
         DiffVPForConditionalGeneration.from_pretrained(first)
 
 
-def test_part_of_the_own_weights_still_loads(model):
+def test_partial_state_dict_still_loads(model):
     part = {"visual_projection.bias": torch.ones_like(model.visual_projection.bias)}
     result = model.load_state_dict(part, strict=False)
     assert model.visual_projection.bias.eq(1).all() and "resampler.queries" in result.missing_keys
@@ -148,7 +148,7 @@ def test_part_of_the_own_weights_still_loads(model):
 
 
 def step_gradients(model, folder, batch: int, steps: int) -> dict[str, torch.Tensor]:
-    """Of one optimizer step over all eight cases."""
+    """Return the gradients of one optimizer step over all eight cases."""
     found = {}
 
     class Keep(TrainerCallback):
@@ -166,15 +166,15 @@ def step_gradients(model, folder, batch: int, steps: int) -> dict[str, torch.Ten
 def assert_same_gradients(one: dict, other: dict) -> None:
     assert one.keys() == other.keys() and "classification_head.weight" in one
     for name, value in one.items():
-        # Sums over tokens that cancel: what is lost is a part of the largest.
+        # Sums over tokens cancel, so the error is relative to the largest gradient.
         atol = 1e-5 * max(float(value.abs().max()), 0.1)
         torch.testing.assert_close(other[name], value, atol=atol, rtol=1e-4, msg=name)
 
 
-def test_a_step_is_the_same_in_any_number_of_parts(model, tmp_path):
+def test_gradients_of_a_step_do_not_depend_on_accumulation(model, tmp_path):
     at_once = step_gradients(model, tmp_path, 8, 1)
     assert_same_gradients(at_once, step_gradients(model, tmp_path, 2, 4))
-    # And is that of eq. 11 over all cases, each of which weighs with its tokens.
+    # They also equal the gradients of eq. 11 over all cases, each weighted by its number of tokens.
     model.zero_grad()
     cases = [Cases()[index] for index in range(8)]
     tokens = sum(len(case["report"]) for case in cases)
@@ -184,7 +184,7 @@ def test_a_step_is_the_same_in_any_number_of_parts(model, tmp_path):
 
 
 def forget_parent() -> None:
-    """accelerate's state of the parent, in which there is one process, comes along with the fork."""
+    """Reset accelerate's state, which the fork inherits from a parent with a single process."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -196,7 +196,7 @@ def train_in_two_processes(model, folder) -> None:
     save_file(found, folder / f"gradients-{torch.distributed.get_rank()}.safetensors")
 
 
-def test_a_step_is_the_same_in_two_processes(make_model, tmp_path):
+def test_gradients_of_a_step_are_the_same_in_two_processes(make_model, tmp_path):
     at_once = step_gradients(make_model(lora=True), tmp_path / "one", 8, 1)
     debug_launcher(train_in_two_processes, (make_model(lora=True), tmp_path), num_processes=2)
     for rank in (0, 1):
@@ -216,7 +216,7 @@ def test_every_trained_parameter_has_a_gradient_without_labels(make_model, field
 
 
 @pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {}])
-def test_a_loss_that_trainer_would_compute_itself_is_refused(model, tmp_path, option):
+def test_loss_that_trainer_computes_itself_is_refused(model, tmp_path, option):
     trainer = make_trainer(model, tmp_path, save_strategy="no", **option)
     if not option:
         trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.sum()
@@ -245,7 +245,7 @@ def test_predictions_are_the_logits(model, tmp_path):
     assert trainer.predict(Cases()).predictions.shape == tuple(result.logits.shape)
 
 
-def test_what_cannot_be_saved_is_said_before_the_first_step(model, tmp_path):
+def test_invalid_generation_config_is_refused_before_the_first_step(model, tmp_path):
     model.generation_config = GenerationConfig(do_sample=False, temperature=0.5)
     with pytest.raises(ValueError, match="temperature"):
         make_trainer(model, tmp_path).train()
@@ -262,14 +262,14 @@ def processor(tokenizer):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> dict[str, str]:
-    """Four files by the name that is their id."""
+    """Write four scans; return their paths by file name, which is their id."""
     folder = tmp_path_factory.mktemp("scans")
     for seed in range(4):
         nib.save(nib.Nifti1Image(make_ct(seed=seed), lps_affine()), folder / f"scan_{seed}.nii.gz")
     return {path.name: str(path) for path in sorted(folder.iterdir())}
 
 
-def test_shapes_padding_and_labels(processor, scans):
+def test_collator_pads_inputs_and_masks_labels(processor, scans):
     first, second, *_ = scans.values()
     reports = ["Lung: clear.", "Heart: of normal size. Lung: clear."]
     cases = [
@@ -293,7 +293,7 @@ def test_shapes_padding_and_labels(processor, scans):
         assert int(kept.nonzero()[0]) == len(prompt)
 
 
-def test_references_are_drawn_by_seed_epoch_and_id_alone(processor, scans):
+def test_drawn_references_depend_only_on_seed_epoch_and_id(processor, scans):
     dataset = DiffVPDataset([{"ct": path, "report": "Lung: clear."} for path in scans.values()])
     volumes = {name: processor.image_processor(path)["ct"][0] for name, path in scans.items()}
 
@@ -306,12 +306,12 @@ def test_references_are_drawn_by_seed_epoch_and_id_alone(processor, scans):
 
     first = drawn(0, 0, 4)
     assert first == drawn(0, 0, 1) == drawn(0, 0, 3, workers=1, pool=dict(reversed(scans.items())))
-    assert all(name != other for name, other in zip(scans, first, strict=True)), "never its own reference"
+    assert all(name != other for name, other in zip(scans, first, strict=True)), "a scan must not be its own reference"
     others = [drawn(0, 1, 4), drawn(0, 2, 4), drawn(1, 0, 4)]
     assert any(first != other for other in others) and others[0] != others[1]
 
 
-def test_the_processors_pool_is_drawn_from_by_default_and_never_the_scan_itself(processor, scans, tmp_path):
+def test_pool_of_the_processor_is_the_default_and_excludes_the_scan(processor, scans, tmp_path):
     from diffvp.references_diffvp import index_references
 
     for name in list(scans)[:2]:
@@ -325,14 +325,14 @@ def test_the_processors_pool_is_drawn_from_by_default_and_never_the_scan_itself(
         assert torch.equal(batch["reference"], other)
 
 
-def test_frozen_features_take_the_place_of_scans(model, processor):
+def test_frozen_features_replace_scans(model, processor):
     ct, reference = torch.rand(2, 1, 1, 32, 32, 32)
     encoded = {name: value[0] for name, value in model.encode_inputs(ct, reference).items()}
     cases = [encoded | {"report": [40, 41, 2]}]
     collator = DiffVPDataCollator(processor)
     batch = collator(cases)
     assert set(encoded) <= set(batch) and "ct" not in batch
-    collator._prompts[processor.instruction] = [1, 40, 41]  # of the tiny vocabulary
+    collator._prompts[processor.instruction] = [1, 40, 41]  # ids of the tiny vocabulary
     batch, whole = collator(cases), collator([{"ct": ct[0], "reference": reference[0], "report": [40, 41, 2]}])
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, model(**whole).loss)
@@ -348,7 +348,7 @@ def test_frozen_features_take_the_place_of_scans(model, processor):
         ({"diagnosis_labels": [0] * 18}, "Some cases of a batch have diagnosis_labels and others do not"),
     ],
 )
-def test_what_a_case_lacks_is_said(processor, scans, change, message):
+def test_incomplete_or_too_long_case_is_refused(processor, scans, change, message):
     case = {"ct": next(iter(scans.values())), "reference": torch.zeros(1, 32, 32, 32), "report": "Lung: clear."}
     collator = DiffVPDataCollator(processor, scans, max_report_tokens=60)
     with pytest.raises(ValueError, match=message):
@@ -356,7 +356,7 @@ def test_what_a_case_lacks_is_said(processor, scans, change, message):
 
 
 def tell_epochs(folder, seedable: bool) -> None:
-    """The epochs in which cases were asked for, or the error."""
+    """Write the epochs in which cases were requested, or the error."""
     forget_parent()
     dataset = DiffVPDataset([{"index": index} for index in range(8)])
     seen = []
@@ -382,7 +382,7 @@ def tell_epochs(folder, seedable: bool) -> None:
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(answer))
 
 
-def test_every_process_is_told_the_epoch_or_says_that_it_is_not(tmp_path):
+def test_every_process_gets_the_epoch_or_an_error(tmp_path):
     for seedable in (False, True):
         folder = tmp_path / str(seedable)
         folder.mkdir()
@@ -395,8 +395,8 @@ def test_every_process_is_told_the_epoch_or_says_that_it_is_not(tmp_path):
 # The script of the docs
 
 
-def test_the_script_of_the_docs_trains_resumes_pushes_and_is_loaded_by_others(repository_root, tmp_path):
-    """On four phantoms, with the checkpoint of this repository and the code of this working copy."""
+def test_script_of_the_docs_trains_resumes_and_pushes_a_loadable_model(repository_root, tmp_path):
+    """Run it on four phantoms, with the checkpoint of this repository and the code of this working copy."""
     page = (repository_root / "docs/training.md").read_text(encoding="utf-8")
     [script] = re.findall(r"```python\n(import csv\n.*?)```", page, re.S)
     script = script.replace("me/", "tester/")

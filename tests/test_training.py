@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Both training stages on a phantom cohort of a few cases, and the pieces that they rest on."""
+"""Both training stages on a phantom cohort of a few cases, and their building blocks."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, small_co
     assert torch.equal(ids, model.generate(inputs["ct"], inputs["reference"], max_new_tokens=5))
     assert len(model.config.diagnosis_threshold) == 18
 
-    # Stage 2 left what stage 1 made as it was, and the encoder is the classifier's.
+    # Stage 2 leaves the weights of stage 1 unchanged, and shares the classifier's encoder.
     classifier = AutoModel.from_pretrained(tmp_path / "run/diagnosis", trust_remote_code=True).classifier
     assert model.config.share_encoder and model.diagnosis.vision_encoder is None
     for name, value in classifier.head.state_dict().items():
@@ -78,7 +78,7 @@ def test_stage_two_starts_from_the_base_llm(settings, tmp_path):
     )
 
 
-def test_curves_for_tensorboard(settings, tmp_path):
+def test_losses_are_logged_to_tensorboard(settings, tmp_path):
     run(TrainingConfig.load(settings, ["stage=diagnosis", "diagnosis.epochs=1", "log_with=[tensorboard]"]))
     reader = EventAccumulator(str(tmp_path / "run/diffvp"))
     reader.Reload()
@@ -100,8 +100,8 @@ json.dump([row["diagnosis/loss"] for row in rows if "diagnosis/loss" in row], op
 """
 
 
-def test_curves_for_trackio(settings, tmp_path):
-    """In a process of its own: trackio keeps threads and a folder for the whole process."""
+def test_losses_are_logged_to_trackio(settings, tmp_path):
+    """Run in a separate process, because trackio keeps threads and a folder for the whole process."""
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     command = [sys.executable, "-c", TRACKIO, str(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -110,7 +110,7 @@ def test_curves_for_trackio(settings, tmp_path):
     assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(losses)
 
 
-def test_it_ends_when_validation_no_longer_gets_better(settings, tmp_path):
+def test_training_stops_when_validation_no_longer_improves(settings, tmp_path):
     overrides = ["stage=diagnosis", "diagnosis.epochs=40", "diagnosis.patience=2", "diagnosis.learning_rate=0.5"]
     run(TrainingConfig.load(settings, overrides))
     log = [json.loads(line) for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()]
@@ -125,7 +125,7 @@ def test_it_ends_when_validation_no_longer_gets_better(settings, tmp_path):
     )
 
 
-def test_overrides_and_typos(settings):
+def test_overrides_apply_and_typos_are_refused(settings):
     assert TrainingConfig.load(settings, ["seed=7", "report.epochs=9"]).report.epochs == 9
     with pytest.raises(ValueError, match=r"report\.epoch: unknown \(expected epochs\)"):
         TrainingConfig.load(settings, ["report.epoch=9"])
@@ -133,7 +133,7 @@ def test_overrides_and_typos(settings):
         TrainingConfig.load(settings, ["seed"])
 
 
-def test_cases_outside_the_split_are_named(settings):
+def test_cases_outside_the_split_are_refused(settings):
     with pytest.raises(ValueError, match=r"\[26, 30\], but the split has 26 cases"):
         run(TrainingConfig.load(settings, ["data.diagnosis_cases=[26,30]", "stage=diagnosis"]))
 
@@ -143,20 +143,20 @@ def test_overlapping_cases_are_refused(settings):
         TrainingConfig.load(settings, ["data.validation_cases=[11,18]"])
 
 
-def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
+def test_processes_unknown_to_accelerate_are_refused(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were launched, but accelerate sees 1"):
         run(TrainingConfig.load(settings))
 
 
-def test_pairing_depends_on_seed_epoch_and_case_alone():
+def test_paired_reference_depends_only_on_seed_epoch_and_case():
     pool = [f"train_{i}" for i in range(20)]
     chosen = {(seed, epoch): pair_reference("train_3", pool, seed, epoch) for seed in range(3) for epoch in range(30)}
     assert all(pair_reference("train_3", pool[::-1], *key) == value for key, value in chosen.items())
     assert "train_3" not in chosen.values()
-    assert len(set(chosen.values())) > 15, "every epoch draws anew"
+    assert len(set(chosen.values())) > 15, "every epoch must draw anew"
     counts = Counter(pair_reference(f"case_{i}", pool, 0, 0) for i in range(2000))
-    assert len(counts) == 20 and min(counts.values()) > 60, "uniform over the pool"
+    assert len(counts) == 20 and min(counts.values()) > 60, "draws must be uniform over the pool"
     with pytest.raises(ValueError, match="No reference for a"):
         pair_reference("a", ["a"], 0, 0)
 
@@ -175,7 +175,7 @@ def test_cache_is_keyed_by_content_and_recipe(tmp_path):
     file.write_bytes(b"one")
     assert get({"size": 1}) == get({"size": 1}) == 1
     assert get({"size": 2}) == 2
-    # Of the same length, and with the former time of modification: only the content tells.
+    # Same length and modification time: only the content differs.
     times = os.stat(file)
     file.write_bytes(b"two")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -183,7 +183,7 @@ def test_cache_is_keyed_by_content_and_recipe(tmp_path):
     assert not list((tmp_path / "cache").glob(".writing-*"))
 
 
-def test_a_damaged_entry_is_never_used(tmp_path):
+def test_damaged_cache_entry_is_never_used(tmp_path):
     cache = TensorCache(tmp_path, {})
     entry = {"a": torch.arange(5.0), "b": torch.arange(3, dtype=torch.int32)}
     path = cache.path("digest")
@@ -208,7 +208,7 @@ def test_a_damaged_entry_is_never_used(tmp_path):
     assert "recomputed" in cache.get("digest", lambda: {"recomputed": torch.zeros(1)})
 
 
-def test_a_folder_of_slices_has_the_hash_of_its_names_and_files(tmp_path):
+def test_hash_of_a_folder_covers_names_and_contents(tmp_path):
     hashes, folder = ContentHashes(tmp_path / "cache"), tmp_path / "series"
     folder.mkdir()
     (folder / "1.dcm").write_bytes(b"1")
@@ -231,7 +231,7 @@ def write_to_cache(root):
         hashes(cache.path(str(key)))
 
 
-def test_several_processes_write_one_cache(tmp_path):
+def test_several_processes_can_write_one_cache(tmp_path):
     workers = [
         torch.multiprocessing.get_context("fork").Process(target=write_to_cache, args=(tmp_path,)) for _ in "1234"
     ]
@@ -243,8 +243,8 @@ def test_several_processes_write_one_cache(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 40 and not list(tmp_path.glob(".writing-*"))
 
 
-def test_lesion_cells_lie_where_the_tensor_shows_the_lesion(tmp_path):
-    """A bright block, stored in an odd orientation, and its mask: bright cells and mask cells must be the same."""
+def test_lesion_cells_match_the_lesion_in_the_tensor(tmp_path):
+    """Store a bright block and its mask in an odd orientation: bright cells and mask cells must be equal."""
     hu = np.full((40, 36, 20), -1000, np.int16)
     hu[8:17, 20:31, 5:12] = 150
     codes = np.where(hu > 0, np.uint32(1 << 17 | 1), np.uint32(0))
@@ -262,7 +262,7 @@ def test_lesion_cells_lie_where_the_tensor_shows_the_lesion(tmp_path):
     assert targets[..., 1:17].sum() == 0 and 0 < targets[..., 0].sum() <= 8
 
 
-def test_missing_or_foreign_lesion_masks_are_named(tmp_path):
+def test_missing_masks_and_masks_of_another_shape_are_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.eye(4)), tmp_path / "mask.nii.gz")
     geometry = SimpleNamespace(shape=(8, 8, 8))
     with pytest.raises(DatasetError, match=r"mask.nii.gz: shape: \(9, 9, 9\) \(expected \(8, 8, 8\)"):
@@ -271,8 +271,8 @@ def test_missing_or_foreign_lesion_masks_are_named(tmp_path):
         lesion_cells(tmp_path / "none.nii.gz", geometry)
 
 
-def test_region_tokens_lie_where_the_regions_do(small_cohort, tmp_path):
-    """The mean position of a region's tokens, in world coordinates, against the centre of mass of its mask."""
+def test_region_tokens_lie_in_their_regions(small_cohort, tmp_path):
+    """Compare the mean position of a region's tokens, in world coordinates, with the centre of mass of its mask."""
     processor = DiffVPImageProcessor(size=(32, 32, 32), target_spacing=(12.0, 14.0, 14.0), foreground_hu=-500.0)
     volumes = VolumeCache(tmp_path, processor)
     case, grid = load_phantom(small_cohort, "train")[3], (8, 8, 8)
@@ -287,14 +287,14 @@ def test_region_tokens_lie_where_the_regions_do(small_cohort, tmp_path):
     for region, place in zip(REGIONS, found, strict=True):
         mask = nib.load(region_mask_path(small_cohort, case.name, region))
         expected = nib.affines.apply_affine(mask.affine, np.argwhere(np.asarray(mask.dataobj)).mean(0))
-        # A token is 48 x 56 x 56 mm, and a region as small as one lies where that one does.
+        # A token is 48 x 56 x 56 mm, so a region as small as a token is located at the centre of that token.
         assert np.abs(place - expected).max() < (28 if region in ("thyroid", "esophagus") else 15), region
     with pytest.raises(DatasetError, match="abdomen.nii.gz: region mask: missing"):
         RegionMasks(tmp_path, tmp_path, volumes, grid).load(case)
 
 
 def test_augmentation_shifts_and_never_mirrors():
-    """A bright block on the patient's right stays there, in steps of a cell."""
+    """A bright block on the patient's right must stay there; shifts are in steps of one cell."""
     volume = torch.full((1, 32, 32, 32), -1.0)
     volume[0, 12:16, 12:16, 8:12] = 0.5
     places = set()
@@ -313,18 +313,18 @@ def test_best_thresholds_find_the_gap():
     assert all(0.25 <= threshold <= 0.35 for threshold in best_thresholds(probabilities, labels))
 
 
-def test_a_label_that_the_classifier_cannot_tell_is_not_said_of_everyone():
-    """By itself its best threshold would be 0: half of 100 right beats none. Together with the rest it costs more."""
+def test_unpredictable_label_is_not_predicted_for_everyone():
+    """Alone, its best threshold would be 0. Together with the other labels, that costs more than it gains."""
     rng = np.random.default_rng(0)
     labels = (rng.random((400, 3)) < [0.3, 0.3, 0.12]).astype(int)
     probabilities = np.where(labels == 1, 0.7, 0.2) + rng.uniform(-0.05, 0.05, labels.shape)
-    probabilities[:, 2] = rng.uniform(0.1, 0.14, 400)  # nothing but its prevalence
+    probabilities[:, 2] = rng.uniform(0.1, 0.14, 400)  # only its prevalence
     thresholds = best_thresholds(probabilities, labels)
     assert thresholds[2] > 0.13 and max(thresholds[:2]) < 0.7
 
 
 class FrozenFeatures:
-    """Stands in for the features of cases: their numbers do not matter here."""
+    """Mock features of cases; their values do not matter here."""
 
     def __init__(self, config):
         self.model = SimpleNamespace(config=config)
@@ -357,7 +357,7 @@ def phantom_cases(count, **fields):
     ]
 
 
-def test_true_findings_are_drawn_by_case_and_epoch_alone(processor, tiny_config):
+def test_true_findings_depend_only_on_case_and_epoch(processor, tiny_config):
     cases = phantom_cases(60)
 
     def drawn(share, size, epoch):
@@ -386,7 +386,7 @@ def test_true_findings_are_drawn_by_case_and_epoch_alone(processor, tiny_config)
     assert not any(drawn(0.0, 7, 0).values()) and all(drawn(1.0, 7, 0).values())
 
 
-def test_no_reconstruction_of_a_scan_is_its_own_reference(processor, tiny_config):
+def test_reconstruction_of_the_same_scan_is_never_its_reference(processor, tiny_config):
     cases = [Case(f"p_{k // 3}_a_{k % 3}", f"p{k // 3}", f"s{k // 3}", Path("x"), "y") for k in range(9)]
     split = ReportSplit(cases, cases, FrozenFeatures(tiny_config), processor, max_tokens=9, seed=0, shuffle=True)
     pairs = {
@@ -395,13 +395,15 @@ def test_no_reconstruction_of_a_scan_is_its_own_reference(processor, tiny_config
     assert len(pairs) == 6 and all(target != reference for target, reference in pairs)
 
 
-def test_a_step_is_shared_out_without_loss_or_repetition():
+def test_step_is_shared_without_loss_or_repetition():
     for cases in range(1, 14):
         for processes in (1, 2, 3, 4):
             for size in (1, 2, 5):
                 step = np.arange(cases)
                 parts = [share(step, process, processes, size) for process in range(processes)]
-                assert len({len(part) for part in parts}) == 1, "each is an exchange among all"
+                assert len({len(part) for part in parts}) == 1, (
+                    "every process needs the same number of collective calls"
+                )
                 counted = [index for part in parts for indices, counts in part if counts for index in indices]
                 assert sorted(counted) == step.tolist()
                 assert all(1 <= len(indices) <= size for part in parts for indices, _ in part)

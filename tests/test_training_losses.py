@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What a run makes of its losses: it adds them up, chooses an epoch by them, and ends where they are no numbers."""
+"""Losses of a run: they are summed, choose the epoch, and end the run if they are not finite."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
 
 
-def test_too_high_a_rate_ends_the_run_with_the_reason(stage_one, tmp_path):
+def test_too_high_learning_rate_ends_the_run_with_the_reason(stage_one, tmp_path):
     rates = ["report.learning_rate=1e30", "report.lora_learning_rate=1e29", "report.epochs=3"]
     with pytest.raises(TrainingDivergedError, match=r"Stage report, step 2: loss is nan.*9.33013e\+29, .*Lower the"):
         run(TrainingConfig.load(stage_one, [*REPORT, *rates]))
@@ -38,8 +38,8 @@ def test_too_high_a_rate_ends_the_run_with_the_reason(stage_one, tmp_path):
     assert not (tmp_path / "run/model").exists()
 
 
-def test_both_of_two_processes_end_there(stage_one, tmp_path):
-    """And none waits for the other."""
+def test_diverged_run_ends_in_both_processes(stage_one, tmp_path):
+    """Neither process may wait for the other."""
     script = tmp_path / "script.py"
     script.write_text("from diffvp.train_accelerate import main\nmain()\n")
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d")
@@ -56,7 +56,7 @@ def test_both_of_two_processes_end_there(stage_one, tmp_path):
 
 
 @pytest.mark.parametrize(("call", "message"), [(1, "step 1: .*Nothing is trained yet.*base.dtype"), (3, "step 3: ")])
-def test_the_weights_are_as_before_the_step_that_is_no_number(stage_one, tmp_path, monkeypatch, call, message):
+def test_weights_stay_as_before_a_step_with_nan_loss(stage_one, tmp_path, monkeypatch, call, message):
     calls, losses = [], ReportSplit.losses
 
     def lose_one(self, model, batch, step):
@@ -75,7 +75,7 @@ def test_the_weights_are_as_before_the_step_that_is_no_number(stage_one, tmp_pat
         assert saved and all(torch.equal(value, now[name]) for name, value in saved.items())
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_run(stage_one, tmp_path, monkeypatch):
+def test_infinite_validation_loss_ends_the_run(stage_one, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_mean_losses", lambda self, split: {"loss": math.inf})
     with pytest.raises(TrainingDivergedError, match="step 2: validation_loss is inf"):
         run(TrainingConfig.load(stage_one, REPORT))
@@ -97,15 +97,15 @@ def test_predicted_findings_choose_the_epoch_and_both_losses_are_logged(stage_on
     assert json.loads((tmp_path / "run/model/config.json").read_text())["true_findings"] == 1.0
 
 
-def test_the_loss_with_true_findings_is_of_other_prompts(stage_one, tmp_path):
+def test_loss_with_true_findings_uses_other_prompts(stage_one, tmp_path):
     run(TrainingConfig.load(stage_one, [*REPORT, "report.epochs=1"]))
     [line] = [line for line in read_log(tmp_path / "run") if "validation_loss" in line]
     assert line["validation_generation_loss"] != line["validation_generation_loss_true_findings"]
     assert line["validation_classification_loss"] == line["validation_classification_loss_true_findings"]
 
 
-def test_reports_of_an_epoch_have_the_length_limit_of_the_checkpoint(stage_one, tmp_path, monkeypatch):
-    """And not the 20 tokens of transformers."""
+def test_sample_reports_have_the_length_limit_of_the_checkpoint(stage_one, tmp_path, monkeypatch):
+    """The default of transformers would be 20 tokens."""
     lengths, generate = [], DiffVPForConditionalGeneration.generate
 
     def remember(self, *args, **kwargs):
@@ -121,7 +121,7 @@ def test_reports_of_an_epoch_have_the_length_limit_of_the_checkpoint(stage_one, 
     assert len((tmp_path / "run/samples/epoch-1.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_step_in_parts_is_that_of_the_whole_batch(stage_one, tmp_path):
+def test_micro_batches_give_the_losses_of_the_whole_batch(stage_one, tmp_path):
     traces = []
     for size in (8, 3):
         folder = f"output_dir={tmp_path / str(size)}"
@@ -131,7 +131,7 @@ def test_a_step_in_parts_is_that_of_the_whole_batch(stage_one, tmp_path):
     assert traces[0] == pytest.approx(traces[1], rel=1e-4)
 
 
-def test_a_patient_in_both_stages_is_refused(tmp_path):
+def test_patient_in_both_stages_is_refused(tmp_path):
     def case(name, patient):
         return Case(name, patient, name, tmp_path / name, "Lung: clear.")
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading, resampling and the way back. Oracles: MONAI's transforms, nibabel's and SimpleITK's world coordinates."""
+"""Reading, resampling and the way back, against MONAI's transforms and coordinates of nibabel and SimpleITK."""
 
 import gzip
 import itertools
@@ -40,7 +40,7 @@ ORIENTATIONS = [
 
 
 def as_nifti(lps: np.ndarray, codes=("L", "P", "S"), affine=None) -> nib.Nifti1Image:
-    """The same scan, stored in another orientation, by nibabel's own functions."""
+    """Store the same scan in another orientation, with nibabel's own functions."""
     affine = lps_affine() if affine is None else affine
     change = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(codes))
     return nib.Nifti1Image(apply_orientation(lps, change), affine @ inv_ornt_aff(change, lps.shape))
@@ -78,7 +78,7 @@ def monai_tensor(path, size, crop=True) -> torch.Tensor:
     "codes", [("L", "P", "S"), ("R", "A", "S"), ("L", "A", "I"), ("S", "R", "P"), ("A", "I", "R")]
 )
 @pytest.mark.parametrize("crop", [True, False])
-def test_equals_monai_with_one_interpolation(tmp_path, codes, crop):
+def test_tensor_equals_monai_with_one_interpolation(tmp_path, codes, crop):
     path = tmp_path / "scan.nii.gz"
     nib.save(as_nifti(make_ct((61, 47, 33)), codes), path)
     size = (20, 32, 70)  # shrinks two axes and stretches one
@@ -89,8 +89,8 @@ def test_equals_monai_with_one_interpolation(tmp_path, codes, crop):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([(1.0, 0.0), (2.0, -24.0)]))
-def test_foreground_box_is_that_of_the_mask(seed, count, rescale):
-    """A few voxels of patient anywhere, also in planes between those that are looked at whole."""
+def test_foreground_box_equals_the_box_of_the_mask(seed, count, rescale):
+    """Place a few voxels of the patient anywhere, also in planes between those that are checked completely."""
     rng, shape, (slope, intercept) = np.random.default_rng(seed), (11, 9, 40), rescale
     array = np.full(shape, -1000, np.int16)
     for _ in range(count):
@@ -102,14 +102,14 @@ def test_foreground_box_is_that_of_the_mask(seed, count, rescale):
 
 
 @pytest.mark.parametrize("dtype", ["smallest", "compat"])
-def test_nibabel_images_with_a_data_type_to_be_chosen_when_saved(dtype):
+def test_nibabel_image_with_a_dtype_chosen_at_saving_is_read(dtype):
     hu = make_ct()
     image = nib.Nifti1Image(hu.astype(np.int64), lps_affine(), dtype=dtype)
     assert read_ct(image).sha256 == read_ct(hu, SPACING).sha256
 
 
-def test_equals_monai_far_from_the_origin(tmp_path):
-    """At voxel 500 the rounding of positions shows; ours has to round as torch does."""
+def test_tensor_equals_monai_far_from_the_origin(tmp_path):
+    """At voxel 500 the rounding of positions becomes visible; ours must round as torch does."""
     path = tmp_path / "scan.nii"
     nib.save(as_nifti(make_ct((512, 300, 12))), path)
     tensor, _ = resample(read_ct(path), (8, 128, 200))
@@ -124,7 +124,7 @@ def test_scaled_nifti_equals_monai(tmp_path):
     assert (tensor - monai_tensor(tmp_path / "scan.nii.gz", (9, 10, 11))).abs().max() <= 1e-5
 
 
-def test_fixed_spacing_equals_simpleitk_and_is_air_outside():
+def test_fixed_spacing_equals_simpleitk_and_pads_with_air():
     lps, size, spacing = make_ct(), (24, 20, 30), (2.2, 1.9, 1.1)
     tensor, geometry = resample(read_ct(as_nifti(lps)), size, spacing)
     assert geometry.tensor_spacing == pytest.approx(spacing)
@@ -141,7 +141,7 @@ def test_fixed_spacing_equals_simpleitk_and_is_air_outside():
     expected = sitk.GetArrayFromImage(sitk.Resample(clipped, grid, sitk.Transform(), sitk.sitkLinear, -1000.0))
     expected = torch.from_numpy((expected + 1000) / 600 - 1)
     assert (tensor[0] - expected).abs().max() < 1e-4
-    assert (tensor[0, 0] == -1).all(), "the grid is deeper than the volume, and what lies outside is air"
+    assert (tensor[0, 0] == -1).all(), "the grid is deeper than the volume, and padded with air"
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
@@ -167,7 +167,7 @@ def test_marked_voxel_returns_in_every_orientation(codes):
         assert np.unravel_index(back.argmax(), back.shape) == marked
 
 
-def test_map_returns_exactly_where_the_grids_coincide():
+def test_map_returns_exactly_if_the_grids_coincide():
     volume = read_ct(as_nifti(make_ct(), ("A", "S", "R")))
     size = volume.array.shape[::-1]
     tensor, geometry = resample(volume, size, crop_foreground=False)
@@ -219,7 +219,7 @@ def rotated_affine(degrees: float) -> np.ndarray:
 
 @pytest.mark.parametrize("degrees", [0, 12])
 def test_world_coordinates_agree_with_simpleitk(tmp_path, degrees):
-    """Voxel (i, j, k) of the array that we read lies where SimpleITK says that voxel lies."""
+    """Voxel (i, j, k) of our array must lie at the world coordinates that SimpleITK gives for it."""
     path = tmp_path / "scan.nrrd"
     sitk.WriteImage(as_simpleitk(make_ct(), rotated_affine(degrees)), path)
     image, volume = sitk.ReadImage(path), read_ct(path)
@@ -271,7 +271,7 @@ def test_every_format_gives_the_same_tensor(tmp_path):
     assert read_ct(make_ct(seed=1), SPACING).sha256 != geometry.sha256
 
 
-def test_decoded_nifti_feature(tmp_path):
+def test_nifti_feature_of_datasets_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     nib.save(as_nifti(make_ct()), tmp_path / "scan.nii.gz")
     rows = datasets.Dataset.from_dict({"ct": [str(tmp_path / "scan.nii.gz")]})
@@ -380,7 +380,7 @@ def test_refusals_name_field_value_and_expectation(name):
     if isinstance(ct, nib.Nifti1Image) and extra is not None and np.shape(extra) == (4, 4):
         ct, extra = nib.Nifti1Image(np.asanyarray(ct.dataobj), None), None
         ct.header.set_sform(made[1], code=1)
-        ct._affine = made[1]  # nibabel itself would refuse some of these only when it writes them
+        ct._affine = made[1]  # nibabel would refuse some of these only when it writes them
     with pytest.raises(error, match=message) as caught:
         read_ct(ct, extra)
     assert isinstance(caught.value, CTInputError) and isinstance(caught.value, ValueError)
@@ -398,22 +398,22 @@ def test_refusals_name_field_value_and_expectation(name):
         ("scan.mha", b"x" * 400, "content: unreadable"),
     ],
 )
-def test_unreadable_files(tmp_path, name, content, message):
+def test_unreadable_files_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CTReadError, match=f"^{name}: {message}"):
         read_ct(tmp_path / name)
 
 
-def test_truncated_gzip(tmp_path):
+def test_truncated_gzip_is_refused(tmp_path):
     whole = gzip.compress(as_nifti(make_ct((40, 40, 40))).to_bytes())
     (tmp_path / "scan.nii.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CTReadError, match="truncated"):
         read_ct(tmp_path / "scan.nii.gz")
 
 
-def test_reads_the_file_that_was_asked_for(tmp_path):
-    """SimpleITK reads x.nii in place of an x.nii.gz beside it."""
+def test_requested_file_is_read_and_not_its_neighbour(tmp_path):
+    """SimpleITK reads x.nii instead of x.nii.gz if both exist."""
     nib.save(as_nifti(make_ct(seed=5)), tmp_path / "x.nii")
     nib.save(as_nifti(make_ct(seed=6)), tmp_path / "x.nii.gz")
     assert (read_ct(tmp_path / "x.nii.gz").array == make_ct(seed=6)).all()
@@ -445,7 +445,7 @@ def test_non_hu_is_accepted_on_request_and_marked():
     assert torch.equal(tensor, expected)
 
 
-def test_no_foreground():
+def test_volume_without_foreground_is_refused():
     lps = np.where(make_ct() > -1000, np.int16(-1010), np.int16(-1020))
     with pytest.raises(CTIntensityError, match="no voxel above -1000 HU"):
         resample(read_ct(lps, SPACING, allow_non_hu=True), (8, 8, 8))
@@ -470,13 +470,13 @@ def test_real_files_agree_with_simpleitk(check_data, name):
         ("vtkjs/LIDC2.mha", CTIntensityError, "0 to 255.*8-bit"),
     ],
 )
-def test_real_files_that_have_to_be_refused(check_data, name, error, message):
+def test_real_files_not_in_hu_are_refused(check_data, name, error, message):
     with pytest.raises(error, match=message):
         read_ct(check_data / "ct" / name)
 
 
 @pytest.mark.parametrize("argument", [{"spacing": SPACING}, {"series": 1}, {"metadata": CTMetadata(1, 0, SPACING)}])
-def test_no_argument_goes_unheeded(argument):
+def test_argument_that_does_not_apply_is_refused(argument):
     name = next(iter(argument))
     sources = [read_ct(make_ct(), SPACING), as_simpleitk(make_ct())]
     sources += [] if name == "metadata" else [as_nifti(make_ct())]

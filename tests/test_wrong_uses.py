@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Wrong uses of the command: each ends with status 2 and a sentence that names the remedy, and nothing is written.
+Wrong uses of the command: each ends with status 2 and a sentence that names the remedy, and writes nothing.
 
-`make test-road` (DIFFVP_ROAD=1) also runs each in a process of its own and measures how long it takes.
+`make test-road` (DIFFVP_ROAD=1) also runs each in its own process and measures the time.
 """
 
 import os
@@ -18,7 +18,7 @@ from diffvp.cli import app
 
 from .ct_samples import make_ct, write_dicom
 
-# The command, and a part of the sentence. They run in the folder that `place` makes.
+# Each command, and a part of its sentence. The commands run in the folder that `place` makes.
 WRONG = {
     "report absent.nii.gz": "absent.nii.gz: path: missing",
     "report scan.txt": "scan.txt: suffix",
@@ -68,7 +68,7 @@ def place(tmp_path, monkeypatch, repository_root):
 
 
 @pytest.mark.parametrize("command", WRONG)
-def test_a_sentence_names_the_remedy(command, place, monkeypatch):
+def test_wrong_use_ends_with_a_sentence_that_names_the_remedy(command, place, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     before = sorted(place.rglob("*"))
@@ -79,10 +79,10 @@ def test_a_sentence_names_the_remedy(command, place, monkeypatch):
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="a process for each: make test-road")
+@pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="starts a process for each: make test-road")
 @pytest.mark.parametrize("command", WRONG)
-def test_at_once(command, place):
-    """Within 3 s beyond what importing the libraries takes, which is the machine's."""
+def test_wrong_use_ends_within_3_seconds(command, place):
+    """Allow 3 s beyond the import of the libraries, which depends on the machine."""
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", "import diffvp.train_accelerate, diffvp.inference.report"], check=True)
     libraries = time.monotonic() - start

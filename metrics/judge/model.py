@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...provenance import without_place
 from . import JudgeError
 from .answers import ORDERS, AnswerFile, answer_key
 from .prompt import DIMENSIONS, SHA256, Answer, prompt_text, read_answer
@@ -61,7 +62,8 @@ class ModelJudge:
     def signature(self) -> str:
         """Signature of the verdicts; it names every server whose answers were used, including those of the file."""
         fields = ["judge", "pairwise", f"dims:{len(DIMENSIONS)}", f"orders:{self.orders}", f"prompt:{SHA256}"]
-        fields += [f"model:{self.server.model.replace('|', ',')}", f"server:{','.join(sorted(self._servers))}"]
+        model = without_place(self.server.model).replace("|", ",")  # a local server may name it by its folder
+        fields += [f"model:{model}", f"server:{','.join(sorted(self._servers))}"]
         return "|".join(fields if self.server.form.temperature else [*fields, "temperature:server's"])
 
     def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:

@@ -26,8 +26,8 @@ MARKERS = (
 
 
 def pytest_configure(config):
-    # The suites format messages with whole weights in them for each comparison, also for those that hold: most of
-    # the time of test_bc_torch_dtype.
+    # For each comparison, even one that holds, the suites format messages with whole weights in them. This takes most
+    # of the time of test_bc_torch_dtype.
     torch.set_printoptions(threshold=0, edgeitems=1)
     for marker in MARKERS:
         config.addinivalue_line("markers", f"{marker}: a marker of transformers' suites")

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetch transformers' own test suites of one release: `python tests/conformance/fetch.py 5.23.0`.
 
-The source distribution on PyPI carries them (`tests/test_modeling_common.py` and others), the wheel does not. They go
-to `.conformance/<version>/transformers_tests`: under a name of their own, since `tests` is this project's folder. If
-another release than the asked one is installed, that release goes to `.conformance/<version>/site`, without its
-dependencies, to be put before the installed one. With `.conformance/<version>/site` and `.conformance/<version>` on
-PYTHONPATH, as `make test-conformance` puts them, a tester says
+The source distribution on PyPI contains them (`tests/test_modeling_common.py` and others); the wheel does not. They
+are put in `.conformance/<version>/transformers_tests`, under their own name, because `tests` is this project's folder.
+If another release is installed than the requested one, the requested one is put in `.conformance/<version>/site`,
+without its dependencies, to take precedence. `make test-conformance` puts `.conformance/<version>/site` and
+`.conformance/<version>` on PYTHONPATH, so that a test can write
 `from transformers_tests.test_modeling_common import ModelTesterMixin`.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 CONFORMANCE = Path(__file__).resolve().parents[2] / ".conformance"
 
 _HEADER = "# For a module that the source distribution leaves out; see tests/conformance/fetch.py of DiffVP.\n"
-# What the suites import and the source distribution leaves out. The two mixins are empty: the export and generation
-# suites exist in transformers' repository alone, so they are not part of what runs here.
+# Modules that the suites import and the source distribution leaves out. The two mixins are empty: the export and
+# generation suites exist only in transformers' repository, so they do not run here.
 STUBS = {
     "transformers_tests/__init__.py": "",
     "transformers_tests/exporters/__init__.py": "",
@@ -31,7 +31,7 @@ STUBS = {
     "transformers_tests/generation/__init__.py": "",
     "transformers_tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "transformers_tests/utils/__init__.py": "",
-    # Used on configurations without sub-configurations: each value must come back as it was given.
+    # Used on configurations without sub-configurations: each value must be returned as given.
     "transformers_tests/utils/test_configuration_utils.py": (
         "config_common_kwargs = {\n"
         '    "return_dict": False,\n'
@@ -44,8 +44,8 @@ STUBS = {
         '    "problem_type": "regression",\n'
         "}\n"
     ),
-    # Beside the suite, where it looks for the helpers of transformers' repository. There it finds what their CI
-    # has downloaded beforehand; without such a download it returns the address, and so does this.
+    # Next to the suite, where it looks for the helpers of transformers' repository. The original finds files that
+    # their CI has downloaded, and otherwise returns the address, as this stub does.
     "utils/fetch_hub_objects_for_ci.py": (
         "def url_to_local_path(url, return_url_if_not_found=True):\n"
         "    if return_url_if_not_found:\n"
@@ -74,7 +74,7 @@ def _unpack_tests(archive: Path, release: str, target: Path) -> int:
 
 def _fetch_suites(release: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as download:
-        # No build isolation: pip asks the source for its metadata, for which the installed setuptools is enough.
+        # No build isolation: pip only reads the metadata of the source, for which the installed setuptools is enough.
         _pip("download", "--no-binary=:all:", "--no-build-isolation", f"--dest={download}", f"transformers=={release}")
         [archive] = Path(download).iterdir()
         count = _unpack_tests(archive, release, target / "transformers_tests")
@@ -89,17 +89,17 @@ def _fetch_suites(release: str, target: Path) -> None:
 
 
 def fetch(release: str) -> Path:
-    """Make what is missing of `.conformance/<release>`; return that folder.
+    """Fetch the missing parts of `.conformance/<release>` and return that folder.
 
     Raises:
         ValueError: `release` is not a version number, or its source distribution holds no modelling suite.
-        subprocess.CalledProcessError: pip could not download it; pip's own words are on standard error.
+        subprocess.CalledProcessError: pip could not download it; see its message on standard error.
     """
     if not re.fullmatch(r"\d+(\.\d+)+\w*", release):
         raise ValueError(f"{release!r} is not a transformers version such as 5.23.0")
     folder = CONFORMANCE / release
     CONFORMANCE.mkdir(exist_ok=True)
-    # Both are built beside their place and renamed: an interrupted download leaves nothing that looks complete.
+    # Build both next to their place and rename them, so that an interrupted download never looks complete.
     with tempfile.TemporaryDirectory(dir=CONFORMANCE, prefix="building-") as building:
         if not folder.is_dir():
             suites = Path(building, "suites")

@@ -25,7 +25,7 @@ LABEL_IDS = ([10], [11, 12], [13, 14])
 
 
 class DiffVPModelTester:
-    """Tiny configurations and inputs; the suites read sizes off its attributes."""
+    """Tiny configurations and inputs; the suites read sizes from the attributes."""
 
     is_training = True
     batch_size = 3
@@ -33,7 +33,7 @@ class DiffVPModelTester:
     text_length = 7
     num_latents = 4
     num_prefix_tokens = 2
-    # The suites ask for the layers, heads, width and sequence whose states a model returns: here, the LLM's.
+    # The suites ask for the layers, heads, width and sequence length of the returned states: here, the LLM's.
     num_hidden_layers = 2
     num_attention_heads = 4
     hidden_size = 32
@@ -59,7 +59,7 @@ class DiffVPModelTester:
             encoder_block_channels=[4, 8, 8, 16],
             encoder_max_pool=False,
             diagnosis_labels=list(LABELS),
-            # Every label is named, whatever the classifier says: the suites expect sequences of one length.
+            # Every label is named, whatever the classifier predicts: the suites expect sequences of one length.
             diagnosis_threshold=0.0,
             diagnosis_prompt_ids={
                 "prefix": [5, 6],
@@ -68,7 +68,7 @@ class DiffVPModelTester:
                 "none": [8],
                 "suffix": [9],
             },
-            # Below 20: the suite for configurations makes the vocabulary that small.
+            # Below 20, because the suite for configurations makes the vocabulary that small.
             instruction_ids=[1, 16, 17],
             num_latents=self.num_latents,
             latent_size=24,
@@ -96,15 +96,20 @@ class DiffVPDiagnosisModelTester(DiffVPModelTester):
 
 
 def loosen_norms_of_the_llm(config: DiffVPConfig) -> None:
-    """The suite's helper assigns attributes such as `rms_norm_eps` to any configuration. A DiffVPConfig has none of
-    them, and refuses a saved file with keys it does not know; they are the LLM's."""
+    """Apply the suite's helper to the LLM's configuration only.
+
+    The helper assigns attributes such as `rms_norm_eps` to any configuration. A DiffVPConfig has none of them, and
+    refuses a saved file with unknown keys.
+    """
     set_config_for_less_flaky_test(config.text_config)
 
 
 class StrictModelTesterMixin(ModelTesterMixin):
     def test_model_weights_reload_no_missing_tied_weights(self):
-        """The suite loads a file without any of the weights and looks at the list of those that are missing. DiffVP
-        refuses it, and must not miss one."""
+        """Check that a file without any of the weights is refused, and that all of them are counted as missing.
+
+        The suite loads such a file and looks at the list of missing weights.
+        """
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             with tempfile.TemporaryDirectory() as folder:
@@ -118,16 +123,16 @@ class DiffVPForConditionalGenerationTest(StrictModelTesterMixin, unittest.TestCa
     all_model_classes = (DiffVPForConditionalGeneration,)
     additional_model_inputs = ["reference", "input_ids"]
     _is_composite = True
-    # The suite unfreezes everything and wants a gradient of each parameter. Encoder and classifier run without
-    # gradients, which 5.23 allows what a model has frozen itself and 5.19 does not. Instead, on both:
-    # test_every_trainable_parameter_has_a_gradient.
+    # The suite unfreezes everything and expects a gradient for each parameter. Encoder and classifier run without
+    # gradients, which 5.23 allows for what a model has frozen itself and 5.19 does not. On both,
+    # test_every_trainable_parameter_has_a_gradient runs instead.
     test_all_params_have_gradient = False
 
     def setUp(self):
         self.model_tester = DiffVPModelTester()
         patches = (
             mock.patch.object(test_modeling_common, "set_config_for_less_flaky_test", loosen_norms_of_the_llm),
-            # Some tests run on the classes of transformers' own lists alone.
+            # Some tests run only on the classes in transformers' own lists.
             mock.patch.dict(
                 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, {"diffvp": DiffVPForConditionalGeneration.__name__}
             ),
@@ -144,8 +149,10 @@ class DiffVPForConditionalGenerationTest(StrictModelTesterMixin, unittest.TestCa
         return inputs
 
     def test_sdpa_can_dispatch_composite_models(self):
-        """The suite asks a model with other sub-models than its own names to bring its own version. The LLM
-        dispatches; the resampler is eager, since the difference map is made of its attention weights."""
+        """Check that the LLM dispatches. The resampler is eager: the difference map uses its attention weights.
+
+        The suite asks a model whose sub-models have other names to bring its own version of this test.
+        """
         with tempfile.TemporaryDirectory() as folder:
             DiffVPForConditionalGeneration(self.model_tester.get_config()).save_pretrained(folder)
             for options, expected in (

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' own suite for processors, on DiffVPProcessor with CTs in the place of images."""
+"""Transformers' own suite for processors, on DiffVPProcessor with CTs instead of images."""
 
 import unittest
 from unittest import mock
@@ -23,12 +23,12 @@ CHAT_TEMPLATE = (
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# In the place of the suite's negative rescaling: every voxel lies below this window and becomes -1.
+# Instead of the suite's negative rescaling: every voxel lies below this window and becomes -1.
 WINDOW_ABOVE_ALL = {"hu_window": (2000.0, 3000.0)}
 
 
 def make_ct(seed: int) -> nib.Nifti1Image:
-    """A block of soft tissue in air; an image, which carries its spacing, since the suite passes nothing besides."""
+    """Make a block of soft tissue in air, as an image that carries its spacing: the suite passes no other argument."""
     voxels = np.full((16, 14, 12), -1000, np.int16)
     voxels[3:13, 2:12, 1:11] = np.random.default_rng(seed).integers(-900, 200, (10, 10, 10))
     return nib.Nifti1Image(voxels, np.diag([-2.0, -2.0, 3.0, 1.0]))
@@ -38,7 +38,7 @@ REFERENCE = make_ct(0)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token."""
+    """Make a tokenizer in which every byte is a token."""
     special = ["<s>", "</s>"]
     vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -53,7 +53,7 @@ _call = DiffVPProcessor.__call__
 
 
 def call_with_images(self, images=None, text=None, **kwargs):
-    """The suite's `images` are the CTs; each call of DiffVP's also needs a reference."""
+    """Pass the suite's `images` as CTs, and add the reference that each call of DiffVP needs."""
     scans = {} if images is None else {"ct": images, "reference": REFERENCE}
     return _call(self, **scans, text=text, **kwargs)
 
@@ -64,7 +64,7 @@ class DiffVPProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        # As for a class of the library itself; else the suite would have to trust remote code.
+        # Register it like a class of the library itself; otherwise the suite would have to trust remote code.
         AutoImageProcessor.register(DiffVPConfig, slow_image_processor_class=DiffVPImageProcessor)
         super().setUpClass()
 
@@ -95,7 +95,7 @@ class DiffVPProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         self.assertTrue((inputs["ct"] == -1).all())
 
     def test_subprocessor_defaults_0_text(self):
-        """As in the suite, but `text` is an instruction, which the processor formats as a user turn."""
+        """Follow the suite, but `text` is an instruction, which the processor formats as a user turn."""
         processor = self.get_processor()
         expected = processor.tokenizer(
             "<|user|>lower newer</s><|assistant|>", add_special_tokens=False, return_tensors="pt"
@@ -105,7 +105,7 @@ class DiffVPProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         torch.testing.assert_close(inputs["attention_mask"], expected["attention_mask"])
 
     def test_save_load_pretrained_additional_features(self):
-        """As in the suite, with an argument of this image processor in the place of `do_normalize`."""
+        """Follow the suite, with an argument of this image processor instead of `do_normalize`."""
         loaded = DiffVPProcessor.from_pretrained(
             self.tmpdirname, cls_token="(CLS)", sep_token="(SEP)", crop_foreground=False
         )
