@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM that lost or mixed slices on its way, or that lies: a part of the corpus in `bad_inputs.py`."""
+"""DICOM with lost or mixed slices, or with false headers: a part of the corpus in `bad_inputs.py`."""
 
 import io
 import shutil
@@ -21,7 +21,7 @@ READ, GRID, VALUES = CTReadError, CTGeometryError, CTIntensityError
 
 
 def lost(become: Callable[[bytes], bytes | None], only=(1, 2, 3), name: str = "IM{:04d}.dcm", packed: bool = False):
-    """The files of the highest slices, after what happened to them; `None` where they are not there."""
+    """Return a writer of a series whose highest slices are changed by `become`; `None` removes a file."""
 
     def make(folder: Path) -> Path:
         write_dicom(folder / "series", make_ct())
@@ -41,7 +41,7 @@ def lost(become: Callable[[bytes], bytes | None], only=(1, 2, 3), name: str = "I
 
 
 def promised(**fields):
-    """A series that lost its highest slices, whose headers say how many there were."""
+    """Return a writer of a series without its highest slices, whose headers state the original number."""
 
     def change(k: int, one) -> None:
         for name, value in fields.items():
@@ -56,7 +56,7 @@ def promised(**fields):
 
 
 def two_stacks(shift: float = 0.0, first: dict | None = None, second: dict | None = None):
-    """Two stacks under one SeriesInstanceUID."""
+    """Return a writer of two stacks under one SeriesInstanceUID."""
 
     def make(folder: Path) -> Path:
         uid = generate_uid()
@@ -101,7 +101,7 @@ def cut_dicomdir(folder: Path) -> Path:
 
 
 def spliced(element: bytes, syntax: str = ExplicitVRLittleEndian, rest: Callable[[bytes], bytes] = bytes):
-    """Bytes before the field Rows of one slice; `rest` alters its data set."""
+    """Return a writer that inserts bytes before the field Rows of one slice; `rest` alters its data set."""
 
     def make(folder: Path) -> Path:
         path = write_dicom(folder / "series", make_ct()) / "010.dcm"
@@ -125,9 +125,9 @@ SEQUENCE = struct.pack("<HH2sHI", 0x27, 0x1001, b"SQ", 0, 0xFFFFFFFF)
 ITEM, END_OF_ITEM = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF), struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
 END = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
 
-PADDING = struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, 2**27)  # behind the pixels (PS3.10, 7.2)
+PADDING = struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, 2**27)  # after the pixel data (PS3.10, 7.2)
 
-# name: (what makes it, error, field)
+# name: (writer, error, field)
 LOST = {
     "empty files at the top": (lost(lambda content: b""), READ, "content"),
     "empty files at the bottom": (lost(lambda content: b"", (16, 17, 18)), READ, "content"),

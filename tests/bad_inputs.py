@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed and hostile inputs, what the reader has to say of each, and good ones that it has to read.
+"""Malformed and hostile inputs with the expected error of each, and good inputs that must be read.
 
-`test_bad_inputs.py` runs them through the reader, `benchmarks/bad_inputs.py` through other readers beside it, and
-`fuzz_reading.py` starts from the good ones. All of them hold the same small scan, or what became of it.
+`test_bad_inputs.py` tests them with our reader, `benchmarks/bad_inputs.py` compares other readers, and
+`fuzz_reading.py` starts from the good ones. All inputs hold the same small scan, intact or damaged.
 
     python -m diffvp.tests.bad_inputs results.json   # one process for all; time, memory and output of each
 """
@@ -39,7 +39,7 @@ from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError
 from .bad_dicom import LOST
 from .ct_samples import SPACING, make_ct, write_dicom
 
-SIZE = (16, 24, 24)  # of the tensor
+SIZE = (16, 24, 24)  # tensor size
 GIB = 2**30
 
 
@@ -48,9 +48,9 @@ class Case:
     """One input.
 
     Attributes:
-        make: writes it into an empty folder, and returns what the reader is given: a path or an object.
-        error: what the reader has to raise; `None` for a good input.
-        field: what its message has to name.
+        make: writes the input to an empty folder, and returns the path or object to read.
+        error: expected error; `None` for a good input.
+        field: field that the message must name.
         options: further arguments of the reader.
     """
 
@@ -75,7 +75,7 @@ def with_metal() -> np.ndarray:
 
 
 def lps_affine(degrees: float = 0, shear: float = 0, spacing=SPACING) -> np.ndarray:
-    """RAS affine of an LPS array, turned about z and sheared as by a gantry tilt."""
+    """Return the RAS affine of an LPS array, rotated about z and sheared like a gantry tilt."""
     turn = np.radians(degrees)
     rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     affine = np.eye(4)
@@ -89,7 +89,7 @@ def lps_affine(degrees: float = 0, shear: float = 0, spacing=SPACING) -> np.ndar
 
 
 def nifti(voxels=None, affine=None, kind=nib.Nifti1Image, endian="<", **fields) -> bytes:
-    """A NIfTI file, whose header fields are then overwritten without nibabel's checks."""
+    """Return a NIfTI file with header fields overwritten without nibabel's checks."""
     voxels = make_ct() if voxels is None else voxels
     header = kind.header_class(endianness=endian)
     header.set_data_dtype(voxels.dtype)
@@ -107,7 +107,7 @@ def nifti(voxels=None, affine=None, kind=nib.Nifti1Image, endian="<", **fields) 
 
 
 def dims(*numbers: int) -> list[int]:
-    """The field `dim` with the number of axes in front."""
+    """Return the field `dim`, which begins with the number of axes."""
     return [len(numbers), *numbers, *[1] * (7 - len(numbers))]
 
 
@@ -116,7 +116,7 @@ def pixdim(*mm: float, qfac: float = 1) -> list[float]:
 
 
 def sform(matrix) -> dict:
-    """Fields of a grid that only the sform states."""
+    """Return the fields of a grid stated by the sform only."""
     matrix = np.asarray(matrix, float)
     return {"qform_code": 0, "sform_code": 1, "srow_x": matrix[0], "srow_y": matrix[1], "srow_z": matrix[2]}
 
@@ -132,7 +132,7 @@ def pack(raw: bytes) -> bytes:
 
 
 def zeros(size: int, head: bytes = b"") -> bytes:
-    """A raw deflate stream of `head` and then zeros, `size` bytes in all, made in no time: its blocks repeat."""
+    """Return a raw deflate stream of `head` and then zeros, `size` bytes in all; repeated blocks make this fast."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     parts = [deflate.compress(head + bytes((size - len(head)) % 2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)]
     block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
@@ -148,7 +148,7 @@ def checksum(size: int, head: bytes = b"") -> int:
 
 
 def bomb(size: int, head: bytes = b"") -> bytes:
-    """A gzip file of `zeros`."""
+    """Return a gzip file of `zeros`."""
     start = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
     return start + zeros(size, head) + struct.pack("<II", checksum(size, head), size % 2**32)
 
@@ -158,7 +158,7 @@ def flipped(content: bytes, place: int) -> bytes:
 
 
 def file(name: str, content: bytes | Callable[[], bytes], **others: bytes):
-    """Writes one file, and others beside it whose names have __ for a dot."""
+    """Return a writer of one file, and of others in the same folder, whose names have __ for a dot."""
 
     def make(folder: Path) -> Path:
         (folder / name).write_bytes(content() if callable(content) else content)
@@ -183,7 +183,7 @@ def pipe(folder: Path) -> Path:
 
 
 def sparse(folder: Path) -> Path:
-    """17 GB that take no space."""
+    """Write a sparse file of 17 GB that occupies no disk space."""
     path = folder / "scan.nii"
     path.write_bytes(nifti(dim=dims(2048, 2048, 2048))[:352])
     os.truncate(path, 352 + 2 * 2048**3)
@@ -201,7 +201,7 @@ def pair(folder: Path, kind=nib.Nifti1Pair) -> Path:
 
 
 def scans(*names: str, content: bytes | None = None, archive: str | None = None):
-    """Files in a folder, or in a zip, without a DICOM file among them."""
+    """Return a writer of non-DICOM files in a folder or a zip."""
 
     def make(folder: Path) -> Path:
         place = folder / "study"
@@ -224,7 +224,7 @@ def damaged(path: Path) -> Path:
 
 
 def members(raw: bytes, length: int) -> bytes:
-    """The same bytes in gzip members of a fixed length, as bgzip writes them."""
+    """Return the same bytes in gzip members of a fixed length, as bgzip writes them."""
     return b"".join(pack(raw[start : start + length]) for start in range(0, len(raw), length))
 
 
@@ -245,7 +245,7 @@ FEWER = {"dim": dims(26, 22, 9)}
 METADATA = CTMetadata(slope=1, intercept=-1024, spacing=SPACING)
 READ, GRID, VALUES = CTReadError, CTGeometryError, CTIntensityError
 
-# name: (what makes it or the content of a scan.nii, error, field)
+# name: (writer or content of a scan.nii, error, field)
 NIFTI = {
     # The file
     "empty .nii": (b"", READ, "sizeof_hdr"),
@@ -414,14 +414,14 @@ VOXELS_GZ, VOXELS_Z = pack(VOXELS), zlib.compress(VOXELS)
 
 
 def nrrd(fields: dict | None = None, content: bytes = VOXELS) -> bytes:
-    """A NRRD file with some fields changed, or left out where `None`."""
+    """Return an NRRD file with some fields changed, or omitted if `None`."""
     merged = {name: value for name, value in (NRRD_FIELDS | (fields or {})).items() if value is not None}
     header = "NRRD0004\n" + "".join(f"{name}: {value}\n" for name, value in merged.items()) + "\n"
     return header.encode() + content
 
 
 def meta(fields: dict | None = None, content: bytes = VOXELS) -> bytes:
-    """A MetaImage file with some fields changed, or left out where `None`; ElementDataFile comes last."""
+    """Return a MetaImage file with some fields changed, or omitted if `None`; ElementDataFile comes last."""
     merged = META_FIELDS | (fields or {})
     merged["ElementDataFile"] = merged.pop("ElementDataFile")
     header = "".join(f"{name} = {value}\n" for name, value in merged.items() if value is not None)
@@ -436,7 +436,7 @@ FLOATS = with_voxel(np.nan).T.astype("<f4").tobytes()
 
 
 def outside(name: str, header: Callable[[str], bytes], target: str | None = None):
-    """A header that points to voxels in the folder above its own."""
+    """Return a writer of a header that points to voxels in its parent folder."""
 
     def make(folder: Path) -> Path:
         (folder / "inner").mkdir()
@@ -448,7 +448,7 @@ def outside(name: str, header: Callable[[str], bytes], target: str | None = None
 
 
 def slices(name: str, header: Callable[[list[str]], bytes], count: int = 18, cut: bool = False):
-    """A header and a file for each slice, or for the first ones; the last of them may be too short."""
+    """Return a writer of a header and one file per slice, or for the first `count`; `cut` shortens the last file."""
 
     def make(folder: Path) -> Path:
         names = [f"s{k:02d}.raw" for k in range(18)]
@@ -461,7 +461,7 @@ def slices(name: str, header: Callable[[list[str]], bytes], count: int = 18, cut
     return make
 
 
-# name: (what makes it or the content of a scan.nrrd, error, field)
+# name: (writer or content of a scan.nrrd, error, field)
 NRRD = {
     "empty": (b"", READ, "content"),
     "text": (b"Findings: the lungs are clear.\n" * 20, READ, "content"),
@@ -578,7 +578,7 @@ NRRD = {
     "data file list": (file("scan.nhdr", nrrd({"data file": "LIST"}, b"a.raw\nb.raw\n")), READ, "data file"),
 }  # fmt: skip
 
-# name: (what makes it or the content of a scan.mha, error, field)
+# name: (writer or content of a scan.mha, error, field)
 META = {
     "empty": (b"", READ, "content"),
     "text": (b"Findings: the lungs are clear.\n" * 20, READ, "content"),
@@ -674,7 +674,7 @@ def series(change: Callable | None = None):
 
 
 def tags(only: int | None = None, **values):
-    """Sets tags in one slice or in all, or deletes them where `None`."""
+    """Return a change that sets tags in one slice or in all; `None` deletes a tag."""
 
     def change(k: int, one) -> None:
         for name, value in values.items() if only in (None, k) else ():
@@ -687,7 +687,7 @@ def tags(only: int | None = None, **values):
 
 
 def moved(place: Callable[[int], tuple]):
-    """Puts slice k at `place(k)`, mm."""
+    """Return a change that moves slice k to `place(k)`, in mm."""
 
     def change(k: int, one) -> None:
         one.ImagePositionPatient = [float(mm) for mm in place(k)]
@@ -729,7 +729,7 @@ def without_slice(folder: Path) -> Path:
 
 
 def copied_slice(folder: Path) -> Path:
-    """Two slices of one place, under other names, as a faulty export leaves them."""
+    """Write two different slices at one position, as in a faulty export."""
     content = pydicom.dcmread(write_dicom(folder / "series", make_ct()) / "010.dcm")
     content.PixelData = content.PixelData[::-1]
     content.SOPInstanceUID = content.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
@@ -738,7 +738,7 @@ def copied_slice(folder: Path) -> Path:
 
 
 def cut_slice(folder: Path) -> Path:
-    """One file that breaks off in its pixels, as a full disk leaves it."""
+    """Write a series with one file truncated in its pixel data, as after a full disk."""
     path = write_dicom(folder / "series", make_ct()) / "010.dcm"
     path.write_bytes(path.read_bytes()[:-500])
     return folder / "series"
@@ -757,7 +757,7 @@ def empty_folder(folder: Path) -> Path:
 
 
 def zipped(change: Callable[[bytes], bytes] = bytes, prefix: str = "series/"):
-    """A zip of the series, altered as bytes."""
+    """Return a writer of a zip of the series, with its bytes altered by `change`."""
 
     def make(folder: Path) -> Path:
         packed = io.BytesIO()
@@ -773,7 +773,7 @@ def zipped(change: Callable[[bytes], bytes] = bytes, prefix: str = "series/"):
 
 
 def encrypted(content: bytes) -> bytes:
-    """The same zip with the flag that says that its files are encrypted."""
+    """Set the flag that marks the files of a zip as encrypted."""
     content = bytearray(content)
     for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         start = content.find(signature)
@@ -784,7 +784,7 @@ def encrypted(content: bytes) -> bytes:
 
 
 def zip_bomb(folder: Path) -> Path:
-    """A zip of 2 MB with one file of 2 GiB, written by hand: zipfile would deflate for seconds."""
+    """Write a zip of 2 MB with one file of 2 GiB, built by hand because zipfile would compress for seconds."""
     data, name, size = zeros(2 * GIB), b"001.dcm", 2 * GIB
     fields = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 33, checksum(size), len(data), size, len(name), 0)
     local = b"PK\3\4" + fields + name + data
@@ -794,7 +794,7 @@ def zip_bomb(folder: Path) -> Path:
     return folder / "scan.zip"
 
 
-# name: (what makes it, error, field)
+# name: (writer, error, field)
 DICOM = {
     "empty folder": (empty_folder, READ, "content"),
     "DICOMDIR alone": (only_dicomdir, READ, "content"),
@@ -859,12 +859,12 @@ def sitk_image(lps: np.ndarray | None = None) -> sitk.Image:
 
 
 def lazy(content: bytes, name: str = "scan.nii.gz"):
-    """A nibabel image that has read its header and not yet its voxels."""
+    """Return a writer of a nibabel image whose voxels are not yet loaded."""
     return lambda folder: nib.load(file(name, content)(folder))
 
 
 def replaced(folder: Path) -> nib.Nifti1Image:
-    """A nibabel image whose file was exchanged for a shorter one."""
+    """Return a nibabel image whose file was replaced by a shorter one."""
     image = nib.load(file("scan.nii", RAW)(folder))
     (folder / "scan.nii").write_bytes(RAW[:5000])
     return image
@@ -875,7 +875,7 @@ def value(**fields):
 
 
 def closed(folder: Path) -> nib.Nifti1Image:
-    """A nibabel image of a stream that is gone."""
+    """Return a nibabel image of a closed stream."""
     stream = io.BytesIO(RAW)
     image = nib.Nifti1Image.from_stream(stream)
     stream.close()
@@ -883,7 +883,7 @@ def closed(folder: Path) -> nib.Nifti1Image:
 
 
 GIVEN = {"spacing": SPACING}
-# name: (what makes it, error, field[, options])
+# name: (writer, error, field[, options])
 OBJECTS = {
     "None": (lambda folder: None, READ, "type"),
     "list": (lambda folder: make_ct().tolist(), READ, "type"),
@@ -958,11 +958,11 @@ OBJECTS = {
 }  # fmt: skip
 
 
-# Good ones: the reader finds `make_ct()` in each of them.
+# Good inputs: each holds `make_ct()`.
 
 
 def beside_another(folder: Path) -> Path:
-    """x.nii.gz beside an x.nii with other voxels, which some readers open in its place."""
+    """Write x.nii.gz next to an x.nii with other voxels, which some readers open instead."""
     (folder / "x.nii").write_bytes(nifti(make_ct(seed=5) // 2))
     (folder / "x.nii.gz").write_bytes(GZ)
     return folder / "x.nii.gz"
@@ -1050,7 +1050,7 @@ CASES = _cases()
 
 
 def peak_mb() -> float:
-    """The most memory that this process held since the last `reset_peak`, MB."""
+    """Return the peak memory of this process since the last `reset_peak`, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -1060,7 +1060,7 @@ def reset_peak() -> None:
 
 
 def main(output: str) -> None:
-    """Read every case in this process, in turn, and write what came of it."""
+    """Read all cases in this process, one after another, and write the results."""
     expected = read_ct(make_ct(), SPACING).sha256
     results = {}
     streams = tempfile.TemporaryFile()
@@ -1069,13 +1069,13 @@ def main(output: str) -> None:
     size = next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * 1024
     resource.setrlimit(
         resource.RLIMIT_AS, (size + 3 * GIB, -1)
-    )  # what goes beyond is a MemoryError, not a dead machine
+    )  # beyond this limit: a MemoryError instead of a machine out of memory
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             ct = case.make(Path(folder))
             streams.seek(0)
             streams.truncate()
-            # The descriptors, not sys.stderr: the C libraries write to these.
+            # Redirect the file descriptors, not sys.stderr, because C libraries write to these.
             os.dup2(streams.fileno(), 1)
             os.dup2(streams.fileno(), 2)
             reset_peak()
@@ -1084,7 +1084,7 @@ def main(output: str) -> None:
                 tensor, geometry = resample(read_ct(ct, **case.options), SIZE)
                 found = "the scan" if geometry.sha256 == expected and tensor.isfinite().all() else "another scan"
                 names = message = ""
-            except Exception as error:  # noqa: BLE001 - whatever comes is the result
+            except Exception as error:  # noqa: BLE001 - any exception is a result
                 found, message = type(error).__name__, str(error)
                 names = error.field if isinstance(error, CTInputError) else ""
             seconds, peak = time.perf_counter() - start, peak_mb()

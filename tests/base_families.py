@@ -18,7 +18,7 @@ COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 LLAMA = {**COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
 GEMMA = {**LLAMA, "head_dim": 8}
 WINDOW = {"sliding_window": 24, "query_pre_attn_scalar": 8}
-# A window is shorter than a prompt: padding inside it would push tokens out.
+# The windows are shorter than a prompt: padding inside a window would displace tokens.
 FAMILIES = {
     "Llama": ("LlamaConfig", LLAMA),
     "Llama, tied": ("LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
@@ -40,13 +40,13 @@ FAMILIES = {
     "Qwen3 MoE": ("Qwen3MoeConfig", GEMMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
 }
 REFUSED = {
-    # It takes an attention mask and does not heed it.
+    # It accepts an attention mask and ignores it.
     "RWKV": ("RwkvConfig", {**TOKENS, "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
     # Its word embeddings are narrower than its layers.
     "OPT, projected": ("OPTConfig", COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
 }
 OWN_CODE = "code of its own"
-# What LoRA acts on in the table: all linear layers, where PEFT has no objection and nothing harder is to be shown.
+# LoRA targets in the table: all linear layers, except if PEFT refuses these or a harder case is to be tested.
 TARGETS = {
     "Llama, tied": ["q_proj", "v_proj", "lm_head"],
     "Mamba": ["in_proj", "x_proj"],  # PEFT refuses out_proj, whose weight Mamba's fused kernel reads past LoRA
@@ -75,13 +75,13 @@ TINY_FIELDS = {
 
 
 def make_scans() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two targets and two references for the tiny model."""
+    """Return two targets and two references for the tiny model."""
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.rand(2, 1, 32, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
 
 
 def write_base(folder: Path, family: tuple[str, dict]) -> Path:
-    """A folder with a random LLM of two layers, large enough weights that a mistake shows."""
+    """Write a random LLM of two layers to a folder, with weights large enough for an error to show."""
     name, fields = family
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**fields))
@@ -94,7 +94,7 @@ def write_base(folder: Path, family: tuple[str, dict]) -> Path:
 
 
 def write_base_with_own_code(folder: Path) -> Path:
-    """A Llama whose class lies beside its weights, as that of a new architecture on the Hub."""
+    """Write a Llama with its class next to the weights, like a new architecture on the Hub."""
     write_base(folder, FAMILIES["Llama"])
     code = "from transformers import LlamaForCausalLM\n\n\nclass MyLLM(LlamaForCausalLM):\n    pass\n"
     (folder / "my_llama.py").write_text(code)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of a tiny model and scans for it: what the tests of batches share."""
+"""A checkpoint of a tiny model and scans for it, shared by the tests of batches."""
 
 import copy
 
@@ -10,7 +10,7 @@ import torch
 
 
 def write_box(path, seed: int) -> None:
-    """A box of noisy tissue with two lungs, in air."""
+    """Write a box of noisy tissue with two lungs, in air."""
     voxels = np.full((24, 24, 20), -1000, np.int16)
     voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(seed).integers(-100, 100, (16, 16, 16))
     voxels[6:11, 7:17, 4:16] = voxels[13:18, 7:17, 4:16] = -850
@@ -19,7 +19,7 @@ def write_box(path, seed: int) -> None:
 
 
 def write_cohort(folder, count: int) -> list[str]:
-    """`count` boxes and two files that are none; the names of all."""
+    """Write `count` boxes and two broken files, and return all names."""
     names = [f"ward {seed % 3}/scan_{seed}.nii.gz" for seed in range(count)]
     for seed, name in enumerate(names):
         write_box(folder / name, seed)
@@ -30,7 +30,7 @@ def write_cohort(folder, count: int) -> list[str]:
 
 
 def write_checkpoint(folder, base, tokenizer, tiny_fields: dict, **changes):
-    """A saved tiny model with LoRA whose pool holds three boxes."""
+    """Save a tiny model with LoRA and a pool of three boxes."""
     from peft import LoraConfig
 
     from diffvp.modeling_diffvp import DiffVPForConditionalGeneration

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A server on this machine that speaks OpenAI's chat protocol, and says or does whatever a test wants."""
+"""Local server for OpenAI's chat protocol, with replies and failures set by the test."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ DIMENSIONS = (
 
 
 class HalfAnswer(str):
-    """Sent with the length of the whole answer, and cut off: the connection breaks."""
+    """Sent with the length of the whole answer, but truncated, so that the connection breaks."""
 
 
 class RawBody(str):
@@ -33,7 +33,7 @@ class RawBody(str):
 
 
 class Status(int):
-    """An HTTP status; `body` and `headers` may say more."""
+    """HTTP status with a message and headers."""
 
     def __new__(cls, status: int, message: str = "no", **headers: str):
         value = super().__new__(cls, status)
@@ -42,30 +42,30 @@ class Status(int):
 
 
 class Wait(float):
-    """Seconds until the answer, which is too late."""
+    """Seconds before the answer is sent, which is too late."""
 
 
 def answer(*winners: str, **more) -> str:
-    """The JSON of an answer; one winner for all dimensions, or one for each."""
+    """Return the JSON of an answer, with one winner for all dimensions or one for each."""
     winners = winners * 5 if len(winners) == 1 else winners
     return json.dumps({**{f"{name}_winner": w for name, w in zip(DIMENSIONS, winners, strict=True)}, **more})
 
 
 def shown_texts(prompt: str) -> Comparison:
-    """The true report, Report A and Report B of a prompt."""
+    """Return the true report, Report A and Report B of a prompt."""
     return Comparison(
         *(prompt.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] for tag in ("GT", "Report A", "Report B"))
     )
 
 
 def longer(prompt: str) -> str:
-    """A judge that prefers the longer report, and Report A of two equal ones."""
+    """Answer as a judge that prefers the longer report, or Report A if both are equally long."""
     _, first, second = shown_texts(prompt)
     return answer("Report A" if len(first) >= len(second) else "Report B")
 
 
 def by_rules(prompt: str) -> str:
-    """A judge that finds what the rules find, and otherwise prefers Report A."""
+    """Answer as a judge that follows the rules, and prefers Report A if they find no difference."""
     verdicts = RULES.judge([shown_texts(prompt)])
     scores = dict(zip(verdicts.dimensions, verdicts.scores[0], strict=True))
     return answer(*("Report A" if scores.get(name, 1) >= 0.5 else "Report B" for name in DIMENSIONS))
@@ -75,7 +75,7 @@ RULES = RuleJudge()
 
 
 def write_tables(folder: Path, count: int) -> list[str]:
-    """A.csv and B.csv of `count` pairs; their names."""
+    """Write A.csv and B.csv with `count` pairs, and return their names."""
     items = [item.comparison for item in calibration_items(2 * count) if item.kind == "graded"][:count]
     for name, column in (("A.csv", 1), ("B.csv", 2)):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
@@ -86,17 +86,17 @@ def write_tables(folder: Path, count: int) -> list[str]:
 
 
 def command(*arguments: object) -> list[str]:
-    """`diffvp judge` in a process of its own."""
+    """Return the command line of `diffvp judge` for a separate process."""
     return [sys.executable, "-c", "from diffvp.cli import main; main()", "judge", *map(str, arguments)]
 
 
 class ChatServer(ThreadingHTTPServer):
     """
     Attributes:
-        reply: the prompt and the number of the request, from 1, to what to answer: the text of a completion, or one of
-            the classes above.
-        requests: bodies, in the order in which they came.
-        headers: of each of them.
+        reply: function of the prompt and the number of the request, from 1. It returns the text of a completion, or
+            an instance of a class above.
+        requests: bodies in order of arrival.
+        headers: headers of each request.
     """
 
     daemon_threads = True
@@ -119,7 +119,7 @@ class ChatServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        pass  # clients that gave up
+        pass  # clients that timed out
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""CT series with the patient and study that a hospital's have: what the tests of results for hospitals share."""
+"""CT series with patient and study data as in a hospital, shared by the tests of DICOM and FHIR output."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from .ct_samples import encoded_by_gdcm, write_dicom, write_enhanced
 from .hub_samples import make_chest
 
-# Also what no other object or file may say.
+# These values must not appear in any other object or file.
 PATIENT = {
     "PatientName": "Müller^Jörg",
     "PatientID": "MRN-4711",
@@ -38,7 +38,7 @@ SECRETS = [value for value in (*PATIENT.values(), *STUDY.values()) if len(value)
 
 
 def of_a_hospital(k: int, one: pydicom.Dataset) -> None:
-    """Slice k with all that write_dicom leaves out; in Latin-1, as many archives are."""
+    """Add to slice k the fields that write_dicom leaves out, in Latin-1 as in many archives."""
     one.SpecificCharacterSet = "ISO_IR 100"
     for name, value in (PATIENT | STUDY).items():
         setattr(one, name, value)
@@ -64,7 +64,7 @@ def jpeg_2000(folder: Path) -> Path:
 
 
 def enhanced(folder: Path) -> Path:
-    """All slices in one file, from the top down: frame 1 is the last slice of the volume."""
+    """Write all slices to one file, from the top down: frame 1 is the last slice of the volume."""
     lps = make_chest(3)
 
     def change(one):
@@ -85,7 +85,7 @@ def files_of(source: Path) -> list[pydicom.Dataset]:
 
 
 def make_document(**changes) -> dict:
-    """What report.json holds, with every kind of finding."""
+    """Return the content of a report.json with every kind of finding."""
     findings = [
         {"label": label, "probability": round(0.05 * number, 4), "threshold": 0.5, "positive": 0.05 * number >= 0.5}
         for number, label in enumerate(DIAGNOSIS_LABELS)
@@ -114,13 +114,13 @@ def make_document(**changes) -> dict:
 
 
 def read_map(folder) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (columns, rows, slices) and affine to RAS+ mm of a parametric map, by highdicom."""
+    """Return voxels (columns, rows, slices) and affine to RAS+ mm of a parametric map, read by highdicom."""
     volume = highdicom.pm.ParametricMap.from_dataset(pydicom.dcmread(folder / MAP_FILE)).get_volume(dtype=np.float32)
     return volume.array.T, np.diag([-1, -1, 1, 1]) @ volume.affine[:, [2, 1, 0, 3]]
 
 
 def in_the_order_of(array: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A volume and its affine with axes that run as those of another."""
+    """Reorient a volume and its affine to the axis order and directions of another affine."""
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(other))
     moved = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
     return nib.orientations.apply_orientation(array, turn), moved

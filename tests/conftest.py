@@ -5,13 +5,13 @@ import runpy
 import shutil
 import sys
 
-# Before any import that reads them: the hub and evaluate fix these at import time. The tests never need the network,
-# and a test that would reach for it has to fail here too, not only on a machine without one.
+# Set before any import: huggingface_hub and evaluate read these once, at import time. The tests never need the
+# network; a test that uses it fails on every machine, not only on one without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# The models of the tests are tiny: a second thread costs more than it computes, many times more on a busy machine.
+# The test models are tiny: a second thread costs more time than it saves, many times more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
@@ -22,14 +22,14 @@ CHECK_DATA_VARIABLE = "DIFFVP_CHECK_DATA"
 
 
 def pytest_configure(config):
-    """Give the checkpoint that ships the code as it is now; once, before xdist starts its workers."""
+    """Copy the current code into the shipped checkpoint, once, before xdist starts its workers."""
     if not hasattr(config, "workerinput"):
         runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))["copy_code"]()
 
 
 @pytest.fixture(scope="session")
 def check_data() -> Path:
-    """The folder of real scans and published scores that some tests check against; it is not part of the project."""
+    """Folder of real scans and published scores that some tests compare with; it is not part of the project."""
     value = os.environ.get(CHECK_DATA_VARIABLE)
     if value is None:
         pytest.skip(
@@ -48,7 +48,7 @@ def repository_root() -> Path:
 
 @pytest.fixture(scope="session")
 def meteor_data():
-    """(WordNet, Punkt tokenizer), which METEOR needs; a test without them is skipped with the reason."""
+    """(WordNet, Punkt tokenizer), as METEOR needs them; without them, the test is skipped with the reason."""
     from diffvp.metrics.nlg import LexiconError, lexicon
 
     try:
@@ -67,13 +67,13 @@ def _reset_accelerate() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate fixes precision and devices once a process; without this, one test's choice fails the next one."""
-    _reset_accelerate()  # also before: a fixture of a module may have trained
+    """Reset Accelerate's process-wide precision and devices, so that one test's choice does not affect the next."""
+    _reset_accelerate()  # also before the test: a module-scoped fixture may have trained
     yield
     _reset_accelerate()
 
 
-# A whole DiffVP model of a few thousand parameters: eight voxel tokens, four latents, a two-layer Llama.
+# A complete DiffVP model of a few thousand parameters: eight voxel tokens, four latents, a two-layer Llama.
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def tiny_fields() -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory) -> Path:
-    """A folder with a random Llama of two layers."""
+    """Folder with a random Llama of two layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +120,7 @@ def tiny_config(tiny_fields, tiny_llm):
 
 @pytest.fixture
 def make_model(tiny_fields, tiny_llm):
-    """`make_model(lora=False, **config_fields)`: a tiny model on the tiny base, the same for the same arguments."""
+    """`make_model(lora=False, **config_fields)`: a tiny model on the tiny base, deterministic in its arguments."""
     import torch
     from peft import LoraConfig
 
@@ -147,7 +147,7 @@ def scans():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE of a few hundred tokens; like LLaMA's it pads on the right and has no padding token."""
+    """Byte-level BPE of a few hundred tokens; like LLaMA's, it pads on the right and has no padding token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -170,7 +170,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_base_with_tokenizer(tokenizer, tmp_path_factory) -> Path:
-    """A folder with a random Llama of two layers that fits `tokenizer`, and the tokenizer."""
+    """Folder with `tokenizer` and a random Llama of two layers with its vocabulary size."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,16 +192,16 @@ def tiny_base_with_tokenizer(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_cohort(tmp_path_factory):
-    """A phantom cohort of a few cases, small enough to train on in seconds."""
+    """Phantom cohort of a few cases, small enough to train on in seconds."""
     from diffvp.data.phantom_cohort import write_cohort
 
-    # Seven of these 26 are normal, two or more in each span below that pairs with them.
+    # Seven of these 26 cases are normal, at least two in each span below that draws references.
     root = tmp_path_factory.mktemp("phantom")
     return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=True, workers=1, progress=False)
 
 
 def write_settings(folder: Path, cohort: Path, base: Path, tiny_fields: dict) -> Path:
-    """A YAML file in `folder` for a run of seconds below it."""
+    """Write a YAML file in `folder` for a training run of seconds, with its outputs in the same folder."""
     import yaml
 
     model = {k: v for k, v in tiny_fields.items() if k not in ("diagnosis_prompt_ids", "instruction_ids")}
@@ -231,13 +231,13 @@ def write_settings(folder: Path, cohort: Path, base: Path, tiny_fields: dict) ->
 
 @pytest.fixture
 def settings(small_cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
-    """A YAML file for a run of seconds."""
+    """YAML file for a training run of seconds."""
     return write_settings(tmp_path, small_cohort, tiny_base_with_tokenizer, tiny_fields)
 
 
 @pytest.fixture(scope="session")
 def first_stage(small_cohort, tiny_base_with_tokenizer, tiny_fields, tmp_path_factory):
-    """The folder of a run whose first stage is done. Copy what is to be changed."""
+    """Folder of a run whose first stage is done. Copy the files before changing them."""
     from diffvp.train_accelerate import run
     from diffvp.training.config import TrainingConfig
 
@@ -249,7 +249,7 @@ def first_stage(small_cohort, tiny_base_with_tokenizer, tiny_fields, tmp_path_fa
 
 @pytest.fixture
 def stage_one(settings, first_stage, tmp_path):
-    """A run of one's own whose first stage is done, as a YAML file."""
+    """YAML file of a separate run whose first stage is done."""
     for name in ("run", "cache"):
         shutil.copytree(first_stage / name, tmp_path / name)
     return settings

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A synthetic scan, and the same scan as a DICOM series: what the tests of the readers share."""
+"""A synthetic scan, and the same scan as a DICOM series, shared by the tests of the readers."""
 
 import numpy as np
 import pydicom
@@ -13,7 +13,7 @@ SPACING = (1.5, 1.25, 2.5)  # mm along x, y, z
 
 
 def make_ct(shape=(26, 22, 18), seed=0) -> np.ndarray:
-    """Whole HU in LPS order [x, y, z]: an off-centre textured body in air."""
+    """Return integer HU in LPS order [x, y, z]: an off-centre textured body in air."""
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     body = ((x - 0.1) / 0.75) ** 2 + ((y + 0.15) / 0.65) ** 2 + ((z - 0.05) / 0.8) ** 2 < 1
     texture = np.random.default_rng(seed).normal(-200, 300, shape)
@@ -21,14 +21,14 @@ def make_ct(shape=(26, 22, 18), seed=0) -> np.ndarray:
 
 
 def lps_affine(spacing=SPACING, origin=(-40.0, 25.0, 300.0)) -> np.ndarray:
-    """RAS affine of an LPS array."""
+    """Return the RAS affine of an LPS array."""
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = origin
     return affine
 
 
 def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=None, prefix=""):
-    """A CT series in pydicom's own hand; files are named against the order of their positions.
+    """Write a CT series with pydicom; file names are in reverse order of the positions.
 
     `change(k, dataset)` may alter slice k before it is written.
     """
@@ -62,7 +62,7 @@ def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=Non
 
 
 def group(**fields) -> Sequence:
-    """A sequence of one item with these fields."""
+    """Return a sequence of one item with these fields."""
     item = Dataset()
     for name, value in fields.items():
         setattr(item, name, value)
@@ -70,12 +70,12 @@ def group(**fields) -> Sequence:
 
 
 def write_enhanced(path, lps: np.ndarray, frames=None, rescales=None, change=None, kind=EnhancedCTImageStorage):
-    """A CT of many frames in one file, in pydicom's own hand.
+    """Write a multi-frame CT with pydicom.
 
     Args:
-        frames: which slices it holds, in the order of its frames; all by default.
-        rescales: slope and intercept of each slice; by default the shared group states one for all.
-        change: `change(dataset)` may alter it before it is written.
+        frames: slice index of each frame; all slices by default.
+        rescales: slope and intercept of each slice; by default, the shared group states one pair for all.
+        change: `change(dataset)` may alter the data set before it is written.
     """
     path.parent.mkdir(exist_ok=True, parents=True)
     frames = list(range(lps.shape[2]) if frames is None else frames)
@@ -118,7 +118,7 @@ def write_enhanced(path, lps: np.ndarray, frames=None, rescales=None, change=Non
 
 
 def encoded_by_gdcm(one, compressor, folder) -> bytes:
-    """The pixels of a slice as one compressed fragment, by SimpleITK's writer."""
+    """Return the pixels of a slice as one compressed fragment, encoded by SimpleITK's writer."""
     pixels = np.frombuffer(one.PixelData, "<u2").reshape(1, one.Rows, one.Columns)
     writer = sitk.ImageFileWriter()
     writer.SetImageIO("GDCMImageIO")

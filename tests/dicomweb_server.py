@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-A DICOMweb server on this machine, as far as QIDO, WADO and STOW of series go, that can be told to fail. A real one is
-asked by `make test-dicom`.
+Local DICOMweb server with QIDO, WADO and STOW of series, which can be told to fail. `make test-dicom` uses a real
+server.
 """
 
 import json
@@ -20,11 +20,11 @@ BOUNDARY = b"a-boundary"
 class DicomWebServer(ThreadingHTTPServer):
     """
     Attributes:
-        instances: data sets as bytes, in the order in which they came.
+        instances: data sets as bytes, in order of arrival.
         requests: method and path of each request.
-        fail: what takes the place of an answer, by the request's kind: "search", "retrieve" or "store". It is called
-            with the handler.
-        promised: NumberOfSeriesRelatedInstances, if it is not the number of them.
+        fail: functions called with the handler instead of answering, by kind of request: "search", "retrieve" or
+            "store".
+        promised: NumberOfSeriesRelatedInstances, if it differs from the actual number.
     """
 
     daemon_threads = True
@@ -51,7 +51,7 @@ class DicomWebServer(ThreadingHTTPServer):
         return [(one, content) for one, content in read if one.StudyInstanceUID == study]
 
     def __enter__(self) -> "DicomWebServer":
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # looks so often whether to end
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # poll interval for shutdown
         return self
 
     def __exit__(self, *error) -> None:

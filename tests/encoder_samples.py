@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of others, tiny and of random weights, written down from their papers and files."""
+"""Tiny third-party networks with random weights, reimplemented from their papers and files."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ INFLATED = {"encoder_type": "i3resnet", "encoder_layers": [1, 2, 1, 1], "encoder
 
 
 class Bottleneck(nn.Module):
-    """As torchvision's, inflated: the stride is in the 3x3x3 convolution."""
+    """Inflated form of torchvision's bottleneck, with the stride in the 3x3x3 convolution."""
 
     def __init__(self, inside, planes, stride, projects):
         super().__init__()
@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
 
 
 class I3ResNet(nn.Module):
-    """Merlin's and Astra's: [batch, 1, right, anterior, superior], 0 to 1 → [batch, C, superior, right, anterior]."""
+    """Merlin and Astra: [batch, 1, right, anterior, superior], 0 to 1 → [batch, C, superior, right, anterior]."""
 
     def __init__(self, layers, channels):
         super().__init__()
@@ -51,7 +51,7 @@ class I3ResNet(nn.Module):
 
 
 def with_statistics(network):
-    """Random statistics of BatchNorm, so that a misplaced one shows."""
+    """Set random BatchNorm statistics, so that misplaced ones change the output."""
     torch.manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
@@ -61,6 +61,6 @@ def with_statistics(network):
 
 
 def medicalnet():
-    """A ResNet-18 as MedicalNet's."""
+    """Return a ResNet-18 like MedicalNet's."""
     torch.manual_seed(0)
     return ResNet("basic", [2, 2, 2, 2], CHANNELS, n_input_channels=1, feed_forward=False, shortcut_type="A")

@@ -1,12 +1,12 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Coverage-guided fuzzing of the reader: whatever the bytes, a valid volume or a `CTInputError`.
+"""Coverage-guided fuzzing of the reader: any bytes must give a valid volume or a `CTInputError`.
 
     make fuzz                                          # a minute
     python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=3600
 
-The first argument is a folder for the corpus, which grows from run to run, and for what made the reader fail; others
-are libFuzzer's. The first byte of an input says which format its other bytes are.
+The first argument is a folder for the corpus, which grows from run to run, and for failing inputs; further arguments
+go to libFuzzer. The first byte of an input selects the format of the other bytes.
 """
 
 import gzip
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import atheris
-import datasets  # noqa: F401 - before the instrumentation, as all large packages: it would take minutes for them
+import datasets  # noqa: F401 - large packages are imported before the instrumentation, which would take minutes
 import numpy as np
 import SimpleITK  # noqa: F401
 import torch  # noqa: F401
@@ -31,7 +31,7 @@ SIZE = (8, 8, 8)
 
 
 def seed(corpus: Path) -> None:
-    """Write the good inputs that are files, behind the byte that says their format."""
+    """Write the good inputs that are files, each after the byte that selects its format."""
     corpus.mkdir(parents=True, exist_ok=True)
     for title, (_, make, *_) in GOOD.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def test_one_input(data: bytes) -> None:
     suffix, content = SUFFIXES[data[0] % len(SUFFIXES)] if data else ".nii", data[1:]
     if suffix == ".nii":
         ct = {"path": None, "bytes": content}
-    elif suffix == ".nii.gz":  # deflated here, for the fuzzer would have to find the checksum
+    elif suffix == ".nii.gz":  # compressed here, because the fuzzer cannot guess the checksum
         ct = {"path": None, "bytes": content if content[:2] == b"\x1f\x8b" else gzip.compress(content, 1)}
     else:
         ct = Path(sys.argv[1]) / f"scan{suffix}"
@@ -68,7 +68,7 @@ def test_one_input(data: bytes) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     seed(folder / "corpus")
-    (folder / "v.raw").write_bytes(bytes(20592))  # what the detached headers point to
+    (folder / "v.raw").write_bytes(bytes(20592))  # data file of the detached headers
     options = [f"-artifact_prefix={folder}/", "-max_len=32768", "-timeout=10", "-rss_limit_mb=2048", *sys.argv[2:]]
     atheris.Setup([sys.argv[0], *options, str(folder / "corpus")], test_one_input)
     atheris.Fuzz()

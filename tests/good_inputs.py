@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Legitimate scans that readers refuse or get wrong, as scanners, archives and other software write them.
+"""Valid scans, as written by scanners, archives and other software, that some readers refuse or read wrongly.
 
-Each entry of `GOOD` is a name and a writer. The writer is given an empty folder, and returns the path that a reader
-is given and the Hounsfield units that it has to find there: [x, y, z] in LPS order.
+Each entry of `GOOD` is a name and a writer. The writer takes an empty folder, and returns the path to read and the
+expected Hounsfield units: [x, y, z] in LPS order.
 """
 
 import base64
@@ -34,7 +34,7 @@ Writer = Callable[[Path], tuple[Path, np.ndarray]]
 
 
 def series(change=None, lps: np.ndarray | None = None) -> Writer:
-    """`change(k, dataset)` alters slice k before it is written."""
+    """Return a writer of a series; `change(k, dataset)` alters slice k before it is written."""
 
     def write(folder: Path) -> tuple[Path, np.ndarray]:
         hu = make_ct() if lps is None else lps
@@ -52,7 +52,7 @@ def tags(**values):
 
 
 def rewritten(change: Callable[[Path], None], only: slice = slice(None)) -> Writer:
-    """`change(path)` alters each file once it is written, or some of them."""
+    """Return a writer of a series; `change(path)` alters the files in `only` after they are written."""
 
     def write(folder: Path) -> tuple[Path, np.ndarray]:
         for path in sorted(write_dicom(folder / "series", make_ct()).iterdir())[only]:
@@ -63,7 +63,7 @@ def rewritten(change: Callable[[Path], None], only: slice = slice(None)) -> Writ
 
 
 def bare(path: Path) -> None:
-    """The data set alone, without preamble, prefix and meta header."""
+    """Reduce a file to its data set, without preamble, prefix and meta header."""
     one = pydicom.dcmread(path)
     data = pydicom.Dataset({element.tag: element for element in one})
     data.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False)
@@ -88,7 +88,7 @@ def explicit_that_says_implicit(path: Path) -> None:
 
 
 def compressed(kind: str, syntax: str) -> Writer:
-    """Three slices in turn, compressed by imagecodecs: few libraries write these."""
+    """Return a writer of three repeated slices, compressed by imagecodecs because few libraries write these."""
     lps = np.tile(make_ct((26, 22, 9))[:, :, 3:6], (1, 1, 3))
 
     def change(k: int, one) -> None:
@@ -107,7 +107,7 @@ def excess(count: int):
 
 
 def padded(value: int, stored: int, limit: int | None = None, signed: bool = False):
-    """The corners, which are air, hold padding that the header declares."""
+    """Return a change that fills the corners, which are air, with declared padding."""
 
     def change(k: int, one) -> None:
         kind = "<i2" if signed else "<u2"
@@ -122,7 +122,7 @@ def padded(value: int, stored: int, limit: int | None = None, signed: bool = Fal
 
 
 def twelve_bits(k: int, one) -> None:
-    """In the low bits of two bytes, with an overlay above."""
+    """Store 12 bits in the low bits of two bytes, with an overlay in the high bits."""
     pixels = np.frombuffer(one.PixelData, "<u2") | np.uint16(0x5000)
     one.BitsStored, one.HighBit, one.PixelData = 12, 11, pixels.tobytes()
 
@@ -133,19 +133,19 @@ def varying_rescale(k: int, one) -> None:
 
 
 def rounded_positions(step: float):
-    """Slices at an even step whose positions are rounded to 0.1 mm."""
+    """Return a change to evenly spaced slices whose positions are rounded to 0.1 mm."""
     return tags(ImagePositionPatient=lambda k: [40, -25, f"{300 + step * k:.1f}"], SliceThickness=step)
 
 
 def infant(folder: Path) -> tuple[Path, np.ndarray]:
-    """A newborn in a field of 500 mm: nearly all of it is the air around."""
+    """Write a newborn in a field of view of 500 mm, which is mostly air."""
     hu = np.full((128, 128, 16), -1000, np.int16)
     hu[52:78, 53:75] = make_ct((26, 22, 16))
     return write_dicom(folder / "series", hu), hu
 
 
 def feet_first(folder: Path) -> tuple[Path, np.ndarray]:
-    """Feet first and prone: columns run to the patient's front."""
+    """Write a feet-first, prone scan, whose columns point anteriorly."""
     hu = make_ct()
 
     def change(k: int, one) -> None:
@@ -167,7 +167,7 @@ def coronal(folder: Path) -> tuple[Path, np.ndarray]:
 
 
 def copies(folder: Path) -> tuple[Path, np.ndarray]:
-    """Some slices lie there twice."""
+    """Write a series with copies of some slices."""
     write_dicom(folder / "series", make_ct())
     for path in sorted((folder / "series").iterdir())[3:7]:
         shutil.copy(path, path.with_stem(f"{path.stem} (2)"))
@@ -175,7 +175,7 @@ def copies(folder: Path) -> tuple[Path, np.ndarray]:
 
 
 def disc(folder: Path) -> tuple[Path, np.ndarray]:
-    """What else a disc holds: a viewer, notes, the system's own files, an empty file."""
+    """Write a disc with other files: a viewer, notes, files of the operating system, and an empty file."""
     write_dicom(folder / "disc" / "DICOM", make_ct())
     (folder / "disc" / "VIEWER").mkdir()
     (folder / "disc" / "VIEWER" / "viewer.exe").write_bytes(b"MZ" + bytes(2000))
@@ -188,7 +188,7 @@ def disc(folder: Path) -> tuple[Path, np.ndarray]:
 
 
 def beside(kind: list[str], shape=(26, 22, 18)) -> Writer:
-    """A series of other pictures in the same folder."""
+    """Return a writer of a study with a second series of another image type."""
 
     def write(folder: Path) -> tuple[Path, np.ndarray]:
         write_dicom(folder / "study" / "CT", make_ct())
@@ -200,14 +200,14 @@ def beside(kind: list[str], shape=(26, 22, 18)) -> Writer:
 
 def enhanced(**options) -> Writer:
     def write(folder: Path) -> tuple[Path, np.ndarray]:
-        hu = make_ct() // 2 * 2  # what all of the rescales can store
+        hu = make_ct() // 2 * 2  # even values, which all rescales can store
         return write_enhanced(folder / "scan.dcm", hu, **options), hu
 
     return write
 
 
 def concatenation(folder: Path) -> tuple[Path, np.ndarray]:
-    """Frames of one series over three files."""
+    """Write the frames of one series to three files."""
     hu = make_ct()
     for number, start in enumerate(range(0, 18, 6)):
         write_enhanced(folder / "series" / f"{number}.dcm", hu, range(start, start + 6))
@@ -247,7 +247,7 @@ GOOD: list[tuple[str, Writer]] = [
     ("DICOM: deflated", series(lambda k, one: setattr(
         one.file_meta, "TransferSyntaxUID", DeflatedExplicitVRLittleEndian))),
     ("DICOM: without preamble and meta header", rewritten(bare)),
-    # In one slice, for GDCM takes seconds for each.
+    # Only one slice, because GDCM takes seconds per slice.
     ("DICOM: implicit VR under an explicit syntax", rewritten(implicit_that_says_explicit, slice(4, 5))),
     ("DICOM: explicit VR under the implicit syntax", rewritten(explicit_that_says_implicit)),
     ("DICOM: RLE", series(lambda k, one: one.compress(RLELossless))),
@@ -288,7 +288,7 @@ GOOD: list[tuple[str, Writer]] = [
 
 
 def check(volume, hu: np.ndarray) -> None:
-    """Every voxel of `volume`, a `CTVolume`, is what was written.
+    """Check that every voxel of `volume`, a `CTVolume`, equals the written value.
 
     Raises:
         AssertionError

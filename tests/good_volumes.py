@@ -1,9 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI, NRRD and MetaImage files as tools really write them, which have to be read.
+"""NIfTI, NRRD and MetaImage files as written by real tools, which must be read.
 
-`GOOD` holds the name of each and what writes it into an empty folder and returns its path. All of them hold
-`make_ct()`, on the grid of `bad_inputs.lps_affine()`.
+`GOOD` holds a name and a writer of each. The writer takes an empty folder and returns the path. All files hold
+`make_ct()` on the grid of `bad_inputs.lps_affine()`.
 """
 
 import gzip
@@ -50,12 +50,12 @@ def moved(affine: np.ndarray, x: float, y: float, z: float) -> np.ndarray:
 
 
 def template(affine: np.ndarray, code: int = MNI, **fields) -> bytes:
-    """The scanner's qform beside an sform of another space."""
+    """Return a file with the scanner's qform and an sform of another space."""
     return nifti(**sform(affine) | {"qform_code": 1, "sform_code": code} | fields)
 
 
 def by_nibabel(kind: type) -> Callable[[Path], Path]:
-    """Floats that nibabel saves as integers of a type: it chooses slope and intercept itself."""
+    """Return a writer of floats that nibabel saves as integers, with a slope and intercept of its choice."""
 
     def make(folder: Path) -> Path:
         image = nib.Nifti1Image(make_ct().astype(np.float32), lps_affine())
@@ -67,7 +67,7 @@ def by_nibabel(kind: type) -> Callable[[Path], Path]:
 
 
 def by_simpleitk(name: str) -> Callable[[Path], Path]:
-    """A sequence of one frame, as ITK writes it."""
+    """Return a writer of a sequence of one frame, as written by ITK."""
 
     def make(folder: Path) -> Path:
         sitk.WriteImage(sitk.JoinSeries([sitk_image()]), folder / name)
@@ -77,7 +77,7 @@ def by_simpleitk(name: str) -> Callable[[Path], Path]:
 
 
 def four(**fields) -> dict:
-    """Fields of a MetaImage of four axes."""
+    """Return the fields of a MetaImage of four axes."""
     return {
         "NDims": "4", "DimSize": "26 22 18 1", "ElementSpacing": "1.5 1.25 2.5 1", "Offset": "40 -25 300 0",
         "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1",
@@ -89,7 +89,7 @@ def listed(header: bytes, names: list[str]) -> bytes:
 
 
 def with_headers(header: bytes, size: int) -> Callable[[Path], Path]:
-    """A MetaImage of a file for each slice, each of which begins with a header of its own."""
+    """Return a writer of a MetaImage with one file per slice, each with its own header."""
 
     def make(folder: Path) -> Path:
         names = [f"s{k:02d}.raw" for k in range(18)]
@@ -103,7 +103,7 @@ def with_headers(header: bytes, size: int) -> Callable[[Path], Path]:
 
 
 def packed(header: bytes) -> Callable[[Path], Path]:
-    """A MetaImage of a compressed file for each slice."""
+    """Return a writer of a MetaImage with one compressed file per slice."""
 
     def make(folder: Path) -> Path:
         names = [f"s{k:02d}.zraw" for k in range(18)]
@@ -117,7 +117,7 @@ def packed(header: bytes) -> Callable[[Path], Path]:
 
 
 def below(name: str, header: bytes) -> Callable[[Path], Path]:
-    """A header whose voxels lie in a folder below its own."""
+    """Return a writer of a header whose voxels are in a subfolder."""
 
     def make(folder: Path) -> Path:
         (folder / "raw").mkdir()
@@ -129,7 +129,7 @@ def below(name: str, header: bytes) -> Callable[[Path], Path]:
 
 
 def beside(name: str, content: bytes, **others: bytes) -> Callable[[Path], Path]:
-    """A folder with one scan, and files beside it that are none."""
+    """Return a writer of a folder with one scan and other files."""
 
     def make(folder: Path) -> Path:
         (folder / "study" / "inner").mkdir(parents=True)
@@ -344,7 +344,7 @@ GOOD: list[tuple[str, Callable[[Path], Path]]] = [
         "MetaImage with zeros behind the voxels, zlib",
         file("scan.mha", meta(ZLIB | {"CompressedDataSize": str(len(VOXELS_Z))}, VOXELS_Z + bytes(100))),
     ),
-    # Folders and archives of another format than DICOM
+    # Folders and archives with formats other than DICOM
     ("folder of a NIfTI", beside("scan.nii.gz", pack(RAW))),
     ("folder of a NRRD", beside("scan.nrrd", nrrd())),
     ("folder of a MetaImage", beside("scan.mhd", meta({"ElementDataFile": "v.raw"}, b""), v__raw=VOXELS)),

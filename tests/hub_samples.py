@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that may be uploaded, of a tiny model: what the tests of the Hub and of the pipeline share."""
+"""An uploadable checkpoint of a tiny model, shared by the tests of the Hub and of the pipeline."""
 
 import json
 import os
@@ -39,7 +39,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def run_client(hub: Hub, folder: Path, script: str, installed: bool = True, **environment):
-    """Run a script as a user of the Hub would, in a folder of its own; what it leaves in the variable `answer`."""
+    """Run a script as a user of the Hub would, in a separate folder, and return its variable `answer`."""
     script = ("" if installed else WITHOUT_PACKAGE) + textwrap.dedent(script)
     ending = '\nimport json; json.dump(answer, open("answer.json", "w"))\n'
     settings = os.environ | hub.environment(folder / "home") | environment
@@ -51,7 +51,7 @@ def run_client(hub: Hub, folder: Path, script: str, installed: bool = True, **en
 
 
 def run_command(hub: Hub, folder: Path, program: str, *arguments, cwd: Path | None = None) -> str:
-    """What a command of this environment prints, in the same circumstances."""
+    """Run a command of this environment in the same way, and return its output."""
     command = [Path(sys.executable).with_name(program), *arguments]
     settings = os.environ | hub.environment(folder / "home")
     done = subprocess.run(command, cwd=cwd or folder, env=settings, capture_output=True, text=True, timeout=200)
@@ -60,7 +60,7 @@ def run_command(hub: Hub, folder: Path, program: str, *arguments, cwd: Path | No
 
 
 def make_chest(seed: int):
-    """The body of `make_ct` with two lungs: reports are of chests."""
+    """Return the body of `make_ct` with two lungs, because reports require a chest."""
     chest = make_ct(seed=seed)
     chest[7:12, 6:13, 5:14] = chest[15:20, 6:13, 5:14] = -850
     return chest
@@ -72,7 +72,7 @@ def write_scan(path: Path, seed: int) -> Path:
 
 
 def make_results(folder: Path) -> dict:
-    """Results as `diffvp evaluate` writes them, of three cases."""
+    """Return results of three cases in the format of `diffvp evaluate`."""
     score = {"precision": 0.51234, "recall": 0.25, "f1": 1 / 3, "f1_interval": [0.1, 0.6]}
     text = {"bleu4": 0.4, "bleu4_interval": [0.3, 0.5], "rougeL": 0.6}
     label = {"precision": 1.0, "recall": 0.125, "f1": 0.2222, "predicted": 1, "support": 8}
@@ -93,7 +93,7 @@ def make_results(folder: Path) -> dict:
 
 
 def make_pushable(folder: Path, base: Path, fields: dict, tokenizer, base_name: str, base_revision: str) -> Path:
-    """A tiny checkpoint with adapter, references, card and results, whose base others can find."""
+    """Write a tiny checkpoint with adapter, references, card and results, and a base on the Hub."""
     processor = DiffVPProcessor(DiffVPImageProcessor(size=(32, 32, 32)), pickle.loads(pickle.dumps(tokenizer)))
     own = {
         "diagnosis_prompt_ids": processor.diagnosis_prompt_ids(processor.tokenizer),
@@ -121,7 +121,7 @@ def make_pushable(folder: Path, base: Path, fields: dict, tokenizer, base_name: 
 
 
 def document(folder: Path) -> None:
-    """Licence, card and results of a checkpoint. Its base is on a Hub that this process does not know."""
+    """Write licence, card and results of a checkpoint. Its base is on a Hub unknown to this process."""
     with pytest.MonkeyPatch.context() as patch:
         findings = {"hit": [], "missed": ["Lung nodule"], "false": []}
         shown = {"report": "Lung: clear.", "truth": "Lung: a nodule.", "reference": "normal_1", "complete": True}

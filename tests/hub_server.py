@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The HTTP interface of the Hub on this machine, as far as its real clients use it: repositories with branches, tags and
-commits in memory, and a way to make any request fail.
+Local server with the part of the Hub's HTTP interface that its real clients use: repositories with branches, tags and
+commits in memory. Any request can be made to fail.
 """
 
 import base64
@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN, USER = "hf_test", "tester"
-LOST = -1  # as a status: do what is asked, and hang up instead of answering
+LOST = -1  # as a status: perform the request, but close the connection without an answer
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -28,12 +28,12 @@ class HubError(Exception):
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name of a file's content."""
+    """Return the Git object id of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Repo:
-    """Commits are whole trees, {path: content}; branches and tags name them."""
+    """Repository: each commit is a whole tree, {path: content}; branches and tags refer to commits."""
 
     def __init__(self, private: bool = False):
         self.commits, self.branches, self.tags, self.private = {}, {}, {}, private
@@ -57,7 +57,7 @@ class Hub(ThreadingHTTPServer):
     """
     Attributes:
         repos: {"models/user/name": Repo}; datasets and spaces alike.
-        fail: (method, path) to the status with which the request is to fail, or `LOST`, or `None`.
+        fail: function of (method, path) that returns the status of a failing request, `LOST`, or `None`.
     """
 
     daemon_threads = True
@@ -73,13 +73,13 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def put(self, place: str, folder: Path) -> str:
-        """Make a repository of a folder, without a client; its commit."""
+        """Make a repository from a folder, without a client, and return its commit."""
         repo = self.repos.setdefault(place, Repo())
         found = [path for path in folder.rglob("*") if path.is_file()]
         return repo.commit("main", {path.relative_to(folder).as_posix(): path.read_bytes() for path in found})
 
     def environment(self, home, token: str = TOKEN) -> dict[str, str]:
-        """What makes a process take this for the Hub; the libraries read it when they are imported."""
+        """Return the environment in which a process uses this server as the Hub; libraries read it at import."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": token,
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.repos[f"{kind}/{name}"]
 
     def validate(self, card: str):
-        """A card begins with a block of YAML that is a mapping and states a license as text."""
+        """Check that the YAML block of a card is a mapping with a license as text."""
         block = card.split("---\n")[1] if card.startswith("---\n") else "{}"
         data = yaml.safe_load(block) or {}
         if not isinstance(data, dict) or not isinstance(data.get("license", ""), str):
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def entries(files: dict[str, bytes], under: str) -> list[dict]:
-        """Files and folders at or below a path."""
+        """Return files and folders at or below a path."""
         below = [path for path in sorted(files) if not under or path == under or path.startswith(f"{under}/")]
         folders = {path.rsplit("/", depth)[0] for path in below for depth in range(1, path.count("/") + 1)}
         commit = {"lastCommit": {"id": "0" * 40, "title": "", "date": DATE}}

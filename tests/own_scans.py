@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Phantoms as a user's own data come: a folder of scans and a table. What the tests of that road share.
+Phantoms in the form of user data: a folder of scans and a table, shared by the tests of training on such data.
 
     python -m diffvp.tests.own_scans my_scans
 """
@@ -17,11 +17,11 @@ from diffvp.data.phantom import PhantomScan, render_patient, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.tests.ct_samples import write_dicom
 
-SPLIT = "own"  # a stream of patients that nothing else uses
+SPLIT = "own"  # a stream of patients used by nothing else
 
 
 def own_patients(normal: int, others: int, matrix: int) -> Iterator[tuple[str, PhantomScan, str, bool]]:
-    """Name, scan, report and whether it is normal, of so many patients without findings and with some, mixed."""
+    """Yield (name, scan, report, is_normal) of `normal` patients without findings and `others` with some, mixed."""
     left, index, count = {True: normal, False: others}, 0, 0
     while any(left.values()):
         patient = sample_patient(0, index, SPLIT)
@@ -35,7 +35,7 @@ def own_patients(normal: int, others: int, matrix: int) -> Iterator[tuple[str, P
 
 
 def write_own_scans(folder: Path, *, normal: int = 14, others: int = 26, matrix: int = 96) -> None:
-    """NIfTI files, and `metadata.csv` with their paths and reports."""
+    """Write NIfTI files, and `metadata.csv` with their paths and reports."""
     folder.mkdir(parents=True)
     rows = [["path", "report"]]
     for name, scan, report, _ in own_patients(normal, others, matrix):
@@ -45,7 +45,7 @@ def write_own_scans(folder: Path, *, normal: int = 14, others: int = 26, matrix:
 
 
 def write_own_dicom(folder: Path, *, normal: int = 8, others: int = 4, matrix: int = 96) -> None:
-    """Folders of DICOM slices, and `metadata.csv` with their paths, reports and which of them are normal."""
+    """Write folders of DICOM slices, and `metadata.csv` with their paths, reports and normal flags."""
     folder.mkdir(parents=True)
     rows = [["path", "report", "normal"]]
     for name, scan, report, is_normal in own_patients(normal, others, matrix):

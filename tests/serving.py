@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""`diffvp serve` in a process of its own, and clients that ask much of it at once: for tests and benchmark."""
+"""`diffvp serve` in a separate process, and many concurrent clients, for tests and the benchmark."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server of this machine, with its temporary files in a folder of its own."""
+    """Local server with a separate folder for its temporary files."""
 
     def __init__(self, checkpoint, folder: Path, *options, environment: dict | None = None, port: int | None = None):
         self.port = port or free_port()
@@ -63,7 +63,7 @@ class Server:
         return self.process.wait(timeout)
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
+        """Return the value of a metric without labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
@@ -78,14 +78,14 @@ class Server:
 
 
 def send(client: httpx.Client, path: Path, content: bytes | None = None, **headers) -> httpx.Response:
-    """One scan. A file of another name than its own: names of files say nothing of what was sent."""
+    """Send one scan, and return the response. `content` replaces the content of the file, but not its name."""
     files = {"file": (path.name, path.read_bytes() if content is None else content)}
     return client.post("/v1/reports", files=files, headers=headers, timeout=1800)
 
 
 @dataclass
 class Outcome:
-    """What came of many requests: seconds of those that were answered with a report, and all that went wrong."""
+    """Results of many requests: seconds of those answered with a report, and all failures."""
 
     seconds: list[float] = field(default_factory=list)
     refused: int = 0
@@ -101,10 +101,10 @@ class Outcome:
 
 def ask(url: str, scans: Sequence[Path], broken: Sequence[Path], requests: int, clients: int) -> Outcome:
     """
-    So many requests from so many clients at once, each tenth of them with a file that is none.
+    Send `requests` requests from `clients` concurrent clients, every tenth with a broken file.
 
-    Each answer has to carry the digest of the file that this client sent, and the report and the probabilities that
-    this scan had before.
+    Each answer must carry the digest of the sent file, and the same report and probabilities as earlier answers for
+    this scan.
     """
     outcome = Outcome()
 

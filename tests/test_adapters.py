@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of every kind, and an LLM that is no longer its base: what is loaded says what was saved."""
+"""Round trips of every kind of adapter and of LLMs changed from their base: loaded models have the saved logits."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def bases(tmp_path_factory):
     for name, config in BASES.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():  # large enough that what is lost shows
+        for parameter in model.parameters():  # large enough that a lost weight shows in the logits
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder / name)
@@ -49,7 +49,7 @@ def inputs(scans):
 
 @pytest.fixture
 def make(bases, tiny_fields):
-    """`make(base, adapter=None)`: a tiny model whose adapter is as if it had been trained."""
+    """`make(base, adapter=None)`: a tiny model whose adapter weights are moved as if trained."""
 
     def make(base: str, adapter=None) -> DiffVPForConditionalGeneration:
         torch.manual_seed(0)
@@ -83,19 +83,19 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_survives_every_round_trip(make, inputs, tmp_path, kind):
+def test_adapter_survives_every_round_trip(make, inputs, tmp_path, kind):
     base, adapter = KINDS[kind]
     model = make(base, adapter)
-    assert (logits(model, inputs) - logits(make(base), inputs)).abs().max() > 1e-2, "the adapter does something"
+    assert (logits(model, inputs) - logits(make(base), inputs)).abs().max() > 1e-2, "the adapter changes the logits"
     differences = round_trip(model, inputs, tmp_path, lora(base))
     assert all(isinstance(value, float) and value <= 1e-5 for value in differences.values()), differences
-    # By name as long as the adapter is all that differs from the base.
+    # The base is saved by name only while the adapter is the sole difference from it.
     changes_base = kind.startswith(("PiSSA", "biases"))
     config = json.loads((tmp_path / "saved/config.json").read_text())
     assert (config["base_model_name_or_path"] is None) == changes_base
 
 
-def test_an_adapter_that_cannot_be_merged_leaves_the_model_as_it_was(make, inputs, monkeypatch):
+def test_failed_merge_leaves_the_model_unchanged(make, inputs, monkeypatch):
     from peft.tuners.lora import layer
 
     model = make("tied", lora(target_modules=["q_proj", "lm_head"]))
@@ -132,7 +132,7 @@ def from_outside(model):
 @pytest.mark.parametrize(
     "spoil", [lambda model: model.language_model.disable_adapters(), second_adapter, merged_in_place, from_outside]
 )
-def test_what_is_not_one_acting_adapter_is_neither_saved_nor_merged(make, inputs, tmp_path, spoil):
+def test_save_and_merge_require_exactly_one_active_adapter(make, inputs, tmp_path, spoil):
     model = make("tied", None if spoil is from_outside else lora())
     spoil(model)
     expected = logits(model, inputs)
@@ -143,7 +143,7 @@ def test_what_is_not_one_acting_adapter_is_neither_saved_nor_merged(make, inputs
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_a_weight_of_the_adapter_that_is_not_there_is_refused(make, tmp_path):
+def test_missing_adapter_weight_is_refused(make, tmp_path):
     from safetensors.torch import save_file
 
     make("untied", lora(use_dora=True)).save_pretrained(tmp_path / "model")
@@ -159,7 +159,7 @@ def test_a_weight_of_the_adapter_that_is_not_there_is_refused(make, tmp_path):
         load(tmp_path / "model")
 
 
-def test_the_adapter_of_another_save_is_refused(make, tmp_path):
+def test_adapter_from_another_save_is_refused(make, tmp_path):
     import shutil
 
     one, other = make("tied", lora()), make("tied", lora())
@@ -171,12 +171,12 @@ def test_the_adapter_of_another_save_is_refused(make, tmp_path):
         load(tmp_path / "one")
 
 
-# An LLM that is no longer its base
+# LLMs that differ from their base
 
 
 @torch.no_grad()
 def train_one_norm(model):
-    model.language_model.model.norm.weight.data[0] += 0.5  # `.data`: no version counter sees it
+    model.language_model.model.norm.weight.data[0] += 0.5  # `.data` bypasses the version counter
 
 
 def rounded(model):
@@ -202,7 +202,7 @@ def untie(model):
     ],
     ids=["one number", "another head", "resized", "LLM resized", "rounded"],
 )
-def test_an_llm_that_is_not_its_base_any_more_is_saved_whole(make, inputs, tmp_path, base, change, adapter):
+def test_llm_that_differs_from_its_base_is_saved_whole(make, inputs, tmp_path, base, change, adapter):
     model = make(base, adapter)
     change(model)
     expected = logits(model, inputs)
@@ -210,16 +210,16 @@ def test_an_llm_that_is_not_its_base_any_more_is_saved_whole(make, inputs, tmp_p
     assert json.loads((tmp_path / "model/config.json").read_text())["base_model_name_or_path"] is None
     loaded = load(tmp_path / "model")
     torch.testing.assert_close(logits(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
-    assert not any(p.requires_grad for p in loaded.language_model.parameters()), "frozen as every loaded LLM"
+    assert not any(p.requires_grad for p in loaded.language_model.parameters()), "frozen like every loaded LLM"
     loaded.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(tmp_path / "again"), inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_cast_or_given_llm_is_compared_with_the_base_itself(make, bases, inputs, tiny_fields, tmp_path):
+def test_cast_or_given_llm_is_compared_with_its_base_weights(make, bases, inputs, tiny_fields, tmp_path):
     model = make("tied", lora()).bfloat16()
     model.save_pretrained(tmp_path / "cast")
     assert not any(name.startswith("language_model.") for name in load_file(tmp_path / "cast/model.safetensors"))
-    # Not the logits: PyTorch casts the frequencies of the positions, too, which no checkpoint holds.
+    # Weights instead of logits: PyTorch also casts the rotary frequencies, which no checkpoint holds.
     loaded = load(tmp_path / "cast").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     given = AutoModelForCausalLM.from_pretrained(bases / "tied")
@@ -234,7 +234,7 @@ def test_a_cast_or_given_llm_is_compared_with_the_base_itself(make, bases, input
         assert torch.equal(logits(load(tmp_path / folder), inputs), logits(model, inputs))
 
 
-def test_fingerprints_see_every_bit():
+def test_fingerprint_depends_on_every_value_and_on_the_shape():
     generator = torch.Generator().manual_seed(0)
     for shape, dtype in (
         ((3,), torch.bfloat16),
@@ -254,7 +254,7 @@ def test_fingerprints_see_every_bit():
     assert fingerprints({"it": swapped}) != fingerprints({"it": swapped.view(100, 400)})
 
 
-def test_a_base_with_code_of_its_own_is_refused_when_the_model_is_made(bases, tiny_fields, tmp_path):
+def test_base_with_custom_code_is_refused_at_construction(bases, tiny_fields, tmp_path):
     own = write_base_with_own_code(tmp_path / "own-code")
     with pytest.raises(DiffVPCheckpointError, match="code of its own"):
         DiffVPForConditionalGeneration.from_base(str(own), config=tiny_fields, trust_remote_code=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Is it a chest? Bodies of ellipsoids whose lungs are known, phantoms, and real scans."""
+"""Check that a scan shows a chest: ellipsoid bodies with known lungs, phantoms, and real scans."""
 
 import dataclasses
 import time
@@ -19,11 +19,11 @@ LUNG = -860
 
 class Body:
     """
-    An adult of ellipsoids from the pelvis to the neck, in mm: x to the left, y to posterior, z upwards from 0.
+    Adult body of ellipsoids from the pelvis to the neck, in mm: x to the left, y to posterior, z upwards from 0.
 
     Args:
-        field: mm of the field of view along x and y.
-        scale: of the body: 0.33 is a newborn.
+        field: field of view along x and y, in mm.
+        scale: scale of the body; 0.33 is a newborn.
         noise: standard deviation in HU.
     """
 
@@ -50,7 +50,7 @@ class Body:
         return self.fill(distance < 1, hu)
 
     def lungs(self, right=LUNG, left=LUNG):
-        """Half ellipsoids of 1.4 litres each on the diaphragm, z from 0 to 220 mm."""
+        """Add half ellipsoids of 1.4 litres each on the diaphragm, z from 0 to 220 mm."""
         for side, hu in ((-1, right), (1, left)):
             x, y, z = self.grid
             inside = ((x - 78 * side) / 62) ** 2 + (y / 85) ** 2 + ((z - 30) / 190) ** 2 < 1
@@ -58,7 +58,7 @@ class Body:
         return self.ellipsoid((15, -25, 50), (55, 45, 60), BLOOD).ellipsoid((0, 10, 250), (9, 9, 120), AIR)
 
     def table(self, side="posterior"):
-        """A top of foam in a shell, as wide as the body."""
+        """Add a table top of foam in a shell, as wide as the body."""
         x, y, _ = self.grid
         along, across = {"posterior": (x, y), "anterior": (x, -y), "left": (y, x)}[side]
         top = {"left": 180}.get(side, 120)
@@ -77,7 +77,7 @@ class Body:
 
 
 def cut(volume, low=0.0, high=1.0):
-    """A part of a scan between two shares of its height."""
+    """Cut a scan between two fractions of its height."""
     depth = volume.array.shape[2]
     array = volume.array[:, :, round(low * depth) : round(high * depth)]
     return read_ct(np.ascontiguousarray(array), spacing=volume.spacing)
@@ -94,7 +94,7 @@ def refused(volume) -> bool:
 
 @pytest.mark.parametrize("noise", [0, 15, 80])
 @pytest.mark.parametrize("slice_mm", [1.5, 4, 10])
-def test_volume_and_extent_of_the_lungs(noise, slice_mm):
+def test_lung_volume_and_extent_match_the_known_body(noise, slice_mm):
     body = Body(slice_mm=slice_mm, noise=noise).lungs().table()
     coverage = measure_coverage(body.volume())
     assert coverage["lung_volume_ml"] == pytest.approx(body.lung_ml(), rel=0.12)
@@ -123,13 +123,13 @@ CHESTS = {
 
 
 @pytest.mark.parametrize("name", CHESTS)
-def test_chests_that_are_hard_are_not_refused(name):
+def test_difficult_chests_are_accepted(name):
     coverage = measure_coverage(CHESTS[name]().volume())
     check_chest(coverage, "scan")
     assert coverage["cut_off"] == []
 
 
-def test_field_of_view_that_cuts_through_a_lung():
+def test_field_of_view_that_cuts_a_lung_is_accepted():
     volume = Body().lungs().volume()
     start = round(0.40 * volume.array.shape[0])
     for part in (np.s_[start:], np.s_[: volume.array.shape[0] - start], np.s_[30:60]):
@@ -140,7 +140,7 @@ def test_field_of_view_that_cuts_through_a_lung():
 
 
 def gas(body, count=12, radius=32):
-    """Bowel: spheres of gas, together about 1.6 litres."""
+    """Add bowel gas: spheres with a total of about 1.6 litres."""
     rng = np.random.default_rng(1)
     for _ in range(count):
         centre = rng.uniform((-100, -60, -60), (100, 20, 260))
@@ -172,12 +172,12 @@ def test_other_regions_are_refused(name):
     ("low", "high", "ends"),
     [
         (-100, 100, ["top"]),  # without apices
-        (90, 300, ["bottom"]),  # without what lies below the carina
+        (90, 300, ["bottom"]),  # without the region below the carina
         (60, 120, ["top", "bottom"]),  # a slab
         (-400, 140, ["top"]),  # down to the pelvis
     ],
 )
-def test_part_of_a_chest_is_warned_about(low, high, ends):
+def test_partial_chest_gives_a_warning(low, high, ends):
     coverage = measure_coverage(Body(low=low, high=high).lungs().table().volume())
     check_chest(coverage, "scan")
     assert coverage["cut_off"] == ends
@@ -186,18 +186,18 @@ def test_part_of_a_chest_is_warned_about(low, high, ends):
 
 
 @pytest.mark.parametrize(("blood", "contrast"), [(35, False), (55, False), (110, True), (300, True)])
-def test_contrast_medium_shows_between_the_lungs(blood, contrast):
+def test_contrast_medium_is_detected_between_the_lungs(blood, contrast):
     body = Body(noise=25).lungs().ellipsoid((15, -25, 50), (55, 45, 60), blood)
     coverage = measure_coverage(body.volume())
     assert coverage["contrast"] is contrast and coverage["blood_hu"] == pytest.approx(blood, abs=20)
 
 
-def test_header_knows_better_than_the_voxels():
+def test_contrast_in_the_header_overrides_the_voxels():
     volume = dataclasses.replace(Body().lungs().volume(), contrast=True)
     assert measure_coverage(volume)["contrast"] is True
 
 
-def test_voxels_that_are_not_hu_are_not_judged():
+def test_non_hu_voxels_have_no_coverage():
     volume = Body().volume()
     grey = read_ct((volume.array + 1024) // 8, spacing=volume.spacing, allow_non_hu=True)
     assert not grey.is_hu and measure_coverage(grey) is None
@@ -205,7 +205,7 @@ def test_voxels_that_are_not_hu_are_not_judged():
     assert anatomy_warnings(None) == []
 
 
-def test_stored_values_do_not_matter():
+def test_coverage_is_independent_of_slope_and_stored_type():
     volume = Body().lungs().volume()
     stored = dataclasses.replace(
         volume, array=((volume.array + 1024) * 2).astype(np.uint16), slope=0.5, intercept=-1024
@@ -215,7 +215,7 @@ def test_stored_values_do_not_matter():
     assert measure_coverage(stored) == measure_coverage(flipped) == measure_coverage(real) == measure_coverage(volume)
 
 
-def test_any_array_is_judged_without_an_error():
+def test_any_array_is_measured_without_error():
     rng = np.random.default_rng(0)
     for shape in ((8, 8, 8), (9, 70, 8), (130, 8, 200)):
         for hu in (rng.integers(-1024, 3000, shape), np.full(shape, -1000), rng.integers(0, 50, shape)):
@@ -228,22 +228,22 @@ def test_any_array_is_judged_without_an_error():
 
 @pytest.fixture(scope="module")
 def phantoms():
-    """Scans of phantom patients with the masks of their lungs."""
+    """Scans of phantom patients with their lung masks."""
     scans = [render_patient(sample_patient(5, index, "train"), matrix=64) for index in range(8)]
     return [(read_ct(scan.hu, spacing=scan.spacing), scan.regions["lung"]) for scan in scans]
 
 
-def test_phantoms_are_chests(phantoms):
+def test_phantoms_are_accepted_as_chests(phantoms):
     for volume, lungs in phantoms:
         coverage = measure_coverage(volume)
         check_chest(coverage, "phantom")
         assert coverage["cut_off"] == [] and anatomy_warnings(coverage) == []
-        # The mask also holds consolidations and what an effusion has displaced.
+        # The mask also includes consolidations and lung displaced by an effusion.
         whole = np.count_nonzero(lungs) * np.prod(volume.spacing) / 1000
         assert 0.45 * whole < coverage["lung_volume_ml"] < 1.1 * whole
 
 
-def test_phantoms_that_are_cut_are_flagged(phantoms):
+def test_cut_phantoms_are_flagged(phantoms):
     for volume, lungs in phantoms:
         slices = np.flatnonzero(lungs.any(axis=(0, 1)))
         bottom, top, depth = slices[0], slices[-1] + 1, volume.array.shape[2]
@@ -254,7 +254,7 @@ def test_phantoms_that_are_cut_are_flagged(phantoms):
         assert not refused(apex)
 
 
-def test_real_scans(check_data):
+def test_real_chest_scans_are_accepted_and_others_refused(check_data):
     folder = check_data / "ct"
     for name, ends in (("pyradiomics/lung1_image.nrrd", ["bottom"]), ("cip/ct-64.nrrd", [])):
         coverage = measure_coverage(read_ct(folder / name))
@@ -265,7 +265,7 @@ def test_real_scans(check_data):
         assert refused(read_ct(folder / name))
 
 
-def test_costs_little():
+def test_coverage_takes_under_50_ms_of_cpu_time():
     rng = np.random.default_rng(0)
     plane = rng.integers(-1000, 100, (300, 1, 512), dtype=np.int16)
     volume = read_ct(np.broadcast_to(plane, (300, 512, 512)).copy().T, spacing=(0.7, 0.7, 1.0))
@@ -274,13 +274,13 @@ def test_costs_little():
         started = time.process_time()
         measure_coverage(volume)
         taken.append(time.process_time() - started)
-    assert min(taken) < 0.05  # 0.003 of the processor's time; reading takes 0.1 and more
+    assert min(taken) < 0.05  # about 0.003 s of CPU time; reading takes 0.1 s or more
 
 
-# Where reports are written; how the rest of them comes about is tested there.
+# The image processor
 
 
-def test_processor_measures_and_refuses_only_when_asked():
+def test_processor_always_measures_and_refuses_on_request():
     from diffvp.processing_diffvp import DiffVPImageProcessor
 
     processor = DiffVPImageProcessor(size=(8, 8, 8))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input is refused by an error that names the field, fast, in little memory, and without a word on stderr."""
+"""Bad input is refused with an error that names the field: quickly, in little memory, and with nothing on stderr."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ from .bad_inputs import CASES, members, meta, nrrd
 from .ct_samples import SPACING, make_ct
 
 MAX_SECONDS = 2.0
-MAX_MB = 600  # of the whole process, of which the imports are more than half
+MAX_MB = 600  # of the whole process; the imports take more than half
 ORIENTATIONS = [
     tuple(codes[axis] for axis in order)
     for order in itertools.permutations(range(3))
@@ -39,28 +39,28 @@ ORIENTATIONS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
-    """What became of every case, in one process of its own for all."""
+    """Results of all cases, read in one separate process."""
     output = tmp_path_factory.mktemp("bad") / "results.json"
     subprocess.run([sys.executable, "-m", "diffvp.tests.bad_inputs", str(output)], check=True, timeout=120)
     return json.loads(output.read_text())
 
 
-def test_there_are_enough_cases_and_no_two_of_a_name():
+def test_cases_are_numerous_and_uniquely_named():
     assert len({case.name for case in CASES}) == len(CASES)
     assert sum(case.error is not None for case in CASES) >= 250 and sum(case.error is None for case in CASES) >= 30
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_case(case, results):
+def test_bad_input_is_refused_and_good_input_read(case, results):
     result = results[case.name]
     assert result["found"] == (case.error.__name__ if case.error else "the scan"), result["message"]
     assert case.field in result["field"] and result["field"] in result["message"]
-    assert "secret" not in result["message"].lower(), "the patient's name"
+    assert "secret" not in result["message"].lower(), "the message contains the patient's name"
     assert result["printed"] == ""
     assert result["seconds"] <= MAX_SECONDS and result["peak_mb"] <= MAX_MB
 
 
-# Anything at all gives a valid volume or a CTInputError.
+# Any input gives a valid volume or a CTInputError.
 
 
 def read_or_refuse(ct) -> None:
@@ -82,7 +82,7 @@ def read_file(name: str, content: bytes) -> None:
 
 
 def mutated(content: bytes, length: int) -> st.SearchStrategy[bytes]:
-    """`content` with some of its first `length` bytes replaced, and cut off or not."""
+    """`content` with some of its first `length` bytes replaced, and possibly truncated."""
 
     def change(arguments) -> bytes:
         places, end = arguments
@@ -106,7 +106,7 @@ VALUES = st.sampled_from(
 
 @settings(deadline=None, max_examples=150)
 @given(st.binary(max_size=700), st.sampled_from(["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha"]))
-def test_random_bytes(content, name):
+def test_random_bytes_are_read_or_refused(content, name):
     start = {"scan.nii": b"\x5c\1\0\0", "scan.nii.gz": b"\x1f\x8b\x08", "scan.nrrd": b"NRRD0004\n", "scan.mha": b""}
     read_file(name, content)
     read_file(name, start[name] + content)
@@ -114,20 +114,20 @@ def test_random_bytes(content, name):
 
 @settings(deadline=None, max_examples=300)
 @given(mutated(SMALL, 352), st.booleans())
-def test_mutated_nifti(content, compressed):
+def test_mutated_nifti_is_read_or_refused(content, compressed):
     read_or_refuse({"path": None, "bytes": gzip.compress(content, 1) if compressed else content})
 
 
 @settings(deadline=None, max_examples=150)
 @given(mutated(SMALL_GZ, len(SMALL_GZ)))
-def test_mutated_gzip(content):
+def test_mutated_gzip_is_read_or_refused(content):
     read_or_refuse({"path": None, "bytes": content})
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.sampled_from(["scan.nrrd", "scan.mha"]))
-def test_mutated_text_headers(data, name):
-    """Values of fields exchanged for others, then bytes."""
+def test_mutated_text_headers_are_read_or_refused(data, name):
+    """Replace the values of header fields, then bytes."""
     voxels = make_ct((8, 9, 10)).T.astype("<i2").tobytes()
     make, sizes = (nrrd, "sizes") if name.endswith("nrrd") else (meta, "DimSize")
     separator = ": " if make is nrrd else " = "
@@ -147,8 +147,8 @@ def test_mutated_text_headers(data, name):
     st.sampled_from(["gzip", "zlib"]),
     st.integers(20, 500),
 )
-def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more, codec, chunk):
-    """However the file is cut into chunks. Zeros behind are left out."""
+def test_inflate_returns_exactly_the_expected_bytes(content, length, padding, more, codec, chunk):
+    """Any chunk size gives the same result. Trailing zeros are dropped."""
     packed = (members(content, length) if codec == "gzip" else zlib.compress(content)) + bytes(padding)
     expected = len(content) + more
     with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +161,8 @@ def test_inflate_gives_exactly_what_was_asked_for(content, length, padding, more
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
-def test_zeros_behind_the_voxels_are_left_out_up_to_a_limit(monkeypatch, codec):
-    """Within the compressed stream, for a bomb would go on with them."""
+def test_trailing_zeros_are_dropped_up_to_a_limit(monkeypatch, codec):
+    """Zeros inside the compressed stream are limited, because a decompression bomb could continue with them."""
     content, pack = np.random.default_rng(0).bytes(3000), (gzip if codec == "gzip" else zlib).compress
     monkeypatch.setattr(decoding_diffvp, "MAX_PADDING", 10_000)
     monkeypatch.setattr(decoding_diffvp, "CHUNK", 1000)
@@ -174,16 +174,16 @@ def test_zeros_behind_the_voxels_are_left_out_up_to_a_limit(monkeypatch, codec):
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
-def test_inflate_refuses_every_cut_false_checksums_and_other_bytes_behind(codec):
+def test_inflate_refuses_truncation_bad_checksums_and_trailing_bytes(codec):
     content = np.random.default_rng(0).bytes(300)
     packed = (gzip if codec == "gzip" else zlib).compress(content)
     assert inflate(io.BytesIO(packed + bytes(9)), len(content), codec, "bytes").tobytes() == content
     for cut in range(1, len(packed)):
         with pytest.raises(CTReadError, match="truncated"):
             inflate(io.BytesIO(packed[:cut]), len(content), codec, "bytes")
-    name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # of a second member
+    name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"n" * 300_000 + b"\0"  # header of a second member
     bad = [packed + bytes(9) + b"other bytes", packed + name]
-    for position in range(-8 if codec == "gzip" else -4, 0):  # checksum and, of gzip, length
+    for position in range(-8 if codec == "gzip" else -4, 0):  # checksum, and length for gzip
         flipped = bytearray(packed)
         flipped[position] ^= 1
         bad.append(bytes(flipped))
@@ -196,7 +196,7 @@ def test_inflate_refuses_every_cut_false_checksums_and_other_bytes_behind(codec)
 
 @pytest.mark.parametrize("chunk", [20, 21, 64, 127, 1000])
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
-def test_inflate_of_what_compresses_a_thousandfold(monkeypatch, codec, chunk):
+def test_inflate_handles_thousandfold_compression(monkeypatch, codec, chunk):
     monkeypatch.setattr(decoding_diffvp, "CHUNK", chunk)
     for length in (1, 257, 258, 259, 20_000, 100_003):
         packed = (gzip if codec == "gzip" else zlib).compress(bytes(length))
@@ -206,8 +206,8 @@ def test_inflate_of_what_compresses_a_thousandfold(monkeypatch, codec, chunk):
                 inflate(io.BytesIO(packed[:cut]), length, codec, "bytes")
 
 
-def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
-    """Scans of several sizes, of which a caller keeps some, whole or a view of a view, each with its own voxels."""
+def test_memory_still_in_use_is_never_reused():
+    """Scans of several sizes; those a caller keeps, whole or as a view of a view, retain their own voxels."""
     rng, kept = np.random.default_rng(0), []
     for turn in range(200):
         content = rng.bytes(int(rng.integers(1, 400_000)))
@@ -219,20 +219,20 @@ def test_memory_is_used_again_by_nothing_that_is_still_looked_at():
             kept.pop(int(rng.integers(len(kept))))
 
 
-def test_a_scan_that_nobody_holds_gives_its_memory_to_the_next():
+def test_released_scan_memory_is_reused():
     packed = members(bytes(300_000), 300_000)
     first = inflate(io.BytesIO(packed), 300_000, "gzip", "bytes").ctypes.data
     assert inflate(io.BytesIO(packed), 300_000, "gzip", "bytes").ctypes.data == first
 
 
-def test_thousands_of_gzip_members():
-    """bgzip writes members of up to 64 KB, and ends with an empty one."""
+def test_thousands_of_gzip_members_are_read():
+    """bgzip writes members of up to 64 KB and ends with an empty one."""
     content = np.random.default_rng(0).bytes(2**22)
     packed = b"".join([members(content, 2**10), gzip.compress(b"") * 20000])
     assert inflate(io.BytesIO(packed), len(content), "gzip", "bytes").tobytes() == content
 
 
-# Any grid leads back to the input's own.
+# Every tensor grid maps back to the input grid.
 
 
 def turned(axis, degrees: float) -> np.ndarray:
@@ -245,14 +245,14 @@ def turned(axis, degrees: float) -> np.ndarray:
 
 @st.composite
 def grids(draw) -> tuple:
-    """Shape (x, y, z), affine of the LPS array, and an orientation of storage."""
+    """Shape (x, y, z), affine of the LPS array, and storage orientation."""
     shape = tuple(draw(st.integers(8, 20)) for _ in range(3))
     spacing = [draw(st.floats(0.3, 6)) for _ in range(3)]
     axis = draw(st.tuples(*[st.integers(-3, 3)] * 3).filter(any))
     affine = np.eye(4)
     affine[:3, :3] = turned(axis, draw(st.floats(0, 20))) @ np.diag([-1, -1, 1]) * spacing
     affine[:3, 3] = [draw(st.floats(-600, 600)) for _ in range(3)]
-    assume(not np.array_equal(np.abs(affine), np.eye(4)))  # which counts as unset
+    assume(not np.array_equal(np.abs(affine), np.eye(4)))  # an identity affine counts as unset
     return shape, affine, draw(st.sampled_from(ORIENTATIONS))
 
 
@@ -263,7 +263,7 @@ def stored(lps: np.ndarray, affine: np.ndarray, codes) -> nib.Nifti1Image:
 
 @settings(deadline=None, max_examples=80)
 @given(grids(), st.data())
-def test_marked_voxel_returns_to_its_place(grid, data):
+def test_marked_voxel_maps_back_to_its_position(grid, data):
     shape, affine, codes = grid
     lps = make_ct(shape)
     mark = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
@@ -271,10 +271,10 @@ def test_marked_voxel_returns_to_its_place(grid, data):
     image = stored(lps, affine, codes)
     volume = read_ct(image)
     assert volume.sha256 == read_ct(lps, SPACING).sha256
-    # At least as fine as the scan, or the voxel could fall between two of the tensor's.
+    # At least as fine as the scan: in a coarser tensor the voxel could fall between two grid points.
     size = tuple(data.draw(st.integers(n, 2 * n)) for n in shape[::-1])
     tensor, geometry = resample(volume, size, hu_window=(-1000, 3000))
-    back = to_input_grid(tensor[0] + 1, geometry)  # 0 is what lies outside of the tensor
+    back = to_input_grid(tensor[0] + 1, geometry)  # 0 marks voxels outside the tensor
     place = np.unravel_index(back.argmax(), back.shape)
     assert image.dataobj[place] == 3000
     peak = np.unravel_index(int(tensor[0].argmax()), size)
@@ -284,8 +284,8 @@ def test_marked_voxel_returns_to_its_place(grid, data):
 
 @settings(deadline=None, max_examples=40)
 @given(grids(), st.tuples(*[st.integers(8, 30)] * 3), st.none() | st.tuples(*[st.floats(0.5, 4)] * 3))
-def test_world_coordinates_are_nibabels(grid, size, spacing):
-    """Each voxel holds its own index along one axis, so the tensor says which voxels it is made of."""
+def test_world_coordinates_agree_with_nibabel(grid, size, spacing):
+    """Each voxel holds its own index along one axis, so the tensor shows the voxels it was interpolated from."""
     shape, affine, codes = grid
     image = stored(np.zeros(shape, np.float32), affine, codes)
     found = []
@@ -298,24 +298,24 @@ def test_world_coordinates_are_nibabels(grid, size, spacing):
         found.append((tensor[0].numpy() + 1) * 33 / 2 - 1)
     voxels = np.stack(found)
     last = np.array(image.shape).reshape(3, 1, 1, 1) - 1
-    inside = ((voxels > 1e-3) & (voxels < last - 1e-3)).all(axis=0)  # at the border, values are held
+    inside = ((voxels > 1e-3) & (voxels < last - 1e-3)).all(axis=0)  # the border repeats its values
     world = image.affine[:3, :3] @ voxels[:, inside] + image.affine[:3, 3:]
     indices = np.stack(np.nonzero(inside))
     expected = geometry.tensor_affine[:3, :3] @ indices + geometry.tensor_affine[:3, 3:]
     assert np.abs(world - expected).max(initial=0) < 2e-3
 
 
-# The command refuses a file before it loads anything of the model.
+# The command refuses a file before it loads the model.
 
 
-def test_command_refuses_every_bad_file_with_the_model_not_loaded(tmp_path, monkeypatch):
+def test_command_refuses_every_bad_file_before_loading_the_model(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from diffvp import cli
     from diffvp.inference import report as reporting
 
     def loaded(*arguments, **options):
-        raise AssertionError("the model is loaded")
+        raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(reporting, "load_checkpoint", loaded)
     monkeypatch.chdir(tmp_path)
@@ -325,7 +325,7 @@ def test_command_refuses_every_bad_file_with_the_model_not_loaded(tmp_path, monk
             continue
         (tmp_path / str(number)).mkdir()
         ct = case.make(tmp_path / str(number))
-        if not isinstance(ct, (str, Path)) or ct == "" or "\0" in str(ct):  # no arguments of a command
+        if not isinstance(ct, (str, Path)) or ct == "" or "\0" in str(ct):  # impossible as command-line arguments
             continue
         arguments = ["report", str(ct)]
         if "series" in case.options:
@@ -343,7 +343,7 @@ def test_command_refuses_every_bad_file_with_the_model_not_loaded(tmp_path, monk
 
 
 def test_command_refuses_without_importing_torch(tmp_path):
-    """In a process of its own: torch and transformers take seconds, reading takes none."""
+    """Runs in a separate process: importing torch and transformers takes seconds, refusing the file does not."""
     (tmp_path / "scan.nii.gz").write_bytes(b"no scan")
     code = (
         "import sys; from diffvp import cli\n"

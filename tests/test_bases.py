@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Which causal LLMs can be a base: each family is right in a batch, or refused when the model is made."""
+"""Causal LLMs as a base: each family is correct in a batch, or refused when the model is constructed."""
 
 import json
 
@@ -24,8 +24,8 @@ def make_on(tiny_fields, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_scan_has_the_logits_tokens_and_loss_in_a_batch_that_it_has_alone(make_on, scans, family):
-    """Its neighbour has all findings and it has none, so that its prompt is padded."""
+def test_batch_gives_the_same_logits_tokens_and_loss_as_single_scans(make_on, scans, family):
+    """One scan has all findings and the other none, so that the shorter prompt is padded."""
     model = make_on(FAMILIES[family])
     findings = torch.full((2, 18), -9.0)
     findings[1] = 9.0
@@ -48,18 +48,18 @@ def test_a_scan_has_the_logits_tokens_and_loss_in_a_batch_that_it_has_alone(make
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_base_that_would_be_wrong_is_refused_when_the_model_is_made(make_on, family):
+def test_unsupported_base_is_refused_at_construction(make_on, family):
     with pytest.raises(DiffVPBaseModelError):
         make_on(REFUSED[family])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_of_half_precision_is_not_taken_for_a_mistake(tiny_fields, tmp_path, dtype):
+def test_half_precision_rounding_is_accepted(tiny_fields, tmp_path, dtype):
     base = write_base(tmp_path / "base", FAMILIES["Llama"])
     assert DiffVPForConditionalGeneration.from_base(str(base), config=tiny_fields, dtype=dtype).dtype == dtype
 
 
-def test_padding_of_instructions_of_two_lengths_stands_left_of_the_whole_prompt(make_model, scans):
+def test_padding_of_shorter_instructions_precedes_the_whole_prompt(make_model, scans):
     model = make_model()
     ids = torch.tensor([[0, 0, 40, 41], [40, 41, 42, 43]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -73,14 +73,14 @@ def test_padding_of_instructions_of_two_lengths_stands_left_of_the_whole_prompt(
         )
 
 
-# The other families go the same way by `python -m diffvp.benchmarks.bases`, which is too slow for a test.
+# `python -m diffvp.benchmarks.bases` measures the other families in the same way; that is too slow for a test.
 @pytest.mark.parametrize("name", ["Llama, tied", "Mamba"])
-def test_a_model_on_a_base_survives_every_round_trip(tmp_path, name):
+def test_model_on_each_base_survives_every_round_trip(tmp_path, name):
     found = measure(name, tmp_path)
     assert [found[trip] <= LIMIT for trip in (BATCH, *TRIPS)] == [True] * 7, found
 
 
-def test_the_table_in_the_docs_is_the_measured_one_and_has_every_family(repository_root):
+def test_table_in_docs_is_the_measured_one_with_every_family(repository_root):
     families = json.loads((repository_root / "benchmarks/results/bases.json").read_text())["families"]
     assert list(families) == NAMES
     assert table(families) in (repository_root / "docs/bases.md").read_text()

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of many scans: those that one scan at a time would get, each once, whatever happens on the way."""
+"""Reports of many scans: each is written once, equals the report of the scan alone, and survives interruptions."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
 from .ct_samples import make_ct, write_dicom
 
 SCANS = 5
-# What a line and report.json have in common: docs/reports.md.
+# Fields shared by a JSON line and report.json: docs/reports.md.
 SHARED = (
     "schema_version", "statement", "intended_domain", "warnings", "report", "regions", "findings", "complete",
     "consistency", "coverage",
@@ -70,8 +70,8 @@ def names(path) -> list[str]:
 # Engines
 
 
-def test_engine_writes_what_the_model_generates(make_model, scans):
-    """Prompts of different lengths, for the diagnoses differ: each as if it were alone, up to its end."""
+def test_engine_output_equals_model_generate(make_model, scans):
+    """Prompts differ in length because the diagnoses differ; each is decoded as if alone, up to its end token."""
     model = make_model(diagnosis_threshold=0.5)
     logits = torch.full((2, 18), -3.0)
     logits[1, 4:9] = 3.0
@@ -85,7 +85,7 @@ def test_engine_writes_what_the_model_generates(make_model, scans):
         assert written[row] == alone[0].tolist()
 
 
-def test_engine_ends_where_a_report_ends(make_model, scans):
+def test_engine_stops_at_an_end_token(make_model, scans):
     model = make_model()
     prompts = model.embed_prompt(*scans)
     [first, _] = TransformersEngine(model).generate(prompts, greedy(model, 12))
@@ -95,7 +95,7 @@ def test_engine_ends_where_a_report_ends(make_model, scans):
     assert ended == first[: first.index(first[3]) + 1]
 
 
-def test_engines_that_are_not_there(make_model, tokenizer):
+def test_unknown_or_missing_engine_is_refused(make_model, tokenizer):
     with pytest.raises(EngineError, match="engine is 'none'; expected transformers or vllm"):
         load_engine("none", make_model(), tokenizer)
     if importlib.util.find_spec("vllm") is None:
@@ -106,7 +106,7 @@ def test_engines_that_are_not_there(make_model, tokenizer):
 # Lists of scans
 
 
-def test_lists_of_scans(tmp_path):
+def test_scans_are_listed_from_folders_text_and_csv(tmp_path):
     for name in ("b.nii.gz", "deep/a.NII", "deep/c.mha"):
         write_box(tmp_path / "scans" / name.replace(".mha", ".nii"), seed=0)
     (tmp_path / "scans" / "notes.txt").write_text("no scan")
@@ -129,21 +129,21 @@ def test_lists_of_scans(tmp_path):
         ("list.txt", "\n", "list: empty"),
     ],
 )
-def test_lists_with_problems(tmp_path, name, content, message):
+def test_invalid_list_is_refused_with_its_row(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DatasetError, match=message):
         list_scans(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.csv"])
-def test_what_is_no_list_is_refused_by_name(tmp_path, name):
-    """A path that was mistyped."""
+def test_missing_list_is_refused_by_name(tmp_path, name):
+    """A mistyped path is reported by its name."""
     with pytest.raises(DatasetError) as caught:
         list_scans(tmp_path / name)
     assert [problem.table for problem in caught.value.problems] == [name]
 
 
-def test_folder_without_scans(tmp_path):
+def test_folder_without_scans_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="scans: none in the folder"):
         list_scans(tmp_path)
 
@@ -151,7 +151,7 @@ def test_folder_without_scans(tmp_path):
 # Reports
 
 
-def test_scans_without_lungs_fail_unless_asked_otherwise(checkpoint, writer, tmp_path):
+def test_scan_without_lungs_fails_unless_any_anatomy_is_allowed(checkpoint, writer, tmp_path):
     voxels = np.full((24, 24, 20), -1000, np.int16)
     voxels[4:-4, 4:-4, 2:-2] = np.random.default_rng(0).integers(-100, 100, (16, 16, 16))
     (tmp_path / "scans").mkdir()
@@ -165,7 +165,7 @@ def test_scans_without_lungs_fail_unless_asked_otherwise(checkpoint, writer, tmp
     assert set(record["consistency"]) == {"text_against_findings", "contradictions"}
 
 
-def test_each_scan_gets_the_report_that_it_gets_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):
+def test_batch_report_equals_the_report_of_the_scan_alone(cohort, checkpoint, writer, tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "draw_figure", lambda path, *volumes, **options: path.write_bytes(b""))
     file = write(cohort, tmp_path / "reports.jsonl", writer)
     header, *records = read_lines(tmp_path / "reports.jsonl")
@@ -195,7 +195,7 @@ def test_a_reference_is_encoded_once(cohort, checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"difference_level": "pixel"}, {"use_diagnosis": False}])
-def test_other_models(make_checkpoint, cohort, tmp_path, changes):
+def test_models_with_pixel_difference_or_no_diagnosis_write_reports(make_checkpoint, cohort, tmp_path, changes):
     writer = ReportWriter(make_checkpoint(**changes), max_new_tokens=3)
     write(cohort, tmp_path / "reports.jsonl", writer)
     assert len(names(tmp_path / "reports.jsonl")) == SCANS
@@ -213,23 +213,23 @@ def test_a_scan_is_never_its_own_reference(checkpoint, writer, tmp_path):
 # Interruptions
 
 
-def test_goes_on_without_repeating(cohort, writer, tmp_path):
+def test_resume_does_not_repeat_reports(cohort, writer, tmp_path):
     output = tmp_path / "reports.jsonl"
     write(cohort, output, writer)
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
-    output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while it wrote the third record
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed while writing the third record
     file = write(cohort, output, writer)
     assert sorted(output.read_bytes().splitlines()) == sorted(whole.splitlines())
     assert output.read_bytes().startswith(b"".join(lines[:3]))
-    assert len(file.done) == SCANS and file.failed == 2, "failures are tried again"
+    assert len(file.done) == SCANS and file.failed == 2, "failures are retried"
     before = output.read_bytes()
     write(cohort, output, writer)
     assert output.read_bytes() == before
 
 
-def test_a_report_belongs_to_a_content_and_not_to_a_name(writer, tmp_path):
-    """A file that is replaced by one of the same size and times, and a second folder with the same file names."""
+def test_report_belongs_to_file_content_not_file_name(writer, tmp_path):
+    """A file is replaced by one of the same size and times; a second folder has the same file names."""
     first, second, output = (
         tmp_path / "first" / "scan.nii.gz",
         tmp_path / "second" / "scan.nii.gz",
@@ -247,12 +247,12 @@ def test_a_report_belongs_to_a_content_and_not_to_a_name(writer, tmp_path):
     status = first.stat()
     os.replace(second, first)
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
-    write(first.parent, output, writer, **options)  # it is the second scan, which has its report
+    write(first.parent, output, writer, **options)  # now the content of the second scan, which already has a report
     assert [entry["sha256"] for entry in read_lines(output)[1:]] == digests and replaced == [1]
 
 
-def test_a_report_without_the_digest_of_its_file_is_written_again(cohort, writer, tmp_path):
-    """As versions before 0.2 wrote them."""
+def test_report_without_file_digest_is_written_again(cohort, writer, tmp_path):
+    """Versions before 0.2 wrote such reports."""
     output = tmp_path / "reports.jsonl"
     write(cohort, output, writer)
     header, *records = read_lines(output)
@@ -263,7 +263,7 @@ def test_a_report_without_the_digest_of_its_file_is_written_again(cohort, writer
     assert sorted(names(output)) == sorted(2 * [record["id"] for record in records])
 
 
-def test_interrupted_between_batches(cohort, checkpoint, tmp_path, monkeypatch):
+def test_interrupted_batch_resumes_with_the_same_command(cohort, checkpoint, tmp_path, monkeypatch):
     output, written, whole = tmp_path / "reports.jsonl", [], ReportWriter.write
 
     def interrupted(self, scans):
@@ -284,7 +284,7 @@ def test_interrupted_between_batches(cohort, checkpoint, tmp_path, monkeypatch):
     assert len(names(output)) == len(set(names(output))) == SCANS
 
 
-def test_other_settings_are_refused(cohort, checkpoint, writer, tmp_path):
+def test_changed_settings_are_refused(cohort, checkpoint, writer, tmp_path):
     output = tmp_path / "reports.jsonl"
     write(cohort, output, writer)
     before = output.read_bytes()
@@ -295,7 +295,7 @@ def test_other_settings_are_refused(cohort, checkpoint, writer, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"id,report\n", b'{"id": 1}\n', b"\x1f\x8b\x00", b'{"settings": {}}\n[]\n'])
-def test_a_file_of_something_else_is_left_alone(cohort, writer, tmp_path, content):
+def test_unrelated_output_file_is_left_unchanged(cohort, writer, tmp_path, content):
     output = tmp_path / "notes.jsonl"
     output.write_bytes(content)
     with pytest.raises(BatchError, match="notes.jsonl"):
@@ -303,7 +303,7 @@ def test_a_file_of_something_else_is_left_alone(cohort, writer, tmp_path, conten
     assert output.read_bytes() == content
 
 
-def test_a_defect_ends_the_run(cohort, writer, tmp_path, monkeypatch):
+def test_internal_error_ends_the_run(cohort, writer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")
 
@@ -312,10 +312,10 @@ def test_a_defect_ends_the_run(cohort, writer, tmp_path, monkeypatch):
         write(cohort, tmp_path / "reports.jsonl", writer)
 
 
-# References of the caller's
+# References given by the caller
 
 
-def test_references_are_a_scan_a_folder_or_the_nearest(cohort, checkpoint, writer, tmp_path):
+def test_reference_is_a_scan_a_folder_or_the_nearest(cohort, checkpoint, writer, tmp_path):
     scans = list_scans(cohort)
     for seed in (7, 8):
         write_box(tmp_path / "pool" / f"own_{seed}.nii.gz", seed)
@@ -327,7 +327,7 @@ def test_references_are_a_scan_a_folder_or_the_nearest(cohort, checkpoint, write
         used[str(reference)] = {record["id"]: record["reference"] for record in read_lines(output)[1:]}
     alone, pool, nearest = used.values()
     assert set(alone.values()) == {"own_7.nii.gz"} and set(pool.values()) <= {"own_7.nii.gz", "own_8.nii.gz"}
-    # The nearest by the mean of the features, computed one scan at a time.
+    # Nearest by the mean of the features, computed one scan at a time.
     model, processor = load_checkpoint(checkpoint)
 
     def mean(path) -> torch.Tensor:
@@ -342,7 +342,7 @@ def test_references_are_a_scan_a_folder_or_the_nearest(cohort, checkpoint, write
         write_reports(scans, tmp_path / "0.jsonl", writer, batch_size=8, workers=1)
 
 
-def test_a_scan_that_is_its_only_reference_fails_alone(cohort, checkpoint, tmp_path):
+def test_scan_that_is_its_only_reference_fails_alone(cohort, checkpoint, tmp_path):
     scans = list_scans(cohort)
     only = next(scan for scan in scans if scan.path.name == "scan_0.nii.gz")
     writer = ReportWriter(checkpoint, reference=only.path)
@@ -365,7 +365,7 @@ def test_folders_of_dicom_slices_are_scans(tmp_path):
 # The command
 
 
-def test_command_names_scans_in_its_files_alone(cohort, checkpoint, tmp_path, monkeypatch):
+def test_command_names_scans_only_in_its_files(cohort, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     output = tmp_path / "reports.jsonl"
     (tmp_path / "list.csv").write_text(
@@ -401,7 +401,7 @@ def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
         os.rename(tmp_path / "aside", checkpoint / "references")
 
 
-def test_the_fields_of_a_report_are_documented(repository_root):
+def test_report_fields_are_documented(repository_root):
     page = (repository_root / "docs" / "reports.md").read_text(encoding="utf-8")
     table = page.split("## Fields of every report (schema version 1)")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SHARED)

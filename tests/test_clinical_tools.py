@@ -1,11 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-DICOM objects before a validator and a PACS that are not ours. Run by `make test-dicom`; needs Debian's dicom3tools,
+DICOM objects checked by an independent validator and PACS. Run by `make test-dicom`; needs Debian's dicom3tools,
 orthanc and orthanc-dicomweb.
 
-SimpleITK, the third reader, has no way to read either object (test_clinical.py shows it): it checks the grid of the
-map against the slices that it reads.
+SimpleITK, the third reader, can read neither object (see test_clinical.py); there, the slices it reads give the
+expected grid of the map.
 """
 
 import json
@@ -48,7 +48,7 @@ def checkpoint(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def orthanc(tmp_path_factory):
-    """URL of a PACS on this machine, which asks for a password; ~/.netrc has it."""
+    """URL of a local PACS that requires a password, which a netrc file provides."""
     folder = tmp_path_factory.mktemp("orthanc")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +78,7 @@ def wait_for(server: subprocess.Popen, port: int, log: Path) -> None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/app/images/orthanc-logo.png", timeout=1).close()
             return
-        except urllib.error.HTTPError:  # it asks for the password: it is there
+        except urllib.error.HTTPError:  # a request for the password shows that it is running
             return
         except OSError:
             time.sleep(0.1)
@@ -86,7 +86,7 @@ def wait_for(server: subprocess.Popen, port: int, log: Path) -> None:
 
 
 def dciodvfy(path: Path) -> list[str]:
-    """What DICOM's validator calls an error."""
+    """Return the error lines of the DICOM validator."""
     told = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, timeout=120)
     lines = (told.stdout + told.stderr).splitlines()
     assert any(line in ("ComprehensiveSR", "ParametricMap", "CTImage", "EnhancedCTImage") for line in lines), lines
@@ -99,14 +99,14 @@ def run(*arguments) -> str:
     return result.output
 
 
-def test_tools_are_there():
-    """Without them, the rest fails in less clear words."""
+def test_required_tools_are_installed():
+    """Without the tools, the other tests fail with less clear messages."""
     tools = [shutil.which("dciodvfy"), shutil.which("Orthanc"), PLUGIN.exists()]
     assert all(tools), "apt-get install dicom3tools orthanc orthanc-dicomweb"
 
 
-def test_the_validator_finds_errors(tmp_path):
-    """It has to know what is wrong, for the tests below to say anything."""
+def test_dicom_validator_finds_errors(tmp_path):
+    """Only a validator that reports errors makes the tests below meaningful."""
     source = read_source(SOURCES["single-frame"](tmp_path))
     report, image = dicom_objects(make_document(), np.zeros(source.shape, np.float32), source)
     del report.VerificationFlag, image.FrameOfReferenceUID
@@ -115,7 +115,7 @@ def test_the_validator_finds_errors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_no_error_in_report_and_map(tmp_path, checkpoint, kind):
+def test_validator_accepts_report_and_map(tmp_path, checkpoint, kind):
     source = SOURCES[kind](tmp_path)
     run("report", source, "--checkpoint", checkpoint, "--dicom", tmp_path / "dicom", "--output", tmp_path / "report")
     for name in (SR_FILE, MAP_FILE):
@@ -128,11 +128,11 @@ def test_no_error_in_report_and_map(tmp_path, checkpoint, kind):
     assert np.array_equal(array, np.asarray(nifti.dataobj))
 
 
-def test_no_error_in_an_object_with_every_kind_of_finding(tmp_path):
+def test_validator_accepts_objects_with_every_kind_of_finding(tmp_path):
     source = read_source(SOURCES["Enhanced CT"](tmp_path))
     difference = np.random.default_rng(0).random(source.shape, dtype=np.float32)
     for part in ("CHEST", None):
-        if part is None:  # nobody says what part it is
+        if part is None:  # unknown body part
             del source.header.BodyPartExamined
         write_objects(tmp_path / "dicom", *dicom_objects(make_document(), difference, source))
         for name in (SR_FILE, MAP_FILE):
@@ -140,15 +140,15 @@ def test_no_error_in_an_object_with_every_kind_of_finding(tmp_path):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_round_trip_through_a_pacs(tmp_path, checkpoint, orthanc, kind):
-    """QIDO, WADO, report, STOW, QIDO: SR and map lie under the study of the source, which is as it was."""
+def test_report_of_a_pacs_study_is_stored_in_that_study(tmp_path, checkpoint, orthanc, kind):
+    """QIDO, WADO, report, STOW, QIDO: SR and map are in the study of the source, and the source is unchanged."""
     source = SOURCES[kind](tmp_path)
     files = files_of(source)
     study = files[0].StudyInstanceUID
     store(orthanc, files)
     with retrieve(orthanc, study) as folder:
         syntaxes = {one.file_meta.TransferSyntaxUID for one in files_of(folder)}
-    assert syntaxes == {one.file_meta.TransferSyntaxUID for one in files}  # nothing was transcoded
+    assert syntaxes == {one.file_meta.TransferSyntaxUID for one in files}  # no transcoding
 
     arguments = ["--dicomweb", orthanc, "--study", study, "--checkpoint", checkpoint, "--store"]
     printed = run("report", *arguments, "--output", tmp_path / "report")
@@ -173,7 +173,7 @@ def test_round_trip_through_a_pacs(tmp_path, checkpoint, orthanc, kind):
     )]  # fmt: skip
     assert patient.NumberOfStudyRelatedInstances == len(files) + 2
 
-    # A second report finds the CT among what is there now.
+    # A second report still finds the CT series among the objects now stored.
     run("report", *arguments[:-1], "--output", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "report.json").read_text(encoding="utf-8"))
     assert again["report"] == written["report"]

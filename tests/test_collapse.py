@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The panel of template collapse, on reports whose every number can be counted by hand."""
+"""Template collapse measures on reports small enough to count by hand."""
 
 import numpy as np
 import pytest
@@ -28,25 +28,25 @@ def values(result):
     return {name: entry["value"] for name, entry in result.items()}
 
 
-def test_every_measure_by_hand():
+def test_every_measure_equals_its_hand_count():
     reports = [NORMAL, NORMAL, NORMAL + " ", LARGE, BOTH, FULL]
     found = values(panel(reports, split=DiffVPProcessor.post_process))
     assert list(found) == list(COLUMNS)
-    assert found["distinct_reports"] == 4 / 6 and found["commonest_report"] == 3 / 6  # a space is no difference
+    assert found["distinct_reports"] == 4 / 6 and found["commonest_report"] == 3 / 6  # trailing spaces are ignored
     # Heart: normal, increased, cardiomegaly; lung: no nodule, a nodule.
     assert found["distinct_sentences"] == 5 / 6
     assert found["normal_reports"] == 3 / 6
     assert found["normal_regions"] == (2 + 2 + 2 + 1 + 0 + 0) / 11
     assert found["contradicting_reports"] == 1 / 6
-    assert found["rare_recall"] is None  # both findings are in more than a tenth
+    assert found["rare_recall"] is None  # both findings are in more than a tenth of the reports
 
 
-def test_rare_recall_is_pooled_over_the_rare_findings_alone():
+def test_rare_recall_pools_only_rare_findings():
     actual = np.zeros((40, 18), int)
     actual[:20, 0] = 1  # common
     actual[:3, 1] = 1
     actual[3:4, 2] = 1
-    actual[:4, 3] = 1  # exactly a tenth is not below it
+    actual[:4, 3] = 1  # exactly a tenth is not rare
     predicted = np.zeros_like(actual)
     predicted[:, 0] = 1
     predicted[0, 1] = predicted[3, 2] = 1
@@ -56,7 +56,7 @@ def test_rare_recall_is_pooled_over_the_rare_findings_alone():
     assert 0 <= result["interval"][0] <= 0.5 <= result["interval"][1] <= 1
 
 
-def test_constant_report_has_collapsed_and_true_phantoms_have_not():
+def test_constant_reports_show_collapse_and_true_phantom_reports_do_not():
     patients = [sample_patient(3, index, "valid") for index in range(60)]
     truth = [report_text(region_sentences(patient)) for patient in patients]
     actual = np.array([[patient.labels[label] for label in DIAGNOSIS_LABELS] for patient in patients])
@@ -80,7 +80,7 @@ def test_constant_report_has_collapsed_and_true_phantoms_have_not():
     assert low < true["normal_regions"]["value"] < high < 1
 
 
-def test_one_report_empty_reports_and_no_regions():
+def test_single_and_empty_reports_are_handled():
     assert panel([FULL])["normal_reports"] == {"value": 0.0, "interval": None}
     assert panel([FULL])["normal_regions"]["value"] is None
     found = values(panel(["", "", NORMAL], split=DiffVPProcessor.post_process))
@@ -94,7 +94,7 @@ def test_one_report_empty_reports_and_no_regions():
         panel([NORMAL], np.zeros((2, 18), int))
 
 
-def test_sentences_are_told_apart_without_headings_and_spaces():
+def test_sentences_are_split_without_headings_and_extra_spaces():
     text = "Heart: Normal size.  No effusion.\nLung: Clear; no nodule of 4.5 mm."
     assert sentences(text, DiffVPProcessor.post_process) == [
         "Normal size.",

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Where one or a list is expected, a column of any library is a list; and what `datasets` stores leads back."""
+"""Columns of any library are accepted as lists, and geometries survive storage by `datasets`."""
 
 import pickle
 from collections import deque
@@ -57,7 +57,7 @@ def objects(values) -> np.ndarray:
     return array
 
 
-# name: what makes a column of a list
+# name: function that makes a column from a list
 COLUMNS = {
     "list": list,
     "tuple": tuple,
@@ -84,7 +84,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_texts_in_any_column_are_each_scans_own(processor, paths, name):
+def test_texts_in_any_column_are_assigned_per_scan(processor, paths, name):
     found = processor(ct=paths, reference=paths[0], text=COLUMNS[name](TEXTS))["input_ids"]
     assert torch.equal(found, processor(ct=paths, reference=paths[0], text=TEXTS)["input_ids"])
     alone = processor(text=COLUMNS[name](TEXTS))["input_ids"]
@@ -122,8 +122,8 @@ def test_arrays_in_a_column_are_scans(image_processor):
         assert torch.equal(image_processor(scans, spacing=SPACING)["ct"], expected)
 
 
-def test_one_scan_is_no_list(image_processor, paths):
-    """Also where it could be iterated over: an array, a tensor, an image, a value, a text."""
+def test_single_scan_is_not_treated_as_a_list(image_processor, paths):
+    """Iterable single objects count as one scan: an array, a tensor, an image, a dict, a text."""
     value = {"path": paths[0], "bytes": None}
     for one in (
         make_ct(), torch.tensor(make_ct()), sitk_image(), nib.load(paths[0]), value, paths[0], read_ct(paths[0]),
@@ -132,26 +132,26 @@ def test_one_scan_is_no_list(image_processor, paths):
         assert not is_many(one) and len(list(each(one))) == 1
     assert image_processor(sitk.ReadImage(paths[0]))["ct"].shape[0] == 1
     with pytest.raises(CTInputError) as caught:
-        image_processor(set(paths))  # in no order, so that nobody could tell which result is whose
+        image_processor(set(paths))  # a set has no order, so results could not be assigned
     assert caught.value.field == "type"
 
 
 @pytest.mark.parametrize("wrong", [5, 1.5, b"Describe.", {"text": "Describe."}, {"Describe."}, True, np.array([1, 2])])
-def test_what_is_no_text_is_refused(processor, paths, wrong):
+def test_non_text_is_refused(processor, paths, wrong):
     for arguments in ({"ct": paths, "reference": paths[0]}, {}):
         with pytest.raises(TypeError, match="text"):
             processor(**arguments, text=wrong)
 
 
 @pytest.mark.parametrize("item", [None, 5, float("nan"), pandas.NA, b"x", {"a": "b"}, ["Describe."]])
-def test_what_is_no_text_in_a_list_is_refused_with_its_place(processor, paths, item):
+def test_non_text_in_a_list_is_refused_with_its_index(processor, paths, item):
     for arguments in ({"ct": paths, "reference": paths[0]}, {}):
         for texts in ([TEXTS[0], item, TEXTS[2]], pandas.Series([TEXTS[0], item, TEXTS[2]], dtype=object)):
             with pytest.raises(TypeError, match=r"text\[1\]"):
                 processor(**arguments, text=texts)
 
 
-def test_a_column_of_another_length_is_refused_before_a_scan_is_read(processor, paths, rows):
+def test_column_of_wrong_length_is_refused_before_reading_scans(processor, paths, rows):
     for texts in (rows["text"], iter(TEXTS)):
         with pytest.raises(ValueError, match="3 texts for 2 scans"):
             processor(ct=["missing.nii", "missing.nii"], reference=paths[0], text=texts)
@@ -160,8 +160,8 @@ def test_a_column_of_another_length_is_refused_before_a_scan_is_read(processor, 
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
-def test_cases_of_a_dataset_are_the_same_in_every_format(rows, form):
-    """Labels and flags are numbers of that format."""
+def test_dataset_cases_are_the_same_in_every_format(rows, form):
+    """Labels and flags have the number type of the format."""
     values = {"report": TEXTS, "normal": [1, 0, 1]} | {label: [0, 1, 0] for label in DIAGNOSIS_LABELS}
     dataset = datasets.concatenate_datasets([rows.select_columns("ct"), datasets.Dataset.from_dict(values)], axis=1)
     expected = list(hub_cases(dataset))
@@ -171,13 +171,13 @@ def test_cases_of_a_dataset_are_the_same_in_every_format(rows, form):
         assert [case.normal for case in found] == [True, False, True]
 
 
-# What `map` stores
+# Geometries stored by `map`
 
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("form", [None, "numpy", "torch", "pandas"])
-def test_a_geometry_survives_map_in_every_format(image_processor, rows, paths, tmp_path, batched, form):
-    """Down to the map that it writes: a marked voxel lies where it lay in the file."""
+def test_geometry_survives_map_in_every_format(image_processor, rows, paths, tmp_path, batched, form):
+    """Maps written with the stored geometry equal those of the original geometry."""
     stored = rows.map(
         lambda row: image_processor(row["ct"], digest=True), batched=batched, batch_size=2,
         remove_columns=rows.column_names, load_from_cache_file=False, keep_in_memory=True,
@@ -198,7 +198,7 @@ def test_a_geometry_survives_map_in_every_format(image_processor, rows, paths, t
     np.testing.assert_allclose(saved.affine, nib.load(paths[1]).affine, atol=1e-5)
 
 
-def test_a_geometry_is_left_whole_in_batches_and_refuses_other_fields(image_processor, paths):
+def test_geometry_survives_batching_and_refuses_unknown_fields(image_processor, paths):
     [geometry] = image_processor(paths[0])["geometry"]
     assert send_to_device({"geometry": [geometry]}, "cpu")["geometry"] == [geometry]
     assert CTGeometry.from_dict(geometry) == CTGeometry.from_dict(geometry.to_dict()) == geometry
@@ -209,7 +209,7 @@ def test_a_geometry_is_left_whole_in_batches_and_refuses_other_fields(image_proc
         CTGeometry.from_dict({"source": "a"})
 
 
-def test_a_geometry_is_stored_from_a_list_and_on_disk(image_processor, paths, tmp_path):
+def test_geometry_survives_parquet_and_json(image_processor, paths, tmp_path):
     geometry = image_processor(paths)["geometry"]
     rows = datasets.Dataset.from_dict({"geometry": geometry})
     rows.to_parquet(tmp_path / "rows.parquet")

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says twice, and where it leaves the classifier: pairs of sentences, phantoms, real reports."""
+"""Contradictions within a report and with the classifier: pairs of sentences, phantoms, and real reports."""
 
 import csv
 
@@ -71,7 +71,7 @@ CONTRADICTORY = [
 ]  # fmt: skip
 
 AT_ONE = [
-    # Two things, or one at two places.
+    # Two lesions, or one finding at two sites.
     "Lung: A 4 mm nodule is seen in the right upper lobe. A 9 mm nodule is seen in the left lower lobe.",
     "Lung: A 4 mm nodule is seen in the right upper lobe. Another 9 mm nodule is seen in the right upper lobe.",
     "Lung: A 7 mm nodule is seen in the posterobasal segment of the right lower lobe. A 3 mm nodule is seen in the "
@@ -82,43 +82,43 @@ AT_ONE = [
     "Pleura: Right pleural effusion is observed. No pleural effusion was observed on the left.",
     "Pleura: Pleural effusion reaches the apex. No pleural effusion was observed on the left.",
     "Heart: Heart size is normal. Pericardial effusion of 9 mm is observed.",
-    # Denials of a kind, of more, of another time.
+    # Negations that concern a subtype, further lesions, another site, or a previous scan.
     "Lung: A 4 mm calcified nodule is seen in the right upper lobe. No other nodule was detected.",
     "Lung: A 4 mm calcified nodule is seen in the right upper lobe. No suspicious nodule was detected.",
     "Mediastinum: Enlarged lymph nodes are seen in the mediastinum. No enlarged lymph node was seen in the axilla.",
     "Pleura: Right pleural effusion measures 20 mm. The right pleural effusion measured 35 mm in the previous scan.",
-    # Once said twice, and what is only suspected.
+    # The same size in other units, and a suspicion.
     "Pleura: Right pleural effusion of 20 mm is observed. Right pleural effusion of 2 cm is observed.",
     "Lung: No consolidation was detected. There may be a consolidation in the left lower lobe.",
-    # In two regions of the reports there are two organs.
+    # Two regions of the report are two organs.
     "Lung: There is a 4 mm nodule in the right upper lobe.\nThyroid: No nodule was detected in the thyroid gland.",
     "",
 ]
 
 
 @pytest.mark.parametrize(("text", "label", "kind", "values"), CONTRADICTORY)
-def test_two_values_for_one_thing_are_found(text, label, kind, values):
+def test_contradictory_sentences_are_found(text, label, kind, values):
     [found] = contradictions(text)
     assert (found.label, found.kind, found.values) == (label, kind, values)
     assert found.region == text.split(":")[0].lower()
     assert all(sentence in text for sentence in found.sentences) and found.sentences[0] != found.sentences[1]
-    # Without headings the same sentences are one region of no name.
+    # Without headings, the same sentences form one region, "other".
     [alike] = contradictions(text.split(": ", 1)[1])
     assert (alike.label, alike.kind, alike.values, alike.region) == (label, kind, values, "other")
 
 
 @pytest.mark.parametrize("text", AT_ONE)
-def test_what_can_be_true_together_is_none(text):
+def test_compatible_sentences_are_not_contradictions(text):
     assert contradictions(text) == []
 
 
-def test_order_of_sentences_turns_the_values_around():
+def test_reversed_sentences_reverse_the_values():
     [one] = contradictions("Pericardial effusion of 9 mm is seen. There is pericardial effusion of 20 mm.")
     [other] = contradictions("There is pericardial effusion of 20 mm. Pericardial effusion of 9 mm is seen.")
     assert one.values == other.values[::-1] and one.sentences == other.sentences[::-1]
 
 
-def test_true_reports_of_phantoms_agree_with_themselves_and_spoilt_ones_do_not():
+def test_phantom_reports_contradict_only_if_altered():
     spoilt = 0
     for index in range(60):
         regions = region_sentences(sample_patient(3, index, "train"))
@@ -132,7 +132,7 @@ def test_true_reports_of_phantoms_agree_with_themselves_and_spoilt_ones_do_not()
     assert spoilt >= 15
 
 
-def test_real_reports_are_seldom_accused(check_data):
+def test_real_reports_rarely_contradict_themselves(check_data):
     csv.field_size_limit(10**8)
     with (check_data / "reports/ctclip_train.csv").open(newline="", encoding="utf-8") as file:
         reports = [row["report_text"] for row in csv.DictReader(file)]
@@ -146,7 +146,7 @@ def finding(label, positive):
     return {"label": label, "probability": 0.9 if positive else 0.1, "threshold": 0.5, "positive": positive}
 
 
-def test_text_against_findings():
+def test_text_is_compared_with_the_findings():
     text = "Lung: There is a 6 mm solid nodule in the right upper lobe.\nHeart: Heart size is normal."
     findings = [finding(label, label in ("Cardiomegaly", "Emphysema")) for label in DIAGNOSIS_LABELS]
     assert label_consistency(text, findings) == {
@@ -161,7 +161,7 @@ def test_text_against_findings():
     }  # fmt: skip
 
 
-def test_consistency_of_a_report_for_json():
+def test_consistency_entry_lists_agreement_and_contradictions():
     text, label, kind, values = CONTRADICTORY[0]
     entry = report_consistency(text, [finding("Pleural effusion", True)])
     assert entry["text_against_findings"]["agree"] == 1
@@ -171,7 +171,7 @@ def test_consistency_of_a_report_for_json():
     assert report_consistency("", []) == {"text_against_findings": None, "contradictions": []}
 
 
-def test_no_text_is_an_error():
+def test_none_as_text_is_refused():
     with pytest.raises(TypeError):
         contradictions(None)
     with pytest.raises(TypeError):

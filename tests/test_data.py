@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The datasets in their true layouts, your own tables, splits by patient, and the pool of normal references."""
+"""Datasets in their original layouts, user tables, splits by patient, and the pool of normal references."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ from diffvp.reading_diffvp import read_ct
 
 from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
 
-SECRET = "Metastasis in the left upper lobe of Mrs Example"  # no message may hold it
+SECRET = "Metastasis in the left upper lobe of Mrs Example"  # must not appear in any message
 METADATA = {
     "RescaleSlope": "1.0",
     "RescaleIntercept": "-8192.0",
@@ -67,7 +67,7 @@ def replace_in(path: Path, old: str, new: str) -> None:
 
 
 def touch(path: Path) -> Path:
-    """A file for the loaders, which look whether it is there and leave the rest to the reader."""
+    """Create an empty file; the loaders only check that it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return path
@@ -99,7 +99,7 @@ def problems_of(call, *arguments, **options) -> list[tuple]:
 # Cases and problems --------------------------------------------------------------------------------------------------
 
 
-def test_message_counts_all_problems_and_shows_the_first():
+def test_message_counts_all_problems_and_shows_the_first_ones():
     problems = [Problem("labels.csv", row, "Emphysema", "'7'", "0 or 1", f"scan_{row}") for row in range(2, 32)]
     error = DatasetError(problems)
     lines = str(error).splitlines()
@@ -110,7 +110,7 @@ def test_message_counts_all_problems_and_shows_the_first():
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_text_shows_neither_in_messages_nor_in_the_repr_of_a_case():
+def test_report_text_is_hidden_in_messages_and_case_repr():
     assert shown(SECRET) == f"text of {len(SECRET)} characters" and shown("train_1_a_1") == "'train_1_a_1'"
     assert SECRET not in str(DatasetError([Problem("t", 1, "id", "missing", "an id", SECRET)]))
     assert SECRET not in repr(make_case("a", report=SECRET, region_sentences={"lung": SECRET}))
@@ -121,7 +121,7 @@ patients = st.lists(st.integers(0, 30).map("patient_{}".format), min_size=2, max
 
 @settings(max_examples=50, deadline=None)
 @given(patients, st.floats(0.01, 0.99), st.integers(0, 5), st.randoms())
-def test_a_split_keeps_patients_together_and_stays_when_cases_move(ids, fraction, seed, random):
+def test_split_keeps_patients_together_in_any_order_of_cases(ids, fraction, seed, random):
     cases = [make_case(f"{patient}_{k}", patient_id=patient) for k, patient in enumerate(ids)]
     if len(set(ids)) < 2:
         with pytest.raises(ValueError, match="expected at least two"):
@@ -134,7 +134,7 @@ def test_a_split_keeps_patients_together_and_stays_when_cases_move(ids, fraction
     assert {case.name for case in split_by_patient(moved, fraction, seed)[1]} == {case.name for case in validation}
 
 
-def test_a_patient_stays_on_his_side_when_others_come():
+def test_patient_keeps_its_side_when_cases_are_added():
     cases = [make_case(f"p{k}") for k in range(400)]
     before, after = (split_by_patient(some, 0.2, seed=1)[1] for some in (cases[:200], cases))
     assert {case.name for case in before} == {case.name for case in after} & {case.name for case in cases[:200]}
@@ -145,7 +145,7 @@ def test_a_patient_stays_on_his_side_when_others_come():
             split_by_patient(cases, fraction, 0)
 
 
-def test_a_patient_or_file_on_both_sides_is_a_leak():
+def test_patient_or_file_on_both_sides_is_a_leak():
     train = [make_case("a", patient_id="x"), make_case("b", volume=Path("same"))]
     validation = [make_case("c", patient_id="x"), make_case("d", patient_id="x"), make_case("e", volume=Path("same"))]
     assert [problem[2:] for problem in problems_of(check_no_leak, train, validation)] == [
@@ -155,13 +155,13 @@ def test_a_patient_or_file_on_both_sides_is_a_leak():
     check_no_leak(train, [make_case("f")])
 
 
-def test_one_reconstruction_per_scan():
+def test_first_reconstruction_of_each_scan_is_kept():
     names = ["s_10", "s_2", "t_1", "u"]
     cases = [make_case(name, scan_id=name[0]) for name in names]
     assert [case.name for case in first_reconstructions(cases)] == ["s_2", "t_1", "u"]
 
 
-def test_tables_that_are_no_csv(tmp_path):
+def test_malformed_csv_is_refused_and_excel_csv_read(tmp_path):
     for content, found in {
         b"": "header: empty",
         b"a,b\n1\n": "row 2: row: 1 fields (expected 2 ",
@@ -173,7 +173,7 @@ def test_tables_that_are_no_csv(tmp_path):
         problems = []
         read_csv(tmp_path / "t.csv", ["a", "b"], problems)
         assert found in str(DatasetError(problems))
-    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n\r\n1,"two\nlines"\r\n')  # as Excel writes
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n\r\n1,"two\nlines"\r\n')  # as written by Excel
     [row] = read_csv(tmp_path / "t.csv", ["a"], [])
     assert row.number == 3 and row.values == {"a": "1", "b": "two\nlines"}
 
@@ -184,7 +184,7 @@ TRAIN = ["train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1"]
 
 
 def write_ct_rate(root: Path, split="train", names=TRAIN, folder="train_fixed", long="train") -> Path:
-    """Version 2 with the tables as they are on the Hub; one scan has two reconstructions, the last is a brain."""
+    """Write version 2 with the tables as on the Hub: one scan has two reconstructions, the last volume is a brain."""
     dataset = root / "dataset"
     for name in names:
         scan = name.rsplit("_", 1)[0]
@@ -215,9 +215,9 @@ def write_ct_rate(root: Path, split="train", names=TRAIN, folder="train_fixed", 
     return root
 
 
-def test_ct_rate_version_2(tmp_path):
+def test_ct_rate_version_2_is_loaded(tmp_path):
     cases = load_ct_rate(write_ct_rate(tmp_path), "train")
-    assert [case.name for case in cases] == TRAIN[:3]  # no brain
+    assert [case.name for case in cases] == TRAIN[:3]  # without the brain scan
     first, second, other = cases
     assert (first.patient_id, first.scan_id, other.scan_id) == ("train_1", "train_1_a", "train_1_b")
     assert second.scan_id == first.scan_id and second.report == first.report == "Report of train_1_a."
@@ -231,7 +231,7 @@ def test_ct_rate_version_2(tmp_path):
 
 
 @pytest.mark.parametrize("long", ["validation", "valid"])
-def test_ct_rate_calls_its_second_split_valid_or_validation(tmp_path, long):
+def test_ct_rate_split_may_be_named_valid_or_validation(tmp_path, long):
     names = [name.replace("train", "valid") for name in TRAIN]
     write_ct_rate(tmp_path, "valid", names, "valid_fixed", long)
     for split in ("valid", "validation"):
@@ -240,7 +240,7 @@ def test_ct_rate_calls_its_second_split_valid_or_validation(tmp_path, long):
         load_ct_rate(tmp_path, "test")
 
 
-def test_ct_rate_version_1_reads_as_version_2_does(tmp_path):
+def test_ct_rate_version_1_gives_the_same_volume_as_version_2(tmp_path):
     write_ct_rate(tmp_path, folder="train")
     assert load_ct_rate(tmp_path, "train")[0].metadata == CTMetadata(1.0, -8192.0, (1.5, 1.25, 2.5))
     old = load_ct_rate(tmp_path, "train")[0]
@@ -256,7 +256,7 @@ def test_ct_rate_version_1_reads_as_version_2_does(tmp_path):
     assert first.spacing == pytest.approx(SPACING) and second.spacing == pytest.approx(SPACING)
 
 
-def test_ct_rate_version_1_needs_its_metadata(tmp_path):
+def test_ct_rate_version_1_requires_its_metadata(tmp_path):
     write_ct_rate(tmp_path, folder="train")
     table = tmp_path / "dataset/metadata/train_metadata.csv"
     replace_in(table, "train_1_a_1.nii.gz,Philips,1.0,-8192.0", "train_1_a_1.nii.gz,Philips,1.0,")
@@ -270,13 +270,13 @@ def test_ct_rate_version_1_needs_its_metadata(tmp_path):
     assert problems_of(load_ct_rate, tmp_path, "train") == [(table.name, None, "file", "")]
 
 
-def test_all_that_is_wrong_with_ct_rate_comes_at_once(tmp_path):
+def test_all_problems_of_ct_rate_are_reported_at_once(tmp_path):
     write_ct_rate(tmp_path, names=[*TRAIN[:3], "train_3_a_1", "train_4_a_1", "train_5_a_1", "train_9_a_1"])
     labels = tmp_path / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
     reports = tmp_path / "dataset/radiology_text_reports/train_reports.csv"
     replace_in(labels, "train_1_a_1.nii.gz,0", "train_1_a_1.nii.gz,2")
     replace_in(labels, "train_1_a_2.nii.gz,0,0", f"train_1_a_2.nii.gz,,{SECRET}")
-    replace_in(labels, "train_3_a_1", "train_1_b_1")  # twice there, and so not at all
+    replace_in(labels, "train_3_a_1", "train_1_b_1")  # one name twice, the other missing
     replace_in(labels, "train_4_a_1", "brain_4")
     replace_in(reports, "Report of train_1_a.", "Not given.")
     replace_in(reports, "Report of train_1_a.", "nan")
@@ -311,7 +311,7 @@ def test_all_that_is_wrong_with_ct_rate_comes_at_once(tmp_path):
     assert [case.name for case in load_ct_rate(tmp_path, "train", exclude=bad)] == ["train_6_a_1"]
 
 
-def test_unknown_and_missing_label_columns(tmp_path):
+def test_unknown_and_missing_label_columns_are_refused(tmp_path):
     write_ct_rate(tmp_path)
     labels = tmp_path / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
     replace_in(labels, "Hiatal hernia", "Hernia")
@@ -321,7 +321,7 @@ def test_unknown_and_missing_label_columns(tmp_path):
     assert "also Hiatal hernia" in str(caught.value) and "unknown label 'Hernia'" in str(caught.value)
 
 
-def test_nothing_there(tmp_path):
+def test_missing_dataset_files_are_named(tmp_path):
     assert problems_of(load_ct_rate, tmp_path, "train") == [
         ("train_predicted_labels.csv", None, "file", ""),
         ("train_reports.csv", None, "file", ""),
@@ -332,7 +332,7 @@ def test_nothing_there(tmp_path):
     assert problems_of(load_table, tmp_path) == [(tmp_path.name, None, "table", "")]
 
 
-def test_old_report_tables_name_volumes_in_another_column(tmp_path):
+def test_old_report_tables_with_accession_column_are_read(tmp_path):
     write_ct_rate(tmp_path)
     reports = tmp_path / "dataset/radiology_text_reports/train_reports.csv"
     replace_in(reports, "VolumeName", "AccessionNo")
@@ -368,7 +368,7 @@ def write_radgenome(root: Path, split="train") -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_radgenome(tmp_path, split):
+def test_radgenome_is_loaded(tmp_path, split):
     first, second = load_radgenome(write_radgenome(tmp_path, split), split)
     assert first.volume == tmp_path / f"dataset/{split}_preprocessed/{split}_1/{split}_1a/{split}_1_a_1.nii.gz"
     assert (first.patient_id, first.scan_id) == (f"{split}_1", f"{split}_1_a")
@@ -381,7 +381,9 @@ def test_radgenome(tmp_path, split):
     assert (first.disorders, second.disorders) == ("Emphysema", "no findings")
     write_csv(
         tmp_path / f"dataset/multi_abnormality_labels/{split}_predicted_labels.csv",
-        [label_row(name) for name in (f"{split}_1_a_1", f"{split}_1_a_2", f"{split}_2_b_1")],  # CT-RATE's has more
+        [
+            label_row(name) for name in (f"{split}_1_a_1", f"{split}_1_a_2", f"{split}_2_b_1")
+        ],  # CT-RATE's table has more volumes
     )
     cases = load_radgenome(tmp_path, split)
     assert [case.labels.sum() for case in cases] == [0, 0]
@@ -389,13 +391,13 @@ def test_radgenome(tmp_path, split):
 
 
 @pytest.mark.parametrize("whole", ["nan", "whole", "Whole scan"])
-def test_radgenome_whole_reports_have_several_names(tmp_path, whole):
+def test_radgenome_whole_report_row_has_several_names(tmp_path, whole):
     write_radgenome(tmp_path)
     replace_in(tmp_path / "dataset/radgenome_files/train_region_report.csv", ".gz,,", f".gz,{whole},")
     assert load_radgenome(tmp_path, "train")[0].report == "Whole report of train_1_a_1."
 
 
-def test_radgenome_may_repeat_the_whole_report_or_a_part_of_it(tmp_path):
+def test_radgenome_repeated_whole_report_keeps_the_longest(tmp_path):
     write_radgenome(tmp_path)
     regions = tmp_path / "dataset/radgenome_files/train_region_report.csv"
     replace_in(regions, "train_1_a_1.nii.gz,others,No more.", "train_1_a_1.nii.gz,nan,Whole report")
@@ -405,7 +407,7 @@ def test_radgenome_may_repeat_the_whole_report_or_a_part_of_it(tmp_path):
     assert reports == ["Whole report of train_1_a_1.", "Whole report of train_2_b_1."]
 
 
-def test_all_that_is_wrong_with_radgenome_comes_at_once(tmp_path):
+def test_all_problems_of_radgenome_are_reported_at_once(tmp_path):
     write_radgenome(tmp_path)
     regions = tmp_path / "dataset/radgenome_files/train_region_report.csv"
     disorders = tmp_path / "dataset/radgenome_files/train_case_disorders.csv"
@@ -441,7 +443,7 @@ def cohort(tmp_path_factory):
     return write_cohort(root, train=5, valid=2, seed=4, matrix=48, masks=False, workers=1, progress=False)
 
 
-def test_phantom_cases_hold_what_the_tables_say(cohort):
+def test_phantom_cases_agree_with_their_tables(cohort):
     dataset = cohort / "dataset"
 
     def rows(path):
@@ -466,7 +468,7 @@ def test_phantom_cases_hold_what_the_tables_say(cohort):
         assert [case.name for case in load_dataset_cases("phantom", cohort, split)] == [case.name for case in cases]
 
 
-def test_phantom_reader_names_what_is_wrong(cohort, tmp_path):
+def test_phantom_reader_names_each_problem(cohort, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'test'"):
         load_phantom(cohort, "test")
     for path in (cohort / "dataset").rglob("*.csv"):
@@ -496,7 +498,7 @@ def write_ctrg(root: Path, content: dict) -> Path:
     return root
 
 
-def test_ctrg(tmp_path):
+def test_ctrg_is_loaded(tmp_path):
     content = {
         "train": [{"id": 0, "finding": "Of Dia-LLaMA.", "image_path": ["0.npz"]}, {"id": "7", "finding": "x"}],
         "val": [{"id": 1, "findings": "Of MvKeTR.", "clip_indices": [3]}],
@@ -514,7 +516,7 @@ def test_ctrg(tmp_path):
         build_pool(load_ctrg(tmp_path, "train"), ids=["no"])
 
 
-def test_all_that_is_wrong_with_ctrg_comes_at_once(tmp_path):
+def test_all_problems_of_ctrg_are_reported_at_once(tmp_path):
     content = {
         "train": [{"id": 0, "finding": " "}, {"finding": SECRET}, {"id": 1}, {"id": 3, "finding": SECRET}],
         "test": [{"id": 3, "finding": "x"}, {"id": 4, "finding": ""}],
@@ -535,19 +537,19 @@ def test_all_that_is_wrong_with_ctrg_comes_at_once(tmp_path):
         assert problems_of(load_ctrg, tmp_path, "train") == [("annotation.json", None, "content", "")]
 
 
-# Your own table ------------------------------------------------------------------------------------------------------
+# User tables ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(tmp_path):
-    """Scans of three formats, in a folder beside which a table can be written."""
+    """Folder with scans of four formats, in which a table can be written."""
     for name in ("scans/a.nii.gz", "scans/b.nrrd", "c.mha"):
         touch(tmp_path / name)
     write_dicom(tmp_path / "scans/d", make_ct())
     return tmp_path
 
 
-def test_two_columns_suffice(own):
+def test_table_needs_only_path_and_report(own):
     paths = ["scans/a.nii.gz", "scans/b.nrrd", str(own / "c.mha"), "scans/d"]
     expected = {"scans/a": paths[0], "scans/b": paths[1], "c": "c.mha", "scans/d": paths[3]}
     csv_table = write_csv(own / "metadata.csv", [{"path": path, "report": f"Of {path}."} for path in paths])
@@ -563,7 +565,7 @@ def test_two_columns_suffice(own):
     np.testing.assert_array_equal(volume.array, make_ct())
 
 
-def test_every_column_of_a_table(own):
+def test_every_known_column_of_a_table_is_read(own):
     row = {"path": "scans/d", "report": "All of it.", "id": "x.nii.gz", "patient_id": "p", "scan_id": "s"}
     row |= {"split": "training", "normal": "0", "lung": "Clear.", "others": "", "hospital": "any other column"}
     row |= dict.fromkeys(DIAGNOSIS_LABELS, "0") | {"Emphysema": "1.0"}
@@ -579,7 +581,7 @@ def test_every_column_of_a_table(own):
     assert problems_of(load_table, own, include=["nobody"]) == [("metadata.csv", None, "row", "nobody")]
 
 
-def test_a_table_in_the_folder_of_the_split(own):
+def test_table_is_found_in_the_folder_of_the_split(own):
     (own / "train").mkdir()
     write_csv(own / "train/metadata.csv", [{"path": "../c.mha", "report": "x"}])
     assert len(load_table(own, "train")) == 1
@@ -606,7 +608,7 @@ def test_json_lines_may_lack_values_and_hold_any_character(own):
     assert case.name == "0" and case.report == rows[0]["report"] and case.normal is True
 
 
-def test_all_that_is_wrong_with_a_table_comes_at_once(own):
+def test_all_problems_of_a_table_are_reported_at_once(own):
     (own / "empty").mkdir()
     touch(own / "picture.png")
     rows = [
@@ -639,7 +641,7 @@ def test_all_that_is_wrong_with_a_table_comes_at_once(own):
     ]
 
 
-def test_column_names_with_a_slip_are_refused(own):
+def test_misspelt_column_names_are_refused(own):
     write_csv(own / "metadata.csv", [{"path": "c.mha", "report": "x", "PatientID": "1", "Emphysema": "0"}])
     with pytest.raises(DatasetError) as caught:
         load_table(own)
@@ -654,7 +656,7 @@ def test_column_names_with_a_slip_are_refused(own):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_nifti_files_through_datasets(tmp_path, monkeypatch, streaming):
+def test_nifti_folder_is_loaded_through_datasets(tmp_path, monkeypatch, streaming):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "folder"
     rows = [{"file_name": f"scan_{k}.nii.gz", "report": f"Of {k}.", "patient_id": f"p{k}"} for k in range(2)]
@@ -673,13 +675,13 @@ def test_a_folder_of_nifti_files_through_datasets(tmp_path, monkeypatch, streami
     assert len(load_table(folder)) == 2  # the same folder without `datasets`
 
 
-def test_datasets_of_the_wrong_form(tmp_path):
+def test_datasets_of_the_wrong_form_are_refused(tmp_path):
     from datasets import Dataset, Features, Nifti, Value
 
     paths = [str(write_nifti(tmp_path / f"{k}.nii.gz")) for k in "abc"]
     features = Features({"scan": Nifti(), "report": Value("string")})
     dataset = Dataset.from_dict({"scan": paths, "report": [SECRET, "Not given.", None]}, features=features)
-    # All of a dataset that is at hand, the first of a stream.
+    # A dataset in memory reports all problems, a stream the first one.
     assert [row for _, row, _, _ in problems_of(lambda: list(hub_cases(dataset)))] == [2, 3]
     stream = hub_cases(dataset.to_iterable_dataset())
     assert next(stream).report == SECRET
@@ -690,10 +692,10 @@ def test_datasets_of_the_wrong_form(tmp_path):
         assert [p[2] for p in problems_of(lambda c=columns: list(hub_cases(dataset.select_columns(c))))] == [field]
 
 
-# The way in ----------------------------------------------------------------------------------------------------------
+# Loading by the name of a layout -------------------------------------------------------------------------------------
 
 
-def test_one_way_in(tmp_path):
+def test_layouts_are_loaded_by_name(tmp_path):
     write_ct_rate(tmp_path)
     assert len(load_dataset_cases("ct-rate", tmp_path, "train")) == 3
     with pytest.raises(ValueError, match="unknown layout 'ct_rate': expected one of phantom, radgenome, ct-rate"):
@@ -709,7 +711,7 @@ def test_one_way_in(tmp_path):
 ZERO, ONE = np.zeros(18, np.int8), np.eye(18, dtype=np.int8)[3]
 
 
-def test_the_rule_needs_labels_and_disorders_to_agree():
+def test_normal_rule_requires_labels_and_disorders_to_agree():
     cases = [
         make_case("a_1", scan_id="a", labels=ZERO, disorders="No findings"),
         make_case("a_2", scan_id="a", labels=ZERO, disorders="no findings "),
@@ -727,7 +729,7 @@ def test_the_rule_needs_labels_and_disorders_to_agree():
     assert pool.warnings == []
 
 
-def test_without_labels_somebody_has_to_say_what_is_normal():
+def test_pool_without_labels_requires_ids_or_a_normal_column():
     cases = [make_case(name) for name in "abc"]
     with pytest.raises(DatasetError) as caught:
         build_pool(cases)
@@ -743,7 +745,7 @@ def test_without_labels_somebody_has_to_say_what_is_normal():
         build_pool([make_case("a", normal=False)])
 
 
-def test_pool_members_are_cases_of_the_split(tmp_path):
+def test_pool_members_must_be_cases_of_the_split(tmp_path):
     cases = [make_case(name, scan_id=name[0]) for name in ("a_1", "a_2", "b_1")]
     path = tmp_path / "pool.txt"
     path.write_text("b_1\n\na_1\n")
@@ -754,7 +756,7 @@ def test_pool_members_are_cases_of_the_split(tmp_path):
     assert problems_of(load_pool, path, cases) == [("pool.txt", 2, "id", ""), ("pool.txt", 3, "id", "a_1")]
 
 
-def test_contaminated_members_are_named():
+def test_abnormal_pool_members_are_named():
     cases = [
         make_case("a", labels=ONE, disorders="Emphysema"),
         make_case("b", labels=ZERO, disorders="no findings", report="Lung: Emphysema in both upper lobes."),
@@ -765,7 +767,7 @@ def test_contaminated_members_are_named():
     assert build_pool(cases, ids=["c"]).warnings == ["The pool has only one scan, for which there is no reference."]
 
 
-def test_phantom_reports_are_read_for_findings(cohort):
+def test_abnormal_phantom_reports_are_detected_in_the_pool(cohort):
     cases = load_phantom(cohort, "train")
     ill = next(case for case in cases if case.labels.any())
     unmarked = [make_case(case.name, report=case.report, volume=case.volume) for case in cases]
@@ -773,7 +775,7 @@ def test_phantom_reports_are_read_for_findings(cohort):
     assert warning == f"'{ill.name}' is not a normal scan: its report names a finding."
 
 
-def test_foreign_members_are_named(tmp_path):
+def test_unusual_scans_in_the_pool_are_named(tmp_path):
     volumes = {name: write_nifti(tmp_path / f"{name}.nii.gz") for name in "abc"}
     volumes["thick"] = write_nifti(tmp_path / "thick.nii.gz", spacing=(1.5, 1.25, 8.0))
     volumes["picture"] = write_nifti(tmp_path / "picture.nii.gz", np.zeros((26, 22, 18), np.uint8))
@@ -791,7 +793,7 @@ def test_foreign_members_are_named(tmp_path):
     ]
 
 
-def test_blank_headers_are_no_sign_of_another_scanner(tmp_path):
+def test_blank_headers_give_no_warning(tmp_path):
     metadata = CTMetadata(1.0, -1024.0, SPACING)
     cases = []
     for name in "ab":
@@ -805,8 +807,10 @@ def test_blank_headers_are_no_sign_of_another_scanner(tmp_path):
     ("split", "volumes", "scans", "normal_volumes", "normal_scans"),
     [("train", 47149, 24128, 5226, 2731), ("valid", 3039, 1564, 346, 181)],
 )
-def test_normal_scans_of_the_real_label_tables(check_data, split, volumes, scans, normal_volumes, normal_scans):
-    """The paper's pools hold 1,787 and 124: labels alone choose more, and the disorders are not at hand."""
+def test_normal_scans_of_real_label_tables_have_known_counts(
+    check_data, split, volumes, scans, normal_volumes, normal_scans
+):
+    """Labels alone select more than the paper's 1,787 and 124 scans; the disorders are not available here."""
     path = check_data / f"reports/ctrate_{split}_labels.csv"
     problems, cases = [], []
     for row in read_csv(path, ["VolumeName", *DIAGNOSIS_LABELS], problems):
@@ -828,7 +832,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["pool", "build", *map(str, arguments)])
 
 
-def test_pool_command(cohort, tmp_path):
+def test_pool_command_writes_the_pool(cohort, tmp_path):
     output = tmp_path / "new" / "pool.txt"
     arguments = (cohort, "--layout", "phantom", "--split", "train", "--output", output)
     result = run(*arguments)
@@ -844,7 +848,7 @@ def test_pool_command(cohort, tmp_path):
     assert document["warnings"] == [line for line in result.stderr.splitlines() if line]
 
 
-def test_pool_command_of_a_dataset_without_labels(own):
+def test_pool_command_without_labels_requires_ids(own):
     write_csv(own / "metadata.csv", [{"path": path, "report": "x"} for path in ("c.mha", "scans/a.nii.gz")])
     arguments = (own, "--layout", "table", "--output", own / "pool.txt")
     result = run(*arguments)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The DICOM reader. pydicom writes the series; pydicom, SimpleITK and the array that was written are the oracles."""
+"""DICOM reader. pydicom writes the series; pydicom, SimpleITK and the written array give the expected values."""
 
 import struct
 import tempfile
@@ -47,7 +47,7 @@ def move(only, mm, axis=2):
 
 
 def set_tag(name, value, only=None):
-    """Set a field of all slices or of one; `None` removes it."""
+    """Return a change that sets a field of all slices or of one; `None` removes the field."""
 
     def change(k, one):
         if only is None or k == only:
@@ -139,10 +139,10 @@ REFUSED = {
         CTGeometryError,
         "ImageOrientationPatient: missing",
     ),
-    # GDCM takes 1 mm, or what ImagerPixelSpacing says of the detector.
+    # GDCM assumes 1 mm, or the detector's ImagerPixelSpacing.
     "no pixel spacing": (set_tag("PixelSpacing", None), CTGeometryError, "PixelSpacing: missing"),
     "negative pixel spacing": (set_tag("PixelSpacing", [-1, 1]), CTGeometryError, "PixelSpacing: -1 mm"),
-    # GDCM takes 1 and 0.
+    # GDCM assumes 1 and 0.
     "no slope": (set_tag("RescaleSlope", None), CTIntensityError, "RescaleSlope: missing"),
     "empty slope": (set_tag("RescaleSlope", "", 4), CTIntensityError, "014.dcm: RescaleSlope: missing"),
     "slope of zero": (set_tag("RescaleSlope", 0), CTIntensityError, "RescaleSlope: 0 "),
@@ -183,7 +183,7 @@ REFUSED = {
     ),
     "no bits": (set_tag("BitsStored", None), CTReadError, "BitsStored: missing"),
     "no pixels": (set_tag("PixelData", None), CTReadError, "pixel data: missing"),
-    # GDCM fills the other pixels with what the memory holds.
+    # GDCM leaves the remaining pixels uninitialised.
     "a row too many": (set_tag("Rows", 23), CTReadError, r"pixel data: 1144 bytes \(expected 1196 bytes"),
     "a row too few": (set_tag("Rows", 21), CTReadError, r"pixel data: 1144 bytes \(expected 1092 bytes"),
     # GDCM allocates 8 GB.
@@ -207,7 +207,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_field_and_no_patient(tmp_path, name):
+def test_refusal_names_the_field_but_not_the_patient(tmp_path, name):
     change, error, message = REFUSED[name]
     write_dicom(tmp_path / "series", make_ct(), change=change)
     started = time.monotonic()
@@ -217,7 +217,7 @@ def test_refusals_name_the_field_and_no_patient(tmp_path, name):
     assert "secret" not in str(caught.value).lower()
 
 
-def test_folders_that_hold_no_series(tmp_path):
+def test_folder_without_a_full_series_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CTReadError, match="no DICOM file"):
         read_ct(tmp_path / "empty")
@@ -233,7 +233,7 @@ def test_folders_that_hold_no_series(tmp_path):
         (
             -1157,
             "001.dcm: (content: damaged|pixel data: missing or truncated)",
-        ),  # within the element before the pixels
+        ),  # within the element before the pixel data
         (-1144, "001.dcm: pixel data: missing or truncated"),
         (-1, "001.dcm: pixel data: missing or truncated"),
     ],
@@ -245,7 +245,7 @@ def test_truncated_slice_is_named(tmp_path, cut, message):
         read_ct(tmp_path / "series")
 
 
-def test_missing_rescale_and_its_type_are_accepted_on_request(tmp_path):
+def test_missing_rescale_is_accepted_with_allow_non_hu(tmp_path):
     lps = make_ct()
 
     def change(k, one):
@@ -259,7 +259,7 @@ def test_missing_rescale_and_its_type_are_accepted_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["HU", "US", "", None])
-def test_layout_says_what_was_found(tmp_path, kind):
+def test_layout_describes_the_series(tmp_path, kind):
     change = None if kind is None else set_tag("RescaleType", kind)
     volume = read_ct(write_dicom(tmp_path / "series", make_ct(), change=change))
     assert volume.layout == "DICOM series, 18 slices, rescale slope 1 intercept -1024"
@@ -267,7 +267,7 @@ def test_layout_says_what_was_found(tmp_path, kind):
     np.testing.assert_array_equal(volume.affine[:3, :3], lps_affine()[:3, :3])
 
 
-# How slices may store their pixels: each has to give the HU that were written.
+# Pixel encodings: each must give the HU that were written.
 
 
 def bits12(k, one, lps):
@@ -275,7 +275,7 @@ def bits12(k, one, lps):
 
 
 def bits12_signed(k, one, lps):
-    """Negative numbers end at bit 11."""
+    """Store signed 12-bit values, whose sign bit is bit 11."""
     stored(lps[:, :, k] & 0xFFF, one, bits=12, signed=True)
     one.RescaleIntercept = 0
 
@@ -305,7 +305,7 @@ def half_slope(k, one, lps):
 
 
 def half_intercept(k, one, lps):
-    """Quarter steps beside a whole intercept."""
+    """Fractional slope with an integer intercept."""
     stored(4 * (lps[:, :, k] + 1024), one)
     one.RescaleSlope, one.RescaleIntercept = "0.25", "-1024.0"
 
@@ -316,7 +316,7 @@ def varying_intercepts(k, one, lps):
 
 
 def varying_slopes(k, one, lps):
-    """As PET scanners do. ImageSeriesReader would cast all slices to the type of the first."""
+    """Common for PET scanners. ImageSeriesReader would cast all slices to the type of the first."""
     factor = 1 if k == 0 else 4
     stored(factor * (lps[:, :, k] + 1024), one)
     one.RescaleSlope = 1 / factor
@@ -379,7 +379,7 @@ def test_every_encoding_gives_the_same_hu(tmp_path, name):
         assert (volume.array == lps).all()
 
 
-def test_big_endian(tmp_path):
+def test_big_endian_series_is_read(tmp_path):
     folder = write_dicom(tmp_path / "s", make_ct())
     for path in folder.iterdir():
         one = pydicom.dcmread(path)
@@ -390,7 +390,7 @@ def test_big_endian(tmp_path):
 
 
 def test_values_beyond_int16_are_kept(tmp_path):
-    """Extended CT scales reach 64511 HU at metal."""
+    """Extended CT scales reach 64511 HU in metal."""
     lps = make_ct().astype(np.int32)
     lps[12, 12, 9] = 60000
     volume = read_ct(write_dicom(tmp_path / "s", lps))
@@ -399,7 +399,7 @@ def test_values_beyond_int16_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("uid", "compressor"), [(JPEG2000Lossless, "JPEG2000"), (JPEGLosslessSV1, "JPEG")])
-def test_compressed_by_gdcm(tmp_path, uid, compressor):
+def test_gdcm_compressed_series_is_read(tmp_path, uid, compressor):
     def change(k, one):
         one.PixelData = encapsulate([encoded_by_gdcm(one, compressor, tmp_path)])
         one.file_meta.TransferSyntaxUID = uid
@@ -408,8 +408,8 @@ def test_compressed_by_gdcm(tmp_path, uid, compressor):
     assert (volume.array == make_ct((26, 24, 9))).all()
 
 
-def test_jpeg_ls_lossless(tmp_path):
-    """Eight slices of one real image, that pydicom brings along in JPEG-LS and uncompressed."""
+def test_jpeg_ls_lossless_series_is_read(tmp_path):
+    """Eight slices of one real image that pydicom ships both in JPEG-LS and uncompressed."""
     expected = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array
     image = pydicom.dcmread(get_testdata_file("MR_small_jpeg_ls_lossless.dcm", download=False))
 
@@ -423,7 +423,7 @@ def test_jpeg_ls_lossless(tmp_path):
     assert (volume.array == expected.T[:, :, None].astype(int) - 1024).all()
 
 
-def test_truncated_and_overstated_compressed_pixels(tmp_path):
+def test_truncated_and_overstated_compressed_pixels_are_refused(tmp_path):
     folder = write_dicom(tmp_path / "cut", make_ct(), change=lambda k, one: one.compress(RLELossless))
     path = folder / "005.dcm"
     path.write_bytes(path.read_bytes()[:-200])
@@ -456,8 +456,8 @@ def test_truncated_and_overstated_compressed_pixels(tmp_path):
         (RLELossless, None, b"\2\0\0\0\x40\0", b"\2\0\0\0\x40\xff", "undecodable"),
     ],
 )
-def test_streams_that_crash_gdcm_do_not_reach_it(tmp_path, uid, compressor, before, after, message):
-    """Found by mutating bytes: a precision of 17 bits is a segmentation fault, no RLE segment a division by zero."""
+def test_streams_that_crash_gdcm_are_refused_before_decoding(tmp_path, uid, compressor, before, after, message):
+    """Found by byte mutation: 17-bit precision causes a segmentation fault, zero RLE segments a division by zero."""
 
     def change(k, one):
         if compressor is None:
@@ -472,11 +472,11 @@ def test_streams_that_crash_gdcm_do_not_reach_it(tmp_path, uid, compressor, befo
         read_ct(write_dicom(tmp_path / "series", make_ct((26, 22, 8)), change=change))
 
 
-# What stands before the pixels of real files: sequences of every kind.
+# Elements before the pixel data of real files: sequences of every kind.
 
 
 def nested(k, one):
-    """Sequences within sequences; an icon with pixels and a matrix of its own; private elements of unknown type."""
+    """Add nested sequences, an icon with its own pixels and size, and private elements of unknown type."""
     icon, inner, outer = Dataset(), Dataset(), Dataset()
     icon.Rows, icon.Columns, icon.BitsAllocated, icon.RescaleSlope = 7, 7, 8, 5
     icon.PixelData = b"\1" * 50
@@ -499,11 +499,11 @@ def nested(k, one):
 
 
 @pytest.mark.parametrize("change", [nested, both(nested, lambda k, one: implicit(k, one, None))])
-def test_fields_of_sequences_are_not_those_of_the_slice(tmp_path, change):
+def test_fields_inside_sequences_are_not_taken_for_the_slice(tmp_path, change):
     assert (read_ct(write_dicom(tmp_path / "s", make_ct(), change=change)).array == make_ct()).all()
 
 
-def test_sequence_of_unknown_type_is_implicit_inside(tmp_path):
+def test_sequence_of_unknown_vr_is_parsed_as_implicit_vr(tmp_path):
     """PS3.5, section 6.2.2: UN of undefined length holds items in the implicit syntax."""
     item = struct.pack("<HHI", 0x0028, 0x0010, 2) + b"\x07\x00"
     sequence = struct.pack("<HH2sHI", 0x0027, 0x1001, b"UN", 0, 0xFFFFFFFF)
@@ -539,11 +539,11 @@ def test_headers_of_real_files_agree_with_pydicom(check_data, name):
             assert path.read_bytes()[ours.start :].startswith(pixels[:100])
 
 
-# Where the patient lies.
+# Patient position and orientation.
 
 
 def rotated(lps, row, column, position):
-    """`change` that stores the scan with other directions of rows and columns, and of the stack."""
+    """Return a change that stores the scan with other row, column and stack directions."""
     flips = (slice(None, None, int(row)), slice(None, None, int(column)))
     origin = [
         40.0 + (0 if row > 0 else (lps.shape[0] - 1) * SPACING[0]),
@@ -562,7 +562,7 @@ def rotated(lps, row, column, position):
 @pytest.mark.parametrize(
     ("row", "column", "position"), [(1, 1, "HFS"), (-1, 1, "FFS"), (-1, -1, "HFP"), (1, -1, "FFP"), (-1, -1, "FFDR")]
 )
-def test_left_stays_left_however_the_patient_lies(tmp_path, row, column, position):
+def test_left_stays_left_in_any_patient_position(tmp_path, row, column, position):
     lps = make_ct()
     volume = read_ct(write_dicom(tmp_path / "series", lps, change=rotated(lps, row, column, position)))
     assert (volume.array == lps).all() and volume.spacing == SPACING
@@ -570,8 +570,8 @@ def test_left_stays_left_however_the_patient_lies(tmp_path, row, column, positio
     assert world[0] == (-40.0 if row > 0 else -40.0 - 25 * SPACING[0])
 
 
-def test_coronal_slices(tmp_path):
-    """Rows to the left, columns downwards, one slice behind the other."""
+def test_coronal_slices_are_read(tmp_path):
+    """Rows point left, columns inferior, and the slices are stacked posteriorly."""
     lps = make_ct()
     coronal = lps.transpose(0, 2, 1)[:, ::-1]
 
@@ -583,7 +583,7 @@ def test_coronal_slices(tmp_path):
     assert (volume.array == lps).all() and volume.spacing == SPACING
 
 
-def test_voxels_lie_where_simpleitk_says(tmp_path):
+def test_voxel_positions_agree_with_simpleitk(tmp_path):
     lps = make_ct()
     turn = np.radians(9)
     row, column = [np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0]
@@ -604,7 +604,7 @@ def test_voxels_lie_where_simpleitk_says(tmp_path):
 
 
 def study(folder):
-    """A PACS export: two CT series, a localizer with the UID of one of them, a report, an MR, notes, a DICOMDIR."""
+    """Write a PACS export: two CT series, a localizer with the UID of one, a report, an MR, notes, a DICOMDIR."""
     write_dicom(folder / "A" / "1", make_ct((26, 22, 12), 1), change=set_tag("SeriesInstanceUID", "1.2.9"))
     write_dicom(folder / "A" / "2", make_ct(), change=set_tag("SeriesInstanceUID", "1.2.10"))
     localizer = both(
@@ -623,7 +623,7 @@ def study(folder):
     return folder
 
 
-def test_several_series_are_listed_to_choose_from(tmp_path):
+def test_several_series_are_listed_for_selection(tmp_path):
     folder = study(tmp_path / "study")
     with pytest.raises(CTReadError) as caught:
         read_ct(folder)
@@ -645,7 +645,7 @@ def test_several_series_are_listed_to_choose_from(tmp_path):
             read_ct(folder, series=series)
 
 
-def test_one_series_is_chosen_with_or_without_its_number(tmp_path):
+def test_single_series_is_read_with_or_without_its_number(tmp_path):
     folder = write_dicom(tmp_path / "study" / "nested" / "deeper", make_ct()).parents[1]
     for series in (None, 1, "1"):
         assert (read_ct(folder, series=series).array == make_ct()).all()
@@ -660,7 +660,7 @@ def test_series_of_equal_size_have_a_fixed_order(tmp_path):
         assert (read_ct(tmp_path / "s", series=number).array == make_ct(seed=seed)).all()
 
 
-def test_a_fault_of_one_series_does_not_touch_the_other(tmp_path):
+def test_damaged_series_does_not_affect_another(tmp_path):
     write_dicom(tmp_path / "s" / "good", make_ct())
     write_dicom(tmp_path / "s" / "bad", make_ct((26, 22, 9)), change=set_tag("ImagePositionPatient", None))
     with pytest.raises(CTReadError, match="2: 9 slices of 26 x 22 without a position"):
@@ -682,7 +682,7 @@ def zipped(path, folder, **options):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """The folder of temporary files, which has to be empty afterwards."""
+    """Folder for temporary files, which must be empty after the test."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -703,7 +703,7 @@ def test_archive_gives_the_same_volume(tmp_path, temporary):
         read_ct(path)
 
 
-def test_archive_cannot_write_elsewhere(tmp_path, temporary):
+def test_archive_cannot_write_outside_its_folder(tmp_path, temporary):
     folder = write_dicom(tmp_path / "series", make_ct())
     before = set(tmp_path.rglob("*"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -713,14 +713,14 @@ def test_archive_cannot_write_elsewhere(tmp_path, temporary):
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "a.zip"}
 
 
-def test_message_names_the_member_of_the_archive(tmp_path, temporary):
+def test_error_names_the_member_of_the_archive(tmp_path, temporary):
     folder = write_dicom(tmp_path / "series", make_ct(), change=set_tag("RescaleSlope", None, 4))
     with pytest.raises(CTIntensityError, match="014.dcm: RescaleSlope: missing"):
         read_ct(zipped(tmp_path / "a.zip", folder))
 
 
 def patched(path, signature, offset, value):
-    """Overwrite a number in each record of an archive that begins with a signature."""
+    """Overwrite a number in each archive record that begins with a signature."""
     content, at = bytearray(path.read_bytes()), 0
     while (at := content.find(signature, at)) >= 0:
         content[at + offset : at + offset + len(value)] = value
@@ -742,7 +742,7 @@ ARCHIVES_REFUSED = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES_REFUSED)
-def test_refused_archives(tmp_path, temporary, name):
+def test_damaged_archives_are_refused(tmp_path, temporary, name):
     patches, message = ARCHIVES_REFUSED[name]
     path = zipped(tmp_path / "a.zip", write_dicom(tmp_path / "series", make_ct()))
     for patch in patches:
@@ -751,7 +751,7 @@ def test_refused_archives(tmp_path, temporary, name):
         read_ct(path)
 
 
-def test_archives_that_are_none(tmp_path, temporary):
+def test_files_that_are_not_dicom_archives_are_refused(tmp_path, temporary):
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(CTReadError, match="^a.zip: content: a damaged archive"):
         read_ct(tmp_path / "a.zip")
@@ -765,7 +765,7 @@ def test_archives_that_are_none(tmp_path, temporary):
         read_ct(tmp_path / "c.zip")
 
 
-def test_bombs(tmp_path, temporary, monkeypatch):
+def test_archive_bombs_and_too_many_files_are_refused(tmp_path, temporary, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.dcm", b"\0" * 128 + b"DICM" + b"\0" * 10**7)
     with pytest.raises(CTReadError, match="unpacked size: 10000132 bytes"):
@@ -779,7 +779,7 @@ def test_bombs(tmp_path, temporary, monkeypatch):
 
 
 def test_mutated_files_are_read_or_refused(tmp_path):
-    """Nothing but a `CTInputError`, whatever bytes a header holds."""
+    """Damaged header bytes raise nothing other than `CTInputError`."""
     folder = write_dicom(tmp_path / "s", make_ct((16, 16, 9)), change=nested)
     path = folder / "004.dcm"
     whole, random = path.read_bytes(), np.random.default_rng(0)
@@ -796,7 +796,7 @@ def test_mutated_files_are_read_or_refused(tmp_path):
     assert {CTVolume, CTReadError, CTGeometryError} <= outcomes
 
 
-def test_pixel_data_with_the_type_of_a_sequence_is_refused(tmp_path):
+def test_pixel_data_with_sequence_vr_is_refused(tmp_path):
     folder = write_dicom(tmp_path / "s", make_ct())
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -824,8 +824,8 @@ def test_mutated_archives_are_read_or_refused(tmp_path, temporary):
 # Real series.
 
 
-def test_jpeg2000_without_sop_class(check_data):
-    """SOPClassUID, SeriesInstanceUID and the like are empty. SimpleITK gives the same voxels in the same places."""
+def test_real_jpeg2000_series_without_sop_class_agrees_with_simpleitk(check_data):
+    """SOPClassUID, SeriesInstanceUID and others are empty. SimpleITK gives the same voxels at the same positions."""
     folder = check_data / "ct" / "totalsegmentator" / "dicom_series"
     volume = read_ct(folder)
     assert volume.array.shape == (512, 512, 20) and volume.spacing == pytest.approx((0.9765625, 0.9765625, 2.0))
@@ -849,6 +849,6 @@ def test_jpeg2000_without_sop_class(check_data):
         ("dcmqi_ct-3slice", r"number of slices: 3 \(expected at least 8"),
     ],
 )
-def test_real_series_that_have_to_be_refused(check_data, name, message):
+def test_real_series_with_tilt_or_few_slices_are_refused(check_data, name, message):
     with pytest.raises(CTGeometryError, match=f"^{name}: {message}"):
         read_ct(check_data / "ct" / name)

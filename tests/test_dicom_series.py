@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Series as archives, discs and interrupted downloads leave them: no slice is lost, doubled or mixed up silently."""
+"""Series from archives, discs and interrupted downloads: no slice is silently lost, duplicated or mixed up."""
 
 import copy
 import shutil
@@ -23,12 +23,12 @@ LPS = make_ct()
 
 
 def renamed(folder, name):
-    """The slices under other names, of their place in the stack."""
+    """Rename the slices by their position in the stack."""
     files = sorted(folder.iterdir(), reverse=True)  # from the lowest slice up
     return [file.rename(folder / name(k)) for k, file in enumerate(files)]
 
 
-# Files that did not arrive
+# Damaged and missing files
 
 DAMAGE = {
     "empty": lambda content: b"",
@@ -75,7 +75,7 @@ def test_damaged_files_at_the_ends_are_named(tmp_path, damage, ends):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ends", ENDS)
-def test_empty_files_are_named_whatever_their_neighbours_are_called(tmp_path, name, ends):
+def test_empty_files_are_named_for_any_naming_scheme(tmp_path, name, ends):
     files = renamed(write_dicom(tmp_path / "s", LPS), NAMES[name])
     lost = [files[k] for k in ENDS[ends]]
     for file in lost:
@@ -83,7 +83,7 @@ def test_empty_files_are_named_whatever_their_neighbours_are_called(tmp_path, na
     assert_told(tmp_path / "s", lost)
 
 
-def test_unfinished_downloads_are_named_unless_they_were_finished(tmp_path):
+def test_unfinished_downloads_are_named_unless_the_file_exists(tmp_path):
     files = renamed(write_dicom(tmp_path / "s", LPS), NAMES["IM0001.dcm"])
     finished = files[3].with_name(files[3].name + ".part")
     finished.write_bytes(b"")
@@ -93,7 +93,7 @@ def test_unfinished_downloads_are_named_unless_they_were_finished(tmp_path):
     assert_told(tmp_path / "s", [part])
 
 
-def test_notes_beside_the_slices_are_no_slices(tmp_path):
+def test_other_files_beside_the_slices_are_ignored(tmp_path):
     files = renamed(write_dicom(tmp_path / "s", LPS), NAMES["IM0001.dcm"])
     for name in ("notes.txt", "README", "._IM0003.dcm", ".DS_Store", "Thumbs.db", "viewer.exe", "IM0001.dcm.json",
                  "IM0001.jpg", "report1.pdf"):  # fmt: skip
@@ -101,7 +101,7 @@ def test_notes_beside_the_slices_are_no_slices(tmp_path):
     check(read_ct(tmp_path / "s"), LPS)
 
 
-def test_an_incomplete_series_is_read_on_request_with_a_warning(tmp_path):
+def test_incomplete_series_is_read_on_request_with_a_warning(tmp_path):
     files = renamed(write_dicom(tmp_path / "s", LPS), NAMES["IM0001.dcm"])
     files[17].write_bytes(b"")
     files[16].write_bytes(files[16].read_bytes()[:-300])
@@ -117,13 +117,13 @@ def test_an_incomplete_series_is_read_on_request_with_a_warning(tmp_path):
         read_ct(tmp_path / "s", allow_incomplete=True)
 
 
-def test_a_whole_series_has_no_warning(tmp_path):
+def test_complete_series_has_no_warning(tmp_path):
     assert read_ct(write_dicom(tmp_path / "s", LPS), allow_incomplete=True).warnings == ()
 
 
 @pytest.mark.parametrize("field", ["ImagesInAcquisition", "NumberOfSeriesRelatedInstances"])
 @pytest.mark.parametrize("lost", [[17], [0], [0, 1, 2, 16, 17]])
-def test_fewer_slices_than_the_header_promises(tmp_path, field, lost):
+def test_fewer_slices_than_stated_in_the_header_are_refused(tmp_path, field, lost):
     def change(k, one):
         setattr(one, field, 18)
         one.AcquisitionNumber = 3
@@ -132,14 +132,14 @@ def test_fewer_slices_than_the_header_promises(tmp_path, field, lost):
     check(read_ct(tmp_path / "s"), LPS)
     for k in lost:
         files[k].unlink()
-    shutil.copy(files[5], tmp_path / "s" / "copy.dcm")  # which does not make up for them
+    shutil.copy(files[5], tmp_path / "s" / "copy.dcm")  # a copy does not replace a missing slice
     with pytest.raises(CTReadError, match=f"{field}: 18, with {18 - len(lost)} files there"):
         read_ct(tmp_path / "s")
     volume = read_ct(tmp_path / "s", allow_incomplete=True)
     assert volume.array.shape[2] == 18 - len(lost) and field in volume.warnings[0]
 
 
-def test_images_of_an_acquisition_may_be_those_of_two_reconstructions(tmp_path):
+def test_images_in_acquisition_may_count_two_reconstructions(tmp_path):
     def change(k, one):
         one.AcquisitionNumber, one.ImagesInAcquisition = 1, 36
 
@@ -152,14 +152,14 @@ def test_images_of_an_acquisition_may_be_those_of_two_reconstructions(tmp_path):
     }
 
 
-def test_reformatted_slices_carry_the_number_of_those_they_were_made_of(tmp_path):
+def test_images_in_acquisition_of_reformatted_slices_is_ignored(tmp_path):
     def change(k, one):
         one.ImageType, one.ImagesInAcquisition = ["DERIVED", "SECONDARY", "REFORMATTED"], 300
 
     check(read_ct(write_dicom(tmp_path / "s", LPS, change=change)), LPS)
 
 
-def test_a_file_of_a_concatenation_is_missing(tmp_path):
+def test_missing_file_of_a_concatenation_is_refused(tmp_path):
     def change(one):
         one.ConcatenationUID, one.InConcatenationTotalNumber = "1.2.3.9", 3
 
@@ -171,11 +171,11 @@ def test_a_file_of_a_concatenation_is_missing(tmp_path):
         read_ct(tmp_path / "s")
 
 
-def test_files_that_a_dicomdir_lists_and_that_are_missing(tmp_path):
+def test_missing_file_listed_in_dicomdir_is_named(tmp_path):
     path, hu = dicomdir(tmp_path)
     check(read_ct(path), hu)
     files = sorted(file for file in path.parent.rglob("*") if file.is_file() and file != path)
-    for file in files:  # as discs are mounted and copied
+    for file in files:  # some systems mount discs with lower-case names
         file.rename(file.with_name(file.name.lower()))
     check(read_ct(path), hu)
     files[-1].with_name(files[-1].name.lower()).unlink()
@@ -183,7 +183,7 @@ def test_files_that_a_dicomdir_lists_and_that_are_missing(tmp_path):
         read_ct(path)
 
 
-def test_a_dicomdir_reads_nothing_outside_of_its_folder(tmp_path):
+def test_dicomdir_cannot_read_outside_its_folder(tmp_path):
     path, _ = dicomdir(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"PT000000\\ST000000", b"..\\..\\ST000000000"))
     with pytest.raises(CTReadError, match="ReferencedFileID"):
@@ -191,14 +191,14 @@ def test_a_dicomdir_reads_nothing_outside_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 40, 200, 700, -300])
-def test_damaged_dicomdir(tmp_path, cut):
+def test_damaged_dicomdir_is_refused(tmp_path, cut):
     path, _ = dicomdir(tmp_path)
     path.write_bytes(path.read_bytes()[:cut] if cut else b"no DICOM")
     with pytest.raises(CTReadError):
         read_ct(path)
 
 
-def test_single_files(tmp_path):
+def test_enhanced_file_is_read_and_single_slice_refused(tmp_path):
     hu = make_ct()
     check(read_ct(write_enhanced(tmp_path / "scan.dcm", hu)), hu)
     check(read_ct((tmp_path / "scan.dcm").rename(tmp_path / "IM0001")), hu)
@@ -226,24 +226,24 @@ def test_slices_without_a_preamble_are_read(tmp_path, implicit, only):
     check(read_ct(tmp_path / "s"), LPS)
 
 
-def test_a_meta_header_without_preamble_or_with_the_prefix_alone(tmp_path):
+def test_meta_header_without_preamble_or_prefix_is_read(tmp_path):
     for number, file in enumerate(sorted(write_dicom(tmp_path / "s", LPS).iterdir())):
         file.write_bytes(file.read_bytes()[128 if number % 2 else 132 :])
     check(read_ct(tmp_path / "s"), LPS)
 
 
-def test_preambles_are_missing_within_a_zip(tmp_path):
+def test_slices_without_a_preamble_in_a_zip_are_read(tmp_path):
     for file in write_dicom(tmp_path / "s", LPS).iterdir():
         bare(file)
     shutil.make_archive(str(tmp_path / "s"), "zip", tmp_path / "s")
     check(read_ct(tmp_path / "s.zip"), LPS)
 
 
-# Mixed types of elements
+# Mixed explicit and implicit VR
 
 
 def mixed(private: int):
-    """Private elements in implicit VR within an explicit data set, of a length that looks like no type."""
+    """Return a change that adds a private implicit-VR element of this length to an explicit-VR data set."""
 
     def change(path):
         content = path.read_bytes()
@@ -255,14 +255,14 @@ def mixed(private: int):
 
 
 @pytest.mark.parametrize("length", [0, 4, 10, 64, 300])
-def test_implicit_elements_within_an_explicit_data_set(tmp_path, length):
+def test_implicit_elements_in_an_explicit_data_set_are_read(tmp_path, length):
     for path in write_dicom(tmp_path / "s", LPS).iterdir():
         mixed(length)(path)
     check(read_ct(tmp_path / "s"), LPS)
 
 
 @pytest.mark.parametrize("length", [66, 72, 90])
-def test_implicit_elements_whose_length_looks_like_a_type_are_read_or_refused(tmp_path, length):
+def test_implicit_elements_with_ambiguous_length_are_read_or_refused(tmp_path, length):
     for path in write_dicom(tmp_path / "s", LPS).iterdir():
         mixed(length)(path)
     try:
@@ -271,13 +271,13 @@ def test_implicit_elements_whose_length_looks_like_a_type_are_read_or_refused(tm
         pass
 
 
-def test_a_series_of_implicit_elements_that_says_explicit(tmp_path):
+def test_implicit_series_declared_explicit_is_read(tmp_path):
     for path in write_dicom(tmp_path / "s", LPS).iterdir():
         implicit_that_says_explicit(path)
     check(read_ct(tmp_path / "s"), LPS)
 
 
-# Doubled and mixed
+# Duplicated and mixed slices
 
 
 def every(**fields):
@@ -311,7 +311,7 @@ def assert_to_choose(source, parts) -> str:
 
 @pytest.mark.parametrize("field", TELLING)
 @pytest.mark.parametrize("shift", [0.0, Z / 2, 0.1 * Z])
-def test_stacks_of_one_series_that_lie_in_each_other_can_be_chosen(tmp_path, field, shift):
+def test_interleaved_stacks_of_one_series_can_be_chosen(tmp_path, field, shift):
     uid, parts = generate_uid(), [make_ct(seed=seed) for seed in (0, 1)]
     for number, part in enumerate(parts):
 
@@ -326,7 +326,7 @@ def test_stacks_of_one_series_that_lie_in_each_other_can_be_chosen(tmp_path, fie
         assert str(value) in asked
 
 
-def test_three_phases_of_slices_in_turn(tmp_path):
+def test_three_interleaved_phases_can_be_chosen(tmp_path):
     uid, parts = generate_uid(), [make_ct(seed=seed) for seed in range(3)]
     for number, part in enumerate(parts):
         fields = {
@@ -339,7 +339,7 @@ def test_three_phases_of_slices_in_turn(tmp_path):
     assert asked.index("acquisition 9") < asked.index("acquisition 10") < asked.index("acquisition 11")
 
 
-def test_two_kernels_whose_acquisitions_abut(tmp_path):
+def test_two_kernels_with_adjacent_acquisitions_can_be_chosen(tmp_path):
     uid, parts = generate_uid(), [make_ct(seed=seed) for seed in (0, 1)]
     for kernel, part in zip("AB", parts, strict=True):
         change = every(SeriesInstanceUID=uid, ConvolutionKernel=kernel, AcquisitionNumber=lambda k: 1 + k // 9)
@@ -349,11 +349,11 @@ def test_two_kernels_whose_acquisitions_abut(tmp_path):
 
 @pytest.mark.parametrize("field", ["AcquisitionNumber", "AcquisitionTime", "ConvolutionKernel"])
 @pytest.mark.parametrize("period", [1, 3, 9])
-def test_acquisitions_that_abut_are_one_stack(tmp_path, field, period):
+def test_adjacent_acquisitions_are_one_stack(tmp_path, field, period):
     check(read_ct(write_dicom(tmp_path / "s", LPS, change=every(**{field: lambda k: str(100 + k // period)}))), LPS)
 
 
-def test_a_slice_whose_header_lacks_a_field_stays_in_its_stack(tmp_path):
+def test_slice_lacking_a_header_field_stays_in_its_stack(tmp_path):
     def change(k, one):
         if k != 7:
             one.AcquisitionNumber, one.ConvolutionKernel = 1, "B31f"
@@ -361,7 +361,7 @@ def test_a_slice_whose_header_lacks_a_field_stays_in_its_stack(tmp_path):
     check(read_ct(write_dicom(tmp_path / "s", LPS, change=change)), LPS)
 
 
-def test_a_uid_of_several_stacks_asks_which(tmp_path):
+def test_uid_of_several_stacks_requires_a_choice(tmp_path):
     for kernel, seed in (("A", 0), ("B", 1)):
         change = every(SeriesInstanceUID="1.2.3", ConvolutionKernel=kernel)
         write_dicom(tmp_path / "s", make_ct(seed=seed), change=change, prefix=kernel)
@@ -370,7 +370,7 @@ def test_a_uid_of_several_stacks_asks_which(tmp_path):
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless])
-def test_the_same_instances_in_another_syntax_are_dropped(tmp_path, syntax):
+def test_duplicate_instances_in_another_syntax_are_dropped(tmp_path, syntax):
     write_dicom(tmp_path / "a", LPS)
     (tmp_path / "a" / "again").mkdir()
     for path in sorted((tmp_path / "a").glob("*.dcm"))[:9]:
@@ -386,7 +386,7 @@ def test_the_same_instances_in_another_syntax_are_dropped(tmp_path, syntax):
 
 @pytest.mark.parametrize("new_uid", [True, False])
 @pytest.mark.parametrize("same_folder", [True, False])
-def test_two_slices_of_one_place_are_dropped_only_where_they_are_equal(tmp_path, new_uid, same_folder):
+def test_duplicate_positions_are_dropped_only_if_pixels_are_equal(tmp_path, new_uid, same_folder):
     first = write_dicom(tmp_path / "s" / "a", LPS) / "005.dcm"
     (tmp_path / "s" / "b").mkdir()
     second = tmp_path / "s" / ("a/x.dcm" if same_folder else "b/005.dcm")
@@ -404,8 +404,8 @@ def test_two_slices_of_one_place_are_dropped_only_where_they_are_equal(tmp_path,
         assert "a/005.dcm" in str(caught.value) and "b/005.dcm" in str(caught.value)
 
 
-def test_a_uid_that_all_slices_share_drops_none(tmp_path):
-    """As careless anonymisers leave them."""
+def test_shared_instance_uid_drops_no_slice(tmp_path):
+    """Some anonymisers give all slices the same UID."""
     check(read_ct(write_dicom(tmp_path / "s", LPS, change=every(SOPInstanceUID="1.2.3"))), LPS)
 
 
@@ -419,7 +419,7 @@ def test_a_uid_that_all_slices_share_drops_none(tmp_path):
         ["DERIVED", "SECONDARY", "AXIAL", "MAXIMUM"], ["ORIGINAL", "PRIMARY", "LOCALIZER"],
     ],
 )  # fmt: skip
-def test_projections_are_no_slices(tmp_path, kind):
+def test_projections_are_not_read_as_slices(tmp_path, kind):
     write_dicom(tmp_path / "s" / "other", make_ct(seed=4), change=every(ImageType=kind))
     with pytest.raises(CTReadError, match="ImageType"):
         read_ct(tmp_path / "s")
@@ -428,22 +428,22 @@ def test_projections_are_no_slices(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [["DERIVED", "PRIMARY", "MPR"], ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"]])
-def test_reformatted_slices_are_slices(tmp_path, kind):
+def test_reformatted_slices_are_read(tmp_path, kind):
     check(read_ct(write_dicom(tmp_path / "s", LPS, change=every(ImageType=kind))), LPS)
 
 
-# Many frames in a file
+# Multi-frame files
 
 
 def frames_of(one, **fields):
-    """Set fields in the frames' FrameContentSequence."""
+    """Set fields in the FrameContentSequence of each frame."""
     for k, item in enumerate(one.PerFrameFunctionalGroupsSequence):
         for name, value in fields.items():
             setattr(item.FrameContentSequence[0], name, value(k))
 
 
 def compressed(one, kinds):
-    """Each frame as one fragment, or as two."""
+    """Compress each frame, as one fragment or as two."""
     size, fragments = one.Rows * one.Columns * 2, []
     frames = [one.PixelData[k * size : (k + 1) * size] for k in range(one.NumberOfFrames)]
     for frame in frames:
@@ -462,7 +462,7 @@ def compressed(one, kinds):
 
 
 @pytest.mark.parametrize("kinds", ["table", "none"])
-def test_compressed_frames(tmp_path, kinds):
+def test_compressed_frames_are_read(tmp_path, kinds):
     rescales = [(1 + k % 2, -1024 - 2 * k) for k in range(18)]
     path = write_enhanced(
         tmp_path / "scan.dcm", LPS // 2 * 2, rescales=rescales, change=lambda one: compressed(one, kinds)
@@ -484,7 +484,7 @@ def test_phases_of_one_file_can_be_chosen(tmp_path, field):
     assert_to_choose(write_enhanced(tmp_path / "scan.dcm", both, change=change), parts)
 
 
-def test_frames_of_another_kind_are_no_slices(tmp_path):
+def test_projection_frames_are_refused(tmp_path):
     def change(one):
         one.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "MAX_IP"]
 
@@ -507,12 +507,12 @@ def test_frames_of_another_kind_are_no_slices(tmp_path):
         lambda one: one.PerFrameFunctionalGroupsSequence.append(one.PerFrameFunctionalGroupsSequence[0]),
     ],
 )
-def test_frames_that_do_not_fit_their_file_are_refused(tmp_path, spoil):
+def test_inconsistent_frames_are_refused(tmp_path, spoil):
     with pytest.raises(CTInputError):
         read_ct(write_enhanced(tmp_path / "scan.dcm", LPS, change=spoil))
 
 
-def test_excess_behind_frames(tmp_path):
+def test_trailing_bytes_after_the_frames_are_ignored(tmp_path):
     path = write_enhanced(
         tmp_path / "s.dcm", LPS, change=lambda one: setattr(one, "PixelData", one.PixelData + bytes(512))
     )
@@ -525,7 +525,7 @@ def test_excess_behind_frames(tmp_path):
 @pytest.mark.parametrize(
     "case", ["12 bits", "rle", "overlay", "signed type of unsigned", "limit alone", "half slope", "enhanced"]
 )
-def test_declared_padding_is_air_however_it_is_stored(tmp_path, case):
+def test_declared_padding_becomes_air_in_any_encoding(tmp_path, case):
     def change(k, one):
         pixels = np.frombuffer(one.PixelData, "<u2").reshape(one.Rows, one.Columns).copy()
         value, kind = 63536, "US"
@@ -559,7 +559,7 @@ def test_declared_padding_is_air_however_it_is_stored(tmp_path, case):
         source = write_dicom(tmp_path / "s", LPS, change=change)
     volume = read_ct(source)
     found = volume.array * volume.slope + volume.intercept
-    if case == "limit alone":  # says nothing without a value (PS3.3, C.7.5.1.1.2)
+    if case == "limit alone":  # has no meaning without PixelPaddingValue (PS3.3, C.7.5.1.1.2)
         assert found[:5, :4].min() > 60000
     else:
         assert found[:5, :4].max() <= -1000
@@ -572,7 +572,7 @@ def test_declared_padding_is_air_however_it_is_stored(tmp_path, case):
 @pytest.mark.parametrize("step", [0.2, 0.3, 0.4, 0.5, 0.6, 0.625, 0.75, 0.8, 1.25, 3.75])
 @pytest.mark.parametrize("bottom", [-899.8, -752.35])
 @pytest.mark.parametrize("digits", [1, 6])
-def test_positions_are_rounded(tmp_path, step, bottom, digits):
+def test_rounded_positions_are_accepted_and_gaps_refused(tmp_path, step, bottom, digits):
     if step < 0.5 and digits == 1 and not round(bottom * 10, 6).is_integer():
         pytest.skip("no scanner rounds to half of a slice")
 
@@ -589,7 +589,7 @@ def test_positions_are_rounded(tmp_path, step, bottom, digits):
 
 @pytest.mark.parametrize("cosines", [[1, "0.0002", 0, "-0.0002", 1, 0], [1, 0, "0.001", 0, 1, 0]])
 @pytest.mark.parametrize("only", [0, 7, 17])
-def test_cosines_are_rounded(tmp_path, cosines, only):
+def test_rounded_direction_cosines_are_accepted(tmp_path, cosines, only):
     change = every(ImageOrientationPatient=lambda k: cosines if k == only else [1, 0, 0, 0, 1, 0])
     volume = read_ct(write_dicom(tmp_path / "s", LPS, change=change))
     check(volume, LPS)
@@ -598,12 +598,12 @@ def test_cosines_are_rounded(tmp_path, cosines, only):
 
 @pytest.mark.parametrize("rounded", ["0.703", "0.7031", "0.70"])
 @pytest.mark.parametrize("only", [0, 7, 17])
-def test_pixel_spacing_is_rounded(tmp_path, rounded, only):
+def test_rounded_pixel_spacing_is_accepted(tmp_path, rounded, only):
     change = every(PixelSpacing=lambda k: [rounded] * 2 if k == only else ["0.703125"] * 2)
     assert read_ct(write_dicom(tmp_path / "s", LPS, change=change)).spacing[:2] == (0.703125, 0.703125)
 
 
-def test_a_zoom_of_three_percent_is_no_rounding(tmp_path):
+def test_pixel_spacing_change_of_three_percent_is_refused(tmp_path):
     change = every(PixelSpacing=lambda k: ["0.72"] * 2 if k == 7 else ["0.70"] * 2)
     with pytest.raises(CTGeometryError, match="PixelSpacing"):
         read_ct(write_dicom(tmp_path / "s", LPS, change=change))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A series from a PACS, and results to it; and a PACS that fails. A real one is asked by `make test-dicom`."""
+"""Retrieval from and storage to a PACS, including its failures. `make test-dicom` uses a real PACS."""
 
 import tempfile
 from pathlib import Path
@@ -32,7 +32,7 @@ def server():
 
 @pytest.fixture(params=SOURCES)
 def source(request, server, tmp_path):
-    """A series, which the server has."""
+    """Series that the server holds."""
     path = SOURCES[request.param](tmp_path)
     server.add(files_of(path))
     return path
@@ -40,7 +40,7 @@ def source(request, server, tmp_path):
 
 @pytest.fixture
 def series(server, tmp_path):
-    """A single-frame series, which the server has."""
+    """Single-frame series that the server holds."""
     path = SOURCES["single-frame"](tmp_path)
     server.add(files_of(path))
     return path
@@ -48,7 +48,7 @@ def series(server, tmp_path):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """Temporary folders lie here; nothing may stay."""
+    """Folder for temporary files, which must be empty after the test."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -58,7 +58,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without the seconds between tries."""
+    """Remove the waiting time between retries."""
     made = dicomweb._client
 
     def client(*arguments):
@@ -81,7 +81,7 @@ def refused(server, study: str, series: str | None = None, **options) -> str:
     return message.removeprefix("127.0.0.1: ")
 
 
-def test_a_study_is_read_as_its_files_are(server, source, temporary):
+def test_retrieved_study_equals_its_files(server, source, temporary):
     with retrieve(server.url, study_of(source)) as folder:
         read = read_ct(folder)
         assert {one.file_meta.TransferSyntaxUID for one in files_of(folder)} == {
@@ -92,15 +92,15 @@ def test_a_study_is_read_as_its_files_are(server, source, temporary):
     assert not folder.exists()
 
 
-def test_an_error_of_the_reader_stays_one(server, series):
-    """And the folder goes."""
+def test_errors_of_the_caller_pass_through_unchanged(server, series):
+    """Errors raised by the caller also remove the temporary folder."""
     with pytest.raises(CTReadError, match="series: none chosen"), retrieve(server.url, study_of(series)):
         raise CTReadError("study", "series", "none chosen", "one")
     with pytest.raises(ValueError, match="of the caller"), retrieve(server.url, study_of(series)):
         raise ValueError("of the caller")
 
 
-def test_one_of_two_series_by_its_uid_or_number(server, tmp_path):
+def test_one_of_two_series_is_chosen_by_uid_or_number(server, tmp_path):
     study = generate_uid()
 
     def change(k, one):
@@ -115,14 +115,14 @@ def test_one_of_two_series_by_its_uid_or_number(server, tmp_path):
         server.requests.clear()
         with retrieve(server.url, study, uid) as folder:
             assert read_ct(folder, series=uid).sha256 == read_ct(path).sha256
-        assert len(server.requests) == 2  # the other one stays where it is
+        assert len(server.requests) == 2  # the other series is not retrieved
     with retrieve(server.url, study, "2") as folder:
         digests = {read_ct(folder, series=number).sha256 for number in ("1", "2")}
     assert digests == {read_ct(path).sha256 for path in paths}
     assert refused(server, study, generate_uid()) == "series: not there (expected one that the server has)"
 
 
-def test_other_modalities_stay_where_they_are(server, series):
+def test_other_modalities_are_not_retrieved(server, series):
     files = files_of(series)
     for one in files[:3]:
         one.SeriesInstanceUID, one.SOPInstanceUID, one.Modality = "1.2.3", generate_uid(), "PT"
@@ -133,24 +133,24 @@ def test_other_modalities_stay_where_they_are(server, series):
     assert refused(server, files[0].StudyInstanceUID) == "Modality: no CT series (expected a study with a CT series)"
 
 
-def test_a_study_that_is_not_there(server):
+def test_missing_study_is_refused(server):
     assert refused(server, "1.2.3") == "study: not there (expected one that the server has)"
 
 
 @pytest.mark.parametrize("uid", ["1.2.x", "../../etc", "1.2.3/series", "", "1" * 65])
-def test_what_is_no_uid_is_not_asked_for(server, uid):
+def test_malformed_uid_is_refused_without_a_request(server, uid):
     with pytest.raises(DicomWebError, match="StudyInstanceUID: not a UID"), retrieve(server.url, uid):
         pass
     assert not server.requests
 
 
 @pytest.mark.parametrize("url", ["pacs", "ftp://pacs/dicom-web", "http://", "http://pacs:port/", "http://pacs:0/"])
-def test_what_is_no_url(url):
+def test_malformed_url_is_refused(url):
     with pytest.raises(DicomWebError, match="DICOMweb: URL: malformed"), retrieve(url, "1.2.3"):
         pass
 
 
-def test_passwords_do_not_belong_into_urls():
+def test_url_with_a_password_is_refused():
     with pytest.raises(DicomWebError) as error, retrieve("http://me:hunter2@pacs/dicom-web", "1.2.3"):
         pass
     assert "~/.netrc" in str(error.value) and "hunter2" not in str(error.value)
@@ -172,7 +172,7 @@ def test_credentials_come_from_netrc(server, series, tmp_path, monkeypatch):
 
 
 def cut_off(handler) -> None:
-    """Half of what was promised."""
+    """Send less content than announced."""
     content = b"\r\n--" + BOUNDARY + b"\r\nContent-Type: application/dicom\r\n\r\n" + handler.server.instances[0][:600]
     handler.send_response(200)
     handler.send_header("Content-Type", f'multipart/related; type="application/dicom"; boundary={BOUNDARY.decode()}')
@@ -200,22 +200,22 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_server_that_fails(server, series, name, capsys):
+def test_server_failure_is_reported_without_patient_data(server, series, name, capsys):
     kind, failure, message = FAILURES[name]
     server.fail[kind] = failure
     told = refused(server, study_of(series))
     assert told.startswith(message) and "Secret" not in told + capsys.readouterr().err
 
 
-def test_fewer_instances_than_the_server_has(server, series):
-    """The study may still be arriving."""
+def test_incomplete_study_is_refused_unless_allowed(server, series):
+    """A PACS may still be receiving the study."""
     server.promised = 19
     assert refused(server, study_of(series)).startswith("number of instances: 18 of 19 (expected all of the series")
     with retrieve(server.url, study_of(series), allow_incomplete=True) as folder:
         assert read_ct(folder).shape == (26, 22, 18)
 
 
-def test_more_than_a_study_is_not_taken(server, series, monkeypatch):
+def test_oversized_study_is_refused(server, series, monkeypatch):
     monkeypatch.setattr(dicomweb, "MAX_ARCHIVE_BYTES", 10_000)
     assert refused(server, study_of(series)).startswith("bytes received: too many (expected at most 10000")
     monkeypatch.undo()
@@ -238,7 +238,7 @@ def objects() -> list[pydicom.Dataset]:
     return made
 
 
-def test_what_is_stored_arrives(server):
+def test_stored_objects_arrive(server):
     made = objects()
     store(server.url, made)
     arrived = {one.SOPInstanceUID for one, _ in server.of_study("1.2.3")}
@@ -246,7 +246,7 @@ def test_what_is_stored_arrives(server):
     assert server.requests == ["POST /dicom-web/studies/1.2.3"]
 
 
-def test_a_store_without_an_answer_is_one_by_its_status(server):
+def test_store_with_an_empty_answer_is_judged_by_its_status(server):
     server.fail["store"] = lambda handler: handler.answer(200, "application/dicom+json; charset=utf-8", b"{}")
     store(server.url, objects())
     server.fail["store"] = lambda handler: handler.answer(202, "application/dicom+json; charset=utf-8", b"{}")
@@ -254,7 +254,7 @@ def test_a_store_without_an_answer_is_one_by_its_status(server):
         store(server.url, objects())
 
 
-def test_what_is_not_stored_is_told(server):
+def test_failed_store_is_reported(server):
     made = objects()
     server.fail["store"] = lambda handler: handler.answer_stored(made[:1], failed=made[1:], status=202)
     with pytest.raises(DicomWebError, match=r"STOW-RS: 1 of 2 not stored, 0xa700 \(expected all stored\)"):
@@ -279,7 +279,7 @@ def report(*arguments):
     return CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
 
 
-def test_a_report_of_a_study_goes_back_to_it(server, source, checkpoint, tmp_path, monkeypatch):
+def test_report_is_stored_in_its_study(server, source, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "draw_figure", lambda path, *_, **__: path.write_bytes(b"a figure"))
     study, before = study_of(source), len(server.instances)
     arguments = ["--dicomweb", server.url, "--study", study, "--checkpoint", checkpoint]
@@ -292,12 +292,12 @@ def test_a_report_of_a_study_goes_back_to_it(server, source, checkpoint, tmp_pat
     assert study not in report_json and read_ct(source).sha256 in report_json
 
     result = report(*arguments, "--dicom", tmp_path / "dicom", "--output", tmp_path / "report")
-    assert result.exit_code == 0, result.output  # SR and map in the study are no CT
-    assert len(server.instances) == before + 2  # and without --store, nothing goes back
+    assert result.exit_code == 0, result.output  # SR and map in the study are not taken for CT
+    assert len(server.instances) == before + 2  # nothing is stored without --store
     assert len(list((tmp_path / "dicom").iterdir())) == 2
 
 
-def test_a_report_stays_when_the_server_does_not_take_it(server, series, checkpoint, tmp_path, monkeypatch):
+def test_report_is_kept_if_the_server_rejects_it(server, series, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "draw_figure", lambda path, *_, **__: path.write_bytes(b"a figure"))
     server.fail["store"] = lambda handler: handler.answer(403, "text/plain", b"")
     arguments = ["--dicomweb", server.url, "--study", study_of(series), "--checkpoint", checkpoint, "--store"]
@@ -316,6 +316,6 @@ def test_a_report_stays_when_the_server_does_not_take_it(server, series, checkpo
         ["scan.nii.gz", "--store"],
     ],
 )
-def test_a_scan_comes_from_one_place(arguments):
+def test_ambiguous_scan_source_is_refused(arguments):
     result = report(*arguments)
     assert result.exit_code == 2 and "a scan, or --dicomweb URL with --study UID" in " ".join(result.output.split())

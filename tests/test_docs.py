@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Every code block of README and docs, run as it stands in a fresh clone (`make test-docs`, DIFFVP_DOCS=1).
+Run every code block of README and docs unchanged in a fresh clone (`make test-docs`, DIFFVP_DOCS=1).
 
 A block that cannot be run here has a line `<!-- not run: REASON -->` before it. The blocks of a page run one after
-another in one folder, its Python blocks in one process, as a reader types them.
+another in one folder, its Python blocks in one process, as a reader would type them.
 """
 
 import os
@@ -21,7 +21,7 @@ from .ct_samples import make_ct, write_dicom
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<kind>bash|python)\n(?P<code>.*?)```", re.DOTALL)
-# What a page takes for granted: that its reader has scans, reports, and lists of both.
+# Names that the pages presuppose: scans, reports, and lists of both.
 PREPARED = """
 import csv
 from pathlib import Path
@@ -36,21 +36,21 @@ def blocks(page: str) -> list[re.Match]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_run_or_says_why_not(page):
+def test_every_block_is_run_or_gives_a_reason(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert len(blocks(page)) == len(re.findall(r"^ *```(?:bash|python)$", text, re.MULTILINE))
     assert text.count("<!-- not run:") == sum(block["reason"] is not None for block in blocks(page))
 
 
-def test_no_page_installs_a_package_of_our_name_from_the_index():
-    """Whoever takes that name on PyPI would run his code on the readers' machines."""
+def test_no_page_installs_diffvp_from_pypi():
+    """Anyone could register that name on PyPI and run code on the readers' machines."""
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
         found = re.search(r"pip install (?:\S+ )*[\"']?diffvp(?:\[|[\"'\s]|$)", path.read_text(encoding="utf-8"))
         assert path == Path(__file__) or found is None, f"{path.name}: {found and found[0]}"
 
 
 def script(page: str) -> str:
-    """A program that runs the blocks of a page."""
+    """Return a program that runs the blocks of a page."""
     lines = ["import subprocess", PREPARED]
     for block in blocks(page):
         if block["reason"] is None:
@@ -64,7 +64,7 @@ def script(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clone of what is committed, beside the scans and reports of a reader."""
+    """Clone of the committed state, with a reader's scans and reports in the same folder."""
     import nibabel as nib
 
     from diffvp.data.phantom import render_patient, sample_patient
@@ -94,7 +94,7 @@ def clone(tmp_path_factory):
 @pytest.mark.skipif(not os.environ.get("DIFFVP_DOCS"), reason="an hour of two cores: make test-docs")
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_blocks(page, clone):
+def test_code_blocks_of_a_page_run(page, clone):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(clone.parent),

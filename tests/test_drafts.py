@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts: the same words in fewer steps, for every family of bases; and a file that names no single patient."""
+"""Drafts: the same tokens in fewer steps for every family of bases, and a file without text of a single patient."""
 
 import json
 import random
@@ -27,7 +27,7 @@ TOKENS = 40
 
 
 class Counted:
-    """Counts the steps of an LLM."""
+    """Count the steps of an LLM."""
 
     def __init__(self, language_model):
         self.steps = 0
@@ -53,7 +53,7 @@ class Heard(BaseStreamer):
 
 
 def drafts_of(reports: list[list[int]], errors: float = 0.2) -> ReportDrafts:
-    """Drafts of these reports, a share of whose entries is wrong."""
+    """Build drafts of these reports and make a fraction of their entries wrong."""
     drafts = ReportDrafts.build(reports, map(str, range(len(reports))), min_patients=1)
     rng = random.Random(0)
     for context in list(drafts.following):
@@ -64,7 +64,7 @@ def drafts_of(reports: list[list[int]], errors: float = 0.2) -> ReportDrafts:
 
 @pytest.fixture
 def prompts():
-    """Three prompts of different lengths, as the engine takes them."""
+    """Three prompts of different lengths, as passed to the engine."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(length, 32, generator=generator) for length in (12, 9, 15)]
 
@@ -78,12 +78,12 @@ def without(model, prompts, decoding) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_words_in_fewer_steps(family, tmp_path, prompts):
+def test_drafts_give_the_same_tokens_in_fewer_steps(family, tmp_path, prompts):
     base = write_base(tmp_path, FAMILIES[family])
     model = DiffVPForConditionalGeneration.from_base(str(base), config=dict(TINY_FIELDS))
     decoding = greedy(model, TOKENS)
     plain = without(model, prompts, decoding)
-    # An end that two rows reach and one does not: rows leave the batch one by one.
+    # An end token that two rows reach and one does not: rows leave the batch one by one.
     decoding.eos_token_id = [2, plain[0][TOKENS // 2]]
     plain = without(model, prompts, decoding)
     model.drafts = drafts_of(plain)
@@ -92,14 +92,14 @@ def test_the_same_words_in_fewer_steps(family, tmp_path, prompts):
     alone = counted.taken()
     assert engine.generate(prompts, decoding) == plain
     together = counted.taken()
-    windows = {"Mistral", "Gemma 2", "Gemma 3", "Mamba"}  # from whose caches nothing can be taken back
+    windows = {"Mistral", "Gemma 2", "Gemma 3", "Mamba"}  # their caches cannot be cropped
     if family not in windows:
         assert alone < sum(map(len, plain)) * 0.8
-    if family not in windows | {"MPT", "Bloom"}:  # which take no positions
+    if family not in windows | {"MPT", "Bloom"}:  # without position ids
         assert together < max(map(len, plain)) * 0.8
 
 
-def test_drafts_that_are_never_right_change_nothing(make_model, prompts):
+def test_wrong_drafts_do_not_change_the_output(make_model, prompts):
     model = make_model(lora=True)
     decoding = greedy(model, TOKENS)
     plain = without(model, prompts, decoding)
@@ -111,7 +111,7 @@ def test_drafts_that_are_never_right_change_nothing(make_model, prompts):
     "settings", [{"min_new_tokens": 30}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {}], ids=str
 )
 @pytest.mark.parametrize("limit", [1, 2, 17, TOKENS])
-def test_limits_and_penalties_hold(settings, limit, make_model, scans):
+def test_drafts_respect_limits_and_penalties(settings, limit, make_model, scans):
     model = make_model()
     settings = settings | {"min_new_tokens": min(settings.get("min_new_tokens", 0), limit)}
     ends = model.generate(*scans, max_new_tokens=TOKENS, **settings)[:, 5].tolist()
@@ -125,7 +125,7 @@ def test_limits_and_penalties_hold(settings, limit, make_model, scans):
     assert counted.taken() == plain.shape[1] and drafted <= plain.shape[1]
 
 
-def test_no_drafts_for_sampling_beams_or_scores(make_model, scans):
+def test_sampling_beams_and_scores_are_unchanged_by_drafts(make_model, scans):
     model = make_model()
     options = [
         {"do_sample": True, "top_k": 5}, {"num_beams": 3}, {"return_dict_in_generate": True, "output_scores": True},
@@ -140,7 +140,7 @@ def test_no_drafts_for_sampling_beams_or_scores(make_model, scans):
     assert written[0] == written[1]
 
 
-def test_a_streamer_hears_the_same(make_model, scans, tokenizer, capsys):
+def test_streamer_receives_the_same_tokens(make_model, scans, tokenizer, capsys):
     model, one = make_model(), [scan[:1] for scan in scans]
     heard = []
     plain = model.generate(*one, max_new_tokens=20)
@@ -148,12 +148,12 @@ def test_a_streamer_hears_the_same(make_model, scans, tokenizer, capsys):
         model.drafts, streamer = drafts, Heard()
         model.generate(*one, max_new_tokens=20, streamer=streamer)
         heard.append((streamer.puts, streamer.ended))
-    assert heard[0] == heard[1] and heard[0][1] and len(heard[0][0]) == 21  # the empty prompt before
+    assert heard[0] == heard[1] and heard[0][1] and len(heard[0][0]) == 21  # 20 tokens after the empty prompt
     model.generate(*one, max_new_tokens=20, streamer=TextStreamer(tokenizer))
     assert tokenizer.decode(plain[0], skip_special_tokens=False)[:4] in capsys.readouterr().out
 
 
-def test_they_travel_with_the_checkpoint(make_model, scans, tmp_path):
+def test_drafts_are_saved_and_loaded_with_the_checkpoint(make_model, scans, tmp_path):
     model = make_model(lora=True)
     plain = model.generate(*scans, max_new_tokens=20)
     model.drafts = drafts_of(plain.tolist())
@@ -175,7 +175,7 @@ def test_they_travel_with_the_checkpoint(make_model, scans, tmp_path):
         3, [3], [[]], [[96]], [[-1]], [[3, -1]], [[True]], [["a"]], [[3] * (CONTEXT + 2)]
     ))],
 )  # fmt: skip
-def test_a_damaged_file_is_named(content, make_model, tmp_path):
+def test_damaged_drafts_file_is_named(content, make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     (tmp_path / DRAFTS_NAME).write_text(content)
     with pytest.raises(
@@ -184,29 +184,29 @@ def test_a_damaged_file_is_named(content, make_model, tmp_path):
         DiffVPForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_what_few_patients_share_is_left_out():
+def test_drafts_omit_text_of_few_patients():
     common, name = [5, 6, 7, 8], [31, 32, 33]
     reports = [(common + [2], str(patient)) for patient in range(9)]
-    reports += [(common + name + [2], "9")] * 30  # one patient's many reports are one patient
+    reports += [(common + name + [2], "9")] * 30  # many reports of one patient count once
     drafts = ReportDrafts.build(*zip(*reports, strict=True), min_patients=3)
     seen = {token for context, token in drafts.following.items() for token in (*context, token)}
     assert seen <= {START, *common, 2}
     assert drafts.continuation([], 10)[:5] == [*common, 2]
-    for context, token in drafts.following.items():  # by counting again, in another way
+    for context, token in drafts.following.items():  # an independent count
         text = " ".join(map(str, (*context, token)))
         whose = {patient for report, patient in reports if f" {text} " in f" {' '.join(map(str, [START, *report]))} "}
         assert len(whose) >= 3, text
 
 
-def test_a_continuation_is_what_most_reports_say():
-    """Against counting in the reports themselves."""
+def test_continuation_is_the_most_frequent_token():
+    """Compared with counts in the reports themselves."""
     rng = random.Random(0)
     reports = [[rng.choice([3, 4]) for _ in range(30)] + [2] for _ in range(40)]
     drafts = ReportDrafts.build(reports, map(str, range(40)), min_patients=2)
     for report in reports[:5]:
         for place in range(len(report)):
             context = [START, *report[:place]][-CONTEXT:]
-            for begin in range(len(context) + 1):  # the longest end that two reports have
+            for begin in range(len(context) + 1):  # the longest suffix that two reports share
                 end = context[begin:]
                 counts = {}
                 for token in (2, 3, 4):
@@ -218,7 +218,7 @@ def test_a_continuation_is_what_most_reports_say():
             assert drafts.continuation(report[:place], 1) == [most]
 
 
-def test_decode_leaves_the_callers_config_alone(make_model, prompts):
+def test_decode_leaves_the_generation_config_unchanged(make_model, prompts):
     model = make_model()
     model.drafts = drafts_of([[5, 6, 7]])
     decoding = GenerationConfig(max_new_tokens=4, pad_token_id=0)
@@ -227,8 +227,8 @@ def test_decode_leaves_the_callers_config_alone(make_model, prompts):
     assert decoding.to_dict() == before
 
 
-def test_those_of_the_shipped_checkpoint_are_of_its_training_reports():
-    """Made again from the seeds of the cases that configs/phantom.yaml trains the generator on."""
+def test_shipped_drafts_are_those_of_its_training_reports():
+    """Rebuilt from the seeds of the cases on which configs/phantom.yaml trains the report generator."""
     settings = read_settings(SHIPPED_CHECKPOINT.parents[1] / "configs" / "phantom.yaml")
     first, stop = settings["data"]["report_cases"]
     made = phantom_drafts(SHIPPED_CHECKPOINT, settings["seed"], first, stop - 1)
@@ -237,7 +237,7 @@ def test_those_of_the_shipped_checkpoint_are_of_its_training_reports():
     assert len(shipped.following) > 500 and shipped.min_patients == 10
 
 
-def test_training_writes_them(small_cohort, tokenizer):
+def test_training_builds_drafts_from_its_reports(small_cohort, tokenizer):
     cases = load_dataset_cases("phantom", small_cohort, "train")
     processor = DiffVPProcessor(DiffVPImageProcessor(), tokenizer)
     drafts = make_drafts(cases, processor, 10)

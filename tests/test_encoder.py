@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder with fine tokens, the voxel head's places and sizes, the aligned difference, and training on crops."""
+"""Encoder with fine tokens, locations and sizes of the voxel head, aligned difference, and training on crops."""
 
 import json
 import math
@@ -90,21 +90,21 @@ def config(**changes):
         ({"difference_temperature": 0.0}, "difference_temperature"),
     ],
 )
-def test_fields_that_contradict_each_other_are_named(changes, message):
+def test_contradictory_fields_are_named(changes, message):
     with pytest.raises(Exception, match=message):
         config(**changes)
 
 
-def test_the_papers_encoder_is_the_default():
+def test_default_encoder_is_the_one_of_the_paper():
     default = DiffVPConfig()
     assert default.encoder_windows is None and default.encoder_pyramid_channels is None
     assert default.difference_level == "latent" and default.finding_attributes is None
     assert default.feature_grid == default.resampler_grid
     names = set(DiffVPVisionEncoder(DiffVPConfig(encoder_block_channels=[4, 4, 4, 4])).state_dict())
-    assert all(name.startswith("resnet.") for name in names), "MedicalNet's weights fit by name"
+    assert all(name.startswith("resnet.") for name in names), "MedicalNet's weights match by name"
 
 
-def test_a_config_survives_its_file(tmp_path):
+def test_config_survives_saving_and_loading(tmp_path):
     config(difference_level="aligned").save_pretrained(tmp_path)
     again = DiffVPConfig.from_pretrained(tmp_path)
     assert again.finding_attributes == FINE["finding_attributes"]
@@ -115,7 +115,7 @@ def test_a_config_survives_its_file(tmp_path):
 # Encoder -------------------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_those_of_the_hounsfield_units():
+def test_encoder_windows_are_in_hounsfield_units():
     encoder = DiffVPVisionEncoder(config(encoder_coordinates=False))
     hu = torch.linspace(-1000, 1200, 32 * 48 * 32).view(1, 1, 32, 48, 32)
     channels = encoder._channels((hu + 1000) / 1100 - 1, None)
@@ -127,7 +127,7 @@ def test_windows_are_those_of_the_hounsfield_units():
             np.testing.assert_allclose(found, expected[z::2, y::2, x::2], atol=1e-3)
 
 
-def test_a_crop_is_seen_where_it_lies():
+def test_crop_gives_the_channels_of_its_position_in_the_scan():
     encoder, ct = DiffVPVisionEncoder(config()), torch.rand(2, 1, 32, 48, 32) * 2 - 1
     whole = encoder._channels(ct, None)
     start = torch.tensor([[0, 16, 8], [16, 0, 0]])
@@ -143,7 +143,7 @@ def test_a_crop_is_seen_where_it_lies():
         encoder(crops)
 
 
-def test_fine_tokens_make_a_model_of_all_parts(make_model):
+def test_model_with_fine_tokens_runs_in_all_parts(make_model):
     fields = {key: value for key, value in FINE.items() if key != "finding_attributes"}
     model = make_model(**fields, difference_level="aligned", diagnosis_prompt_ids=fragments())
     ct, reference = (torch.rand(2, 1, 32, 48, 32) * 2 - 1 for _ in range(2))
@@ -166,7 +166,7 @@ def several_features(encoded):
 
 
 def aligned_by_loops(target, references, grid, mean, whitening, radius, temperature):
-    """The definition, token by token: (N, C) and R times (N, C) → the whitened target, and what stands against it."""
+    """Compute the definition token by token: (N, C) and R times (N, C) → whitened target and aligned references."""
     target, references = (target - mean) @ whitening.T, [(one - mean) @ whitening.T for one in references]
     places = list(np.ndindex(*grid))
     against = np.zeros_like(target)
@@ -185,7 +185,7 @@ def aligned_by_loops(target, references, grid, mean, whitening, radius, temperat
 
 
 @pytest.mark.parametrize("references", [1, 3])
-def test_residual_is_that_of_the_definition(references):
+def test_residual_equals_its_definition(references):
     torch.manual_seed(0)
     settings = config(image_size=[16, 16, 32], difference_radius=1, difference_temperature=3.0)
     module = DiffVPAlignedDifference(settings)
@@ -201,7 +201,7 @@ def test_residual_is_that_of_the_definition(references):
     residual = (white - aligned).flatten(2).square().sum(1).sqrt()
     if references > 1:
         torch.testing.assert_close(norm, residual)
-    # The places hold the largest residual of all.
+    # The locations include the largest residual.
     step = module.projection.weight @ (white - aligned).flatten(2)[0, :, residual[0].argmax()]
     torch.testing.assert_close((pair[0] - pair[1])[0, 0], step, atol=1e-4, rtol=1e-4)
 
@@ -212,10 +212,10 @@ def test_whitened_tokens_of_the_pool_are_uncorrelated():
     module.fit(tokens, shrinkage=1e-9)
     white = (tokens - module.mean) @ module.whitening.T
     torch.testing.assert_close(torch.cov(white.T), torch.eye(6), atol=0.02, rtol=0)
-    assert {"mean", "whitening"} <= set(module.state_dict()), "a checkpoint keeps them"
+    assert {"mean", "whitening"} <= set(module.state_dict()), "a checkpoint stores them"
 
 
-def test_a_lesion_of_the_target_stands_out_and_a_shift_does_not():
+def test_residual_shows_a_lesion_but_not_a_shift():
     torch.manual_seed(0)
     module = DiffVPAlignedDifference(config(difference_temperature=0.1))
     reference = torch.randn(1, 6, 8, 12, 8)
@@ -226,10 +226,10 @@ def test_a_lesion_of_the_target_stands_out_and_a_shift_does_not():
     assert norm.argmax() == (4 * 12 + 6) * 8 + 4
     inside = norm[:, :, 1:].clone()
     inside[4, 6, 3] = 0
-    assert inside.max() < 0.1, "every token has its like one step away"
+    assert inside.max() < 0.1, "every token has an equal one a step away"
 
 
-# Places and sizes ----------------------------------------------------------------------------------------------------
+# Locations and sizes -------------------------------------------------------------------------------------------------
 
 
 def fragments():
@@ -243,7 +243,7 @@ def fragments():
 
 
 def planted_classifier(tokens):
-    """A classifier whose first feature is the logit of a nodule, the second of an opacity; then regions, then size."""
+    """Classifier whose features are the logits of nodule, opacity and emphysema, then region and size."""
     classifier = DiffVPDiagnosisClassifier(config())
     with torch.no_grad():
         for layer in (classifier.head, classifier.region_head, classifier.size_head):
@@ -260,7 +260,7 @@ def planted_classifier(tokens):
     return classifier, features.flatten(1, 3)
 
 
-def test_the_largest_of_several_nodules_is_read():
+def test_largest_of_several_nodules_is_described():
     small, large = [14.0, 0, 0, 0, math.log(0.5), 0], [12.0, 0, 0, 0, math.log(1.5), 0]
     classifier, features = planted_classifier({(2, 3, 1): small, (5, 8, 6): large})
     found = classifier.locate(features)
@@ -270,7 +270,7 @@ def test_the_largest_of_several_nodules_is_read():
     assert known[HERNIA]["places"] == [] and known[OPACITY]["size_mm"] is None
 
 
-def test_places_are_those_with_evidence_near_the_strongest():
+def test_named_places_have_evidence_near_the_strongest():
     settings = config()
     found = {
         "region": torch.zeros(1, 18, dtype=torch.long) + 3,
@@ -286,22 +286,22 @@ def test_places_are_those_with_evidence_near_the_strongest():
     assert named_places(settings, found, 0, HERNIA) == []
 
 
-def test_a_patch_that_reaches_across_a_fissure_is_of_the_lobe_of_its_peak():
-    upper, lower = -10.0, 10.0  # what the region head takes for the right upper and the left lower lobe
+def test_opacity_across_a_fissure_belongs_to_the_lobe_of_its_peak():
+    upper, lower = -10.0, 10.0  # values the region head assigns to the right upper and the left lower lobe
     faint = {(1, row, column): [0, 8.4, 0, upper, 0, 0] for row in range(3, 8) for column in (1, 2, 3)}  # p = 0.6
     classifier, features = planted_classifier({**faint, (6, 9, 6): [0, 16.0, 0, lower, 0, 0]})
     evidence = classifier.locate(features)["region_evidence"][0, OPACITY].exp()
-    assert evidence.argmax() == 4, "fifteen tokens of 0.6 have more mass than one of 1"
+    assert evidence.argmax() == 4, "the peak outweighs fifteen tokens of 0.6"
     assert 0.1 < evidence[0] < 0.65
 
 
-def test_sides_are_the_patients():
-    classifier, features = planted_classifier({(3, 3, 1): [0, 0, 14.0, 0, 0, 0]})  # width grows to the left
+def test_sides_are_those_of_the_patient():
+    classifier, features = planted_classifier({(3, 3, 1): [0, 0, 14.0, 0, 0, 0]})  # width increases to the left
     assert named_places(config(), classifier.locate(features), 0, EMPHYSEMA) == ["right"]
 
 
-def test_peak_is_in_the_frame_of_the_file(tmp_path):
-    """A bright voxel, in a file of an odd orientation: the finding's peak is within half a token of it."""
+def test_peak_is_in_file_coordinates(tmp_path):
+    """A finding's peak is within half a token of a bright voxel, in a file of unusual orientation."""
     hu = np.full((40, 70, 60), -1000, np.int16)
     hu[8:32, 10:60, 10:50] = 40
     hu[20, 41, 33] = 1000
@@ -325,7 +325,7 @@ def test_peak_is_in_the_frame_of_the_file(tmp_path):
     }  # fmt: skip
 
 
-def test_attributes_stand_in_the_prompt_behind_their_finding(tokenizer):
+def test_prompt_names_attributes_after_their_finding(tokenizer):
     parts = DiffVPProcessor.diagnosis_prompt_ids(tokenizer, places=[*LOBES, *SIDES])
     known = [{"places": [], "size_mm": None} for _ in DIAGNOSIS_LABELS]
     known[NODULE] = {"places": ["right upper lobe"], "size_mm": 12}
@@ -344,7 +344,7 @@ def test_attributes_stand_in_the_prompt_behind_their_finding(tokenizer):
 # Training on crops ---------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_lesion_and_the_lobes_are_on_the_grid_of_the_tensor(small_cohort, tmp_path):
+def test_lesions_and_lobes_are_on_the_tensor_grid(small_cohort, tmp_path):
     processor = DiffVPImageProcessor(size=(32, 32, 32), target_spacing=(12.0, 14.0, 14.0), foreground_hu=-500.0)
     volumes = VolumeCache(tmp_path, processor)
     for case in load_phantom(small_cohort, "train")[:4]:
@@ -362,12 +362,12 @@ def test_the_largest_lesion_and_the_lobes_are_on_the_grid_of_the_tensor(small_co
         lobes = lobe_cells(lobe_mask_path(small_cohort, case.name), geometry).float()
         width = torch.arange(8.0).expand(8, 8, 8)
         right, left = (width[(lobes >= low) & (lobes <= high)].mean() for low, high in ((1, 3), (4, 5)))
-        assert right < left, "the right lung comes first"
+        assert right < left, "the right lung has the lower indices"
         depth = torch.arange(8.0)[:, None, None].expand(8, 8, 8)
         assert depth[(lobes == 1) | (lobes == 4)].mean() > depth[(lobes == 3) | (lobes == 5)].mean()
 
 
-def test_true_sizes_are_those_of_the_reports():
+def test_true_sizes_equal_those_in_the_reports():
     sizes = true_sizes([Finding("Lung nodule", {"count": 1, "lobe": LOBES[0], "size_mm": 9})])
     assert sizes[NODULE] == 9 and sizes.isnan().sum() == 17
 
@@ -384,7 +384,7 @@ def crops(small_cohort, tmp_path):
     return lambda seed: Crops(cases, volumes, truth, section, seed, "cpu")
 
 
-def test_crops_depend_on_seed_epoch_and_index_alone(crops):
+def test_crops_depend_only_on_seed_epoch_and_index(crops):
     one, again, validation = crops(1), crops(1), crops(None)
     plans = [one.plan(epoch, index) for epoch in (0, 1) for index in range(20)]
     for (epoch, index), plan in zip([(e, i) for e in (0, 1) for i in range(20)], plans, strict=True):
@@ -392,20 +392,20 @@ def test_crops_depend_on_seed_epoch_and_index_alone(crops):
         assert str(validation.plan(0, index)) == str(validation.plan(1, index))
     assert len({str(plan) for plan in plans}) > 30
     near = [one.cut(case, start)["cells"].any() for case, start, _ in plans]
-    assert np.mean(near) > 0.7, "near a lesion"
+    assert np.mean(near) > 0.7, "most crops are near a lesion"
     cut = one.cut(*plans[0][:2])
     assert cut["ct"].shape == (1, 16, 16, 16) and cut["cells"].shape == cut["lobes"].shape == (4, 4, 4)
     case, start, _ = plans[0]
     assert torch.equal(cut["ct"][0, 0, 0, 0], one.volumes[case][tuple(start)].float())
 
 
-def test_calibration_makes_noisy_or_a_probability():
+def test_calibration_makes_noisy_or_match_the_prevalence():
     torch.manual_seed(0)
     model = DiffVPForDiagnosis(config())
     labels = (torch.rand(60, 18) < 0.4).float()
 
     class Planted:
-        """Cases whose every token is a little too sure: uncalibrated, Noisy-OR says everything of everybody."""
+        """Cases with slightly overconfident tokens: uncalibrated, Noisy-OR reports every finding for every case."""
 
         def __len__(self):
             return 60
@@ -438,7 +438,7 @@ def test_calibration_makes_noisy_or_a_probability():
 
 @pytest.fixture
 def crop_settings(settings):
-    """Overrides for a first stage on crops, of seconds."""
+    """Overrides for a first stage on crops that takes seconds."""
     model = {**FINE, "image_size": [32, 32, 32]}
     model["finding_attributes"] = {"Lung opacity": {"place": "regions"}, "Pleural effusion": {"size": True}}
     section = {"per_epoch": 16, "validation": 8, "size": [16, 16, 16], "near_lesions": 0.5}
@@ -458,7 +458,7 @@ def crop_settings(settings):
     return settings, ["stage=diagnosis", *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 
-def test_training_on_crops_learns_where_lesions_lie(crop_settings, tmp_path):
+def test_training_on_crops_lowers_the_lesion_loss(crop_settings, tmp_path):
     settings, overrides = crop_settings
     run(TrainingConfig.load(settings, overrides))
     log = [json.loads(line) for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()]
@@ -469,7 +469,7 @@ def test_training_on_crops_learns_where_lesions_lie(crop_settings, tmp_path):
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_a_run_on_crops_that_was_interrupted_ends_as_one_that_was_not(crop_settings, tmp_path, monkeypatch):
+def test_interrupted_run_on_crops_resumes_to_the_same_weights(crop_settings, tmp_path, monkeypatch):
     settings, overrides = crop_settings
     overrides = [*overrides, "diagnosis.epochs=2", "save_every_steps=1"]
     run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'straight'}"]))
@@ -490,7 +490,7 @@ def test_a_run_on_crops_that_was_interrupted_ends_as_one_that_was_not(crop_setti
         torch.testing.assert_close(value, other[name], msg=name)
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted(crop_settings, tmp_path, monkeypatch):
+def test_step_without_finite_gradient_is_skipped_and_counted(crop_settings, tmp_path, monkeypatch):
     settings, overrides = crop_settings
     clip = torch.nn.utils.clip_grad_norm_
     norms = []
@@ -509,13 +509,13 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(crop_settings, 
     assert log[-1]["skipped_steps"] == 1 and math.isfinite(log[-1]["validation_loss"])
 
 
-def test_an_encoder_for_other_hounsfield_units_is_refused(crop_settings):
+def test_encoder_with_another_hu_range_is_refused(crop_settings):
     settings, overrides = crop_settings
     changed = [one.replace('"hu_range": [-1000, 1200]', '"hu_range": [-1000, 1000]') for one in overrides]
     with pytest.raises(ValueError, match="hu_range"):
         run(TrainingConfig.load(settings, changed))
 
 
-def test_a_phantom_knows_its_patients(small_cohort):
+def test_phantom_cohort_lists_its_patients(small_cohort):
     patients = read_patients(small_cohort)
     assert {case.name for case in load_phantom(small_cohort, "train")} <= set(patients)

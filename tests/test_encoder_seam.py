@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of others behind the one seam, `ct` → tokens: converted, attached, computed beforehand; and refused."""
+"""Third-party encoders behind the interface `ct` → tokens: converted, attached, precomputed, or refused."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def astra():
 
 @pytest.fixture(scope="module")
 def medicalnet_state():
-    """Under the names that MedicalNet uses: DataParallel, a segmentation head, no batch counters."""
+    """State with MedicalNet's names: DataParallel prefix, a segmentation head, no batch counters."""
     state = medicalnet().state_dict()
     state = {f"module.{name}": value for name, value in state.items() if "num_batches" not in name}
     return {**state, "module.conv_seg.0.weight": torch.zeros(2, 2)}
@@ -55,7 +55,7 @@ def header_of(path):
 
 
 def model_of(**fields):
-    """An untrained model, of the size of the tests, without a base LLM."""
+    """Return a tiny untrained model without a base LLM."""
     sizes = {"num_latents": 4, "latent_size": 24, "resampler_heads": 2, "global_delta_heads": 3}
     torch.manual_seed(5)
     return DiffVPModel(DiffVPConfig(**{"image_size": [32, 32, 32], "use_diagnosis": False, **sizes, **fields})).eval()
@@ -64,7 +64,7 @@ def model_of(**fields):
 # Conversion ----------------------------------------------------------------------------------------------------------
 
 
-def test_medicalnet_weights_become_an_encoder(medicalnet_state, tmp_path):
+def test_medicalnet_weights_are_converted(medicalnet_state, tmp_path):
     source, target = tmp_path / "resnet_18.pth", tmp_path / "encoder.safetensors"
     torch.save({"state_dict": medicalnet_state}, source)
     header = convert_encoder(source, target)
@@ -81,12 +81,12 @@ def test_medicalnet_weights_become_an_encoder(medicalnet_state, tmp_path):
 
 
 def ras(ct):
-    """Of our tensor [superior, posterior, left], what Merlin and Astra take: [right, anterior, superior], 0 to 1."""
+    """Convert [superior, posterior, left] to the input of Merlin and Astra: [right, anterior, superior], 0 to 1."""
     return (ct.flip(3, 4).permute(0, 1, 4, 3, 2) + 1) / 2
 
 
 @pytest.mark.parametrize("prefix", ["", "encode_image.i3_resnet.", "visual_encoder.model.encode_image.i3_resnet."])
-def test_an_inflated_resnet_gives_the_tokens_of_its_own_code(astra, prefix, tmp_path):
+def test_inflated_resnet_gives_the_tokens_of_the_original_code(astra, prefix, tmp_path):
     state = {prefix + name: value.bfloat16() if value.is_floating_point() else value
              for name, value in astra.state_dict().items()}  # fmt: skip
     state |= {"text.weight": torch.zeros(1)} if prefix else {"classifier.weight": torch.zeros(1)}
@@ -108,7 +108,7 @@ def test_an_inflated_resnet_gives_the_tokens_of_its_own_code(astra, prefix, tmp_
     assert expected.std() > 0.1
 
 
-def test_an_inflated_resnet_sees_the_hounsfield_units_that_it_was_trained_on(astra):
+def test_inflated_resnet_receives_its_training_hu_range(astra):
     narrow, wide = (
         DiffVPInflatedEncoder(DiffVPConfig(**INFLATED, image_size=[32, 32, 32], hu_range=of))
         for of in (None, [-1000, 1200])
@@ -122,7 +122,7 @@ def test_an_inflated_resnet_sees_the_hounsfield_units_that_it_was_trained_on(ast
     torch.testing.assert_close(*seen, atol=1e-4, rtol=1e-4)
 
 
-def test_the_encoder_of_a_checkpoint_can_be_another_ones(make_model, tmp_path):
+def test_encoder_of_a_checkpoint_can_be_reused(make_model, tmp_path):
     fields = {
         "encoder_stride": 2, "encoder_pyramid_channels": 6, "encoder_coordinates": True,
         "encoder_windows": [[-1000, -200], [-160, 240]], "hu_range": [-1000, 1200],
@@ -141,7 +141,7 @@ def test_the_encoder_of_a_checkpoint_can_be_another_ones(make_model, tmp_path):
     load_encoder(other, tmp_path / "encoder.safetensors")
 
 
-def test_published_weights_are_joined_from_their_packages_and_checked(astra, tmp_path, monkeypatch):
+def test_published_weights_are_joined_from_packages_and_verified(astra, tmp_path, monkeypatch):
     torch.save({"state_dict": astra.state_dict()}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     modules = ("tiny_astra_p1", "tiny_astra_p2")
@@ -170,7 +170,7 @@ class Payload:
         return (os.mkdir, ("executed",))
 
 
-def test_what_is_no_encoder_is_refused(medicalnet_state, tmp_path, monkeypatch):
+def test_files_without_an_encoder_are_refused(medicalnet_state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     smaller = {name: value for name, value in medicalnet_state.items() if "layer4.1" not in name}
     torch.save(smaller, "resnet_10.pth")
@@ -194,7 +194,7 @@ def test_what_is_no_encoder_is_refused(medicalnet_state, tmp_path, monkeypatch):
         convert_encoder("resnet_10.pth", "encoder.safetensors", sha256="00FF")
 
 
-def test_the_command_converts_and_says_what(medicalnet_state, tmp_path):
+def test_command_converts_and_prints_the_digest(medicalnet_state, tmp_path):
     source, target = tmp_path / "resnet_18.pth", tmp_path / "encoder.safetensors"
     torch.save(medicalnet_state, source)
     result = CliRunner().invoke(cli.app, ["encoder", "convert", str(source), str(target)])
@@ -204,7 +204,7 @@ def test_the_command_converts_and_says_what(medicalnet_state, tmp_path):
     assert result.exit_code == 2 and "SHA-256" in result.output
 
 
-def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_state, tmp_path):
+def test_weights_of_another_architecture_are_refused(medicalnet_state, tmp_path):
     torch.save(medicalnet_state, tmp_path / "resnet_18.pth")
     path = tmp_path / "encoder.safetensors"
     convert_encoder(tmp_path / "resnet_18.pth", path)
@@ -216,7 +216,7 @@ def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_st
         load_encoder(model_of(**EXTERNAL), path)
     with pytest.raises(DiffVPEncoderError, match="resnet_18.pth: file: .*expected safetensors, from `diffvp encoder"):
         load_encoder(model_of(encoder_block_channels=CHANNELS), tmp_path / "resnet_18.pth")
-    # One that somebody made by hand is taken by its names and shapes.
+    # A file without our metadata is accepted by its names and shapes.
     save_file(load_file(path), path)
     model = model_of(encoder_block_channels=CHANNELS)
     load_encoder(model, path)
@@ -237,12 +237,12 @@ def test_weights_of_an_encoder_that_is_built_otherwise_are_refused(medicalnet_st
         ({**INFLATED, "encoder_layers": [1, 2, 3]}, "encoder_layers"),
     ],
 )
-def test_fields_that_contradict_each_other_are_named(changes, message):
+def test_contradictory_encoder_fields_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         DiffVPConfig(**changes)
 
 
-# Encoders of the user's ----------------------------------------------------------------------------------------------
+# User encoders -------------------------------------------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -250,7 +250,7 @@ class Pooled(nn.Module):
 
     def __init__(self, seed=0):
         super().__init__()
-        self.linear = nn.utils.skip_init(nn.Linear, 1, 5)  # the seed of a run stays as it is
+        self.linear = nn.utils.skip_init(nn.Linear, 1, 5)  # leaves the random state of the run unchanged
         for weight in self.linear.parameters():
             nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
 
@@ -258,7 +258,7 @@ class Pooled(nn.Module):
         return self.linear(F.adaptive_avg_pool3d(ct, (2, 2, 3)).flatten(2).transpose(1, 2))
 
 
-def test_a_module_of_ones_own_is_used_and_no_part_of_the_model(make_model, scans, tmp_path):
+def test_attached_module_is_used_but_not_saved(make_model, scans, tmp_path):
     model = make_model(**EXTERNAL, use_diagnosis=False)
     with pytest.raises(DiffVPEncoderError, match="vision_encoder: module: none; .*attach_encoder.*ct_features"):
         model.generate(*scans)
@@ -287,7 +287,7 @@ def test_a_module_of_ones_own_is_used_and_no_part_of_the_model(make_model, scans
     assert torch.equal(again.generate(*scans, max_new_tokens=6), written)
 
 
-def test_modules_that_give_no_tokens_of_the_configuration_are_refused(make_model, scans):
+def test_module_with_wrong_token_shape_is_refused(make_model, scans):
     model = make_model(**EXTERNAL | {"encoder_width": 6}, use_diagnosis=False)
     model.attach_encoder(Pooled())
     with pytest.raises(DiffVPEncoderError, match=r"Pooled: tokens: \(2, 12, 5\) .expected \(2, 12, 6\)"):
@@ -296,7 +296,7 @@ def test_modules_that_give_no_tokens_of_the_configuration_are_refused(make_model
         make_model().attach_encoder(Pooled())
 
 
-def test_a_classifier_beside_a_foreign_encoder_is_the_resnet_18(make_model, scans, tmp_path):
+def test_classifier_of_an_external_encoder_is_the_resnet_18(make_model, scans, tmp_path):
     model = make_model(**EXTERNAL)
     model.attach_encoder(Pooled())
     logits = model.diagnose(scans[0])
@@ -328,8 +328,8 @@ STRANGER = """
 """
 
 
-def test_a_stranger_loads_them_or_is_told_what_is_missing(make_model, scans, tmp_path):
-    """In a process of its own, by the code that lies in the checkpoint."""
+def test_checkpoints_load_without_the_package_or_name_the_encoder(make_model, scans, tmp_path):
+    """A separate process loads them with the code in the checkpoint."""
     inflated = make_model(encoder_type="i3resnet", encoder_layers=[1, 1, 1, 1], use_diagnosis=False)
     external = make_model(**EXTERNAL, use_diagnosis=False)
     external.attach_encoder(Pooled())
@@ -366,7 +366,7 @@ def test_encoders_are_imported_by_name(tmp_path, monkeypatch):
             import_encoder(name)
 
 
-def test_features_that_were_computed_beforehand_are_checked(tmp_path):
+def test_precomputed_features_are_checked(tmp_path):
     features = torch.rand(12, 5)
     save_file({"features": features}, tmp_path / "case.safetensors")
     assert torch.equal(read_features(tmp_path, "case", (12, 5)), features)
@@ -391,8 +391,8 @@ def external_run(stage_one, *overrides):
     return DiffVPForConditionalGeneration.from_pretrained(f"{config.output_dir}/model"), config
 
 
-def test_training_takes_features_and_modules_alike(stage_one, tmp_path, monkeypatch):
-    """The second stage from features on disk, and from the module that made them: the same weights."""
+def test_training_on_features_equals_training_with_the_module(stage_one, tmp_path, monkeypatch):
+    """Features on disk and the module that computed them give the same weights in the second stage."""
     monkeypatch.setitem(sys.modules, "my_pooled", sys.modules[__name__])
     of_module, config = external_run(stage_one, "encoder=my_pooled:Pooled")
     assert of_module.config.encoder_name.endswith("Pooled") and of_module.config.encoder_sha256
@@ -405,7 +405,7 @@ def test_training_takes_features_and_modules_alike(stage_one, tmp_path, monkeypa
     for case in cohort.everyone():
         features = Pooled()(volumes.load(case)[None].float())[0].detach()
         save_file({"features": features.contiguous()}, stored / f"{case.name}.safetensors")
-    monkeypatch.setattr(DiffVPForConditionalGeneration, "extract_features", None)  # nothing encodes
+    monkeypatch.setattr(DiffVPForConditionalGeneration, "extract_features", None)  # encoding a scan would fail
     (tmp_path / "run" / "model").rename(tmp_path / "of_module")
     for name in ("checkpoints/report", "report.jsonl"):
         (tmp_path / "run" / name).rename(tmp_path / name.replace("/", "-"))
@@ -415,12 +415,12 @@ def test_training_takes_features_and_modules_alike(stage_one, tmp_path, monkeypa
         np.testing.assert_array_equal(theirs[name].numpy(), value.numpy(), err_msg=name)
 
 
-def test_features_on_disk_are_for_a_model_without_an_encoder(stage_one):
+def test_features_on_disk_require_an_external_encoder(stage_one):
     with pytest.raises(ValueError, match="data.features is anywhere and model.encoder_type resnet; expected external"):
         run(TrainingConfig.load(stage_one, ["stage=report", "data.features=anywhere"]))
 
 
-def test_every_kind_is_made(tmp_path):
+def test_every_encoder_type_survives_its_config(tmp_path):
     for fields in ({"encoder_block_channels": CHANNELS}, INFLATED, EXTERNAL):
         config = DiffVPConfig(**fields, image_size=[32, 32, 32])
         config.save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Experiments: what is trained, compared and written, on a cohort of a few cases; and the files that describe them."""
+"""Experiments on a cohort of a few cases: training, comparisons and pages; and the YAML files that describe them."""
 
 import csv
 import gzip
@@ -63,7 +63,7 @@ FOREIGNERS = [
 
 @pytest.fixture(scope="module")
 def study(first_stage, tmp_path_factory):
-    """A study whose models train in seconds, on a classifier that is trained already."""
+    """Study whose models train in seconds, with an already trained classifier."""
     document = {
         "name": "small",
         "title": "A few phantoms.",
@@ -90,13 +90,13 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(study, table, meteor_data, tmp_path_factory):
-    """The study, its folder of runs, and the result of the table."""
+    """(study, folder of its runs, result file of the table)."""
     runs, loaded = tmp_path_factory.mktemp("runs"), StudyConfig.load(study)
     return loaded, runs, run_experiment(table, loaded, runs, tmp_path_factory.mktemp("results"))
 
 
 @pytest.mark.parametrize("lacking", ["WordNet", "Punkt", "RadBERT"])
-def test_what_scoring_lacks_shows_before_training(study, table, lacking, monkeypatch, request, tmp_path):
+def test_missing_scoring_resources_are_reported_before_training(study, table, lacking, monkeypatch, request, tmp_path):
     command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path), "--output", str(tmp_path)]
     if lacking == "RadBERT":
         request.getfixturevalue("meteor_data")
@@ -108,7 +108,7 @@ def test_what_scoring_lacks_shows_before_training(study, table, lacking, monkeyp
 
         monkeypatch.setattr(meteor, "_wordnet" if lacking == "WordNet" else "_punkt", missing)
         monkeypatch.setattr(meteor, "_punkt" if lacking == "WordNet" else "_wordnet", lambda: None)
-    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("it trained first"))
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("training started"))
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert ("RadBertError" if lacking == "RadBERT" else "LexiconError") in result.stderr
@@ -122,7 +122,7 @@ def cases(small_cohort):
 # The files
 
 
-def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(repository_root):
+def test_every_table_and_variant_of_the_project_is_valid(repository_root):
     variants, study = load_variants(), StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     assert {"table1", "table3", "table4", "table5", "table6", "table7", "table8", "table10", "fig5b"} <= set(
         table_names()
@@ -135,7 +135,7 @@ def test_every_table_and_variant_of_the_project_is_one_that_can_be_made(reposito
         assert (config.lora is None) == (variant.name in ("frozen LLM, linear mapper", "decoder from scratch"))
 
 
-def test_only_what_a_variant_names_is_otherwise(repository_root):
+def test_variant_changes_only_its_named_settings(repository_root):
     study = StudyConfig.load(repository_root / "configs/study_phantom.yaml")
     full, target = (study.training_config(load_variants()[key], 21, "x").model_dump() for key in ("diffvp", "target"))
     levels = [settings["model"].pop("difference_level") for settings in (full, target)]
@@ -161,13 +161,13 @@ def test_mistakes_in_a_table_are_named(tmp_path, change, message):
         load_table(str(path), load_variants())
 
 
-def test_a_table_that_does_not_exist_is_answered_with_those_that_do():
+def test_unknown_table_error_lists_the_known_ones():
     with pytest.raises(ValueError, match="no experiment 'table99'; expected one of .*table4"):
         load_table("table99", load_variants())
 
 
 def test_stored_page_matches_stored_results(repository_root, tmp_path):
-    """If this fails after a change of wording, call `write_page` on the folder of the results."""
+    """If this fails after a change of wording, call `write_page` on the results folder."""
     stored = repository_root / "experiments/results/phantom"
     for path in stored.glob("*.json"):
         shutil.copy(path, tmp_path)
@@ -177,7 +177,7 @@ def test_stored_page_matches_stored_results(repository_root, tmp_path):
 # References at test time
 
 
-def test_a_share_of_the_pool_is_replaced(cases):
+def test_pool_is_replaced_in_the_stated_proportions(cases):
     normal = {case.name for case in cases if is_normal(case)}
     foreign = [replace(case, name=f"foreign_{case.name}") for case in cases if is_normal(case)]
     for condition, counts in (
@@ -201,7 +201,7 @@ def test_a_share_of_the_pool_is_replaced(cases):
         reference_pool(cases, Condition(foreign=1.0), 0)
 
 
-def test_references_are_drawn_by_name_and_never_ones_own(cases):
+def test_references_are_drawn_by_name_and_never_the_case_itself(cases):
     pool = reference_pool(cases, Condition(), 0)
     chosen = choose_references(cases, pool, Condition(references=3), 5, None)
     assert all(len({r.name for r in of}) == 3 and case not in [r.name for r in of] for case, of in chosen.items())
@@ -222,12 +222,12 @@ def test_references_are_drawn_by_name_and_never_ones_own(cases):
 
 
 @pytest.mark.parametrize("count", [2, 3, 17, 32, 33, 65])
-def test_no_batch_is_of_one(count):
+def test_batches_have_at_least_two_cases(count):
     parts = batches(list(range(count)), 16)
     assert sum(parts, []) == list(range(count)) and all(2 <= len(part) <= 16 for part in parts)
 
 
-def test_a_changed_prompt_is_another_patients_or_zeros(make_model, scans):
+def test_changed_prompt_is_shuffled_or_zeroed(make_model, scans):
     model = make_model()
     own = model.prompt_generator(*(torch.randn(2, model.config.latent_size) for _ in range(2)))
     prompts = []
@@ -276,7 +276,7 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases, meteor_data):
     assert summary["f1"]["mean"] == pytest.approx(np.mean(values))
     assert summary["f1"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert summary["f1"]["interval"][0] < summary["f1"]["mean"] < summary["f1"]["interval"][1]
-    assert "bleu_4" not in summary, "labels without a text have no BLEU"
+    assert "bleu_4" not in summary, "labels without text have no BLEU"
     result = compare_rows(*systems, ["f1", "recall"])
     other = [system.value("f1") for system in systems[1].values()]
     assert result["f1"]["p_seeds"] == pytest.approx(stats.ttest_ind(values, other, equal_var=False).pvalue, rel=1e-6)
@@ -289,8 +289,8 @@ def test_scores_agree_with_scikit_learn_and_scipy(cases, meteor_data):
     assert max(result[m]["p_seeds_holm"] for m in ("f1", "recall")) == pytest.approx(max(max(tested), 2 * min(tested)))
 
 
-def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
-    """Of `diffvp evaluate`."""
+def test_evaluation_page_gives_an_interval_for_each_score(cases):
+    """Check the page of `diffvp evaluate`."""
     rng = np.random.default_rng(0)
     truth = np.stack([case.labels for case in cases])
     predicted = np.where(rng.random(truth.shape) < 0.2, 1 - truth, truth)
@@ -325,7 +325,7 @@ def test_the_page_of_a_checkpoint_has_an_interval_for_each_score(cases):
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
 
 
-def test_stability_counts_what_changes_with_the_reference():
+def test_stability_counts_changes_with_the_reference():
     class Reader:
         signature = "words"
 
@@ -353,14 +353,14 @@ def test_stability_counts_what_changes_with_the_reference():
     assert low < content["overlap"]["mean"] < high
 
 
-# The whole
+# Complete experiments
 
 
 def read_reports(path):
     return json.loads(gzip.decompress(path.read_bytes()))["reports"]
 
 
-def test_an_experiment_says_what_was_measured(made):
+def test_experiment_writes_scores_and_page(made):
     loaded, _, result = made
     document = json.loads(result.read_text())
     assert [row["seeds"] for row in document["rows"]] == [[1, 2], [1, 2], [1]]
@@ -378,7 +378,7 @@ def test_an_experiment_says_what_was_measured(made):
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [((0.1, 0.2, 0.3), "is the paper's"), ((0.1, 0.3, 0.2), "is not the")])
-def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tmp_path, ours, verdict):
+def test_page_compares_the_component_order_with_the_paper(made, tmp_path, ours, verdict):
     document = json.loads(made[2].read_text())
     first = document["rows"][0]
     for name, paper, f1 in zip("abc", (0.159, 0.256, 0.421), ours, strict=True):
@@ -392,7 +392,7 @@ def test_the_page_says_whether_the_components_stand_in_the_papers_order(made, tm
 
 
 @pytest.mark.parametrize(("least", "words"), [(0.0, "above it: DiffVP"), (1.0, "above it: none.")])
-def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, least, words):
+def test_page_lists_models_above_the_nearest_report_baseline(made, tmp_path, least, words):
     document = json.loads(made[2].read_text())
     document["experiment"], document["rows"][0]["scores"]["f1"]["mean"] = "mine", 0.5
     for row in document["baselines"]:
@@ -402,7 +402,7 @@ def test_the_page_says_which_models_are_above_copying_a_report(made, tmp_path, l
     assert f"gives a micro-F1 of {least:.3f}. Rows of `mine` {words}" in write_page(tmp_path).read_text()
 
 
-def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_path):
+def test_experiment_runs_once_and_is_reproducible(made, study, table, tmp_path):
     loaded, runs, result = made
     document = json.loads(result.read_text())
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
@@ -410,11 +410,11 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
     assert json.loads(again.read_text()) == document
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     baselines = result.parent / "reports/baselines-own.json"
-    assert loaded.training["data"]["root"] not in baselines.read_text(), "another's data lie elsewhere"
+    assert loaded.training["data"]["root"] not in baselines.read_text(), "local paths are not stored"
     baselines.unlink()
     from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
     assert json.loads(from_reports.read_text()) == document and baselines.is_file()
-    assert not list(tmp_path.rglob("*.safetensors")), "no model is trained where its reports are"
+    assert not list(tmp_path.rglob("*.safetensors")), "no model is trained if its reports exist"
     elsewhere = StudyConfig.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
     from_nothing = run_experiment(table, elsewhere, tmp_path / "runs", tmp_path / "results", seeds=[1], jobs=2)
     assert (tmp_path / "runs/small/target/seed-1/log.txt").stat().st_size > 0
@@ -426,8 +426,8 @@ def test_an_experiment_is_made_once_and_the_same_again(made, study, table, tmp_p
         run_experiment(table, other, runs, tmp_path / "results")
 
 
-def test_the_plan_says_what_is_left(made, table, tmp_path):
-    """Reports are enough for a table of scores, not for what looks into a model."""
+def test_plan_lists_the_remaining_work(made, table, tmp_path):
+    """Stored reports suffice for a table of scores, but not for experiments that need the model itself."""
     loaded, runs, result = made
     more = tmp_path / "more.yaml"
     more.write_text(yaml.safe_dump(TABLE | {"rows": [*TABLE["rows"], TABLE["rows"][2] | {
@@ -446,7 +446,7 @@ def test_the_plan_says_what_is_left(made, table, tmp_path):
     assert (left(inside, runs), left(inside, tmp_path)) == (["made"], ["to train"])
 
 
-def test_what_looks_into_models_trains_them_at_once_and_writes_nothing(study, tmp_path):
+def test_experiments_on_model_internals_train_without_reports(study, tmp_path):
     path = tmp_path / "inside.yaml"
     row = {"name": "ours", "variant": "diffvp"}
     path.write_text(yaml.safe_dump(TABLE | {"kind": "importance", "seeds": [1], "rows": [row], "compare": []}))
@@ -456,8 +456,8 @@ def test_what_looks_into_models_trains_them_at_once_and_writes_nothing(study, tm
     assert list(json.loads(result.read_text())["provenance"]["weights"]) == ["ours, seed 1"]
 
 
-def test_reports_of_two_models_do_not_stand_in_one_row(made, table, tmp_path):
-    """Where a condition is new, the model is trained, and the reports that are there have to be its own."""
+def test_reports_of_two_models_in_one_row_are_refused(made, table, tmp_path):
+    """For a new condition the model is trained; existing reports must come from the same model."""
     loaded, _, result = made
     shutil.copytree(result.parent / "reports", tmp_path / "small/reports")
     (tmp_path / "small/reports/diffvp/seed-1/prompt_zeroed.json.gz").unlink()
@@ -469,8 +469,8 @@ def test_reports_of_two_models_do_not_stand_in_one_row(made, table, tmp_path):
         run_experiment(table, loaded, tmp_path / "runs", tmp_path, seeds=[1])
 
 
-def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
-    """They are tested on the models of the study, beside references of either scanner."""
+def test_foreign_patients_are_tested_with_either_reference_pool(made, study, tmp_path_factory, tmp_path):
+    """Foreign patients are tested on the models of the study, with references of either scanner."""
     _, runs, result = made
     of_two_models = json.loads(result.read_text())["comparisons"][0]
     root = write_cohort(tmp_path_factory.mktemp("b"), train=0, valid=8, seed=13, matrix=48, workers=1, progress=False)
@@ -493,7 +493,7 @@ def test_patients_of_another_scanner(made, study, tmp_path_factory, tmp_path):
         assert {of for row in reports for of in row["references"]} <= pool
 
 
-def test_reports_from_before_a_condition_had_a_field_are_still_theirs(made, table, tmp_path):
+def test_reports_without_a_newer_condition_field_stay_valid(made, table, tmp_path):
     loaded, runs, result = made
     shutil.copytree(result.parent / "reports", tmp_path / "small/reports")
     path = tmp_path / "small/reports/diffvp/seed-1/random.json.gz"
@@ -508,7 +508,7 @@ def test_reports_from_before_a_condition_had_a_field_are_still_theirs(made, tabl
 
 
 class InlinePool(Executor):
-    """Runs a task as soon as it is given one, as a free worker does."""
+    """Run each task when it is submitted, like a free worker."""
 
     def submit(self, task, *arguments) -> Future:
         future = Future()
@@ -519,8 +519,8 @@ class InlinePool(Executor):
         return future
 
 
-def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
-    """So nothing is begun after the first that fails, such as one that was asked to end."""
+def test_no_task_is_submitted_before_a_worker_is_free():
+    """No task starts after the first failure, such as an interrupted one."""
     begun = []
 
     def task(number: int) -> int:
@@ -535,11 +535,11 @@ def test_a_pool_is_handed_a_task_only_when_a_worker_is_free():
     with pytest.raises(KeyboardInterrupt):
         for future in completed(InlinePool(), tasks, 2):
             future.result()
-    assert begun == [0, 1, 2, 3, 4, 5], "the sixth was under way beside the one that ended"
+    assert begun == [0, 1, 2, 3, 4, 5], "the sixth was already running"
 
 
-def test_sigterm_stops_the_workers_of_an_experiment(study, table, meteor_data, tmp_path):
-    """Else they would train on, seen by nobody; what they have is saved."""
+def test_sigterm_stops_workers(study, table, meteor_data, tmp_path):
+    """Otherwise the workers would continue unnoticed; their progress is saved."""
     settings = ["training.report.epochs=1000", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'results'}"]
     command = [sys.executable, "-m", "diffvp.cli", "experiment", table, f"--study={study}", *settings, "--jobs=2"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -548,7 +548,7 @@ def test_sigterm_stops_the_workers_of_an_experiment(study, table, meteor_data, t
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     try:
-        output = process.communicate(timeout=60)[0]  # ends when the last that can write to it has ended
+        output = process.communicate(timeout=60)[0]  # returns after the last process that holds the pipe has ended
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -556,7 +556,7 @@ def test_sigterm_stops_the_workers_of_an_experiment(study, table, meteor_data, t
     assert all(list((log.parent / "checkpoints").rglob("*.safetensors")) for log in logs)
 
 
-def test_the_page_says_what_new_seeds_say(made, tmp_path):
+def test_page_reports_the_replication_on_new_seeds(made, tmp_path):
     document = json.loads(made[2].read_text())
     [comparison] = [of for of in document["comparisons"] if of["second"] == "equal compute"][:1]
     first = dict(zip(("difference", "interval", "p_seeds"), (0.017, [0.004, 0.03], 0.281), strict=True))
@@ -573,15 +573,15 @@ def test_the_page_says_what_new_seeds_say(made, tmp_path):
         for row in document["rows"]
         if row["name"] in ("DiffVP", "equal compute")
     ]
-    if any(len(set(side)) > 1 for side in sides):  # the least difference that these few seeds could have shown
+    if any(len(set(side)) > 1 for side in sides):  # the smallest detectable difference with these few seeds
         assert page.count(f"a power of 80% for a difference of {detectable_difference(*sides):.3f}") == 2
     del metrics["f1"]["p_seeds"]  # a trial with one seed
     (tmp_path / "replication.json").write_text(json.dumps(document | changed))
     assert "chosen before any of them" not in write_page(tmp_path).read_text()
 
 
-def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
-    """Their sums are rounded otherwise, so the same command on a CPU does not give them to the last word."""
+def test_page_lists_reports_written_on_a_gpu(made, study, table, tmp_path):
+    """Rounding differs on a GPU, so the same command on a CPU may not reproduce these reports exactly."""
     _, runs, result = made
     stored = tmp_path / "results/small/reports"
     shutil.copytree(result.parent / "reports", stored)
@@ -590,7 +590,7 @@ def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
     assert document["made_on"]["device"] == "cpu" and document["made_on"]["versions"]["torch"] == torch.__version__
     document["made_on"]["device"] = "NVIDIA H200"
     path.write_bytes(gzip.compress(json.dumps(document).encode()))
-    older = stored / "target/seed-1/random.json.gz"  # from before it was noted
+    older = stored / "target/seed-1/random.json.gz"  # written before the device was recorded
     document = json.loads(gzip.decompress(older.read_bytes()))
     del document["made_on"]
     older.write_bytes(gzip.compress(json.dumps(document).encode()))
@@ -599,18 +599,18 @@ def test_the_page_says_which_reports_are_a_gpus(made, study, table, tmp_path):
     assert "Reports written on a GPU (NVIDIA H200): equal compute." in write_page(again.parent).read_text()
 
 
-def test_baselines_are_made_once_for_tables_of_all_seeds(made, study, table, tmp_path, monkeypatch):
-    """They know no seed, and their features take minutes."""
+def test_baselines_are_computed_once_for_all_seeds(made, study, table, tmp_path, monkeypatch):
+    """Baselines do not depend on the seed, and their features take minutes."""
     _, runs, result = made
     stored = tmp_path / "results/small/reports"
     shutil.copytree(result.parent / "reports", stored)
-    monkeypatch.setattr(score_table, "make_baselines", lambda *_: pytest.fail("they were made already"))
+    monkeypatch.setattr(score_table, "make_baselines", lambda *_: pytest.fail("baselines were computed again"))
     before = (stored / "baselines-own.json").read_bytes()
     run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results", seeds=[2])
     assert (stored / "baselines-own.json").read_bytes() == before
 
 
-def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
+def test_another_labeler_recomputes_the_scores(made, study, table, tmp_path):
     _, runs, result = made
     ours = json.loads(result.read_text())
     other = StudyConfig.load(study, ["test.labeler=rules"])
@@ -622,7 +622,7 @@ def test_scores_of_another_labeler_are_made_anew(made, study, table, tmp_path):
     assert json.loads(again.read_text()) == ours
 
 
-def test_language_model_judges_beside_the_rules(made, tmp_path):
+def test_language_model_judge_is_reported_next_to_the_rules(made, tmp_path):
     pytest.importorskip("openai", reason='the judge needs the extra "judge": pip install -e ".[judge]"')
     from diffvp.metrics.judge.answers import AnswerFile
     from diffvp.metrics.judge.model import ModelJudge
@@ -648,7 +648,7 @@ def test_language_model_judges_beside_the_rules(made, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information", "maps"])
-def test_figures_are_made_of_the_same_runs(made, kind, tmp_path):
+def test_every_figure_kind_reuses_the_runs(made, kind, tmp_path):
     loaded, runs, _ = made
     tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
     ill = sum(not is_normal(case) for case in tested)
@@ -709,7 +709,7 @@ def test_reports_of_other_weights_are_refused(study, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["linear", "regions", "scratch", "pixel", "subtraction", "baseline"])
-def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
+def test_every_conditioning_variant_trains_and_writes_reports(study, key, tmp_path):
     variant = load_variants()[key]
     if key == "scratch":
         small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -725,7 +725,7 @@ def test_other_conditioning_styles_train_and_write(study, key, tmp_path):
     assert DIAGNOSIS_LABELS == tuple(model.config.diagnosis_labels)
 
 
-def test_the_command_says_what_it_would_train_and_what_is_wrong(study, table, tmp_path):
+def test_command_prints_the_plan_and_names_mistakes(study, table, tmp_path):
     command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path / "runs")]
     plan = CliRunner().invoke(app, [*command, "--dry-run"])
     assert plan.exit_code == 0 and plan.output.count("to train") == 4, plan.output
@@ -741,7 +741,7 @@ def test_the_command_says_what_it_would_train_and_what_is_wrong(study, table, tm
 
 @pytest.fixture(scope="module")
 def radgenome(small_cohort, tmp_path_factory):
-    """Twenty phantoms in the layout of RadGenome-ChestCT, 14 for training and 6 for the test, three of them normal."""
+    """Twenty phantoms in the layout of RadGenome-ChestCT: 14 for training and 6 for the test, three of them normal."""
     root = tmp_path_factory.mktemp("radgenome")
     cases = load_phantom(small_cohort, "train")
     normal, ill = ([case for case in cases if is_normal(case) == wanted] for wanted in (True, False))
@@ -771,7 +771,7 @@ def radgenome(small_cohort, tmp_path_factory):
     return root
 
 
-def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
+def test_paper_study_runs_on_the_radgenome_layout(
     radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, meteor_data, tmp_path
 ):
     small = yaml.safe_load((first_stage / "config.yaml").read_text())
@@ -801,7 +801,7 @@ def test_the_study_of_the_papers_settings_runs_on_the_papers_layout(
     assert {name for row in reports for name in row["references"]} <= {f"valid_{number}_a_1" for number in (1, 2, 3)}
 
 
-def test_the_paper_settings_can_be_planned_without_the_data(repository_root, tmp_path, monkeypatch):
+def test_paper_study_can_be_planned_without_data(repository_root, tmp_path, monkeypatch):
     monkeypatch.chdir(repository_root)
     command = ["experiment", "table4", "--study", "configs/study_radgenome.yaml", "--dry-run"]
     plan = CliRunner().invoke(app, [*command, "--runs", str(tmp_path)])

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""How reports are decoded: the model's own config, whatever the base LLM does, and what lengths count."""
+"""Decoding of reports: the model's own generation config, independent of the base LLM, and the meaning of lengths."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ BASES = {
 
 @pytest.fixture(params=BASES)
 def chatty(request, tiny_llm, tmp_path):
-    """A base whose generation config is of a chat model's kind."""
+    """Base LLM with the generation config of a chat model."""
     folder = shutil.copytree(tiny_llm, tmp_path / "base")
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(tokens | BASES[request.param]))
@@ -44,7 +44,7 @@ def make(base, fields, lora=False):
     return DiffVPForConditionalGeneration.from_base(str(base), lora_config=adapter, config=dict(fields))
 
 
-def test_no_base_makes_a_model_that_samples_or_cannot_be_saved(chatty, tiny_fields, scans, tmp_path):
+def test_base_generation_config_does_not_cause_sampling_or_save_errors(chatty, tiny_fields, scans, tmp_path):
     model = make(chatty, tiny_fields, lora=True)
     config = model.generation_config
     base = json.loads((chatty / "generation_config.json").read_text())
@@ -60,7 +60,7 @@ def test_no_base_makes_a_model_that_samples_or_cannot_be_saved(chatty, tiny_fiel
     assert all(report == reports[0] for report in reports)
 
 
-def test_a_config_of_the_callers_inherits_nothing_but_the_special_tokens(chatty, tiny_fields, scans):
+def test_given_generation_config_inherits_only_special_tokens(chatty, tiny_fields, scans):
     model = make(chatty, tiny_fields)
     expected = model.generate(*scans, max_new_tokens=6).tolist()
     for seed in range(2):
@@ -69,10 +69,10 @@ def test_a_config_of_the_callers_inherits_nothing_but_the_special_tokens(chatty,
     first = int(model.generate(*scans, max_new_tokens=1)[0])
     model.generation_config.eos_token_id = [2, first]
     written = model.generate(*scans, generation_config=GenerationConfig(max_new_tokens=6))
-    assert written[0, 0] == first and not written[0, 1:].any(), "the end, and padding behind it"
+    assert written[0, 0] == first and not written[0, 1:].any(), "an end token, followed by padding"
 
 
-def test_the_end_that_training_teaches_is_an_end():
+def test_end_token_of_the_tokenizer_ends_reports():
     base = GenerationConfig(bos_token_id=1, eos_token_id=[200, 2], pad_token_id=None, do_sample=True, top_k=7)
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=9, pad_token_id=0)
     config = own_generation_config(base, tokenizer, 40)
@@ -92,9 +92,7 @@ def test_the_end_that_training_teaches_is_an_end():
     )
 
 
-def test_from_base_knows_the_end_token_of_the_tokenizer_beside_it(
-    tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path
-):
+def test_from_base_uses_the_end_token_of_its_tokenizer(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path):
     folder = shutil.copytree(tiny_base_with_tokenizer, tmp_path / "base")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
     model = make(folder, tiny_fields)
@@ -121,10 +119,10 @@ def test_lengths_count_new_tokens(given, kwargs, expected):
     config, rest = decoding_config(own, None if given is None else GenerationConfig(**given), kwargs | {"streamer": 1})
     assert (config.max_new_tokens, config.min_new_tokens or None) == expected
     assert config.max_length is None and config.eos_token_id == 2 and rest == {"streamer": 1}
-    assert own.to_dict() == before, "a call changes nothing for the next"
+    assert own.to_dict() == before, "a call does not affect the next"
 
 
-def test_max_length_and_min_length_are_what_is_returned(make_model, scans):
+def test_max_length_and_min_length_bound_the_output(make_model, scans):
     model = make_model()
     assert model.generate(*scans, max_length=5).shape == (2, 5)
     ends = list(range(96))
@@ -135,7 +133,7 @@ def test_max_length_and_min_length_are_what_is_returned(make_model, scans):
         model.generate(*scans, max_length=0)
 
 
-def test_habits_of_other_processors_are_told_our_names(tokenizer):
+def test_argument_names_of_other_processors_are_refused_with_ours(tokenizer):
     from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 
     processor = DiffVPProcessor(DiffVPImageProcessor(size=(32, 32, 32)), tokenizer)

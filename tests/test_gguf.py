@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""A base LLM out of a GGUF file: dequantised once, and never read damaged."""
+"""Base LLMs from GGUF files: dequantised once and cached; a damaged cache is never used."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ VOCABULARY, WIDTH, INNER, LAYERS = 96, 64, 96, 2
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A tiny Llama in Q4_1 and float32."""
+    """GGUF file of a tiny Llama in Q4_1 and float32."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
     writer.add_block_count(LAYERS)
@@ -72,7 +72,7 @@ def load(file, **options):
     return load_base_model(str(file.parent), gguf_file=file.name, **options)
 
 
-def test_the_weights_are_those_of_transformers(file, home):
+def test_weights_equal_those_of_transformers(file, home):
     expected = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).state_dict()
     for dtype in (torch.float32, torch.bfloat16):
         for _ in ("made", "read"):
@@ -84,7 +84,7 @@ def test_the_weights_are_those_of_transformers(file, home):
     assert len(list(home.iterdir())) == 2
 
 
-def test_a_second_start_dequantises_nothing(file, home, monkeypatch):
+def test_second_load_does_not_dequantise(file, home, monkeypatch):
     first = load(file)
     monkeypatch.setattr(gguf_diffvp, "_dequantize", None)
     second = load(file)
@@ -117,7 +117,7 @@ def flip(path: Path, place: float) -> None:
     }.items(),
     ids=lambda damage: damage[0],
 )
-def test_damage_is_noticed_and_repaired(damage, file, home, monkeypatch, caplog):
+def test_damaged_cache_is_detected_and_repaired(damage, file, home, monkeypatch, caplog):
     expected = fingerprints(load(file).state_dict())
     [folder] = home.iterdir()
     damage[1](folder)
@@ -129,7 +129,7 @@ def test_damage_is_noticed_and_repaired(damage, file, home, monkeypatch, caplog)
     assert [path for path in home.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_cache_that_cannot_be_written_is_said(file, tmp_path, monkeypatch):
+def test_unwritable_cache_gives_a_warning(file, tmp_path, monkeypatch):
     (tmp_path / "home").write_text("a file, where a folder should be")
     monkeypatch.setattr(gguf_diffvp, "HF_HOME", str(tmp_path / "home"))
     warned = []
@@ -140,8 +140,8 @@ def test_a_cache_that_cannot_be_written_is_said(file, tmp_path, monkeypatch):
     assert len(warned) == 1 and "cannot be written" in warned[0]
 
 
-def test_what_another_process_has_made_meanwhile_stays(file, home, monkeypatch):
-    """That process may be reading it."""
+def test_cache_written_meanwhile_by_another_process_is_kept(file, home, monkeypatch):
+    """Another process may be reading its cache."""
     load(file)
     [made] = home.iterdir()
     inode = made.stat().st_ino
@@ -158,8 +158,8 @@ def test_what_another_process_has_made_meanwhile_stays(file, home, monkeypatch):
     assert [folder.stat().st_ino for folder in home.iterdir()] == [inode]
 
 
-def test_processes_that_start_together(file, tmp_path):
-    """Each makes the cache or reads another's: none sees a half."""
+def test_concurrent_processes_share_the_cache(file, tmp_path):
+    """Each process writes the cache or reads another's; none reads a partial one."""
     code = (
         "from diffvp.bases_diffvp import load_base_model\n"
         "from diffvp.adapter_diffvp import fingerprints\n"

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is measured by on phantoms: against answers that are known."""
+"""Goal scores of a checkpoint on phantoms, compared with known answers."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ NODULE = DIAGNOSIS_LABELS.index("Lung nodule")
 
 @pytest.fixture(scope="module")
 def cohort():
-    """60 patients as cases, and their findings."""
+    """(60 patients as cases, their findings by name)."""
     patients = [sample_patient(9, index, "valid") for index in range(60)]
     cases = [
         Case(
@@ -44,7 +44,7 @@ def labels_of(cases):
 # AUROC with its interval ---------------------------------------------------------------------------------------------
 
 
-def test_auroc_and_its_interval_are_those_of_scikit_learn():
+def test_auroc_and_its_interval_agree_with_scikit_learn():
     rng = np.random.default_rng(0)
     truth = rng.random(80) < 0.3
     scores = np.round(rng.normal(size=80) + truth, 1)  # with ties
@@ -58,7 +58,7 @@ def test_auroc_and_its_interval_are_those_of_scikit_learn():
     assert bootstrap_auroc(-scores, truth).estimate == pytest.approx(1 - found.estimate)
 
 
-def test_auroc_leaves_out_resamples_of_one_kind_and_refuses_such_cases():
+def test_auroc_requires_positive_and_negative_cases():
     found = bootstrap_auroc([0.1, 0.2, 0.9], [0, 0, 1])
     assert found.estimate == 1 and "left out: undefined there" in found.method
     for truth in ([0, 0], [1, 1]):
@@ -71,7 +71,7 @@ def test_auroc_leaves_out_resamples_of_one_kind_and_refuses_such_cases():
 # Findings named ------------------------------------------------------------------------------------------------------
 
 
-def test_findings_named_are_counted(cohort):
+def test_naming_scores_agree_with_scikit_learn_and_counts(cohort):
     cases, patients = cohort
     truth = labels_of(cases)
     rng = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def test_findings_named_are_counted(cohort):
     assert low < scores["micro_f1"]["value"] < high
 
 
-def test_what_a_cohort_cannot_show_is_not_a_score(cohort):
+def test_undefined_scores_of_a_cohort_are_none(cohort):
     cases, patients = cohort
     abnormal = [case for case in cases if case.labels.any() and not case.labels[NODULE]][:4]
     scores = classifier_scores(np.full((4, 18), 0.5), 0.5, abnormal, patients)
@@ -103,7 +103,7 @@ def test_what_a_cohort_cannot_show_is_not_a_score(cohort):
     assert scores["false_findings"]["value"] is None and scores["auroc"]["Lung nodule"] is None
 
 
-def test_a_finding_is_named_from_its_own_threshold_on(cohort):
+def test_finding_is_positive_from_its_own_threshold(cohort):
     cases, patients = cohort
     truth = labels_of(cases)
     thresholds = np.linspace(0.1, 0.9, 18)
@@ -129,14 +129,14 @@ def test_true_reports_reach_every_goal(cohort):
     assert scores["below_classifier"] == {"value": 0, "interval": [0, 0]} and scores["named_twice"]["labels"] == {}
 
 
-def test_what_is_wrong_with_reports_is_counted(cohort):
+def test_errors_in_reports_are_counted(cohort):
     cases, _ = cohort
     reports = [case.report for case in cases]
     scores = scored(cohort, reports[1:] + reports[:1])
     assert 0 < scores["place_right"]["value"] < 0.6 and scores["size_right"]["value"] < 0.6
     assert scores["below_classifier"]["value"] == pytest.approx(1 - scores["micro_f1"]["value"])
     assert scores["below_classifier"]["interval"][0] > 0
-    # Every second report says again that there is a nodule.
+    # Every second report mentions a nodule again.
     again = [
         report.replace("\nMediastinum", " A nodule is observed.\nMediastinum") if row % 2 else report
         for row, report in enumerate(reports)
@@ -146,7 +146,7 @@ def test_what_is_wrong_with_reports_is_counted(cohort):
     assert twice["labels"] == {"Lung nodule": twice["count"]} and twice["cases"] == 60
 
 
-def test_no_report_of_the_phantom_names_a_finding_twice():
+def test_phantom_reports_name_no_finding_twice():
     rng = np.random.default_rng(0)
     for index in range(150):
         report = report_text(region_sentences(sample_patient(3, index, "valid"), rng))
@@ -159,7 +159,7 @@ def test_no_report_of_the_phantom_names_a_finding_twice():
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_map_of_the_target_alone_is_the_norm_of_its_tokens(make_model):
+def test_map_of_the_target_alone_is_the_norm_of_its_tokens(make_model):
     model = make_model(difference_level="aligned")
     grid, width = model.config.feature_grid, model.config.encoder_hidden_size
     tokens = torch.randn(int(np.prod(grid)), width)
@@ -183,7 +183,7 @@ def test_the_map_of_the_target_alone_is_the_norm_of_its_tokens(make_model):
         assert np.corrcoef(means.ravel(), expected.detach().ravel())[0, 1] > 0.9, (name, zeros.shape)
 
 
-def test_correlation_of_maps():
+def test_correlation_of_maps_agrees_with_numpy():
     rng = np.random.default_rng(0)
     one, other = rng.random(50), rng.random(50)
     assert correlation(one, 3 * one + 2) == pytest.approx(1)
@@ -210,7 +210,7 @@ def test_maps_of_a_pool_of_one_are_refused(tmp_path):
 # Page ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_has_what_was_measured_beside_each_goal(cohort):
+def test_page_gives_the_measured_value_next_to_each_goal(cohort):
     cases, patients = cohort
     probabilities = np.clip(labels_of(cases) + np.random.default_rng(0).normal(0, 0.3, (60, 18)), 0, 1)
     flat = {key: {"mean": 0.9, "interval": [0.8, 1.0]} for key in ("pointing_body", "pointing_lesion", "auroc")}

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Legitimate scans are read, voxel by voxel, without a word on any stream."""
+"""Valid scans are read voxel by voxel, with nothing on stdout or stderr."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from .good_inputs import GOOD, check
 
 
 @pytest.mark.parametrize(("name", "write"), GOOD, ids=[name for name, _ in GOOD])
-def test_legitimate_scan_is_read(tmp_path, capfd, name, write):
+def test_valid_scan_is_read_silently(tmp_path, capfd, name, write):
     path, hu = write(tmp_path)
     capfd.readouterr()
     with warnings.catch_warnings():
@@ -21,5 +21,5 @@ def test_legitimate_scan_is_read(tmp_path, capfd, name, write):
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_two_of_a_name():
+def test_good_inputs_are_uniquely_named():
     assert len({name for name, _ in GOOD}) == len(GOOD)

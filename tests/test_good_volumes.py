@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Valid NIfTI, NRRD and MetaImage files of every kind are read, voxel by voxel. Oracles: nibabel and SimpleITK."""
+"""Valid NIfTI, NRRD and MetaImage files are read voxel by voxel. nibabel and SimpleITK give the expected values."""
 
 import io
 
@@ -19,7 +19,7 @@ from .bad_inputs import lps_affine, nifti, nrrd, sform, sitk_image
 from .ct_samples import SPACING, make_ct
 from .good_volumes import FALLING, FALLS, GOOD, moved, template
 
-NOT_BY_ITK = ("NRRD of five axes", "MetaImage in text")  # which ITK 5.4 does not read
+NOT_BY_ITK = ("NRRD of five axes", "MetaImage in text")  # not supported by ITK 5.4
 FILES = [
     (name, make) for name, make in GOOD if name.startswith(("NIfTI", "NRRD", "MetaImage")) and name not in NOT_BY_ITK
 ]
@@ -30,8 +30,8 @@ def hu(volume) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "make"), GOOD, ids=[name for name, _ in GOOD])
-def test_a_good_file_is_read(tmp_path, name, make):
-    """Voxels, spacing and digest; and a map finds the way back to the file's own shape."""
+def test_valid_file_is_read(tmp_path, name, make):
+    """Voxels, spacing and digest are correct, and a map has the shape of the file."""
     volume = read_ct(make(tmp_path))
     np.testing.assert_allclose(hu(volume), make_ct(), rtol=0, atol=0.02)
     np.testing.assert_allclose(volume.spacing, SPACING, rtol=1e-5)
@@ -54,7 +54,7 @@ NIFTI_FILES = [(name, make) for name, make in FILES if name.startswith("NIfTI")]
 
 @pytest.mark.parametrize("form", ["image", "bytes", "undecoded", "stream"])
 @pytest.mark.parametrize(("name", "make"), NIFTI_FILES, ids=[name for name, _ in NIFTI_FILES])
-def test_an_image_and_bytes_are_read_as_the_file(tmp_path, name, make, form):
+def test_image_and_bytes_are_read_like_the_file(tmp_path, name, make, form):
     path = make(tmp_path)
     content = path.read_bytes()
     raw = nib.load(path).to_bytes() if form == "stream" else content
@@ -73,8 +73,8 @@ def test_an_image_and_bytes_are_read_as_the_file(tmp_path, name, make, form):
 # A slope below 0
 
 
-def test_a_negative_slope_gives_the_tensor_of_the_hounsfield_units():
-    """Foreground, window and borders, for the lowest stored value is the densest voxel."""
+def test_negative_slope_gives_the_tensor_of_the_hounsfield_units():
+    """Foreground, window and borders must be in HU: the lowest stored value is the densest voxel."""
     falling = read_ct({"path": None, "bytes": nifti(FALLING, **FALLS)})
     assert falling.slope == -0.5 and falling.array.dtype == np.uint16
     for options in ({}, {"foreground_hu": -300.0}, {"crop_foreground": False}, {"spacing": (2.0, 2.0, 2.0)}):
@@ -83,8 +83,8 @@ def test_a_negative_slope_gives_the_tensor_of_the_hounsfield_units():
         assert torch.equal(tensor, expected) and geometry.offset == rising.offset
 
 
-def test_a_rescale_of_the_wrong_sign_is_refused_and_read_on_request(tmp_path):
-    """Air as dense as bone: the range alone, -1200 to 1000, could be a scan's."""
+def test_rescale_of_the_wrong_sign_is_refused_unless_allowed(tmp_path):
+    """Air appears as dense as bone; the range -1200 to 1000 alone would be plausible for a scan."""
     inverted = {"path": None, "bytes": nifti(scl_slope=-1, scl_inter=0)}
     with pytest.raises(CTInputError) as caught:
         read_ct(inverted)
@@ -92,7 +92,7 @@ def test_a_rescale_of_the_wrong_sign_is_refused_and_read_on_request(tmp_path):
     assert not read_ct(inverted, allow_non_hu=True).is_hu
 
 
-# Two spaces
+# qform and sform
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_a_rescale_of_the_wrong_sign_is_refused_and_read_on_request(tmp_path):
             4,
             moved(lps_affine(), 0.3, 0, 0),
             STATED,
-        ),  # within a voxel: nibabel's choice
+        ),  # within a voxel: the same choice as nibabel
     ],
 )
-def test_the_scanners_grid_is_taken_of_two(tmp_path, affine, code, expected, layout):
+def test_scanner_grid_is_preferred_over_a_template_grid(tmp_path, affine, code, expected, layout):
     volume = read_ct({"path": None, "bytes": template(affine, code)})
     np.testing.assert_allclose(volume.affine, expected, atol=1e-4)
     assert volume.layout == layout
@@ -122,8 +122,8 @@ def test_the_scanners_grid_is_taken_of_two(tmp_path, affine, code, expected, lay
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("codes", [(1, 4), (1, 1), (2, 3), (4, 1)])
-def test_forms_that_exchange_two_sides_are_refused(axis, codes):
-    """On the same place: the first voxel of one is the last of the other."""
+def test_mirrored_qform_and_sform_are_refused(axis, codes):
+    """Both forms cover the same space: the first voxel of one is the last of the other."""
     mirrored = lps_affine()
     mirrored[:3, 3] += mirrored[:3, axis] * (make_ct().shape[axis] - 1)
     mirrored[:3, axis] *= -1
@@ -136,7 +136,7 @@ def test_forms_that_exchange_two_sides_are_refused(axis, codes):
 # Axes of length 1, and directions
 
 
-def test_single_axes_of_a_simpleitk_image_and_an_array_are_left_out():
+def test_axes_of_length_one_are_dropped():
     for image in (sitk.JoinSeries([sitk_image()]), sitk.JoinSeries([sitk.JoinSeries([sitk_image()])])):
         np.testing.assert_array_equal(read_ct(image).array, make_ct())
     for axes in (1, 2, 3):
@@ -148,8 +148,8 @@ def test_single_axes_of_a_simpleitk_image_and_an_array_are_left_out():
         read_ct(make_ct()[..., None, None].repeat(2, 4), SPACING)
 
 
-def test_axes_of_a_nrrd_may_lie_in_any_order(tmp_path):
-    """z is stored first, and a frame between the others."""
+def test_nrrd_axes_may_be_in_any_order(tmp_path):
+    """z is stored first, followed by a frame axis of length 1."""
     stored = np.ascontiguousarray(make_ct().transpose(1, 0, 2)).astype("<i2").tobytes()  # C order: z fastest
     fields = {"dimension": "4", "sizes": "18 1 26 22", "space directions": "(0,0,2.5) none (1.5,0,0) (0,1.25,0)"}
     (tmp_path / "a.nrrd").write_bytes(nrrd(fields, stored))
@@ -158,7 +158,7 @@ def test_axes_of_a_nrrd_may_lie_in_any_order(tmp_path):
     assert volume.shape == (18, 26, 22)
 
 
-def test_a_large_text_is_parsed_whatever_the_chunks(tmp_path, monkeypatch):
+def test_text_encoding_is_parsed_with_any_chunk_size(tmp_path, monkeypatch):
     text = " ".join(map(str, make_ct().ravel(order="F"))).encode()
     (tmp_path / "a.nrrd").write_bytes(nrrd({"encoding": "ascii"}, text))
     for chunk in (1, 7, 64, 1000):

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The handler of Inference Endpoints, loaded from a checkpoint's folder as their toolkit does it."""
+"""Handler of Inference Endpoints, loaded from a checkpoint folder in the same way as by their toolkit."""
 
 import base64
 import gzip
@@ -40,7 +40,7 @@ def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def test_it_writes_the_report_of_the_pipeline(handler, tmp_path):
+def test_handler_output_equals_the_pipeline(handler, tmp_path):
     write_box(tmp_path / "scan.nii.gz", 1)
     answer = handler({"inputs": encoded((tmp_path / "scan.nii.gz").read_bytes()), "parameters": {"reference_seed": 2}})
     expected = handler.pipe(str(tmp_path / "scan.nii.gz"), reference_seed=2)
@@ -50,7 +50,7 @@ def test_it_writes_the_report_of_the_pipeline(handler, tmp_path):
     assert answer["sha256"] == expected["geometry"].sha256 and answer["statement"].startswith("Research use only")
 
 
-def test_formats_are_told_by_their_content(handler, tmp_path):
+def test_file_format_is_detected_from_content(handler, tmp_path):
     write_box(tmp_path / "scan.nii.gz", 1)
     image = nib.load(tmp_path / "scan.nii.gz")
     plain = image.to_bytes()
@@ -69,18 +69,18 @@ def test_formats_are_told_by_their_content(handler, tmp_path):
      ({"inputs": "AAAA", "parameters": {"reference": "/etc/passwd"}}, "parameters: reference .expected"),
      ({"inputs": encoded(b"no scan")}, "scan.nii: "), ({"inputs": ""}, "scan.nii: ")],
 )  # fmt: skip
-def test_what_is_wrong_is_named(handler, request_, message):
+def test_invalid_request_is_refused_with_its_field(handler, request_, message):
     with pytest.raises(ValueError, match=message):
         handler(request_)
 
 
-def test_nothing_is_left_behind(handler, tmp_path, monkeypatch):
+def test_failed_request_leaves_no_temporary_files(handler, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ValueError):
         handler({"inputs": encoded(b"no scan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_what_travels_is_what_is_kept_here(folder):
+def test_endpoint_files_are_copied_unchanged(folder):
     for name, kept in ENDPOINT.items():
         assert (folder / name).read_bytes() == (PACKAGE / kept).read_bytes()

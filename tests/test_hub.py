@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Converting an encoder, releasing a checkpoint, and its way to the Hub and back: the real clients, in processes of their
-own, against a server on this machine. What is refused before that is in `test_push.py`.
+Release of a checkpoint, upload to the Hub and download: the real clients, in separate processes, against a local
+server. `test_push.py` tests what is refused before the upload.
 """
 
 import copy
@@ -28,10 +28,10 @@ from diffvp.storage_diffvp import digest
 from .hub_samples import document, make_pushable, run_client, run_command, write_scan
 from .hub_server import LOST, Hub
 
-BASE = "tester/tiny-llama"  # the base LLM of the tiny checkpoint
+BASE = "tester/tiny-llama"  # base LLM of the tiny checkpoint
 
 
-def test_release_is_small_safe_and_loads_alone(
+def test_release_has_only_safe_files_and_loads_alone(
     tiny_base_with_tokenizer, tiny_fields, tokenizer, repository_root, tmp_path, monkeypatch
 ):
     size = dict(zip(("depth", "height", "width"), tiny_fields["image_size"], strict=True))
@@ -78,7 +78,7 @@ def test_release_is_small_safe_and_loads_alone(
 
 @pytest.fixture(scope="module")
 def hub(tiny_base_with_tokenizer):
-    """A Hub that has the base LLM."""
+    """Hub that holds the base LLM."""
     with Hub() as hub:
         hub.put(f"models/{BASE}", tiny_base_with_tokenizer)
         yield hub
@@ -86,18 +86,18 @@ def hub(tiny_base_with_tokenizer):
 
 @pytest.fixture(scope="module")
 def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_factory):
-    """A tiny checkpoint that may be uploaded; its base is on the Hub of the tests."""
+    """Tiny checkpoint that can be uploaded; its base is on the test Hub."""
     revision = hub.repos[f"models/{BASE}"].branches["main"]
     folder = tmp_path_factory.mktemp("pushable") / "diffvp-tiny"
     return make_pushable(folder, tiny_base_with_tokenizer, tiny_fields, tokenizer, BASE, revision)
 
 
-# To the Hub and back
+# Upload and download
 
 
 @pytest.fixture(scope="module")
 def fine_tuned(pushable, tmp_path_factory):
-    """The checkpoint after more training: other weights, other scores' digests, and a file less."""
+    """Checkpoint after more training, with other weights and other digests in its documents."""
     folder = Path(shutil.copytree(pushable, tmp_path_factory.mktemp("fine_tuned") / pushable.name))
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"] += 0.5
@@ -111,7 +111,7 @@ def fine_tuned(pushable, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pushed(hub, pushable, fine_tuned, tmp_path_factory):
-    """Both checkpoints under one id; their commits."""
+    """Commits of both checkpoints, pushed under one id."""
     script = f"""
         from diffvp.hub.push import push
         first = push({str(pushable)!r}, "tester/diffvp-tiny", tag="v1")
@@ -124,18 +124,18 @@ def pushed(hub, pushable, fine_tuned, tmp_path_factory):
     return commits
 
 
-def test_repository_holds_the_checkpoint_and_nothing_else(hub, pushed, pushable, fine_tuned):
+def test_repository_holds_exactly_the_checkpoint(hub, pushed, pushable, fine_tuned):
     repo = hub.repos["models/tester/diffvp-tiny"]
     first, second, branch = pushed
     for commit, folder in ((first, pushable), (second, fine_tuned), (branch, pushable)):
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         assert repo.commits[commit] == {name: path.read_bytes() for name, path in files.items()}
     assert repo.tags == {"v1": first, "v2": second} and repo.branches == {"main": second, "trial": branch}
-    assert len(repo.commits) == 4, "one commit each, after the empty one"
+    assert len(repo.commits) == 4, "one commit each after the empty one"
 
 
-def test_pulled_checkpoints_are_what_was_pushed(hub, pushed, pushable, fine_tuned, tiny_base_with_tokenizer, tmp_path):
-    """Both revisions under one id, by a user without the package; and the trap that a root adapter would be."""
+def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned, tiny_base_with_tokenizer, tmp_path):
+    """A user without the package loads both revisions by id; an adapter at the root is shown to load a bare LLM."""
     scan = write_scan(tmp_path / "scan.nii.gz", seed=5)
     trap = copy.deepcopy(hub.repos["models/tester/diffvp-tiny"])
     files = trap.commits[pushed[0]]
@@ -176,11 +176,11 @@ def test_pulled_checkpoints_are_what_was_pushed(hub, pushed, pushable, fine_tune
         assert pulled == tokens.tolist()
     assert not torch.equal(logits[pushed[0]], logits[pushed[1]])
     assert answer["pipeline"] == processor.decode(tokens[0], skip_special_tokens=True).strip()
-    # "LlamaModel": what an adapter at the root makes of a checkpoint, without a word.
+    # "LlamaModel": with an adapter at the root, transformers silently loads the bare LLM.
     assert answer["classes"] == ["DiffVPForConditionalGeneration", "LlamaModel"] and not answer["package"]
 
 
-def test_hf_upload_and_download(hub, pushable, tmp_path):
+def test_hf_upload_and_download_preserve_every_file(hub, pushable, tmp_path):
     for command in (["upload", "tester/by-hand", pushable, "."], ["download", "tester/by-hand", "--local-dir", "got"]):
         run_command(hub, tmp_path, "hf", *command)
     for path in pushable.rglob("*"):
@@ -188,9 +188,9 @@ def test_hf_upload_and_download(hub, pushable, tmp_path):
             assert (tmp_path / "got" / path.relative_to(pushable)).read_bytes() == path.read_bytes()
 
 
-def test_push_to_hub_of_transformers(hub, pushable, pushed, tmp_path):
-    """`push_to_hub` of model, processor and pipeline, and `save_pretrained(push_to_hub=True)`: the adapter, the code
-    and the references come along, and an uploaded card is kept."""
+def test_transformers_push_to_hub_uploads_the_whole_checkpoint(hub, pushable, pushed, tmp_path):
+    """`push_to_hub` of model, processor and pipeline, and `save_pretrained(push_to_hub=True)`, upload the adapter, the
+    code and the references, and keep an existing card."""
     script = f"""
         from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
         from diffvp.pipeline_diffvp import DiffVPPipeline
@@ -205,7 +205,7 @@ def test_push_to_hub_of_transformers(hub, pushable, pushed, tmp_path):
         answer = None
     """
     run_client(hub, tmp_path, script)
-    # transformers leaves in tokenizer_config.json how it was told to load it.
+    # transformers writes the loading arguments to tokenizer_config.json.
     documents = {"README.md", "evaluation.json", "LICENSE", "NOTICE", "tokenizer_config.json"}
     local = {
         path.relative_to(pushable).as_posix(): path.read_bytes() for path in pushable.rglob("*") if path.is_file()
@@ -226,14 +226,14 @@ def test_push_to_hub_of_transformers(hub, pushable, pushed, tmp_path):
     )
 
 
-def test_failures_say_what_happened_and_leave_nothing_half_done(hub, pushable, pushed, tmp_path):
+def test_push_failures_are_explained_and_leave_no_partial_upload(hub, pushable, pushed, tmp_path):
     hub.put("models/tester/foreign", write_foreign(tmp_path / "foreign"))
     hub.put("models/tester/pulled", pushable)
     always = {"/fails/commit/": 500, "/lost/commit/": LOST, "/untagged/tag/": 500}
-    broken = [500, 403]  # a pull is refused the weights; the next one gets them at the second attempt of the client
+    broken = [500, 403]  # one download fails; the next one succeeds at the second attempt
 
     def fail(method: str, path: str) -> int | None:
-        if "/busy/preupload/" in path:  # somebody else is quicker
+        if "/busy/preupload/" in path:  # a concurrent commit
             hub.repos["models/tester/busy"].commit("main", {"config.json": b"{}"})
         if "/pulled/resolve/" in path and path.endswith("/model.safetensors"):
             return broken.pop() if broken else None
@@ -304,8 +304,8 @@ def write_foreign(folder: Path) -> Path:
     return folder
 
 
-def test_dataset_of_phantoms(hub, small_cohort, tmp_path):
-    """Volumes and a table of them in a dataset repository, read back by id as `datasets` does it."""
+def test_phantom_dataset_is_loaded_by_id(hub, small_cohort, tmp_path):
+    """Volumes and their table in a dataset repository are loaded by id with `datasets`."""
     volumes = sorted(small_cohort.rglob("*.nii.gz"))[:3]
     folder = tmp_path / "dataset" / "train"
     folder.mkdir(parents=True)
@@ -329,11 +329,11 @@ def test_dataset_of_phantoms(hub, small_cohort, tmp_path):
     assert is_nifti and rows == [[f"Lung: {n} nodules.", pytest.approx(value)] for n, value in enumerate(sums)]
 
 
-def test_shipped_checkpoint_to_the_hub_and_back(hub, tmp_path):
-    """`diffvp push`, then the same logits by id in a process without the package."""
+def test_shipped_checkpoint_gives_the_same_logits_from_the_hub(hub, tmp_path):
+    """After `diffvp push`, loading by id without the package gives the same logits."""
     said = run_command(hub, tmp_path, "diffvp", "push", SHIPPED_CHECKPOINT, "tester/diffvp-phantom", "--tag", "v0.1.0")
     commit = hub.repos["models/tester/diffvp-phantom"].tags["v0.1.0"]
-    assert said.count(commit) == 3, "the commit, and how to load model and processor pinned to it"
+    assert said.count(commit) == 3, "the commit, and code to load model and processor pinned to it"
     scan = write_scan(tmp_path / "scan.nii.gz", seed=5)
     script = f"""
         from safetensors.torch import save_file

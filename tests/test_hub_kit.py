@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What goes to the Hub beside a checkpoint: datasets of phantoms, scores of a benchmark, a Space, a job. The real
-clients, in processes of their own, against a server on this machine.
+Uploads other than checkpoints: phantom datasets, benchmark scores, a Space and a job. The real clients run in
+separate processes against a local server.
 """
 
 import json
@@ -42,7 +42,7 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_fac
 
 @pytest.fixture(scope="module")
 def phantoms(hub, tmp_path_factory):
-    """The folder of a cohort that `diffvp phantom --push` made and uploaded."""
+    """Folder of a cohort made and uploaded by `diffvp phantom --push`."""
     folder = tmp_path_factory.mktemp("phantoms")
     options = ("--train", "3", "--valid", "2", "--matrix", "32", "--workers", "1", "--no-masks", "--push", PHANTOMS)
     said = run_command(hub, folder, "diffvp", "phantom", "cohort", *options, "--private")
@@ -51,7 +51,7 @@ def phantoms(hub, tmp_path_factory):
     return folder / "cohort"
 
 
-def test_a_dataset_of_phantoms_loads_by_its_name(hub, phantoms, tmp_path):
+def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
     script = f"""
         import numpy as np
         from datasets import Nifti, load_dataset
@@ -76,7 +76,7 @@ def test_a_dataset_of_phantoms_loads_by_its_name(hub, phantoms, tmp_path):
             )
 
 
-def test_the_dataset_that_is_downloaded_is_one_to_train_on(hub, phantoms, tmp_path):
+def test_downloaded_phantom_dataset_can_be_trained_on(hub, phantoms, tmp_path):
     run_command(hub, tmp_path, "hf", "download", PHANTOMS, "--repo-type", "dataset", "--local-dir", "got")
     for split in ("train", "valid"):
         ours, theirs = load_phantom(phantoms, split), load_phantom(tmp_path / "got", split)
@@ -88,7 +88,7 @@ def test_the_dataset_that_is_downloaded_is_one_to_train_on(hub, phantoms, tmp_pa
     assert not re.search(r"\{[{%]", card) and str(phantoms.parent) not in card
 
 
-def test_scores_of_a_benchmark_go_along_and_those_of_others_stay(hub, pushable, phantoms, tmp_path):
+def test_benchmark_scores_are_pushed_and_existing_ones_kept(hub, pushable, phantoms, tmp_path):
     script = f"""
         from huggingface_hub import HfApi
         from diffvp.hub.push import PushError, push
@@ -112,15 +112,15 @@ def test_scores_of_a_benchmark_go_along_and_those_of_others_stay(hub, pushable, 
     assert len({entry.task_id for entry in entries}) == len(entries) == 5
 
 
-def test_the_card_says_paper_version_and_changes(pushable):
+def test_card_states_paper_version_and_changes(pushable):
     text = (pushable / "README.md").read_text()
     ModelCard(text)
     assert "https://arxiv.org/abs/2603.17718" in text and "## Changes" in text and "- **0.1.0**:" in text
     assert "| Written by | version" in text
 
 
-def test_a_job_writes_the_reports_of_a_dataset(hub, pushable, repository_root, tmp_path):
-    """The script alone, by a user without the package, as `hf jobs uv run` starts it."""
+def test_job_writes_reports_of_a_dataset(hub, pushable, repository_root, tmp_path):
+    """A user without the package runs the script alone, as `hf jobs uv run` does."""
     (tmp_path / "scans").mkdir()
     for seed in (5, 6):
         write_scan(tmp_path / "scans" / f"scan_{seed}.nii.gz", seed=seed)
@@ -153,7 +153,7 @@ def _requirements(text: str) -> dict[str, str]:
     return {name.lower(): version for name, version in found}
 
 
-def test_what_runs_elsewhere_asks_for_what_the_package_asks_for(repository_root):
+def test_hub_requirements_agree_with_the_package(repository_root):
     project = (repository_root / "pyproject.toml").read_text()
     core = _requirements(project[project.index("\ndependencies = [") :].split("]\n")[0].split("[\n")[1])
     job = (repository_root / "hub" / "job.py").read_text().split("dependencies = [\n")[1].split("# ]")[0]
@@ -166,8 +166,8 @@ def test_what_runs_elsewhere_asks_for_what_the_package_asks_for(repository_root)
     assert "spaces" in _requirements(space)
 
 
-def test_a_space_of_these_files_writes_reports(hub, pushable, repository_root, tiny_base_with_tokenizer, tmp_path):
-    """Uploaded by the commands of its README, downloaded, and run with nothing else of this repository."""
+def test_uploaded_space_writes_reports(hub, pushable, repository_root, tiny_base_with_tokenizer, tmp_path):
+    """Upload the Space by the commands of its README, download it, and run it without the rest of the repository."""
     readme = (repository_root / "hub" / "space" / "README.md").read_text()
     commands = [line.split() for line in readme.splitlines() if line.startswith("hf ")]
     assert len(commands) == 3
@@ -195,4 +195,4 @@ def test_a_space_of_these_files_writes_reports(hub, pushable, repository_root, t
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Research use only"), done.stderr[-3000:]
     app = (got / "app.py").read_text()
-    assert app.index("import spaces") < app.index("from diffvp"), "before torch"
+    assert app.index("import spaces") < app.index("from diffvp"), "spaces must be imported before torch"

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What prompts know: probes, analysis of variance, overlap of latents, on values whose answer is known."""
+"""Information in prompts: probes, analysis of variance and overlap of latents, on values with a known answer."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from diffvp.experiments.kinds.information import (
 
 
 class Kept(dict):
-    """Features of cases by name."""
+    """Features by case name."""
 
     def load(self, case):
         return self[case.name]
@@ -39,7 +39,7 @@ def cases(small_cohort):
     return load_phantom(small_cohort, "train")
 
 
-def test_a_probe_reads_what_is_there_and_nothing_else(cases):
+def test_probe_finds_encoded_labels_and_nothing_in_noise(cases):
     rng = np.random.default_rng(0)
     labels = (rng.random((400, 18)) < 0.4).astype(int)
     labelled = [replace(cases[0], labels=row.astype(np.int8)) for row in labels]
@@ -53,11 +53,11 @@ def test_a_probe_reads_what_is_there_and_nothing_else(cases):
 
 @given(seed=st.integers(0, 2**16), scales=st.tuples(*[st.floats(0.1, 10)] * 3))
 @settings(max_examples=30, deadline=None)
-def test_variance_is_split_as_it_was_made(seed, scales):
+def test_variance_shares_equal_their_construction(seed, scales):
     rng = np.random.default_rng(seed)
     patient, reference = rng.normal(size=(5, 1, 4)), rng.normal(size=(1, 3, 4))
     both = rng.normal(size=(5, 3, 4))
-    # Main effects without a mean, and an interaction without main effects: then the three are orthogonal.
+    # Centre the main effects and remove them from the interaction, so that the three parts are orthogonal.
     patient -= patient.mean(axis=0)
     reference -= reference.mean(axis=1)
     both = both - both.mean(axis=0, keepdims=True) - both.mean(axis=1, keepdims=True) + both.mean(axis=(0, 1))
@@ -71,13 +71,13 @@ def test_variance_is_split_as_it_was_made(seed, scales):
     np.testing.assert_allclose(list(shares.values()), np.array(squares) / sum(squares), rtol=1e-9, atol=1e-12)
 
 
-def test_prompts_that_are_all_the_same_have_no_shares():
+def test_identical_prompts_have_no_variance_shares():
     with pytest.raises(ValueError, match="the same"):
         variance_shares(np.ones((3, 2, 4)))
 
 
 @pytest.mark.parametrize("use_diagnosis", [True, False])
-def test_a_part_of_the_prompt_is_what_the_llm_is_given(make_model, cases, use_diagnosis):
+def test_prompt_parts_equal_the_input_of_the_llm(make_model, cases, use_diagnosis):
     model = make_model(use_diagnosis=use_diagnosis).eval()
     grid = int(np.prod(model.config.feature_grid))
     generator = torch.Generator().manual_seed(0)
@@ -100,20 +100,20 @@ def test_a_part_of_the_prompt_is_what_the_llm_is_given(make_model, cases, use_di
     np.testing.assert_allclose(parts["difference prompt"][0], prompt.flatten(), atol=1e-6)
     np.testing.assert_allclose(parts["visual tokens"][0], visual.flatten(), atol=1e-6)
     assert ("predicted findings" in parts) == use_diagnosis
-    # Another reference changes what is made of it, and nothing else.
+    # Another reference changes only the parts computed from it.
     changed = {name for name in parts if not np.array_equal(parts[name][0], others[name][0])}
     assert changed == {"difference prompt", "reference's encoder output, mean"}
 
 
 @pytest.mark.parametrize("locality", [None, 0.05])
-def test_latents_with_a_place_share_less_attention(make_model, cases, locality):
+def test_latents_with_locality_share_less_attention(make_model, cases, locality):
     model = make_model(latent_locality=locality).eval()
     grid = int(np.prod(model.config.feature_grid))
     generator = torch.Generator().manual_seed(0)
     shape = grid, model.config.encoder_hidden_size
     kept = Kept({case.name: {"features": torch.randn(shape, generator=generator)} for case in cases[:2]})
     overlap = latent_overlap(model, kept, cases[:1], {cases[0].name: cases[1]})
-    # Queries of random weights prefer no place: all look everywhere.
+    # Queries with random weights prefer no position and attend everywhere.
     assert (overlap["attention"] > 0.9) == (locality is None)
     own, other = (model.encode(ct_features=kept.load(case)["features"][None])[0] for case in cases[:2])
     unit = torch.nn.functional.normalize((own - other).detach(), dim=-1)
@@ -121,7 +121,7 @@ def test_latents_with_a_place_share_less_attention(make_model, cases, locality):
     assert overlap["difference"] == pytest.approx(float(cosines.mean()), abs=1e-5)
 
 
-def test_who_copies_the_prompt_writes_true_and_false_findings_alike():
+def test_copying_the_prompt_writes_true_and_false_findings_equally():
     rng = np.random.default_rng(0)
     truth, told = rng.random((500, 18)) < 0.2, rng.random((500, 18)) < 0.3
     copied = prompt_following(told, truth, told & (rng.random(told.shape) < 0.6))
@@ -136,7 +136,7 @@ def test_who_copies_the_prompt_writes_true_and_false_findings_alike():
     assert prompt_following(~truth & False, truth, truth)["shares"]["told, true"] == {"count": 0, "written": None}
 
 
-def test_what_has_no_answer_is_refused(make_model, cases):
+def test_unanswerable_information_scores_are_refused(make_model, cases):
     references, labels = {case.name: cases[0] for case in cases}, np.stack([case.labels for case in cases])
     with pytest.raises(ValueError, match="difference_level is 'pixel'"):
         score_information(make_model(difference_level="pixel"), Kept(), *[(cases, references)] * 2, labels)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that fail or are killed: the folder is then the old model, the new one or nothing, and never a mixture."""
+"""Failed or killed saves leave the old model, the new one, or none that loads, but never a mixture."""
 
 import copy
 import multiprocessing
@@ -18,11 +18,11 @@ from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.files import recover_folder, write_folder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 
-KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # of each way to save; `make test-kills` sets 50
+KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # per way to save; `make test-kills` sets 50
 
 
 def content(folder) -> dict[str, bytes] | None:
-    """Every weight of the loaded model, bit for bit, and how it decodes; `None` where loading is refused."""
+    """Return the bytes of every weight of the loaded model and its decoding limit; `None` if loading is refused."""
     try:
         model = DiffVPForConditionalGeneration.from_pretrained(folder)
     except (DiffVPCheckpointError, OSError):
@@ -33,7 +33,7 @@ def content(folder) -> dict[str, bytes] | None:
 
 @torch.no_grad()
 def changed(model, seed: int):
-    """The model after some training: own modules, adapter and generation config are others."""
+    """Return the model with changed own modules, adapter and generation config, as after training."""
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def changed(model, seed: int):
 
 @pytest.fixture
 def pair(make_model, tmp_path):
-    """Two models on one base, and what their checkpoints hold."""
+    """Two models on one base, and the contents of their checkpoints."""
     base = make_model(lora=True)
     models = changed(base, 1), changed(base, 2)
     contents = []
@@ -57,11 +57,11 @@ def pair(make_model, tmp_path):
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+    """Not an Exception: like a kill, it must not be caught."""
 
 
-def test_a_save_that_ends_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypatch):
-    """Before each single change to the folder in turn: the process is gone, and nothing is tidied up."""
+def test_save_stopped_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypatch):
+    """Stop before each single change to the folder in turn, without any clean-up."""
     (old, new), contents = pair
     old.save_pretrained(tmp_path / "old")
     seen, position = [], 0
@@ -98,7 +98,7 @@ def test_a_save_that_ends_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypa
     assert seen[0] == 0 and seen[-1] == 1 and position > 5
 
 
-def test_what_a_killed_save_left_is_taken_away_by_the_next(pair, tmp_path):
+def test_next_save_removes_files_of_a_killed_one(pair, tmp_path):
     (old, new), contents = pair
     old.save_pretrained(tmp_path / "model")
     left = tmp_path / "model" / f"{storage_diffvp.STAGING_PREFIX}0123"
@@ -135,8 +135,8 @@ def save_as_trainer_does(models, folder, ready):
 
 @pytest.mark.parametrize("save", [save_in_place, save_as_the_loop_does, save_as_trainer_does])
 @pytest.mark.timeout(1800)
-def test_no_kill_leaves_a_mixture(pair, tmp_path, save):
-    """`kill -9` at random moments of saves that follow each other without a pause."""
+def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
+    """`kill -9` at random moments during back-to-back saves."""
     models, contents = pair
     folder = tmp_path / "model"
     models[0].save_pretrained(folder)
@@ -145,7 +145,7 @@ def test_no_kill_leaves_a_mixture(pair, tmp_path, save):
     duration = time.monotonic() - began
     chance, loaded = random.Random(0), 0
     for _ in range(KILLS):
-        # Forked: everything is imported already, so that kills fall into the saves.
+        # Forked processes have everything imported, so that kills hit the saves.
         fork = multiprocessing.get_context("fork")
         ready = fork.Event()
         process = fork.Process(target=save, args=(models, folder, ready))
@@ -158,6 +158,6 @@ def test_no_kill_leaves_a_mixture(pair, tmp_path, save):
         found = content(folder)
         assert found is None or found in contents
         loaded += found is not None
-    assert loaded > 0, "some of the saves came to an end"
+    assert loaded > 0, "some of the saves were complete"
     models[1].save_pretrained(folder)
-    assert content(folder) == contents[1], "the folder can be saved to again"
+    assert content(folder) == contents[1], "saving to the folder works again"

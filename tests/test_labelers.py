@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The rule labeler: language by language rule, then agreement with the hand-set labels where they are at hand."""
+"""Rule labeler: each language rule, and the agreement with manual labels if these are available."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ LABELER = RuleLabeler()
 EXAMPLES = [(rule, text) for rule in LABELER.rules for text in rule.examples]
 COUNTEREXAMPLES = [(rule, text) for rule in LABELER.rules for text in rule.counterexamples]
 SENTENCES = [text for _, text in EXAMPLES + COUNTEREXAMPLES] + ["Trachea is open.", "No abnormality was detected."]
-# The labeler with all its filters for speed switched off: every sentence with a space is looked at.
+# The labeler without its speed filters: every sentence with a space is examined.
 SLOW = RuleLabeler()
 SLOW._words = dict.fromkeys(DIAGNOSIS_LABELS, [" "])
 
@@ -33,21 +33,21 @@ def found(report: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("rule", "text"), EXAMPLES, ids=lambda value: getattr(value, "name", None))
-def test_examples_of_the_rules(rule, text):
+def test_examples_of_each_rule_are_positive(rule, text):
     hits = [hit for hit in LABELER.explain(text) if (hit.label, hit.rule) == (rule.label, rule.name)]
     assert any(hit.counts for hit in hits)
     assert rule.label in found(text)
 
 
 @pytest.mark.parametrize(("rule", "text"), COUNTEREXAMPLES, ids=lambda value: getattr(value, "name", None))
-def test_counterexamples_of_the_rules(rule, text):
+def test_counterexamples_of_each_rule_are_negative(rule, text):
     assert rule.label not in found(text)
 
 
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
-        # denied before, after, in lists and in questions of one word
+        # negated before, after, in lists and in one-word answers
         ("No pleural effusion or thickening.", set()),
         ("No pleural or pericardial effusion, consolidation, or nodule.", set()),
         ("Consolidation, ground glass opacity and effusion are not observed.", set()),
@@ -60,7 +60,7 @@ def test_counterexamples_of_the_rules(rule, text):
         ("Lungs are free of nodules.", set()),
         ("Heart is not enlarged.", set()),
         ("Heart size is normal, without pericardial effusion.", set()),
-        # the denial ends with its clause
+        # the negation ends with its clause
         ("No pleural effusion, but there is pericardial effusion.", {"Pericardial effusion"}),
         ("Pericardial effusion was not observed, pleural effusion is observed on the right.", {"Pleural effusion"}),
         ("No nodule was detected in the lungs, and effusion is observed.", {"Pleural effusion"}),
@@ -68,7 +68,7 @@ def test_counterexamples_of_the_rules(rule, text):
         ("Effusion is not seen on the left but is present on the right.", {"Pleural effusion"}),
         ("Pleural effusion was observed on the right and not observed on the left.", {"Pleural effusion"}),
         ("A few lymph nodes are observed, and no enlarged lymph nodes are detected.", {"Lymphadenopathy"}),
-        # what looks like a denial and is none
+        # phrases that look like negations but are not
         ("There is no increase in pleural effusion.", {"Pleural effusion"}),
         ("No significant change in the size of the nodules in the right lung.", {"Lung nodule"}),
         ("Nodules are not enlarged compared with the previous examination.", {"Lung nodule"}),
@@ -87,14 +87,14 @@ def test_counterexamples_of_the_rules(rule, text):
         ("The nodules observed in the previous examination are not observed now.", set()),
         ("The pleural effusion on the right has decreased.", {"Pleural effusion"}),
         ("With a history of atelectasis, emphysema is observed.", {"Emphysema"}),
-        # places
+        # anatomical sites
         ("Thyroid nodule.", set()),
         ("A 2 cm nodule in the left adrenal gland.", set()),
         ("Nodules in the liver and emphysema in both lungs.", {"Emphysema"}),
         ("Aortic valve calcification.", set()),
         ("Small amount of fluid in the right pleural space.", {"Pleural effusion"}),
         ("Calcified plaques in the pleura.", set()),
-        # headings, items of an impression, no blank after the point, a wrapped line
+        # headings, items of an impression, no space after the full stop, a wrapped line
         ("LUNGS: 4 mm nodule.\nPLEURA: no effusion.", {"Lung nodule"}),
         ('Trachea is open. " Hiatal hernia " Atelectasis in both lungs', {"Hiatal hernia", "Atelectasis"}),
         ("• Emphysema • No nodule", {"Emphysema"}),
@@ -104,12 +104,12 @@ def test_counterexamples_of_the_rules(rule, text):
         ("No acute finding. Lungs are clear!", set()),
     ],
 )
-def test_language(text, labels):
+def test_negation_history_and_location_are_understood(text, labels):
     assert found(text) == labels
 
 
 WORDINGS = [
-    # denied after the finding: no, none, (-)
+    # negated after the finding: no, none, (-)
     ("Effusion, no.", set()),
     ("Effusion: no", set()),
     ("Pleural effusion - no.", set()),
@@ -166,7 +166,7 @@ WORDINGS = [
     ("Pleural effusion-thickening was not detected.", set()),
     ("There is no effusion. None of the nodules in the right lung is new.", {"Lung nodule"}),
     ("Pneumonia PCR negative, consolidation in the left lung.", {"Consolidation"}),
-    # devices that are gone
+    # removed devices
     ("catheter removed", set()),
     ("Catheter removed.", set()),
     ("Central venous catheter removed since the prior study.", set()),
@@ -194,7 +194,7 @@ WORDINGS = [
     ("Catheter replaced.", {"Medical material"}),
     ("A stent, which was removed last year, is not observed.", set()),
     ("The catheter has not been removed.", {"Medical material"}),
-    # a denial ends before a new subject
+    # a negation ends before a new subject
     ("no calcification in coronary arteries, aorta calcified", {"Arterial wall calcification"}),
     ("No calcification in the coronary arteries, the aorta is calcified.", {"Arterial wall calcification"}),
     ("No effusion, heart enlarged.", {"Cardiomegaly"}),
@@ -221,7 +221,7 @@ WORDINGS = [
     ("No effusion while there is emphysema.", {"Emphysema"}),
     ("No effusion, whereas the heart is enlarged.", {"Cardiomegaly"}),
     ("Calcified plaques in the aorta, no calcification in the coronary arteries.", {"Arterial wall calcification"}),
-    # markup, escapes, characters without width
+    # markup, escapes, zero-width characters
     ("No pleural effusion._x000D_\nCardiomegaly.", {"Cardiomegaly"}),
     ("No effusion_x000D_Atelectasis in both lungs", {"Atelectasis"}),
     ("No effusion<br>Atelectasis in both lungs<br/>", {"Atelectasis"}),
@@ -255,7 +255,7 @@ WORDINGS = [
     ("IMPRESSION: 1. Emphysema 2. No nodule", {"Emphysema"}),
     ("LUNGS: No nodule. IMPRESSION: Normal.", set()),
     ("Findings: Lungs: no effusion, aorta: calcified.", {"Arterial wall calcification"}),
-    # more of each
+    # further variants of all groups
     ("Consolidation: no. Nodule: no. Effusion: no.", set()),
     ("Pleural effusion, absent. Emphysema, present.", {"Emphysema"}),
     ("Pleural effusion: Absent", set()),
@@ -359,11 +359,11 @@ WORDINGS = [
 
 
 @pytest.mark.parametrize(("text", "labels"), WORDINGS)
-def test_wordings_of_other_departments_and_programs(text, labels):
+def test_wordings_of_other_departments_are_understood(text, labels):
     assert found(text) == labels
 
 
-def test_markup_is_left_out_but_spans_are_those_of_the_report():
+def test_markup_is_removed_but_spans_refer_to_the_report():
     report = "No effusion.<br/>A pulmonary no\u00addule of 4&nbsp;mm &lt; 5 mm_x000D_\nis seen."
     [denied, stated] = LABELER.explain(report)
     assert (denied.label, denied.polarity) == ("Pleural effusion", "negated")
@@ -372,7 +372,7 @@ def test_markup_is_left_out_but_spans_are_those_of_the_report():
 
 
 @given(st.text(alphabet="ab <>&;_x000D\u00ad\n\r/pbr", max_size=60))
-def test_each_character_of_plain_text_has_its_place_in_the_report(report):
+def test_plain_text_maps_each_character_to_the_report(report):
     text, places = plain_text(report)
     if places is None:
         assert text == report
@@ -383,12 +383,12 @@ def test_each_character_of_plain_text_has_its_place_in_the_report(report):
         assert all(one == other or other in "<&_\r" for one, other in kept)
 
 
-def test_text_without_markup_is_left_as_it_is():
+def test_text_without_markup_is_unchanged():
     for text in ("Nodules <5 mm and > 3 mm.", "R&D; A&B", "p < 0.05", "snake_case_x", "Trachea is open."):
         assert plain_text(text)[0] == text
 
 
-def test_explains_every_mention():
+def test_explain_lists_every_mention():
     report = "Heart size is normal. No effusion was seen. Atelectasis? In the left lung, a 4 mm nodule is observed."
     denied, doubtful, stated = LABELER.explain(report)
     assert (denied.label, denied.polarity, denied.cue, denied.counts) == ("Pleural effusion", "negated", "no", False)
@@ -401,13 +401,13 @@ def test_explains_every_mention():
 @pytest.mark.parametrize(
     "text", ["Suspected atelectasis.", "Findings may represent atelectasis.", "Possible atelectasis.", "Atelectasis?"]
 )
-def test_doubt_counts_and_is_marked(text):
+def test_uncertain_findings_count_and_are_marked(text):
     [hit] = LABELER.explain(text)
     assert hit.polarity == "uncertain" and hit.cue
     assert found(text) == {"Atelectasis"}
 
 
-def test_a_question_about_the_cause_is_no_doubt():
+def test_question_about_the_cause_is_not_uncertainty():
     [hit] = LABELER.explain("A mosaic attenuation pattern is observed (small airway disease?).")
     assert hit.polarity == "positive"
 
@@ -419,14 +419,14 @@ def test_spans_survive_unicode():
     assert found("There isn’t any pleural effusion.") == set()
 
 
-def test_long_report():
+def test_finding_in_a_long_report_is_found():
     normal = "Trachea and both main bronchi are open and no occlusive pathology was detected. " * 400
     report = normal + "Pleural effusion is observed on the right. " + normal
     assert len(report.split()) > 10_000
     assert found(report) == {"Pleural effusion"}
 
 
-def test_empty_and_unusable_reports():
+def test_empty_reports_have_no_labels_and_non_text_is_refused():
     assert found("") == found(" \n") == set()
     assert LABELER.explain("") == []
     with pytest.raises(TypeError, match="must be a str, got NoneType"):
@@ -437,7 +437,7 @@ def test_empty_and_unusable_reports():
         LABELER.label_all(["Emphysema.", b"Emphysema."])
 
 
-def test_label_all_is_label_row_by_row():
+def test_label_all_equals_label_per_report():
     matrix = LABELER.label_all(SENTENCES)
     assert matrix.dtype == np.int8 and matrix.shape == (len(SENTENCES), 18)
     assert matrix.tolist() == [[LABELER.label(text)[label] for label in DIAGNOSIS_LABELS] for text in SENTENCES]
@@ -455,7 +455,7 @@ def test_signature_changes_with_the_rules(tmp_path):
     assert RuleLabeler().signature == LABELER.signature != RuleLabeler(changed).signature
 
 
-def test_rules_must_be_of_the_18_labels(tmp_path):
+def test_rules_for_unknown_labels_are_refused(tmp_path):
     document = yaml.safe_load(RULES_FILE.read_text(encoding="utf-8"))
     document["labels"]["Emphysaema"] = document["labels"].pop("Emphysema")
     path = tmp_path / "rules.yaml"
@@ -464,12 +464,12 @@ def test_rules_must_be_of_the_18_labels(tmp_path):
         RuleLabeler(path)
 
 
-def test_the_filter_by_words_loses_nothing():
+def test_word_filter_does_not_change_labels():
     assert (LABELER.label_all(SENTENCES) == SLOW.label_all(SENTENCES)).all()
 
 
 @given(st.lists(st.sampled_from(SENTENCES), max_size=8), st.randoms(use_true_random=False))
-def test_order_and_repetition_change_nothing(sentences, rng):
+def test_order_and_repetition_of_sentences_do_not_matter(sentences, rng):
     labels = found(" ".join(sentences))
     assert labels == set().union(*map(found, sentences))
     shuffled = sentences + sentences[:3]
@@ -478,7 +478,7 @@ def test_order_and_repetition_change_nothing(sentences, rng):
 
 
 @given(st.lists(st.sampled_from(SENTENCES) | st.text(max_size=30), max_size=8).map(" ".join))
-def test_spans_point_to_the_text(report):
+def test_spans_lie_within_their_sentences(report):
     hits = LABELER.explain(report)
     for hit in hits:
         start, end = hit.span
@@ -494,10 +494,10 @@ def test_split_keeps_identical_reports_together():
     assert (len(development), len(test)) == (500, 300)
     assert sorted(development + test) == list(range(800))
     apart = [number for number in range(100) if (number in development) != (700 + number in development)]
-    assert len(apart) <= 1  # one pair may lie on the border
+    assert len(apart) <= 1  # one pair may straddle the boundary
 
 
-def test_scores_of_the_experiment_have_intervals_around_them():
+def test_experiment_scores_lie_within_their_intervals():
     rng = np.random.default_rng(1)
     actual = rng.integers(0, 2, (200, 18))
     predicted, worse = (np.where(rng.random(actual.shape) < share, actual, 1 - actual) for share in (0.9, 0.8))
@@ -514,8 +514,8 @@ def test_scores_of_the_experiment_have_intervals_around_them():
     assert experiment.score(actual, actual)["micro"]["f1_ci"] == [1.0, 1.0]
 
 
-def test_experiment(tmp_path, monkeypatch):
-    """The whole command on made-up reports: reproducible, and no word of a report in its results."""
+def test_labeler_experiment_writes_scores_without_report_text(tmp_path, monkeypatch):
+    """Run the experiment on synthetic reports: it writes scores without any text of the reports."""
     monkeypatch.setattr(experiment, "DEVELOPMENT_REPORTS", 60)
     rng, path = random.Random(0), tmp_path / "reports.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -565,7 +565,7 @@ def test_experiment(tmp_path, monkeypatch):
         (["b", "text", *"0" * 18], "1 ids more than once"),
     ],
 )
-def test_unusable_tables(tmp_path, row, message):
+def test_unusable_tables_are_refused(tmp_path, row, message):
     path = tmp_path / "reports.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["AccessionNo", "report_text", *DIAGNOSIS_LABELS], ["b", "text", *"0" * 18], row])
@@ -576,7 +576,7 @@ def test_unusable_tables(tmp_path, row, message):
         experiment.read_reports(path)
 
 
-# Against the hand-set labels. The test part is scored by the experiment alone, never here.
+# Comparison with the manual labels. Only the experiment scores the test part.
 
 
 @pytest.fixture(scope="module")
@@ -585,7 +585,7 @@ def development(check_data):
     return data.part(experiment.split_rows(data.texts)[0])
 
 
-def test_the_split_is_fixed(check_data):
+def test_development_and_test_split_is_fixed(check_data):
     data = experiment.read_reports(check_data / "reports" / "ctclip_train.csv")
     development, test = (data.part(rows) for rows in experiment.split_rows(data.texts))
     assert (len(development), len(test)) == (500, 300)
@@ -593,7 +593,7 @@ def test_the_split_is_fixed(check_data):
     assert test.ids_sha256() == "d74dfb16cde6012f0b632f017c4c46f3b5b19ad4f42a49b318fda9b33040da0a"
 
 
-def test_agreement_on_the_development_part(development):
+def test_labeler_agrees_with_the_development_part(development):
     labels = LABELER.label_all(development.texts)
     scores = classification_scores(labels, development.labels, DIAGNOSIS_LABELS)
     assert scores["micro"]["f1"] >= 0.955 and scores["macro"]["f1"] >= 0.955

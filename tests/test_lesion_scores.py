@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What reports say of findings whose size and place are known, on reports written by hand."""
+"""Scores of size and location of known findings, on hand-written reports."""
 
 import json
 import re
@@ -33,11 +33,11 @@ def effusion(size, side):
 
 
 def details(finding, report):
-    """The details of one finding that a report names; `None` if it does not name it."""
+    """Return the detail counts of one finding in a report; `None` if the report does not name it."""
     return score_findings({"case": [finding]}, {"case": report})["details"].get(finding.label)
 
 
-def test_findings_are_counted_by_size_whether_found_or_not():
+def test_findings_are_counted_by_size():
     findings = {
         "a": [nodule(6), effusion(12, "left")],
         "b": [nodule(8)],
@@ -53,7 +53,7 @@ def test_findings_are_counted_by_size_whether_found_or_not():
         "c": "Lung: There is a 9 mm solid nodule in the right upper lobe.",
         "d": "Lung: Severe emphysematous changes are observed in both lungs, mainly in the upper zone.",
         "e": "Pleura: Right pleural effusion measuring 34 mm in thickness is observed.",
-        "f": "Lung: A nodule measuring 6 mm is observed in the right upper lobe.",  # no finding of anybody's
+        "f": "Lung: A nodule measuring 6 mm is observed in the right upper lobe.",  # a false finding
     }
     result = score_findings(findings, reports)
     assert result["by_size"] == {
@@ -84,20 +84,20 @@ def test_findings_without_a_size_count_but_have_no_bin():
     ("size", "stated", "right"),
     [(20, "25 mm", 1), (20, "26 mm", 0), (20, "15 mm", 1), (20, "14 mm", 0), (12, "9.4 mm", 1), (12, "8 mm", 0)],
 )
-def test_a_size_is_right_within_a_quarter_of_the_true_one(size, stated, right):
+def test_size_is_right_within_a_quarter_of_the_true_one(size, stated, right):
     row = details(
         nodule(size), f"Lung: A solitary nodule with a diameter of {stated} is seen in the right upper lobe."
     )
     assert row == {"found": 1, "with_place": 1, "place_right": 1, "with_size": 1, "size_right": right}
 
 
-def test_details_are_read_from_the_sentences_that_name_the_finding_alone():
+def test_details_are_read_only_from_sentences_naming_the_finding():
     other = "A consolidation of 40 mm with air bronchogram is observed in the left lower lobe."
     row = details(nodule(10), f"Lung: {other} There is a 10 mm solid nodule in the right upper lobe.")
     assert (row["place_right"], row["size_right"]) == (1, 1)
-    row = details(nodule(10), "Lung: A nodule is observed.")  # says neither
+    row = details(nodule(10), "Lung: A nodule is observed.")  # states no location and no size
     assert row == {"found": 1, "with_place": 1, "place_right": 0, "with_size": 1, "size_right": 0}
-    # Two sentences that contradict each other are not right because one of them is.
+    # Two contradictory sentences count as wrong, even if one of them is right.
     twice = (
         "There is a 10 mm solid nodule in the right upper lobe. There is a 30 mm solid nodule in the left lower lobe."
     )
@@ -106,18 +106,18 @@ def test_details_are_read_from_the_sentences_that_name_the_finding_alone():
     assert details(nodule(10), NORMAL) is None
 
 
-def test_sides_have_to_be_all_of_them_and_no_other():
+def test_all_sides_and_no_other_must_be_named():
     both = "Pleura: Bilateral pleural effusion measuring 20 mm in thickness is observed."
     right = "Pleura: There is pleural effusion on the right side reaching 20 mm."
     for truth, text, expected in (("both", both, 1), ("both", right, 0), ("right", both, 0), ("right", right, 1),
                                   ("left", right, 0)):  # fmt: skip
         assert details(effusion(20, truth), text)["place_right"] == expected, (truth, text)
-    # A right and a left one, in two sentences, are both.
+    # A right and a left effusion in two sentences count as both sides.
     apart = f"{right} There is pleural effusion on the left side reaching 20 mm."
     assert details(effusion(20, "both"), apart)["place_right"] == 1
 
 
-def test_places_in_a_sentence():
+def test_lobes_and_sides_are_read_from_a_sentence():
     assert named_lobes("seen in both upper lobes and the right middle lobe") == {
         "right upper lobe", "left upper lobe", "right middle lobe"
     }  # fmt: skip
@@ -126,8 +126,8 @@ def test_places_in_a_sentence():
     assert named_sides("a left sided effusion") == {"left"} and named_sides("an upright scan") == frozenset()
 
 
-def test_reports_of_the_phantom_itself_are_right_in_every_detail():
-    """Also in its rare wordings, and the bins hold whatever size it draws."""
+def test_true_phantom_reports_are_right_in_every_detail():
+    """This includes rare wordings, and every drawn size has a bin."""
     patients = [sample_patient(6, index, "valid") for index in range(400)]
     rng = np.random.default_rng(0)
     reports = {patient.name: report_text(region_sentences(patient, rng)) for patient in patients}
@@ -142,14 +142,14 @@ def test_reports_of_the_phantom_itself_are_right_in_every_detail():
         "Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
         "Peribronchial thickening", "Consolidation", "Bronchiectasis",
     }  # fmt: skip
-    # With the words of the next patient in every report, most details are wrong.
+    # If every patient gets the next patient's report, most details are wrong.
     names = list(reports)
     moved = {name: reports[other] for name, other in zip(names, names[1:] + names[:1], strict=True)}
     moved = score_findings({patient.name: patient.findings for patient in patients}, moved)["details"]["Lung nodule"]
     assert 0 < moved["place_right"] < 0.4 * moved["found"] and 0 < moved["size_right"] < 0.6 * moved["found"]
 
 
-def test_every_length_that_the_phantom_draws_has_a_bin():
+def test_every_phantom_size_has_a_bin():
     for label in FINDING_NETWORK:
         for seed in range(200):
             finding = Finding(label, _attributes(label, np.random.default_rng(seed)))
@@ -166,11 +166,11 @@ def test_every_length_that_the_phantom_draws_has_a_bin():
         size_bin(Finding("Emphysema", {"bulla_mm": 3}))
 
 
-def test_catheters_have_no_side_that_a_report_would_state():
+def test_catheters_have_no_scored_side():
     assert true_place(Finding("Medical material", {"kind": "central venous catheter", "side": "right"})) == frozenset()
 
 
-def test_the_patients_of_a_cohort_are_read_and_what_is_wrong_with_them_named(tmp_path):
+def test_patients_of_a_cohort_are_read_and_their_errors_named(tmp_path):
     with pytest.raises(DatasetError, match="patients.jsonl: file: missing"):
         read_patients(tmp_path)
     patients = [sample_patient(6, index, "valid") for index in range(3)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What users of transformers type when they load, parts of a checkpoint, and its configuration."""
+"""Loading with the usual arguments of transformers, loading of parts of a checkpoint, and its configuration."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def model(make_model):
 
 @pytest.fixture(params=["by name", "whole"])
 def checkpoint(model, tmp_path, request):
-    """A checkpoint that names its base, and a self-contained one."""
+    """Checkpoint that names its base, or a self-contained one."""
     folder = tmp_path / "checkpoint"
     (model.save_pretrained if request.param == "by name" else model.export_merged)(folder)
     return folder
@@ -40,10 +40,10 @@ def rewrite(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# Arguments of habit
+# Arguments of from_pretrained
 
 
-def test_arguments_that_change_nothing_are_passed_over(checkpoint, scans):
+def test_neutral_loading_arguments_are_ignored(checkpoint, scans):
     expected = load(checkpoint)(*scans).logits
     habits = {
         **{"low_cpu_mem_usage": True, "variant": None, "subfolder": "", "weights_only": True, "state_dict": None},
@@ -73,12 +73,12 @@ def test_arguments_that_change_nothing_are_passed_over(checkpoint, scans):
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_what_would_change_something_is_refused_by_name(checkpoint, option):
+def test_unsupported_loading_arguments_are_refused_by_name(checkpoint, option):
     with pytest.raises(TypeError, match=next(iter(option))):
         load(checkpoint, **option)
 
 
-def test_arguments_that_change_something_do(checkpoint, scans, tmp_path, caplog):
+def test_supported_loading_arguments_take_effect(checkpoint, scans, tmp_path, caplog):
     expected = load(checkpoint)(*scans).logits
     logging.getLogger("transformers").propagate = True
     assert {p.dtype for p in load(checkpoint, torch_dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
@@ -95,7 +95,7 @@ def test_arguments_that_change_something_do(checkpoint, scans, tmp_path, caplog)
     assert torch.equal(load(tmp_path / "runs", subfolder="best")(*scans).logits, expected)
 
 
-def test_a_folder_without_a_configuration_is_no_checkpoint(checkpoint):
+def test_folder_without_a_configuration_is_refused(checkpoint):
     (checkpoint / "config.json").unlink()
     for cls in (DiffVPForConditionalGeneration, DiffVPModel, DiffVPForDiagnosis):
         with pytest.raises(DiffVPCheckpointError, match="has no config.json"):
@@ -105,7 +105,7 @@ def test_a_folder_without_a_configuration_is_no_checkpoint(checkpoint):
 # Files
 
 
-def test_shards_are_read_and_those_of_an_earlier_save_are_gone(model, tmp_path, scans):
+def test_shards_are_read_and_replaced_by_the_next_save(model, tmp_path, scans):
     expected = model(*scans).logits
     for _ in range(2):
         model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
@@ -120,7 +120,7 @@ def test_shards_are_read_and_those_of_an_earlier_save_are_gone(model, tmp_path, 
         assert not (tmp_path / "other").exists()
 
 
-def test_an_adapter_of_an_earlier_save_is_gone(make_model, model, tmp_path, scans):
+def test_next_save_removes_an_earlier_adapter(make_model, model, tmp_path, scans):
     model.save_pretrained(tmp_path / "model")
     plain = make_model()
     plain.save_pretrained(tmp_path / "model")
@@ -139,8 +139,8 @@ def test_weights_of_another_save_are_refused(make_model, model, tmp_path):
         DiffVPModel.from_pretrained(tmp_path / "model")
 
 
-def test_a_checkpoint_of_the_first_format_loads(model, tmp_path, scans):
-    """Without a version and without digests, as diffvp-phantom was published."""
+def test_checkpoint_of_the_first_format_loads(model, tmp_path, scans):
+    """In the first format, in which diffvp-phantom was published, there is no version and no digest."""
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     for key in ("format_version", "file_digests"):
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_the_first_format_loads(model, tmp_path, scans):
 
 @pytest.mark.parametrize("share_encoder", [False, True], ids=["own encoder", "shared encoder"])
 @pytest.mark.parametrize("save", ["save_pretrained", "export_merged"])
-def test_parts_are_read_out_of_a_whole_checkpoint(make_model, tmp_path, scans, share_encoder, save):
+def test_parts_are_loaded_from_a_whole_checkpoint(make_model, tmp_path, scans, share_encoder, save):
     whole = make_model(lora=True, share_encoder=share_encoder)
     getattr(whole, save)(tmp_path / "whole")
     classifier = DiffVPForDiagnosis.from_pretrained(tmp_path / "whole")
@@ -164,7 +164,7 @@ def test_parts_are_read_out_of_a_whole_checkpoint(make_model, tmp_path, scans, s
     comparison = DiffVPModel.from_pretrained(tmp_path / "whole")
     assert torch.equal(comparison.difference_map(*scans), whole.difference_map(*scans))
     assert not any(p.requires_grad for p in comparison.vision_encoder.parameters())
-    # And saved as what they are.
+    # Each part is saved as its own class.
     classifier.save_pretrained(tmp_path / "classifier")
     comparison.save_pretrained(tmp_path / "comparison")
     for folder, kind in (("classifier", "DiffVPForDiagnosis"), ("comparison", "DiffVPModel")):
@@ -174,7 +174,7 @@ def test_parts_are_read_out_of_a_whole_checkpoint(make_model, tmp_path, scans, s
             load(tmp_path / folder)
 
 
-def test_a_classifier_that_is_not_there_is_refused(make_model, tmp_path):
+def test_missing_classifier_is_refused(make_model, tmp_path):
     make_model(use_diagnosis=False).save_pretrained(tmp_path / "whole")
     with pytest.raises(DiffVPCheckpointError, match="missing: classifier"):
         DiffVPForDiagnosis.from_pretrained(tmp_path / "whole")
@@ -201,7 +201,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_values_are_refused_whenever_they_are_set(tiny_config, tiny_fields, name):
+def test_impossible_config_values_are_refused_at_any_time(tiny_config, tiny_fields, name):
     former = getattr(tiny_config, name)
     for value in IMPOSSIBLE[name]:
         with pytest.raises((ValueError, StrictDataclassError), match=name):
@@ -212,14 +212,14 @@ def test_impossible_values_are_refused_whenever_they_are_set(tiny_config, tiny_f
     setattr(tiny_config, name, former)
 
 
-def test_a_newer_format_is_refused_with_both_numbers(checkpoint):
+def test_newer_format_is_refused_with_both_versions(checkpoint):
     rewrite(checkpoint, format_version=FORMAT_VERSION + 1, a_field_of_the_future=1)
     for cls in (DiffVPConfig, AutoConfig):
         with pytest.raises(ValueError, match=f"format_version {FORMAT_VERSION + 1}.*1 to {FORMAT_VERSION}"):
             cls.from_pretrained(checkpoint, trust_remote_code=True)
 
 
-def test_what_others_write_into_a_configuration_is_kept(model, tmp_path, scans):
+def test_config_fields_of_other_libraries_are_kept(model, tmp_path, scans):
     others = {
         **{"use_cache": False, "pad_token_id": 0, "is_decoder": True, "keys_to_ignore_at_inference": ["logits"]},
         **{"hidden_size": 32, "vocab_size": 96, "quant_library": "0.1", "axolotl": {"version": 1}, "mlp_only": [1]},
@@ -229,11 +229,11 @@ def test_what_others_write_into_a_configuration_is_kept(model, tmp_path, scans):
     model.save_pretrained(tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert torch.equal(loaded(*scans).logits, model(*scans).logits)
-    del others["use_cache"]  # a generation parameter: transformers leaves it to the generation config
+    del others["use_cache"]  # a generation parameter, which transformers keeps in the generation config
     assert {name: getattr(loaded.config, name) for name in others} == others
 
 
-def test_a_misspelt_field_is_refused_in_code_and_in_a_file(checkpoint):
+def test_misspelt_config_field_is_refused_in_code_and_file(checkpoint):
     with pytest.raises(ValueError, match="num_latent_tokens"):
         DiffVPConfig(num_latent_tokens=4)
     rewrite(checkpoint, num_latent_tokens=4)
