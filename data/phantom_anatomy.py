@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from ..configuration_diffvp import REGIONS
 from .phantom_geometry import Canvas, Geometry, ellipsoid_sd, smoothstep
 
 WHOLE = (slice(None), slice(None), slice(None))
@@ -416,18 +417,4 @@ def region_masks(canvas: Canvas) -> dict[str, np.ndarray]:
     masks["lung"] &= ~masks["heart"]
     masks["pleura"] &= ~masks["heart"]
     masks["mediastinum"] = (canvas.cavity_sd < 0) & ~masks["lung"] & ~masks["abdomen"] & ~masks["bone"]
-    return {
-        name: masks[name]
-        for name in (
-            "abdomen",
-            "bone",
-            "breast",
-            "esophagus",
-            "heart",
-            "lung",
-            "mediastinum",
-            "pleura",
-            "thyroid",
-            "trachea and bronchie",
-        )
-    }
+    return {name: masks[name] for name in REGIONS}
