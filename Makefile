@@ -49,7 +49,7 @@ $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
+.PHONY: help demo test test-slow test-all lint types format test-conformance test-road test-docs test-kills test-judge test-vllm test-ray test-space test-serve test-hub test-dicom fuzz train-phantom evaluate-phantom clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -58,7 +58,10 @@ demo: $(CORE)  ## write the report, the difference map and the figure of an unse
 	$(BIN)/diffvp demo
 
 test: $(DEV)  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(DEV)  ## run the tests that `make test` leaves out because they take long (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(PYTEST_ARGS)
 
 lint: $(DEV) $(RULES)  ## ruff, and transformers' structural linter on the files that ship to the Hub
 	$(BIN)/ruff check .
@@ -79,7 +82,7 @@ types: $(DEV)  ## pyright: no error in the files *_diffvp.py, at most TYPE_ERROR
 		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["summary"]["errorCount"])'); \
 	echo "$$errors type errors in the package (at most $(TYPE_ERRORS))"; [ "$$errors" -le $(TYPE_ERRORS) ]
 
-test-all: test test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)
+test-all: test test-slow test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)
 
 format: $(DEV)  ## put the code into ruff's form
 	$(BIN)/ruff check --fix .

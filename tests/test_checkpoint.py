@@ -110,9 +110,11 @@ def test_buffers_outside_the_checkpoint_survive_loading(model, checkpoint, tmp_p
 def test_every_own_weight_is_required(checkpoint):
     path = checkpoint / "model.safetensors"
     state = load_file(path)
-    for key in state:
-        save_file({k: v for k, v in state.items() if k != key}, path, metadata={"format": "pt"})
-        with pytest.raises(DiffVPCheckpointError, match=f"1 weight.* missing: {key}"):
+    keys = sorted(state)
+    for start in range(0, len(keys), 5):  # the message names five
+        without = keys[start : start + 5]
+        save_file({k: v for k, v in state.items() if k not in without}, path, metadata={"format": "pt"})
+        with pytest.raises(DiffVPCheckpointError, match=rf"{len(without)} weight.* missing: {', '.join(without)}\."):
             DiffVPForConditionalGeneration.from_pretrained(checkpoint)
 
 

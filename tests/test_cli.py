@@ -111,6 +111,7 @@ def test_report_as_json_prints_nothing_else_to_stdout(run, scan, checkpoint, tmp
     assert RESEARCH_USE in result.stderr
 
 
+@pytest.mark.slow
 def test_demo_prints_the_report_next_to_the_true_one(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = run("demo", "--checkpoint", checkpoint, "--output", "demo", "--seed", 3)

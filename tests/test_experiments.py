@@ -446,6 +446,7 @@ def test_plan_lists_the_remaining_work(made, table, tmp_path):
     assert (left(inside, runs), left(inside, tmp_path)) == (["made"], ["to train"])
 
 
+@pytest.mark.slow
 def test_experiments_on_model_internals_train_without_reports(study, tmp_path):
     path = tmp_path / "inside.yaml"
     row = {"name": "ours", "variant": "diffvp"}

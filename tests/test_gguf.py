@@ -158,6 +158,7 @@ def test_cache_written_meanwhile_by_another_process_is_kept(file, home, monkeypa
     assert [folder.stat().st_ino for folder in home.iterdir()] == [inode]
 
 
+@pytest.mark.slow
 def test_concurrent_processes_share_the_cache(file, tmp_path):
     """Each process writes the cache or reads another's; none reads a partial one."""
     code = (

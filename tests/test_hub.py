@@ -226,6 +226,7 @@ def test_transformers_push_to_hub_uploads_the_whole_checkpoint(hub, pushable, pu
     )
 
 
+@pytest.mark.slow
 def test_push_failures_are_explained_and_leave_no_partial_upload(hub, pushable, pushed, tmp_path):
     hub.put("models/tester/foreign", write_foreign(tmp_path / "foreign"))
     hub.put("models/tester/pulled", pushable)
@@ -329,6 +330,7 @@ def test_phantom_dataset_is_loaded_by_id(hub, small_cohort, tmp_path):
     assert is_nifti and rows == [[f"Lung: {n} nodules.", pytest.approx(value)] for n, value in enumerate(sums)]
 
 
+@pytest.mark.slow
 def test_shipped_checkpoint_gives_the_same_logits_from_the_hub(hub, tmp_path):
     """After `diffvp push`, loading by id without the package gives the same logits."""
     said = run_command(hub, tmp_path, "diffvp", "push", SHIPPED_CHECKPOINT, "tester/diffvp-phantom", "--tag", "v0.1.0")

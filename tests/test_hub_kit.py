@@ -119,6 +119,7 @@ def test_card_states_paper_version_and_changes(pushable):
     assert "| Written by | version" in text
 
 
+@pytest.mark.slow
 def test_job_writes_reports_of_a_dataset(hub, pushable, repository_root, tmp_path):
     """A user without the package runs the script alone, as `hf jobs uv run` does."""
     (tmp_path / "scans").mkdir()
@@ -166,6 +167,7 @@ def test_hub_requirements_agree_with_the_package(repository_root):
     assert "spaces" in _requirements(space)
 
 
+@pytest.mark.slow
 def test_uploaded_space_writes_reports(hub, pushable, repository_root, tiny_base_with_tokenizer, tmp_path):
     """Upload the Space by the commands of its README, download it, and run it without the rest of the repository."""
     readme = (repository_root / "hub" / "space" / "README.md").read_text()

@@ -548,6 +548,7 @@ def test_coco_scores_equal_pycocoevalcap(check_data):
 # The evaluate module
 
 
+@pytest.mark.slow
 def test_evaluate_loads_the_module_without_the_package(repository_root, tmp_path):
     """Load it as a user of `evaluate` does: by path, from another working directory, without `diffvp` or network."""
     code = """

@@ -50,6 +50,7 @@ def commands(page: Path) -> list[str]:
     return [line.partition("  #")[0].strip() for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 def test_documented_commands_lead_from_a_table_to_a_scored_checkpoint(
     run, tmp_path, tiny_base_with_tokenizer, repository_root, caplog
 ):

@@ -170,7 +170,7 @@ def test_folder_is_written_completely_or_not_at_all(tmp_path):
     assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["model"]
 
 
-KILLS = int(os.environ.get("DIFFVP_KILLS", "8"))  # `make test-kills` sets 50
+KILLS = int(os.environ.get("DIFFVP_KILLS", "4"))  # `make test-kills` sets 50
 
 
 def train_in_a_fork(config):

@@ -98,6 +98,7 @@ def test_adapter_is_trained_and_the_base_is_left_out():
     assert (SHIPPED_CHECKPOINT / "model.safetensors").stat().st_size < 15e6  # the base alone has 135 M parameters
 
 
+@pytest.mark.slow
 def test_evaluation_of_two_cases_fills_every_table(tmp_path, monkeypatch):
     """Evaluate a model that writes the true reports: its scores are perfect, and lower on another patient's scan."""
 

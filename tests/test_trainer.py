@@ -395,6 +395,7 @@ def test_every_process_gets_the_epoch_or_an_error(tmp_path):
 # The script of the docs
 
 
+@pytest.mark.slow
 def test_script_of_the_docs_trains_resumes_and_pushes_a_loadable_model(repository_root, tmp_path):
     """Run it on four phantoms, with the checkpoint of this repository and the code of this working copy."""
     page = (repository_root / "docs/training.md").read_text(encoding="utf-8")
