@@ -184,7 +184,7 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
         kind, length, magic = nib.Nifti1Header, 348, head[344:348] == b"n+1\0"
     if length not in orders or len(head) < length:
         found = "cut off" if length in orders else sorted(orders) or "missing"
-        raise CTReadError(source, "sizeof_hdr", found, "348 or 540: a NIfTI header")
+        raise CTReadError(source, "sizeof_hdr", found, "348 or 540, as in a NIfTI header")
     if not magic:
         raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
     # Leaves out the extensions, which may be long, and nibabel's own check, which repairs by guessing and prints.

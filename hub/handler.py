@@ -38,7 +38,7 @@ class EndpointHandler:
         unknown = sorted(set(parameters) - set(PARAMETERS))
         if unknown:
             expected = ", ".join((*PARAMETERS, "difference_map"))
-            raise ValueError(f"request: parameters: {', '.join(unknown)} (expected {expected})")
+            raise ValueError(f"request: parameters: unknown: {', '.join(unknown)} (expected {expected})")
         try:
             content = base64.b64decode(data["inputs"], validate=True)
         except (KeyError, TypeError, binascii.Error) as error:

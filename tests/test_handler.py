@@ -66,7 +66,7 @@ def test_file_format_is_detected_from_content(handler, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [({}, "inputs: missing"), ({"inputs": "no base64!"}, "inputs: no base64"), ({"inputs": 5}, "inputs: no base64"),
-     ({"inputs": "AAAA", "parameters": {"reference": "/etc/passwd"}}, "parameters: reference .expected"),
+     ({"inputs": "AAAA", "parameters": {"reference": "/etc/passwd"}}, "parameters: unknown: reference .expected"),
      ({"inputs": encoded(b"no scan")}, "scan.nii: "), ({"inputs": ""}, "scan.nii: ")],
 )  # fmt: skip
 def test_invalid_request_is_refused_with_its_field(handler, request_, message):

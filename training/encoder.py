@@ -222,7 +222,7 @@ def read_features(folder: str | os.PathLike, name: str, shape: tuple[int, int]) 
         with safe_open(path, framework="pt") as file:
             features = file.get_tensor("features")
     except FileNotFoundError as error:
-        raise refuse("file", "missing", "a file with the features of each case in data.features") from error
+        raise refuse("file", "missing", "a file NAME.safetensors for each case in data.features") from error
     except SafetensorError as error:
         raise refuse("features", "unreadable", "safetensors with a tensor `features`") from error
     if tuple(features.shape) != shape:
