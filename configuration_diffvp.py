@@ -516,7 +516,9 @@ class DiffVPConfig(PreTrainedConfig):
         if self.encoder_pyramid_channels < 1:
             raise ValueError(f"encoder_pyramid_channels must be positive, got {self.encoder_pyramid_channels}.")
         if any(size % 16 for size in self.image_size):
-            raise ValueError(f"config: image_size: {self.image_size} (expected multiples of 16 with encoder_pyramid_channels)")
+            raise ValueError(
+                f"config: image_size: {self.image_size} (expected multiples of 16 with encoder_pyramid_channels)"
+            )
         if self.encoder_stride != 2 or self.encoder_max_pool:
             raise ValueError(
                 f"encoder_stride is {self.encoder_stride} and encoder_max_pool {self.encoder_max_pool}: a pyramid "
