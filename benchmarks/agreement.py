@@ -14,7 +14,6 @@ step is a forward pass of the LLM. Seconds are processor time.
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.clinical_efficacy import label_counts
 from diffvp.metrics.markdown import table_lines, with_interval
 from diffvp.metrics.statistics import bootstrap_counts
+from diffvp.provenance import machine
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "diffvp-phantom"
 SEED, SPLIT, BATCH = 25, "valid", 8
@@ -151,7 +151,7 @@ def main() -> None:
     truths = {name: truth for name, (truth, _) in prompts.items()}
     page = [
         "# Agreement of decoding methods", "",
-        f"`python benchmarks/agreement.py` on {platform.machine()}, {torch.get_num_threads()} thread(s). Plain is",
+        f"`python benchmarks/agreement.py` on {machine()}, {torch.get_num_threads()} thread(s). Plain is",
         "float32, one report at a time, one token per step. Equal reports have the same tokens.", "",
         *table({way: {n: r for n, r in rows[way].items() if n in truths} for way in rows if rows[way]}, truths), "",
     ]  # fmt: skip

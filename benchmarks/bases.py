@@ -11,9 +11,7 @@ The families are those of `tests/base_families.py`. The table is also written in
 
 import argparse
 import json
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from diffvp.benchmarks.round_trip import TRIPS, batch_against_alone, logits, mov
 from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.provenance import machine, versions
 from diffvp.tests.base_families import (
     FAMILIES,
     OWN_CODE,
@@ -108,11 +107,11 @@ def table(families: dict[str, dict]) -> str:
 
 def page(results: dict) -> str:
     largest = [row["largest logit"] for row in results["families"].values() if "refused" not in row]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    libraries = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return "\n".join(
         [
             "# Base LLMs", "",
-            f"`python -m diffvp.benchmarks.bases` with {versions}, in float32 on the CPU ({results['machine']}).",
+            f"`python -m diffvp.benchmarks.bases` with {libraries}, in float32 on the CPU ({results['machine']}).",
             f"A cell is the largest difference of a logit; bold is more than {LIMIT:.0e}. The largest logit of a",
             f"base is {min(largest):.0f} to {max(largest):.0f}.", "",
             table(results["families"]),
@@ -130,8 +129,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             families[name] = measure(name, Path(folder))
     results = {
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": versions(),
+        "machine": machine(),
         "families": families,
     }
     options.output.mkdir(parents=True, exist_ok=True)
