@@ -186,7 +186,7 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     needed = list({case.name: case for case in cohort.report + cohort.validation + cohort.pool}.values())
     compute_all(needed, features.load, accelerator, "Features", skip=False)
     logger.info("Features: %s", json.dumps(features.cache.summary()))
-    if model.config.use_diagnosis and config.init_from is None:
+    if model.config.use_diagnosis and (config.init_from is None or config.report.new_thresholds):
         choose_thresholds(model, cohort, features)
     if model.config.difference_level == "aligned" and config.init_from is None:
         fit_whitening(model, cohort, features)

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from diffvp.cli import app
+from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import DatasetError
 from diffvp.data.radgenome import load_phantom
 from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPProcessor
-from diffvp.train_accelerate import Features, load_start, run
+from diffvp.train_accelerate import Features, load_start, prepare, run
 from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
 from diffvp.training.report import BaseModelError, ReportSplit
@@ -198,6 +199,21 @@ def test_hub_dataset_with_a_nifti_column_is_read(own, finetune, tmp_path):
     for case in cases:
         assert case.report == of_table[case.name].report
         assert case.volume.read_bytes() == of_table[case.name].volume.read_bytes()
+
+
+def test_new_thresholds_come_from_labelled_cases_of_the_run(finetune, start, tmp_path):
+    never = [1.0] * 18  # names no finding
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"diagnosis_threshold": never}))
+    labels = ["data.labeler=rules", "data.pool=null"]
+    run(TrainingConfig.load(finetune, labels))
+    assert DiffVPConfig.from_pretrained(tmp_path / "tuned/model").diagnosis_threshold == never
+    run(TrainingConfig.load(finetune, [*labels, "report.new_thresholds=true", f"output_dir={tmp_path / 'chosen'}"]))
+    chosen = DiffVPConfig.from_pretrained(tmp_path / "chosen/model").diagnosis_threshold
+    assert min(chosen) < 1
+    with pytest.raises(DatasetError) as refusal:
+        prepare(TrainingConfig.load(finetune, ["report.new_thresholds=true"]))
+    assert [problem.field for problem in refusal.value.problems] == ["report.new_thresholds"]
 
 
 def test_init_from_refuses_parts_that_the_checkpoint_has(finetune):

@@ -99,6 +99,7 @@ def check_run(config: TrainingConfig, cohort: Cohort) -> None:
         options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
         model = DiffVPConfig.from_pretrained(config.init_from, **options)
         image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
+        problems += _labels(config, cohort)
     check_hu_range(model, image_processor)
     problems += _disk(config, cohort, model)
     if config.stage != "diagnosis":
@@ -125,6 +126,12 @@ def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) 
             f"model.hu_range is {list(config.hu_range)} and image_processor.hu_window "
             f"{list(image_processor.hu_window)}; expected the same HU"
         )
+
+
+def _labels(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
+    if not config.report.new_thresholds or any(case.labels is not None for case in cohort.report + cohort.validation):
+        return []
+    return [Problem("training file", None, "report.new_thresholds", "true without labels", "labels, or data.labeler: rules")]
 
 
 def memory_warning(needed_gb: dict[str, float]) -> str | None:

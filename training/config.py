@@ -139,6 +139,9 @@ class ReportSection(_Section):
     max_report_tokens: int = Field(ge=8)
     truncate_reports: bool = False  # cut longer reports; false: refuse them before the run
     true_findings: float = Field(default=0.0, ge=0, le=1)  # fraction of prompts with true findings, not predicted ones
+    # With `init_from`: choose the thresholds of its classifier anew, on the labelled cases of this run, which the
+    # classifier must not have trained on. A new model always chooses them.
+    new_thresholds: bool = False
     gradient_checkpointing: bool = False
     gradient_clip: float = Field(default=1.0, gt=0)
     patience: int | None = Field(default=None, ge=1)
