@@ -107,11 +107,11 @@ PHANTOM = CardFacts(
     base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     base_license="Apache-2.0",
     data="""- **Training**: the phantom cohort of this project
-  (`diffvp phantom phantom --train 3600 --valid 200 --seed 0`), and 2,120 more phantoms for the last two epochs of the report
-  stage (920 of `--train 1000 --valid 1 --seed 1 --no-masks`, 1,200 of `--train 1280 --valid 1 --seed 2 --no-masks`; 1,279
-  of the latter also chose the thresholds): procedural chest CT with the 18 findings of CT-RATE,
-  and reports derived from the images. Synthetic, without patient data, Apache-2.0. The only information from CT-RATE
-  is an aggregate statistic: how often findings occur together.
+  (`diffvp phantom phantom --train 3600 --valid 200 --seed 0`), and 2,120 more phantoms for the last two epochs of the
+  report stage (920 of `--train 1000 --valid 1 --seed 1 --no-masks`, 1,200 of `--train 1280 --valid 1 --seed 2
+  --no-masks`; 1,279 of the latter also chose the thresholds): procedural chest CT with the 18 findings of CT-RATE, and
+  reports derived from the images. Synthetic, without patient data, Apache-2.0. The only information from CT-RATE is an
+  aggregate statistic: how often findings occur together.
 - **References**: normal phantoms from a separate stream of patients, in neither training nor test, Apache-2.0.""",
     compute="`diffvp train` took 242 and 183 s for the two stages on one H200 (`configs/phantom.yaml`), and 26 "
     "and 34 minutes for the last two epochs on two CPU cores (`configs/phantom_more.yaml`). Energy was not metered.",

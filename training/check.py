@@ -131,7 +131,8 @@ def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) 
 def _labels(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
     if not config.report.new_thresholds or any(case.labels is not None for case in cohort.report + cohort.validation):
         return []
-    return [Problem("training file", None, "report.new_thresholds", "true without labels", "labels, or data.labeler: rules")]
+    field, expected = "report.new_thresholds", "labels, or data.labeler: rules"
+    return [Problem("training file", None, field, "true, but no case has labels", expected)]
 
 
 def memory_warning(needed_gb: dict[str, float]) -> str | None:
