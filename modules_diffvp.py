@@ -307,11 +307,13 @@ class DiffVPAlignedDifference(nn.Module):
         Returns:
             The whitened target and the aligned reference, both (batch, C, *grid) in float32.
         """
-        target = self._whiten(features)
         if reference_features.ndim == 3:
             reference_features = reference_features[:, None]
-        references = [self._whiten(one) for one in reference_features.unbind(1)]
-        aligned = [self._attend(one, others) for one, *others in zip(target, *references, strict=True)]
+        # Training under autocast would round the distances to bfloat16, inference would not.
+        with torch.autocast(features.device.type, enabled=False):
+            target = self._whiten(features)
+            references = [self._whiten(one) for one in reference_features.unbind(1)]
+            aligned = [self._attend(one, others) for one, *others in zip(target, *references, strict=True)]
         return target, torch.stack(aligned)
 
     def _attend(self, target: torch.Tensor, references: list[torch.Tensor]) -> torch.Tensor:
