@@ -125,16 +125,20 @@ def report(
         if hu_window is not None and not hu_window[0] < hu_window[1]:
             raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
-    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
+    needed = dicom is not None or fhir or dicomweb is not None
+    clinical = _clinical_results(ct, series, allow_incomplete, **clinical) if needed else contextlib.nullcontext()
+    with _reporting() as reporting, clinical as results:
+        scan = ct if results is None else results.ct
         written = reporting(
-            checkpoint, revision, results.ct, output, engine, dtype,
+            checkpoint, revision, scan, output, engine, dtype,
             reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
-            metadata=None if metadata is None else _metadata(metadata, results.ct.name),
+            metadata=None if metadata is None else _metadata(metadata, scan.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
-        results.write(written)
+        if results is not None:
+            results.write(written)
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
     else:

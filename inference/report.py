@@ -180,8 +180,11 @@ def write_report(
 
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
-    engine = TransformersEngine(model) if engine is None else engine
-    [tokens] = engine.generate(model.embed_prompt(**inputs, diagnosis_logits=logits, comparison=comparison), decoding)
+    prompt = {**inputs, "diagnosis_logits": logits, "comparison": comparison}
+    if engine is None:
+        engine, [tokens] = TransformersEngine(model), model.generate(**prompt, generation_config=decoding).tolist()
+    else:
+        [tokens] = engine.generate(model.embed_prompt(**prompt), decoding)
     document = describe_report(
         model, processor, tokens, decoding=decoding, engine=engine.name, logits=logits,
         attributes=comparison.attributes, geometries=geometries, reference=named, made_by=made_by, options=options,
