@@ -195,12 +195,12 @@ def write_report(
     own = {"allow_non_hu": allow_non_hu} if geometries[1].is_hu and not geometries[0].is_hu else options
     volumes = (scan, options), (reference, own)
     with _staged(output) as stage:
-        processor.save_map(stage / DIFFERENCE_MAP, difference, geometries[0])
-        drawing = _sample_for_figure(processor.image_processor, volumes, geometries[0], difference)
-        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
         write_texts(stage, document)
         if truth is not None:
             (stage / TRUE_REPORT).write_text(truth + "\n", encoding="utf-8")
+        processor.save_map(stage / DIFFERENCE_MAP, difference, geometries[0])
+        drawing = _sample_for_figure(processor.image_processor, volumes, geometries[0], difference)
+        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
     return Report(output, document)
 
 
