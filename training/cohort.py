@@ -123,18 +123,16 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         # Independent of the seed, so that models of different seeds are scored on the same patients.
         cases, test = split_by_patient(cases, data.test_fraction, "test")
     if data.validation_fraction is not None:
-        training, validation = split_by_patient(cases, data.validation_fraction, config.seed)
-        cohort = Cohort(training, validation, training, _pool(data, everything, training), test)
+        report, validation = split_by_patient(cases, data.validation_fraction, config.seed)
+        diagnosis = report
     elif data.validation_split is not None:
-        cohort = Cohort(cases, load(data.validation_split), cases, _pool(data, everything, cases), test)
+        diagnosis, validation, report = cases, load(data.validation_split), cases
     else:
-        spans = {name: _span(cases, getattr(data, name), name) for name in ("diagnosis_cases", "validation_cases")}
-        report = _span(cases, data.report_cases, "report_cases")
-        pool = _pool(data, everything, report)
-        cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, pool, test)
-    cohort = cohort.with_labels(labels)
-    check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
-    check_no_leak(cohort.diagnosis + cohort.report + cohort.validation, cohort.test, "test")
+        spans = ("diagnosis_cases", "validation_cases", "report_cases")
+        diagnosis, validation, report = (_span(cases, getattr(data, name), name) for name in spans)
+    check_no_leak(diagnosis + report, validation)
+    check_no_leak(diagnosis + report + validation, test, "test")
+    cohort = Cohort(diagnosis, validation, report, _pool(data, everything, report), test).with_labels(labels)
     if config.init_from is None and config.classifier is None:  # otherwise, the first stage belongs to another run
         if data.report_cases is not None:
             check_stages_apart(cohort)
