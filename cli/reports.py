@@ -125,10 +125,7 @@ def report(
         if hu_window is not None and not hu_window[0] < hu_window[1]:
             raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
-    needed = dicom is not None or fhir or dicomweb is not None
-    clinical = _clinical_results(ct, series, allow_incomplete, **clinical) if needed else contextlib.nullcontext()
-    with _reporting() as reporting, clinical as results:
-        scan = ct if results is None else results.ct
+    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as (scan, write):
         written = reporting(
             checkpoint, revision, scan, output, engine, dtype,
             reference=reference, reference_seed=seed, series=series,
@@ -137,8 +134,7 @@ def report(
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
-        if results is not None:
-            results.write(written)
+        write(written)
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
     else:
@@ -353,7 +349,10 @@ def _reporting() -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: bool, **options) -> Iterator:
-    """Yield the scan of `diffvp report`, from a file or a PACS, and the clinical results to make of its report."""
+    """Yield the scan of `diffvp report`, from a file or a PACS, and the function that writes the clinical results."""
+    if not any(options.values()):
+        yield ct, lambda written: None
+        return
     if options["dicom"] is not None or options["store"]:
         import highdicom  # noqa: F401  a missing library is reported before a minute of work
     if options["dicomweb"] is not None:
@@ -361,7 +360,7 @@ def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: boo
     from ..clinical.results import clinical_results
 
     with clinical_results(ct, series=series, allow_incomplete=allow_incomplete, **options) as results:
-        yield results
+        yield results.ct, results.write
 
 
 def _read_scans(options: dict) -> dict:
