@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The frozen parts of DiffVP: visual encoders, and the classifier of their tokens.
+The parts of DiffVP that report generation keeps frozen: visual encoders, and the classifier of their tokens.
 
 The encoders have one interface: `ct` (batch, 1, depth, height, width) in [-1, 1] to F, (batch, N, C). N is in
 depth-major order over `config.feature_grid`, and C is `config.encoder_hidden_size`. `config.encoder_type` is one of
