@@ -1,10 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Visual encoders with one interface: `ct` (batch, 1, depth, height, width) in [-1, 1] to F, (batch, N, C).
+The parts of DiffVP that report generation keeps frozen: visual encoders, and the classifier of their tokens.
 
-N is in depth-major order over `config.feature_grid`, and C is `config.encoder_hidden_size`. `config.encoder_type` is
-one of
+The encoders have one interface: `ct` (batch, 1, depth, height, width) in [-1, 1] to F, (batch, N, C). N is in
+depth-major order over `config.feature_grid`, and C is `config.encoder_hidden_size`. `config.encoder_type` is one of
 
 - "resnet", `DiffVPVisionEncoder`: the paper's 3D ResNet-18, optionally with a feature pyramid. Accepts MedicalNet's
   weights.
@@ -12,10 +12,13 @@ one of
 - "external", `DiffVPExternalEncoder`: a module of the user, or no module and precomputed features.
 
 `diffvp encoder convert` converts published weights for the first two.
+
+`DiffVPDiagnosisClassifier` adds voxel logits, Noisy-OR pooling, and the places and sizes of findings (appendix D).
 """
 
 import hashlib
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -23,7 +26,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_diffvp import DiffVPConfig
-from .resnet_diffvp import DiffVPResNet
 
 # HU range that is scaled to [0, 1] for Merlin and Astra.
 INFLATED_HU = (-1000.0, 200.0)
@@ -133,6 +135,90 @@ class DiffVPVisionEncoder(nn.Module):
             shape[2 + axis] = -1
             axes.append(place.view(shape).expand(-1, -1, *ct.shape[2:]))
         return torch.cat([ct, *(axis.to(ct.dtype) for axis in axes)], dim=1)
+
+
+class DiffVPResNetBlock(nn.Module):
+    """
+    Two convolutions and a shortcut.
+
+    Args:
+        inputs, outputs: number of channels.
+        stride: stride of the first convolution.
+        shortcut_type: if the size changes, the shortcut is a convolution ("B"), or is subsampled and padded with
+            zeros ("A").
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut_type: str):
+        super().__init__()
+        self.conv1 = nn.Conv3d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm3d(outputs)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm3d(outputs)
+        self.stride, self.added, self.downsample = stride, outputs - inputs, None
+        if shortcut_type == "B" and (stride != 1 or self.added):
+            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride), nn.BatchNorm3d(outputs))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        shortcut = hidden
+        hidden = self.bn2(self.conv2(self.act(self.bn1(self.conv1(hidden)))))
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        elif self.stride != 1 or self.added:
+            shortcut = shortcut[:, :, :: self.stride, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0,) * 7 + (self.added,))
+        hidden += shortcut
+        return self.act(hidden)
+
+
+class DiffVPResNet(nn.Module):
+    """
+    The 3D ResNet-18: four stages of two blocks each. The second to fourth stages halve the resolution.
+
+    Parameter names and results are those of MONAI's ResNet, so that MedicalNet's weights fit. MONAI itself is not
+    used, because importing it takes more time and memory than reading and encoding a scan.
+
+    Args:
+        inputs: number of channels of the input.
+        channels: number of channels of each stage.
+        size, stride: kernel size and stride of the first convolution.
+        max_pool: halve the resolution once more, before the first stage.
+        shortcut_type: "A" or "B", see [`DiffVPResNetBlock`].
+    """
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def __init__(
+        self, inputs: int, channels: list[int], *, size: int, stride: int, max_pool: bool, shortcut_type: str
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv3d(inputs, channels[0], size, stride, padding=size // 2, bias=False)
+        self.bn1 = nn.BatchNorm3d(channels[0])
+        self.act = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(3, 2, padding=1) if max_pool else nn.Identity()
+        before = channels[0]
+        for stage, after in enumerate(channels, start=1):
+            first = DiffVPResNetBlock(before, after, 1 if stage == 1 else 2, shortcut_type)
+            setattr(self, f"layer{stage}", nn.Sequential(first, DiffVPResNetBlock(after, after, 1, shortcut_type)))
+            before = after
+
+    def forward(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Args:
+            hidden: (batch, inputs, depth, height, width).
+
+        Returns:
+            The output of each stage, (batch, channels, ...).
+        """
+        hidden = self.maxpool(self.act(self.bn1(self.conv1(hidden))))
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            hidden = layer(hidden)
+            stages.append(hidden)
+        return stages
 
 
 class DiffVPPyramid(nn.Module):
@@ -267,6 +353,119 @@ class DiffVPExternalEncoder(nn.Module):
         return super()._apply(fn, recurse)
 
 
+class DiffVPDiagnosisClassifier(nn.Module):
+    """
+    3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D).
+
+    With `finding_regions`, a second head classifies the anatomical region of each token. With `finding_attributes`, a
+    third head predicts the size of the finding at each token. [`locate`] reads locations and sizes from both.
+
+    Args:
+        own_encoder: if `False`, only `classify` works, on features of another module's encoder.
+    """
+
+    def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
+        super().__init__()
+        self.vision_encoder = DiffVPVisionEncoder(config) if own_encoder else None
+        self.grid, self.attributes = config.resnet_grid, config.finding_attributes
+        self.labels = tuple(config.diagnosis_labels)
+        width, labels = config.resnet_hidden_size, config.num_labels_diagnosis
+        self.head = nn.Linear(width, labels)
+        # Background, then the regions.
+        self.region_head = nn.Linear(width, 1 + len(config.finding_regions)) if config.finding_regions else None
+        self.size_head = nn.Linear(width, labels) if config.finding_attributes else None
+
+    def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels).
+
+        Raises:
+            ValueError: the classifier has no encoder.
+        """
+        if self.vision_encoder is None:
+            raise ValueError("The classifier has no encoder of its own: call `classify` with features.")
+        return self.classify(self.vision_encoder(ct))
+
+    def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Voxel features (batch, N, C) → the same as `forward`."""
+        voxel_logits = self.head(features)
+        return noisy_or(voxel_logits), voxel_logits
+
+    def sizes(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Voxel features (batch, N, C) → natural logarithm of each finding's size in mm, (batch, N, labels).
+
+        Raises:
+            ValueError: the classifier has no size head (`config.finding_attributes` is not set).
+        """
+        if self.size_head is None:
+            raise ValueError("The classifier has no size head: set config.finding_attributes.")
+        return self.size_head(features).float() + SIZE_LOG_MM
+
+    @torch.no_grad()
+    def locate(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Locate and measure each finding, assuming that it is present.
+
+        Args:
+            features: voxel features (batch, N, C).
+
+        Returns:
+            - `peak` (batch, labels): index of the token with the highest probability. For findings with a size, the
+              probability is multiplied by the size, so that the largest of several is chosen.
+            - `size_mm` (batch, labels).
+            - `region` (batch, labels): region at the peak; -1 without a region head.
+            - `region_evidence` (batch, labels, regions), only with a region head: log of the highest probability of
+              the finding at a token of the region. The maximum, because a finding that extends across a fissure has
+              much probability mass in the other region, but not its peak.
+            - `side_evidence` (batch, labels, 2), right and left: log of the probability mass, over the tokens whose
+              probability is at least half the maximum.
+        """
+        probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
+        log_size = self.sizes(features).transpose(1, 2)
+        sized = [bool((self.attributes or {}).get(label, {}).get("size")) for label in self.labels]
+        scale = torch.where(torch.tensor(sized, device=features.device)[:, None], log_size.exp(), 1.0)
+        peak = (probability * scale).argmax(dim=2)
+        evidence = probability * (probability >= 0.5 * probability.amax(dim=2, keepdim=True))
+        around = self._smoothed(evidence, 3).clamp(min=1e-12)
+        size = (self._smoothed(evidence * log_size, 3) / around).take_along_dim(peak[..., None], dim=2)[..., 0].exp()
+        # Width runs from the patient's right to left.
+        volume = evidence.unflatten(2, self.grid)
+        half = (self.grid[2] + 1) // 2
+        sides = torch.stack([volume[..., :half].sum(dim=(2, 3, 4)), volume[..., -half:].sum(dim=(2, 3, 4))], dim=-1)
+        found = {"peak": peak, "size_mm": size, "side_evidence": (sides + EVIDENCE_FLOOR).log()}
+        found["region"] = torch.full_like(peak, -1)
+        if self.region_head is None:
+            return found
+        regions = self.region_head(features).float().softmax(dim=-1)[..., 1:].transpose(1, 2)
+        # A finding hides the region it lies in, so its tokens take the region of the tokens around them.
+        regions = self._smoothed(regions, 5)
+        regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        peaks = [(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)]
+        index = peak[:, None].expand(-1, regions.shape[1], -1)
+        found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
+        found["region_evidence"] = (torch.stack(peaks, dim=2) + EVIDENCE_FLOOR).log()
+        return found
+
+    def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:
+        """Average of values (batch, channels, N) over `width` tokens along each axis."""
+        return F.avg_pool3d(values.unflatten(2, self.grid), width, 1, width // 2).flatten(2)
+
+
+# Initial value of the size head: about the geometric mean of the sizes (mm) that reports state.
+SIZE_LOG_MM = math.log(20.0)
+EVIDENCE_FLOOR = 0.02  # probability of a token that counts as no evidence
+
+
+def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
+    """Voxel logits (batch, N, labels) → log-odds of 1 − Π(1 − p_voxel), (batch, labels) in float32."""
+    log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
+    # Keep it below 0: if every voxel is certainly negative, log p would be −∞.
+    log_negative = log_negative.clamp(max=-1e-12)
+    log_positive = torch.log(-torch.expm1(log_negative))
+    return log_positive - log_negative
+
+
 def encoder_sha256(encoder: nn.Module) -> str | None:
     """Return the SHA-256 of a visual encoder's weights; `None` for an external encoder without a module."""
     module = encoder.module if isinstance(encoder, DiffVPExternalEncoder) else encoder
@@ -287,4 +486,11 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-__all__ = ["DiffVPEncoderError", "DiffVPExternalEncoder", "DiffVPInflatedEncoder", "DiffVPVisionEncoder"]
+__all__ = [
+    "DiffVPDiagnosisClassifier",
+    "DiffVPEncoderError",
+    "DiffVPExternalEncoder",
+    "DiffVPInflatedEncoder",
+    "DiffVPVisionEncoder",
+    "noisy_or",
+]

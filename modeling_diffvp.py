@@ -24,20 +24,20 @@ from .bases_diffvp import accepts, real_positions
 from .checkpoint_diffvp import DiffVPBaseModelMixin, DiffVPCheckpointMixin
 from .configuration_diffvp import DiffVPConfig
 from .drafts_diffvp import ReportDrafts, decode
-from .encoders_diffvp import DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
-from .findings_diffvp import diagnosis_prompts, read_attributes
+from .encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPEncoderError, DiffVPExternalEncoder, make_encoder
 from .generation_diffvp import decoding_config
 from .modules_diffvp import (
     DiffVPAlignedDifference,
-    DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
     auxiliary_loss,
     check_labels,
+    diagnosis_prompts,
     init_weights,
     pad_left,
+    read_attributes,
 )
 from .outputs_diffvp import DiffVPComparison, DiffVPComputed, DiffVPDiagnosisOutput, DiffVPOutput
 
@@ -256,6 +256,10 @@ class DiffVPModel(DiffVPPreTrainedModel):
             ValueError: an input that `config.difference_level` needs is missing.
         """
         features = self._features("ct", ct, ct_features)
+        attributes = None
+        if self.config.finding_attributes and self.diagnosis is not None:
+            with torch.autocast(self.device.type, enabled=False):  # the same in training as in inference
+                attributes = read_attributes(self.config, self.diagnosis.locate(features))
         latents, attention = self._visual_tokens(features)
         level, nothing, residual = self.config.difference_level, torch.zeros_like(latents), None
         reference_latents, pair = None, (latents, latents)
@@ -274,10 +278,6 @@ class DiffVPModel(DiffVPPreTrainedModel):
         elif level == "latent":
             reference_latents, _ = self._visual_tokens(self._features("reference", reference, reference_features))
             pair = latents, reference_latents
-        attributes = None
-        if self.config.finding_attributes and self.diagnosis is not None:
-            with torch.autocast(self.device.type, enabled=False):  # the same in training as in inference
-                attributes = read_attributes(self.config, self.diagnosis.locate(features))
         return DiffVPComparison(latents, reference_latents, *pair, attention, residual, attributes)
 
     def _reference_features(self, volumes: torch.Tensor | None, features: torch.Tensor | None) -> torch.Tensor:

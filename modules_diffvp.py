@@ -1,14 +1,13 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The building blocks of DiffVP, from the scan to the difference prompt.
+The building blocks of DiffVP, from the voxel tokens F (batch, N, C) of `encoders_diffvp.py` to the prompt of eq. 9.
 
-- `encoders_diffvp.py`: frozen encoder, voxel tokens F of shape (batch, N, C)
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
 - `DiffVPAlignedDifference`: voxel tokens minus the softly aligned tokens of the reference
 - `DiffVPGlobalDelta`, `DiffVPLocalDelta`: hierarchical difference extractor, eq. 4-7
 - `DiffVPPromptGenerator`: difference prompt P of shape (batch, m, h), eq. 8
-- `DiffVPDiagnosisClassifier`: voxel logits and Noisy-OR pooling (appendix D)
+- `read_attributes`, `diagnosis_prompts`: places and sizes of findings in words, and the diagnosis prompt D
 """
 
 import math
@@ -20,7 +19,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_diffvp import DiffVPConfig
-from .encoders_diffvp import DiffVPVisionEncoder
+
+SIDES = ("right", "left")
 
 
 def voxel_positions(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
@@ -387,117 +387,105 @@ class DiffVPAlignedDifference(nn.Module):
         return latents, reference_latents
 
 
-class DiffVPDiagnosisClassifier(nn.Module):
+def named_places(config: DiffVPConfig, found: dict[str, torch.Tensor], scan: int, label: int) -> list[str]:
     """
-    3D ResNet-18 with voxel logits and Noisy-OR pooling, p = 1 − Π(1 − p_voxel), in log space (appendix D).
-
-    With `finding_regions`, a second head classifies the anatomical region of each token. With `finding_attributes`, a
-    third head predicts the size of the finding at each token. [`locate`] reads locations and sizes from both.
+    Return the places of a finding that the diagnosis prompt names: regions, or "right", "left" or both.
 
     Args:
-        own_encoder: if `False`, only `classify` works, on features of another module's encoder.
+        found: output of `DiffVPDiagnosisClassifier.locate`.
+        scan, label: indices of the scan in the batch and of the label.
     """
-
-    def __init__(self, config: DiffVPConfig, own_encoder: bool = True):
-        super().__init__()
-        self.vision_encoder = DiffVPVisionEncoder(config) if own_encoder else None
-        self.grid, self.attributes = config.resnet_grid, config.finding_attributes
-        self.labels = tuple(config.diagnosis_labels)
-        width, labels = config.resnet_hidden_size, config.num_labels_diagnosis
-        self.head = nn.Linear(width, labels)
-        # Background, then the regions.
-        self.region_head = nn.Linear(width, 1 + len(config.finding_regions)) if config.finding_regions else None
-        self.size_head = nn.Linear(width, labels) if config.finding_attributes else None
-
-    def forward(self, ct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        `ct` (batch, 1, D, H, W) → volume log-odds (batch, labels) in float32, voxel logits (batch, N, labels).
-
-        Raises:
-            ValueError: the classifier has no encoder.
-        """
-        if self.vision_encoder is None:
-            raise ValueError("The classifier has no encoder of its own: call `classify` with features.")
-        return self.classify(self.vision_encoder(ct))
-
-    def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Voxel features (batch, N, C) → the same as `forward`."""
-        voxel_logits = self.head(features)
-        return noisy_or(voxel_logits), voxel_logits
-
-    def sizes(self, features: torch.Tensor) -> torch.Tensor:
-        """
-        Voxel features (batch, N, C) → natural logarithm of each finding's size in mm, (batch, N, labels).
-
-        Raises:
-            ValueError: the classifier has no size head (`config.finding_attributes` is not set).
-        """
-        if self.size_head is None:
-            raise ValueError("The classifier has no size head: set config.finding_attributes.")
-        return self.size_head(features).float() + SIZE_LOG_MM
-
-    @torch.no_grad()
-    def locate(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Locate and measure each finding, assuming that it is present.
-
-        Args:
-            features: voxel features (batch, N, C).
-
-        Returns:
-            - `peak` (batch, labels): index of the token with the highest probability. For findings with a size, the
-              probability is multiplied by the size, so that the largest of several is chosen.
-            - `size_mm` (batch, labels).
-            - `region` (batch, labels): region at the peak; -1 without a region head.
-            - `region_evidence` (batch, labels, regions), only with a region head: log of the highest probability of
-              the finding at a token of the region. The maximum, because a finding that extends across a fissure has
-              much probability mass in the other region, but not its peak.
-            - `side_evidence` (batch, labels, 2), right and left: log of the probability mass, over the tokens whose
-              probability is at least half the maximum.
-        """
-        probability = self.head(features).float().sigmoid().transpose(1, 2)  # (batch, labels, N)
-        log_size = self.sizes(features).transpose(1, 2)
-        sized = [bool((self.attributes or {}).get(label, {}).get("size")) for label in self.labels]
-        scale = torch.where(torch.tensor(sized, device=features.device)[:, None], log_size.exp(), 1.0)
-        peak = (probability * scale).argmax(dim=2)
-        evidence = probability * (probability >= 0.5 * probability.amax(dim=2, keepdim=True))
-        around = self._smoothed(evidence, 3).clamp(min=1e-12)
-        size = (self._smoothed(evidence * log_size, 3) / around).take_along_dim(peak[..., None], dim=2)[..., 0].exp()
-        # Width runs from the patient's right to left.
-        volume = evidence.unflatten(2, self.grid)
-        half = (self.grid[2] + 1) // 2
-        sides = torch.stack([volume[..., :half].sum(dim=(2, 3, 4)), volume[..., -half:].sum(dim=(2, 3, 4))], dim=-1)
-        found = {"peak": peak, "size_mm": size, "side_evidence": (sides + EVIDENCE_FLOOR).log()}
-        found["region"] = torch.full_like(peak, -1)
-        if self.region_head is None:
-            return found
-        regions = self.region_head(features).float().softmax(dim=-1)[..., 1:].transpose(1, 2)
-        # A finding hides the region it lies in, so its tokens take the region of the tokens around them.
-        regions = self._smoothed(regions, 5)
-        regions = regions / regions.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        peaks = [(probability * of_region[:, None]).amax(dim=2) for of_region in regions.unbind(1)]
-        index = peak[:, None].expand(-1, regions.shape[1], -1)
-        found["region"] = regions.take_along_dim(index, dim=2).argmax(dim=1)
-        found["region_evidence"] = (torch.stack(peaks, dim=2) + EVIDENCE_FLOOR).log()
-        return found
-
-    def _smoothed(self, values: torch.Tensor, width: int) -> torch.Tensor:
-        """Average of values (batch, channels, N) over `width` tokens along each axis."""
-        return F.avg_pool3d(values.unflatten(2, self.grid), width, 1, width // 2).flatten(2)
+    wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
+    place, regions = wanted.get("place"), config.finding_regions or ()
+    if place is None:
+        return []
+    if place == "region":
+        return [regions[int(found["region"][scan, label])]]
+    names = regions if place == "regions" else SIDES
+    evidence = found["region_evidence" if place == "regions" else "side_evidence"][scan, label]
+    named = evidence >= evidence.max() - wanted.get("margin", math.log(2))
+    return [name for name, keep in zip(names, named.tolist(), strict=True) if keep]
 
 
-# Initial value of the size head: about the geometric mean of the sizes (mm) that reports state.
-SIZE_LOG_MM = math.log(20.0)
-EVIDENCE_FLOOR = 0.02  # probability of a token that counts as no evidence
+def read_attributes(config: DiffVPConfig, found: dict[str, torch.Tensor]) -> list[list[dict]]:
+    """
+    Return the attributes of each scan's labels, from the output of `DiffVPDiagnosisClassifier.locate`.
+
+    Returns:
+        For each scan and label a dict with `places`, the names from [`named_places`]; `size_mm`, a whole number or
+        `None`; and `voxel`, the centre of the peak's token in voxels (depth, height, width) of the tensor.
+    """
+    found = {key: value.cpu() for key, value in found.items()}
+    _, height, width = config.feature_grid
+    steps = [size / tokens for size, tokens in zip(config.image_size, config.feature_grid, strict=True)]
+    attributes = []
+    for scan, peaks in enumerate(found["peak"].tolist()):
+        attributes.append([])
+        for label, token in enumerate(peaks):
+            place = (token // (height * width), token // width % height, token % width)
+            wanted = (config.finding_attributes or {}).get(config.diagnosis_labels[label], {})
+            attributes[-1].append(
+                {
+                    "places": named_places(config, found, scan, label),
+                    "size_mm": round(float(found["size_mm"][scan, label])) if wanted.get("size") else None,
+                    "voxel": [(index + 0.5) * step - 0.5 for index, step in zip(place, steps, strict=True)],
+                }
+            )
+    return attributes
 
 
-def noisy_or(voxel_logits: torch.Tensor) -> torch.Tensor:
-    """Voxel logits (batch, N, labels) → log-odds of 1 − Π(1 − p_voxel), (batch, labels) in float32."""
-    log_negative = F.logsigmoid(-voxel_logits.float()).sum(dim=1)  # log Π(1 − p_voxel)
-    # Keep it below 0: if every voxel is certainly negative, log p would be −∞.
-    log_negative = log_negative.clamp(max=-1e-12)
-    log_positive = torch.log(-torch.expm1(log_negative))
-    return log_positive - log_negative
+def diagnosis_prompts(
+    config: DiffVPConfig, diagnosis_logits: torch.Tensor, attributes: list[list[dict]] | None = None
+) -> list[list[int]]:
+    """
+    Return the token ids of each scan's diagnosis prompt.
+
+    Args:
+        diagnosis_logits: (batch, labels); the prompt names findings with a probability of at least
+            `config.diagnosis_threshold`.
+        attributes: from [`read_attributes`]; `None` names the findings without attributes.
+
+    Raises:
+        ValueError: `config.diagnosis_prompt_ids` is not set.
+    """
+    fragments = config.diagnosis_prompt_ids
+    if fragments is None:
+        raise ValueError(
+            "config.diagnosis_prompt_ids is not set: make it with DiffVPProcessor.diagnosis_prompt_ids(), or set "
+            "use_diagnosis=False."
+        )
+    probabilities = diagnosis_logits.float().sigmoid()
+    positive = probabilities >= torch.tensor(config.diagnosis_threshold, device=probabilities.device)
+    known = attributes or [None] * len(positive)
+    return [diagnosis_prompt_ids(fragments, *of_scan) for of_scan in zip(positive.tolist(), known, strict=True)]
+
+
+def diagnosis_prompt_ids(fragments: dict, positive: list[bool], attributes: list[dict] | None = None) -> list[int]:
+    """
+    Return the token ids of the diagnosis prompt D: the positive labels, or the words for none, in prefix and suffix.
+
+    Args:
+        fragments: `config.diagnosis_prompt_ids`.
+        positive: one value per label.
+        attributes: one dict per label, from [`read_attributes`]; they follow each positive label in brackets.
+    """
+    named = [index for index, found in enumerate(positive) if found]
+    ids = list(fragments["prefix"])
+    for position, index in enumerate(named):
+        ids += (fragments["separator"] if position else []) + fragments["labels"][index]
+        ids += [] if attributes is None else _attribute_ids(fragments["attributes"], attributes[index])
+    return ids + (fragments["none"] if not named else []) + fragments["suffix"]
+
+
+def _attribute_ids(fragments: dict, known: dict) -> list[int]:
+    """Return text such as " (right upper lobe, 12 mm)" as token ids; empty without attributes."""
+    ids = []
+    for place in known["places"]:
+        ids += (fragments["and"] if ids else []) + fragments["places"][place]
+    if known["size_mm"] is not None:
+        digits = [token for digit in str(known["size_mm"]) for token in fragments["digits"][int(digit)]]
+        ids += (fragments["comma"] if ids else []) + digits + fragments["mm"]
+    return fragments["open"] + ids + fragments["close"] if ids else []
 
 
 def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:

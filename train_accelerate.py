@@ -42,7 +42,7 @@ from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
 from .training.check import check_run, has_own_encoder, make_processor, model_fields
 from .training.checkpoints import Checkpoints
-from .training.cohort import Cohort, Features, compute_all, load_cohort, make_features
+from .training.cohort import Cohort, load_cohort
 from .training.config import TrainingConfig
 from .training.diagnosis import (
     DiagnosisStage,
@@ -53,6 +53,7 @@ from .training.diagnosis import (
     fit_margins,
 )
 from .training.encoder import import_encoder, load_encoder
+from .training.features import Features, compute_all, make_features
 from .training.loop import Log, Stage, Trainer
 from .training.report import ReportStage, check_base, make_drafts, quantization
 

@@ -33,7 +33,7 @@ from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor
 from diffvp.provenance import machine
-from diffvp.training.cohort import Features
+from diffvp.training.features import Features
 
 PADDED = 2048
 INSTRUCTION, REPORT = 24, 300  # tokens; about 200 words, as in CT-RATE

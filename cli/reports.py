@@ -125,16 +125,16 @@ def report(
         if hu_window is not None and not hu_window[0] < hu_window[1]:
             raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
-    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as results:
+    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as (scan, write):
         written = reporting(
-            checkpoint, revision, results.ct, output, engine, dtype,
+            checkpoint, revision, scan, output, engine, dtype,
             reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
-            metadata=None if metadata is None else _metadata(metadata, results.ct.name),
+            metadata=None if metadata is None else _metadata(metadata, scan.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
             allow_any_anatomy=allow_any_anatomy,
         )  # fmt: skip
-        results.write(written)
+        write(written)
     if as_json:
         typer.echo(json.dumps(written.document, indent=2, ensure_ascii=False))
     else:
@@ -349,7 +349,10 @@ def _reporting() -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: bool, **options) -> Iterator:
-    """Yield the scan of `diffvp report`, from a file or a PACS, and the clinical results to make of its report."""
+    """Yield the scan of `diffvp report`, from a file or a PACS, and the function that writes the clinical results."""
+    if not any(options.values()):
+        yield ct, lambda written: None
+        return
     if options["dicom"] is not None or options["store"]:
         import highdicom  # noqa: F401  a missing library is reported before a minute of work
     if options["dicomweb"] is not None:
@@ -357,7 +360,7 @@ def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: boo
     from ..clinical.results import clinical_results
 
     with clinical_results(ct, series=series, allow_incomplete=allow_incomplete, **options) as results:
-        yield results
+        yield results.ct, results.write
 
 
 def _read_scans(options: dict) -> dict:

@@ -7,6 +7,7 @@ that all problems are known before a run starts and can be corrected together. M
 and files. They never contain the text of a report, even if columns are swapped.
 """
 
+import hashlib
 import html
 import math
 import re
@@ -22,7 +23,6 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..nifti_diffvp import read_table
 from ..reading_diffvp import CTMetadata
 from ..volume_diffvp import CTReadError
-from .pairing import chance
 
 SHOWN_PROBLEMS = 20
 # The ten regions of RadGenome, and "others" for sentences without a region.
@@ -163,6 +163,11 @@ def split_by_patient(cases: Sequence[Case], fraction: float, seed: int | str) ->
         [case for case in cases if case.patient_id not in held_out],
         [case for case in cases if case.patient_id in held_out],
     )
+
+
+def chance(key: str) -> float:
+    """Return a number in [0, 1) that depends only on the key and is uniform over keys."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def first_reconstructions(cases: Sequence[Case]) -> list[Case]:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cache import VolumeCache
-from ..data.cases import Case
-from ..data.pairing import chance
+from ..data.cases import Case, chance
 from ..data.phantom import Finding
 from ..data.pool import is_normal
 from ..metrics.clinical_efficacy import averages, label_counts
@@ -23,7 +22,7 @@ from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import Comparison, Interval, bootstrap_auroc, bootstrap_counts, compare_counts
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..references_diffvp import ReferencePool
-from ..training.cohort import Features
+from ..training.features import Features
 from .lesion_scores import named_twice, score_findings, size_bin
 from .map_scores import score_maps
 from .system_scores import mean_and_interval, true_labels

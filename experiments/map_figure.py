@@ -19,7 +19,7 @@ from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..inference.figure import COLORS, EDGES, OPACITY, plane
 from ..inference.report import RESEARCH_USE
 from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..training.cohort import Features
+from ..training.features import Features
 from .map_scores import body_voxels, difference_map
 
 MARGIN = 4  # voxels of air shown around the body

@@ -21,14 +21,13 @@ from scipy import ndimage, special, stats
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cache import VolumeCache
-from ..data.cases import Case
+from ..data.cases import Case, chance
 from ..data.lesions import lesion_mask_path, lesion_voxels
-from ..data.pairing import chance
 from ..data.pool import is_normal, other_scans
 from ..inference.figure import TISSUE_HU, to_hu
 from ..metrics.statistics import bootstrap_counts, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
-from ..training.cohort import Features
+from ..training.features import Features
 from .runs import scan_inputs
 from .system_scores import mean_and_interval
 

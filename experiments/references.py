@@ -4,8 +4,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ..data.cases import Case
-from ..data.pairing import chance
+from ..data.cases import Case, chance
 from ..data.pool import is_normal, other_scans
 from .study import Condition
 

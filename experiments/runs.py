@@ -36,8 +36,8 @@ from ..processing_diffvp import DiffVPProcessor
 from ..provenance import compare, made_on, weights_sha256
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
-from ..training.cohort import Features, make_features
 from ..training.config import DataSection, TrainingConfig
+from ..training.features import Features, make_features
 from .references import choose_references, reference_pool
 from .result_files import json_text, write_bytes, write_json
 from .study import Condition, StudyConfig, Variant

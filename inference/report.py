@@ -180,8 +180,11 @@ def write_report(
 
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
-    engine = TransformersEngine(model) if engine is None else engine
-    [tokens] = engine.generate(model.embed_prompt(**inputs, diagnosis_logits=logits, comparison=comparison), decoding)
+    prompt = {**inputs, "diagnosis_logits": logits, "comparison": comparison}
+    if engine is None:
+        engine, [tokens] = TransformersEngine(model), model.generate(**prompt, generation_config=decoding).tolist()
+    else:
+        [tokens] = engine.generate(model.embed_prompt(**prompt), decoding)
     document = describe_report(
         model, processor, tokens, decoding=decoding, engine=engine.name, logits=logits,
         attributes=comparison.attributes, geometries=geometries, reference=named, made_by=made_by, options=options,
@@ -192,12 +195,12 @@ def write_report(
     own = {"allow_non_hu": allow_non_hu} if geometries[1].is_hu and not geometries[0].is_hu else options
     volumes = (scan, options), (reference, own)
     with _staged(output) as stage:
-        processor.save_map(stage / DIFFERENCE_MAP, difference, geometries[0])
-        drawing = _sample_for_figure(processor.image_processor, volumes, geometries[0], difference)
-        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
         write_texts(stage, document)
         if truth is not None:
             (stage / TRUE_REPORT).write_text(truth + "\n", encoding="utf-8")
+        processor.save_map(stage / DIFFERENCE_MAP, difference, geometries[0])
+        drawing = _sample_for_figure(processor.image_processor, volumes, geometries[0], difference)
+        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
     return Report(output, document)
 
 

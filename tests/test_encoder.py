@@ -25,13 +25,14 @@ from diffvp.data.lesions import (
 )
 from diffvp.data.phantom import LOBES, Finding
 from diffvp.data.radgenome import load_phantom
-from diffvp.findings_diffvp import SIDES, diagnosis_prompt_ids, named_places, read_attributes
+from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
+    SIDES,
     DiffVPAlignedDifference,
-    DiffVPDiagnosisClassifier,
-    DiffVPVisionEncoder,
-    noisy_or,
+    diagnosis_prompt_ids,
+    named_places,
+    read_attributes,
 )
 from diffvp.pipeline_diffvp import describe_findings
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor

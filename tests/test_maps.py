@@ -46,7 +46,7 @@ from diffvp.experiments.map_scores import (
     summary,
 )
 from diffvp.processing_diffvp import DiffVPImageProcessor
-from diffvp.training.cohort import Features
+from diffvp.training.features import Features
 
 NODULE = DIAGNOSIS_LABELS.index("Lung nodule")
 RAS = np.diag([2.0, 2.5, 3.0, 1.0])

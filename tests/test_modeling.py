@@ -11,14 +11,13 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from scipy.special import erf
 
 from diffvp.configuration_diffvp import DiffVPConfig
+from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
-    DiffVPDiagnosisClassifier,
     DiffVPGlobalDelta,
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
-    DiffVPVisionEncoder,
     sincos_position_embedding,
 )
 from diffvp.outputs_diffvp import DiffVPComparison

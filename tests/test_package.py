@@ -193,6 +193,16 @@ def test_small_install_contains_all_its_imports(repository_root):
     assert not missing
 
 
+def test_each_flow_of_the_architecture_shows_at_most_12_files_and_none_twice(repository_root):
+    text = (repository_root / "docs/architecture.md").read_text(encoding="utf-8")
+    flows = re.findall(r"```mermaid\n(.*?)```", text, re.S)
+    assert len(flows) == 3
+    for flow in flows:
+        files = re.findall(r"[\w/]+\.py", flow)
+        assert all((repository_root / file).is_file() for file in files), files
+        assert 1 < len(files) == len(set(files)) <= 12, files
+
+
 def test_links_between_pages_resolve(repository_root):
     pages = [
         *repository_root.glob("*.md"),

@@ -19,7 +19,7 @@ from ..data.lesions import lesion_mask_path, lobe_mask_path, read_patients
 from ..data.regions import region_mask_path
 from ..encoders_diffvp import make_encoder
 from ..files import nearest_folder, writing_problem
-from ..findings_diffvp import SIDES
+from ..modules_diffvp import SIDES
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .cohort import Cohort
 from .config import TrainingConfig

@@ -1,26 +1,17 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of a run, with their frozen inputs: preprocessed volumes, encoder output, and predicted findings."""
+"""Cases of a run: stages, validation, test and the pool of normal references."""
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint_diffvp import check_checkpoint_name
 from ..configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from ..data.cache import TensorCache, VolumeCache, encoder_recipe
 from ..data.cases import (
     Case,
-    DatasetError,
     Problem,
     check_no_leak,
     first_reconstructions,
@@ -30,15 +21,9 @@ from ..data.cases import (
 )
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, pool_by_rule
-from ..data.regions import RegionMasks
 from ..data.table import load_hub
-from ..encoders_diffvp import state_sha256
-from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..progress import counted
 from ..storage_diffvp import replacing
-from ..volume_diffvp import CTInputError
 from .config import DataSection, TrainingConfig
-from .encoder import read_features
 
 logger = logging.getLogger(__name__)
 
@@ -138,18 +123,16 @@ def load_cohort(config: TrainingConfig) -> Cohort:
         # Independent of the seed, so that models of different seeds are scored on the same patients.
         cases, test = split_by_patient(cases, data.test_fraction, "test")
     if data.validation_fraction is not None:
-        training, validation = split_by_patient(cases, data.validation_fraction, config.seed)
-        cohort = Cohort(training, validation, training, _pool(data, everything, training), test)
+        report, validation = split_by_patient(cases, data.validation_fraction, config.seed)
+        diagnosis = report
     elif data.validation_split is not None:
-        cohort = Cohort(cases, load(data.validation_split), cases, _pool(data, everything, cases), test)
+        diagnosis, validation, report = cases, load(data.validation_split), cases
     else:
-        spans = {name: _span(cases, getattr(data, name), name) for name in ("diagnosis_cases", "validation_cases")}
-        report = _span(cases, data.report_cases, "report_cases")
-        pool = _pool(data, everything, report)
-        cohort = Cohort(spans["diagnosis_cases"], spans["validation_cases"], report, pool, test)
-    cohort = cohort.with_labels(labels)
-    check_no_leak(cohort.diagnosis + cohort.report, cohort.validation)
-    check_no_leak(cohort.diagnosis + cohort.report + cohort.validation, cohort.test, "test")
+        spans = ("diagnosis_cases", "validation_cases", "report_cases")
+        diagnosis, validation, report = (_span(cases, getattr(data, name), name) for name in spans)
+    check_no_leak(diagnosis + report, validation)
+    check_no_leak(diagnosis + report + validation, test, "test")
+    cohort = Cohort(diagnosis, validation, report, _pool(data, everything, report), test).with_labels(labels)
     if config.init_from is None and config.classifier is None:  # otherwise, the first stage belongs to another run
         if data.report_cases is not None:
             check_stages_apart(cohort)
@@ -240,138 +223,3 @@ def _pool_problems(cohort: Cohort) -> list[Problem]:
         expected = "a second normal scan, as this one would be its own reference"
         return [Problem("dataset", None, "pool of references", "one scan", expected, cohort.pool[0].name)]
     return []
-
-
-class Features:
-    """Frozen encoder output and diagnosis logits of cases, computed once and then read from the cache.
-
-    The two are cached separately, so that models with the same encoder share its output even if their classifiers
-    differ.
-
-    Args:
-        root: folder of all caches; these use `features/` and `diagnosis/`.
-        regions: average the features within each region instead of returning one per voxel token.
-        stored: folder of precomputed features; see [`read_features`].
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        volumes: VolumeCache,
-        model: DiffVPForConditionalGeneration,
-        regions: RegionMasks | None = None,
-        stored: str | None = None,
-    ):
-        self.volumes, self.model, self.regions, self.stored = volumes, model, regions, stored
-        recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
-        self.cache = TensorCache(Path(root) / "features", recipe)
-        self.logits = None
-        if model.config.use_diagnosis:
-            self.logits = TensorCache(Path(root) / "diagnosis", recipe | {"diagnosis": state_sha256(model.diagnosis)})
-
-    def load(self, case: Case) -> dict[str, torch.Tensor]:
-        """Return `features` (N, C), or (11, C) for regions; with a classifier, also `diagnosis_logits` (labels,)."""
-        digest, model = self.volumes.digest(case), self.model
-
-        @torch.no_grad()
-        def compute(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-            # The cached volumes are in half precision, so that a hit and a miss give the same features.
-            return {name: function(self.volumes.load(case)[None].float().to(model.device))[0]}
-
-        if self.stored is None:
-            frozen = self.cache.get(digest, lambda: compute("features", model.extract_features))
-        else:
-            shape = (math.prod(model.config.feature_grid), model.config.encoder_hidden_size)
-            frozen = {"features": read_features(self.stored, case.name, shape)}
-        if self.logits is not None:
-            diagnose = partial(model.diagnose, ct_features=frozen["features"][None])
-            frozen |= self.logits.get(digest, lambda: compute("diagnosis_logits", diagnose))
-        if self.regions is not None:
-            frozen["features"] = self.regions.pool(case, frozen["features"])
-        return frozen
-
-    def inputs(
-        self, case: Case, references: Sequence[Case], frozen: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """
-        Return the inputs of `model.compare`, without a batch axis. Several references are averaged, except
-        for the aligned difference, which gets all of them.
-
-        Args:
-            frozen: result of `load` for the case, if the caller has it, to avoid reading it twice.
-        """
-        if self.model.config.compares_voxels:
-            names, load = ("ct", "reference"), lambda one: self.volumes.load(one).float()
-            own = load(case)
-        else:
-            names, load = ("ct_features", "reference_features"), lambda one: self.load(one)["features"]
-            own = load(case) if frozen is None else frozen["features"]
-        several = torch.stack(list(map(load, references)))
-        if self.model.config.difference_level != "aligned" or len(references) == 1:
-            several = several.mean(0)
-        return dict(zip(names, (own, several), strict=True))
-
-
-def make_features(data: DataSection, volumes: VolumeCache, model: DiffVPForConditionalGeneration) -> Features:
-    """
-    Make the frozen features that a training file specifies.
-
-    Raises:
-        ValueError: precomputed features are given for a model with its own encoder.
-    """
-    if data.features is not None and model.config.encoder_type != "external":
-        raise ValueError(
-            f"data.features is {data.features} and model.encoder_type {model.config.encoder_type}; expected external"
-        )
-    regions = None
-    if data.region_tokens:
-        regions = RegionMasks(data.root, data.cache_dir, volumes, model.config.feature_grid)
-    return Features(data.cache_dir, volumes, model, regions, data.features)
-
-
-class _Loading(Dataset):
-    def __init__(self, cases: list[Case], load: Callable[[Case], object]):
-        self.cases, self.load = cases, load
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    def __getitem__(self, index: int) -> list[Problem]:
-        case = self.cases[index]
-        try:
-            self.load(case)
-        except CTInputError as error:
-            return [Problem(error.source, case.row, error.field, str(error.found), error.expected, case.name)]
-        except DatasetError as error:
-            return list(error.problems)
-        return []
-
-
-def compute_all(
-    cases: list[Case],
-    load: Callable[[Case], object],
-    accelerator: Accelerator,
-    description: str,
-    skip: bool,
-    workers: int = 0,
-) -> list[Problem]:
-    """
-    Cache every case with `load`, divided over the processes, and return the problems of unreadable volumes.
-
-    Args:
-        skip: return the problems instead of raising them.
-        workers: loading processes per process, for work that needs no GPU; 0 for none.
-
-    Raises:
-        DatasetError: volumes are unreadable, and `skip` is false. All other cases are cached by then.
-    """
-    problems = []
-    share = cases[accelerator.process_index :: accelerator.num_processes]
-    loading = DataLoader(_Loading(share, load), batch_size=None, num_workers=min(workers, len(share)))
-    for problem in counted(loading, description, len(share), accelerator.is_main_process):
-        problems += problem
-    if accelerator.num_processes > 1:
-        problems = gather_object(problems)
-    if problems and not skip:
-        raise DatasetError(problems)
-    return problems

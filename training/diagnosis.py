@@ -31,9 +31,9 @@ from ..data.lesions import (
     true_place,
     true_sizes,
 )
-from ..findings_diffvp import named_places
+from ..encoders_diffvp import noisy_or
 from ..modeling_diffvp import DiffVPForDiagnosis
-from ..modules_diffvp import noisy_or
+from ..modules_diffvp import named_places
 from .config import CropSection, DiagnosisSection
 from .loop import Split, Stage, in_order
 

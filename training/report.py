@@ -12,14 +12,13 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from ..checkpoint_diffvp import BASE_PREFIX
 from ..collator_diffvp import DiffVPDataCollator, pair_reference
 from ..configuration_diffvp import DiffVPConfig
-from ..data.cases import Case, Problem
-from ..data.pairing import chance
-from ..data.pool import other_scans
+from ..data.cases import Case, Problem, chance
 from ..drafts_diffvp import ReportDrafts
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
-from .cohort import Cohort, Features
+from .cohort import Cohort
 from .config import BaseSection, ReportSection
+from .features import Features
 from .loop import Split, Stage, by_length, in_order
 
 CERTAIN = 30.0  # logit of a true finding
@@ -109,7 +108,7 @@ class ReportSplit(Split):
     def reference(self, index: int, epoch: int) -> Case:
         """Return the normal reference of a case in an epoch."""
         case = self.cases[index]
-        candidates = other_scans(case, list(self.pool.values()))
+        candidates = [name for name, member in self.pool.items() if member.scan_id != case.scan_id]
         return self.pool[pair_reference(case.name, candidates, self.seed, epoch)]
 
     def sample(self, index: int, epoch: int) -> dict:

@@ -12,7 +12,7 @@ from ...data.pool import is_normal
 from ...metrics.clinical_efficacy.reports import Labeler
 from ...metrics.markdown import with_interval
 from ...modeling_diffvp import DiffVPForConditionalGeneration
-from ...training.cohort import Features
+from ...training.features import Features
 from ..runs import HeldOut, Run
 from ..study import StudyConfig, Table
 

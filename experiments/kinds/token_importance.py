@@ -15,7 +15,7 @@ from ...data.cases import Case
 from ...data.pool import is_normal
 from ...metrics.markdown import table_lines
 from ...modeling_diffvp import DiffVPForConditionalGeneration
-from ...training.cohort import Features
+from ...training.features import Features
 from ..runs import scan_inputs
 from ..system_scores import mean_and_interval
 from .material import Material, Needs, device_lines, mean_cell
