@@ -319,7 +319,10 @@ class DiffVPAlignedDifference(nn.Module):
             return volume[(..., *(slice(start, start + size) for start, size in zip(shift, sizes, strict=True)))]
 
         candidates = [(reference, shift) for reference in references for shift in shifts]
-        distances = torch.stack([(target - shifted(*one)).square().sum(dim=1) for one in candidates])
+        # One work array: with new ones for each candidate, the C library's heap may grow by half a gigabyte.
+        distances, work = target.new_empty(len(candidates), *target[:, 0].shape), torch.empty_like(target)
+        for distance, one in zip(distances, candidates, strict=True):
+            torch.sum(torch.sub(target, shifted(*one), out=work).square_(), dim=1, out=distance)
         outside = torch.stack([shifted(inside, shift) for _, shift in candidates]) == 0
         weights = (-distances / self.temperature).masked_fill(outside[:, None], -torch.inf).softmax(dim=0)
         aligned = torch.zeros_like(target)
