@@ -37,6 +37,7 @@ from .data.cases import Case
 from .encoders_diffvp import encoder_sha256, state_sha256
 from .files import recover_folder, write_folder
 from .generation_diffvp import own_generation_config
+from .inference.figure import TISSUE_HU, to_hu
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
@@ -367,8 +368,6 @@ def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, fea
 
 def fit_whitening(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
     """Fit the whitening of the aligned difference to every seventh token inside the body in scans of the pool."""
-    from .inference.figure import TISSUE_HU, to_hu  # imports matplotlib, which training does not need otherwise
-
     tokens, window = [], features.volumes.image_processor.hu_window
     for case in cohort.pool[:WHITENING_SCANS]:
         volume = features.volumes.load(case).float()

@@ -4,6 +4,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -307,7 +308,7 @@ def _metadata(table: Path, volume: str):
 @contextlib.contextmanager
 def _reporting() -> Iterator[Callable]:
     """Yield a function that loads a checkpoint and writes a report, while a status line shows the current step."""
-    with err.status("", spinner="line") as status:
+    with err.status("", spinner="line") as status, _uncollected():
 
         def step(text: str) -> None:
             status.update(text)
@@ -345,6 +346,18 @@ def _reporting() -> Iterator[Callable]:
 
         with one_line_errors(CTInputError):
             yield write
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Turn the garbage collector off: in a tenth of a start, it searches the modules, which stay, for garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from ..anatomy_diffvp import anatomy_warnings
 from ..bases_diffvp import locate_base_model, public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import preprocessing
-from ..data.phantom_report import labels_from_report
 from ..metrics.consistency import report_consistency
 from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..provenance import library_versions
@@ -153,6 +152,8 @@ def describe_decoding(model, processor, decoding: GenerationConfig, engine: str)
 
 def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
     """Compare the findings of a generated phantom report with the true one: {"hit", "missed", "false": labels}."""
+    from ..data.phantom_report import labels_from_report  # imports SciPy, which other reports do not need
+
     written, true = labels_from_report(report), labels_from_report(truth)
     return {
         "hit": [label for label in true if true[label] and written[label]],

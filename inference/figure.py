@@ -7,21 +7,19 @@ anterior to posterior, width from the patient's right to left. Axial and coronal
 and from the front, so that the patient's right is on the left of the image; sagittal ones have anterior on the left.
 """
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:  # imported where a figure is drawn: most users of this module draw none, or not at first
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 PLANES = ("axial", "coronal", "sagittal")
 # Letters at the left, right, top and bottom of each plane.
@@ -70,7 +68,7 @@ class Drawn:
         at = np.linalg.solve(self.affine, (*position, 1.0))[:3]
         return tuple(int(n) for n in np.clip(np.rint(at), 0, np.array(self.hu.shape) - 1))
 
-    def cropped(self, box: tuple[slice, ...]) -> "Drawn":
+    def cropped(self, box: tuple[slice, ...]) -> Drawn:
         affine = self.affine.copy()
         affine[:3, 3] = self.position([part.start for part in box])
         return Drawn(self.hu[box], affine)
@@ -106,22 +104,41 @@ def body_mask(volume: np.ndarray, tissue_hu: float = TISSUE_HU, air_hu: float = 
     Args:
         tissue_hu, air_hu: thresholds for tissue and for lung, in the units of the volume.
     """
-    tissue = torch.from_numpy(volume > tissue_hu).float()[:, None]
-    for sign in (-1, 1):  # morphological opening: erosion, then dilation
-        for kernel in ((TABLE, 1), (1, TABLE)):  # a square kernel is separable into a row and a column
-            padding = [size // 2 for size in kernel]
-            tissue = sign * F.max_pool2d(sign * tissue, kernel, stride=1, padding=padding)
-    tissue = tissue[:, 0].numpy() > 0
+    # Morphological opening. A square is separable into a row and a column, and voxels outside the plane do not count.
+    eroded = ~_any_across(_any_across(volume <= tissue_hu, 1), 2)
+    tissue = _any_across(_any_across(eroded, 1), 2)
     sides = np.zeros(tissue.shape, np.uint8)
     for axis in (1, 2):
         sides += np.logical_or.accumulate(tissue, axis=axis)
         sides += np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis=axis), axis)
     # Noise gives single voxels the density of lung, and makes holes in lung. A blanket is denser than air, but thin.
-    dense = torch.from_numpy(volume > air_hu).float()[:, None]
-    lung = F.avg_pool2d(dense, TABLE, stride=1, padding=TABLE // 2, count_include_pad=False) > SOLID
-    lung = dense * F.max_pool2d(lung.float(), TABLE, stride=1, padding=TABLE // 2)
-    inside = (sides == 4) | ((sides >= 2) & (lung[:, 0].numpy() > 0))
+    dense = volume > air_hu
+    voxels = _sum_across(_sum_across(np.ones((1, *dense.shape[1:]), np.uint8), 1), 2)
+    lung = _sum_across(_sum_across(dense.view(np.uint8), 1), 2) > (SOLID * voxels).astype(np.uint8)
+    lung = dense & _any_across(_any_across(lung, 1), 2)
+    inside = (sides == 4) | ((sides >= 2) & lung)
     return inside if inside.any() else np.ones_like(inside)
+
+
+def _any_across(mask: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mask of voxels with a voxel of `mask` among the `TABLE` voxels around them along an axis."""
+    return _across(np.logical_or, mask, axis)
+
+
+def _sum_across(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return for each voxel the sum over the `TABLE` voxels around it along an axis."""
+    return _across(np.add, values, axis)
+
+
+def _across(combine: np.ufunc, values: np.ndarray, axis: int) -> np.ndarray:
+    """Combine the `TABLE` voxels around each voxel along an axis. Outside the volume there are zeros."""
+    result = values.copy()
+    for step in range(1, TABLE // 2 + 1):
+        low = tuple(slice(None, -step) if n == axis else slice(None) for n in range(values.ndim))
+        high = tuple(slice(step, None) if n == axis else slice(None) for n in range(values.ndim))
+        combine(result[low], values[high], out=result[low])
+        combine(result[high], values[low], out=result[high])
+    return result
 
 
 def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
@@ -213,6 +230,11 @@ def compose_figure(
         findings: findings to name: `label`, and optionally `peak`, RAS+ mm in the frame of the target, which gives the
             finding a slice of its own.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     shapes = {volume.shape for volume in (target, reference, difference)}
     if len(shapes) != 1:
         raise ValueError(f"Target, reference and map must have one shape, got {sorted(shapes)}.")
@@ -333,6 +355,8 @@ def _overlay(axes, values: np.ndarray, body: np.ndarray, colors: ScalarMappable)
 
 def _write_beside(figure: Figure, panel, left: float, used: float, lines: list[str], colors: ScalarMappable) -> None:
     """Write the text and the colour bar at the side, `left` inches from the edge."""
+    from matplotlib.ticker import MaxNLocator
+
     width, height = figure.get_size_inches()
     text = {"color": "white", "fontsize": 8.5, "ha": "left", "va": "top", "parse_math": False, "linespacing": 1.3}
     figure.text(left / width, 1 - TOP / height, _drawable("\n".join(lines)), **text)
@@ -347,6 +371,8 @@ def _write_beside(figure: Figure, panel, left: float, used: float, lines: list[s
 
 def _drawable(text: str) -> str:
     """Replace letters that the font lacks with boxes, because a report may hold any text."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
     known = get_font(findfont(FontProperties())).get_charmap()
     return "".join(letter if letter == "\n" or ord(letter) in known else "\N{WHITE SQUARE}" for letter in text)
 
@@ -409,6 +435,8 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 
 def _show(axes, drawn: Drawn, name: str, at: Sequence[int], window: tuple[float, float]) -> None:
     """Show a slice with letters, position and scale bar. Axes are in mm from the centre of its upper left voxel."""
+    from matplotlib.patheffects import withStroke
+
     image = plane(drawn.hu, name, at[PLANES.index(name)])
     depth, height, width = drawn.spacing
     row, column = {"axial": (height, width), "coronal": (depth, width), "sagittal": (depth, height)}[name]
@@ -453,6 +481,8 @@ def _cross(axes, drawn: Drawn, name: str, at: Sequence[int]) -> None:
 
 def _mark(axes, drawn: Drawn, name: str, at: Sequence[int], marked: Sequence, first: int = 1) -> None:
     """Draw rings with the numbers of the findings near a slice; findings at the same place share a ring."""
+    from matplotlib.patheffects import withStroke
+
     axis = PLANES.index(name)
     rings = {}
     for number, (place, _) in enumerate(marked, first):

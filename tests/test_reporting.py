@@ -521,6 +521,37 @@ def test_body_mask_contains_the_lungs_but_not_the_table():
     assert figures.body_mask(np.full((4, 20, 20), -1000.0)).all(), "without tissue nothing may be cut away"
 
 
+def pooled_body_mask(volume: np.ndarray) -> np.ndarray:
+    """`body_mask` by the pooling layers of torch, which leave out what lies outside the plane."""
+    size, pool = figures.TABLE, torch.nn.functional
+    around = {"kernel_size": size, "stride": 1, "padding": size // 2}
+    tissue = torch.from_numpy(volume > figures.TISSUE_HU).float()[:, None]
+    tissue = pool.max_pool2d(-pool.max_pool2d(-tissue, **around), **around) > 0
+    flipped = tissue.flip(2), tissue.flip(3)
+    sides = (
+        tissue.cumsum(2) > 0,
+        tissue.cumsum(3) > 0,
+        flipped[0].cumsum(2).flip(2) > 0,
+        flipped[1].cumsum(3).flip(3) > 0,
+    )
+    sides = torch.stack(sides).sum(dim=0)
+    dense = torch.from_numpy(volume > figures.AIR_HU).float()[:, None]
+    solid = pool.avg_pool2d(dense, **around, count_include_pad=False) > figures.SOLID
+    lung = (dense * pool.max_pool2d(solid.float(), **around)) > 0
+    return ((sides == 4) | ((sides >= 2) & lung))[:, 0].numpy()
+
+
+@pytest.mark.parametrize("shape", [(6, 60, 64), (3, 9, 30), (2, 6, 5)])
+def test_body_mask_equals_pooling(shape):
+    rng = np.random.default_rng(0)
+    for grain in (1, 4):
+        coarse = rng.normal(-700, 500, [shape[0], *(-(-length // grain) for length in shape[1:])])
+        volume = coarse.repeat(grain, 1).repeat(grain, 2)[:, : shape[1], : shape[2]] + rng.normal(0, 100, shape)
+        expected = pooled_body_mask(volume)
+        assert expected.any()
+        np.testing.assert_array_equal(figures.body_mask(volume), expected)
+
+
 def test_lung_at_the_border_of_the_scan_is_in_the_body_mask():
     """Simulate a small field of view: lung without chest wall, and beyond it the air that pads the grid."""
     noise = np.random.default_rng(0).normal(0, 40, (4, 80, 80))
