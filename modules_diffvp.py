@@ -310,22 +310,38 @@ class DiffVPAlignedDifference(nn.Module):
         target = self._whiten(features)
         if reference_features.ndim == 3:
             reference_features = reference_features[:, None]
-        r, sizes = self.radius, self.grid
-        references = [F.pad(self._whiten(one), (r,) * 6) for one in reference_features.unbind(1)]
-        inside = F.pad(torch.ones(sizes, device=target.device), (r,) * 6)
-        shifts = [(a, b, c) for a in range(2 * r + 1) for b in range(2 * r + 1) for c in range(2 * r + 1)]
+        references = [self._whiten(one) for one in reference_features.unbind(1)]
+        aligned = [self._attend(one, others) for one, *others in zip(target, *references, strict=True)]
+        return target, torch.stack(aligned)
 
-        def shifted(volume: torch.Tensor, shift: tuple[int, int, int]) -> torch.Tensor:
-            return volume[(..., *(slice(start, start + size) for start, size in zip(shift, sizes, strict=True)))]
+    def _attend(self, target: torch.Tensor, references: list[torch.Tensor]) -> torch.Tensor:
+        """
+        Average the tokens of references around each token of one target, (C, D, H, W).
 
-        candidates = [(reference, shift) for reference in references for shift in shifts]
-        distances = torch.stack([(target - shifted(*one)).square().sum(dim=1) for one in candidates])
-        outside = torch.stack([shifted(inside, shift) for _, shift in candidates]) == 0
-        weights = (-distances / self.temperature).masked_fill(outside[:, None], -torch.inf).softmax(dim=0)
-        aligned = torch.zeros_like(target)
-        for weight, one in zip(weights, candidates, strict=True):
-            aligned.addcmul_(weight[:, None], shifted(*one))
-        return target, aligned
+        Each line of W targets is multiplied with all lines of references within the radius, because a few large
+        matrix products are faster than a pass over the volume for each shift.
+        """
+        r, (depth, _, width) = self.radius, self.grid
+        near = 2 * r + 1
+        target, inside = target.permute(1, 2, 3, 0), F.pad(target.new_ones(self.grid), (r,) * 6) > 0
+        references = [F.pad(one, (r,) * 6).permute(1, 2, 3, 0) for one in references]
+        # −‖t − r‖² = 2 t·r − ‖r‖² − ‖t‖², and ‖t‖² cancels in the softmax.
+        norms = [(-one.square().sum(dim=-1)).masked_fill(~inside, -torch.inf) for one in references]
+        places = torch.arange(width + 2 * r, device=target.device) - torch.arange(width, device=target.device)[:, None]
+        outside = ((places < 0) | (places >= near)).repeat(1, near * near * len(references))  # along the line
+        aligned = torch.empty_like(target)
+
+        def lines(volumes: list[torch.Tensor], slab: int) -> torch.Tensor:
+            """Values around each line of a slab: (H, lines x positions, ...)."""
+            slabs = torch.stack([one[slab : slab + near] for one in volumes]).unfold(2, near, 1)
+            return slabs.movedim(2, 0).movedim(-1, 3).flatten(1, 4)
+
+        for slab in range(depth):
+            keys = lines(references, slab)
+            scores = 2 * target[slab] @ keys.transpose(1, 2) + lines(norms, slab)[:, None]
+            weights = (scores / self.temperature).masked_fill(outside, -torch.inf).softmax(dim=-1)
+            aligned[slab] = weights @ keys
+        return aligned.permute(3, 0, 1, 2)
 
     def _whiten(self, features: torch.Tensor) -> torch.Tensor:
         white = (features.float() - self.mean.float()) @ self.whitening.float().T
@@ -337,20 +353,36 @@ class DiffVPAlignedDifference(nn.Module):
         """F of target and reference, as in [`align`] → V, V_r (batch, K, d), residual norm (batch, N) in float32."""
         with torch.no_grad():
             target, aligned = self.align(features, reference_features)
-            norm = (target - aligned).square().sum(dim=1).sqrt()
-            width = 2 * self.radius + 1
-            peaks = F.max_pool3d(norm[:, None], width, 1, self.radius)[:, 0] == norm
-            # If the grid has fewer than K local maxima, the largest other tokens follow.
-            order = (norm * peaks + norm * 1e-3).flatten(1).topk(min(self.num_places, norm[0].numel()), dim=1).indices
+            places, norm = self.peaks(target - aligned)
             pair = [
-                volume.flatten(2).transpose(1, 2).take_along_dim(order[..., None], dim=1)
+                volume.flatten(2).transpose(1, 2).take_along_dim(places[..., None], dim=1)
                 for volume in (target, aligned)
             ]
-            # The position is the same on both sides, so it cancels in the difference.
-            position = sincos_position_embedding(self.grid, self.projection.out_features, norm.device)[order]
+        return *self.latents(*pair, places), norm
+
+    def peaks(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Find the K largest local maxima of the norm of a residual (batch, C, *grid).
+
+        Returns:
+            Their places as indices of tokens, (batch, K), and the norm of all tokens, (batch, N).
+        """
+        norm = residual.square().sum(dim=1).sqrt()
+        width = 2 * self.radius + 1
+        peaks = F.max_pool3d(norm[:, None], width, 1, self.radius)[:, 0] == norm
+        # If the grid has fewer than K local maxima, the largest other tokens follow.
+        order = (norm * peaks + norm * 1e-3).flatten(1).topk(min(self.num_places, norm[0].numel()), dim=1)
+        return order.indices, norm.flatten(1)
+
+    def latents(
+        self, target: torch.Tensor, aligned: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of target and aligned reference (batch, K, C) at places (batch, K) → V, V_r (batch, K, d)."""
+        # The position is the same on both sides, so it cancels in the difference.
+        position = sincos_position_embedding(self.grid, self.projection.out_features, places.device)[places]
         dtype = self.projection.weight.dtype
-        latents, reference_latents = (self.projection(one.to(dtype)) + position.to(dtype) for one in pair)
-        return latents, reference_latents, norm.flatten(1)
+        latents, reference_latents = (self.projection(one.to(dtype)) + position.to(dtype) for one in (target, aligned))
+        return latents, reference_latents
 
 
 class DiffVPDiagnosisClassifier(nn.Module):
