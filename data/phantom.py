@@ -429,9 +429,9 @@ def without_findings(patient: PhantomPatient) -> PhantomPatient:
 def earlier_scan(patient: PhantomPatient) -> PhantomPatient:
     """Return the patient a year before any finding: the same anatomy in another scan.
 
-    The body is 1 % smaller. Position on the table, lower end of the scan, field of view, slice thickness, kernel, amount
-    of noise and the noise itself are drawn again, from the distributions of [`sample_patient`]. Lung volume and contrast
-    medium stay the same.
+    The body is 1 % smaller. Position on the table, lower end of the scan, field of view, slice thickness, kernel,
+    amount of noise and the noise itself are drawn again, from the distributions of [`sample_patient`]. Lung volume and
+    contrast medium stay the same.
     """
     rng = patient.rng("earlier scan")
     sharp = bool(rng.random() < 0.35)

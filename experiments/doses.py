@@ -238,5 +238,3 @@ def _encode(patient: PhantomPatient) -> None:
 
 def _compare(patient: PhantomPatient) -> None:
     _COMPARER[0].compare(patient)
-
-

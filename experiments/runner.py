@@ -71,6 +71,7 @@ def run_experiment(
         check_meteor_data()
     labeler = study_labeler(study.test.labeler)
     test = HeldOut(study)
+    count = len(test.cases_of(table.patients)) if kind.NEEDS.cohort else None
     planned = runs_of_table(study, variants, table, runs, output, seeds)
     if jobs > 1:
         make_at_once(kind.NEEDS, planned, jobs)
@@ -80,6 +81,7 @@ def run_experiment(
     made = {
         row.name: {run.seed: run for run in runs_of_row(study, variants, table, row, runs, output, seeds)}
         for row in table.rows
+        if kind.NEEDS.cohort
     }
     reports = {}
     if kind.NEEDS.reports:
@@ -112,7 +114,7 @@ def run_experiment(
             "title": study.title,
             "true_findings": study.training["report"].get("true_findings", 0),
         },
-        "cases": len(test.cases_of(table.patients)),
+        "cases": count,
         "rows": rows,
         "paper_note": table.paper_note,
         "provenance": provenance(made, reports),
@@ -178,8 +180,8 @@ def planned_runs(
     variants = load_variants()
     table = load_table(name, variants)
     planned = runs_of_table(study, variants, table, runs, output, seeds)
-    if Path(study.training["data"]["root"]).exists():
-        HeldOut(study)
+    if planned and Path(study.training["data"]["root"]).exists():
+        HeldOut(study).cases_of("own")
         # Most variants read the same data: check each split once.
         splits = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
         for run in splits.values():
@@ -205,8 +207,10 @@ def runs_of_row(
 
 
 def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run, list[Condition]]]:
-    """Return each run of a table once, with all its conditions."""
+    """Return each run of a table once, with all its conditions. Kinds without a cohort have none."""
     conditions: dict[Path, tuple[Run, list[Condition]]] = {}
+    if not KINDS[table.kind].NEEDS.cohort:
+        return []
     for row in table.rows:
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
             conditions.setdefault(run.folder, (run, []))[1].append(row.condition)
