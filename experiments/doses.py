@@ -11,9 +11,7 @@ so that an interrupted run resumes.
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from ..data.pairing import chance
 from ..data.phantom import RENDERING, PhantomPatient, earlier_scan, render_patient, sample_patient, without_findings
 from ..encoders_diffvp import raw_bytes
 from ..inference.report import load_checkpoint
+from .processes import completed, worker_processes
 
 # References, from the farthest to the closest. Normal ones are other patients of the pool, without their findings.
 RANDOM, BODY, NEAREST, EARLIER, TWIN = ARMS = (
@@ -216,11 +215,11 @@ def compare_all(doses: Doses, patients: Sequence[PhantomPatient], workers: int, 
         for scan in pool:
             comparer.encode_of_pool(scan)
         return [comparer.compare(patient) for patient in track(patients, "Patients")]
-    # "spawn", because a fork of a process with torch threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(doses,)) as processes:
+    with worker_processes(workers, initializer=_start, initargs=(doses,)) as processes:
         for function, scans, title in ((_encode, pool, "Pool"), (_compare, patients, "Patients")):
-            list(track(processes.map(function, scans), title, total=len(scans)))
+            tasks = [(function, scan) for scan in scans]
+            for future in track(completed(processes, tasks, workers), title, total=len(tasks)):
+                future.result()
     return [comparer.compare(patient) for patient in patients]
 
 
