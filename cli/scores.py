@@ -351,6 +351,9 @@ def experiment(
         for name in (name for name in names if "=" not in name):
             if dry_run:
                 plan = planned_runs(name, loaded, runs, output, seed)
+                if not plan:
+                    out.print(f"{name} trains no model.", markup=False)
+                    continue
                 _print_plan(name, plan)
                 print_estimate(plan[0][0].config, processes=1, tflops=None)
                 continue

@@ -145,6 +145,8 @@ class PhantomPatient:
     scanner: str = "a"
     air_hu: float = -1000.0  # values that the scanner measures for air and water inside a patient
     water_hu: float = 0.0
+    size: float = 1.0  # scale of the whole body
+    visit: str = ""  # distinguishes the noise of several scans of a patient
 
     @property
     def name(self) -> str:
@@ -170,6 +172,9 @@ class PhantomPatient:
         record = {"name": self.name, **dataclasses.asdict(self), "findings": [vars(f) for f in self.findings]}
         if self.scanner == "a":  # keeps the bytes of older cohorts, all of scanner "a"
             for key in ("scanner", "air_hu", "water_hu"):
+                del record[key]
+        if not self.visit:  # likewise
+            for key in ("size", "visit"):
                 del record[key]
         return record
 
@@ -416,6 +421,45 @@ def on_scanner(patient: PhantomPatient, scanner: str) -> PhantomPatient:
     )
 
 
+def without_findings(patient: PhantomPatient) -> PhantomPatient:
+    """Return the exact twin: the same body in the same scan, to the noise of each voxel, without any finding."""
+    return dataclasses.replace(patient, findings=())
+
+
+def earlier_scan(patient: PhantomPatient) -> PhantomPatient:
+    """Return the patient a year before any finding: the same anatomy in another scan.
+
+    The body is 1 % smaller. Position on the table, lower end of the scan, field of view, slice thickness, kernel,
+    amount of noise and the noise itself are drawn again, from the distributions of [`sample_patient`]. Lung volume and
+    contrast medium stay the same.
+    """
+    rng = patient.rng("earlier scan")
+    sharp = bool(rng.random() < 0.35)
+    turns = np.clip(rng.standard_normal(5), -2, 2) * (0.035, 0.025, 0.025, 7, 7)
+    roll, pitch, yaw, shift_x, shift_y = map(float, turns)
+    anatomy = dataclasses.replace(
+        patient.anatomy,
+        below=float(rng.uniform(32, 52)),
+        roll=roll,
+        pitch=pitch,
+        yaw=yaw,
+        shift_x=shift_x,
+        shift_y=shift_y,
+        noise=float(rng.uniform(18, 36) if sharp else rng.uniform(9, 20)),
+    )
+    return dataclasses.replace(
+        patient,
+        age=patient.age - 1,
+        kernel="sharp" if sharp else "smooth",
+        slice_mm=float(rng.choice((2.5, 3.0, 4.0, 5.0), p=(0.2, 0.35, 0.2, 0.25))),
+        fov_mm=float(np.clip(2.22 * anatomy.half_width * rng.uniform(0.98, 1.06), 318, 404)),
+        anatomy=anatomy,
+        findings=(),
+        size=0.99,
+        visit="earlier",
+    )
+
+
 def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: float | None = None) -> PhantomScan:
     """Render a patient to a CT scan of `matrix` x `matrix` pixels.
 
@@ -434,4 +478,7 @@ def render_patient(patient: PhantomPatient, *, matrix: int = 144, slice_mm: floa
     # The transposes turn (z, y, x) into (x, y, z) without a copy: NIfTI stores x fastest.
     regions = {name: mask.T for name, mask in region_masks(canvas).items()}
     lesions = {finding.label: canvas.lesion(finding.label).T for finding in patient.findings}
-    return PhantomScan(hu.T, canvas.spacing, canvas.affine(), regions, lesions, lobes.T)
+    # A body of another size is the same voxels in another size.
+    spacing = tuple(patient.size * length for length in canvas.spacing)
+    affine = np.diag([patient.size] * 3 + [1.0]) @ canvas.affine()
+    return PhantomScan(hu.T, spacing, affine, regions, lesions, lobes.T)

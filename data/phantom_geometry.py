@@ -444,7 +444,7 @@ class Canvas:
         hu = self.hu
         if not sharp:
             hu = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(hu, 0.45, axis=1), 0.45, axis=2)
-        noise = patient.rng("noise").standard_normal(self.shape, dtype=np.float32)
+        noise = patient.rng(f"noise{patient.visit}").standard_normal(self.shape, dtype=np.float32)
         blur = 0.5 if sharp else 0.9
         noise = ndimage.gaussian_filter1d(
             ndimage.gaussian_filter1d(noise, blur, axis=1, truncate=3), blur, axis=2, truncate=3

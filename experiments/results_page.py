@@ -25,18 +25,26 @@ def write_page(results: Path) -> Path:
         share = f"{100 * study['true_findings']:.0f} %"
         told = "named the true findings. In the test they name those predicted by the classifier"
         lines += [f"In training, {share} of the diagnosis prompts {told}.", ""]
-    lines += _answer(documents) + _observations(documents)
-    lines += [
-        "Scores are between 0 and 1: the mean over seeds, ± the standard deviation if there are several seeds, and "
-        "the 95 % bootstrap interval over cases in brackets. **The paper's scores are in separate tables. They were "
-        "measured on patients and are not comparable.**",
-        "",
-    ]
+    trained = [document for document in documents if KINDS[document["kind"]].NEEDS.cohort]
+    if trained:
+        lines += _about_trained(trained)
     for document in documents:
         lines += _section(document)
     page = results / "RESULTS.md"
     write_bytes(page, ("\n".join(lines).rstrip() + "\n").encode())
     return page
+
+
+def _about_trained(documents: list[dict]) -> list[str]:
+    """Introduce the experiments that compare trained models."""
+    return [
+        *_answer(documents),
+        *_observations(documents),
+        "Scores are between 0 and 1: the mean over seeds, ± the standard deviation if there are several seeds, and "
+        "the 95 % bootstrap interval over cases in brackets. **The paper's scores are in separate tables. They were "
+        "measured on patients and are not comparable.**",
+        "",
+    ]
 
 
 def _described(document: dict) -> dict:

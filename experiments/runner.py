@@ -11,11 +11,7 @@ Models and reports are made once and shared by all tables, see `runs.py`.
 
 import contextlib
 import logging
-import multiprocessing
-import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +24,7 @@ from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
 from .kinds import KINDS, Material, Needs
+from .processes import completed, worker_processes
 from .result_files import write_json
 from .runs import HeldOut, Run, make_reports
 from .study import FOLDER, Condition, StudyConfig, Table, TableRow, Variant, load_variants
@@ -71,6 +68,7 @@ def run_experiment(
         check_meteor_data()
     labeler = study_labeler(study.test.labeler)
     test = HeldOut(study)
+    count = len(test.cases_of(table.patients)) if kind.NEEDS.cohort else None
     planned = runs_of_table(study, variants, table, runs, output, seeds)
     if jobs > 1:
         make_at_once(kind.NEEDS, planned, jobs)
@@ -80,6 +78,7 @@ def run_experiment(
     made = {
         row.name: {run.seed: run for run in runs_of_row(study, variants, table, row, runs, output, seeds)}
         for row in table.rows
+        if kind.NEEDS.cohort
     }
     reports = {}
     if kind.NEEDS.reports:
@@ -112,7 +111,7 @@ def run_experiment(
             "title": study.title,
             "true_findings": study.training["report"].get("true_findings", 0),
         },
-        "cases": len(test.cases_of(table.patients)),
+        "cases": count,
         "rows": rows,
         "paper_note": table.paper_note,
         "provenance": provenance(made, reports),
@@ -178,8 +177,8 @@ def planned_runs(
     variants = load_variants()
     table = load_table(name, variants)
     planned = runs_of_table(study, variants, table, runs, output, seeds)
-    if Path(study.training["data"]["root"]).exists():
-        HeldOut(study)
+    if planned and Path(study.training["data"]["root"]).exists():
+        HeldOut(study).cases_of("own")
         # Most variants read the same data: check each split once.
         splits = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
         for run in splits.values():
@@ -205,8 +204,10 @@ def runs_of_row(
 
 
 def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run, list[Condition]]]:
-    """Return each run of a table once, with all its conditions."""
+    """Return each run of a table once, with all its conditions. Kinds without a cohort have none."""
     conditions: dict[Path, tuple[Run, list[Condition]]] = {}
+    if not KINDS[table.kind].NEEDS.cohort:
+        return []
     for row in table.rows:
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
             conditions.setdefault(run.folder, (run, []))[1].append(row.condition)
@@ -235,40 +236,16 @@ def make_at_once(needs: Needs, runs: list[tuple[Run, list[Condition]]], jobs: in
     """Make the runs in parallel, each in a process that logs to `log.txt` in the folder of the run."""
     left = [(run, conditions) for run, conditions in runs if what_is_left(needs, run, conditions) != "made"]
     threads = max(1, torch.get_num_threads() // jobs)
-    # "spawn", because a fork of a process with torch threads can hang.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # Without a handler, SIGTERM would end this process and leave the workers running.
-        former = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        try:
-            # Fill the caches first: else all workers would start with the features of the same case. Without a given
-            # classifier, each run trains its own and shares no features.
-            shared = [(run, of) for run, of in left if run.config.classifier is not None]
-            if shared:
-                for future in [pool.submit(_fill_caches, shared, part, jobs, threads) for part in range(jobs)]:
-                    future.result()
-            tasks = [(_make_in_worker, needs, run, conditions, threads) for run, conditions in left]
-            for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
+    with worker_processes(jobs) as pool:
+        # Fill the caches first: else all workers would start with the features of the same case. Without a given
+        # classifier, each run trains its own and shares no features.
+        shared = [(run, of) for run, of in left if run.config.classifier is not None]
+        if shared:
+            for future in [pool.submit(_fill_caches, shared, part, jobs, threads) for part in range(jobs)]:
                 future.result()
-        except (Exception, SystemExit):  # on Ctrl-C the terminal signals the workers itself
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # training resumes from the last checkpoint
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, former)
-
-
-def completed(pool: Executor, tasks: Sequence[tuple], jobs: int) -> Iterator[Future]:
-    """Yield the results of tasks (function and arguments) as they complete.
-
-    A task is submitted only when a worker is free, because workers still start queued tasks after a request to stop.
-    """
-    under_way: set[Future] = set()
-    for task in tasks:
-        if len(under_way) == jobs:
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            yield from done
-        under_way.add(pool.submit(*task))
-    yield from as_completed(under_way)
+        tasks = [(_make_in_worker, needs, run, conditions, threads) for run, conditions in left]
+        for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
+            future.result()
 
 
 def _fill_caches(runs: list[tuple[Run, list[Condition]]], part: int, parts: int, threads: int) -> None:

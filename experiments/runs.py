@@ -108,13 +108,21 @@ class HeldOut:
     """Test cases of a study and their references."""
 
     def __init__(self, study: StudyConfig):
-        data = DataSection.model_validate(study.training["data"])
-        self.root = data.root
-        cases = load_dataset_cases(data.layout, data.root, study.test.split)
-        if data.reconstructions == "first":
-            cases = first_reconstructions(cases)
-        self.cases = cases[: study.test.cases]
         self.study = study
+        self.data = DataSection.model_validate(study.training["data"])
+        self.root = self.data.root
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """The first cases of the split.
+
+        Raises:
+            DatasetError: lists all problems of the data.
+        """
+        cases = load_dataset_cases(self.data.layout, self.root, self.study.test.split)
+        if self.data.reconstructions == "first":
+            cases = first_reconstructions(cases)
+        return cases[: self.study.test.cases]
 
     @cached_property
     def foreign(self) -> list[Case]:

@@ -132,6 +132,7 @@ class Table(_Section):
     metrics: list[str] = []
     compare: list[tuple[str, str]] = []  # pairs of row names whose difference is tested
     paper_note: str = ""
+    settings: dict = {}  # of the kind, which checks them
 
     @property
     def patients(self) -> str:

@@ -4,6 +4,7 @@
 
 - One system, many cases: [`bootstrap_mean`] for scores that are a mean over cases (BLEU, ROUGE-L),
   [`bootstrap_counts`] for scores of pooled counts, such as micro-F1, and [`bootstrap_auroc`].
+- Several systems, many labels: [`bootstrap_macro_auroc`], with tests of pairs.
 - One system, several seeds: [`mean_std`].
 - Two systems on the same cases: [`compare_means`] and, for pooled counts, [`compare_counts`]. Both use a bootstrap, or
   a permutation test if there are fewer than 30 cases. Also [`paired_t_test`].
@@ -18,7 +19,7 @@ cases, to the last bit.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -161,6 +162,55 @@ def bootstrap_auroc(
     # Resampled row sums of an identity matrix: the number of times that each case was drawn.
     drawn = _resampled_sums(np.eye(len(scores)), resamples, seed)
     return _interval(float(areas(np.ones((1, len(scores))))[0]), areas(drawn), len(scores), level, seed)
+
+
+def bootstrap_macro_auroc(
+    systems: Mapping[str, ArrayLike],
+    positive: ArrayLike,
+    pairs: Sequence[tuple[str, str]] = (),
+    *,
+    resamples: int = TEST_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[dict[str, Interval], list[Comparison]]:
+    """
+    Mean AUROC over labels of several systems on the same cases, with intervals and paired tests as of
+    [`paired_bootstrap`]. All systems share their resamples. Labels without a positive or a negative case in a resample
+    do not count there, nor do labels that have none at all.
+
+    Args:
+        systems: by name, (runs, cases, labels); the score of a system is the mean over its runs.
+        positive: (cases, labels) of 0 and 1, or of booleans.
+        pairs: names of the first and the second system of each test.
+
+    Raises:
+        ValueError: no label has both kinds of cases, or the shapes do not fit.
+    """
+    positive = np.asarray(positive, dtype=bool)
+    tested = np.flatnonzero(positive.any(axis=0) & ~positive.all(axis=0))
+    if not len(tested):
+        raise ValueError("no label has positive and negative cases: expected one or more")
+    cases = len(positive)
+    # First every case once, then the resamples.
+    times = np.concatenate([np.ones((1, cases)), _resampled_sums(np.eye(cases), resamples, seed)])
+
+    def areas(scores: NDArray, there: NDArray[np.bool_]) -> NDArray:
+        above, below = scores[there][:, None], scores[~there]
+        wins = (above > below) + 0.5 * (above == below)
+        of_pairs = ((times[:, there] @ wins) * times[:, ~there]).sum(axis=1)
+        count = times[:, there].sum(axis=1) * times[:, ~there].sum(axis=1)
+        return np.divide(of_pairs, count, out=np.full(len(times), np.nan), where=count > 0)
+
+    means = {}
+    for name, runs in systems.items():
+        runs = np.asarray(runs, dtype=np.float64)
+        if runs.ndim != 3 or runs.shape[1:] != positive.shape:
+            raise ValueError(f"{name} has scores {runs.shape}: expected (runs, {cases}, {positive.shape[1]})")
+        of_runs = [np.nanmean([areas(one[:, label], positive[:, label]) for label in tested], axis=0) for one in runs]
+        means[name] = np.mean(of_runs, axis=0)
+    intervals = {name: _interval(of[0], of[1:], cases, level, seed) for name, of in means.items()}
+    tests = [means[first] - means[second] for first, second in pairs]
+    return intervals, [_bootstrap_comparison(of[0], of[1:], cases, level, seed) for of in tests]
 
 
 def paired_bootstrap(

@@ -32,9 +32,10 @@ from diffvp.data.radgenome import load_phantom
 from diffvp.experiments import evaluate
 from diffvp.experiments.kinds import score_table
 from diffvp.experiments.kinds.stability import stability
+from diffvp.experiments.processes import completed
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.results_page import write_page
-from diffvp.experiments.runner import completed, load_table, planned_runs, run_experiment, table_names
+from diffvp.experiments.runner import load_table, planned_runs, run_experiment, table_names
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
 from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants
 from diffvp.experiments.system_scores import PhantomReader, compare_rows, row_summary, score_labels, score_system

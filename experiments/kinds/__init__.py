@@ -12,6 +12,7 @@ To add a kind, write such a module and add it to `KINDS`.
 
 from . import (
     difference_maps,
+    dose_response,
     example_cases,
     information,
     right_findings,
@@ -29,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "cases": example_cases,
     "stability": stability,
     "information": information,
+    "dose_response": dose_response,
 }
 
 __all__ = ["KINDS", "Kind", "Material", "Needs"]

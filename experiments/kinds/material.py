@@ -29,12 +29,15 @@ class Needs:
         reports: the reports of the models on the test cases.
         meteor: the data of METEOR.
         foreign: True if patients of another scanner can be tested.
+        cohort: the cases of the study. A kind without them trains no model, reads no reports, and states its own
+            number of test cases.
     """
 
     models: bool = False
     reports: bool = True
     meteor: bool = False
     foreign: bool = False
+    cohort: bool = True
 
 
 @dataclass(frozen=True)
