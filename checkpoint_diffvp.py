@@ -218,11 +218,16 @@ class DiffVPCheckpointMixin(_Model):
             overridable = cls._config_fields() - {"dtype"}
             overrides = {key: kwargs.pop(key) for key in overridable & kwargs.keys()}
             place = name if config is None else config
-            # If the file is missing, transformers 5.23 silently uses the default configuration.
-            inside = os.path.join(place, hub_kwargs.get("subfolder", ""), CONFIG_NAME)
-            if os.path.isdir(place) and not os.path.isfile(inside):
-                raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: not a checkpoint, or an incomplete one.")
             config_class: Any = cls.config_class
+            if os.path.isdir(place):
+                # If the file is missing or of another model, transformers 5.23 uses the default configuration.
+                if not os.path.isfile(os.path.join(place, hub_kwargs.get("subfolder", ""), CONFIG_NAME)):
+                    what = "not a checkpoint, or an incomplete one"
+                    raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: {what}.")
+                kind = config_class.get_config_dict(place, **hub_kwargs)[0].get("model_type")
+                if kind != config_class.model_type:
+                    expected = f"{config_class.model_type}, as in a checkpoint of DiffVP"
+                    raise DiffVPCheckpointError(f"{place}: model_type: {kind} (expected {expected})")
             found = config_class.from_pretrained(place, **hub_kwargs, **overrides)
         return copy.deepcopy(found), hub_kwargs
 

@@ -19,12 +19,15 @@ FORMER = ".former-"  # prefix of folders that are being replaced
 def nearest_folder(path: str | os.PathLike) -> Path:
     """Return the path itself if it exists, else its nearest existing parent."""
     path = Path(path).absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
+    return next(one for one in (path, *path.parents) if os.path.exists(one))  # unlike Path.exists, it never raises
 
 
-def writing_problem(path: str | os.PathLike) -> str | None:
-    """Return the reason why no file or folder can be created at `path`, or `None` if one can."""
-    there = nearest_folder(Path(path).absolute().parent)
+def writing_problem(path: str | os.PathLike, *, folder: bool = False) -> str | None:
+    """Return the reason why no file, or no folder, can be written at `path`, or `None` if one can."""
+    path = Path(path).absolute()
+    if os.path.exists(path) and os.path.isdir(path) != folder:
+        return "a file" if folder else "a folder"
+    there = nearest_folder(path.parent)
     if not there.is_dir():
         return f"below the file {there.name}"
     if not os.access(there, os.W_OK | os.X_OK):

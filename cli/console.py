@@ -5,7 +5,8 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import typer
@@ -47,6 +48,8 @@ def find_checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[s
 
     if name is None and not SHIPPED_CHECKPOINT.is_dir():
         raise ReportError(f"The shipped checkpoint is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
+    if revision is not None and (name is None or Path(name).is_dir()):
+        raise ReportError(f"--revision: {revision}, of a folder (expected with --checkpoint NAME/MODEL on the Hub)")
     return (str(SHIPPED_CHECKPOINT) if name is None else name), ({} if revision is None else {"revision": revision})
 
 
@@ -73,13 +76,39 @@ def print_page(page: str, markdown: bool) -> None:
         out.print(table)
 
 
-def check_writable(*outputs: Path | None) -> None:
+def check_writable(*, files: Sequence[Path | None] = (), folders: Sequence[Path | None] = ()) -> None:
     """Exit with status 2 if an output cannot be written, before anything is computed."""
-    for output in outputs:
-        found = None if output is None else writing_problem(output)
+    kinds = [(path, False) for path in files] + [(path, True) for path in folders]
+    for output, is_folder in kinds:
+        found = None if output is None else writing_problem(output, folder=is_folder)
         if found is not None:
-            warn(f"{output}: output: {found} (expected a place that can be written)", style="red")
+            kind = "folder" if is_folder else "file"
+            warn(f"{output}: output: {found} (expected a {kind} that can be written)", style="red")
             raise typer.Exit(2)
+
+
+def check_kept(output: Path | None, *sources: Path | None) -> None:
+    """Exit with status 2 if an output would replace a file that is read, or another output."""
+    for source in sources:
+        if output is not None and source is not None and output.resolve() == source.resolve():
+            warn(f"{output}: output: a file that is read or written (expected another file)", style="red")
+            raise typer.Exit(2)
+
+
+def check_free(host: str, port: int) -> None:
+    """
+    Check that a server can listen, before a checkpoint is loaded.
+
+    Raises:
+        OSError: the port is in use, or the address is not one of this machine.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+            tried.bind((host, port))
+    except OSError as error:
+        expected = "a free --port, and a --host of this machine"
+        raise OSError(f"{host}:{port}: address: {error.strerror} (expected {expected})") from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from rich.text import Text
 from ..progress import counting
 from .console import (
     STATEMENT,
+    check_free,
+    check_kept,
     check_writable,
     err,
     find_checkpoint,
@@ -53,7 +55,7 @@ def demo(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a phantom patient that was not in the training data, and show it next to the true one."""
-    check_writable(output)
+    check_writable(folders=[output])
     with _reporting() as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
         written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
@@ -119,7 +121,7 @@ def report(
     open_figure: Open = False,
 ) -> None:
     """Write the report of a scan, its difference map on the grid of the input, and a figure."""
-    check_writable(output)
+    check_writable(folders=[output, dicom])
     if (ct is None) == (study is None) or (study is None) != (dicomweb is None) or (store and dicomweb is None):
         raise typer.BadParameter("give a scan, or --dicomweb URL with --study UID. --store needs --dicomweb.")
     with one_line_errors(ValueError):
@@ -173,16 +175,18 @@ def batch(
     ] = False,
 ) -> None:
     """Write the reports of many scans, one JSON line each. Unreadable scans are skipped and listed."""
-    check_writable(output)
+    check_writable(files=[output], folders=[dicom])
+    check_kept(output, scans)
     quiet()
     if dicom is not None:
         import highdicom  # noqa: F401
-    from ..inference.batch import BatchError, ReportWriter, list_scans, write_reports
+    from ..inference.batch import BatchError, ReportFile, ReportWriter, list_scans, write_reports
     from ..inference.report import EXPECTED_ERRORS
 
     with one_line_errors(*EXPECTED_ERRORS, BatchError), listed_problems():
         name, hub_kwargs = find_checkpoint(checkpoint, revision)
         listed = list_scans(scans)
+        ReportFile(output)  # another file is refused before the checkpoint loads
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
@@ -219,6 +223,7 @@ def serve_page(
     quiet()
     out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
     with one_line_errors(*EXPECTED_ERRORS):
+        check_free(host, port)
         run(find_checkpoint(checkpoint, None)[0], host, port, mcp=mcp)
 
 
@@ -269,6 +274,7 @@ def serve(
         token = os.environ.get("DIFFVP_TOKEN") or None
         if token is None and not is_loopback(host):
             raise ReportError(f"host is {host}, which admits other machines; expected a token in $DIFFVP_TOKEN.")
+        check_free(host, port)
         name, hub_kwargs = find_checkpoint(checkpoint, revision)
         err.print(STATEMENT, style="bold yellow")
         writer = ReportWriter(
@@ -323,10 +329,12 @@ def _reporting() -> Iterator[Callable]:
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
             quiet()
-            from ..inference.engines import load_engine
-            from ..inference.report import EXPECTED_ERRORS, load_checkpoint, write_report
+            from ..inference.engines import check_engine, load_engine
+            from ..inference.report import EXPECTED_ERRORS, check_output, load_checkpoint, write_report
 
             with one_line_errors(*EXPECTED_ERRORS):
+                check_output(output)
+                check_engine(engine)
                 name, hub_kwargs = find_checkpoint(checkpoint, revision)
                 step(f"Loading {name}")
                 model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
@@ -380,6 +388,7 @@ def _read_scans(options: dict) -> dict:
     """Read and check the scan, and the reference if one is given; return the options with these volumes."""
     from ..anatomy_diffvp import check_chest, measure_coverage
     from ..reading_diffvp import read_ct
+    from ..volume_diffvp import CTReadError
 
     names = ("spacing", "metadata", "series", "allow_incomplete")
     given = {name: options[name] for name in names if name in options}
@@ -387,6 +396,8 @@ def _read_scans(options: dict) -> dict:
     scans = {"ct": read_ct(options["ct"], allow_non_hu=allow_non_hu, **given)}
     if options.get("reference") is not None:
         scans["reference"] = read_ct(options["reference"], allow_non_hu=allow_non_hu)
+        if scans["reference"].sha256 == scans["ct"].sha256:  # nothing would differ
+            raise CTReadError(scans["reference"].source, "reference", "the scan itself", "another scan, a normal one")
     for volume in scans.values():
         if not options.get("allow_any_anatomy"):
             check_chest(measure_coverage(volume), volume.source)

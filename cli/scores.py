@@ -14,6 +14,7 @@ from rich.table import Table
 from ..progress import counting
 from .console import (
     SHIPPED_CHECKPOINT,
+    check_kept,
     check_writable,
     err,
     listed_problems,
@@ -47,7 +48,9 @@ def label(
     radbert: Radbert = None,
 ) -> None:
     """Label the 18 findings in chest CT reports written in English."""
-    check_writable(output, explain)
+    check_writable(files=[output, explain])
+    check_kept(output, reports)
+    check_kept(explain, reports, output)
     from ..metrics.labelers import load_labeler
     from ..metrics.labelers.radbert import RadBertError
     from ..metrics.labelers.table import label_table
@@ -191,7 +194,7 @@ def judge(
     with one_line_errors(JudgeError), listed_problems(), contextlib.ExitStack() as stack:
         if by not in CALIBRATION:
             raise JudgeError(f"--judge is {by!r}; expected model or rules")
-        if not calibrate and (first is None or second is None):
+        if calibrate != (first is None) or calibrate != (second is None):
             raise JudgeError("expected two tables of reports, A.csv and B.csv, or --calibrate")
         columns = {"id_column": id_column, "prediction_column": prediction_column}
         comparisons = [] if calibrate else read_comparisons(
@@ -263,11 +266,15 @@ def evaluate(
     with one_line_errors(ValueError):
         if config is None and not data.is_dir():
             raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
+        if config is None and overrides:
+            raise ValueError(f"{overrides[0]}: given with a folder (expected only with a training file)")
+        if config is not None and (layout, split, training_split) != ("phantom", "valid", "train"):
+            raise ValueError("--layout, --split, --training-split: given (expected only with the folder of a dataset)")
         if output is None:
             raise ValueError("--output: missing (expected a folder for the results)")
         if checkpoint is not None and not checkpoint.is_dir():
             raise ValueError(f"{checkpoint}: checkpoint: missing (expected a folder, which `diffvp train` makes)")
-    check_writable(output)
+    check_writable(folders=[output])
     from ..experiments import evaluate as run
     from ..inference.report import EXPECTED_ERRORS
     from ..metrics.labelers import load_labeler
@@ -326,8 +333,6 @@ def experiment(
 ) -> None:
     """Reproduce tables and figures of the paper: train the models they need, write their reports, score them."""
     log_to_stderr()
-    import yaml
-
     from ..experiments.results_page import write_page
     from ..experiments.runner import planned_runs, run_experiment
     from ..experiments.study import StudyConfig
@@ -337,7 +342,10 @@ def experiment(
     from ..training.checkpoints import CheckpointError
 
     overrides = [name for name in names if "=" in name]
-    with one_line_errors(ValueError, TypeError, yaml.YAMLError):
+    with one_line_errors(ValueError):
+        if len(overrides) == len(names):
+            raise ValueError("names: none (expected a table or figure of the paper, such as table4)")
+    with one_line_errors(ValueError, TypeError):
         loaded = StudyConfig.load(study, overrides)
     with (
         one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .console import check_writable, err, listed_problems, one_line_errors, out, say, warn
+from .console import check_kept, check_writable, err, listed_problems, one_line_errors, out, say, warn
 from .options import CORES
 
 SHOWN_WARNINGS = 20
@@ -34,7 +34,12 @@ def phantom(
     """Make the phantom cohort: synthetic chest CT with 18 findings, and reports derived from them."""
     from ..data.phantom_cohort import write_cohort
 
+    check_writable(folders=[folder])
     with one_line_errors(ValueError):
+        if push is not None:  # before minutes of rendering
+            from huggingface_hub.utils import validate_repo_id
+
+            validate_repo_id(push)
         write_cohort(
             folder, train=train, valid=valid, seed=seed, matrix=matrix, masks=masks, scanner=scanner, workers=workers
         )
@@ -91,18 +96,17 @@ def train(
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Number of devices to estimate for.")] = 1,
     tflops: Annotated[
-        float | None, typer.Option(help="Sustained TFLOP/s per device, used to estimate the training time.")
+        float | None,
+        typer.Option(min=0.001, help="Sustained TFLOP/s per device, used to estimate the training time."),
     ] = None,
 ) -> None:
     """Train a model in both stages. The same command continues an interrupted run."""
     log_to_stderr()
     if not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars of libraries would fill a log
-    import yaml
-
     from ..training.config import SettingsError, TrainingConfig
 
-    with one_line_errors(ValueError, KeyError, TypeError, yaml.YAMLError), listed_problems(SettingsError):
+    with one_line_errors(ValueError, KeyError, TypeError), listed_problems(SettingsError):
         loaded = TrainingConfig.load(str(config), overrides)
     from ..checkpoint_diffvp import DiffVPCheckpointError
     from ..encoders_diffvp import DiffVPEncoderError
@@ -138,7 +142,8 @@ def pool_build(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
 ) -> None:
     """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
-    check_writable(output)
+    check_writable(files=[output])
+    check_kept(output, data, ids, exclude)
     with one_line_errors(ValueError), listed_problems():
         from ..data.cases import read_ids
         from ..data.load import load_dataset_cases
@@ -181,6 +186,8 @@ def encoder_convert(
     from ..encoders_diffvp import DiffVPEncoderError
     from ..training.encoder import convert_encoder
 
+    check_writable(files=[target])
+    check_kept(target, Path(source))
     with one_line_errors(DiffVPEncoderError):
         header = convert_encoder(source, target, sha256)
     for key, value in header.items():

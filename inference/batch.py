@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferenceP
 from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
 from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report
-from .engines import load_engine
+from .engines import check_engine, load_engine
 from .report import greedy, load_checkpoint
 
 # Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
@@ -186,11 +186,13 @@ class ReportWriter:
     ):
         hub_kwargs = hub_kwargs or {}
         self.clinical = BatchResults(dicom, fhir) if dicom is not None or fhir else None
-        self.model, self.processor = load_checkpoint(checkpoint, dtype=dtype, **hub_kwargs)
+        check_engine(engine)
         self.nearest = reference == NEAREST
+        pool = None if reference is None or self.nearest else _given_pool(reference)
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=dtype, **hub_kwargs)
         given = {}
-        if reference is not None and not self.nearest:
-            self.processor.reference_pool, digest = _given_pool(reference)
+        if pool is not None:
+            self.processor.reference_pool, digest = pool
             given = {"references": {"scans": len(self.processor.reference_pool.entries), "sha256": digest}}
         elif self.nearest:
             given = {"references": NEAREST}
@@ -355,10 +357,13 @@ class ReportFile:
         self.failures = self.path.with_name(f"{self.path.stem}.failed.jsonl")
         self.done: dict[str, str | None] = {}
         self.failed = 0
-        self.digest = ContentHashes(self.path.parent / f".{self.path.stem}.hashes")
         self._header, self._whole, self._files = None, 0, ()
         if self.path.exists():
             self._read()
+
+    @cached_property
+    def digest(self) -> ContentHashes:
+        return ContentHashes(self.path.parent / f".{self.path.stem}.hashes")
 
     def _read(self) -> None:
         with self.path.open("rb") as file:

@@ -12,6 +12,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -96,16 +97,13 @@ class VLLMEngine:
         options: further arguments of `vllm.LLM`, such as `tensor_parallel_size` or `gpu_memory_utilization`.
 
     Raises:
-        EngineError: vLLM is not installed.
         DiffVPCheckpointError: the LLM is quantised, so LoRA cannot be merged.
     """
 
     def __init__(self, model, tokenizer, **options):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # disables telemetry
-        try:
-            import vllm
-        except ModuleNotFoundError as error:
-            raise EngineError("The engine vllm is not installed in this environment; see docs/scaling.md.") from error
+        import vllm
+
         self._vllm = vllm
         self.name = f"vllm {vllm.__version__}"
         model.merge_adapter()
@@ -155,6 +153,19 @@ class VLLMEngine:
         return [_until_end(list(one.outputs[0].token_ids), ends) for one in written]
 
 
+def check_engine(name: str) -> None:
+    """
+    Check the name of an engine, before a checkpoint is loaded.
+
+    Raises:
+        EngineError: there is no such engine, or it is not installed.
+    """
+    if name not in ("transformers", "vllm"):
+        raise EngineError(f"engine is {name!r}; expected transformers or vllm.")
+    if name == "vllm" and find_spec("vllm") is None:
+        raise EngineError("The engine vllm is not installed in this environment; see docs/scaling.md.")
+
+
 def load_engine(name: str, model, tokenizer, **options) -> Engine:
     """
     Return the engine of a name. LoRA is merged into `model` permanently.
@@ -166,12 +177,11 @@ def load_engine(name: str, model, tokenizer, **options) -> Engine:
     Raises:
         EngineError: there is no such engine, or it is not installed.
     """
-    if name == "transformers":
-        model.merge_adapter()
-        return TransformersEngine(model)
+    check_engine(name)
     if name == "vllm":
         return VLLMEngine(model, tokenizer, **options)
-    raise EngineError(f"engine is {name!r}; expected transformers or vllm.")
+    model.merge_adapter()
+    return TransformersEngine(model)
 
 
 class _Streamer(BaseStreamer):

@@ -154,7 +154,7 @@ def write_report(
         ReferencePoolError: no reference is given and the checkpoint has no pool, or its files differ from its index.
     """
     output = Path(output_dir).absolute()
-    _check_output(output)
+    check_output(output)
     on_step("Hashing the weights")
     made_by = identify_model(model, hub_kwargs or {})
 
@@ -266,7 +266,13 @@ def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tenso
     }
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """
+    Check that a folder for a report is absent, empty, or holds an earlier report, which will be replaced.
+
+    Raises:
+        ReportError: it holds other files, or is a file.
+    """
     if output.is_dir():
         others = sorted({path.name for path in output.iterdir()} - REPORT_FILES)
         if others:
@@ -293,7 +299,7 @@ def _publish(stage: Path, output: Path) -> None:
     if not output.exists():
         os.rename(stage, output)
         return
-    _check_output(output)  # it may have changed in the meantime
+    check_output(output)  # it may have changed in the meantime
     previous = stage.with_suffix(".old")
     os.rename(output, previous)
     try:

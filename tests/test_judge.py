@@ -426,7 +426,7 @@ with ChatServer(sys.argv[1], "m") as chat, AnswerFile(sys.argv[2]) as file:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_run_resumes_without_asking_twice(tmp_path):
     def slow(prompt, number):
         time.sleep(0.05)

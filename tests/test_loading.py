@@ -102,6 +102,13 @@ def test_folder_without_a_configuration_is_refused(checkpoint):
             cls.from_pretrained(checkpoint)
 
 
+def test_configuration_of_another_model_is_refused(checkpoint):
+    rewrite(checkpoint, model_type="bert")
+    for cls in (DiffVPForConditionalGeneration, DiffVPModel, DiffVPForDiagnosis):
+        with pytest.raises(DiffVPCheckpointError, match="model_type: bert .expected diffvp"):
+            cls.from_pretrained(checkpoint)
+
+
 # Files
 
 

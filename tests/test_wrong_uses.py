@@ -7,6 +7,7 @@ Wrong uses of the command: each ends with status 2 and a sentence that names the
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from diffvp.cli import app
+from diffvp.files import writing_problem
 
+from .batch_samples import write_box
 from .ct_samples import make_ct, write_dicom
 
 # Each command, and a part of its sentence. The commands run in the folder that `place` makes.
@@ -25,25 +28,51 @@ WRONG = {
     "report empty": "empty: ",
     "report scan --hu-window 200 -1000": "--hu-window: 200 -1000 (expected two rising HU)",
     "report scan --output file/report": "file/report: output: below the file file",
+    "report scan --output file": "file: output: a file (expected a folder",
+    "report scan --dicom file": "file: output: a file (expected a folder",
+    "report box.nii.gz --output others": "others holds other files (thesis.doc): choose another output folder",
+    "report box.nii.gz --reference box.nii.gz": "box.nii.gz: reference: the scan itself (expected another scan",
+    "report box.nii.gz --checkpoint empty": "empty has no config.json: not a checkpoint, or an incomplete one",
+    "report box.nii.gz --checkpoint bert": "bert: model_type: bert (expected diffvp",
+    "report box.nii.gz --engine vlm": "engine is 'vlm'; expected transformers or vllm",
+    "report box.nii.gz --revision main": "--revision: main, of a folder (expected with --checkpoint NAME/MODEL",
     "report scan --allow-any-anatomy --checkpoint runs/finetunee/model": "no such folder; expected a folder",
     "batch empty": "scans: none in the folder",
     "batch absent": "absent: list: missing (expected a folder of scans",
     "batch list.txt --output file/reports.jsonl": "output: below the file file",
+    "batch list.txt --output empty": "empty: output: a folder (expected a file",
+    "batch list.txt --output list.txt": "list.txt: output: a file that is read or written",
+    "batch list.txt --output reports.csv": "reports.csv: line 1 is unknown; expected what diffvp batch writes",
+    "batch list.txt --reference absent": "absent: list: missing (expected a folder of scans",
     "batch list.csv": "column path missing",
     "init absent": "absent: folder: missing (expected a folder of scans)",
     "init empty": "empty: scans: none (expected NIfTI",
-    "train absent.yaml": "absent.yaml",
-    "train bad.yaml": "bad.yaml",
+    "train absent.yaml": "absent.yaml: file: missing (expected a YAML file",
+    "train empty": "empty: file: a folder (expected a YAML file, such as `diffvp init` writes)",
+    "train bad.yaml": "bad.yaml: content: no YAML, expected the node content",
+    "train config.yaml report.epochs=[": "report.epochs: '[': no YAML",
+    "train config.yaml --dry-run --tflops 0": "--tflops",
+    "evaluate bad.yaml": "bad.yaml: content: no YAML",
     "train config.yaml sede=5": "config.yaml: sede: unknown (expected seed)",
     "train config.yaml report.epochs=two": "report.epochs: 'two' (expected a valid integer)",
     "train config.yaml data.layout=tabel": "data.layout: 'tabel' (expected 'phantom'",
     "train config.yaml seed": "key=value",
     "evaluate absent --output results": "absent: data: missing (expected a training file",
     "evaluate config.yaml": "checkpoint: missing (expected a folder, which `diffvp train` makes)",
+    "evaluate empty seed=1 --output results": "seed=1: given with a folder (expected only with a training file)",
+    "evaluate config.yaml --layout table": "--layout, --split, --training-split: given (expected only with the folder",
     "label absent.csv --output labels.csv": "absent.csv: file: missing",
     "label reports.csv --output file/labels.csv": "output: below the file file",
+    "label reports.csv --output reports.csv": "reports.csv: output: a file that is read or written",
+    "label reports.csv --output a.csv --explain a.csv": "a.csv: output: a file that is read or written",
     "score absent.jsonl": "absent.jsonl: file: missing (expected a table",
     "score reports.csv": "also prediction",
+    "judge reports.csv reports.csv --calibrate": "expected two tables of reports, A.csv and B.csv, or --calibrate",
+    "encoder convert reports.csv empty": "empty: output: a folder (expected a file",
+    "experiment table4 --study absent.yaml": "absent.yaml: file: missing (expected a YAML file",
+    "experiment seed=1": "names: none (expected a table or figure of the paper",
+    "phantom file --train 1 --valid 1": "file: output: a file (expected a folder",
+    "phantom cohort --train 1 --valid 1 --push me/my/cohort": "me/my/cohort",
     "push absent me/model --dry-run": "absent is not a folder",
     "pool build absent --layout table --output pool.txt": "metadata.csv or metadata.jsonl",
 }
@@ -53,7 +82,12 @@ WRONG = {
 def place(tmp_path, monkeypatch, repository_root):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis.doc").touch()
     write_dicom(tmp_path / "scan", make_ct((16, 16, 12)))
+    write_box(tmp_path / "box.nii.gz", 0)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     for name, content in {
         "scan.txt": "no scan",
         "file": "",
@@ -77,6 +111,26 @@ def test_wrong_use_ends_with_a_sentence_that_names_the_remedy(command, place, mo
     assert WRONG[command] in result.stderr
     assert "Traceback" not in result.output and "pydantic" not in result.output
     assert sorted(place.rglob("*")) == before
+
+
+def test_port_in_use_is_refused_before_the_checkpoint_is_loaded(place):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["serve", "--port", str(taken.getsockname()[1]), "--checkpoint", "absent"]
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "address: Address already in use (expected a free --port" in result.stderr
+
+
+def test_output_in_a_folder_of_another_user_is_refused(place):
+    """Its content cannot be looked at, which must not end in a traceback."""
+    (place / "private").mkdir(mode=0o000)
+    user = os.geteuid()
+    if user == 0:  # who may look everywhere
+        os.seteuid(65534)
+    try:
+        assert writing_problem(place / "private" / "deeper" / "labels.csv") == "in a folder that is not writable"
+    finally:
+        os.seteuid(user)
+        (place / "private").chmod(0o700)
 
 
 @pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="starts a process for each: make test-road")

@@ -4,6 +4,7 @@
 
 import difflib
 import os
+from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import yaml
@@ -276,13 +277,31 @@ def _fields_at(model: type[BaseModel], place: tuple) -> list[str]:
 
 
 def read_settings(path: str | os.PathLike, overrides: list[str] | None = None) -> dict:
-    """Read the values of a YAML file and apply the overrides; see [`override`]."""
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file)
+    """
+    Read the values of a YAML file and apply the overrides; see [`override`].
+
+    Raises:
+        SettingsError: the file is missing, or is not YAML with fields.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found, expected = "a folder" if path.is_dir() else "missing", "a YAML file, such as `diffvp init` writes"
+        raise SettingsError(f"{path}: file: {found} (expected {expected})")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path.name}: content: {_not_yaml(error)} (expected fields and their values)") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"{os.path.basename(path)}: content: {values!r:.80} (expected fields and their values)")
+        raise SettingsError(f"{path.name}: content: {values!r:.80} (expected fields and their values)")
     override(values, overrides or [])
     return values
+
+
+def _not_yaml(error: Exception) -> str:
+    """Return why a text is not YAML, with the line if it is known."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"no YAML, {error.problem} in line {error.problem_mark.line + 1}"
+    return "no YAML"
 
 
 def override(values: dict, overrides: list[str]) -> None:
@@ -296,7 +315,11 @@ def override(values: dict, overrides: list[str]) -> None:
         dotted, separator, value = one.partition("=")
         if not separator:
             raise ValueError(f"Override {one!r} is not of the form key=value.")
-        set_value(values, dotted, yaml.safe_load(value))
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{dotted}: {value!r}: {_not_yaml(error)} (expected a value in YAML)") from error
+        set_value(values, dotted, read)
 
 
 def set_value(values: dict, dotted: str, value: object) -> None:
