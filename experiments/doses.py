@@ -20,7 +20,7 @@ import torch
 from rich.progress import track
 
 from ..data.cache import TensorCache, encoder_recipe, preprocessing
-from ..data.pairing import chance
+from ..data.cases import chance
 from ..data.phantom import RENDERING, PhantomPatient, earlier_scan, render_patient, sample_patient, without_findings
 from ..encoders_diffvp import raw_bytes
 from ..inference.report import load_checkpoint

@@ -28,7 +28,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
-from ...data.pairing import chance
+from ...data.cases import chance
 from ...data.phantom import PhantomPatient
 from ...encoders_diffvp import encoder_sha256
 from ...inference.report import load_checkpoint
