@@ -57,11 +57,12 @@ help:  ## this list
 demo: $(CORE)  ## write the report, the difference map and the figure of an unseen phantom patient
 	$(BIN)/diffvp demo
 
+# worksteal: each process begins with half of the files, so that most fixtures of a file are made in one process only.
 test: $(DEV)  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(DEV)  ## run the tests that `make test` leaves out because they take long (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
 lint: $(DEV) $(RULES)  ## ruff, and transformers' structural linter on the files that ship to the Hub
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import os
 import runpy
 import shutil
+import sqlite3
 import sys
 
 # Set before any import: huggingface_hub and evaluate read these once, at import time. The tests never need the
@@ -14,9 +16,11 @@ os.environ["MPLBACKEND"] = "Agg"
 # The test models are tiny: a second thread costs more time than it saves, many times more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 CHECK_DATA_VARIABLE = "DIFFVP_CHECK_DATA"
 
@@ -25,6 +29,28 @@ def pytest_configure(config):
     """Copy the current code into the shipped checkpoint, once, before xdist starts its workers."""
     if not hasattr(config, "workerinput"):
         runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))["copy_code"]()
+
+
+def pytest_collection_finish():
+    """Exempt all imported modules from garbage collection: accelerate collects after each stage of a training."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_waiting_for_the_disk():
+    """Leave out fsync, also in SQLite: the files of tests need not survive a power failure. It took most of a save."""
+    connect = sqlite3.connect
+
+    def connect_without_fsync(*arguments, **options) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(sqlite3, "connect", connect_without_fsync)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -169,35 +195,60 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_base_with_tokenizer(tokenizer, tmp_path_factory) -> Path:
-    """Folder with `tokenizer` and a random Llama of two layers with its vocabulary size."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Function that makes a folder once for all processes of xdist. Tests copy what they change."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama-with-tokenizer"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    def make_folder(name: str, make: Callable[[Path], object]) -> Path:
+        folder, complete = root / "shared" / name, root / "shared" / f".{name}.complete"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not complete.exists():
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return make_folder
 
 
 @pytest.fixture(scope="session")
-def small_cohort(tmp_path_factory):
-    """Phantom cohort of a few cases, small enough to train on in seconds."""
-    from diffvp.data.phantom_cohort import write_cohort
+def tiny_base_with_tokenizer(tokenizer, make_once) -> Path:
+    """Folder with `tokenizer` and a random Llama of two layers with its vocabulary size."""
 
-    # Seven of these 26 cases are normal, at least two in each span below that draws references.
-    root = tmp_path_factory.mktemp("phantom")
-    return write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=True, workers=1, progress=False)
+    def make(folder: Path) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return make_once("tiny-llama-with-tokenizer", make)
+
+
+@pytest.fixture(scope="session")
+def small_cohort(make_once):
+    """Phantom cohort of a few cases, small enough to train on in seconds."""
+
+    def make(root: Path) -> None:
+        from diffvp.data.phantom_cohort import write_cohort
+
+        # Seven of these 26 cases are normal, at least two in each span below that draws references.
+        write_cohort(root, train=26, valid=0, seed=23, matrix=48, masks=True, workers=1, progress=False)
+
+    return make_once("phantom", make)
 
 
 def write_settings(folder: Path, cohort: Path, base: Path, tiny_fields: dict) -> Path:
@@ -236,15 +287,17 @@ def settings(small_cohort, tmp_path, tiny_base_with_tokenizer, tiny_fields):
 
 
 @pytest.fixture(scope="session")
-def first_stage(small_cohort, tiny_base_with_tokenizer, tiny_fields, tmp_path_factory):
+def first_stage(small_cohort, tiny_base_with_tokenizer, tiny_fields, make_once):
     """Folder of a run whose first stage is done. Copy the files before changing them."""
-    from diffvp.train_accelerate import run
-    from diffvp.training.config import TrainingConfig
 
-    folder = tmp_path_factory.mktemp("first-stage")
-    path = write_settings(folder, small_cohort, tiny_base_with_tokenizer, tiny_fields)
-    run(TrainingConfig.load(path, ["stage=diagnosis"]))
-    return folder
+    def make(folder: Path) -> None:
+        from diffvp.train_accelerate import run
+        from diffvp.training.config import TrainingConfig
+
+        path = write_settings(folder, small_cohort, tiny_base_with_tokenizer, tiny_fields)
+        run(TrainingConfig.load(path, ["stage=diagnosis"]))
+
+    return make_once("first-stage", make)
 
 
 @pytest.fixture

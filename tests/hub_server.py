@@ -91,7 +91,7 @@ class Hub(ThreadingHTTPServer):
         }
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # poll interval for shutdown
         return self
 
     def __exit__(self, *_):

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,30 @@ def test_save_stopped_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypatch)
         seen.append(None if found is None else contents.index(found))
         position += 1
     assert seen[0] == 0 and seen[-1] == 1 and position > 5
+
+
+def test_files_are_flushed_before_they_are_renamed(pair, tmp_path, monkeypatch):
+    """After a power failure, a renamed file must have its content."""
+    folder, events, flushed = tmp_path / "model", [], []
+    flush, replace = storage_diffvp.flush, os.replace
+
+    def note_flush(path):
+        events.append(("flush", Path(path).name))
+        flush(path)
+
+    def note_replace(source, target):
+        if Path(target).parent in (folder, folder / "adapter"):
+            events.append(("replace", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(storage_diffvp, "flush", note_flush)
+    monkeypatch.setattr(storage_diffvp.os, "fsync", flushed.append)
+    monkeypatch.setattr(storage_diffvp.os, "replace", note_replace)
+    pair[0][0].save_pretrained(folder)
+    renamed = [name for kind, name in events if kind == "replace"]
+    assert {"model.safetensors", "adapter_model.safetensors"} < set(renamed) and renamed[-1] == "config.json"
+    assert all(events.index(("flush", name)) < events.index(("replace", name)) for name in renamed)
+    assert events[-1] == ("flush", "model") and len(flushed) == len(events) - len(renamed)
 
 
 def test_next_save_removes_files_of_a_killed_one(pair, tmp_path):

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from typer.testing import CliRunner
 
 from diffvp.cli import app
@@ -52,11 +50,22 @@ def own(small_cohort, tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def both_stages(first_stage, tmp_path_factory):
+    """Folder of a run whose stages are both done."""
+    folder = tmp_path_factory.mktemp("both-stages")
+    for name in ("run", "cache"):
+        shutil.copytree(first_stage / name, folder / name)
+    places = [f"output_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"]
+    run(TrainingConfig.load(first_stage / "config.yaml", [*places, "stage=report", "report.epochs=1"]))
+    return folder
+
+
 @pytest.fixture
-def start(stage_one, tmp_path):
-    """Train a checkpoint to start from."""
-    run(TrainingConfig.load(stage_one, ["stage=report", "report.epochs=1"]))
-    return tmp_path / "run/model"
+def start(both_stages, tmp_path):
+    """Checkpoint to start from, and the cache of its training."""
+    shutil.copytree(both_stages / "cache", tmp_path / "cache")
+    return shutil.copytree(both_stages / "run/model", tmp_path / "run/model")
 
 
 @pytest.fixture
@@ -65,22 +74,10 @@ def finetune(own, start, tmp_path, repository_root):
     values = yaml.safe_load((repository_root / "configs/finetune.yaml").read_text())
     values |= {"output_dir": str(tmp_path / "tuned"), "init_from": str(start)}
     values["data"] |= {"root": str(own), "cache_dir": str(tmp_path / "cache"), "pool": str(own / "normal.txt")}
-    values["report"] |= {"epochs": 1, "max_report_tokens": 1500, "learning_rate": 1e-3}
+    values["report"] |= {"epochs": 1, "max_report_tokens": 1500, "learning_rate": 1e-3, "samples": 0}
     path = tmp_path / "finetune.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-LOAD = """
-import sys
-from transformers import AutoModel, AutoProcessor
-
-checkpoint, ct, reference = sys.argv[1:]
-model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-ids = model.generate(**processor(ct=ct, reference=reference), max_new_tokens=8)
-assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
-"""
 
 
 def test_three_commands_lead_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
@@ -95,11 +92,14 @@ def test_three_commands_lead_from_a_folder_to_a_checkpoint(own, finetune, tmp_pa
     result = runner.invoke(app, ["train", str(finetune), "--dry-run", override])
     assert result.exit_code == 0 and "No problems found" in result.output, result.output
     assert not (tmp_path / "tuned").exists()
-    result = runner.invoke(app, ["train", str(finetune), override])
+    result = runner.invoke(app, ["train", str(finetune), override, "report.samples=2"])
     assert result.exit_code == 0, result.output
     scans = sorted(own.glob("*.nii.gz"))
     checkpoint = tmp_path / "tuned/model"
-    subprocess.run([sys.executable, "-c", LOAD, checkpoint, scans[0], scans[1]], check=True, cwd=tmp_path)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    ids = model.generate(**processor(ct=str(scans[0]), reference=str(scans[1])), max_new_tokens=8)
+    assert ids.shape[0] == 1 and 1 <= ids.shape[1] <= 8
     assert not (checkpoint / "references").exists(), "the checkpoint must not contain scans"
     samples = [json.loads(line) for line in (tmp_path / "tuned/samples/epoch-1.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and all(sample["report"] and "generated" in sample for sample in samples)

@@ -5,8 +5,8 @@
 import hashlib
 import logging
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -235,11 +235,12 @@ def test_conversion_keeps_every_weight_and_drops_the_positions(converted, state)
     assert {path.suffix for path in converted.iterdir()} <= {".safetensors", ".json", ".txt"}
 
 
-def test_conversion_command_writes_the_same_weights(published, encoder, converted, tmp_path, repository_root):
+def test_conversion_command_writes_the_same_weights(published, encoder, converted, tmp_path, monkeypatch):
+    """`python -m diffvp.metrics.labelers.radbert`."""
     target = tmp_path / "radbert"
-    command = [sys.executable, "-m", "diffvp.metrics.labelers.radbert", str(published), str(encoder), str(target)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["radbert", str(published), str(encoder), str(target)])
+    monkeypatch.delitem(sys.modules, "diffvp.metrics.labelers.radbert")  # a new process has not imported it
+    runpy.run_module("diffvp.metrics.labelers.radbert", run_name="__main__")
     assert (target / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 
 

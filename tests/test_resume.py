@@ -9,16 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel
 
 from diffvp.files import write_folder
 from diffvp.provenance import compare
-from diffvp.train_accelerate import run
+from diffvp.train_accelerate import build_generator, main, run, save_model
 from diffvp.training.checkpoints import CheckpointError, Checkpoints
 from diffvp.training.config import TrainingConfig
+
+from .processes import fork, in_two_processes
 
 
 def trace(folder, stage="report"):
@@ -32,28 +37,16 @@ def weights(folder):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-SCRIPT = """
-from diffvp.train_accelerate import main
-
-main()
-"""
-
-
 TORCHRUN = (
     *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
     *("--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"),
 )
 
 
-def start(settings, *overrides, **environment):
-    """Start a training run in its own process."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(settings), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+def call_command(*arguments):
+    """Train by the command line, as a process does."""
+    sys.argv = ["train", *map(str, arguments)]
+    main()
 
 
 FAST = ["report.epochs=3", "report.batch_size=2", "save_every_steps=1", "stage=report"]
@@ -66,14 +59,15 @@ def test_interrupted_run_resumes_bit_for_bit(stage_one, tmp_path):
     overrides = [*FAST, f"output_dir={tmp_path / 'interrupted'}"]
     log = tmp_path / "interrupted/report.jsonl"
     for number, after in ((signal.SIGTERM, 2), (signal.SIGINT, 6), (signal.SIGKILL, 9)):
-        process = start(stage_one, *overrides, f"num_workers={after % 3}")
-        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= after):
+        output = tmp_path / f"output-{number}.txt"
+        process = fork(call_command, stage_one, *overrides, f"num_workers={after % 3}", output=output)
+        while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= after):
             time.sleep(0.01)
-        process.send_signal(number)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
+        os.kill(process.pid, number)
+        process.join(120)
+        assert process.exitcode == (-9 if number == signal.SIGKILL else 128 + number), output.read_text()
         if number != signal.SIGKILL:
-            assert "Run the same command again to resume" in output
+            assert "Run the same command again to resume" in output.read_text()
     run(TrainingConfig.load(stage_one, overrides))
     assert trace(tmp_path / "interrupted") == trace(tmp_path / "whole")
     one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "interrupted/model")
@@ -173,15 +167,12 @@ def test_folder_is_written_completely_or_not_at_all(tmp_path):
 KILLS = int(os.environ.get("DIFFVP_KILLS", "4"))  # `make test-kills` sets 50
 
 
-def train_in_a_fork(config):
-    """Call `run` in a process that has already imported everything, so that kills fall into the training."""
-    process = torch.multiprocessing.get_context("fork").Process(target=run, args=(config,))
-    process.start()
-    return process
-
-
 def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
-    """Send `kill -9` at random moments, also during writing, renaming and deleting: every step is saved, few kept."""
+    """
+    Send `kill -9` at random moments, also during writing, renaming and deleting: every step is saved, few are kept.
+
+    A fork has already imported everything, so that kills fall into the training.
+    """
     for name in ("whole", "killed"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
     epochs = 5 * KILLS  # of 4 steps each
@@ -190,12 +181,12 @@ def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
     killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])
     checkpoints = Checkpoints(tmp_path / "killed/checkpoints/report", keep=2)
     begun = time.monotonic()
-    process = train_in_a_fork(whole)
+    process = fork(run, whole)
     process.join()
     assert process.exitcode == 0
     rng, newest, seconds, landed = random.Random(0), 0, (time.monotonic() - begun) / 3, 0
     for _ in range(KILLS):
-        process = train_in_a_fork(killed)
+        process = fork(run, killed)
         process.join(rng.uniform(0.0, seconds))
         process.kill()
         process.join()
@@ -208,7 +199,7 @@ def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
         seconds *= 1.2 if found == newest else 0.9 if found - newest < 4 * epochs / KILLS else 0.6
         newest = found
     assert landed >= KILLS // 4, "too few kills fell into the training"
-    process = train_in_a_fork(killed)
+    process = fork(run, killed)
     process.join()
     assert process.exitcode == 0
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
@@ -220,22 +211,27 @@ def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
 # Two processes ------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_the_trace_of_one(stage_one, tmp_path):
+def torchrun(settings, *overrides):
+    """Train in two processes of PyTorch's launcher."""
+    script = Path(settings).with_name("script.py")
+    script.write_text("from diffvp.train_accelerate import main\n\nmain()\n")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*TORCHRUN, script, settings, *overrides], env=environment, check=True)
+
+
+def fork_two(settings, *overrides):
+    """Train in two forked processes."""
+    in_two_processes(call_command, settings, *overrides)
+
+
+@pytest.mark.parametrize("launch", [fork_two, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_give_the_trace_of_one(stage_one, tmp_path, launch):
     """With five cases per step, one process has three and the other two; each runs one sample at a time."""
     overrides = ["report.epochs=2", "report.batch_size=5", "stage=report"]
     for name in ("one", "two"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
     run(TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'one'}"]))
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    subprocess.run(
-        [
-            *TORCHRUN,
-            *(script, stage_one, *overrides, f"output_dir={tmp_path / 'two'}", "report.micro_batch_size=1"),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    launch(stage_one, *overrides, f"output_dir={tmp_path / 'two'}", "report.micro_batch_size=1")
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
     assert len(one) == len(two) > 4
     for left, right in zip(one, two, strict=True):
@@ -245,63 +241,47 @@ def test_two_processes_give_the_trace_of_one(stage_one, tmp_path):
         torch.testing.assert_close(value, right[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-SHARDED = """
-import sys
-from pathlib import Path
-
-import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-
-from diffvp.train_accelerate import build_generator, save_model
-from diffvp.training.config import TrainingConfig
-
-shard, folder = sys.argv[2] == "sharded", Path(sys.argv[3])
-torch.manual_seed(0)
-model, _ = build_generator(TrainingConfig.load(sys.argv[1]))
-model.train()
-if shard:
-    torch.distributed.init_process_group("gloo")
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for layer in model.language_model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=1e-2)
-generator = torch.Generator().manual_seed(1)
-tokens, channels = torch.tensor(model.config.feature_grid).prod(), model.config.encoder_hidden_size
-for _ in range(3):
-    ids = torch.randint(5, 300, (2, 12), generator=generator)
-    features = torch.randn(2, 2, tokens, channels, generator=generator)
-    result = model(
-        ct_features=features[0],
-        reference_features=features[1],
-        diagnosis_logits=torch.randn(2, 18, generator=generator),
-        diagnosis_labels=torch.ones(2, 18),
-        input_ids=ids,
-        labels=ids,
-    )
-    result.loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-state = get_model_state_dict(model, options=options) if shard else model.state_dict()
-if not shard or torch.distributed.get_rank() == 0:
-    save_model(model, folder, state)
-if shard:
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
+def train_three_steps(settings, folder, shard):
+    """Train on random features, and save the model; shard it over the processes."""
+    torch.manual_seed(0)
+    model, _ = build_generator(TrainingConfig.load(settings))
+    model.train()
+    if shard:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in model.language_model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    tokens, channels = torch.tensor(model.config.feature_grid).prod(), model.config.encoder_hidden_size
+    for _ in range(3):
+        ids = torch.randint(5, 300, (2, 12), generator=generator)
+        features = torch.randn(2, 2, tokens, channels, generator=generator)
+        result = model(
+            ct_features=features[0],
+            reference_features=features[1],
+            diagnosis_logits=torch.randn(2, 18, generator=generator),
+            diagnosis_labels=torch.ones(2, 18),
+            input_ids=ids,
+            labels=ids,
+        )
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if shard else model.state_dict()
+    if not shard or torch.distributed.get_rank() == 0:
+        save_model(model, folder, state)
+    if shard:
+        torch.distributed.barrier()
 
 
 def test_sharded_model_saves_the_checkpoint_of_a_whole_one(stage_one, tmp_path):
-    """Use FSDP2 over two processes. accelerate cannot launch it on CPU, so PyTorch does."""
-    script = tmp_path / "script.py"
-    script.write_text(SHARDED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Use FSDP2 over two processes."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    subprocess.run([sys.executable, script, stage_one, "whole", whole], env=environment, check=True)
-    subprocess.run([*TORCHRUN, script, stage_one, "sharded", sharded], env=environment, check=True)
+    train_three_steps(stage_one, whole, shard=False)
+    in_two_processes(train_three_steps, stage_one, sharded, True)
     assert sorted(map(str, whole.rglob("*.safetensors"))) and {
         path.relative_to(whole) for path in whole.rglob("*")
     } == {path.relative_to(sharded) for path in sharded.rglob("*")}

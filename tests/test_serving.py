@@ -231,6 +231,7 @@ def test_request_with_a_foreign_host_name_is_refused(client, scans):
         assert client.get(place, headers={"Host": "attacker.example"}).status_code == 400
 
 
+@pytest.mark.slow
 def test_server_recovers_from_sigkill_and_drains_on_sigterm(checkpoint, scans, broken, tmp_path):
     """Requests of a killed server fail. The next server removes its uploads and answers on the same port.
 

@@ -14,8 +14,6 @@ import textwrap
 import nibabel as nib
 import pytest
 import torch
-from accelerate import debug_launcher
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
@@ -30,6 +28,7 @@ from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 
 from .ct_samples import lps_affine, make_ct
 from .hub_server import Hub
+from .processes import in_two_processes
 
 SAME = 1e-5
 
@@ -183,22 +182,14 @@ def test_gradients_of_a_step_do_not_depend_on_accumulation(model, tmp_path):
     assert_same_gradients(at_once, {name: one.grad for name, one in model.named_parameters() if one.requires_grad})
 
 
-def forget_parent() -> None:
-    """Reset accelerate's state, which the fork inherits from a parent with a single process."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def train_in_two_processes(model, folder) -> None:
-    forget_parent()
     found = step_gradients(model, folder / "run", 4, 1)
     save_file(found, folder / f"gradients-{torch.distributed.get_rank()}.safetensors")
 
 
 def test_gradients_of_a_step_are_the_same_in_two_processes(make_model, tmp_path):
     at_once = step_gradients(make_model(lora=True), tmp_path / "one", 8, 1)
-    debug_launcher(train_in_two_processes, (make_model(lora=True), tmp_path), num_processes=2)
+    in_two_processes(train_in_two_processes, make_model(lora=True), tmp_path)
     for rank in (0, 1):
         assert_same_gradients(at_once, load_file(tmp_path / f"gradients-{rank}.safetensors"))
 
@@ -357,7 +348,6 @@ def test_incomplete_or_too_long_case_is_refused(processor, scans, change, messag
 
 def tell_epochs(folder, seedable: bool) -> None:
     """Write the epochs in which cases were requested, or the error."""
-    forget_parent()
     dataset = DiffVPDataset([{"index": index} for index in range(8)])
     seen = []
 
@@ -386,7 +376,7 @@ def test_every_process_gets_the_epoch_or_an_error(tmp_path):
     for seedable in (False, True):
         folder = tmp_path / str(seedable)
         folder.mkdir()
-        debug_launcher(tell_epochs, (folder, seedable), num_processes=2)
+        in_two_processes(tell_epochs, folder, seedable)
         for rank in (0, 1):
             answer = json.loads((folder / f"{rank}.json").read_text())
             assert "use_seedable_sampler" in answer if seedable else answer == [0] * 4 + [1] * 4

@@ -4,8 +4,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +30,8 @@ from diffvp.training.config import TrainingConfig
 from diffvp.training.diagnosis import augment, best_thresholds
 from diffvp.training.loop import share
 from diffvp.training.report import ReportSplit
+
+from .processes import fork
 
 
 def test_both_stages_make_a_checkpoint_that_auto_classes_load(settings, small_cohort, tmp_path):
@@ -86,26 +86,22 @@ def test_losses_are_logged_to_tensorboard(settings, tmp_path):
     assert [point.value for point in reader.Scalars("diagnosis/loss")] == pytest.approx(losses)
 
 
-TRACKIO = """
-import json, sys
-from diffvp.train_accelerate import run
-from diffvp.training.config import TrainingConfig
+def log_to_trackio(settings, folder):
+    os.environ["TRACKIO_DIR"] = str(folder / "trackio")
+    run(TrainingConfig.load(settings, ["stage=diagnosis", "diagnosis.epochs=1", "log_with=[trackio]"]))
+    from trackio import Api, SQLiteStorage
 
-run(TrainingConfig.load(sys.argv[1], ["stage=diagnosis", "diagnosis.epochs=1", "log_with=[trackio]"]))
-from trackio import Api, SQLiteStorage
-
-[name] = [run.name for run in Api().runs("diffvp")]
-rows = SQLiteStorage.get_logs("diffvp", name)
-json.dump([row["diagnosis/loss"] for row in rows if "diagnosis/loss" in row], open("curve.json", "w"))
-"""
+    [name] = [run.name for run in Api().runs("diffvp")]
+    rows = SQLiteStorage.get_logs("diffvp", name)
+    losses = [row["diagnosis/loss"] for row in rows if "diagnosis/loss" in row]
+    (folder / "curve.json").write_text(json.dumps(losses))
 
 
 def test_losses_are_logged_to_trackio(settings, tmp_path):
     """Run in a separate process, because trackio keeps threads and a folder for the whole process."""
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-    command = [sys.executable, "-c", TRACKIO, str(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = fork(log_to_trackio, settings, tmp_path, output=tmp_path / "output.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()[:-1]]
     assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(losses)
 
@@ -232,11 +228,7 @@ def write_to_cache(root):
 
 
 def test_several_processes_can_write_one_cache(tmp_path):
-    workers = [
-        torch.multiprocessing.get_context("fork").Process(target=write_to_cache, args=(tmp_path,)) for _ in "1234"
-    ]
-    for worker in workers:
-        worker.start()
+    workers = [fork(write_to_cache, tmp_path) for _ in "1234"]
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
