@@ -79,6 +79,12 @@ def run(tmp_path, monkeypatch):
     logging.getLogger("diffvp").setLevel(level)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave out the figure, which would take most of the time."""
+    monkeypatch.setattr(reporting, "draw_figure", lambda path, *_, **__: path.write_bytes(b"a figure"))
+
+
 def assert_one_line_error(result, *parts: str) -> None:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -99,7 +105,7 @@ def test_report_command_writes_and_prints_the_report(run, scan, checkpoint, tmp_
     assert "Drawing the figure" in result.stderr, "progress"
 
 
-def test_report_as_json_prints_nothing_else_to_stdout(run, scan, checkpoint, tmp_path):
+def test_report_as_json_prints_nothing_else_to_stdout(run, scan, checkpoint, no_figures, tmp_path):
     write_box(tmp_path / "normal.nii", seed=2)
     result = run("report", scan, "--checkpoint", checkpoint, "--json", "--output", tmp_path / "here",
                  "--reference", tmp_path / "normal.nii", "--max-new-tokens", 3)  # fmt: skip
@@ -146,7 +152,7 @@ def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
     assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
 
 
-def test_one_of_several_series_is_chosen_by_option(run, checkpoint, tmp_path):
+def test_one_of_several_series_is_chosen_by_option(run, checkpoint, no_figures, tmp_path):
     for name, shape in (("thin", (26, 22, 30)), ("thick", (26, 22, 18))):
         write_dicom(tmp_path / "study" / name, make_ct(shape))
     arguments = ("report", tmp_path / "study", "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json")
@@ -161,7 +167,7 @@ def test_one_of_several_series_is_chosen_by_option(run, checkpoint, tmp_path):
         assert "secret" not in result.output.lower()
 
 
-def test_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
+def test_incomplete_series_is_read_on_request(run, checkpoint, no_figures, tmp_path):
     folder = write_dicom(tmp_path / "series", make_ct())
     (folder / "001.dcm").write_bytes(b"")
     arguments = ("report", folder, "--checkpoint", checkpoint, "--max-new-tokens", 2, "--json", "--allow-any-anatomy")
@@ -171,7 +177,7 @@ def test_incomplete_series_is_read_on_request(run, checkpoint, tmp_path):
     assert "Files of the series that could not be read: 1." in json.loads(result.stdout)["warnings"]
 
 
-def test_metadata_table_supplies_a_missing_grid(run, checkpoint, tmp_path):
+def test_metadata_table_supplies_a_missing_grid(run, checkpoint, no_figures, tmp_path):
     scan, table = tmp_path / "valid_1_a_1.nii.gz", tmp_path / "validation_metadata.csv"
     raw = make_ct((26, 22, 18)).astype(np.float32) + 1024
     nib.save(nib.Nifti1Image(raw, None), scan)
