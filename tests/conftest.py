@@ -39,7 +39,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def without_waiting_for_the_disk():
-    """Leave out fsync, also in SQLite: the files of tests need not survive a power failure. It took most of a save."""
+    """Leave out fsync, also in SQLite: it waits for the disk, and files of tests need not survive a power failure."""
     connect = sqlite3.connect
 
     def connect_without_fsync(*arguments, **options) -> sqlite3.Connection:
