@@ -251,13 +251,18 @@ def display_grid(image_processor, geometry: CTGeometry) -> dict:
 def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
     """Sample both scans and the map on a fine grid over the box that the model saw."""
     grid = display_grid(image_processor, geometry)
-    sampled = [image_processor.resample(volume, **options | grid) for volume, options in scans]
-    values = F.interpolate(difference[None, None], size=grid["size"], mode="trilinear", align_corners=False)
     # Voxels that are not Hounsfield units have their own window; both scans then share grey values only.
     hu_window = scans[0][1].get("hu_window", image_processor.hu_window)
-    (target, place), (reference, reference_place) = sampled
+    volumes, places = [], []
+    for volume, options in scans:
+        tensor, place = image_processor.resample(volume, **options | grid)
+        volumes.append(to_hu(tensor[0].numpy(), hu_window))
+        places.append(place)
+        del tensor  # 40 MB, before the next one
+    place, reference_place = places
+    values = F.interpolate(difference[None, None], size=grid["size"], mode="trilinear", align_corners=False)
     return {
-        "volumes": [*(to_hu(tensor[0].numpy(), hu_window) for tensor in (target, reference)), values[0, 0].numpy()],
+        "volumes": [*volumes, values[0, 0].numpy()],
         "hu_window": hu_window,
         "is_hu": place.is_hu and reference_place.is_hu,
         "has_lungs": geometry.coverage is not None and geometry.coverage["lung_share"] >= MIN_VOLUME,
