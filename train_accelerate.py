@@ -52,6 +52,7 @@ from .training.diagnosis import (
     calibrate,
     crossfitted_f1,
     fit_margins,
+    predict,
 )
 from .training.encoder import import_encoder, load_encoder
 from .training.features import Features, compute_all, make_features
@@ -148,18 +149,20 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
         cohort, cohort.diagnosis + cohort.validation, volumes.load, config, accelerator, "Volumes", config.num_workers
     )
     truth = None
-    if config.diagnosis.crops is not None:
+    if config.diagnosis.needs_masks:
         truth = Truth(config.data.root, config.data.cache_dir, volumes)
         cases = cohort.diagnosis + cohort.validation
         compute_all(cases, truth.load, accelerator, "Lesions", skip=False, workers=config.num_workers)
     parts = (model, cohort.diagnosis, cohort.validation, volumes, truth, config.seed, accelerator)
     stage = DiagnosisStage(config.diagnosis, *parts)
     kept = train(stage, config, accelerator, cohort, {})
-    if truth is not None:
+    if stage.on_crops:
         calibrate(model, stage.whole, torch.from_numpy(stage.labels))
         logger.info("Classifier: calibrated on %d validation cases, which cannot score it then.", len(stage.labels))
-        if model.config.finding_attributes:
-            model.config.finding_attributes = fit_margins(model, stage.whole, truth)
+    if truth is not None and model.config.finding_attributes:
+        model.config.finding_attributes = fit_margins(model, stage.whole, truth)
+    # For a classifier that is used without a second stage, which chooses its own.
+    model.config.diagnosis_threshold = best_thresholds(predict(model, stage.whole), stage.labels)
     if accelerator.is_main_process:
         recover_folder(output)
         write_folder(output, model.save_pretrained)

@@ -37,8 +37,8 @@ from diffvp.modules_diffvp import (
 from diffvp.pipeline_diffvp import describe_findings
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import run
-from diffvp.training.config import CropSection, TrainingConfig
-from diffvp.training.diagnosis import Crops, Truth, calibrate
+from diffvp.training.config import CropSection, SettingsError, TrainingConfig
+from diffvp.training.diagnosis import Crops, DiagnosisObjective, Truth, calibrate
 from diffvp.training.loop import Interrupted, Trainer
 
 FINE = {
@@ -403,6 +403,42 @@ def test_crops_depend_only_on_seed_epoch_and_index(crops):
     assert torch.equal(cut["ct"][0, 0, 0, 0], one.volumes[case][tuple(start)].float())
 
 
+def test_crops_without_masks_have_the_labels_of_their_volume(small_cohort, tmp_path):
+    processor = DiffVPImageProcessor(size=(32, 48, 32), target_spacing=(12.0, 9.0, 14.0), foreground_hu=-500.0)
+    cases = load_phantom(small_cohort, "train")[:4]
+    section = CropSection(per_epoch=8, validation=4, size=(16, 16, 16))
+    crops = Crops(cases, VolumeCache(tmp_path, processor), None, section, 1, "cpu")
+    plans = [crops.plan(0, index) for index in range(40)]
+    assert {case for case, _, _ in plans} == {0, 1, 2, 3}
+    for case, start, _ in plans:
+        cut = crops.cut(case, start)
+        assert sorted(cut) == ["ct", "labels"] and cut["ct"].shape == (1, 16, 16, 16)
+        assert cut["labels"].tolist() == cases[case].labels.tolist()
+
+
+def test_crop_without_evidence_is_as_likely_positive_as_the_prevalence():
+    model = DiffVPForDiagnosis(config())
+    prevalence = torch.linspace(0.05, 0.6, 18)
+    objective = DiagnosisObjective(model, prevalence=prevalence)
+    torch.nn.init.zeros_(model.classifier.head.weight)
+    ct, start, labels = torch.randn(2, 1, 32, 32, 32), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 18)
+    labels[1] = 1
+    for per_token in (1e-6, 0.01):
+        torch.nn.init.constant_(model.classifier.head.bias, math.log(per_token / (1 - per_token)))
+        absent = (1 - prevalence) * (1 - per_token) ** (8 * 8 * 8)
+        expected = torch.nn.functional.binary_cross_entropy((1 - absent).expand(2, -1), labels)
+        loss = objective(ct, labels=labels, start=start)["loss"]
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    # Tokens that are as frequent in positive as in negative volumes are not learned.
+    torch.nn.init.constant_(model.classifier.head.bias, -12.0)
+    bias, gradients = model.classifier.head.bias, []
+    for rates in (prevalence, torch.zeros(18)):
+        bias.grad = None
+        objective(ct, labels=rates.expand(2, -1), start=start)["loss"].backward()
+        gradients.append(bias.grad.abs())
+    assert (gradients[0] < 0.1 * gradients[1]).all()
+
+
 def test_calibration_makes_noisy_or_match_the_prevalence():
     torch.manual_seed(0)
     model = DiffVPForDiagnosis(config())
@@ -471,6 +507,26 @@ def test_training_on_crops_lowers_the_lesion_loss(crop_settings, tmp_path):
     model = DiffVPForDiagnosis.from_pretrained(tmp_path / "run/diagnosis")
     assert 0 < model.config.finding_attributes["Lung opacity"]["margin"] <= 5
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_training_on_crops_without_masks_needs_only_labels(crop_settings, tmp_path, monkeypatch):
+    settings, overrides = crop_settings
+    changes = ["diagnosis.crops.near_lesions=null", "model.finding_attributes=null", "model.finding_regions=null"]
+    monkeypatch.setattr("diffvp.train_accelerate.Truth", None)
+    run(TrainingConfig.load(settings, [*overrides, *changes]))
+    log = [json.loads(line) for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()]
+    losses = [line["validation_volume_loss"] for line in log if "validation_loss" in line]
+    assert min(losses[1:]) < losses[0]
+    model = DiffVPForDiagnosis.from_pretrained(tmp_path / "run/diagnosis")
+    assert model.config.diagnosis_threshold != [0.5] * 18, "a first stage alone has thresholds of its own"
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("of_crops", ["diagnosis.crops=null", "diagnosis.crops.near_lesions=null"])
+def test_places_and_sizes_without_masks_are_refused(crop_settings, of_crops):
+    settings, overrides = crop_settings
+    with pytest.raises(SettingsError, match=r"model\.finding_attributes"):
+        TrainingConfig.load(settings, [*overrides, of_crops])
 
 
 def test_interrupted_run_on_crops_resumes_to_the_same_weights(crop_settings, tmp_path, monkeypatch):

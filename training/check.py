@@ -181,7 +181,7 @@ def _masks(config: TrainingConfig, cohort: Cohort) -> list[Problem]:
     """Report missing masks: of the lesions and lobes that stage 1 learns from, and of the regions."""
     root, problems = config.data.root, []
     wanted = {}
-    if config.diagnosis is not None and config.diagnosis.crops is not None and config.stage != "report":
+    if config.diagnosis is not None and config.diagnosis.needs_masks and config.stage != "report":
         if tuple(config.model.get("diagnosis_labels", DIAGNOSIS_LABELS)) != DIAGNOSIS_LABELS:
             expected = "null, as the masks are those of the 18 labels"
             problems.append(Problem("training file", None, "diagnosis.crops", "with labels of your own", expected))

@@ -104,12 +104,14 @@ class BaseSection(_Section):
 
 
 class CropSection(_Section):
-    """Training on crops of cases with lesion masks (phantoms); see `training/diagnosis.py`."""
+    """Training on crops; see `training/diagnosis.py`."""
 
     per_epoch: int = Field(ge=1)
     validation: int = Field(ge=1)  # crops of the validation cases, the same in every epoch
     size: tuple[int, int, int]  # voxels (depth, height, width)
-    near_lesions: float = Field(ge=0, le=1)  # fraction of crops centred near a lesion of a uniformly drawn label
+    # Fraction of crops centred near a lesion of a uniformly drawn label, which needs lesion masks (phantoms). Null: no
+    # masks; a crop has the labels of its volume.
+    near_lesions: float | None = Field(default=None, ge=0, le=1)
 
 
 class DiagnosisSection(_Section):
@@ -125,6 +127,11 @@ class DiagnosisSection(_Section):
     gradient_clip: float = Field(default=1.0, gt=0)  # maximum gradient norm
     crops: CropSection | None = None  # null: train on whole scans and their labels
     patience: int | None = Field(default=None, ge=1)  # stop after this many epochs without a better validation loss
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the voxel head learns from lesion masks."""
+        return self.crops is not None and self.crops.near_lesions is not None
 
 
 class ReportSection(_Section):
@@ -195,10 +202,16 @@ class TrainingConfig(_Section):
             raise ValueError(f"stage: {self.stage}; expected report, as `classifier` replaces the first stage")
         if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
             raise ValueError("base.from_scratch trains all weights; expected no lora and no base.quantization")
-        if self.diagnosis is not None and self.diagnosis.crops is not None and self.data.layout != "phantom":
+        if self.diagnosis is not None and self.diagnosis.needs_masks and self.data.layout != "phantom":
             raise ValueError(
-                f"diagnosis.crops with data.layout: {self.data.layout}; expected crops: null, as only the phantom "
-                "cohort has lesion masks"
+                f"diagnosis.crops.near_lesions with data.layout: {self.data.layout}; expected crops: null or "
+                "near_lesions: null, as only the phantom cohort has lesion masks"
+            )
+        untrained = [name for name in ("finding_attributes", "finding_regions") if (self.model or {}).get(name)]
+        if self.diagnosis is not None and not self.diagnosis.needs_masks and untrained:
+            raise ValueError(
+                f"model.{untrained[0]} without lesion masks (diagnosis.crops.near_lesions); expected null, as only "
+                "masks teach places and sizes"
             )
         if self.data.region_tokens and (self.model or {}).get("visual_tokens") != "linear":
             raise ValueError(

@@ -4,7 +4,8 @@
 Stage 1: the diagnosis classifier (appendix D).
 
 With lesion masks, the voxel head learns findings voxel by voxel from crops. Without, it learns from the labels of
-whole scans through Noisy-OR. Model and later steps are the same in both cases.
+whole scans through Noisy-OR: from whole scans, or from crops of them, whose Noisy-OR leaves room for a finding outside
+the crop. Model and later steps are the same in all cases.
 """
 
 import hashlib
@@ -84,19 +85,28 @@ class Truth:
 
 class DiagnosisObjective(torch.nn.Module):
     """
-    Losses of a batch: for whole scans, the BCE of the volume labels (appendix D); for crops, the BCE of the lesion
-    tokens and the losses of regions and sizes.
+    Losses of a batch: for whole scans, the BCE of the volume labels (appendix D); for crops with lesion masks, the BCE
+    of the lesion tokens and the losses of regions and sizes; for crops without, the BCE of their volumes' labels.
+
+    A crop does not show whether its volume has a finding elsewhere. Its Noisy-OR therefore has one more cause, the
+    "leak", whose probability is the prevalence: what is known without looking. A crop without evidence is then right
+    for either label, and only tokens that occur more often in volumes with the finding are learned.
 
     Args:
-        usual: mean number of tokens of each label in a crop, (labels,), for training on crops. The BCE of a label is
-            divided by it. Otherwise, an effusion of hundreds of tokens would outweigh a nodule of a single token.
+        usual: mean number of tokens of each label in a crop, (labels,), for crops with lesion masks. The BCE of a
+            label is divided by it. Otherwise, an effusion of hundreds of tokens would outweigh a nodule of one token.
+        prevalence: of each label, (labels,), for crops without lesion masks.
     """
 
-    def __init__(self, model: DiffVPForDiagnosis, usual: torch.Tensor | None = None):
+    def __init__(
+        self, model: DiffVPForDiagnosis, usual: torch.Tensor | None = None, prevalence: torch.Tensor | None = None
+    ):
         super().__init__()
         self.model = model
         if usual is not None:
             self.register_buffer("usual", usual.clamp(min=1.0), persistent=False)
+        if prevalence is not None:
+            self.register_buffer("leak", torch.logit(prevalence), persistent=False)
 
     def forward(
         self,
@@ -110,11 +120,13 @@ class DiagnosisObjective(torch.nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Compute the losses from `labels` (batch, labels) for scans, or from `start` and [`Crops.cut`] for crops."""
         classifier = self.model.classifier
-        if start is None:
-            logits, _ = classifier.classify(classifier.vision_encoder(ct))
-            loss = F.binary_cross_entropy_with_logits(logits, labels)
-            return {"loss": loss, "volume_loss": loss}
         features = classifier.vision_encoder(ct, start)
+        if labels is not None:
+            voxels = classifier.head(features)
+            if start is not None:
+                voxels = torch.cat([voxels.float(), self.leak.expand(len(ct), 1, -1)], dim=1)
+            loss = F.binary_cross_entropy_with_logits(noisy_or(voxels), labels)
+            return {"loss": loss, "volume_loss": loss}
         grid = self._grid(ct.shape[2:], features.shape[1])
         logits = classifier.head(features).float()
         targets = token_targets(cells, grid, logits.shape[2])
@@ -151,22 +163,32 @@ class DiagnosisObjective(torch.nn.Module):
 
 class Crops:
     """
-    Class-balanced crops of cases with known lesions.
+    Crops of cases: class-balanced with lesion masks, and at random places of random cases without.
 
     All volumes and cells are on one device: in the memory of the GPU, so that a crop needs no transfer, or on the CPU
     as memory-mapped files of the cache. A crop depends only on (seed, epoch, index).
 
     Args:
+        truth: what the masks show; `None` for crops with the labels of their volumes.
         section: number and size of the crops.
         seed: `None` for validation: the same crops in every epoch, without jitter.
     """
 
     def __init__(
-        self, cases: list[Case], volumes: VolumeCache, truth: Truth, section: CropSection, seed: int | None, device
+        self,
+        cases: list[Case],
+        volumes: VolumeCache,
+        truth: Truth | None,
+        section: CropSection,
+        seed: int | None,
+        device,
     ):
         self.section, self.seed = section, seed
         self.volumes = [volumes.load(case)[0].to(device) for case in cases]
-        self.truth = [{key: value.to(device) for key, value in truth.load(case).items()} for case in cases]
+        self.truth = []
+        for case in cases:
+            known = {"labels": torch.from_numpy(case.labels).float()} if truth is None else truth.load(case)
+            self.truth.append({key: value.to(device) for key, value in known.items()})
         self.shape = np.array(self.volumes[0].shape)
         self.size = np.array(section.size)
         if (self.size % STEP).any() or (self.size > self.shape).any():
@@ -175,6 +197,8 @@ class Crops:
         self.where: dict[int, list[tuple[int, np.ndarray]]] = {}
         rng = np.random.default_rng(0)
         for index, (case, known) in enumerate(zip(cases, self.truth, strict=True)):
+            if "cells" not in known:
+                continue
             codes = known["cells"].cpu().numpy()
             for label in np.flatnonzero(case.labels):
                 places = np.argwhere((codes >> label) & 1)
@@ -199,16 +223,15 @@ class Crops:
         return case, start, (float(rng.uniform(0.98, 1.02)), float(rng.normal(0, 0.004)))
 
     def cut(self, case: int, start: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return a crop that begins at the voxel `start`: `ct` (1, d, h, w) and the ground truth within it."""
+        """
+        Return a crop that begins at the voxel `start`: `ct` (1, d, h, w) and the ground truth within it, or without
+        masks, `labels` (labels,) of the volume.
+        """
         size = self.size
         voxels = tuple(slice(int(first), int(first + n)) for first, n in zip(start, size, strict=True))
         cells = tuple(slice(one.start // CELL, one.stop // CELL) for one in voxels)
-        known = self.truth[case]
-        return {
-            "ct": self.volumes[case][voxels][None].float(),
-            **{key: known[key][cells] for key in ("cells", "largest", "lobes")},
-            "sizes": known["sizes"],
-        }
+        known = {key: value[cells] if value.ndim == 3 else value for key, value in self.truth[case].items()}
+        return {"ct": self.volumes[case][voxels][None].float(), **known}
 
     def usual_tokens(self, grid_of_cells: int, labels: int) -> torch.Tensor:
         """Return the mean number of tokens of each label in a crop, (labels,), over the first crops."""
@@ -294,7 +317,7 @@ class DiagnosisStage(Stage):
 
     Args:
         volumes: cache of the cases' volumes.
-        truth: ground truth for training on crops; `None` to train on whole scans.
+        truth: ground truth of lesion masks; `None` to train on the labels of whole scans.
     """
 
     name = "diagnosis"
@@ -312,21 +335,27 @@ class DiagnosisStage(Stage):
     ):
         self.diagnosis = model
         self.labels = np.stack([case.labels for case in validation])
-        self.whole, self.knows_lesions = DiagnosisSplit(validation, volumes, None), truth is not None
+        self.whole, self.on_crops = DiagnosisSplit(validation, volumes, None), section.crops is not None
         usual = None
+        labels = torch.from_numpy(np.stack([case.labels for case in training])).float()
+        prevalence = labels.mean(0).clamp(0.01, 0.99)
         if truth is None:
-            start_at_prevalence(model, torch.from_numpy(np.stack([case.labels for case in training])).float())
-            splits = (DiagnosisSplit(training, volumes, seed), self.whole)
+            seen = model.config.image_size if section.crops is None else section.crops.size
+            start_at_prevalence(model, prevalence, seen)
         else:
             torch.nn.init.constant_(model.classifier.head.bias, START_LOGIT)
+        if section.crops is None:
+            splits = (DiagnosisSplit(training, volumes, seed), self.whole)
+        else:
             options = (volumes, truth, section.crops)
             crops = Crops(training, *options, seed, accelerator.device)
-            cells_of_token = model.config.image_size[0] // model.config.resnet_grid[0] // CELL
-            usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
             unseen = Crops(validation, *options, None, accelerator.device)
             splits = (CropSplit(crops, section.crops.per_epoch), CropSplit(unseen, section.crops.validation))
+        if truth is not None:
+            cells_of_token = model.config.image_size[0] // model.config.resnet_grid[0] // CELL
+            usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
         # Channels last halves the time of a step on the CPU and is the layout of tensor cores.
-        objective = DiagnosisObjective(model, usual).to(memory_format=torch.channels_last_3d)
+        objective = DiagnosisObjective(model, usual, prevalence).to(memory_format=torch.channels_last_3d)
         # Noisy-OR spreads the gradient of a label over hundreds of voxels, so that the linear head would hardly change
         # at the encoder's learning rate.
         heads = [parameter for name, parameter in objective.named_parameters() if "head." in name]
@@ -338,7 +367,7 @@ class DiagnosisStage(Stage):
         super().__init__(section, objective, groups, *splits)
 
     def metrics(self, epoch: int) -> dict[str, float]:
-        if self.knows_lesions:
+        if self.on_crops:
             return {}  # Noisy-OR over a head trained on crops means nothing before calibration
         predicted = predict(self.diagnosis, self.whole)
         fitted = crossfitted_f1(predicted, self.labels, [case.patient_id for case in self.whole.cases])
@@ -350,10 +379,14 @@ class DiagnosisStage(Stage):
         }
 
 
-def start_at_prevalence(model: DiffVPForDiagnosis, labels: torch.Tensor) -> None:
-    """Set the bias to the prevalence of each label, since hundreds of voxel logits of 0 would mean certainty."""
-    prevalence = labels.mean(0).clamp(0.01, 0.99)
-    voxels = math.prod(model.config.resnet_grid)
+def start_at_prevalence(model: DiffVPForDiagnosis, prevalence: torch.Tensor, size: Sequence[int]) -> None:
+    """
+    Set the bias to the prevalence of each label, since hundreds of voxel logits of 0 would mean certainty.
+
+    Args:
+        size: voxels of a training sample, of the whole volume or of a crop.
+    """
+    voxels = math.prod(model.config.resnet_grid) * math.prod(size) / math.prod(model.config.image_size)
     with torch.no_grad():
         model.classifier.head.bias.copy_(torch.logit(1 - (1 - prevalence) ** (1 / voxels)))
 
