@@ -324,7 +324,7 @@ class DiffVPAlignedDifference(nn.Module):
         for distance, one in zip(distances, candidates, strict=True):
             torch.sum(torch.sub(target, shifted(*one), out=work).square_(), dim=1, out=distance)
         outside = torch.stack([shifted(inside, shift) for _, shift in candidates]) == 0
-        weights = (-distances / self.temperature).masked_fill(outside[:, None], -torch.inf).softmax(dim=0)
+        weights = distances.div_(-self.temperature).masked_fill_(outside[:, None], -torch.inf).softmax(dim=0)
         aligned = torch.zeros_like(target)
         for weight, one in zip(weights, candidates, strict=True):
             aligned.addcmul_(weight[:, None], shifted(*one))
