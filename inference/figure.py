@@ -147,10 +147,12 @@ def _across(combine: np.ufunc, values: np.ndarray, axis: int) -> np.ndarray:
 
 def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
     """Return the index of the map's largest value inside the body, or the centre of the body if the map is flat."""
-    values = np.where(body, difference, -np.inf)
-    if values.max() == difference[body].min():
+    highest = [np.where(inside, values, -np.inf).max() for values, inside in zip(difference, body, strict=True)]
+    depth = int(np.argmax(highest))
+    if highest[depth] == difference[body].min():
         return tuple(int(np.median(indices)) for indices in np.nonzero(body))
-    return tuple(int(index) for index in np.unravel_index(values.argmax(), values.shape))
+    place = np.where(body[depth], difference[depth], -np.inf).argmax()
+    return depth, *(int(index) for index in np.unravel_index(place, body.shape[1:]))
 
 
 def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], tuple[int, bool]]] | None:
