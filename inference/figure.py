@@ -147,10 +147,12 @@ def _across(combine: np.ufunc, values: np.ndarray, axis: int) -> np.ndarray:
 
 def peak(difference: np.ndarray, body: np.ndarray) -> tuple[int, int, int]:
     """Return the index of the map's largest value inside the body, or the centre of the body if the map is flat."""
-    values = np.where(body, difference, -np.inf)
-    if values.max() == difference[body].min():
+    highest = [np.where(inside, values, -np.inf).max() for values, inside in zip(difference, body, strict=True)]
+    depth = int(np.argmax(highest))
+    if highest[depth] == difference[body].min():
         return tuple(int(np.median(indices)) for indices in np.nonzero(body))
-    return tuple(int(index) for index in np.unravel_index(values.argmax(), values.shape))
+    place = np.where(body[depth], difference[depth], -np.inf).argmax()
+    return depth, *(int(index) for index in np.unravel_index(place, body.shape[1:]))
 
 
 def lung_ends(hu: np.ndarray, body: np.ndarray) -> list[tuple[tuple[int, bool], tuple[int, bool]]] | None:
@@ -251,8 +253,9 @@ def compose_figure(
     at = peak(difference, body)
     place, matched = _place_in_reference(at, (one, body), (other, reference_body[box]), is_hu and has_lungs)
     # The units are arbitrary. The scale shows the difference relative to its largest value.
-    difference = difference / (difference[body].max() or 1.0)
-    colors = ScalarMappable(Normalize(difference[body].min(), 1, clip=True), COLORS)
+    inside = difference[body]
+    largest = inside.max() or np.float32(1)
+    colors = ScalarMappable(Normalize(inside.min() / largest, 1, clip=True), COLORS)
 
     views = list(dict.fromkeys((name, *_window(window, hu_window, is_hu)) for name, window in VIEWS))
     lengths = one.spacing * one.hu.shape
@@ -276,7 +279,7 @@ def compose_figure(
         return figure.add_axes((left / size[0], 1 - (TOP + top + height) / size[1], width / size[0], height / size[1]))
 
     shown = (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
-    _draw_planes(panel, views, widths * inches, height, shown, marked, (difference, body, colors))
+    _draw_planes(panel, views, widths * inches, height, shown, marked, (difference, largest, body, colors))
     for number, (where, _) in enumerate(marked, 1):
         row, column = divmod(number - 1, columns)
         top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
@@ -321,7 +324,7 @@ def _draw_planes(
         widths, height: inches.
         rows: label, volume and index of the target, of the reference, and of the target under the map.
         marked: findings to mark.
-        over: map, mask of the body, and colours.
+        over: map, its largest value, mask of the body, and colours.
     """
     for row, (label, drawn, where) in enumerate(rows):
         left = LEFT
@@ -338,8 +341,9 @@ def _draw_planes(
                 axes.set_title(f"{name}\n{window}", color="white", fontsize=9)
                 _mark(axes, drawn, name, where, marked)
             if row == 2:
-                values, body = (plane(volume, name, where[PLANES.index(name)]) for volume in over[:2])
-                _overlay(axes, values, body, over[2])
+                difference, largest, body, colors = over
+                values, mask = (plane(volume, name, where[PLANES.index(name)]) for volume in (difference, body))
+                _overlay(axes, values / largest, mask, colors)
 
 
 def _show_finding(axes, drawn: Drawn, number: int, marked: tuple, window: tuple[str, float, float]) -> None:

@@ -538,18 +538,17 @@ def pooled_body_mask(volume: np.ndarray) -> np.ndarray:
     dense = torch.from_numpy(volume > figures.AIR_HU).float()[:, None]
     solid = pool.avg_pool2d(dense, **around, count_include_pad=False) > figures.SOLID
     lung = (dense * pool.max_pool2d(solid.float(), **around)) > 0
-    return ((sides == 4) | ((sides >= 2) & lung))[:, 0].numpy()
+    inside = ((sides == 4) | ((sides >= 2) & lung))[:, 0].numpy()
+    return inside if inside.any() else np.ones_like(inside)
 
 
 @pytest.mark.parametrize("shape", [(6, 60, 64), (3, 9, 30), (2, 6, 5)])
 def test_body_mask_equals_pooling(shape):
     rng = np.random.default_rng(0)
-    for grain in (1, 4):
-        coarse = rng.normal(-700, 500, [shape[0], *(-(-length // grain) for length in shape[1:])])
+    for grain in (1, 12):
+        coarse = rng.normal(-400, 500, [shape[0], *(-(-length // grain) for length in shape[1:])])
         volume = coarse.repeat(grain, 1).repeat(grain, 2)[:, : shape[1], : shape[2]] + rng.normal(0, 100, shape)
-        expected = pooled_body_mask(volume)
-        assert expected.any()
-        np.testing.assert_array_equal(figures.body_mask(volume), expected)
+        np.testing.assert_array_equal(figures.body_mask(volume), pooled_body_mask(volume))
 
 
 def test_lung_at_the_border_of_the_scan_is_in_the_body_mask():
