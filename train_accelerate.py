@@ -192,7 +192,9 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
     compute_all(needed, features.load, accelerator, "Features", skip=False)
     logger.info("Features: %s", json.dumps(features.cache.summary()))
     if model.config.use_diagnosis and (config.init_from is None or config.report.new_thresholds):
-        choose_thresholds(model, cohort, features)
+        # With `init_from`, the classifier was trained in another run.
+        seen = cohort.diagnosis if config.init_from is None else []
+        choose_thresholds(model, cohort.report + cohort.validation, seen, features)
     if model.config.difference_level == "aligned" and config.init_from is None:
         fit_whitening(model, cohort, features)
     frozen = {"encoder_sha256": encoder_sha256(model.vision_encoder)}
@@ -355,10 +357,12 @@ def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, 
     return model, processor
 
 
-def choose_thresholds(model: DiffVPForConditionalGeneration, cohort: Cohort, features: Features) -> None:
-    """Set the thresholds of the model from labelled cases that its classifier has not trained on."""
-    seen = {case.name for case in cohort.diagnosis}
-    unseen = [case for case in cohort.report + cohort.validation if case.name not in seen and case.labels is not None]
+def choose_thresholds(
+    model: DiffVPForConditionalGeneration, cases: Sequence[Case], seen: Sequence[Case], features: Features
+) -> None:
+    """Set the thresholds of the model from the labelled cases among `cases` that its classifier has not `seen`."""
+    names = {case.name for case in seen}
+    unseen = [case for case in cases if case.name not in names and case.labels is not None]
     if not unseen:
         return
     logits = torch.stack([features.load(case)["diagnosis_logits"] for case in unseen])

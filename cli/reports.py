@@ -358,7 +358,7 @@ def _reporting() -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Turn the garbage collector off: in a tenth of a start, it searches the modules, which stay, for garbage."""
+    """Turn the garbage collector off: it would search the imported modules, which stay, again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

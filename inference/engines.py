@@ -97,6 +97,7 @@ class VLLMEngine:
         options: further arguments of `vllm.LLM`, such as `tensor_parallel_size` or `gpu_memory_utilization`.
 
     Raises:
+        ModuleNotFoundError: vLLM is not installed; [`load_engine`] checks this first.
         DiffVPCheckpointError: the LLM is quantised, so LoRA cannot be merged.
     """
 

@@ -206,6 +206,7 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock")):
             if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed: show the same error again
                 folder.mkdir()
                 make(folder)
                 complete.touch()

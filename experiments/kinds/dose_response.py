@@ -84,7 +84,7 @@ def content(material: Material) -> dict:
     checkpoint, seeds = material.study.training["classifier"], material.rows[0]["seeds"]
     cache = material.study.training["data"]["cache_dir"]
     doses = Doses(checkpoint, cache, settings.seed, settings.pool, tuple(seeds), settings.matrix)
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load_checkpoint(checkpoint, "cpu")  # as the workers do: cached tokens are on the CPU
     if model.aligned_difference is None:
         raise ValueError(f"{checkpoint}: difference_level: {model.config.difference_level} (expected aligned)")
     comparer = Comparer(doses, model, processor)
