@@ -309,11 +309,9 @@ class DiffVPAlignedDifference(nn.Module):
         """
         if reference_features.ndim == 3:
             reference_features = reference_features[:, None]
-        # Training under autocast would round the distances to bfloat16, inference would not.
-        with torch.autocast(features.device.type, enabled=False):
-            target = self._whiten(features)
-            references = [self._whiten(one) for one in reference_features.unbind(1)]
-            aligned = [self._attend(one, others) for one, *others in zip(target, *references, strict=True)]
+        target = self._whiten(features)
+        references = [self._whiten(one) for one in reference_features.unbind(1)]
+        aligned = [self._attend(one, others) for one, *others in zip(target, *references, strict=True)]
         return target, torch.stack(aligned)
 
     def _attend(self, target: torch.Tensor, references: list[torch.Tensor]) -> torch.Tensor:

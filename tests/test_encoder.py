@@ -199,9 +199,6 @@ def test_residual_equals_its_definition(references):
         for found, wanted in zip((white, aligned), expected, strict=True):
             np.testing.assert_allclose(found[scan].flatten(1).T.numpy(), wanted, atol=1e-3)
     *pair, norm = module(target, others)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in training with mixed precision
-        in_training = module.align(target, others if references > 1 else others[:, 0])
-    assert torch.equal(in_training[0], white) and torch.equal(in_training[1], aligned)
     residual = (white - aligned).flatten(2).square().sum(1).sqrt()
     if references > 1:
         torch.testing.assert_close(norm, residual)

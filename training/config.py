@@ -130,7 +130,7 @@ class DiagnosisSection(_Section):
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the voxel head learns from lesion masks."""
+        """True if the voxel head learns from lesion masks."""
         return self.crops is not None and self.crops.near_lesions is not None
 
 
