@@ -105,12 +105,14 @@ class Comparer:
     def pool(self) -> list[PhantomPatient]:
         return self.doses.patients("pool", self.doses.pool)
 
-    @torch.no_grad()
+    def volume(self, patient: PhantomPatient) -> torch.Tensor:
+        """Render a patient: the model's input, (1, 1, D, H, W)."""
+        scan = render_patient(patient, matrix=self.doses.matrix)
+        return self.processor.image_processor(nib.Nifti1Image(scan.hu, scan.affine))["ct"]
+
     def encode(self, patient: PhantomPatient) -> torch.Tensor:
         """Render and encode a patient: voxel tokens (N, C)."""
-        scan = render_patient(patient, matrix=self.doses.matrix)
-        ct = self.processor.image_processor(nib.Nifti1Image(scan.hu, scan.affine))["ct"]
-        return self.model.extract_features(ct)[0].float()
+        return self.model.extract_features(self.volume(patient))[0].float()
 
     def encode_of_pool(self, patient: PhantomPatient) -> torch.Tensor:
         """Return [`encode`] of a scan of the pool, from the cache."""
@@ -158,7 +160,8 @@ class Comparer:
 
     @torch.no_grad()
     def _compare(self, patient: PhantomPatient) -> dict[str, torch.Tensor]:
-        own = self.encode(patient)
+        seen = self.model.encode_inputs(ct=self.volume(patient))
+        own = seen["ct_features"][0].float()
         difference = self.model.aligned_difference
         references = {
             ITSELF: own,
@@ -167,7 +170,7 @@ class Comparer:
         }
         chosen = self.references(patient, own)
         references |= {key: self.encode_of_pool(one) for key, one in chosen.items()}
-        found = {"logits": self.model.diagnose(ct_features=own[None])[0].float()}
+        found = {"logits": seen["diagnosis_logits"][0].float()}
         white = None
         for key, reference in references.items():
             white, aligned = difference.align(own[None], reference[None])

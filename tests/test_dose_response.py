@@ -23,8 +23,8 @@ from diffvp.processing_diffvp import DiffVPImageProcessor
 MATRIX = 40
 SETTINGS = {
     "seed": 9,
-    "training_cases": [8, 12],
-    "test_cases": 6,
+    "training_cases": [8, 10],
+    "test_cases": 5,
     "pool": 3,
     "matrix": MATRIX,
     "compare": [[TWIN, ITSELF], [RANDOM, ABNORMAL]],
@@ -203,6 +203,7 @@ def test_training_subsets_are_nested_and_change_with_the_seed():
 def test_command_writes_result_page_and_figure(make_model, comparer, tmp_path, monkeypatch, repository_root):
     loaded = comparer.model, comparer.processor
     monkeypatch.setattr(dose_response, "load_checkpoint", lambda *_: loaded)
+    monkeypatch.setattr(dose_response, "STRENGTHS", [1.0])
     monkeypatch.setattr(dose_response, "weights_sha256", lambda *_: {"model.safetensors": "0"})
     table = yaml.safe_load((repository_root / "experiments/dose_response.yaml").read_text())
     path = tmp_path / "mine.yaml"
@@ -221,7 +222,7 @@ def test_command_writes_result_page_and_figure(make_model, comparer, tmp_path, m
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "reference/mine.json").read_text())
     cells = document["figure"]["cells"]
-    assert len(cells) == 3 * 2 + 3 and document["cases"] == 6
+    assert len(cells) == 3 * 2 + 3 and document["cases"] == 5
     assert all(set(cell["scores"]) == {*ARMS, *CONTROLS} for cell in cells)
     assert (tmp_path / "reference/mine.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "reference/RESULTS.md").read_text()

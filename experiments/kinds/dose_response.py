@@ -85,8 +85,9 @@ def content(material: Material) -> dict:
     cache = material.study.training["data"]["cache_dir"]
     doses = Doses(checkpoint, cache, settings.seed, settings.pool, tuple(seeds), settings.matrix)
     model, processor = load_checkpoint(checkpoint, "cpu")  # as the workers do: cached tokens are on the CPU
-    if model.aligned_difference is None:
-        raise ValueError(f"{checkpoint}: difference_level: {model.config.difference_level} (expected aligned)")
+    for field, expected in (("difference_level", "aligned"), ("use_diagnosis", True)):
+        if getattr(model.config, field) != expected:
+            raise ValueError(f"{checkpoint}: {field}: {getattr(model.config, field)} (expected {expected})")
     comparer = Comparer(doses, model, processor)
     training = doses.patients("train", max(settings.training_cases))
     test = doses.patients("valid", settings.test_cases)
@@ -150,7 +151,7 @@ def read_findings(train: Sequence[NDArray], labels: NDArray, test: Sequence[NDAr
     for label, truth in enumerate(labels.T):
         likely[:, label] = truth.mean()
         if np.bincount(truth, minlength=2).min() >= 2:  # each fold needs a case of either kind
-            regression = LogisticRegression(solver="newton-cholesky", max_iter=200)
+            regression = LogisticRegression(max_iter=1000)
             search = GridSearchCV(regression, {"C": STRENGTHS}, cv=2, scoring="neg_log_loss")
             likely[:, label] = search.fit(train, truth).predict_proba(test)[:, 1]
     return likely
