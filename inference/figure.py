@@ -26,6 +26,11 @@ PLANES = ("axial", "coronal", "sagittal")
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}  # HU: black, white
 VIEWS = (("axial", "lung"), ("axial", "mediastinum"), ("coronal", "lung"), ("sagittal", "mediastinum"))
+# Labels of findings outside the lungs: a peak at their border would not tell. Others are shown as their surroundings.
+SOFT_TISSUE = frozenset(
+    ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Lymphadenopathy")
+    + ("Coronary artery wall calcification", "Hiatal hernia", "Pleural effusion")
+)
 COLORS = "inferno"
 OPACITY = 0.65  # of the map's largest value in the body; the smallest value is transparent
 MARGIN = 8  # voxels of air shown around the bodies
@@ -280,11 +285,12 @@ def compose_figure(
 
     shown = (("target", one, at), ("reference", other, place), ("target with difference map", one, at))
     _draw_planes(panel, views, widths * inches, height, shown, marked, (difference, largest, body, colors))
-    for number, (where, _) in enumerate(marked, 1):
+    for number, (where, finding) in enumerate(marked, 1):
         row, column = divmod(number - 1, columns)
         top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
         axes = panel(LEFT + column * (own_width + GAP), top, own_width, own_height)
-        window = _window("lung" if _in_lung(one, where) else "mediastinum", hu_window, is_hu)
+        in_lung = finding["label"] not in SOFT_TISSUE and _in_lung(one, where)
+        window = _window("lung" if in_lung else "mediastinum", hu_window, is_hu)
         _show_finding(axes, one, number, marked[number - 1], window)
     _write_beside(figure, panel, LEFT + across + 0.2, used, lines, colors)
     figure.suptitle(_drawable(title), y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)

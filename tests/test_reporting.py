@@ -656,6 +656,20 @@ def test_scale_bars_have_the_stated_length(composed):
         assert f"{np.ptp(bar.get_xdata()):g} mm" == said
 
 
+@pytest.mark.parametrize(
+    ("label", "window"), [("Lung nodule", "lung"), ("Coronary artery wall calcification", "mediastinum")]
+)
+def test_finding_outside_the_lungs_has_the_soft_tissue_window(label, window):
+    target, affine = chest()
+    finding = {"label": label, "peak": (affine @ (14, 30, 40, 1))[:3].tolist()}  # beside lung
+    options = {"hu_window": (-1000, 1200), "is_hu": True, "has_lungs": True}
+    options |= {"target_affine": affine, "reference_affine": affine}
+    texts = {"report": "", "title": "", "footer": ""}
+    figure = figures.compose_figure(target, target, target * 0 + 1, findings=[finding], **options, **texts)
+    low, high = figures.WINDOWS[window]
+    assert panel(figure, "finding 1").images[0].get_clim() == (max(low, -1350), high)
+
+
 def test_slices_state_their_position(composed):
     figure, target, (depth, height, width), _ = composed
     for name, said in (("axial", "z -412 mm"), ("coronal", "y -20 mm"), ("sagittal", "x -60 mm")):
