@@ -89,7 +89,7 @@ def assert_one_line_error(result, *parts: str) -> None:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     last = result.stderr.strip().splitlines()[-1]
-    assert re.match(r"\w+: .", last), result.stderr
+    assert re.match(r"\S+: .", last), result.stderr  # SOURCE: ...
     for part in parts:
         assert part in last, result.stderr
 

@@ -228,8 +228,8 @@ def test_decode_leaves_the_generation_config_unchanged(make_model, prompts):
 
 
 def test_shipped_drafts_are_those_of_its_training_reports():
-    """Rebuilt from the seeds of the cases on which configs/phantom.yaml trains the report generator."""
-    settings = read_settings(SHIPPED_CHECKPOINT.parents[1] / "configs" / "phantom.yaml")
+    """Rebuilt from the seeds of the cases on which configs/phantom_more.yaml trains the report generator last."""
+    settings = read_settings(SHIPPED_CHECKPOINT.parents[1] / "configs" / "phantom_more.yaml")
     first, stop = settings["data"]["report_cases"]
     made = phantom_drafts(SHIPPED_CHECKPOINT, settings["seed"], first, stop - 1)
     shipped = ReportDrafts.load(SHIPPED_CHECKPOINT / DRAFTS_NAME, len(made.following) + 50_000)
