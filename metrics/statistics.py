@@ -206,11 +206,18 @@ def bootstrap_macro_auroc(
         runs = np.asarray(runs, dtype=np.float64)
         if runs.ndim != 3 or runs.shape[1:] != positive.shape:
             raise ValueError(f"{name} has scores {runs.shape}: expected (runs, {cases}, {positive.shape[1]})")
-        of_runs = [np.nanmean([areas(one[:, label], positive[:, label]) for label in tested], axis=0) for one in runs]
+        of_runs = [_mean_of_defined([areas(one[:, label], positive[:, label]) for label in tested]) for one in runs]
         means[name] = np.mean(of_runs, axis=0)
     intervals = {name: _interval(of[0], of[1:], cases, level, seed) for name, of in means.items()}
     tests = [means[first] - means[second] for first, second in pairs]
     return intervals, [_bootstrap_comparison(of[0], of[1:], cases, level, seed) for of in tests]
+
+
+def _mean_of_defined(areas: Sequence[NDArray]) -> NDArray:
+    """Average areas of labels, (resamples,) each, without NaN; NaN where none is defined."""
+    defined = ~np.isnan(areas)
+    count = defined.sum(axis=0)
+    return np.divide(np.where(defined, areas, 0).sum(axis=0), count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def paired_bootstrap(

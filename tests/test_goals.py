@@ -17,7 +17,7 @@ from diffvp.experiments.goals import classifier_scores, goal_lines, naming_score
 from diffvp.experiments.lesion_scores import named_twice
 from diffvp.experiments.map_scores import correlation, target_maps
 from diffvp.experiments.system_scores import PhantomReader
-from diffvp.metrics.statistics import bootstrap_auroc
+from diffvp.metrics.statistics import bootstrap_auroc, bootstrap_macro_auroc
 from diffvp.references_diffvp import ReferencePool, index_references
 
 NODULE = DIAGNOSIS_LABELS.index("Lung nodule")
@@ -56,6 +56,20 @@ def test_auroc_and_its_interval_agree_with_scikit_learn():
     order = rng.permutation(80)
     assert bootstrap_auroc(scores[order], truth[order]) == found
     assert bootstrap_auroc(-scores, truth).estimate == pytest.approx(1 - found.estimate)
+
+
+def test_macro_auroc_averages_labels_and_runs_as_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth = rng.random((60, 3)) < [0.3, 0.5, 0.02]
+    runs = {name: np.round(rng.normal(size=(2, 60, 3)) + truth * gain, 1) for name, gain in (("a", 1), ("b", 0))}
+    found, [test] = bootstrap_macro_auroc(runs, truth, [("a", "b")], resamples=2000)
+    tested = [label for label in range(3) if truth[:, label].any()]
+    for name, interval in found.items():
+        areas = [[roc_auc_score(truth[:, label], run[:, label]) for label in tested] for run in runs[name]]
+        assert interval.estimate == pytest.approx(np.mean(areas)) and interval.low < interval.estimate < interval.high
+    assert test.difference == pytest.approx(found["a"].estimate - found["b"].estimate) and test.p_value < 0.01
+    few, _ = bootstrap_macro_auroc({"a": [[[0.1], [0.2], [0.9]]]}, [[0], [0], [1]])
+    assert few["a"].estimate == 1 and "left out: undefined there" in few["a"].method
 
 
 def test_auroc_requires_positive_and_negative_cases():
