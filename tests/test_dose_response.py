@@ -177,7 +177,7 @@ def test_probe_reads_a_planted_finding_and_nothing_from_a_shuffled_one():
     likely = dose_response.read_findings([vectors[train], scan[train]], shuffled[train], [vectors[test], scan[test]])
     scores = dose_response.score_systems({"a": likely[None], "b": likely[None, ::-1]}, shuffled[test], [("a", "b")])
     planted, noise = (scores["labels"]["a"][DIAGNOSIS_LABELS[label]] for label in (0, 1))
-    assert planted > 0.9
+    assert planted > 0.85
     assert 0.35 < noise < 0.65
     [test_entry] = scores["comparisons"]
     assert test_entry["auroc"]["p_holm"] < 0.05 < test_entry["auroc"]["difference"] * 10
