@@ -105,7 +105,8 @@ def run_experiment(
         "title": table.title,
         "about": table.about,
         "kind": table.kind,
-        "command": f"diffvp experiment {name}",
+        "command": f"diffvp experiment {name}"
+        + ("" if study.name == "phantom" else f" --study configs/study_{study.name}.yaml"),
         "study": {
             "name": study.name,
             "title": study.title,

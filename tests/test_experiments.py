@@ -167,9 +167,10 @@ def test_unknown_table_error_lists_the_known_ones():
         load_table("table99", load_variants())
 
 
-def test_stored_page_matches_stored_results(repository_root, tmp_path):
+@pytest.mark.parametrize("study", ["phantom", "reference"])
+def test_stored_page_matches_stored_results(repository_root, tmp_path, study):
     """If this fails after a change of wording, call `write_page` on the results folder."""
-    stored = repository_root / "experiments/results/phantom"
+    stored = repository_root / "experiments/results" / study
     for path in stored.glob("*.json"):
         shutil.copy(path, tmp_path)
     assert write_page(tmp_path).read_text(encoding="utf-8") == (stored / "RESULTS.md").read_text(encoding="utf-8")

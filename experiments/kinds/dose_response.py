@@ -357,6 +357,6 @@ def draw(path: str | Path, cells: Sequence[dict]) -> None:
             if not column:
                 panel.set_ylabel(title)
             panel.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=9)
-    axes[0, 0].legend(fontsize=8, loc="upper left")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
     axes[1, 0].text(-0.4, axes[1, 0].get_ylim()[0], " controls", fontsize=8, va="bottom", color="0.4")
     figure.savefig(path, format="png")
