@@ -354,11 +354,11 @@ class DiffVPAlignedDifference(nn.Module):
         with torch.no_grad():
             target, aligned = self.align(features, reference_features)
             places, norm = self.peaks(target - aligned)
-            pair = [
+            target, aligned = (
                 volume.flatten(2).transpose(1, 2).take_along_dim(places[..., None], dim=1)
                 for volume in (target, aligned)
-            ]
-        return *self.latents(*pair, places), norm
+            )
+        return *self.latents(target, aligned, places), norm
 
     def peaks(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -170,7 +170,8 @@ def read_voxels(
 def equal_pixels(one: Slice, other: Slice) -> bool:
     """Return whether two slices hold the same stored values; False if these cannot be read."""
     try:
-        check_slice(one), check_slice(other)
+        for each in (one, other):
+            check_slice(each)
         return np.array_equal(_pixels(one, 1.0, 0.0), _pixels(other, 1.0, 0.0))
     except CTInputError:
         return False  # the error is raised if the series is chosen
