@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from diffvp.metrics import statistics
 from diffvp.metrics.baselines import (
@@ -21,6 +22,7 @@ from diffvp.metrics.baselines import (
 from diffvp.metrics.clinical_efficacy import averages, classification_scores, crg, label_counts
 from diffvp.metrics.statistics import (
     bootstrap_counts,
+    bootstrap_macro_auroc,
     bootstrap_mean,
     compare_counts,
     compare_means,
@@ -59,6 +61,33 @@ def test_interval_of_a_mean_equals_explicit_resampling():
     assert [result.low, result.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-12)
     assert result.estimate == pytest.approx(values.mean()) and result.n == 30 and result.level == 0.95
     assert result.method == "percentile bootstrap over cases, 1000 resamples, seed 7"
+
+
+def test_macro_auroc_equals_explicit_resampling():
+    generator = np.random.default_rng(1)
+    truth = (generator.random((12, 3)) < 0.3).astype(int)
+    truth[:, 2] = 0  # no positive case at all
+    truth[0, 1], truth[1:, 1] = 1, 0  # none in many resamples
+    systems = {name: np.round(generator.random((2, 12, 3)) + 0.3 * truth, 1) for name in "ab"}
+    intervals, [test] = bootstrap_macro_auroc(systems, truth, [("a", "b")], resamples=50, seed=5)
+
+    def macro(runs, chosen):
+        of = truth[chosen]
+        labels = [label for label in range(3) if 0 < of[:, label].sum() < 12]
+        areas = [[roc_auc_score(of[:, label], run[chosen][:, label]) for label in labels] for run in runs]
+        return np.mean(areas) if labels else np.nan
+
+    draws = list(np.random.default_rng(5).integers(0, 12, (50, 12)))
+    means = {name: np.array([macro(runs, chosen) for chosen in draws]) for name, runs in systems.items()}
+    for name, runs in systems.items():
+        assert intervals[name].estimate == pytest.approx(macro(runs, np.arange(12)))
+        expected = np.nanpercentile(means[name], [2.5, 97.5])
+        assert [intervals[name].low, intervals[name].high] == pytest.approx(expected)
+    difference = means["a"] - means["b"]
+    assert test.difference == pytest.approx(intervals["a"].estimate - intervals["b"].estimate)
+    assert [test.interval.low, test.interval.high] == pytest.approx(np.nanpercentile(difference, [2.5, 97.5]))
+    with pytest.raises(ValueError, match="no label"):
+        bootstrap_macro_auroc(systems, np.zeros((12, 3)))
 
 
 def test_interval_of_a_mean_agrees_with_scipy_and_theory():
