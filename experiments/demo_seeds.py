@@ -20,8 +20,7 @@ from ..data.phantom import Finding, PhantomScan, render_patient, sample_patient
 from ..files import write_texts
 from ..metrics.markdown import table_lines
 from .lesion_scores import place_is_right, sentences_about, size_is_right
-
-TOLERANCE_MM = 10.0  # between the maximum of the map and a lesion, as in `diffvp evaluate`
+from .map_scores import TOLERANCE_MM
 
 
 def pointed_at(map_image: nib.Nifti1Image, scan: PhantomScan) -> list[str]:

@@ -151,17 +151,20 @@ def bootstrap_auroc(
         raise ValueError(f"{int(positive.sum())} of {len(scores)} cases are positive: expected some of either kind")
     order = np.lexsort((scores, positive))
     scores, positive = scores[order], positive[order]
-    above, below = scores[positive][:, None], scores[~positive]
-    wins = (above > below) + 0.5 * (above == below)  # (positives, negatives)
-
-    def areas(times: NDArray) -> NDArray:
-        of_pairs = ((times[:, positive] @ wins) * times[:, ~positive]).sum(axis=1)
-        pairs = times[:, positive].sum(axis=1) * times[:, ~positive].sum(axis=1)
-        return np.divide(of_pairs, pairs, out=np.full(len(times), np.nan), where=pairs > 0)
-
     # Resampled row sums of an identity matrix: the number of times that each case was drawn.
     drawn = _resampled_sums(np.eye(len(scores)), resamples, seed)
-    return _interval(float(areas(np.ones((1, len(scores))))[0]), areas(drawn), len(scores), level, seed)
+    once = np.ones((1, len(scores)))
+    of_all, resampled = (_areas(scores, positive, times) for times in (once, drawn))
+    return _interval(float(of_all[0]), resampled, len(scores), level, seed)
+
+
+def _areas(scores: NDArray, positive: NDArray[np.bool_], times: NDArray) -> NDArray:
+    """Area under the ROC curve with each case drawn `times`, (resamples, cases) → (resamples,); NaN if undefined."""
+    above, below = scores[positive][:, None], scores[~positive]
+    wins = (above > below) + 0.5 * (above == below)  # (positives, negatives)
+    of_pairs = ((times[:, positive] @ wins) * times[:, ~positive]).sum(axis=1)
+    pairs = times[:, positive].sum(axis=1) * times[:, ~positive].sum(axis=1)
+    return np.divide(of_pairs, pairs, out=np.full(len(times), np.nan), where=pairs > 0)
 
 
 def bootstrap_macro_auroc(
@@ -194,20 +197,13 @@ def bootstrap_macro_auroc(
     # First every case once, then the resamples.
     times = np.concatenate([np.ones((1, cases)), _resampled_sums(np.eye(cases), resamples, seed)])
 
-    def areas(scores: NDArray, there: NDArray[np.bool_]) -> NDArray:
-        above, below = scores[there][:, None], scores[~there]
-        wins = (above > below) + 0.5 * (above == below)
-        of_pairs = ((times[:, there] @ wins) * times[:, ~there]).sum(axis=1)
-        count = times[:, there].sum(axis=1) * times[:, ~there].sum(axis=1)
-        return np.divide(of_pairs, count, out=np.full(len(times), np.nan), where=count > 0)
-
     means = {}
     for name, runs in systems.items():
         runs = np.asarray(runs, dtype=np.float64)
         if runs.ndim != 3 or runs.shape[1:] != positive.shape:
             raise ValueError(f"{name} has scores {runs.shape}: expected (runs, {cases}, {positive.shape[1]})")
-        of_runs = [_mean_of_defined([areas(one[:, label], positive[:, label]) for label in tested]) for one in runs]
-        means[name] = np.mean(of_runs, axis=0)
+        of_labels = ([_areas(one[:, label], positive[:, label], times) for label in tested] for one in runs)
+        means[name] = np.mean([_mean_of_defined(areas) for areas in of_labels], axis=0)
     intervals = {name: _interval(of[0], of[1:], cases, level, seed) for name, of in means.items()}
     tests = [means[first] - means[second] for first, second in pairs]
     return intervals, [_bootstrap_comparison(of[0], of[1:], cases, level, seed) for of in tests]
