@@ -5,11 +5,15 @@ Compare reports of faster decoding (drafts, batches, weights of fewer bits) with
 
     python benchmarks/agreement.py --cases 200 --output benchmarks/results                  # drafts and batches
     python benchmarks/agreement.py --cases 100 --ways plain bfloat16 "bfloat16, batch" --output ...
+    python benchmarks/agreement.py --cases 100 --ways plain int8 "int8, not down_proj" --output ...
     python benchmarks/agreement.py --ways plain drafts --scans a.nii.gz b.nii.gz --output ...
 
 All ways decode the same prompts, embedded by the float32 model: only decoding differs. `plain` is float32, one report
 at a time, one token per step. Each report is appended to agreement.jsonl; the same command resumes with that file. A
 step is a forward pass of the LLM. Seconds are processor time.
+
+int8 is torch's `quantize_dynamic`: weights with one scale per output channel, activations with one scale per product.
+DiffVP does not offer it, because its reports are wrong (docs/scaling.md).
 """
 
 import argparse
@@ -44,6 +48,8 @@ WAYS = {
     "bfloat16": ("bfloat16", True, 1),
     "bfloat16, plain": ("bfloat16", False, 1),
     "bfloat16, batch": ("bfloat16", False, BATCH),
+    "int8": ("int8", False, 1),
+    "int8, not down_proj": ("int8, not down_proj", False, 1),
 }
 
 
@@ -52,7 +58,11 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, way: str):
         weights, drafted, self.batch = WAYS[way]
-        self.model, self.processor = load_checkpoint(checkpoint, dtype=weights)
+        is_int8 = weights.startswith("int8")
+        self.model, self.processor = load_checkpoint(checkpoint, dtype="float32" if is_int8 else weights)
+        if is_int8:
+            self.model.merge_adapter()
+            quantize(self.model.language_model, without="down_proj" if "down_proj" in weights else None)
         if not drafted:
             self.model.drafts = None
         self.steps = 0
@@ -68,6 +78,16 @@ class Decoder:
         written = self.engine.generate(prompts, self.decoding)
         share = (time.process_time() - start) / len(prompts), self.steps / len(prompts)
         return [{"tokens": tokens, "seconds": share[0], "steps": share[1]} for tokens in written]
+
+
+def quantize(language_model: torch.nn.Module, without: str | None) -> None:
+    """Convert the linear layers to int8 in place, except those whose name contains `without`."""
+    layers = {
+        name: torch.ao.quantization.per_channel_dynamic_qconfig
+        for name, module in language_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and (without is None or without not in name)
+    }
+    torch.ao.quantization.quantize_dynamic(language_model, layers, inplace=True)
 
 
 def prompts_of(

@@ -330,7 +330,7 @@ def _reporting() -> Iterator[Callable]:
             step("Loading the libraries")
             quiet()
             from ..inference.engines import check_engine, load_engine
-            from ..inference.report import EXPECTED_ERRORS, check_output, load_checkpoint, write_report
+            from ..inference.report import EXPECTED_ERRORS, check_output, compose_report, load_checkpoint, save_report
 
             with one_line_errors(*EXPECTED_ERRORS):
                 check_output(output)
@@ -343,9 +343,11 @@ def _reporting() -> Iterator[Callable]:
                 domain = model.config.intended_domain or "not stated by the checkpoint"
                 err.print(STATEMENT, style="bold yellow")
                 warn(f"This checkpoint is intended for: {domain}.", style=None)
-                written = write_report(
-                    model, processor, output_dir=output, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
+                composed = compose_report(
+                    model, processor, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
                 )
+                model.to("meta")  # frees the weights, half of the memory, before the figure needs some
+                written = save_report(composed, processor, output, on_step=step)
             for warning in written.document["warnings"]:
                 warn(warning)
             return written

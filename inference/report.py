@@ -114,11 +114,54 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: s
     return model, processor
 
 
+@dataclass(frozen=True)
+class ComposedReport:
+    """
+    Report that is not written to files yet; the model is no longer needed.
+
+    Attributes:
+        document: content of report.json.
+        difference: difference map on the processor's grid, (depth, height, width).
+        scans: scan and reference, each with its options of preprocessing.
+        geometry: grid of the scan.
+        truth: true report of a phantom.
+    """
+
+    document: dict
+    difference: torch.Tensor
+    scans: tuple[tuple[CTVolume, dict], tuple[CTVolume, dict]]
+    geometry: CTGeometry
+    truth: str | None
+
+
 def write_report(
     model,
     processor,
     ct,
     output_dir: str | os.PathLike,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    **options,
+) -> Report:
+    """
+    Write the report of one scan with difference map, figure and provenance.
+
+    Args:
+        output_dir: folder for the files. It appears complete or not at all, and replaces only an earlier report.
+        options: options of [`compose_report`].
+
+    Raises:
+        ReportError: `output_dir` holds other files; and whatever [`compose_report`] raises.
+    """
+    check_output(Path(output_dir))
+    composed = compose_report(model, processor, ct, on_step=on_step, **options)
+    return save_report(composed, processor, output_dir, on_step=on_step)
+
+
+def compose_report(
+    model,
+    processor,
+    ct,
     *,
     reference=None,
     reference_seed: int = 0,
@@ -131,14 +174,13 @@ def write_report(
     engine: Engine | None = None,
     hub_kwargs: dict | None = None,
     on_step: Callable[[str], None] = lambda step: None,
-) -> Report:
+) -> ComposedReport:
     """
-    Write the report of one scan with difference map, figure and provenance. Decoding is greedy.
+    Compare one scan with a reference, and generate its report. Decoding is greedy.
 
     Args:
         model, processor: a loaded checkpoint ([`DiffVPForConditionalGeneration`], [`DiffVPProcessor`]).
         ct: scan: a [`CTVolume`], or whatever [`read_ct`] reads without further options.
-        output_dir: folder for the files. It appears complete or not at all, and replaces only an earlier report.
         reference: normal scan to compare with, as `ct`; `None` samples from the checkpoint's pool by `reference_seed`.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
         allow_any_anatomy: also accept scans without lungs, for which the model has no words.
@@ -149,12 +191,10 @@ def write_report(
         on_step: called with the name of each step as it begins.
 
     Raises:
-        ReportError: the model was not loaded from a checkpoint, or `output_dir` holds other files.
+        ReportError: the model was not loaded from a checkpoint.
         CTInputError: a scan is not a usable chest CT. For another body region, this is a `CTAnatomyError`.
         ReferencePoolError: no reference is given and the checkpoint has no pool, or its files differ from its index.
     """
-    output = Path(output_dir).absolute()
-    check_output(output)
     on_step("Hashing the weights")
     made_by = identify_model(model, hub_kwargs or {})
 
@@ -191,23 +231,43 @@ def write_report(
         truth=truth,
     )  # fmt: skip
 
-    on_step("Drawing the figure")
     own = {"allow_non_hu": allow_non_hu} if geometries[1].is_hu and not geometries[0].is_hu else options
-    volumes = (scan, options), (reference, own)
+    return ComposedReport(document, difference, ((scan, options), (reference, own)), geometries[0], truth)
+
+
+def save_report(
+    composed: ComposedReport,
+    processor,
+    output_dir: str | os.PathLike,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """
+    Draw the figure of a report, and write all its files.
+
+    Args:
+        output_dir: folder for the files. It appears complete or not at all, and replaces only an earlier report.
+
+    Raises:
+        ReportError: `output_dir` holds other files.
+    """
+    output = Path(output_dir).absolute()
+    check_output(output)
+    on_step("Drawing the figure")
     with _staged(output) as stage:
-        write_texts(stage, document)
-        if truth is not None:
-            (stage / TRUE_REPORT).write_text(truth + "\n", encoding="utf-8")
-        processor.save_map(stage / DIFFERENCE_MAP, difference, geometries[0])
-        drawing = _sample_for_figure(processor.image_processor, volumes, geometries[0], difference)
-        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(document))
-    return Report(output, document)
+        write_texts(stage, composed.document)
+        if composed.truth is not None:
+            (stage / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
+        processor.save_map(stage / DIFFERENCE_MAP, composed.difference, composed.geometry)
+        drawing = _sample_for_figure(processor.image_processor, composed)
+        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(composed.document))
+    return Report(output, composed.document)
 
 
 def _read(ct, allow_non_hu: bool) -> CTVolume:
     """Read a scan once, for both the tensor and the figure."""
     if isinstance(ct, (list, tuple)):
-        raise ReportError(f"write_report takes one scan, got a list of {len(ct)}.")
+        raise ReportError(f"A report takes one scan, got a list of {len(ct)}.")
     return ct if isinstance(ct, CTVolume) else read_ct(ct, allow_non_hu=allow_non_hu)
 
 
@@ -248,8 +308,9 @@ def display_grid(image_processor, geometry: CTGeometry) -> dict:
     return {"size": size, "target_spacing": [mm / n for mm, n in zip(box, size, strict=True)] if fixed else None}
 
 
-def _sample_for_figure(image_processor, scans, geometry, difference: torch.Tensor) -> dict:
+def _sample_for_figure(image_processor, composed: ComposedReport) -> dict:
     """Sample both scans and the map on a fine grid over the box that the model saw."""
+    scans, geometry, difference = composed.scans, composed.geometry, composed.difference
     grid = display_grid(image_processor, geometry)
     # Voxels that are not Hounsfield units have their own window; both scans then share grey values only.
     hu_window = scans[0][1].get("hu_window", image_processor.hu_window)

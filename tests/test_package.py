@@ -93,6 +93,17 @@ def test_no_file_contains_a_path_of_a_developers_machine(project_files, reposito
     assert found == []
 
 
+def test_no_file_contains_a_merge_conflict(project_files, repository_root):
+    marks = (b"<" * 7 + b" ", b">" * 7 + b" ")
+    found = [
+        f"{path.relative_to(repository_root)}:{number}"
+        for path in project_files
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if line.startswith(marks)
+    ]
+    assert found == []
+
+
 @pytest.fixture(scope="module")
 def wheel_members(repository_root, project_files, tmp_path_factory) -> set[str]:
     """Return the members of a wheel that is built from the project's files only, without a download."""

@@ -17,7 +17,7 @@ import torch
 from diffvp.inference import document as documents
 from diffvp.inference import figure as figures
 from diffvp.inference import report as reporting
-from diffvp.inference.report import ReportError, load_checkpoint, write_report
+from diffvp.inference.report import ReportError, compose_report, load_checkpoint, save_report, write_report
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct
@@ -141,6 +141,21 @@ def test_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure):
     assert DOMAIN in page and report.text in page and report.text
     assert "cut off after 9 tokens" in page
     assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "temporary files are left"
+
+
+def test_files_are_written_after_the_weights_are_freed(make_checkpoint, scan, tmp_path, real_figure):
+    """`diffvp report` frees the model before it draws the figure."""
+    checkpoint = make_checkpoint()
+    model, processor = load_checkpoint(checkpoint)
+    composed = compose_report(model, processor, scan)
+    model.to("meta")
+    report = save_report(composed, processor, tmp_path / "report")
+    whole = write_report(*load_checkpoint(checkpoint), scan, tmp_path / "whole")
+    assert report.text == whole.text and report.findings == whole.findings
+    for name in ("report.txt", "figure.png"):
+        assert (report.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    maps = [np.asarray(nib.load(one.folder / "difference_map.nii.gz").dataobj) for one in (report, whole)]
+    assert np.array_equal(*maps) and maps[0].any()
 
 
 def test_report_states_coverage_and_consistency(loaded, tmp_path):
