@@ -106,7 +106,7 @@ test-docs: $(DEV)  ## run every code block of README and docs in a fresh clone (
 test-kills: $(DEV)  ## kill a training run and each way to save 50 times: no checkpoint is lost or mixed
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py tests/test_interrupted_saves.py -k kill --timeout 1800
 
-test-judge: $(DEV)  ## judge 40 pairs by a real model on a real server, kill it, go on (half an hour on two cores)
+test-judge: $(DEV)  ## judge 40 pairs by a real model on a real server, kill it, go on (an hour on two cores)
 	$(PIP) install --quiet --editable ".[judge,radmatch]" "transformers[serving]"
 	DIFFVP_JUDGE_SERVER=1 $(BIN)/pytest tests/test_judge_server.py tests/test_judge.py tests/test_radmatch.py $(PYTEST_ARGS)
 
@@ -137,10 +137,19 @@ $(AXE):
 fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)
 
-train-phantom: $(DEV)  ## make the phantom cohort and train the checkpoint that ships (hours on two cores)
+# The checkpoint that ships was trained on a GPU in the first of the three runs, with larger batches: see its card.
+train-phantom: $(DEV)  ## train the shipped checkpoint anew, in its place: phantoms and three training runs (hours)
 	$(BIN)/diffvp phantom phantom --train 3600 --valid 200 --seed 0
 	$(BIN)/diffvp train configs/phantom.yaml
 	$(BIN)/python -m diffvp.hub.release runs/phantom/model checkpoints/diffvp-phantom
+	$(BIN)/diffvp phantom phantom-1 --train 1000 --valid 1 --seed 1 --no-masks
+	$(BIN)/diffvp train configs/phantom_more.yaml seed=1 output_dir=runs/phantom-1 data.root=phantom-1 \
+		data.report_cases=[0,920] data.validation_cases=[920,999] data.diagnosis_cases=[999,1000] \
+		report.new_thresholds=false
+	$(BIN)/python -m diffvp.hub.release runs/phantom-1/model checkpoints/diffvp-phantom
+	$(BIN)/diffvp phantom phantom-2 --train 1280 --valid 1 --seed 2 --no-masks
+	$(BIN)/diffvp train configs/phantom_more.yaml
+	$(BIN)/python -m diffvp.hub.release runs/phantom-more/model checkpoints/diffvp-phantom
 
 # VOLUME_LABELS="--volume-labels FOLDER" adds the classifier of a checkpoint that was trained without masks.
 evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms, and on 300 of another seed; write its card
