@@ -26,10 +26,16 @@ PLANES = ("axial", "coronal", "sagittal")
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}  # HU: black, white
 VIEWS = (("axial", "lung"), ("axial", "mediastinum"), ("coronal", "lung"), ("sagittal", "mediastinum"))
-# Labels of findings outside the lungs: a peak at their border would not tell. Others are shown as their surroundings.
-SOFT_TISSUE = frozenset(
+# Window of each finding of CT-RATE. The voxels at its peak would not tell: a consolidation is as dense as soft tissue.
+# A finding with another label is shown in the window of its surroundings.
+LABEL_WINDOWS = dict.fromkeys(
+    ("Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Consolidation")
+    + ("Mosaic attenuation pattern", "Peribronchial thickening", "Bronchiectasis", "Interlobular septal thickening"),
+    "lung",
+) | dict.fromkeys(
     ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion", "Lymphadenopathy")
-    + ("Coronary artery wall calcification", "Hiatal hernia", "Pleural effusion")
+    + ("Coronary artery wall calcification", "Hiatal hernia", "Pleural effusion"),
+    "mediastinum",
 )
 COLORS = "inferno"
 OPACITY = 0.65  # of the map's largest value in the body; the smallest value is transparent
@@ -289,8 +295,8 @@ def compose_figure(
         row, column = divmod(number - 1, columns)
         top = 3 * (height + GAP) + row * (own_height + TITLE) + TITLE
         axes = panel(LEFT + column * (own_width + GAP), top, own_width, own_height)
-        in_lung = finding["label"] not in SOFT_TISSUE and _in_lung(one, where)
-        window = _window("lung" if in_lung else "mediastinum", hu_window, is_hu)
+        around = "lung" if _in_lung(one, where) else "mediastinum"
+        window = _window(LABEL_WINDOWS.get(finding["label"], around), hu_window, is_hu)
         _show_finding(axes, one, number, marked[number - 1], window)
     _write_beside(figure, panel, LEFT + across + 0.2, used, lines, colors)
     figure.suptitle(_drawable(title), y=1 - 0.12 / size[1], va="top", color="white", fontsize=12, parse_math=False)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.inference import document as documents
 from diffvp.inference import figure as figures
 from diffvp.inference import report as reporting
@@ -671,18 +672,32 @@ def test_scale_bars_have_the_stated_length(composed):
         assert f"{np.ptp(bar.get_xdata()):g} mm" == said
 
 
+IN_LUNG, IN_TISSUE = (14, 30, 40), (14, 10, 40)
+
+
 @pytest.mark.parametrize(
-    ("label", "window"), [("Lung nodule", "lung"), ("Coronary artery wall calcification", "mediastinum")]
+    ("label", "at", "window"),
+    [
+        ("Lung opacity", IN_LUNG, "lung"),
+        ("Lung opacity", IN_TISSUE, "lung"),
+        ("Coronary artery wall calcification", IN_LUNG, "mediastinum"),
+        ("Own label", IN_LUNG, "lung"),
+        ("Own label", IN_TISSUE, "mediastinum"),
+    ],
 )
-def test_finding_outside_the_lungs_has_the_soft_tissue_window(label, window):
+def test_finding_has_the_window_of_its_label_or_of_its_surroundings(label, at, window):
     target, affine = chest()
-    finding = {"label": label, "peak": (affine @ (14, 30, 40, 1))[:3].tolist()}  # beside lung
+    finding = {"label": label, "peak": (affine @ (*at, 1))[:3].tolist()}
     options = {"hu_window": (-1000, 1200), "is_hu": True, "has_lungs": True}
     options |= {"target_affine": affine, "reference_affine": affine}
     texts = {"report": "", "title": "", "footer": ""}
     figure = figures.compose_figure(target, target, target * 0 + 1, findings=[finding], **options, **texts)
     low, high = figures.WINDOWS[window]
     assert panel(figure, "finding 1").images[0].get_clim() == (max(low, -1350), high)
+
+
+def test_every_finding_of_ct_rate_has_a_window():
+    assert set(figures.LABEL_WINDOWS) == set(DIAGNOSIS_LABELS)
 
 
 def test_slices_state_their_position(composed):
