@@ -22,7 +22,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from .decoding_diffvp import MAX_BYTES, MAX_PADDING, decode, read_bytes
+from .inflate_diffvp import MAX_BYTES, MAX_PADDING, read_bytes, voxel_bytes
 from .volume_diffvp import (
     GIVEN,
     MAX_HU_MINIMUM,
@@ -170,7 +170,7 @@ def read_nifti(
     if not (header.sizeof_hdr + 4 <= offset <= MAX_HEADER and offset.is_integer()):
         raise CTReadError(source, "vox_offset", f"{offset:g}", f"{header.sizeof_hdr + 4} to {MAX_HEADER} bytes")
     offset = int(offset)
-    raw = decode(content, 0, offset + math.prod(shape) * dtype.itemsize, codec, source)
+    raw = voxel_bytes(content, 0, offset + math.prod(shape) * dtype.itemsize, codec, source)
     array = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
     return _from_header(header, array, source, spacing, allow_non_hu, metadata)
 
@@ -242,7 +242,7 @@ def _from_proxy(proxy: ArrayProxy, source: str) -> np.ndarray:
         except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
             raise CTReadError(source, "content", "unreadable", "an open, undamaged file") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
-    raw = decode(content, 0, expected, codec, source)
+    raw = voxel_bytes(content, 0, expected, codec, source)
     return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order="F")
 
 

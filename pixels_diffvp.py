@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, SecondaryCaptureImageStorage
 
-from .decoding_diffvp import MAX_COMPRESSION, inflate_data_set
+from .inflate_diffvp import MAX_COMPRESSION, inflate_data_set
 from .slices_diffvp import BIG_ENDIAN, DEFLATED, NATIVE, PADDING, PIXEL_FIELDS, RLE, Slice
 from .volume_diffvp import CTInputError, CTIntensityError, CTReadError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from .decoding_diffvp import MAX_BYTES, read_bytes
+from .inflate_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
