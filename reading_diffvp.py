@@ -142,7 +142,7 @@ def read_ct(
 
 
 def _is_dicom(path: Path, source: str) -> bool:
-    """Return whether a file is DICOM: by its name, or by its content if the name fits no other format."""
+    """True if a file is DICOM: by its name, or by its content if the name fits no other format."""
     suffix, name = path.suffix.lower(), path.name.upper()
     if suffix == ".dcm" or name == "DICOMDIR":
         return True
@@ -225,7 +225,7 @@ def _refuse(source: str, **arguments) -> None:
                 "metadata": "NIfTI files",
                 "series": "DICOM",
             }
-            raise CTReadError(source, name, repr(value), f"no {name}= here: it is for {use[name]}")
+            raise CTReadError(source, name, repr(value), f"none: {name}= (--{name}) is for {use[name]}")
 
 
 def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:

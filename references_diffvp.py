@@ -126,8 +126,8 @@ class ReferencePool:
             path = Path(entry["path"])
             if not path.exists():
                 raise ReferencePoolError(
-                    f"Reference {entry['id']}: path: missing (expected the scan at the path it had when the pool was "
-                    "made, or another reference given)"
+                    f"Reference {entry['id']}: path: missing (expected the scan at its original path; otherwise pass "
+                    "another reference)"
                 )
             return self._checked(entry, path)
         try:

@@ -87,14 +87,14 @@ def named_sides(sentence: str) -> frozenset[str]:
 
 
 def place_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Return whether the sentences together name all lobes (or sides) of the finding and no other."""
+    """True if the sentences together name all lobes (or sides) of the finding and no other."""
     truth = true_place(finding)
     read = named_lobes if truth <= set(LOBES) else named_sides
     return frozenset().union(*map(read, sentences)) == truth
 
 
 def size_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Return whether the sentences state a length and all stated lengths are within a quarter of the true one."""
+    """True if the sentences state a length and all stated lengths are within a quarter of the true one."""
     truth = size_mm(finding)
     stated = [float(number) for sentence in sentences for number in _MILLIMETRES.findall(sentence)]
     return bool(stated) and all(abs(number - truth) <= SIZE_TOLERANCE * truth for number in stated)

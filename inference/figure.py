@@ -249,7 +249,7 @@ def compose_figure(
 
     shapes = {volume.shape for volume in (target, reference, difference)}
     if len(shapes) != 1:
-        raise ValueError(f"Target, reference and map must have one shape, got {sorted(shapes)}.")
+        raise ValueError(f"target, reference, difference: shapes {sorted(shapes)} (expected one shape)")
     levels = {} if is_hu else dict.fromkeys(("tissue_hu", "air_hu"), to_hu(-0.2, hu_window))
     body, reference_body = body_mask(target, **levels), body_mask(reference, **levels)
     box = _bounding_box(body | reference_body)

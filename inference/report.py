@@ -267,7 +267,7 @@ def save_report(
 def _read(ct, allow_non_hu: bool) -> CTVolume:
     """Read a scan once, for both the tensor and the figure."""
     if isinstance(ct, (list, tuple)):
-        raise ReportError(f"A report takes one scan, got a list of {len(ct)}.")
+        raise ReportError(f"ct: {len(ct)} scans (expected one)")
     return ct if isinstance(ct, CTVolume) else read_ct(ct, allow_non_hu=allow_non_hu)
 
 

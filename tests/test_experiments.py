@@ -485,7 +485,7 @@ def test_foreign_patients_are_tested_with_either_reference_pool(made, study, tmp
     root = write_cohort(tmp_path_factory.mktemp("b"), train=0, valid=8, seed=13, matrix=48, workers=1, progress=False)
     path = tmp_path / "foreigners.yaml"
     path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
-    with pytest.raises(ValueError, match="small has no section foreign"):
+    with pytest.raises(ValueError, match="study small: foreign: missing"):
         run_experiment(str(path), StudyConfig.load(study), runs, tmp_path / "results")
     loaded = StudyConfig.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
     document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())

@@ -429,11 +429,11 @@ def test_finding_in_a_long_report_is_found():
 def test_empty_reports_have_no_labels_and_non_text_is_refused():
     assert found("") == found(" \n") == set()
     assert LABELER.explain("") == []
-    with pytest.raises(TypeError, match="must be a str, got NoneType"):
+    with pytest.raises(TypeError, match="report: NoneType"):
         LABELER.label(None)
-    with pytest.raises(TypeError, match="must be a str, got float"):
+    with pytest.raises(TypeError, match="report: float"):
         LABELER.explain(float("nan"))
-    with pytest.raises(TypeError, match=r"reports\[1\]: .* got bytes"):
+    with pytest.raises(TypeError, match=r"reports\[1\]: .*bytes"):
         LABELER.label_all(["Emphysema.", b"Emphysema."])
 
 

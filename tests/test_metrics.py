@@ -97,7 +97,7 @@ def test_weighted_average_without_findings_equals_zero_division():
         ([[1, 0]], [[1, -1]], "ab", 0, r"references\[0, 1\] is -1"),
         ([1, 0], [1, 0], "ab", 0, r"predictions must be a matrix .* \(2,\)"),
         (np.zeros((0, 2)), np.zeros((0, 2)), "ab", 0, "nothing to score"),
-        ([[1, 0]], [[1, 0]], "ab", 0.5, "zero_division must be 0 or 1, got 0.5"),
+        ([[1, 0]], [[1, 0]], "ab", 0.5, r"zero_division: 0.5 \(expected"),
     ],
 )
 def test_invalid_label_matrices_are_refused(predictions, references, labels, zero_division, message):

@@ -151,7 +151,7 @@ class _Sentence:
 
     @cached_property
     def _denial_bounds(self) -> list[int]:
-        """Ends of denials: the first bound between two verbs, and the commas around a part that is a statement."""
+        """Positions where a negation ends: the first bound between two verbs, and the commas around a statement."""
         bounds = [first for first, _ in self._bounds]
         commas = [match.start() for match in _COMMA.finditer(self.text)]
         if commas:
@@ -234,7 +234,7 @@ class _Sentence:
 
 def _checked_text(report: str) -> tuple[str, list[int] | None]:
     if not isinstance(report, str):
-        raise TypeError(f"A report must be a str, got {type(report).__name__}")
+        raise TypeError(f"report: {type(report).__name__} (expected a str)")
     return plain_text(report)
 
 
