@@ -71,7 +71,7 @@ def public_name(name: str) -> str:
 
 
 def is_folder(name: str) -> bool:
-    """Return whether `name` is an absolute path or an existing local folder."""
+    """True if `name` is an absolute path or an existing local folder."""
     return bool(name) and (Path(name).is_absolute() or Path(name).is_dir())
 
 

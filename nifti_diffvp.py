@@ -389,7 +389,7 @@ def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata
 
 
 def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bool:
-    """Return whether a file looks like RadGenome-ChestCT's preprocessing: floats in HU, identity affine, 3 mm slices.
+    """True if a file looks like RadGenome-ChestCT's preprocessing: floats in HU, identity affine, 3 mm slices.
 
     A chest in 1 mm slices has about as many slices as columns; in 3 mm slices, a third as many.
     """

@@ -526,7 +526,9 @@ class DiffVPProcessor(ProcessorMixin):
 
     def _pool(self) -> ReferencePool:
         if self.reference_pool is None:
-            raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+            raise ReferencePoolError(
+                "This processor has no reference pool: give reference= (--reference), or load_references()."
+            )
         return self.reference_pool
 
     def _sample_references(

@@ -192,7 +192,7 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
 
 
 def _is_scan(name: str) -> bool:
-    """Return whether a name is a file in one of `FORMATS`; False for an archive's folders and macOS's "._" files."""
+    """True if a name is a file in one of `FORMATS`; False for an archive's folders and macOS's "._" files."""
     return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
 
 
@@ -212,7 +212,7 @@ def _source(ct) -> str:
 
 
 def is_simpleitk(ct) -> bool:
-    """Return whether a value is a SimpleITK image, without importing SimpleITK."""
+    """True if a value is a SimpleITK image, without importing SimpleITK."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
 

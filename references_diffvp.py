@@ -167,6 +167,15 @@ class ReferencePool:
         )
         return self.first_other(drawn, scan, load)
 
+    def choose_nearest(
+        self,
+        distance: Callable[[dict[str, str]], float],
+        scan: str,
+        load: Callable[[dict[str, str]], tuple[str, Loaded]],
+    ) -> tuple[str, Loaded]:
+        """Choose the reference with the smallest `distance` to a scan. The rest is as in [`choose`]."""
+        return self.first_other(sorted(self.entries, key=distance), scan, load)
+
     @staticmethod
     def first_other(
         entries: Iterable[Entry],

@@ -189,7 +189,7 @@ class Slice:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Return whether a file with these first 132 bytes is DICOM.
+    """True if a file with these first 132 bytes is DICOM.
 
     A file without a preamble (PS3.10, 7.1) begins with an element of the meta header or of the first group.
     """

@@ -277,7 +277,7 @@ def make_volume(
 
 
 def is_tensor(value) -> TypeGuard[torch.Tensor]:
-    """Return whether a value is a torch tensor. Does not import torch: a caller that has a tensor has imported it."""
+    """True if a value is a torch tensor. Does not import torch: a caller that has a tensor has imported it."""
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
@@ -318,7 +318,7 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
 
 
 def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
-    """Return whether the voxels are Hounsfield units. Other voxels are an error unless `allow_non_hu` is set."""
+    """True if the voxels are Hounsfield units. Other voxels are an error unless `allow_non_hu` is set."""
     # One plane at a time: it is still in the CPU cache for the second pass. A NaN carries over into the extremes.
     extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())

@@ -8,7 +8,8 @@ from pathlib import Path
 from .cases import Case, DatasetError, Problem
 from .ct_rate import load_ct_rate
 from .ctrg import load_ctrg
-from .radgenome import load_phantom, load_radgenome
+from .phantom_cohort import load_phantom
+from .radgenome import load_radgenome
 from .table import load_table
 
 LOADERS = {

@@ -13,6 +13,7 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
+from ..metrics.places import named_lobes, named_sides
 
 # Lower bounds of the bins in mm. Nodules: 9, above which guidelines shorten the follow-up. Pericardial effusion: 10
 # and 20, from which on it is called moderate and large. Others: so that each bin has about a third of the cases. No
@@ -30,9 +31,6 @@ SIZE_TOLERANCE = 0.25  # of the true size
 # The same sentence ends as in `labels_from_report`.
 _SENTENCE = re.compile(r"[.;\n]+(?=\s|$)|\n")
 _MILLIMETRES = re.compile(r"(\d+(?:\.\d+)?) ?mm\b")
-_BOTH_LOBES = re.compile(r"\bboth (upper|lower) lobes\b")
-_BOTH_SIDES = re.compile(r"\b(?:both|bilateral)\b")
-_SIDE = re.compile(r"\b(right|left)\b")
 
 
 # Truth --------------------------------------------------------------------------------------------------------------
@@ -71,19 +69,6 @@ def named_twice(report: str) -> list[str]:
     """Return the findings that more than one sentence of a report states. A correct report states each once."""
     read = [labels_from_report(part) for part in _SENTENCE.split(report.lower())]
     return [label for label in DIAGNOSIS_LABELS if sum(of[label] for of in read) > 1]
-
-
-def named_lobes(sentence: str) -> frozenset[str]:
-    """Return the lobes named in a sentence in lower case."""
-    named = {lobe for lobe in LOBES if lobe in sentence}
-    for level in _BOTH_LOBES.findall(sentence):
-        named |= {f"right {level} lobe", f"left {level} lobe"}
-    return frozenset(named)
-
-
-def named_sides(sentence: str) -> frozenset[str]:
-    """Return the sides ("right", "left") named in a sentence in lower case."""
-    return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
 
 
 def place_is_right(finding: Finding, sentences: Sequence[str]) -> bool:

@@ -435,7 +435,7 @@ def _window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str
 
 
 def _in_lung(drawn: Drawn, at: tuple[int, int, int]) -> bool:
-    """Return whether there is lung around a finding."""
+    """True if there is lung around a finding."""
     reach = [round(15 / mm) for mm in drawn.spacing]
     around = drawn.hu[tuple(slice(max(n - size, 0), n + size + 1) for n, size in zip(at, reach, strict=True))]
     return ((around > AIR_HU) & (around < TISSUE_HU)).mean() > 0.25
