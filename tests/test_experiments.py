@@ -147,7 +147,7 @@ def test_variant_changes_only_its_named_settings(repository_root):
     [
         ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
-        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "must be unique"),
+        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "rows: .*distinct names"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
         ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, maps"),
