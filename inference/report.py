@@ -60,7 +60,7 @@ EXPECTED_ERRORS = (
 @dataclass(frozen=True)
 class Report:
     """
-    Output of [`write_report`].
+    Output of [`write_report`] and [`save_report`].
 
     Attributes:
         folder: folder that holds the files.
