@@ -71,7 +71,7 @@ def public_name(name: str) -> str:
 
 
 def is_folder(name: str) -> bool:
-    """Return whether `name` is an absolute path or an existing local folder."""
+    """True if `name` is an absolute path or an existing local folder."""
     return bool(name) and (Path(name).is_absolute() or Path(name).is_dir())
 
 
@@ -101,7 +101,7 @@ def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None
 
 
 def accepts(language_model: PreTrainedModel, argument: str) -> bool:
-    """Return whether the LLM's `forward` takes an argument: ALiBi and state-space models take no `position_ids`."""
+    """True if the LLM's `forward` takes an argument: ALiBi and state-space models take no `position_ids`."""
     return argument in inspect.signature(language_model.forward).parameters
 
 
@@ -169,8 +169,8 @@ def check_language_model(language_model: PreTrainedModel, name: str) -> None:
 
 
 def _refusal(name: str, problem: str) -> DiffVPBaseModelError:
-    remedy = "take another base: docs/bases.md of DiffVP has the families that were tested"
-    return DiffVPBaseModelError(f"{name}: {problem}; {remedy}.")
+    remedy = "Choose another base; docs/bases.md lists the tested families."
+    return DiffVPBaseModelError(f"{name}: {problem}. {remedy}")
 
 
 def _read(language_model: PreTrainedModel, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,7 @@ class DiffVPCheckpointMixin(_Model):
 
     @classmethod
     def _is_part_of(cls, config: DiffVPConfig) -> bool:
-        """Return whether the checkpoint holds a larger model, of which this one is a part."""
+        """True if the checkpoint holds a larger model, of which this one is a part."""
         larger = {"DiffVPModel", "DiffVPForConditionalGeneration"} & set(config.architectures or [])
         return bool(larger - {base.__name__ for base in cls.__mro__})
 
@@ -558,7 +558,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def _is_named_base(self, state: dict[str, torch.Tensor]) -> bool:
         """
-        Return whether the LLM's `state` equals the loaded base, bit for bit.
+        True if the LLM's `state` equals the loaded base, bit for bit.
 
         The base is loaded again for comparison if the model was cast since, or was built around the caller's own LLM.
         """

@@ -434,32 +434,34 @@ class DiffVPConfig(PreTrainedConfig):
         self._validate_numbers()
         self._validate_prompt_ids()
         if len(self.image_size) != 3 or min(self.image_size) < 16:
-            raise ValueError(f"image_size must be (depth, height, width), 16 voxels or more, got {self.image_size}.")
+            raise ValueError(f"config: image_size: {self.image_size} (expected three sizes of 16 voxels or more)")
         if len(self.encoder_block_channels) != 4 or min(self.encoder_block_channels) < 1:
             raise ValueError(
-                f"encoder_block_channels must be four positive channel counts, got {self.encoder_block_channels}."
+                f"config: encoder_block_channels: {self.encoder_block_channels} (expected four positive counts)"
             )
         if self.encoder_stride not in (1, 2):
-            raise ValueError(f"encoder_stride must be 1 or 2, got {self.encoder_stride}.")
+            raise ValueError(f"config: encoder_stride: {self.encoder_stride} (expected 1 or 2)")
         self._validate_encoder_type()
         self._validate_encoder_input()
         self._validate_attributes()
         for heads in ("resampler_heads", "global_delta_heads"):
             if self.latent_size % getattr(self, heads):
                 raise ValueError(
-                    f"latent_size ({self.latent_size}) must be divisible by {heads} ({getattr(self, heads)})."
+                    f"config: latent_size: {self.latent_size} (expected a multiple of {heads}, {getattr(self, heads)})"
                 )
         threshold = self.diagnosis_threshold
         thresholds = threshold if isinstance(threshold, list) else [threshold]
         if not all(0 <= value <= 1 for value in thresholds):
-            raise ValueError(f"diagnosis_threshold must hold probabilities, got {threshold}.")
+            raise ValueError(f"config: diagnosis_threshold: {threshold} (expected probabilities)")
         if isinstance(threshold, list) and len(thresholds) != len(self.diagnosis_labels):
             raise ValueError(
                 f"diagnosis_threshold has {len(thresholds)} values for {len(self.diagnosis_labels)} diagnosis_labels."
             )
         named = [label for label in self.diagnosis_labels if isinstance(label, str) and label.strip()]
         if len(set(named)) != len(self.diagnosis_labels) or not named:
-            raise ValueError(f"diagnosis_labels must be distinct and not empty, got {self.diagnosis_labels}.")
+            raise ValueError(
+                f"config: diagnosis_labels: {self.diagnosis_labels} (expected distinct names, at least one)"
+            )
         if self.difference_level != "none" and self.visual_tokens == "linear":
             raise ValueError(
                 f'visual_tokens is "linear", but difference_level is "{self.difference_level}": differences are taken '
@@ -473,16 +475,18 @@ class DiffVPConfig(PreTrainedConfig):
         if self.base_model_gguf_file is not None and self.base_model_name_or_path is None:
             raise ValueError("base_model_gguf_file is set but base_model_name_or_path is not.")
         if self.latent_locality is not None and self.latent_locality <= 0:
-            raise ValueError(f"latent_locality must be None or positive, got {self.latent_locality}.")
+            raise ValueError(f"config: latent_locality: {self.latent_locality} (expected None or positive)")
         if self.true_findings is not None and not 0 <= self.true_findings <= 1:
-            raise ValueError(f"true_findings must be None or a share from 0 to 1, got {self.true_findings}.")
+            raise ValueError(f"config: true_findings: {self.true_findings} (expected None or a share from 0 to 1)")
         for name in ("difference_epsilon", "difference_radius", "difference_temperature"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"config: {name}: {getattr(self, name)} (expected a positive number)")
 
     def _validate_encoder_type(self):
         if len(self.encoder_layers) != 4 or min(self.encoder_layers) < 1:
-            raise ValueError(f"encoder_layers must be four positive block counts, got {list(self.encoder_layers)}.")
+            raise ValueError(
+                f"config: encoder_layers: {list(self.encoder_layers)} (expected four positive block counts)"
+            )
         grid, width = self.encoder_grid, self.encoder_width
         if (grid is not None, width is not None) != (self.encoder_type == "external",) * 2:
             raise ValueError(
@@ -491,8 +495,8 @@ class DiffVPConfig(PreTrainedConfig):
             )
         if grid is not None and width is not None and (len(grid) != 3 or min(*grid, width) < 1):
             raise ValueError(
-                f"encoder_grid must be tokens along (depth, height, width), and encoder_width channels, got "
-                f"{list(grid)} and {width}."
+                f"config: encoder_grid, encoder_width: {list(grid)}, {width} (expected tokens along "
+                "(depth, height, width), channels)"
             )
         if self.encoder_type != "resnet" and self.share_encoder:
             raise ValueError(
@@ -505,7 +509,7 @@ class DiffVPConfig(PreTrainedConfig):
         rising += [("encoder_windows", window) for window in self.encoder_windows or ()]
         for name, window in rising:
             if len(window) != 2 or not window[0] < window[1]:
-                raise ValueError(f"{name} must hold two ascending HU, got {list(window)}.")
+                raise ValueError(f"config: {name}: {list(window)} (expected two ascending HU)")
         if self.encoder_windows is not None and (not self.encoder_windows or self.hu_range is None):
             raise ValueError(
                 f"encoder_windows is {self.encoder_windows} and hu_range {self.hu_range}: expected at least one "
@@ -514,7 +518,9 @@ class DiffVPConfig(PreTrainedConfig):
         if self.encoder_pyramid_channels is None:
             return
         if self.encoder_pyramid_channels < 1:
-            raise ValueError(f"encoder_pyramid_channels must be positive, got {self.encoder_pyramid_channels}.")
+            raise ValueError(
+                f"config: encoder_pyramid_channels: {self.encoder_pyramid_channels} (expected a positive number)"
+            )
         if any(size % 16 for size in self.image_size):
             raise ValueError(
                 f"config: image_size: {self.image_size} (expected multiples of 16 with encoder_pyramid_channels)"
@@ -544,15 +550,15 @@ class DiffVPConfig(PreTrainedConfig):
         counts = ("latent_size", "num_latents", "resampler_layers", "resampler_heads", "global_delta_layers")
         for count in (*counts, "global_delta_heads", "num_prefix_tokens", "prompt_hidden_size"):
             if getattr(self, count) < 1:
-                raise ValueError(f"{count} must be at least 1, got {getattr(self, count)}.")
+                raise ValueError(f"config: {count}: {getattr(self, count)} (expected at least 1)")
         for name in ("classification_loss_weight", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, and finite, got {getattr(self, name)}.")
+                raise ValueError(f"config: {name}: {getattr(self, name)} (expected a finite number, 0 or more)")
         for name in ("difference_epsilon", "latent_locality"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
+                raise ValueError(f"config: {name}: {getattr(self, name)} (expected a finite number)")
         if not 1 <= self.format_version <= FORMAT_VERSION:
-            raise ValueError(f"format_version must be 1 to {FORMAT_VERSION}, got {self.format_version}.")
+            raise ValueError(f"config: format_version: {self.format_version} (expected 1 to {FORMAT_VERSION})")
 
     def _validate_prompt_ids(self):
         lists = {} if self.instruction_ids is None else {"instruction_ids": self.instruction_ids}

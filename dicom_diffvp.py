@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .decoding_diffvp import MAX_FILES, extract
+from .inflate_diffvp import MAX_FILES, extract
 from .pixels_diffvp import check_slice, equal_pixels, read_voxels, rescale_of
 from .slices_diffvp import PARTS, DicomFile, Slice, is_dicom, read_directory, read_header
 from .volume_diffvp import (

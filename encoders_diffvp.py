@@ -57,8 +57,8 @@ def check_volume(ct: torch.Tensor, size) -> None:
     """
     if ct.ndim != 5 or ct.shape[1] != 1 or tuple(ct.shape[2:]) != tuple(size):
         raise ValueError(
-            f"ct must have shape (batch, 1, {', '.join(map(str, size))}), got {tuple(ct.shape)}. "
-            "Let the processor of this checkpoint prepare it."
+            f"ct: shape {tuple(ct.shape)} (expected (batch, 1, {', '.join(map(str, size))}), as this checkpoint's "
+            "processor returns it)"
         )
 
 

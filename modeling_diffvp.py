@@ -33,7 +33,7 @@ from .modules_diffvp import (
     DiffVPPromptGenerator,
     DiffVPResampler,
     auxiliary_loss,
-    check_labels,
+    check_token_labels,
     diagnosis_prompts,
     init_weights,
     pad_left,
@@ -452,7 +452,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         Raises:
             ValueError: `num_items_in_batch` is given without `labels`, which `Trainer` removes for label smoothing.
         """
-        check_labels(labels, num_items_in_batch)
+        check_token_labels(labels, num_items_in_batch)
         embeddings, mask, computed = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits
         )

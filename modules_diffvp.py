@@ -1,13 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The building blocks of DiffVP, from the voxel tokens F (batch, N, C) of `encoders_diffvp.py` to the prompt of eq. 9.
+Building blocks of DiffVP, from the voxel tokens F (batch, N, C) of `encoders_diffvp.py` to the parts of the prompt.
 
 - `DiffVPResampler`: shared learnable queries, latents V of shape (batch, K, d), eq. 3
 - `DiffVPAlignedDifference`: voxel tokens minus the softly aligned tokens of the reference
 - `DiffVPGlobalDelta`, `DiffVPLocalDelta`: hierarchical difference extractor, eq. 4-7
 - `DiffVPPromptGenerator`: difference prompt P of shape (batch, m, h), eq. 8
 - `read_attributes`, `diagnosis_prompts`: places and sizes of findings in words, and the diagnosis prompt D
+- helpers of the models in `modeling_diffvp.py`: `pad_left` (for the whole prompt, eq. 9), `init_weights`,
+  `auxiliary_loss` (eq. 11) and `check_token_labels`
 """
 
 import math
@@ -544,7 +546,7 @@ def auxiliary_loss(
     return ((labels[:, 1:] != -100).sum(dim=1).to(losses) / num_items_in_batch * losses).sum()
 
 
-def check_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
+def check_token_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> None:
     """
     Check that the labels whose tokens `Trainer` has counted were not removed.
 

@@ -22,7 +22,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.nifti1 import Nifti1Pair
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from .decoding_diffvp import MAX_BYTES, MAX_PADDING, decode, read_bytes
+from .inflate_diffvp import MAX_BYTES, MAX_PADDING, read_bytes, voxel_bytes
 from .volume_diffvp import (
     GIVEN,
     MAX_HU_MINIMUM,
@@ -86,7 +86,8 @@ class CTMetadata:
         lengths = {"XYSpacing": (2,), "ImageOrientationPatient": (6,)}
         for column, numbers in values.items():
             if numbers.shape != lengths.get(column, ()):
-                raise CTReadError(source, column, repr(row[column]), "as many numbers as in CT-RATE's table")
+                expected = f"{lengths[column][0]} numbers" if column in lengths else "one number"
+                raise CTReadError(source, column, repr(row[column]), expected)
         x, y = values["XYSpacing"]
         return cls(float(values["RescaleSlope"]), float(values["RescaleIntercept"]), (x, y, float(values["ZSpacing"])))
 
@@ -170,7 +171,7 @@ def read_nifti(
     if not (header.sizeof_hdr + 4 <= offset <= MAX_HEADER and offset.is_integer()):
         raise CTReadError(source, "vox_offset", f"{offset:g}", f"{header.sizeof_hdr + 4} to {MAX_HEADER} bytes")
     offset = int(offset)
-    raw = decode(content, 0, offset + math.prod(shape) * dtype.itemsize, codec, source)
+    raw = voxel_bytes(content, 0, offset + math.prod(shape) * dtype.itemsize, codec, source)
     array = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
     return _from_header(header, array, source, spacing, allow_non_hu, metadata)
 
@@ -179,14 +180,14 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
     """Parse and check the header in the first bytes of a file, NIfTI-1 or -2, in either byte order."""
     orders = {struct.unpack(order + "i", head[:4])[0]: order for order in "<>"} if len(head) >= 4 else {}
     if 540 in orders:
-        kind, length, magic = nib.Nifti2Header, 540, head[4:8] == b"n+2\0"
+        kind, length, magic, expected = nib.Nifti2Header, 540, head[4:8], b"n+2\0"
     else:
-        kind, length, magic = nib.Nifti1Header, 348, head[344:348] == b"n+1\0"
+        kind, length, magic, expected = nib.Nifti1Header, 348, head[344:348], b"n+1\0"
     if length not in orders or len(head) < length:
         found = "cut off" if length in orders else sorted(orders) or "missing"
         raise CTReadError(source, "sizeof_hdr", found, "348 or 540, as in a NIfTI header")
-    if not magic:
-        raise CTReadError(source, "magic", "another", "n+1 or n+2: one NIfTI file with header and voxels")
+    if magic != expected:
+        raise CTReadError(source, "magic", repr(magic), "n+1 or n+2: one NIfTI file with header and voxels")
     # Leaves out the extensions, which may be long, and nibabel's own check, which repairs by guessing and prints.
     header = kind(head[:length], orders[length], check=False)
     if not 1 <= header["dim"][0] <= 7:
@@ -242,7 +243,7 @@ def _from_proxy(proxy: ArrayProxy, source: str) -> np.ndarray:
         except (OSError, EOFError, ValueError, zlib.error) as error:  # ValueError: closed
             raise CTReadError(source, "content", "unreadable", "an open, undamaged file") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
-    raw = decode(content, 0, expected, codec, source)
+    raw = voxel_bytes(content, 0, expected, codec, source)
     return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order="F")
 
 
@@ -266,7 +267,12 @@ def _from_header(
     affine, layout = _stated_affine(header, source)
     if affine is not None:
         if spacing is not None:
-            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= here: the header states one")
+            raise CTGeometryError(
+                source,
+                "spacing",
+                tuple(spacing),
+                "none, because the header states one: leave out spacing= (--spacing)",
+            )
         if metadata is not None:
             _compare(header, array, slope, intercept, metadata, source)
         volume = make_volume(
@@ -280,7 +286,7 @@ def _from_header(
     low = float(array.min()) * slope + intercept
     if metadata is not None:
         if spacing is not None:
-            raise CTGeometryError(source, "spacing", tuple(spacing), "no spacing= with metadata=, which states one")
+            raise CTGeometryError(source, "spacing", tuple(spacing), "none, because metadata= (--metadata) states one")
         if (slope, intercept) != (1, 0):
             found = f"{slope:g} and {intercept:g}"
             raise CTIntensityError(
@@ -308,8 +314,8 @@ def _from_header(
         )  # fmt: skip
     raise CTGeometryError(
         source, "grid", "not stated, as qform and sform are unset or an identity",
-        "a stated grid, because left and right are unknown without one; for version 1 of CT-RATE pass metadata=; for "
-        "an array that is known to be in LPS order pass spacing="
+        "a stated grid, because left and right are unknown without one; for version 1 of CT-RATE pass metadata= "
+        "(--metadata); for an array that is known to be in LPS order pass spacing= (--spacing)"
     )  # fmt: skip
 
 
@@ -383,7 +389,7 @@ def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata
 
 
 def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bool:
-    """Return whether a file looks like RadGenome-ChestCT's preprocessing: floats in HU, identity affine, 3 mm slices.
+    """True if a file looks like RadGenome-ChestCT's preprocessing: floats in HU, identity affine, 3 mm slices.
 
     A chest in 1 mm slices has about as many slices as columns; in 3 mm slices, a third as many.
     """

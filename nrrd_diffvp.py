@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .decoding_diffvp import CHUNK, MAX_BYTES, MAX_PADDING, decode, read_bytes
+from .inflate_diffvp import CHUNK, MAX_BYTES, MAX_PADDING, read_bytes, voxel_bytes
 from .volume_diffvp import (
     MAX_LENGTH,
     STATED,
@@ -428,8 +428,8 @@ def _read_bytes(path: Path, voxels: _Storage, count: int, source: str) -> np.nda
         last = path.stat().st_size - count
         if voxels.skip < 0 and last < start:
             raise CTReadError(source, "file size", f"{last + count} bytes", f"{start + count} bytes or more")
-        return decode(path, last if voxels.skip < 0 else start + voxels.skip, count, None, source)
-    return decode(path, start, voxels.skip + count, voxels.encoding, source)[voxels.skip :]
+        return voxel_bytes(path, last if voxels.skip < 0 else start + voxels.skip, count, None, source)
+    return voxel_bytes(path, start, voxels.skip + count, voxels.encoding, source)[voxels.skip :]
 
 
 def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str) -> np.ndarray:

@@ -84,7 +84,7 @@ class DiffVPPipeline(Pipeline):
             scans, normals = list(each(ct)), list(each(reference))
             if not is_many(ct) or len(scans) != len(normals):
                 raise ValueError(
-                    f"{len(normals)} references for {len(scans)} scan(s); expected one each, or one for all."
+                    f"reference: {len(normals)} for {len(scans)} scan(s) (expected one each, or one for all)"
                 )
             ct = [{"ct": scan, "reference": normal} for scan, normal in zip(scans, normals, strict=True)]
             reference = None

@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, SecondaryCaptureImageStorage
 
-from .decoding_diffvp import MAX_COMPRESSION, inflate_data_set
+from .inflate_diffvp import MAX_COMPRESSION, inflate_data_set
 from .slices_diffvp import BIG_ENDIAN, DEFLATED, NATIVE, PADDING, PIXEL_FIELDS, RLE, Slice
 from .volume_diffvp import CTInputError, CTIntensityError, CTReadError
 
@@ -75,7 +75,7 @@ def check_slice(one: Slice) -> None:
 
 
 def _is_padding(one: Slice, start: int, count: int) -> bool:
-    """Return whether the bytes after the pixels are padding: zeros (PS3.5, 8.1.1), or fewer than a row of pixels."""
+    """True if the bytes after the pixels are padding: zeros (PS3.5, 8.1.1), or fewer than a row of pixels."""
     with _open(one) as data:
         data.seek(start)
         return count < one.shape[1] * one.dtype.itemsize or not any(
@@ -168,7 +168,7 @@ def read_voxels(
 
 
 def equal_pixels(one: Slice, other: Slice) -> bool:
-    """Return whether two slices hold the same stored values; False if these cannot be read."""
+    """True if two slices hold the same stored values; False if these cannot be read."""
     try:
         for each in (one, other):
             check_slice(each)

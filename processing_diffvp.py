@@ -162,13 +162,16 @@ class DiffVPImageProcessor(BaseImageProcessor):
         if not inputs:
             raise ValueError("The list of CTs is empty.")
         if spacing is not None and not any(_is_array(one) for one in inputs):
-            raise ValueError("spacing= is for bare arrays; files and images carry their own.")
+            raise ValueError(f"ct: spacing: {spacing} (expected None: files and images state their own)")
         tensors, geometry = [], []
         for one in inputs:
             volume = _read(one, spacing, options["allow_non_hu"])
             if not (volume.is_hu or options["allow_non_hu"]):
                 raise CTIntensityError(
-                    volume.source, "voxels", "not in Hounsfield units", "Hounsfield units, or allow_non_hu=True"
+                    volume.source,
+                    "voxels",
+                    "not in Hounsfield units",
+                    "Hounsfield units, or allow_non_hu=True (--allow-non-hu)",
                 )
             coverage = measure_coverage(volume)
             if not allow_any_anatomy:
@@ -199,16 +202,16 @@ class DiffVPImageProcessor(BaseImageProcessor):
         if isinstance(size, (list, tuple)) and len(size) == 3:
             size = dict(zip(AXES, size, strict=True))
         if not isinstance(size, dict) or set(size) != set(AXES) or min(size.values()) < 1:
-            raise ValueError(f"size must give positive depth, height and width in voxels, got {size}.")
+            raise ValueError(f"settings: size: {size} (expected positive depth, height and width in voxels)")
         if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
             raise ValueError(
-                f"target_spacing must be None or three positive mm (depth, height, width), got {spacing}."
+                f"settings: target_spacing: {spacing} (expected None or three positive mm: depth, height, width)"
             )
         if len(window) != 2 or not window[0] < window[1]:
             # The only one of these settings with a command-line option: input errors there are shown in one line.
             raise CTIntensityError("settings", "hu_window", tuple(window), "two rising HU, such as (-1000, 200)")
         if kwargs["return_tensors"] not in (None, "pt", "np"):
-            raise ValueError(f'return_tensors must be "pt" or "np", got {kwargs["return_tensors"]!r}.')
+            raise ValueError(f'settings: return_tensors: {kwargs["return_tensors"]!r} (expected "pt" or "np")')
         return kwargs | {
             "size": {axis: size[axis] for axis in AXES},
             "target_spacing": None if spacing is None else tuple(float(mm) for mm in spacing),
@@ -239,7 +242,7 @@ class DiffVPImageProcessor(BaseImageProcessor):
             ValueError: `workers` is below 1.
         """
         if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}.")
+            raise ValueError(f"settings: workers: {workers} (expected at least 1)")
 
         def one(scan):
             try:
@@ -441,14 +444,14 @@ class DiffVPProcessor(ProcessorMixin):
         allow_any_anatomy = True if allow_any_anatomy is None else allow_any_anatomy
         seed = 0 if reference_seed is None else reference_seed
         if not isinstance(seed, int):
-            raise TypeError(f"reference_seed must be an integer, got {seed!r}.")
+            raise TypeError(f"settings: reference_seed: {seed!r} (expected an integer)")
         scans = list(each(ct))
         texts = _texts(text, len(scans))  # fail before reading any scan
         given = [] if reference is None else list(each(reference))
         if given and len(given) not in (1, len(scans)):
-            raise ValueError(f"{len(given)} references for {len(scans)} scans; expected one each, or one for all.")
+            raise ValueError(f"reference: {len(given)} for {len(scans)} scans (expected one each, or one for all)")
         if spacing is not None and not any(_is_array(one) for one in scans + given):
-            raise ValueError("spacing= is for bare arrays; files and images carry their own.")
+            raise ValueError(f"ct: spacing: {spacing} (expected None: files and images state their own)")
         features = self._preprocess(scans, spacing, images_kwargs, allow_any_anatomy)
         batch = len(features["geometry"])
         # A window of grey values is only for the scan; a reference in Hounsfield units keeps the default window.
@@ -523,7 +526,9 @@ class DiffVPProcessor(ProcessorMixin):
 
     def _pool(self) -> ReferencePool:
         if self.reference_pool is None:
-            raise ReferencePoolError("This processor has no reference pool: give reference=, or load_references().")
+            raise ReferencePoolError(
+                "This processor has no reference pool: give reference= (--reference), or load_references()."
+            )
         return self.reference_pool
 
     def _sample_references(

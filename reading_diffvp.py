@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from .decoding_diffvp import MAX_BYTES, read_bytes
+from .inflate_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
 from .volume_diffvp import (
@@ -142,7 +142,7 @@ def read_ct(
 
 
 def _is_dicom(path: Path, source: str) -> bool:
-    """Return whether a file is DICOM: by its name, or by its content if the name fits no other format."""
+    """True if a file is DICOM: by its name, or by its content if the name fits no other format."""
     suffix, name = path.suffix.lower(), path.name.upper()
     if suffix == ".dcm" or name == "DICOMDIR":
         return True
@@ -192,7 +192,7 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
 
 
 def _is_scan(name: str) -> bool:
-    """Return whether a name is a file in one of `FORMATS`; False for an archive's folders and macOS's "._" files."""
+    """True if a name is a file in one of `FORMATS`; False for an archive's folders and macOS's "._" files."""
     return name.lower().endswith(tuple(FORMATS)) and not Path(name).name.startswith("._")
 
 
@@ -212,7 +212,7 @@ def _source(ct) -> str:
 
 
 def is_simpleitk(ct) -> bool:
-    """Return whether a value is a SimpleITK image, without importing SimpleITK."""
+    """True if a value is a SimpleITK image, without importing SimpleITK."""
     return type(ct).__module__.split(".")[0] == "SimpleITK" and type(ct).__name__ == "Image"
 
 
@@ -225,7 +225,7 @@ def _refuse(source: str, **arguments) -> None:
                 "metadata": "NIfTI files",
                 "series": "DICOM",
             }
-            raise CTReadError(source, name, repr(value), f"no {name}= here: it is for {use[name]}")
+            raise CTReadError(source, name, repr(value), f"none: {name}= (--{name}) is for {use[name]}")
 
 
 def _from_simpleitk(image, source: str, allow_non_hu: bool) -> CTVolume:

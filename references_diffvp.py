@@ -126,8 +126,8 @@ class ReferencePool:
             path = Path(entry["path"])
             if not path.exists():
                 raise ReferencePoolError(
-                    f"Reference {entry['id']}: path: missing (expected the scan at the path it had when the pool was "
-                    "made, or another reference given)"
+                    f"Reference {entry['id']}: path: missing (expected the scan at its original path; otherwise pass "
+                    "another reference)"
                 )
             return self._checked(entry, path)
         try:
@@ -166,6 +166,15 @@ class ReferencePool:
             self.entries, key=lambda entry: hashlib.sha256(f"{seed}:{scan}:{entry['id']}".encode()).hexdigest()
         )
         return self.first_other(drawn, scan, load)
+
+    def choose_nearest(
+        self,
+        distance: Callable[[dict[str, str]], float],
+        scan: str,
+        load: Callable[[dict[str, str]], tuple[str, Loaded]],
+    ) -> tuple[str, Loaded]:
+        """Choose the reference with the smallest `distance` to a scan. The rest is as in [`choose`]."""
+        return self.first_other(sorted(self.entries, key=distance), scan, load)
 
     @staticmethod
     def first_other(

@@ -23,7 +23,7 @@ from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import data_element_generator, read_sequence
 
-from .decoding_diffvp import inflate_data_set
+from .inflate_diffvp import inflate_data_set
 from .volume_diffvp import CTGeometryError, CTInputError, CTReadError
 
 MAX_VALUE_LENGTH = 1024  # bytes of a field that is read here: a few numbers or codes
@@ -189,7 +189,7 @@ class Slice:
 
 
 def is_dicom(head: bytes) -> bool:
-    """Return whether a file with these first 132 bytes is DICOM.
+    """True if a file with these first 132 bytes is DICOM.
 
     A file without a preamble (PS3.10, 7.1) begins with an element of the meta header or of the first group.
     """

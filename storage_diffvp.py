@@ -202,7 +202,9 @@ def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
             raise
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     if wrong := [shard for shard in shards if not _WEIGHTS.fullmatch(shard)]:
-        raise DiffVPCheckpointError(f"{index}: expected names such as model-00001-of-00002.safetensors, got {wrong}.")
+        raise DiffVPCheckpointError(
+            f"{index}: weight_map: {wrong} (expected names such as model-00001-of-00002.safetensors)"
+        )
     return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: locate(shard) for shard in shards}
 
 

@@ -45,7 +45,7 @@ from .training.check import check_run, has_own_encoder, make_processor, model_fi
 from .training.checkpoints import Checkpoints
 from .training.cohort import Cohort, load_cohort
 from .training.config import TrainingConfig
-from .training.diagnosis import (
+from .training.diagnosis_stage import (
     DiagnosisStage,
     Truth,
     best_thresholds,
@@ -56,8 +56,8 @@ from .training.diagnosis import (
 )
 from .training.encoder import import_encoder, load_encoder
 from .training.features import Features, compute_all, make_features
-from .training.loop import Log, Stage, Trainer
-from .training.report import ReportStage, check_base, make_drafts, quantization
+from .training.loop import Log, Stage, StageTrainer
+from .training.report_stage import ReportStage, check_base, make_drafts, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def train(
     if accelerator.is_main_process:
         checkpoints.clean()
     accelerator.wait_for_everyone()
-    trainer = Trainer(stage, accelerator, checkpoints, log, config, settings)
+    trainer = StageTrainer(stage, accelerator, checkpoints, log, config, settings)
     if trainer.resume():
         logger.info("Resuming the stage %s after step %d.", stage.name, trainer.position.step)
     trainer.fit()

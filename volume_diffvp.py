@@ -36,6 +36,7 @@ MIN_LENGTH = 8  # voxels along each axis
 MAX_LENGTH = 4096  # the longest CT-RATE volume has 1,617 slices
 MAX_TILT_COSINE = 0.01  # |cosine| between two grid axes: 0.6 degrees of shear moves a voxel by 3 mm over 300 mm
 MAX_ROTATION = 30.0  # degrees between a grid axis and the patient axis that it stands for
+ACCEPT_NON_HU = "allow_non_hu=True (--allow-non-hu) accepts it with your own hu_window (--hu-window)"
 MAX_HU_MINIMUM = -500.0  # HU: air is -1000, and every chest CT contains air
 MIN_HU_MAXIMUM = 0.0  # HU: water is 0, and every patient contains water
 SOFT_TISSUE = (-200.0, 200.0)  # HU: fat, muscle, blood
@@ -276,7 +277,7 @@ def make_volume(
 
 
 def is_tensor(value) -> TypeGuard[torch.Tensor]:
-    """Return whether a value is a torch tensor. Does not import torch: a caller that has a tensor has imported it."""
+    """True if a value is a torch tensor. Does not import torch: a caller that has a tensor has imported it."""
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
@@ -317,7 +318,7 @@ def check_shape(shape: tuple[int, ...], source: str) -> None:
 
 
 def _check_intensities(array: np.ndarray, slope: float, intercept: float, source: str, allow_non_hu: bool) -> bool:
-    """Return whether the voxels are Hounsfield units. Other voxels are an error unless `allow_non_hu` is set."""
+    """True if the voxels are Hounsfield units. Other voxels are an error unless `allow_non_hu` is set."""
     # One plane at a time: it is still in the CPU cache for the second pass. A NaN carries over into the extremes.
     extremes = np.array([(plane.min(), plane.max()) for plane in array.T])
     stored = float(extremes[:, 0].min()), float(extremes[:, 1].max())
@@ -346,18 +347,17 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
             f"{soft:.1%} of the voxels",
             f"at least {MIN_SOFT_TISSUE:.0%}, or {MIN_SOFT_BODY:.0%} of the body, between {SOFT_TISSUE[0]:g} and "
             f"{SOFT_TISSUE[1]:g} HU; a rescale is missing or was applied twice, or the byte order is wrong; "
-            "allow_non_hu=True accepts it with your own hu_window",
+            + ACCEPT_NON_HU,
         )
     if in_range:
         raise CTIntensityError(
             source, "voxels", f"{dense:.0%} above {DENSE_HU:g} HU and {airy:.0%} below {AIRY_HU:g} HU",
-            "more air than bone: the rescale seems to have the wrong sign. allow_non_hu=True accepts it with your own "
-            "hu_window",
+            "more air than bone: the rescale seems to have the wrong sign; " + ACCEPT_NON_HU,
         )  # fmt: skip
     if low >= 0 and high <= 255:
         reason = "this looks like an 8-bit export, as in CTRG, whose Hounsfield units are lost"
     elif low >= 0:
-        reason = "the rescale to HU is missing, as in version 1 of CT-RATE, where metadata= states it"
+        reason = "the rescale to HU is missing, as in version 1 of CT-RATE, where metadata= (--metadata) states it"
     else:
         reason = "a rescale is missing or was applied twice"
     raise CTIntensityError(
@@ -365,7 +365,7 @@ def _check_intensities(array: np.ndarray, slope: float, intercept: float, source
         "voxel range",
         f"{low:g} to {high:g}",
         f"Hounsfield units, with air below {MAX_HU_MINIMUM:g} and tissue above {MIN_HU_MAXIMUM:g}; {reason}; "
-        "allow_non_hu=True accepts it with your own hu_window",
+        + ACCEPT_NON_HU,
     )
 
 
@@ -654,7 +654,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     if suffix not in (".nii", ".nii.gz"):
-        raise ValueError(f"Maps are written as .nii or .nii.gz, got {path.name}.")
+        raise ValueError(f"{path.name}: suffix: {suffix!r} (expected .nii or .nii.gz)")
     geometry = CTGeometry.from_dict(geometry)
     affine = np.asarray(geometry.affine)
     image = nib.Nifti1Image(to_input_grid(map, geometry), affine)

@@ -329,7 +329,7 @@ def _reporting() -> Iterator[Callable]:
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
             quiet()
-            from ..inference.engines import check_engine, load_engine
+            from ..inference.engines import check_engine, merged_engine
             from ..inference.report import EXPECTED_ERRORS, check_output, compose_report, load_checkpoint, save_report
 
             with one_line_errors(*EXPECTED_ERRORS):
@@ -339,7 +339,7 @@ def _reporting() -> Iterator[Callable]:
                 step(f"Loading {name}")
                 model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # For a single report, merging LoRA takes longer than it saves.
-                decoder = None if engine == "transformers" else load_engine(engine, model, processor.tokenizer)
+                decoder = None if engine == "transformers" else merged_engine(engine, model, processor.tokenizer)
                 domain = model.config.intended_domain or "not stated by the checkpoint"
                 err.print(STATEMENT, style="bold yellow")
                 warn(f"This checkpoint is intended for: {domain}.", style=None)

@@ -69,7 +69,7 @@ def score(
         typer.Argument(help="Output of `diffvp batch`; or .csv, .jsonl or .parquet with ids and both reports."),
     ],
     reference: Annotated[
-        Path | None, typer.Option(help="File of the true reports by id or path (default: they are in REPORTS).")
+        Path | None, typer.Option(help="Table of true reports, matched by id or path (default: they are in REPORTS).")
     ] = None,
     id_column: IdColumn = "id",
     prediction_column: PredictionColumn = "prediction",
@@ -177,7 +177,7 @@ def judge(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an answer.")] = 600,
     price: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Prices of a million prompt and completion tokens, to print the cost."),
+        typer.Option(help="Prices per million prompt tokens and per million completion tokens, to print the cost."),
     ] = None,
     id_column: IdColumn = "id",
     prediction_column: PredictionColumn = "prediction",
@@ -309,7 +309,7 @@ def evaluate(
 def experiment(
     names: Annotated[
         list[str],
-        typer.Argument(help="Tables and figures of the paper, such as table4; and settings to override, KEY=VALUE."),
+        typer.Argument(help="Tables or figures of the paper (table4), followed by settings to override (KEY=VALUE)."),
     ],
     study: Annotated[Path, typer.Option(help="Study file, which names data, training and test set.")] = Path(
         "configs/study_phantom.yaml"

@@ -18,13 +18,13 @@ SHOWN_WARNINGS = 20
 
 
 def phantom(
-    folder: Annotated[Path, typer.Argument(help="Folder for the cohort, in the layout of CT-RATE.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the cohort (layout `phantom`).")],
     train: Annotated[int, typer.Option(min=0, help="Number of cases in the training split.")],
     valid: Annotated[int, typer.Option(min=0, help="Number of cases in the validation split.")],
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same bytes.")] = 0,
     matrix: Annotated[int, typer.Option(min=32, help="Pixels per row and column of each slice.")] = 144,
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Write region and lesion masks.")] = True,
-    scanner: Annotated[str, typer.Option(help="Scanner: a, or b for the same patients in another hospital.")] = "a",
+    scanner: Annotated[str, typer.Option(help="Simulated scanner, a or b. Both render the same patients.")] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Number of processes that render.")] = CORES,
     push: Annotated[
         str | None, typer.Option(help="Also upload the cohort, with a card, as this dataset on the Hub: NAME/DATASET.")

@@ -20,7 +20,7 @@ from pydicom.config import IGNORE
 from pydicom.uid import UID
 from retrying import RetryError
 
-from ..decoding_diffvp import MAX_ARCHIVE_BYTES, MAX_FILES
+from ..inflate_diffvp import MAX_ARCHIVE_BYTES, MAX_FILES
 from ..slices_diffvp import DAMAGED
 from ..volume_diffvp import CTInputError
 from .source import values_as_they_are

@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import write_texts
+
 if TYPE_CHECKING:
     from ..inference.report import Report  # importing it takes seconds, and a bad scan is refused before that
 
@@ -76,7 +78,8 @@ class ClinicalResults:
 
             if source is None and is_dicom(report.document):
                 source = read_source(self.ct, **self._reading)
-            write_json(report.folder / DIAGNOSTIC_REPORT, diagnostic_report(report.document, source, report_uid))
+            resource = diagnostic_report(report.document, source, report_uid)
+            write_texts(report.folder, {DIAGNOSTIC_REPORT: json.dumps(resource, indent=2, ensure_ascii=False) + "\n"})
 
 
 @contextlib.contextmanager
@@ -172,13 +175,5 @@ def _document(record: dict, header: dict) -> dict:
 
 
 def is_dicom(document: dict) -> bool:
-    """Return whether a report describes a DICOM series."""
+    """True if a report describes a DICOM series."""
     return document["provenance"]["scan"]["layout"].startswith("DICOM")
-
-
-def write_json(path: Path, resource: dict) -> None:
-    """Write a file, complete or not at all."""
-    from ..storage_diffvp import replacing  # imports transformers: see above
-
-    with replacing(path) as part:
-        part.write_text(json.dumps(resource, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -249,7 +249,7 @@ def shown_path(path: Path, root: Path) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a table value is missing: None, NaN, or only white space."""
+    """True if a table value is missing: None, NaN, or only white space."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
@@ -268,7 +268,7 @@ def plain_text(value: object) -> str:
     return text
 
 
-def report_text(value: object) -> str:
+def _text_or_empty(value: object) -> str:
     """Return the report text of a table value, or "" for the usual ways to mark a missing report."""
     if is_missing(value) or str(value).strip().rstrip(".").lower() in EMPTY_REPORTS:
         return ""
@@ -278,7 +278,7 @@ def report_text(value: object) -> str:
 
 def check_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
     """Return the report of a case, and add a problem if it is missing or has markup."""
-    text = report_text(value)
+    text = _text_or_empty(value)
     if not text:
         found = "empty" if is_missing(value) else repr(str(value).strip()[:12])
         problems.append(Problem(table, row, column, found, "the text of a report", name))

@@ -8,7 +8,8 @@ from pathlib import Path
 from .cases import Case, DatasetError, Problem
 from .ct_rate import load_ct_rate
 from .ctrg import load_ctrg
-from .radgenome import load_phantom, load_radgenome
+from .phantom_cohort import load_phantom
+from .radgenome import load_radgenome
 from .table import load_table
 
 LOADERS = {
@@ -44,9 +45,9 @@ def load_dataset_cases(
         DatasetError: lists all problems with tables and volumes.
     """
     if layout not in LOADERS:
-        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LOADERS)}")
+        raise ValueError(f"layout: {layout!r} (expected one of {', '.join(LOADERS)})")
     if split is None and layout != "table":
-        raise ValueError(f"split=None with the layout {layout!r}: expected the name of a split")
+        raise ValueError(f"layout {layout}: split: None (expected the name of a split)")
     cases = LOADERS[layout](root, split, include=include, exclude=exclude, **options)
     if not cases:
         raise DatasetError(

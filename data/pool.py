@@ -57,7 +57,7 @@ class Pool:
 
 
 def is_normal(case: Case) -> bool:
-    """Return whether a labelled case is normal by the rule."""
+    """True if a labelled case is normal by the rule."""
     return _no_label(case) and (not case.disorders or _no_disorder(case))
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""RadGenome-ChestCT in the layout of the Hub, and the phantom cohort, with its tables and the volumes of CT-RATE.
+"""RadGenome-ChestCT in the layout of the Hub. `phantom_cohort.py` writes and reads its tables, too.
 
     dataset/train_preprocessed/train_1/train_1a/train_1_a_1.nii.gz          no underscore in the scan's folder
     dataset/radgenome_files/{train,validation}_region_report.csv            Volumename, Anatomy, Sentence
@@ -13,7 +13,6 @@ anatomy has the whole report. Anatomies are nested ("lung/lung/right lung"); the
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from .cases import (
@@ -40,7 +39,6 @@ from .ct_rate import (
     check_names,
     check_volumes,
     patient_and_scan,
-    read_cases,
     read_label_rows,
     table_path,
 )
@@ -60,8 +58,8 @@ def load_radgenome(
     problems: list[Problem] = []
     root = Path(root)
     dataset, keep = root / "dataset", selection(include, exclude)
-    region_path = _region_path(dataset, split)
-    listed, whole, regions = _read_regions(region_path, keep, problems)
+    region_path = region_table_path(dataset, split)
+    listed, whole, regions = read_regions(region_path, keep, problems)
     names = check_names(listed, region_path.name, split, problems)
     check_included(include, listed, region_path.name, problems)
     reports = {}
@@ -73,7 +71,7 @@ def load_radgenome(
         else:
             text = row.values["Sentence"]
             reports[name] = check_report(text, region_path.name, row.number, "Sentence", name, problems)
-    disorders = _read_disorders(dataset, split, listed, region_path.name, keep, problems)
+    disorders = read_disorders(dataset, split, listed, region_path.name, keep, problems)
     labels = {}
     if table_path(dataset / "multi_abnormality_labels", split, "predicted_labels.csv", "valid").is_file():
         label_path, label_rows = read_label_rows(dataset, split, keep, problems)
@@ -102,31 +100,11 @@ def load_radgenome(
     ]
 
 
-def load_phantom(
-    root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
-) -> list[Case]:
-    """Load all cases of a split of a phantom cohort: CT-RATE's version 2 with the tables of RadGenome-ChestCT.
-
-    Arguments and errors are those of [`load_ct_rate`].
-    """
-    split = canonical_split(split, ("train", "valid"))
-    problems: list[Problem] = []
-    cases = read_cases(Path(root), split, include, exclude, problems)
-    dataset, keep = Path(root) / "dataset", selection(include, exclude)
-    *_, regions = _read_regions(_region_path(dataset, split), keep, problems)
-    listed, lists = {case.name: case.row for case in cases}, f"{split}_predicted_labels.csv"
-    disorders = _read_disorders(dataset, split, listed, lists, keep, problems)
-    raise_problems(problems)
-    return [
-        replace(case, region_sentences=regions.get(case.name, {}), disorders=disorders[case.name]) for case in cases
-    ]
-
-
-def _region_path(dataset: Path, split: str) -> Path:
+def region_table_path(dataset: Path, split: str) -> Path:
     return table_path(dataset / "radgenome_files", split, "region_report.csv", "validation")
 
 
-def _read_regions(
+def read_regions(
     path: Path, keep: Callable[[str], bool], problems: list[Problem]
 ) -> tuple[dict[str, int], dict[str, Row], dict[str, dict[str, str]]]:
     """Read, for each volume, the number of its first row, the row of its whole report, and the text of each region."""
@@ -167,7 +145,7 @@ def _joined(text: str, sentence: str) -> str:
     return sentence if text in sentence else f"{text} {sentence}"
 
 
-def _read_disorders(
+def read_disorders(
     dataset: Path,
     split: str,
     listed: Mapping[str, int],

@@ -178,7 +178,7 @@ def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
         found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
-            raise DatasetError([Problem(folder.name or ".", None, "table", names, "one of the two")])
+            raise DatasetError([Problem(folder.name or ".", None, "table", names, f"only one of {names}")])
         if found:
             return found[0], folder != root
     expected = f"{' or '.join(TABLE_NAMES)}, or a file that ends in {', '.join(TABLE_SUFFIXES)}"

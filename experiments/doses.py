@@ -4,7 +4,7 @@
 Phantom patients compared with references that come closer and closer to them.
 
 The phantoms are rendered here, from a seed of their own, because the last two references exist for no patient: his
-earlier, healthy scan and his exact twin without findings. Each patient is encoded and compared once and kept on disk,
+earlier, healthy scan and the exact twin without findings. Each patient is encoded and compared once and kept on disk,
 so that an interrupted run resumes.
 """
 

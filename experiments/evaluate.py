@@ -25,8 +25,8 @@ from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
+from ..data.phantom_cohort import load_phantom
 from ..data.pool import is_normal, pool_by_rule
-from ..data.radgenome import load_phantom
 from ..files import write_texts
 from ..inference.report import load_checkpoint
 from ..metrics.baselines import (
@@ -394,7 +394,7 @@ def _check_masks(data: Path, test: list[Case]) -> None:
 
 
 def _lesion_sizes(patients: dict[str, list[Finding]], test: list[Case], reports: list[str]) -> dict[str, dict]:
-    """Count the lesions of the phantoms by size, and those that the reports name."""
+    """Count lesions of the test cases by size: all of them, and those that the reports name."""
     named = {case.name: report for case, report in zip(test, reports, strict=True)}
     by_size = score_findings(patients, named)["by_size"]
     return {f"{label}, {size}": counts for label, bins in by_size.items() for size, counts in bins.items()}

@@ -78,7 +78,7 @@ def read_reports(path: str | os.PathLike) -> LabelledReports:
         raise ValueError(f"{path} has {len(ids) - len(set(ids))} ids more than once")
     for row in rows:
         if wrong := {label: row[label] for label in DIAGNOSIS_LABELS if row[label] not in ("0", "1")}:
-            raise ValueError(f"{path}, {row['AccessionNo']}: labels must be 0 or 1, got {wrong}")
+            raise ValueError(f"{path}: {row['AccessionNo']}: {wrong} (expected labels 0 or 1)")
     labels = np.array([[int(row[label]) for label in DIAGNOSIS_LABELS] for row in rows])
     return LabelledReports(ids, [row["report_text"] for row in rows], labels)
 

@@ -13,6 +13,7 @@ from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
+from ..metrics.places import named_lobes, named_sides
 
 # Lower bounds of the bins in mm. Nodules: 9, above which guidelines shorten the follow-up. Pericardial effusion: 10
 # and 20, from which on it is called moderate and large. Others: so that each bin has about a third of the cases. No
@@ -30,9 +31,6 @@ SIZE_TOLERANCE = 0.25  # of the true size
 # The same sentence ends as in `labels_from_report`.
 _SENTENCE = re.compile(r"[.;\n]+(?=\s|$)|\n")
 _MILLIMETRES = re.compile(r"(\d+(?:\.\d+)?) ?mm\b")
-_BOTH_LOBES = re.compile(r"\bboth (upper|lower) lobes\b")
-_BOTH_SIDES = re.compile(r"\b(?:both|bilateral)\b")
-_SIDE = re.compile(r"\b(right|left)\b")
 
 
 # Truth --------------------------------------------------------------------------------------------------------------
@@ -73,28 +71,15 @@ def named_twice(report: str) -> list[str]:
     return [label for label in DIAGNOSIS_LABELS if sum(of[label] for of in read) > 1]
 
 
-def named_lobes(sentence: str) -> frozenset[str]:
-    """Return the lobes named in a sentence in lower case."""
-    named = {lobe for lobe in LOBES if lobe in sentence}
-    for level in _BOTH_LOBES.findall(sentence):
-        named |= {f"right {level} lobe", f"left {level} lobe"}
-    return frozenset(named)
-
-
-def named_sides(sentence: str) -> frozenset[str]:
-    """Return the sides ("right", "left") named in a sentence in lower case."""
-    return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
-
-
 def place_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Return whether the sentences together name all lobes (or sides) of the finding and no other."""
+    """True if the sentences together name all lobes (or sides) of the finding and no other."""
     truth = true_place(finding)
     read = named_lobes if truth <= set(LOBES) else named_sides
     return frozenset().union(*map(read, sentences)) == truth
 
 
 def size_is_right(finding: Finding, sentences: Sequence[str]) -> bool:
-    """Return whether the sentences state a length and all stated lengths are within a quarter of the true one."""
+    """True if the sentences state a length and all stated lengths are within a quarter of the true one."""
     truth = size_mm(finding)
     stated = [float(number) for sentence in sentences for number in _MILLIMETRES.findall(sentence)]
     return bool(stated) and all(abs(number - truth) <= SIZE_TOLERANCE * truth for number in stated)

@@ -44,6 +44,9 @@ def _about_trained(documents: list[dict]) -> list[str]:
         "the 95 % bootstrap interval over cases in brackets. **The paper's scores are in separate tables. They were "
         "measured on patients and are not comparable.**",
         "",
+        "Each command belongs to the code that made its result; later code may refuse to add to this folder "
+        "(docs/experiments.md).",
+        "",
     ]
 
 

@@ -19,7 +19,7 @@ import yaml
 from rich.progress import track
 
 from ..metrics.nlg import check_meteor_data
-from ..provenance import made_on, weights_sha256
+from ..provenance import made_on, weights_sha256, without_place
 from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
 from ..volume_diffvp import CTInputError
@@ -106,7 +106,8 @@ def run_experiment(
         "about": table.about,
         "kind": table.kind,
         "command": f"diffvp experiment {name}"
-        + ("" if study.name == "phantom" else f" --study configs/study_{study.name}.yaml"),
+        + ("" if study.name == "phantom" else f" --study configs/study_{study.name}.yaml")
+        + f" --runs {without_place(runs)} --output {without_place(output)}",
         "study": {
             "name": study.name,
             "title": study.title,

@@ -133,7 +133,7 @@ class HeldOut:
         """
         section = self.study.foreign
         if section is None:
-            raise ValueError(f"The study {self.study.name} has no section foreign; this condition needs its scans")
+            raise ValueError(f"study {self.study.name}: foreign: missing (expected data of another scanner)")
         return load_dataset_cases(section.layout, section.root, section.split)
 
     def cases_of(self, patients: str) -> list[Case]:

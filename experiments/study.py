@@ -143,7 +143,7 @@ class Table(_Section):
     def _rows_compare(self) -> "Table":
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
-            raise ValueError(f"row names must be unique, got {names}")
+            raise ValueError(f"rows: {names} (expected distinct names)")
         unknown = {name for pair in self.compare for name in pair} - set(names)
         if unknown:
             raise ValueError(f"compare names {sorted(unknown)}; expected names of rows: {names}")

@@ -36,7 +36,7 @@ from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferenceP
 from ..storage_diffvp import replacing
 from ..volume_diffvp import CTInputError
 from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report
-from .engines import check_engine, load_engine
+from .engines import check_engine, merged_engine
 from .report import greedy, load_checkpoint
 
 # Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
@@ -149,7 +149,7 @@ class ReportWriter:
 
     Args:
         checkpoint: folder or Hub id.
-        engine: see [`load_engine`].
+        engine: see [`merged_engine`].
         reference: normal scan, or folder or list of normal scans (see [`list_scans`]), used instead of the
             checkpoint's pool; or "nearest" for the scan of that pool whose mean features are closest.
         reference_seed: random seed for the choice of references.
@@ -205,7 +205,7 @@ class ReportWriter:
                 "This checkpoint has no normal references: give --reference, a normal scan or a folder of them."
             )
         made_by = identify_model(self.model, hub_kwargs)
-        self.engine = load_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
+        self.engine = merged_engine(engine, self.model, self.processor.tokenizer, **(engine_options or {}))
         self.decoding = greedy(self.model, max_new_tokens)
         self.reference_seed = reference_seed
         self.allow_any_anatomy = allow_any_anatomy
@@ -323,9 +323,7 @@ class ReportWriter:
         if not self.nearest:
             return pool.choose(self.reference_seed, scan, load)
         own = encoded["ct_features"].mean(dim=1)
-        return pool.first_other(
-            sorted(pool.entries, key=lambda entry: float(torch.dist(self._signature(entry["id"]), own))), scan, load
-        )
+        return pool.choose_nearest(lambda entry: float(torch.dist(self._signature(entry["id"]), own)), scan, load)
 
     def _mean_features(self, name: str) -> torch.Tensor:
         encoded, _ = self._reference(name)[1]

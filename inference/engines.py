@@ -97,7 +97,7 @@ class VLLMEngine:
         options: further arguments of `vllm.LLM`, such as `tensor_parallel_size` or `gpu_memory_utilization`.
 
     Raises:
-        ModuleNotFoundError: vLLM is not installed; [`load_engine`] checks this first.
+        ModuleNotFoundError: vLLM is not installed; [`merged_engine`] checks this first.
         DiffVPCheckpointError: the LLM is quantised, so LoRA cannot be merged.
     """
 
@@ -167,9 +167,9 @@ def check_engine(name: str) -> None:
         raise EngineError("The engine vllm is not installed in this environment; see docs/scaling.md.")
 
 
-def load_engine(name: str, model, tokenizer, **options) -> Engine:
+def merged_engine(name: str, model, tokenizer, **options) -> Engine:
     """
-    Return the engine of a name. LoRA is merged into `model` permanently.
+    Merge LoRA into `model`, permanently, and return the engine of a name.
 
     Args:
         name: "transformers" or "vllm".

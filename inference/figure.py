@@ -255,7 +255,7 @@ def compose_figure(
 
     shapes = {volume.shape for volume in (target, reference, difference)}
     if len(shapes) != 1:
-        raise ValueError(f"Target, reference and map must have one shape, got {sorted(shapes)}.")
+        raise ValueError(f"target, reference, difference: shapes {sorted(shapes)} (expected one shape)")
     levels = {} if is_hu else dict.fromkeys(("tissue_hu", "air_hu"), to_hu(-0.2, hu_window))
     body, reference_body = body_mask(target, **levels), body_mask(reference, **levels)
     box = _bounding_box(body | reference_body)
@@ -441,7 +441,7 @@ def _window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str
 
 
 def _in_lung(drawn: Drawn, at: tuple[int, int, int]) -> bool:
-    """Return whether there is lung around a finding."""
+    """True if there is lung around a finding."""
     reach = [round(15 / mm) for mm in drawn.spacing]
     around = drawn.hu[tuple(slice(max(n - size, 0), n + size + 1) for n, size in zip(at, reach, strict=True))]
     return ((around > AIR_HU) & (around < TISSUE_HU)).mean() > 0.25

@@ -60,7 +60,7 @@ EXPECTED_ERRORS = (
 @dataclass(frozen=True)
 class Report:
     """
-    Output of [`write_report`].
+    Output of [`write_report`] and [`save_report`].
 
     Attributes:
         folder: folder that holds the files.
@@ -186,7 +186,7 @@ def compose_report(
         allow_any_anatomy: also accept scans without lungs, for which the model has no words.
         max_new_tokens: maximum length in tokens; `None` keeps the checkpoint's.
         truth: true report of a phantom, to be written next to the generated one and compared with it.
-        engine: decoding engine, see [`load_engine`]; `None` is the model's own `generate`.
+        engine: decoding engine, see [`merged_engine`]; `None` is the model's own `generate`.
         hub_kwargs: `revision`, `cache_dir` or `token` with which the checkpoint was loaded from the Hub.
         on_step: called with the name of each step as it begins.
 
@@ -255,7 +255,7 @@ def save_report(
     check_output(output)
     on_step("Drawing the figure")
     with _staged(output) as stage:
-        write_texts(stage, composed.document)
+        write_report_texts(stage, composed.document)
         if composed.truth is not None:
             (stage / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
         processor.save_map(stage / DIFFERENCE_MAP, composed.difference, composed.geometry)
@@ -267,11 +267,11 @@ def save_report(
 def _read(ct, allow_non_hu: bool) -> CTVolume:
     """Read a scan once, for both the tensor and the figure."""
     if isinstance(ct, (list, tuple)):
-        raise ReportError(f"A report takes one scan, got a list of {len(ct)}.")
+        raise ReportError(f"ct: {len(ct)} scans (expected one)")
     return ct if isinstance(ct, CTVolume) else read_ct(ct, allow_non_hu=allow_non_hu)
 
 
-def write_texts(folder: Path, document: dict) -> tuple[Path, Path]:
+def write_report_texts(folder: Path, document: dict) -> tuple[Path, Path]:
     """Write report.txt and report.json to a folder."""
     text, fields = folder / REPORT_TEXT, folder / REPORT_JSON
     text.write_text(report_page(document), encoding="utf-8")

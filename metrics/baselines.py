@@ -106,10 +106,10 @@ def label_baselines(count: int, training_labels: ArrayLike, *, seed: int = 0) ->
         ValueError: `count` is not positive, `training_labels` is empty, or a label is neither 0 nor 1.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise ValueError(f"count: {count} (expected at least 1)")
     training = np.asarray(training_labels)
     if training.ndim != 2 or not training.size:
-        raise ValueError(f"training_labels must be (cases, labels) and not empty, got shape {training.shape}")
+        raise ValueError(f"training_labels: shape {training.shape} (expected (cases, labels) and not empty)")
     wrong = ~np.isin(training, (0, 1))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

@@ -167,7 +167,7 @@ def contradictions(text: str) -> list[Contradiction]:
         TypeError: `text` is not a str.
     """
     if not isinstance(text, str):
-        raise TypeError(f"A report must be a str, got {type(text).__name__}")
+        raise TypeError(f"report: {type(text).__name__} (expected a str)")
     found: dict[tuple[str, str, str], Contradiction] = {}
     for region, words in DiffVPProcessor.post_process(text).items():
         for first, second in combinations(_statements(words), 2):

@@ -346,7 +346,7 @@ def _paired_counts(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.floa
 def _draws(count: int, resamples: int, seed: int):
     """Yield indices of cases in blocks (n, count), `resamples` rows in all. They do not depend on the block size."""
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise ValueError(f"resamples: {resamples} (expected at least 1)")
     generator = np.random.default_rng(seed)
     block = max(1, BLOCK_NUMBERS // count)
     for start in range(0, resamples, block):
@@ -376,7 +376,7 @@ def _ordered(*tables: NDArray) -> list[NDArray]:
 
 def _interval(estimate: float, resampled: NDArray, n: int, level: float, seed: int) -> Interval:
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}")
+        raise ValueError(f"level: {level} (expected a number between 0 and 1)")
     if np.isnan(estimate):
         raise ValueError(f"the score of all {n} cases is undefined (NaN): there is nothing to put an interval around")
     defined = resampled[~np.isnan(resampled)]
@@ -413,7 +413,7 @@ def mean_std(values: ArrayLike, *, ddof: int = 1) -> Spread:
         ValueError: a value is not finite, `ddof` is neither 0 nor 1, or there are no more runs than `ddof`.
     """
     if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+        raise ValueError(f"ddof: {ddof} (expected 0 or 1)")
     values = _vector("values", values, at_least=ddof + 1)
     n = len(values)
     return Spread(float(values.mean()), float(values.std(ddof=ddof)), ddof, n, f"mean ± std over runs, ddof {ddof}")
@@ -506,7 +506,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """
     p_values = _vector("p_values", p_values, at_least=1)
     if ((p_values < 0) | (p_values > 1)).any():
-        raise ValueError(f"p_values must be between 0 and 1, got {p_values.min()} to {p_values.max()}")
+        raise ValueError(f"p_values: {p_values.min()} to {p_values.max()} (expected values from 0 to 1)")
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     corrected = np.empty_like(p_values)
@@ -525,7 +525,7 @@ def _without_variance(difference: float, n: tuple[int, int], method: str, what: 
 def _vector(name: str, values: ArrayLike | Sequence[float], at_least: int) -> NDArray[np.float64]:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1:
-        raise ValueError(f"{name} must be one value a case, got shape {vector.shape}")
+        raise ValueError(f"{name}: shape {vector.shape} (expected one value per case)")
     if len(vector) < at_least:
         raise ValueError(f"{name} has {len(vector)} value(s): this takes at least {at_least}")
     if not np.isfinite(vector).all():
@@ -566,7 +566,7 @@ def _rounded(values: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
 def _counts(name: str, values: ArrayLike) -> NDArray[np.float64]:
     counts = np.asarray(values, dtype=np.float64)
     if counts.ndim < 2:
-        raise ValueError(f"{name} must be (cases, ...), the counts of each case, got shape {counts.shape}")
+        raise ValueError(f"{name}: shape {counts.shape} (expected (cases, ...), the counts of each case)")
     if len(counts) < 2:
         raise ValueError(f"{name} has {len(counts)} case(s): this takes at least 2")
     wrong = ~np.isfinite(counts)

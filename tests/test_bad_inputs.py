@@ -20,8 +20,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from diffvp import decoding_diffvp
-from diffvp.decoding_diffvp import inflate
+from diffvp import inflate_diffvp
+from diffvp.inflate_diffvp import inflate
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTInputError, CTReadError, resample, to_input_grid
 
@@ -152,7 +152,7 @@ def test_inflate_returns_exactly_the_expected_bytes(content, length, padding, mo
     packed = (members(content, length) if codec == "gzip" else zlib.compress(content)) + bytes(padding)
     expected = len(content) + more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding_diffvp, "CHUNK", chunk)
+        patch.setattr(inflate_diffvp, "CHUNK", chunk)
         if more <= 0 <= expected and not content[expected:].strip(b"\0"):
             assert inflate(io.BytesIO(packed), expected, codec, "bytes").tobytes() == content[:expected]
         elif expected >= 0:
@@ -164,8 +164,8 @@ def test_inflate_returns_exactly_the_expected_bytes(content, length, padding, mo
 def test_trailing_zeros_are_dropped_up_to_a_limit(monkeypatch, codec):
     """Zeros inside the compressed stream are limited, because a decompression bomb could continue with them."""
     content, pack = np.random.default_rng(0).bytes(3000), (gzip if codec == "gzip" else zlib).compress
-    monkeypatch.setattr(decoding_diffvp, "MAX_PADDING", 10_000)
-    monkeypatch.setattr(decoding_diffvp, "CHUNK", 1000)
+    monkeypatch.setattr(inflate_diffvp, "MAX_PADDING", 10_000)
+    monkeypatch.setattr(inflate_diffvp, "CHUNK", 1000)
     for zeros in (1, 999, 1000, 9000):
         assert inflate(io.BytesIO(pack(content + bytes(zeros))), 3000, codec, "bytes").tobytes() == content
     for behind in (bytes(20_000), bytes(500) + b"x", b"x", bytes(9000) + b"x"):
@@ -197,7 +197,7 @@ def test_inflate_refuses_truncation_bad_checksums_and_trailing_bytes(codec):
 @pytest.mark.parametrize("chunk", [20, 21, 64, 127, 1000])
 @pytest.mark.parametrize("codec", ["gzip", "zlib"])
 def test_inflate_handles_thousandfold_compression(monkeypatch, codec, chunk):
-    monkeypatch.setattr(decoding_diffvp, "CHUNK", chunk)
+    monkeypatch.setattr(inflate_diffvp, "CHUNK", chunk)
     for length in (1, 257, 258, 259, 20_000, 100_003):
         packed = (gzip if codec == "gzip" else zlib).compress(bytes(length))
         assert inflate(io.BytesIO(packed), length, codec, "bytes").tobytes() == bytes(length)

@@ -18,7 +18,7 @@ from diffvp.data.cases import DatasetError
 from diffvp.inference import batch, document
 from diffvp.inference import report as reporting
 from diffvp.inference.batch import BatchError, ReportWriter, list_scans, write_reports
-from diffvp.inference.engines import EngineError, TransformersEngine, load_engine
+from diffvp.inference.engines import EngineError, TransformersEngine, merged_engine
 from diffvp.inference.report import greedy, load_checkpoint, write_report
 
 from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
@@ -97,10 +97,10 @@ def test_engine_stops_at_an_end_token(make_model, scans):
 
 def test_unknown_or_missing_engine_is_refused(make_model, tokenizer):
     with pytest.raises(EngineError, match="engine is 'none'; expected transformers or vllm"):
-        load_engine("none", make_model(), tokenizer)
+        merged_engine("none", make_model(), tokenizer)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(EngineError, match="not installed"):
-            load_engine("vllm", make_model(), tokenizer)
+            merged_engine("vllm", make_model(), tokenizer)
 
 
 # Lists of scans

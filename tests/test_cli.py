@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from diffvp import cli
@@ -152,6 +153,34 @@ def test_input_errors_are_one_line(run, checkpoint, tmp_path, scan):
     assert_one_line_error(report(scan, "--output", scan.parent), "ReportError", "other files")
 
 
+def test_input_errors_name_the_options_that_resolve_them(run, checkpoint, tmp_path, scan):
+    def refused(path, *arguments) -> set[str]:
+        result = run("report", path, "--checkpoint", checkpoint, *arguments)
+        assert_one_line_error(result)
+        return set(re.findall(r"--[a-z-]+", result.stderr))
+
+    write_box(tmp_path / "eight-bit.nii", seed=1, low=0)
+    nib.save(nib.Nifti1Image(make_ct((26, 22, 18)), None), tmp_path / "blank.nii")
+    write_dicom(tmp_path / "series", make_ct())
+    (tmp_path / "series" / "001.dcm").write_bytes(b"")
+    found = [
+        refused(tmp_path / "eight-bit.nii"),
+        refused(tmp_path / "blank.nii"),
+        refused(scan, "--spacing", 1, 1, 1),
+        refused(scan, "--series", 1),
+        refused(tmp_path / "series"),
+    ]
+    assert found == [
+        {"--allow-non-hu", "--hu-window"},
+        {"--metadata", "--spacing"},
+        {"--spacing"},
+        {"--series"},
+        {"--allow-incomplete"},
+    ]
+    parameters = typer.main.get_command(cli.app).commands["report"].params
+    assert set().union(*found) <= {option for parameter in parameters for option in parameter.opts}
+
+
 def test_one_of_several_series_is_chosen_by_option(run, checkpoint, no_figures, tmp_path):
     for name, shape in (("thin", (26, 22, 30)), ("thick", (26, 22, 18))):
         write_dicom(tmp_path / "study" / name, make_ct(shape))
@@ -226,7 +255,7 @@ def test_phantom_command_writes_a_cohort(run, tmp_path):
     options = ("--valid", 1, "--matrix", 48, "--no-masks", "--workers", 1)
     result = run("phantom", "cohort", "--train", 1, *options, "--seed", 7)
     assert result.exit_code == 0, result.output
-    from diffvp.data.radgenome import load_phantom
+    from diffvp.data.phantom_cohort import load_phantom
 
     [case] = load_phantom(tmp_path / "work" / "cohort", "train")
     assert nib.load(case.volume).shape[:2] == (48, 48) and case.report

@@ -155,7 +155,7 @@ def test_column_of_wrong_length_is_refused_before_reading_scans(processor, paths
     for texts in (rows["text"], iter(TEXTS)):
         with pytest.raises(ValueError, match="3 texts for 2 scans"):
             processor(ct=["missing.nii", "missing.nii"], reference=paths[0], text=texts)
-    with pytest.raises(ValueError, match="3 references for 2 scans"):
+    with pytest.raises(ValueError, match="reference: 3 for 2 scans"):
         processor(ct=paths[:2], reference=rows["ct"])
 
 

@@ -31,9 +31,9 @@ from diffvp.data.cases import (
 from diffvp.data.ct_rate import load_ct_rate
 from diffvp.data.ctrg import load_ctrg
 from diffvp.data.load import load_dataset_cases
-from diffvp.data.phantom_cohort import write_cohort
+from diffvp.data.phantom_cohort import load_phantom, write_cohort
 from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
-from diffvp.data.radgenome import load_phantom, load_radgenome
+from diffvp.data.radgenome import load_radgenome
 from diffvp.data.table import hub_cases, load_hub, load_table
 from diffvp.nifti_diffvp import CTMetadata
 from diffvp.reading_diffvp import read_ct
@@ -698,7 +698,7 @@ def test_datasets_of_the_wrong_form_are_refused(tmp_path):
 def test_layouts_are_loaded_by_name(tmp_path):
     write_ct_rate(tmp_path)
     assert len(load_dataset_cases("ct-rate", tmp_path, "train")) == 3
-    with pytest.raises(ValueError, match="unknown layout 'ct_rate': expected one of phantom, radgenome, ct-rate"):
+    with pytest.raises(ValueError, match="layout: 'ct_rate' .expected one of phantom, radgenome, ct-rate"):
         load_dataset_cases("ct_rate", tmp_path, "train")
     with pytest.raises(ValueError, match="expected the name of a split"):
         load_dataset_cases("ct-rate", tmp_path, None)
@@ -872,4 +872,4 @@ def test_pool_command_lists_problems(tmp_path):
     assert run(*arguments, "--exclude", tmp_path / "exclude.txt").exit_code == 0
     assert (tmp_path / "pool.txt").read_text() == "train_1_a_1\n"
     result = run(tmp_path, "--layout", "nifti", "--output", tmp_path / "pool.txt")
-    assert result.exit_code == 2 and "unknown layout 'nifti'" in result.stderr
+    assert result.exit_code == 2 and "layout: 'nifti'" in result.stderr

@@ -26,7 +26,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from diffvp import decoding_diffvp, dicom_diffvp, slices_diffvp
+from diffvp import dicom_diffvp, inflate_diffvp, slices_diffvp
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, CTVolume
 
@@ -770,7 +770,7 @@ def test_archive_bombs_and_too_many_files_are_refused(tmp_path, temporary, monke
         archive.writestr("a.dcm", b"\0" * 128 + b"DICM" + b"\0" * 10**7)
     with pytest.raises(CTReadError, match="unpacked size: 10000132 bytes"):
         read_ct(tmp_path / "a.zip")
-    for module in (dicom_diffvp, decoding_diffvp):
+    for module in (dicom_diffvp, inflate_diffvp):
         monkeypatch.setattr(module, "MAX_FILES", 10)
     folder = write_dicom(tmp_path / "series", make_ct())
     for path in (folder, zipped(tmp_path / "b.zip", folder)):

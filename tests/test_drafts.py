@@ -21,7 +21,7 @@ from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from diffvp.tests.base_families import FAMILIES, TINY_FIELDS, write_base
 from diffvp.training.config import read_settings
-from diffvp.training.report import make_drafts
+from diffvp.training.report_stage import make_drafts
 
 TOKENS = 40
 

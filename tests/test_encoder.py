@@ -24,7 +24,7 @@ from diffvp.data.lesions import (
     true_sizes,
 )
 from diffvp.data.phantom import LOBES, Finding
-from diffvp.data.radgenome import load_phantom
+from diffvp.data.phantom_cohort import load_phantom
 from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
@@ -38,8 +38,8 @@ from diffvp.pipeline_diffvp import describe_findings
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import run
 from diffvp.training.config import CropSection, SettingsError, TrainingConfig
-from diffvp.training.diagnosis import Crops, DiagnosisObjective, Truth, calibrate
-from diffvp.training.loop import Interrupted, Trainer
+from diffvp.training.diagnosis_stage import Crops, DiagnosisObjective, Truth, calibrate
+from diffvp.training.loop import Interrupted, StageTrainer
 
 FINE = {
     "image_size": [32, 48, 32],
@@ -530,14 +530,14 @@ def test_interrupted_run_on_crops_resumes_to_the_same_weights(crop_settings, tmp
     settings, overrides = crop_settings
     overrides = [*overrides, "diagnosis.epochs=2", "save_every_steps=1"]
     run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'straight'}"]))
-    asked = Trainer._end_if_asked
+    asked = StageTrainer._end_if_asked
 
     def end(self, signals, saved):
         signals.received = 15 if self.position.step == 3 else 0
         asked(self, signals, saved)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "_end_if_asked", end)
+        patch.setattr(StageTrainer, "_end_if_asked", end)
         run(TrainingConfig.load(settings, overrides))
     run(TrainingConfig.load(settings, overrides))
     one, other = (

@@ -231,8 +231,8 @@ def test_weights_of_another_architecture_are_refused(medicalnet_state, tmp_path)
     [
         ({"encoder_type": "external"}, "encoder_grid None and encoder_width None: both are required"),
         ({"encoder_grid": [1, 2, 3], "encoder_width": 4}, 'encoder_type is "resnet"'),
-        ({**EXTERNAL, "encoder_width": 0}, "encoder_width channels"),
-        ({**EXTERNAL, "encoder_grid": [2, 2]}, "encoder_grid must be"),
+        ({**EXTERNAL, "encoder_width": 0}, r"\[2, 2, 3\], 0 \(expected"),
+        ({**EXTERNAL, "encoder_grid": [2, 2]}, r"\[2, 2\], 5 \(expected"),
         ({**EXTERNAL, "share_encoder": True}, "share_encoder=False"),
         ({**INFLATED, "encoder_layers": [1, 2, 3]}, "encoder_layers"),
     ],

@@ -26,9 +26,8 @@ from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from diffvp.data.phantom_cohort import write_cohort
+from diffvp.data.phantom_cohort import load_phantom, write_cohort
 from diffvp.data.pool import is_normal
-from diffvp.data.radgenome import load_phantom
 from diffvp.experiments import evaluate
 from diffvp.experiments.kinds import score_table
 from diffvp.experiments.kinds.stability import stability
@@ -148,7 +147,7 @@ def test_variant_changes_only_its_named_settings(repository_root):
     [
         ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
-        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "must be unique"),
+        ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "rows: .*distinct names"),
         ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
         ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, maps"),
@@ -485,7 +484,7 @@ def test_foreign_patients_are_tested_with_either_reference_pool(made, study, tmp
     root = write_cohort(tmp_path_factory.mktemp("b"), train=0, valid=8, seed=13, matrix=48, workers=1, progress=False)
     path = tmp_path / "foreigners.yaml"
     path.write_text(yaml.safe_dump(TABLE | {"seeds": [1], "rows": FOREIGNERS, "compare": [["theirs", "ours"]]}))
-    with pytest.raises(ValueError, match="small has no section foreign"):
+    with pytest.raises(ValueError, match="study small: foreign: missing"):
         run_experiment(str(path), StudyConfig.load(study), runs, tmp_path / "results")
     loaded = StudyConfig.load(study, ["foreign.layout=phantom", f"foreign.root={root}", "foreign.split=valid"])
     document = json.loads(run_experiment(str(path), loaded, runs, tmp_path / "results").read_text())

@@ -12,12 +12,7 @@ from diffvp.data.cases import DatasetError
 from diffvp.data.lesions import read_patients, true_place
 from diffvp.data.phantom import FINDING_NETWORK, Finding, _attributes, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
-from diffvp.experiments.lesion_scores import (
-    named_lobes,
-    named_sides,
-    score_findings,
-    size_bin,
-)
+from diffvp.experiments.lesion_scores import score_findings, size_bin
 
 NORMAL = (
     "Lung: No nodule, mass or infiltration was detected in both lungs.\nPleura: Pleural effusion was not observed."
@@ -91,6 +86,17 @@ def test_size_is_right_within_a_quarter_of_the_true_one(size, stated, right):
     assert row == {"found": 1, "with_place": 1, "place_right": 1, "with_size": 1, "size_right": right}
 
 
+def test_place_is_read_in_wordings_of_radiologists():
+    finding = nodule(10, "right middle lobe")
+    for place, right in (
+        ("middle lobe", 1),
+        ("right middle lobe", 1),
+        ("middle lobe of the right lung", 1),
+        ("lingula", 0),
+    ):
+        assert details(finding, f"Lung: There is a 10 mm solid nodule in the {place}.")["place_right"] == right, place
+
+
 def test_details_are_read_only_from_sentences_naming_the_finding():
     other = "A consolidation of 40 mm with air bronchogram is observed in the left lower lobe."
     row = details(nodule(10), f"Lung: {other} There is a 10 mm solid nodule in the right upper lobe.")
@@ -115,15 +121,6 @@ def test_all_sides_and_no_other_must_be_named():
     # A right and a left effusion in two sentences count as both sides.
     apart = f"{right} There is pleural effusion on the left side reaching 20 mm."
     assert details(effusion(20, "both"), apart)["place_right"] == 1
-
-
-def test_lobes_and_sides_are_read_from_a_sentence():
-    assert named_lobes("seen in both upper lobes and the right middle lobe") == {
-        "right upper lobe", "left upper lobe", "right middle lobe"
-    }  # fmt: skip
-    assert named_lobes("in both lungs") == frozenset()
-    assert named_sides("in both lungs") == named_sides("bilateral fluid") == {"right", "left"}
-    assert named_sides("a left sided effusion") == {"left"} and named_sides("an upright scan") == frozenset()
 
 
 def test_true_phantom_reports_are_right_in_every_detail():

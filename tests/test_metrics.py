@@ -91,13 +91,13 @@ def test_weighted_average_without_findings_equals_zero_division():
     [
         ([[1, 0]], [[1, 0], [0, 0]], "ab", 0, r"shape \(1, 2\), references \(2, 2\)"),
         ([[1, 0]], [[1, 0]], "abc", 0, "2 columns, but there are 3 label names"),
-        ([[1, 0]], [[1, 0]], "aa", 0, "label names must differ"),
+        ([[1, 0]], [[1, 0]], "aa", 0, "distinct names"),
         ([[0.7, 0]], [[1, 0]], "ab", 0, r"predictions\[0, 0\] is 0.7"),
         ([[1, 0]], [[1, float("nan")]], "ab", 0, r"references\[0, 1\] is nan"),
         ([[1, 0]], [[1, -1]], "ab", 0, r"references\[0, 1\] is -1"),
-        ([1, 0], [1, 0], "ab", 0, r"predictions must be a matrix .* \(2,\)"),
+        ([1, 0], [1, 0], "ab", 0, r"predictions: shape \(2,\)"),
         (np.zeros((0, 2)), np.zeros((0, 2)), "ab", 0, "nothing to score"),
-        ([[1, 0]], [[1, 0]], "ab", 0.5, "zero_division must be 0 or 1, got 0.5"),
+        ([[1, 0]], [[1, 0]], "ab", 0.5, r"zero_division: 0.5 \(expected"),
     ],
 )
 def test_invalid_label_matrices_are_refused(predictions, references, labels, zero_division, message):

@@ -388,7 +388,7 @@ def test_wrong_inputs_are_refused(make_model, scans):
         model(reference=scans[1])
     with pytest.raises(ValueError, match="Give `reference` or `reference_features`"):
         model(ct=scans[0])
-    with pytest.raises(ValueError, match=r"shape \(batch, 1, 32, 32, 32\), got \(2, 1, 16, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"ct: shape \(2, 1, 16, 32, 32\) \(expected \(batch, 1, 32, 32, 32\)"):
         model(scans[0][:, :, :16], scans[1])
     with pytest.raises(ValueError, match="diagnosis_logits"):
         model(ct_features=model.extract_features(scans[0]), reference=scans[1])

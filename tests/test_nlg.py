@@ -272,7 +272,7 @@ def test_meteor_is_the_same_for_any_number_of_workers(meteor_data):
     predictions, references = PREDICTIONS * 3, REFERENCES * 3
     alone = meteor_per_report(predictions, references)
     assert meteor_per_report(predictions, references, workers=2).tolist() == alone.tolist()
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"workers: 0 \(expected"):
         meteor_per_report(predictions, references, workers=0)
 
 
@@ -296,9 +296,9 @@ SCORES = [
         (["a", "b"], ["a"], ValueError, "2 predictions .* 1 references"),
         ([], [], ValueError, "no reports"),
         (["a"], [" \n"], ValueError, r"references\[0\] is empty"),
-        (["a", float("nan")], ["a", "b"], TypeError, r"predictions\[1\] must be a text, got nan \(float\)"),
-        (["a"], [None], TypeError, r"references\[0\] must be a text, got None"),
-        ("ab", ["a", "b"], TypeError, "predictions must be a list of texts, got one text"),
+        (["a", float("nan")], ["a", "b"], TypeError, r"predictions\[1\]: nan"),
+        (["a"], [None], TypeError, r"references\[0\]: None"),
+        ("ab", ["a", "b"], TypeError, "predictions: one text"),
     ],
 )
 def test_invalid_report_lists_are_refused(score, predictions, references, error, message):
@@ -369,9 +369,9 @@ def test_scorers_differ_in_scores_and_signatures():
     scores = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "rouge_l_std", "cider", "cider_std"}
     assert set(coco) == scores | {"n", "signature"}
     assert "tok:whitespace" in coco["signature"] and "fbeta:1.2" in coco["signature"]
-    with pytest.raises(ValueError, match="scorer must be one of paper, corpus, coco, got 'bleu'"):
+    with pytest.raises(ValueError, match=r"scorer: 'bleu' \(expected"):
         score_reports(PREDICTIONS, REFERENCES, scorer="bleu")
-    with pytest.raises(ValueError, match="clean must be 'reg2rg' or None, got 'mimic'"):
+    with pytest.raises(ValueError, match=r"clean: 'mimic' \(expected"):
         score_reports(PREDICTIONS, REFERENCES, clean="mimic")
 
 

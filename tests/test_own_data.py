@@ -21,14 +21,14 @@ from diffvp.cli import app
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import DatasetError
-from diffvp.data.radgenome import load_phantom
+from diffvp.data.phantom_cohort import load_phantom
 from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.train_accelerate import Features, load_start, prepare, run
 from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
-from diffvp.training.report import BaseModelError, ReportSplit
+from diffvp.training.report_stage import BaseModelError, ReportBatches
 
 
 def write_table(folder, rows):
@@ -233,7 +233,7 @@ def test_cached_features_give_the_losses_of_the_volumes(own, start, finetune, tm
     cases = load_table(own)[:4]
     volumes = VolumeCache(tmp_path / "fresh", processor.image_processor)
     features = Features(tmp_path / "fresh", volumes, model)
-    split = ReportSplit(cases, cases, features, processor, max_tokens=1500, seed=0, shuffle=False)
+    split = ReportBatches(cases, cases, features, processor, max_tokens=1500, seed=0, shuffle=False)
     batch = split.collate([split.sample(index, 0) for index in range(4)])
     cached = split.collate([split.sample(index, 0) for index in range(4)])
     assert features.cache.misses == 4 and features.cache.hits >= 8

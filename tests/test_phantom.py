@@ -24,7 +24,7 @@ from diffvp.data.phantom import (
     render_patient,
     sample_patient,
 )
-from diffvp.data.phantom_cohort import volume_path, write_cohort
+from diffvp.data.phantom_cohort import load_phantom, volume_path, write_cohort
 from diffvp.data.phantom_geometry import Geometry
 from diffvp.data.phantom_report import (
     NORMAL,
@@ -35,7 +35,6 @@ from diffvp.data.phantom_report import (
     report_text,
 )
 from diffvp.data.pool import normal_pool
-from diffvp.data.radgenome import load_phantom
 from diffvp.processing_diffvp import DiffVPProcessor
 
 MATRIX = 112

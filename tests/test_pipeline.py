@@ -133,7 +133,7 @@ def test_given_references_are_used(pipe, scans):
 
 @pytest.mark.parametrize("ct, number", [("one", 1), (["one", "two", "three"], 3)])
 def test_wrong_number_of_references_is_refused(pipe, ct, number):
-    with pytest.raises(ValueError, match=f"2 references for {number} scan"):
+    with pytest.raises(ValueError, match=f"reference: 2 for {number} scan"):
         pipe(ct, reference=["a", "b"])
 
 
@@ -152,7 +152,7 @@ def test_columns_series_and_iterators_work_as_lists(pipe, scans):
     for ct in (rows["ct"], pandas.Series(scans), tuple(scans), decoded.with_format("numpy")[:]["ct"]):
         found = pipe(ct, reference=scans[0], max_new_tokens=8)
         assert [one["geometry"].sha256 for one in found] == [one["geometry"].sha256 for one in expected]
-    with pytest.raises(ValueError, match="2 references for 3 scan"):
+    with pytest.raises(ValueError, match="reference: 2 for 3 scan"):
         pipe(rows["ct"], reference=pandas.Series(scans[:2]))
 
 

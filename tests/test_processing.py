@@ -100,9 +100,9 @@ def test_argument_types_are_validated(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": {"height": 8, "width": 8}}, "size must give"),
-        ({"size": (8, 8)}, "size must give"),
-        ({"size": (0, 8, 8)}, "size must give"),
+        ({"size": {"height": 8, "width": 8}}, "size: "),
+        ({"size": (8, 8)}, "size: "),
+        ({"size": (0, 8, 8)}, "size: "),
         ({"target_spacing": (1, 1)}, "target_spacing"),
         ({"target_spacing": (1, 1, -1)}, "target_spacing"),
         ({"hu_window": (200, -1000)}, "rising"),
@@ -135,7 +135,7 @@ def test_spacing_is_required_for_arrays_and_refused_for_files(processor, tmp_pat
     with pytest.raises(CTInputError, match="spacing: missing"):
         processor.image_processor(make_ct(1))
     for call in (processor.image_processor, processor):
-        with pytest.raises(ValueError, match="bare arrays"):
+        with pytest.raises(ValueError, match="spacing: .*expected None"):
             call(path, spacing=SPACING)
     inputs = processor(ct=[make_ct(1), path], reference=path, spacing=SPACING)
     assert torch.equal(inputs["ct"][0], inputs["ct"][1])
@@ -177,7 +177,7 @@ def test_reference_is_shared_or_given_once_per_scan(processor):
     for k in range(3):
         alone = processor(ct=scans[k], reference=normals[k], spacing=SPACING)
         assert torch.equal(alone["reference"][0], each["reference"][k]) and torch.equal(alone["ct"][0], each["ct"][k])
-    with pytest.raises(ValueError, match="2 references for 3 scans"):
+    with pytest.raises(ValueError, match="reference: 2 for 3 scans"):
         processor(ct=scans, reference=normals[:2], spacing=SPACING)
     with pytest.raises(ValueError, match="2 texts for 3 scans"):
         processor(ct=scans, reference=normals, text=["a", "b"], spacing=SPACING)

@@ -464,7 +464,7 @@ def test_deleted_checkpoint_is_refused(make_checkpoint, scan, tmp_path):
 
 
 def test_list_of_scans_is_refused(loaded, scan, tmp_path):
-    with pytest.raises(ReportError, match="one scan, got a list of 2"):
+    with pytest.raises(ReportError, match="ct: 2 scans"):
         write_report(*loaded, [scan, scan], tmp_path / "report")
 
 

@@ -275,10 +275,10 @@ def test_detectable_difference_is_found_with_the_stated_power():
         (lambda: bootstrap_mean([0.5]), r"values has 1 value\(s\): this takes at least 2"),
         (lambda: bootstrap_mean([0.5, float("nan")]), r"values\[1\] is nan"),
         (lambda: bootstrap_mean([[0.5], [1.0]]), r"shape \(2, 1\)"),
-        (lambda: bootstrap_mean([0.5, 1], resamples=0), "resamples must be at least 1, got 0"),
-        (lambda: bootstrap_mean([0.5, 1], level=95), "level must be between 0 and 1, got 95"),
+        (lambda: bootstrap_mean([0.5, 1], resamples=0), r"resamples: 0 \(expected"),
+        (lambda: bootstrap_mean([0.5, 1], level=95), r"level: 95 \(expected"),
         (lambda: bootstrap_counts(np.zeros((1, 3, 2)), micro_f1), r"counts has 1 case\(s\)"),
-        (lambda: bootstrap_counts([1, 2], micro_f1), r"got shape \(2,\)"),
+        (lambda: bootstrap_counts([1, 2], micro_f1), r"shape \(2,\)"),
         (lambda: bootstrap_counts([[1.0], [float("nan")]], micro_f1), r"counts\[1, 0\] is nan"),
         (lambda: paired_bootstrap([1, 2], [1, 2, 3]), "first has 2 values, second 3"),
         (lambda: paired_t_test([1, 2], [1, 2, 3]), "first has 2 values, second 3"),
@@ -288,9 +288,9 @@ def test_detectable_difference_is_found_with_the_stated_power():
         (lambda: welch_test([1, 2], [float("inf"), 2]), r"second\[0\] is inf"),
         (lambda: paired_t_test([1, 2], [float("nan"), 2]), r"second\[0\] is nan"),
         (lambda: mean_std([0.5]), r"values has 1 value\(s\): this takes at least 2"),
-        (lambda: mean_std([0.5, 1], ddof=2), "ddof must be 0 or 1, got 2"),
+        (lambda: mean_std([0.5, 1], ddof=2), r"ddof: 2 \(expected"),
         (lambda: holm([]), r"p_values has 0 value\(s\)"),
-        (lambda: holm([0.5, 1.2]), "p_values must be between 0 and 1"),
+        (lambda: holm([0.5, 1.2]), "p_values: 0.5 to 1.2"),
     ],
 )
 def test_invalid_values_are_refused(call, message):
@@ -444,9 +444,9 @@ def test_label_baselines_follow_their_definitions():
 @pytest.mark.parametrize(
     ("count", "training", "message"),
     [
-        (0, [[1, 0]], "count must be at least 1, got 0"),
-        (1, [1, 0], r"got shape \(2,\)"),
-        (1, np.zeros((0, 2)), r"got shape \(0, 2\)"),
+        (0, [[1, 0]], r"count: 0 \(expected"),
+        (1, [1, 0], r"shape \(2,\)"),
+        (1, np.zeros((0, 2)), r"shape \(0, 2\)"),
         (1, [[1, float("nan")]], r"training_labels\[0, 1\] is nan"),
     ],
 )

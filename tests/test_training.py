@@ -21,15 +21,15 @@ from diffvp.configuration_diffvp import REGIONS
 from diffvp.data.cache import ContentHashes, TensorCache, VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
-from diffvp.data.radgenome import load_phantom
+from diffvp.data.phantom_cohort import load_phantom
 from diffvp.data.regions import RegionMasks, region_mask_path
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import build_generator, run
 from diffvp.training.checkpoints import Checkpoints
 from diffvp.training.config import TrainingConfig
-from diffvp.training.diagnosis import augment, best_thresholds
+from diffvp.training.diagnosis_stage import augment, best_thresholds
 from diffvp.training.loop import share
-from diffvp.training.report import ReportSplit
+from diffvp.training.report_stage import ReportBatches
 
 from .processes import fork
 
@@ -353,7 +353,7 @@ def test_true_findings_depend_only_on_case_and_epoch(processor, tiny_config):
     cases = phantom_cases(60)
 
     def drawn(share, size, epoch):
-        split = ReportSplit(
+        split = ReportBatches(
             cases,
             cases,
             FrozenFeatures(tiny_config),
@@ -380,7 +380,7 @@ def test_true_findings_depend_only_on_case_and_epoch(processor, tiny_config):
 
 def test_reconstruction_of_the_same_scan_is_never_its_reference(processor, tiny_config):
     cases = [Case(f"p_{k // 3}_a_{k % 3}", f"p{k // 3}", f"s{k // 3}", Path("x"), "y") for k in range(9)]
-    split = ReportSplit(cases, cases, FrozenFeatures(tiny_config), processor, max_tokens=9, seed=0, shuffle=True)
+    split = ReportBatches(cases, cases, FrozenFeatures(tiny_config), processor, max_tokens=9, seed=0, shuffle=True)
     pairs = {
         (cases[index].scan_id, split.reference(index, epoch).scan_id) for index in range(9) for epoch in range(20)
     }

@@ -16,8 +16,8 @@ from diffvp.train_accelerate import run
 from diffvp.training.checkpoints import Checkpoints
 from diffvp.training.cohort import Cohort, check_stages_apart
 from diffvp.training.config import TrainingConfig
-from diffvp.training.loop import Trainer, TrainingDivergedError
-from diffvp.training.report import ReportSplit
+from diffvp.training.loop import StageTrainer, TrainingDivergedError
+from diffvp.training.report_stage import ReportBatches
 
 from .processes import in_two_processes
 
@@ -51,14 +51,14 @@ def test_diverged_run_ends_in_both_processes(stage_one, tmp_path):
 
 @pytest.mark.parametrize(("call", "message"), [(1, "step 1: .*Nothing is trained yet.*base.dtype"), (3, "step 3: ")])
 def test_weights_stay_as_before_a_step_with_nan_loss(stage_one, tmp_path, monkeypatch, call, message):
-    calls, losses = [], ReportSplit.losses
+    calls, losses = [], ReportBatches.losses
 
     def lose_one(self, model, batch, step):
         calls.append(model)
         values = losses(self, model, batch, step)
         return values | {"loss": values["loss"] * math.nan} if len(calls) == call else values
 
-    monkeypatch.setattr(ReportSplit, "losses", lose_one)
+    monkeypatch.setattr(ReportBatches, "losses", lose_one)
     with pytest.raises(TrainingDivergedError, match=message):
         run(TrainingConfig.load(stage_one, ["stage=report", "report.batch_size=2", "save_every_steps=1"]))
     assert len(calls) == call
@@ -70,7 +70,7 @@ def test_weights_stay_as_before_a_step_with_nan_loss(stage_one, tmp_path, monkey
 
 
 def test_infinite_validation_loss_ends_the_run(stage_one, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_mean_losses", lambda self, split: {"loss": math.inf})
+    monkeypatch.setattr(StageTrainer, "_mean_losses", lambda self, split: {"loss": math.inf})
     with pytest.raises(TrainingDivergedError, match="step 2: validation_loss is inf"):
         run(TrainingConfig.load(stage_one, REPORT))
     assert not (tmp_path / "run/model").exists()
@@ -79,7 +79,7 @@ def test_infinite_validation_loss_ends_the_run(stage_one, tmp_path, monkeypatch)
 def test_predicted_findings_choose_the_epoch_and_both_losses_are_logged(stage_one, tmp_path, monkeypatch):
     """The first epoch is better with predicted findings, the second with true ones."""
     given = {0.0: iter([1.0, 2.0]), 1.0: iter([0.2, 0.1])}
-    monkeypatch.setattr(Trainer, "_mean_losses", lambda self, split: {"loss": next(given[split.true_findings])})
+    monkeypatch.setattr(StageTrainer, "_mean_losses", lambda self, split: {"loss": next(given[split.true_findings])})
     run(TrainingConfig.load(stage_one, [*REPORT, "report.true_findings=1.0"]))
     log = [line for line in read_log(tmp_path / "run") if "validation_loss" in line]
     assert [(line["validation_loss"], line["validation_loss_true_findings"]) for line in log] == [(1, 0.2), (2, 0.1)]

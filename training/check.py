@@ -24,7 +24,7 @@ from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .cohort import Cohort
 from .config import TrainingConfig
 from .encoder import misfit
-from .report import check_base, check_reports
+from .report_stage import check_base, check_reports
 
 SPARE = 1.1  # factor on the computed disk space
 
@@ -55,7 +55,7 @@ def model_fields(config: TrainingConfig, processor: DiffVPProcessor) -> dict:
 
 
 def has_own_encoder(config: TrainingConfig) -> bool:
-    """Return whether the visual encoder comes from the first stage of the run."""
+    """True if the visual encoder comes from the first stage of the run."""
     return config.encoder_weights is None and config.model.get("encoder_type") != "external"
 
 

@@ -104,7 +104,7 @@ class BaseSection(_Section):
 
 
 class CropSection(_Section):
-    """Training on crops; see `training/diagnosis.py`."""
+    """Training on crops; see `training/diagnosis_stage.py`."""
 
     per_epoch: int = Field(ge=1)
     validation: int = Field(ge=1)  # crops of the validation cases, the same in every epoch

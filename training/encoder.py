@@ -242,7 +242,12 @@ def _of_checkpoint(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         prefix = next((p for p in ("vision_encoder.", "classifier.vision_encoder.") if _any(names, p)), None)
         if prefix is None:
             expected = "a checkpoint that contains its encoder"
-            raise DiffVPEncoderError(folder.name, "vision_encoder", f"none ({config.encoder_type})", expected)
+            raise DiffVPEncoderError(
+                folder.name,
+                "vision_encoder",
+                f"not in the checkpoint (encoder_type is {config.encoder_type})",
+                expected,
+            )
         return fields, {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}
 
 

@@ -15,7 +15,7 @@ from ..configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, DiffVP
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from .cohort import Cohort
 from .config import TrainingConfig
-from .report import prompt_tokens
+from .report_stage import prompt_tokens
 
 QUANTIZED_BYTES = {"4bit": 0.55, "8bit": 1.05}  # bytes per weight, with its scales
 ADAM_BYTES = 8  # two moments in float32

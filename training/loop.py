@@ -46,8 +46,8 @@ CONSOLE_STEPS = 20  # steps between two lines on the console; the log file has e
 MOST_SKIPPED = 10  # consecutive steps without a finite gradient that end the run as diverged
 
 
-class Split:
-    """The training or validation cases of a stage (interface).
+class BatchSource:
+    """Source of the batches of a stage, from its training or validation cases (interface).
 
     Workers load `sample(index, epoch)`, `collate(samples)` makes a batch, and `losses(model, batch, step)` computes
     the named losses of a batch, including `loss`. Each value is the batch's *part* of the mean over the cases of the
@@ -90,9 +90,9 @@ class Stage:
         section,
         model: torch.nn.Module,
         groups: list[dict],
-        training: Split,
-        validation: Split,
-        also_validated: dict[str, Split] | None = None,
+        training: BatchSource,
+        validation: BatchSource,
+        also_validated: dict[str, BatchSource] | None = None,
     ):
         self.section, self.model, self.groups = section, model, groups
         self.training, self.validation, self.also_validated = training, validation, also_validated or {}
@@ -103,14 +103,14 @@ class Stage:
 
 
 class _Epoch(Dataset):
-    def __init__(self, split: Split, epoch: int):
-        self.split, self.epoch = split, epoch
+    def __init__(self, source: BatchSource, epoch: int):
+        self.source, self.epoch = source, epoch
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        return self.split.sample(int(index), self.epoch)
+        return self.source.sample(int(index), self.epoch)
 
 
 def share(step: np.ndarray, process: int, processes: int, size: int) -> list[tuple[list[int], bool]]:
@@ -205,7 +205,7 @@ class Log:
         self.accelerator.log({f"{self.path.stem}/{key}": value for key, value in numbers.items()}, step=step)
 
 
-class Trainer:
+class StageTrainer:
     """Train a stage, or resume its training.
 
     Args:
@@ -413,30 +413,30 @@ class Trainer:
         """Return mean losses of the validation cases as `validation_LOSS`, and of views as `validation_LOSS_VIEW`."""
         self.model.eval()
         means = {f"validation_{name}": value for name, value in self._mean_losses(self.stage.validation).items()}
-        for view, split in self.stage.also_validated.items():
-            means |= {f"validation_{name}_{view}": value for name, value in self._mean_losses(split).items()}
+        for view, source in self.stage.also_validated.items():
+            means |= {f"validation_{name}_{view}": value for name, value in self._mean_losses(source).items()}
         return means
 
-    def _mean_losses(self, split: Split) -> dict[str, float]:
-        steps = split.batches(0, self.stage.section.batch_size)
+    def _mean_losses(self, source: BatchSource) -> dict[str, float]:
+        steps = source.batches(0, self.stage.section.batch_size)
         everything = np.concatenate(steps)
         sums: dict[str, float] = {}
-        for batches in self._loader(split, 0, steps):
+        for batches in self._loader(source, 0, steps):
             for batch, counts in batches:
-                losses = split.losses(self.model, _to(batch, self.accelerator.device), everything)
+                losses = source.losses(self.model, _to(batch, self.accelerator.device), everything)
                 if counts:
                     _add(sums, losses)
         return self._reduced(sums)
 
-    def _loader(self, split: Split, epoch: int, steps: list[np.ndarray]) -> Iterator[list[tuple[dict, bool]]]:
+    def _loader(self, source: BatchSource, epoch: int, steps: list[np.ndarray]) -> Iterator[list[tuple[dict, bool]]]:
         """Yield the batches of this process for each step."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         plan = [share(step, process, processes, self.micro_batch_size) for step in steps]
         loader = DataLoader(
-            _Epoch(split, epoch),
+            _Epoch(source, epoch),
             batch_sampler=[indices for batches in plan for indices, _ in batches],
             num_workers=self.config.num_workers,
-            collate_fn=split.collate,
+            collate_fn=source.collate,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         loaded = iter(loader)

@@ -28,7 +28,7 @@ from ...data.pool import is_normal
 from ...metrics.markdown import table_lines
 from ...modeling_diffvp import DiffVPForConditionalGeneration
 from ...training.cohort import load_cohort
-from ...training.diagnosis import micro_f1
+from ...training.diagnosis_stage import micro_f1
 from ...training.features import Features
 from ..references import choose_references
 from ..runs import Run, model_inputs, scan_inputs

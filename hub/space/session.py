@@ -32,7 +32,7 @@ from ...data.phantom_cohort import single_phantom
 from ...inference.document import describe_report, identify_model
 from ...inference.engines import TransformersEngine
 from ...inference.figure import body_mask, peak
-from ...inference.report import DIFFERENCE_MAP, display_grid, greedy, load_checkpoint, write_texts
+from ...inference.report import DIFFERENCE_MAP, display_grid, greedy, load_checkpoint, write_report_texts
 from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
@@ -208,7 +208,7 @@ class Desk:
             shutil.rmtree(folder, ignore_errors=True)
 
     def has_room(self, size: int) -> bool:
-        """Return whether `size` more bytes may be uploaded. Expired uploads, including partial ones, are deleted."""
+        """True if `size` more bytes may be uploaded. Expired uploads, including partial ones, are deleted."""
         files, long_ago = {}, time.time() - UPLOAD_SECONDS
         for path in sorted(self.uploads.rglob("*"), reverse=True):  # contents before their folder
             with contextlib.suppress(OSError):  # it was claimed in the meantime, or the folder is not empty
@@ -258,8 +258,9 @@ class Desk:
         for entry in pool.entries:
             if entry["id"] not in self._signatures:
                 self.reference(entry["id"])
-        nearest = sorted(pool.entries, key=lambda entry: float(torch.dist(self._signatures[entry["id"]], own)))
-        return pool.first_other(nearest, scan.geometry.sha256, self._identify)[0]
+        return pool.choose_nearest(
+            lambda entry: float(torch.dist(self._signatures[entry["id"]], own)), scan.geometry.sha256, self._identify
+        )[0]
 
 
 class PageStudy:
@@ -373,7 +374,7 @@ class PageStudy:
     def write_files(self) -> list[Path]:
         """Write report.txt, report.json and the map on the grid of the scan. They are deleted with the study."""
         image = self.desk.processor.save_map(self._folder / DIFFERENCE_MAP, self._map, self.scan.geometry)
-        return [*write_texts(self._folder, self.document), image]
+        return [*write_report_texts(self._folder, self.document), image]
 
 
 class _Stopped(Exception):

@@ -187,7 +187,7 @@ def score_against_reports(
         ValueError: the lengths differ, or there are no reports.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"there are {len(predictions)} predictions and {len(references)} references")
+        raise ValueError(f"references: {len(references)} (expected {len(predictions)}, one per prediction)")
     predicted = label_reports(labeler, predictions, "predictions")
     actual = label_reports(labeler, references, "references")
     name = labeler_name or type(labeler).__name__

@@ -29,7 +29,7 @@ class LabelScores(TypedDict):
 def _indicator_matrix(name: str, values: ArrayLike) -> NDArray[np.int64]:
     matrix = np.asarray(values)
     if matrix.ndim != 2:
-        raise ValueError(f"{name} must be a matrix (reports, labels), got shape {matrix.shape}")
+        raise ValueError(f"{name}: shape {matrix.shape} (expected a matrix (reports, labels))")
     if matrix.size == 0:
         raise ValueError(f"{name} has shape {matrix.shape}: there is nothing to score")
     # The cast below would truncate a probability or a NaN. Thresholding is the caller's decision.
@@ -153,9 +153,9 @@ def classification_scores(
     if counts.shape[2] != len(labels):
         raise ValueError(f"the matrices have {counts.shape[2]} columns, but there are {len(labels)} label names")
     if len(set(labels)) != len(labels):
-        raise ValueError(f"label names must differ, got {list(labels)}")
+        raise ValueError(f"labels: {list(labels)} (expected distinct names)")
     if zero_division not in (0, 1):
-        raise ValueError(f"zero_division must be 0 or 1, got {zero_division}")
+        raise ValueError(f"zero_division: {zero_division} (expected 0 or 1)")
     totals = counts.sum(axis=0)
     _, claimed, support = totals
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...data.phantom_geometry import LOBES
 from ..labelers.rules import RuleLabeler
+from ..places import named_lobes, named_sides
 from .verdicts import Comparison, Verdicts
 
 DIMENSIONS = ("finding_coverage", "anatomical_specificity", "quantification_detail")
@@ -43,10 +43,6 @@ PLACED = frozenset(
 SIZE_TOLERANCE = 0.25  # relative to the true size
 
 _MILLIMETRES = re.compile(r"(\d+(?:[.,]\d+)?)(?: ?[x×] ?\d+(?:[.,]\d+)?)* ?(mm|cm)\b")
-_LOBE = re.compile(r"\b(right|left|both) (?:lung )?(upper|middle|lower) (?:lung )?(?:lobe|zone)s?\b")
-_LOBE_OF = re.compile(r"\b(upper|middle|lower) (?:lobe|zone)s? (?:of|in) (?:the )?(right|left|both) lungs?\b")
-_BOTH_SIDES = re.compile(r"\b(?:both|bilateral(?:ly)?)\b")
-_SIDE = re.compile(r"\b(right|left)\b")
 _SEVERITY = re.compile(r"\b(minimal|mild|moderate|severe|massive)(?:ly)?\b")
 
 
@@ -57,24 +53,6 @@ class Statement:
     places: frozenset[str]
     lengths: tuple[float, ...]  # mm
     severities: frozenset[str]
-
-
-def named_lobes(sentence: str) -> frozenset[str]:
-    """Return the lobes that a lower-case sentence names."""
-    pairs = _LOBE.findall(sentence) + [(side, level) for level, side in _LOBE_OF.findall(sentence)]
-    named = {f"{side} {level} lobe" for given, level in pairs for side in _sides(given)}
-    named |= {"right middle lobe"} if re.search(r"\bmiddle lobe\b", sentence) else set()
-    named |= {"left upper lobe"} if re.search(r"\blingula", sentence) else set()
-    return frozenset(named & set(LOBES))
-
-
-def _sides(given: str) -> tuple[str, ...]:
-    return ("right", "left") if given == "both" else (given,)
-
-
-def named_sides(sentence: str) -> frozenset[str]:
-    """Return the sides that a lower-case sentence names: "right", "left"."""
-    return frozenset(("right", "left") if _BOTH_SIDES.search(sentence) else _SIDE.findall(sentence))
 
 
 def lengths_mm(sentence: str) -> tuple[float, ...]:

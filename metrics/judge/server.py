@@ -64,9 +64,9 @@ class RequestForm:
         return None
 
 
-def is_loopback(base_url: str) -> bool:
+def is_local_server(base_url: str) -> bool:
     """
-    Return True if the server is on this machine.
+    True if the server is on this machine.
 
     Raises:
         JudgeError: `base_url` is not an http(s) address.
@@ -95,7 +95,7 @@ def check_endpoint(base_url: str, reports_leave_machine: bool) -> str:
     Raises:
         JudgeError: the server is another machine, and `reports_leave_machine` is False.
     """
-    local = is_loopback(base_url)
+    local = is_local_server(base_url)
     parts = urlsplit(base_url)
     name = f"{parts.hostname}:{parts.port or {'http': 80, 'https': 443}[parts.scheme]}"
     if not (local or reports_leave_machine):
@@ -142,7 +142,7 @@ class ChatServer:
         self.form = RequestForm()
         self.answered = False
         # Ignore proxies for a local server and never follow redirects: either would send the reports elsewhere.
-        http = openai.DefaultHttpxClient(trust_env=not is_loopback(base_url), follow_redirects=False)
+        http = openai.DefaultHttpxClient(trust_env=not is_local_server(base_url), follow_redirects=False)
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",

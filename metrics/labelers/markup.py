@@ -30,7 +30,7 @@ _MARKS = re.compile(
 _LIGATURES = {"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl"}
 
 
-def plain_text(report: str) -> tuple[str, list[int] | None]:
+def without_markup(report: str) -> tuple[str, list[int] | None]:
     """
     Remove the markup of a report, and map the remaining characters to the original ones.
 

@@ -92,7 +92,7 @@ class RadBertLabeler:
         weights: str = "unnamed",
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: {batch_size} (expected at least 1)")
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
@@ -248,7 +248,7 @@ def _read_encoder(
         raise RadBertError(f"{source} is of the type {config.model_type}, expected roberta")
     longest = config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts positions from there
     if longest < MAX_TOKENS:
-        raise RadBertError(f"{source} takes {longest} tokens, expected {MAX_TOKENS}")
+        raise RadBertError(f"{source}: supports at most {longest} tokens (expected {MAX_TOKENS})")
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise RadBertError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}, the "

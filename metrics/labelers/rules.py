@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ...configuration_diffvp import DIAGNOSIS_LABELS
-from .markup import plain_text
+from .markup import without_markup
 
 RULES_FILE = Path(__file__).with_name("rules.yaml")
 COUNTED = ("positive", "uncertain")  # polarities that set a label
@@ -151,7 +151,7 @@ class _Sentence:
 
     @cached_property
     def _denial_bounds(self) -> list[int]:
-        """Ends of denials: the first bound between two verbs, and the commas around a part that is a statement."""
+        """Positions where a negation ends: the first bound between two verbs, and the commas around a statement."""
         bounds = [first for first, _ in self._bounds]
         commas = [match.start() for match in _COMMA.finditer(self.text)]
         if commas:
@@ -234,8 +234,8 @@ class _Sentence:
 
 def _checked_text(report: str) -> tuple[str, list[int] | None]:
     if not isinstance(report, str):
-        raise TypeError(f"A report must be a str, got {type(report).__name__}")
-    return plain_text(report)
+        raise TypeError(f"report: {type(report).__name__} (expected a str)")
+    return without_markup(report)
 
 
 class RuleLabeler:
@@ -290,7 +290,7 @@ class RuleLabeler:
         )
 
     def _mentions(self, report: str) -> Iterator[tuple[_Sentence, str]]:
-        """Yield each sentence of a [`plain_text`] that contains one of a label's words, with that label."""
+        """Yield each sentence of a [`without_markup`] that contains one of a label's words, with that label."""
         text = report if report.isascii() else _FOLDED.sub(lambda match: _FOLD[match[0]], report)
         lower = text.lower()
         ends = [*(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]

@@ -98,7 +98,7 @@ def meteor_per_report(predictions: Sequence[str], references: Sequence[str], wor
     """
     predictions, references = check_pairs(predictions, references)
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise ValueError(f"workers: {workers} (expected at least 1)")
     # Load before starting workers, so that errors occur in this process and forked workers share the loaded data.
     check_meteor_data()
     if workers == 1:

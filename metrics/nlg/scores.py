@@ -88,9 +88,9 @@ def score_reports(
         TypeError, ValueError: see [`check_pairs`]; also for an unknown `scorer` or `clean`.
     """
     if scorer not in SCORERS:
-        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
+        raise ValueError(f"scorer: {scorer!r} (expected one of {', '.join(SCORERS)})")
     if clean not in (None, "reg2rg"):
-        raise ValueError(f"clean must be 'reg2rg' or None, got {clean!r}")
+        raise ValueError(f"clean: {clean!r} (expected 'reg2rg' or None)")
     predictions, references = check_pairs(predictions, references)
     if clean == "reg2rg":
         predictions, references = ([clean_reg2rg(text) for text in texts] for texts in (predictions, references))

@@ -15,10 +15,10 @@ def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> tuple[
     """
     for name, texts in (("predictions", predictions), ("references", references)):
         if isinstance(texts, str):
-            raise TypeError(f"{name} must be a list of texts, got one text")
+            raise TypeError(f"{name}: one text (expected a list of texts)")
         for index, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"{name}[{index}] must be a text, got {text!r} ({type(text).__name__})")
+                raise TypeError(f"{name}[{index}]: {text!r} (expected a text)")
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions cannot be scored against {len(references)} references")
     if len(predictions) == 0:

@@ -1,8 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Bounded decoding: exactly the bytes that a header promises are allocated and returned, never more.
+"""Bounded decompression: exactly the bytes that a header promises are allocated and returned, never more.
 
-Reads gzip and zlib streams ([`decode`], [`inflate`]), zip archives ([`extract`]) and deflated DICOM data sets
+Reads gzip and zlib streams ([`voxel_bytes`], [`inflate`]), zip archives ([`extract`]) and deflated DICOM data sets
 ([`inflate_data_set`]).
 
 Trailing zero bytes are allowed: files that were copied in blocks, or from a tape, end with some.
@@ -55,8 +55,8 @@ def read_bytes(content: Path | bytes, count: int, source: str) -> bytes:
         raise CTReadError(source, "content", "unreadable", "a file that may be read") from error
 
 
-def decode(content: Path | bytes, start: int, expected: int, codec: str | None, source: str) -> np.ndarray:
-    """Decode a file from byte `start` on. The result must have `expected` bytes, apart from trailing zeros.
+def voxel_bytes(content: Path | bytes, start: int, expected: int, codec: str | None, source: str) -> np.ndarray:
+    """Read the voxels of a file from byte `start` on. They must have `expected` bytes, apart from trailing zeros.
 
     Args:
         content: path of the file, or its bytes.
@@ -272,9 +272,9 @@ __all__ = [
     "MAX_BYTES",
     "MAX_COMPRESSION",
     "MAX_FILES",
-    "decode",
     "extract",
     "inflate",
     "inflate_data_set",
     "read_bytes",
+    "voxel_bytes",
 ]

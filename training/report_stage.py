@@ -19,7 +19,7 @@ from ..processing_diffvp import DiffVPProcessor
 from .cohort import Cohort
 from .config import BaseSection, ReportSection
 from .features import Features
-from .loop import Split, Stage, by_length, in_order
+from .loop import BatchSource, Stage, by_length, in_order
 
 CERTAIN = 30.0  # logit of a true finding
 
@@ -57,7 +57,7 @@ def check_base(config: AutoConfig, expected: dict | None) -> None:
             raise BaseModelError(f"The base LLM has {key}={found}; base.expected_config says {value}.")
 
 
-class ReportSplit(Split):
+class ReportBatches(BatchSource):
     """
     Frozen features, findings and report tokens. The order of cases, their references, and the choice of prompts with
     true findings depend only on (seed, epoch, case).
@@ -161,15 +161,15 @@ class ReportStage(Stage):
     ):
         self.generator, self.processor, self.samples = model, processor, samples
         options = {"max_tokens": section.max_report_tokens, "seed": seed, "true_findings": section.true_findings}
-        training = ReportSplit(cohort.report, cohort.pool, features, processor, shuffle=True, **options)
+        training = ReportBatches(cohort.report, cohort.pool, features, processor, shuffle=True, **options)
         # Validation uses predicted findings, as for a user's scans, even if training prompts have true ones.
         options = {"shuffle": False, **options, "true_findings": 0.0}
-        validation = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
+        validation = ReportBatches(cohort.validation, cohort.pool, features, processor, **options)
         views = {}
         if model.config.use_diagnosis and validation.labelled:
             # Shows the classifier's part of the loss: errors of the prompt cost more the more the model follows it.
             options["true_findings"] = 1.0
-            views["true_findings"] = ReportSplit(cohort.validation, cohort.pool, features, processor, **options)
+            views["true_findings"] = ReportBatches(cohort.validation, cohort.pool, features, processor, **options)
         if not training.labelled:
             model.classification_head.requires_grad_(False)  # eq. 11 without its second term
         if section.gradient_checkpointing:

@@ -36,7 +36,7 @@ from ..encoders_diffvp import noisy_or
 from ..modeling_diffvp import DiffVPForDiagnosis
 from ..modules_diffvp import named_places
 from .config import CropSection, DiagnosisSection
-from .loop import Split, Stage, in_order
+from .loop import BatchSource, Stage, in_order
 
 STEP = 8  # voxels between two positions of a crop
 POSITIVE_WEIGHT = 3.0  # weight of lesion tokens in the loss
@@ -244,7 +244,7 @@ class Crops:
         return total / COUNTED_CROPS
 
 
-class CropSplit(Split):
+class CropBatches(BatchSource):
     """Crops as samples: `sample` returns a position, and `losses` cuts the crop on the device of the volumes."""
 
     def __init__(self, crops: Crops, count: int):
@@ -276,7 +276,7 @@ class CropSplit(Split):
         return {name: value * part for name, value in model(start=batch["start"], **inputs).items()}
 
 
-class DiagnosisSplit(Split):
+class DiagnosisBatches(BatchSource):
     """Whole volumes with their labels.
 
     Args:
@@ -335,7 +335,7 @@ class DiagnosisStage(Stage):
     ):
         self.diagnosis = model
         self.labels = np.stack([case.labels for case in validation])
-        self.whole, self.on_crops = DiagnosisSplit(validation, volumes, None), section.crops is not None
+        self.whole, self.on_crops = DiagnosisBatches(validation, volumes, None), section.crops is not None
         usual = None
         labels = torch.from_numpy(np.stack([case.labels for case in training])).float()
         prevalence = labels.mean(0).clamp(0.01, 0.99)
@@ -345,12 +345,12 @@ class DiagnosisStage(Stage):
         else:
             torch.nn.init.constant_(model.classifier.head.bias, START_LOGIT)
         if section.crops is None:
-            splits = (DiagnosisSplit(training, volumes, seed), self.whole)
+            sources = (DiagnosisBatches(training, volumes, seed), self.whole)
         else:
             options = (volumes, truth, section.crops)
             crops = Crops(training, *options, seed, accelerator.device)
             unseen = Crops(validation, *options, None, accelerator.device)
-            splits = (CropSplit(crops, section.crops.per_epoch), CropSplit(unseen, section.crops.validation))
+            sources = (CropBatches(crops, section.crops.per_epoch), CropBatches(unseen, section.crops.validation))
         if truth is not None:
             cells_of_token = model.config.image_size[0] // model.config.resnet_grid[0] // CELL
             usual = crops.usual_tokens(cells_of_token, self.labels.shape[1])
@@ -364,7 +364,7 @@ class DiagnosisStage(Stage):
             {"params": encoder, "lr": section.learning_rate},
             {"params": heads, "lr": section.head_learning_rate, "weight_decay": 0.0},
         ]
-        super().__init__(section, objective, groups, *splits)
+        super().__init__(section, objective, groups, *sources)
 
     def metrics(self, epoch: int) -> dict[str, float]:
         if self.on_crops:
@@ -392,22 +392,22 @@ def start_at_prevalence(model: DiffVPForDiagnosis, prevalence: torch.Tensor, siz
 
 
 @torch.no_grad()
-def predict(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> np.ndarray:
-    """Predict the probabilities of the cases of a split, (cases, labels)."""
-    logits = [model.classifier.classify(features)[0] for features in encoded(model, split)]
+def predict(model: DiffVPForDiagnosis, source: DiagnosisBatches) -> np.ndarray:
+    """Predict the probabilities of the cases of a source, (cases, labels)."""
+    logits = [model.classifier.classify(features)[0] for features in encoded(model, source)]
     return torch.cat(logits).sigmoid().cpu().numpy()
 
 
 @torch.no_grad()
-def encoded(model: DiffVPForDiagnosis, split: DiagnosisSplit) -> Iterator[torch.Tensor]:
-    """Yield the voxel features (1, N, C) of the cases of a split."""
+def encoded(model: DiffVPForDiagnosis, source: DiagnosisBatches) -> Iterator[torch.Tensor]:
+    """Yield the voxel features (1, N, C) of the cases of a source."""
     model.eval()
     device = next(model.parameters()).device
-    for index in range(len(split)):
-        yield model.classifier.vision_encoder(split.sample(index, 0)["ct"][None].to(device))
+    for index in range(len(source)):
+        yield model.classifier.vision_encoder(source.sample(index, 0)["ct"][None].to(device))
 
 
-def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Tensor) -> None:
+def calibrate(model: DiffVPForDiagnosis, source: DiagnosisBatches, labels: torch.Tensor) -> None:
     """
     Scale and shift the voxel logits of each label so that Noisy-OR gives calibrated label probabilities. Both are
     maximum-likelihood estimates on unseen cases, merged into the head.
@@ -421,7 +421,7 @@ def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Te
     """
     head = model.classifier.head
     with torch.no_grad():
-        voxels = torch.cat([head(one).half() for one in encoded(model, split)])  # (cases, N, labels)
+        voxels = torch.cat([head(one).half() for one in encoded(model, source)])  # (cases, N, labels)
     labels = labels.to(voxels.device).float()
     # The penalty keeps the scale near 1 and the shift near 0 for rare labels, which have few cases.
     parameters = torch.zeros(2, labels.shape[1], device=voxels.device, requires_grad=True)
@@ -448,7 +448,7 @@ def calibrate(model: DiffVPForDiagnosis, split: DiagnosisSplit, labels: torch.Te
         head.bias.mul_(scale).add_(shift)
 
 
-def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) -> dict[str, dict]:
+def fit_margins(model: DiffVPForDiagnosis, source: DiagnosisBatches, truth: Truth) -> dict[str, dict]:
     """
     Return `config.finding_attributes` with fitted margins for the labels that can have several places. The margin of a
     label maximizes the number of unseen cases with all places correct.
@@ -456,7 +456,7 @@ def fit_margins(model: DiffVPForDiagnosis, split: DiagnosisSplit, truth: Truth) 
     config = model.config
     located = [
         (case, {key: value.cpu() for key, value in model.classifier.locate(features).items()})
-        for case, features in zip(split.cases, encoded(model, split), strict=True)
+        for case, features in zip(source.cases, encoded(model, source), strict=True)
     ]
     fitted = {label: dict(wanted) for label, wanted in config.finding_attributes.items()}
     for label, wanted in fitted.items():
