@@ -87,6 +87,14 @@ def check_writable(*, files: Sequence[Path | None] = (), folders: Sequence[Path 
             raise typer.Exit(2)
 
 
+def check_tables(*tables: Path | None) -> None:
+    """Exit with status 2 if a table of reports or labels is missing, before the libraries load."""
+    for table in tables:
+        if table is not None and not table.exists():
+            warn(f"{table}: file: missing (expected a table in .csv, .tsv, .jsonl or .parquet)", style="red")
+            raise typer.Exit(2)
+
+
 def check_kept(output: Path | None, *sources: Path | None) -> None:
     """Exit with status 2 if an output would replace a file that is read, or another output."""
     for source in sources:

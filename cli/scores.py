@@ -15,6 +15,7 @@ from ..progress import counting
 from .console import (
     SHIPPED_CHECKPOINT,
     check_kept,
+    check_tables,
     check_writable,
     err,
     listed_problems,
@@ -51,6 +52,7 @@ def label(
     check_writable(files=[output, explain])
     check_kept(output, reports)
     check_kept(explain, reports, output)
+    check_tables(reports)
     from ..metrics.labelers import load_labeler
     from ..metrics.labelers.radbert import RadBertError
     from ..metrics.labelers.table import label_table
@@ -105,6 +107,7 @@ def score(
     markdown: Markdown = False,
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
+    check_tables(reports, reference, labels, training)
     from ..metrics.labelers import load_labeler
     from ..metrics.labelers.radbert import RadBertError
     from ..metrics.nlg import LexiconError
@@ -186,6 +189,7 @@ def judge(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
+    check_tables(first, second, reference)
     from ..metrics.judge import JudgeError
     from ..metrics.judge.calibration import calibration_items
     from ..metrics.judge.rules import RuleJudge

@@ -67,6 +67,8 @@ WRONG = {
     "label reports.csv --output a.csv --explain a.csv": "a.csv: output: a file that is read or written",
     "score absent.jsonl": "absent.jsonl: file: missing (expected a table",
     "score reports.csv": "also prediction",
+    "score reports.csv --labels absent.csv": "absent.csv: file: missing (expected a table",
+    "judge reports.csv absent.csv --judge rules": "absent.csv: file: missing (expected a table",
     "judge reports.csv reports.csv --calibrate": "expected two tables of reports, A.csv and B.csv, or --calibrate",
     "encoder convert reports.csv empty": "empty: output: a folder (expected a file",
     "experiment table4 --study absent.yaml": "absent.yaml: file: missing (expected a YAML file",
