@@ -1079,6 +1079,7 @@ def main(output: str) -> None:
             os.dup2(streams.fileno(), 1)
             os.dup2(streams.fileno(), 2)
             reset_peak()
+            idle = peak_mb()  # with the imports, which depend on the build of torch
             start = time.perf_counter()
             try:
                 tensor, geometry = resample(read_ct(ct, **case.options), SIZE)
@@ -1087,7 +1088,7 @@ def main(output: str) -> None:
             except Exception as error:  # noqa: BLE001 - any exception is a result
                 found, message = type(error).__name__, str(error)
                 names = error.field if isinstance(error, CTInputError) else ""
-            seconds, peak = time.perf_counter() - start, peak_mb()
+            seconds, peak = time.perf_counter() - start, peak_mb() - idle
             for stream, descriptor in zip((sys.stdout, sys.stderr), (1, 2), strict=True):
                 stream.flush()
                 os.dup2(before[descriptor - 1], descriptor)
