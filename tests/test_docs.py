@@ -99,12 +99,13 @@ def clone(prepared):
 @pytest.fixture
 def servers(clone, tmp_path):
     """Servers of others that pages talk to, on this machine: what stands for PLACEHOLDERS, and the reader's Hub."""
-    from .chat_server import ChatServer, by_rules
+    from .chat_server import ChatServer, by_rules_or_radmatch
     from .dicomweb_server import DicomWebServer
     from .hub_server import USER, Hub
     from .reader_files import read_series
 
-    with DicomWebServer() as pacs, ChatServer(by_rules) as model, Hub() as hub:
+    with DicomWebServer() as pacs, ChatServer(by_rules_or_radmatch) as model, Hub() as hub:
+        model.whole = True
         series = read_series(clone / "SERIES")
         pacs.add(series)
         placeholders = {
@@ -139,7 +140,7 @@ def test_code_blocks_of_a_page_run(page, clone, servers, tmp_path):
     ]
     (tmp_path / ".curlrc").write_text("fail-with-body\n")  # an HTTP error ends the block
     binaries = clone / ".venv" / "bin"  # as `source .venv/bin/activate`
-    environment = reader(**hub, CURL_HOME=str(tmp_path), VIRTUAL_ENV=str(binaries.parent))
+    environment = reader(**hub, CURL_HOME=str(tmp_path), VIRTUAL_ENV=str(binaries.parent), PIP_QUIET="1")
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
     source = (ROOT / "tests" / "page_reader.py").read_text(encoding="utf-8")
     command = [binaries / "python", "-c", source, json.dumps(typed)]
