@@ -78,7 +78,7 @@ RULES = RuleJudge()
 
 
 def by_radmatch(body: dict, number: int):
-    """Answer RadMatch, from a whole body: one finding per sentence, equal last words match, other wordings are errors."""
+    """Answer RadMatch: one finding per sentence, equal last words match, other wordings are errors."""
     content = body["messages"][-1]["content"]
     stage = body["response_format"]["json_schema"]["name"]
     if stage == "findings_output":
