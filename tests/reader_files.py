@@ -27,6 +27,8 @@ def write_reader_files(folder: Path) -> None:
         shutil.copy(folder / "scan.nii.gz", folder / "scans" / name)
     (folder / "scans.csv").write_text("path\nscans/a.nii.gz\nscans/b.nii.gz\n")
     write_own_scans(folder / "my_scans", normal=9, others=7)
+    names = [name for name, _, _, is_normal in own_patients(normal=9, others=7, matrix=96) if is_normal]
+    (folder / "my_scans" / "normal.txt").write_text("\n".join(names))
 
     for seed, name in enumerate(("SERIES", "patient_7", "study/1", "study/2")):
         write_dicom(folder / name, make_chest(seed), change=of_a_hospital)
