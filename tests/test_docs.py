@@ -55,6 +55,27 @@ def test_no_page_installs_diffvp_from_pypi():
         assert path == Path(__file__) or found is None, f"{path.name}: {found and found[0]}"
 
 
+READER = (ROOT / "tests" / "page_reader.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("block", "status"),
+    [
+        (("python", "assert value == 1"), 0),
+        (("python", "assert value == 2"), 1),
+        (("bash", "true\ntrue"), 0),
+        (("bash", "false\ntrue"), 1),
+        (("bash", "diffvp serve  # a server that does not start\ntrue"), 1),
+    ],
+)
+def test_page_fails_with_its_block(block, status, tmp_path):
+    (tmp_path / "diffvp").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "diffvp").chmod(0o755)
+    command = [sys.executable, "-c", READER, json.dumps([("python", "value = 1"), block])]
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == status
+
+
 def missing() -> set[str]:
     """Return what blocks may need and this machine lacks."""
     from diffvp.metrics.nlg import lexicon
@@ -146,8 +167,7 @@ def test_code_blocks_of_a_page_run(page, clone, servers, tmp_path):
     binaries = clone / ".venv" / "bin"  # as `source .venv/bin/activate`
     environment = reader(**hub, CURL_HOME=str(tmp_path), VIRTUAL_ENV=str(binaries.parent), PIP_QUIET="1")
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    source = (ROOT / "tests" / "page_reader.py").read_text(encoding="utf-8")
-    command = [binaries / "python", "-c", source, json.dumps(typed)]
+    command = [binaries / "python", "-c", READER, json.dumps(typed)]
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     left_out = set().union(*map(needs, blocks(page))) & lacking
