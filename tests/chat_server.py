@@ -22,6 +22,9 @@ DIMENSIONS = (
     "anatomical_specificity",
     "quantification_detail",
 )
+# Sentences that `by_radmatch` knows.
+NODULE, EFFUSION, HEART = "A nodule of 8 mm.", "Left pleural effusion.", "Normal heart."
+MISSED, WRONG_SIDE = "", "Right pleural effusion."
 
 
 class HalfAnswer(str):
@@ -72,6 +75,40 @@ def by_rules(prompt: str) -> str:
 
 
 RULES = RuleJudge()
+
+
+def by_radmatch(body: dict, number: int):
+    """Answer RadMatch: one finding per sentence, equal last words match, other wordings are errors."""
+    content = body["messages"][-1]["content"]
+    stage = body["response_format"]["json_schema"]["name"]
+    if stage == "findings_output":
+        sentences = [of for of in (NODULE, EFFUSION, HEART, WRONG_SIDE) if of in content]
+        keys = {"clinical_significance": "urgent", "comparison": None, "measurements": []}
+        status = {of: "normal" if of == HEART else "abnormal" for of in sentences}
+        return json.dumps({"findings": [{"text": of, "clinical_status": status[of], **keys} for of in sentences]})
+    asked = json.loads(content)
+    if stage == "matching_output":
+        found, true = asked["pred_findings"], asked["gt_findings"]
+        pairs = [(one["finding_id"], of["finding_id"]) for one in found for of in true
+                 if one["text"].split()[-1] == of["text"].split()[-1]]  # fmt: skip
+        return json.dumps(
+            {
+                "matches": [{"pred_id": one, "gt_id": of, "reasoning": ""} for one, of in pairs],
+                "unmatched_pred": [
+                    one["finding_id"] for one in found if one["finding_id"] not in {p for p, _ in pairs}
+                ],
+                "unmatched_gt": [of["finding_id"] for of in true if of["finding_id"] not in {t for _, t in pairs}],
+            }
+        )
+    wrong = {"dimension": "location", "severity": "major", "reasoning": ""}
+    same = [pair["pred_finding"]["text"] == pair["gt_finding"]["text"] for pair in asked["pairs"]]
+    return json.dumps({"errors_per_match": [[] if of else [wrong] for of in same]})
+
+
+def by_rules_or_radmatch(body: dict, number: int):
+    """Answer the judge's prompts by the rules, and RadMatch's; for a server with `whole` bodies."""
+    prompt = body["messages"][-1]["content"]
+    return by_rules(prompt) if "<GT>" in prompt else by_radmatch(body, number)
 
 
 def write_tables(folder: Path, count: int) -> list[str]:

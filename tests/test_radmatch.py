@@ -15,43 +15,12 @@ from diffvp import cli
 from diffvp.metrics.judge import JudgeError
 from diffvp.metrics.radmatch import radmatch_page, score_radmatch
 
-from .chat_server import ChatServer, Status
-
-NODULE, EFFUSION, HEART = "A nodule of 8 mm.", "Left pleural effusion.", "Normal heart."
-MISSED, WRONG_SIDE = "", "Right pleural effusion."
-
-
-def judge(body: dict, number: int):
-    """Answer like a model: one finding per sentence, equal last words match, other wordings are errors."""
-    content = body["messages"][-1]["content"]
-    stage = body["response_format"]["json_schema"]["name"]
-    if stage == "findings_output":
-        sentences = [of for of in (NODULE, EFFUSION, HEART, WRONG_SIDE) if of in content]
-        keys = {"clinical_significance": "urgent", "comparison": None, "measurements": []}
-        status = {of: "normal" if of == HEART else "abnormal" for of in sentences}
-        return json.dumps({"findings": [{"text": of, "clinical_status": status[of], **keys} for of in sentences]})
-    asked = json.loads(content)
-    if stage == "matching_output":
-        found, true = asked["pred_findings"], asked["gt_findings"]
-        pairs = [(one["finding_id"], of["finding_id"]) for one in found for of in true
-                 if one["text"].split()[-1] == of["text"].split()[-1]]  # fmt: skip
-        return json.dumps(
-            {
-                "matches": [{"pred_id": one, "gt_id": of, "reasoning": ""} for one, of in pairs],
-                "unmatched_pred": [
-                    one["finding_id"] for one in found if one["finding_id"] not in {p for p, _ in pairs}
-                ],
-                "unmatched_gt": [of["finding_id"] for of in true if of["finding_id"] not in {t for _, t in pairs}],
-            }
-        )
-    wrong = {"dimension": "location", "severity": "major", "reasoning": ""}
-    same = [pair["pred_finding"]["text"] == pair["gt_finding"]["text"] for pair in asked["pairs"]]
-    return json.dumps({"errors_per_match": [[] if of else [wrong] for of in same]})
+from .chat_server import EFFUSION, HEART, MISSED, NODULE, WRONG_SIDE, ChatServer, Status, by_radmatch
 
 
 @pytest.fixture
 def served():
-    with ChatServer(judge) as server:
+    with ChatServer(by_radmatch) as server:
         server.whole = True
         yield server
 
@@ -92,7 +61,7 @@ def test_second_run_asks_only_about_changed_reports(served, tmp_path):
 
 def test_failed_report_is_counted_and_mentioned(served, tmp_path):
     served.reply = lambda body, number: (
-        Status(400) if WRONG_SIDE in body["messages"][-1]["content"] else judge(body, number)
+        Status(400) if WRONG_SIDE in body["messages"][-1]["content"] else by_radmatch(body, number)
     )
     scores = score(served, [NODULE, WRONG_SIDE], [NODULE] * 2, tmp_path)
     assert (scores["n"], scores["scored"], scores["interval"]) == (2, 1, None)
@@ -110,7 +79,7 @@ def test_reports_leave_the_machine_only_with_permission(tmp_path):
 def test_environment_is_restored_and_no_proxy_is_used(served, tmp_path, monkeypatch):
     import os
 
-    with ChatServer(judge) as proxy:
+    with ChatServer(by_radmatch) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
         monkeypatch.setenv("NO_PROXY", "example.org")
         before = dict(os.environ)
