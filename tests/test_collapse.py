@@ -88,7 +88,7 @@ def test_single_and_empty_reports_are_handled():
     assert values(panel(["", ""], split=DiffVPProcessor.post_process))["normal_regions"] is None
     with pytest.raises(ValueError, match="no reports"):
         panel([], np.zeros((0, 18)))
-    with pytest.raises(TypeError, match="must be a text"):
+    with pytest.raises(TypeError, match=r"predictions\[1\]: nan"):
         panel(["a", float("nan")], np.zeros((2, 18)))
     with pytest.raises(ValueError, match="shape"):
         panel([NORMAL], np.zeros((2, 18), int))
