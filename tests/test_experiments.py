@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel as nib
@@ -403,18 +404,25 @@ def test_page_lists_models_above_the_nearest_report_baseline(made, tmp_path, lea
     assert f"gives a micro-F1 of {least:.3f}. Rows of `mine` {words}" in write_page(tmp_path).read_text()
 
 
+def results(path: Path) -> dict:
+    """Return a stored result without its command, which names the folders of the run."""
+    document = json.loads(path.read_text())
+    assert document.pop("command").startswith("diffvp experiment ")
+    return document
+
+
 def test_experiment_runs_once(made, study, table, tmp_path):
     loaded, runs, result = made
-    document = json.loads(result.read_text())
+    document = results(result)
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     again = run_experiment(table, loaded, runs, tmp_path / "again")
-    assert json.loads(again.read_text()) == document
+    assert results(again) == document
     assert written == {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
     baselines = result.parent / "reports/baselines-own.json"
     assert loaded.training["data"]["root"] not in baselines.read_text(), "local paths are not stored"
     baselines.unlink()
     from_reports = run_experiment(table, loaded, tmp_path / "no runs", result.parents[1])
-    assert json.loads(from_reports.read_text()) == document and baselines.is_file()
+    assert results(from_reports) == document and baselines.is_file()
     assert not list(tmp_path.rglob("*.safetensors")), "no model is trained if its reports exist"
     other = StudyConfig.load(study, ["training.report.learning_rate=0.5"])
     with pytest.raises(RunError, match="report.learning_rate was 0.001, is 0.5"):
@@ -508,7 +516,7 @@ def test_reports_without_a_newer_condition_field_stay_valid(made, table, tmp_pat
     document = json.loads(gzip.decompress(path.read_bytes()))
     del document["made_by"]["condition"]["patients"]
     path.write_bytes(gzip.compress(json.dumps(document).encode()))
-    assert json.loads(run_experiment(table, loaded, runs, tmp_path).read_text()) == json.loads(result.read_text())
+    assert results(run_experiment(table, loaded, runs, tmp_path)) == results(result)
     document["made_by"]["condition"]["abnormal"] = 0.5
     path.write_bytes(gzip.compress(json.dumps(document).encode()))
     with pytest.raises(RunError, match="condition.abnormal was 0.5, is 0.0"):
@@ -596,7 +604,7 @@ def test_page_lists_reports_written_on_a_gpu(made, study, table, tmp_path):
     shutil.copytree(result.parent / "reports", stored)
     path = stored / "target/seed-2/random.json.gz"
     document = json.loads(gzip.decompress(path.read_bytes()))
-    assert document["made_on"]["device"] == "cpu" and document["made_on"]["versions"]["torch"] == torch.__version__
+    assert document["made_on"]["device"] == "cpu" and document["made_on"]["versions"]["torch"] == version("torch")
     document["made_on"]["device"] = "NVIDIA H200"
     path.write_bytes(gzip.compress(json.dumps(document).encode()))
     older = stored / "target/seed-1/random.json.gz"  # written before the device was recorded
@@ -621,14 +629,14 @@ def test_baselines_are_computed_once_for_all_seeds(made, study, table, tmp_path,
 
 def test_another_labeler_recomputes_the_scores(made, study, table, tmp_path):
     _, runs, result = made
-    ours = json.loads(result.read_text())
+    ours = results(result)
     other = StudyConfig.load(study, ["test.labeler=rules"])
     document = json.loads(run_experiment(table, other, runs, tmp_path / "results").read_text())
     assert "labeler:phantom-reader" in ours["signature"] and "labeler:rule-labeler" in document["signature"]
     stored = json.loads((tmp_path / "results/small/reports/baselines-own.json").read_text())
     assert "labeler:rule-labeler" in stored["made_by"]["signature"]
     again = run_experiment(table, StudyConfig.load(study), runs, tmp_path / "results")
-    assert json.loads(again.read_text()) == ours
+    assert results(again) == ours
 
 
 def test_language_model_judge_is_reported_next_to_the_rules(made, tmp_path):
