@@ -170,10 +170,10 @@ class ReferencePool:
     def choose_nearest(
         self,
         distance: Callable[[dict[str, str]], float],
-        scan: str,
-        load: Callable[[dict[str, str]], tuple[str, Loaded]],
+        scan: str | None,
+        load: Callable[[dict[str, str]], tuple[str | None, Loaded]],
     ) -> tuple[str, Loaded]:
-        """Choose the reference with the smallest `distance` to a scan. The rest is as in [`choose`]."""
+        """Choose the reference with the smallest `distance` to a scan. The rest is as in [`first_other`]."""
         return self.first_other(sorted(self.entries, key=distance), scan, load)
 
     @staticmethod
