@@ -18,6 +18,7 @@ from ..files import writing_problem
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "diffvp-phantom"
 STATEMENT = "Research use only. Not a medical device; not for diagnosis."
+TABLE, SETTINGS = "a table in .csv, .tsv, .jsonl or .parquet", "a YAML file, such as `diffvp init` writes"
 MAX_COLUMNS = 8  # of a table on a terminal
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
 
@@ -87,11 +88,11 @@ def check_writable(*, files: Sequence[Path | None] = (), folders: Sequence[Path 
             raise typer.Exit(2)
 
 
-def check_tables(*tables: Path | None) -> None:
-    """Exit with status 2 if a table of reports or labels is missing, before the libraries load."""
-    for table in tables:
-        if table is not None and not table.exists():
-            warn(f"{table}: file: missing (expected a table in .csv, .tsv, .jsonl or .parquet)", style="red")
+def check_found(*inputs: Path | None, what: str = "file", expected: str = TABLE) -> None:
+    """Exit with status 2 if an input is missing, before the libraries load, which takes seconds."""
+    for path in inputs:
+        if path is not None and not path.exists():
+            warn(f"{path}: {what}: missing (expected {expected})", style="red")
             raise typer.Exit(2)
 
 

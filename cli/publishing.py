@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .console import listed_problems, out, quiet, say
+from .console import check_found, listed_problems, out, quiet, say
 
 
 def push(
@@ -25,6 +25,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list every file; upload nothing.")] = False,
 ) -> None:
     """Check every file of a checkpoint and upload it to the Hub in one commit."""
+    check_found(folder, what="folder", expected="the folder of a checkpoint")
     quiet()
     from ..hub.push import PushError, check_checkpoint
     from ..hub.push import push as upload

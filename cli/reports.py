@@ -18,6 +18,7 @@ from rich.text import Text
 from ..progress import counting
 from .console import (
     STATEMENT,
+    check_found,
     check_free,
     check_kept,
     check_writable,
@@ -177,6 +178,7 @@ def batch(
     """Write the reports of many scans, one JSON line each. Unreadable scans are skipped and listed."""
     check_writable(files=[output], folders=[dicom])
     check_kept(output, scans)
+    check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
     quiet()
     if dicom is not None:
         import highdicom  # noqa: F401

@@ -14,8 +14,8 @@ from rich.table import Table
 from ..progress import counting
 from .console import (
     SHIPPED_CHECKPOINT,
+    check_found,
     check_kept,
-    check_tables,
     check_writable,
     err,
     listed_problems,
@@ -52,7 +52,7 @@ def label(
     check_writable(files=[output, explain])
     check_kept(output, reports)
     check_kept(explain, reports, output)
-    check_tables(reports)
+    check_found(reports)
     from ..metrics.labelers import load_labeler
     from ..metrics.labelers.radbert import RadBertError
     from ..metrics.labelers.table import label_table
@@ -107,7 +107,7 @@ def score(
     markdown: Markdown = False,
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
-    check_tables(reports, reference, labels, training)
+    check_found(reports, reference, labels, training)
     from ..metrics.labelers import load_labeler
     from ..metrics.labelers.radbert import RadBertError
     from ..metrics.nlg import LexiconError
@@ -189,7 +189,7 @@ def judge(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
-    check_tables(first, second, reference)
+    check_found(first, second, reference)
     from ..metrics.judge import JudgeError
     from ..metrics.judge.calibration import calibration_items
     from ..metrics.judge.rules import RuleJudge

@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .console import check_kept, check_writable, err, listed_problems, one_line_errors, out, say, warn
+from .console import (
+    SETTINGS,
+    check_found,
+    check_kept,
+    check_writable,
+    err,
+    listed_problems,
+    one_line_errors,
+    out,
+    say,
+    warn,
+)
 from .options import CORES
 
 SHOWN_WARNINGS = 20
@@ -71,6 +82,7 @@ def init_folder(
     ] = False,
 ) -> None:
     """Prepare training on your own scans and reports: write a table and a training file, and list what is missing."""
+    check_found(folder, what="folder", expected="a folder of scans")
     from ..data.start import StartError, start
 
     with one_line_errors(StartError, ValueError):
@@ -101,6 +113,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model in both stages. The same command continues an interrupted run."""
+    check_found(config, expected=SETTINGS)
     log_to_stderr()
     if not err.is_terminal:
         os.environ["TQDM_DISABLE"] = "1"  # progress bars of libraries would fill a log
@@ -144,6 +157,8 @@ def pool_build(
     """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
     check_writable(files=[output])
     check_kept(output, data, ids, exclude)
+    check_found(data, what="data", expected="the folder of a dataset; for the layout `table`, also the table itself")
+    check_found(ids, exclude, expected="ids, one per line")
     with one_line_errors(ValueError), listed_problems():
         from ..data.cases import read_ids
         from ..data.load import load_dataset_cases

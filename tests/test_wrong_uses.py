@@ -75,8 +75,8 @@ WRONG = {
     "experiment seed=1": "names: none (expected a table or figure of the paper",
     "phantom file --train 1 --valid 1": "file: output: a file (expected a folder",
     "phantom cohort --train 1 --valid 1 --push me/my/cohort": "me/my/cohort",
-    "push absent me/model --dry-run": "absent is not a folder",
-    "pool build absent --layout table --output pool.txt": "metadata.csv or metadata.jsonl",
+    "push absent me/model --dry-run": "absent: folder: missing (expected the folder of a checkpoint)",
+    "pool build absent --layout table --output pool.txt": "absent: data: missing (expected the folder of a dataset",
 }
 
 
