@@ -8,7 +8,7 @@ from pathlib import Path
 from .cases import Case, DatasetError, Problem
 from .ct_rate import load_ct_rate
 from .ctrg import load_ctrg
-from .phantom_cohort import load_phantom
+from .phantom_cases import load_phantom
 from .radgenome import load_radgenome
 from .table import load_table
 

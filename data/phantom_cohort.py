@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Write the phantom cohort in the layouts of CT-RATE v2 and RadGenome-ChestCT, and load it.
+"""Write the phantom cohort in the layouts of CT-RATE v2 and RadGenome-ChestCT.
 
 The same seed gives the same bytes for any number of workers: a case depends only on (seed, split, index), gzip headers
 have no time, and tables are written in order of the index. Each file is written under a temporary name and renamed, so
@@ -14,8 +14,7 @@ import gzip
 import io
 import json
 import multiprocessing
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -23,11 +22,8 @@ import numpy as np
 
 from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..storage_diffvp import replacing
-from .cases import Case, Problem, canonical_split, raise_problems, selection
-from .ct_rate import read_cases
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
-from .radgenome import read_disorders, read_regions, region_table_path
 
 # CT-RATE and RadGenome-ChestCT call the second split "valid" in some names and "validation" in others.
 LONG_NAME = {"train": "train", "valid": "validation"}
@@ -134,26 +130,6 @@ def _progress(facts: Iterator[dict], total: int, show: bool) -> Iterator[dict]:
     from rich.progress import track
 
     yield from track(facts, description="Phantom cases", total=total, console=Console(stderr=True))
-
-
-def load_phantom(
-    root: str | Path, split: str, *, include: Collection[str] | None = None, exclude: Collection[str] = ()
-) -> list[Case]:
-    """Load all cases of a split of a phantom cohort: CT-RATE's version 2 with the tables of RadGenome-ChestCT.
-
-    Arguments and errors are those of [`load_ct_rate`].
-    """
-    split = canonical_split(split, ("train", "valid"))
-    problems: list[Problem] = []
-    cases = read_cases(Path(root), split, include, exclude, problems)
-    dataset, keep = Path(root) / "dataset", selection(include, exclude)
-    *_, regions = read_regions(region_table_path(dataset, split), keep, problems)
-    listed, lists = {case.name: case.row for case in cases}, f"{split}_predicted_labels.csv"
-    disorders = read_disorders(dataset, split, listed, lists, keep, problems)
-    raise_problems(problems)
-    return [
-        replace(case, region_sentences=regions.get(case.name, {}), disorders=disorders[case.name]) for case in cases
-    ]
 
 
 def volume_path(root: Path, name: str) -> Path:

@@ -25,7 +25,7 @@ from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
 from ..data.load import load_dataset_cases
 from ..data.phantom import Finding
-from ..data.phantom_cohort import load_phantom
+from ..data.phantom_cases import load_phantom
 from ..data.pool import is_normal, pool_by_rule
 from ..files import write_texts
 from ..inference.report import load_checkpoint

@@ -255,7 +255,7 @@ def test_phantom_command_writes_a_cohort(run, tmp_path):
     options = ("--valid", 1, "--matrix", 48, "--no-masks", "--workers", 1)
     result = run("phantom", "cohort", "--train", 1, *options, "--seed", 7)
     assert result.exit_code == 0, result.output
-    from diffvp.data.phantom_cohort import load_phantom
+    from diffvp.data.phantom_cases import load_phantom
 
     [case] = load_phantom(tmp_path / "work" / "cohort", "train")
     assert nib.load(case.volume).shape[:2] == (48, 48) and case.report

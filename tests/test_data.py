@@ -31,7 +31,8 @@ from diffvp.data.cases import (
 from diffvp.data.ct_rate import load_ct_rate
 from diffvp.data.ctrg import load_ctrg
 from diffvp.data.load import load_dataset_cases
-from diffvp.data.phantom_cohort import load_phantom, write_cohort
+from diffvp.data.phantom_cases import load_phantom
+from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
 from diffvp.data.radgenome import load_radgenome
 from diffvp.data.table import hub_cases, load_hub, load_table

@@ -24,7 +24,7 @@ from diffvp.data.lesions import (
     true_sizes,
 )
 from diffvp.data.phantom import LOBES, Finding
-from diffvp.data.phantom_cohort import load_phantom
+from diffvp.data.phantom_cases import load_phantom
 from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.modules_diffvp import (

@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
-from diffvp.data.phantom_cohort import load_phantom, write_cohort
+from diffvp.data.phantom_cases import load_phantom
+from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
 from diffvp.experiments import evaluate
 from diffvp.experiments.kinds import score_table

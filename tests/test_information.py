@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from diffvp.data.phantom_cohort import load_phantom
+from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.pool import is_normal
 from diffvp.experiments.kinds.information import (
     latent_overlap,

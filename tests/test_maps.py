@@ -19,7 +19,8 @@ from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import lesion_mask_path, lesion_voxels
-from diffvp.data.phantom_cohort import load_phantom, write_cohort
+from diffvp.data.phantom_cases import load_phantom
+from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import normal_pool
 from diffvp.experiments.kinds.token_importance import (
     draw_importance,

@@ -21,7 +21,7 @@ from diffvp.cli import app
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import DatasetError
-from diffvp.data.phantom_cohort import load_phantom
+from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPProcessor

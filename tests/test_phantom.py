@@ -24,7 +24,8 @@ from diffvp.data.phantom import (
     render_patient,
     sample_patient,
 )
-from diffvp.data.phantom_cohort import load_phantom, volume_path, write_cohort
+from diffvp.data.phantom_cases import load_phantom
+from diffvp.data.phantom_cohort import volume_path, write_cohort
 from diffvp.data.phantom_geometry import Geometry
 from diffvp.data.phantom_report import (
     NORMAL,
