@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -42,12 +39,12 @@ from .configuration_diffvp import DiffVPConfig
 from .drafts_diffvp import ReportDrafts
 from .generation_diffvp import own_generation_config
 from .gguf_diffvp import KNOWN_FINGERPRINTS
-from .pipeline_diffvp import CUSTOM_PIPELINES
 from .storage_diffvp import (
     ADAPTER_SUBFOLDER,
     DRAFTS_NAME,
     HUB_KWARGS,
     DiffVPCheckpointError,
+    check_config,
     check_digest,
     digests,
     locate_weights,
@@ -104,42 +101,6 @@ _NEUTRAL = {
     "use_safetensors": (None, True),
     "variant": (None,),
 }
-
-
-def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = None, **hub_kwargs) -> None:
-    """
-    Check that a checkpoint is a local folder, in the Hub's cache, or a repository on the Hub.
-
-    The Hub is asked once: transformers would retry for a minute.
-
-    Args:
-        token: access token of the Hub.
-        hub_kwargs: options of the Hub; `revision` and `cache_dir` are used.
-
-    Raises:
-        DiffVPCheckpointError: `name` is neither a folder nor a repository on the Hub, such as a mistyped path.
-    """
-    if Path(name).is_dir():
-        return
-    expected = "a folder with a checkpoint, or the id of a Hub repository"
-    try:
-        validate_repo_id(str(name))
-    except HFValidationError as error:
-        raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
-    access = {key: hub_kwargs[key] for key in ("revision", "cache_dir") if hub_kwargs.get(key) is not None}
-    if isinstance(try_to_load_from_cache(str(name), CONFIG_NAME, **access), str):
-        return
-    try:
-        there = HfApi(token=token).repo_exists(str(name))
-    except (HTTPError, OSError) as error:  # OSError: HF_HUB_OFFLINE is set
-        raise DiffVPCheckpointError(
-            f"{name}: there is no such folder, and the Hub cannot be reached; expected {expected}."
-        ) from error
-    if not there:
-        raise DiffVPCheckpointError(
-            f"{name}: there is no such folder, and no such repository on the Hub that you may read; expected "
-            f"{expected}."
-        )
 
 
 def _habits(cls: type["DiffVPCheckpointMixin"], kwargs: dict) -> dict:
@@ -220,14 +181,7 @@ class DiffVPCheckpointMixin(_Model):
             place = name if config is None else config
             config_class: Any = cls.config_class
             if os.path.isdir(place):
-                # If the file is missing or of another model, transformers 5.23 uses the default configuration.
-                if not os.path.isfile(os.path.join(place, hub_kwargs.get("subfolder", ""), CONFIG_NAME)):
-                    what = "not a checkpoint, or an incomplete one"
-                    raise DiffVPCheckpointError(f"{place} has no {CONFIG_NAME}: {what}.")
-                kind = config_class.get_config_dict(place, **hub_kwargs)[0].get("model_type")
-                if kind != config_class.model_type:
-                    expected = f"{config_class.model_type}, as in a checkpoint of DiffVP"
-                    raise DiffVPCheckpointError(f"{place}: model_type: {kind} (expected {expected})")
+                check_config(os.path.join(place, hub_kwargs.get("subfolder", "")), config_class.model_type)
             found = config_class.from_pretrained(place, **hub_kwargs, **overrides)
         return copy.deepcopy(found), hub_kwargs
 
@@ -621,6 +575,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         # Two auto classes can load the checkpoint; transformers only writes the one registered for the class.
         entry = "modeling_diffvp.DiffVPForConditionalGeneration"
         config.auto_map = (getattr(config, "auto_map", None) or {}) | {"AutoModelForImageTextToText": entry}
+        from .pipeline_diffvp import CUSTOM_PIPELINES  # imports transformers.pipelines, which a report does not need
+
         config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         config.has_adapter = adapter is not None
         if adapter is not None and is_main_process:

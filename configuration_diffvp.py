@@ -26,41 +26,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-# The 18 abnormalities of CT-RATE / RadGenome-ChestCT, in the order of RadBERT's outputs (appendix D of the paper).
-DIAGNOSIS_LABELS = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-)
-
-# The ten regions of RadGenome-ChestCT under the dataset's own names ("bronchie" is its spelling), in canonical order.
-REGIONS = (
-    "abdomen",
-    "bone",
-    "breast",
-    "esophagus",
-    "heart",
-    "lung",
-    "mediastinum",
-    "pleura",
-    "thyroid",
-    "trachea and bronchie",
-)
+from .labels_diffvp import DIAGNOSIS_LABELS
 
 # Version 1 has neither this field nor digests; version 2 has both.
 FORMAT_VERSION = 2
@@ -587,4 +553,4 @@ def _triple(values: Iterable[int]) -> tuple[int, int, int]:
 
 DiffVPConfig.register_for_auto_class()
 
-__all__ = ["DIAGNOSIS_LABELS", "DEFAULT_INSTRUCTION", "REGIONS", "DiffVPConfig"]
+__all__ = ["DEFAULT_INSTRUCTION", "DiffVPConfig"]

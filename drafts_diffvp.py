@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .pipeline_diffvp import end_tokens
+from .report_diffvp import end_tokens
 from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from .threads_diffvp import quickest_threads
 

@@ -6,7 +6,7 @@ import copy
 
 from transformers import GenerationConfig
 
-from .pipeline_diffvp import MAX_NEW_TOKENS, end_tokens
+from .report_diffvp import MAX_NEW_TOKENS, end_tokens
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

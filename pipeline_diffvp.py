@@ -1,10 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""The task `ct-report-generation` of `transformers.pipeline`: from a scan to report, findings and difference map.
-
-This file imports no other file of the checkpoint, so that `modeling_diffvp.py` can import it: saving copies imported
-files, so every saved checkpoint has its pipeline.
-"""
+"""The task `ct-report-generation` of `transformers.pipeline`: from a scan to report, findings and difference map."""
 
 from types import GeneratorType
 from typing import Any
@@ -13,15 +9,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
+from .report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings, describe_text, end_tokens
+
 TASK = "ct-report-generation"
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_diffvp.DiffVPPipeline", "pt": ["AutoModel"]}}  # for config.json
-
-RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
-GIVEN_REFERENCE = "given by the user"  # instead of its file name, which may identify a patient
-
-# Used if neither the caller nor the checkpoint sets a limit; transformers' own default is 20. The longest phantom
-# report has 400 tokens.
-MAX_NEW_TOKENS = 512
 
 
 class DiffVPPipeline(Pipeline):
@@ -188,66 +179,4 @@ class DiffVPPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-def end_tokens(generation_config) -> list[int]:
-    """Return the ids of the tokens that end a report. An LLM may have several, or none."""
-    ends = generation_config.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
-
-
-def describe_text(processor, tokens: list[int], findings: list[dict], ends: list[int]) -> dict:
-    """
-    Describe a report in the common form of the pipeline, report.json and `diffvp batch`.
-
-    Args:
-        tokens: new token ids of one report; padding may follow its end.
-        findings: findings of the scan, from [`describe_findings`]; empty without a classifier.
-        ends: ids of the end tokens, from [`end_tokens`].
-
-    Returns:
-        `report`, the text; `regions`, {region: text}; `findings`; `complete`, `True` if the report reached its end.
-    """
-    text = processor.decode(tokens, skip_special_tokens=True).strip()
-    return {
-        "report": text,
-        "regions": processor.post_process(text),
-        "findings": findings,
-        "complete": any(token in ends for token in tokens),
-    }
-
-
-def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=()) -> list[list[dict]]:
-    """
-    Describe the findings of each scan: all labels, in their order.
-
-    Args:
-        logits: log-odds of the classifier, (batch, labels).
-        attributes: attributes of `compare`, from a model with `finding_attributes`. They add to each finding its
-            `location` in words and `size_mm`, both `None` if the model reads none, and `peak`, the centre of the token
-            that shows it most, (x, y, z) in RAS+ mm in the frame of the scan.
-        geometries: [`CTGeometry`] of each scan; needed with `attributes`.
-
-    Returns:
-        For each scan a list of dicts with `label`, `probability`, `threshold` and `positive`.
-    """
-    thresholds = config.diagnosis_threshold
-    if not isinstance(thresholds, list):
-        thresholds = [thresholds] * len(config.diagnosis_labels)
-    described = [
-        [
-            {"label": label, "probability": round(value, 4), "threshold": threshold, "positive": value >= threshold}
-            for label, value, threshold in zip(config.diagnosis_labels, row, thresholds, strict=True)
-        ]
-        for row in logits.float().sigmoid().tolist()
-    ]
-    if attributes is None:
-        return described
-    for findings, of_scan, geometry in zip(described, attributes, geometries, strict=True):
-        for finding, known in zip(findings, of_scan, strict=True):
-            peak = geometry.tensor_affine @ (*known["voxel"], 1.0)
-            finding["location"] = " and ".join(known["places"]) or None
-            finding["size_mm"] = known["size_mm"]
-            finding["peak"] = [round(float(value), 1) for value in peak[:3]]
-    return described
-
-
-__all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline", "describe_findings", "describe_text", "end_tokens"]
+__all__ = ["CUSTOM_PIPELINES", "TASK", "DiffVPPipeline"]

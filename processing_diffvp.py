@@ -20,7 +20,6 @@ splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `
 """
 
 import io
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -42,33 +41,17 @@ from transformers.utils.hub import resolve_revision
 
 from .anatomy_diffvp import check_chest, measure_coverage
 from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
-from .configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
+from .configuration_diffvp import DEFAULT_INSTRUCTION
+from .labels_diffvp import DIAGNOSIS_LABELS
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
+from .report_diffvp import split_report
 from .storage_diffvp import HUB_KWARGS
 from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
 
 AXES = ("depth", "height", "width")
 # Keys that transformers writes next to an image processor's attributes.
 SERVICE_KEYS = {"auto_map", "image_processor_type", "processor_class"}
-OTHER = "other"  # key in `post_process` for text that belongs to no region
-# Headings of the regions and sections of a report, with their names. Some departments use plurals or other spellings.
-REGION_HEADINGS = {region: region for region in REGIONS} | {
-    "lungs": "lung",
-    "bones": "bone",
-    "breasts": "breast",
-    "oesophagus": "esophagus",
-    "trachea and bronchi": "trachea and bronchie",
-    "trachea and bronchus": "trachea and bronchie",
-}
-SECTION_HEADINGS = {
-    "findings": "findings",
-    "finding": "findings",
-    "impression": "impression",
-    "impressions": "impression",
-    "conclusion": "impression",
-    "conclusions": "impression",
-}
 
 
 class DiffVPImageProcessorKwargs(TypedDict, total=False):
@@ -654,36 +637,8 @@ class DiffVPProcessor(ProcessorMixin):
 
     @staticmethod
     def post_process(text: str, sections: bool = False) -> dict[str, str]:
-        """Split a report into {region: text}, in canonical order.
-
-        A heading such as "Heart:" starts a region, at the start of a line or within it; so do "Lungs:" and "LUNGS:".
-        Regions that the report does not name are absent. If a region occurs twice, its parts are joined. Text before
-        the first region, and text under any other heading ("Impression: ..."), go to "other", including the heading.
-
-        Args:
-            sections: also return "findings", the text under "Findings:" that belongs to no region, and "impression",
-                all text under "Impression:" or "Conclusion:" up to the next section.
-        """
-        names = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
-        anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line: upper or lower case
-        inline = "|".join(re.escape(form) for name in names for form in (name.capitalize(), name.upper()))
-        heading = re.compile(
-            rf"(?:^[ \t]*(?i:{anywhere})|(?<=\s)(?:{inline}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
-        )
-        parts: dict[str, list[str]] = {}
-        current, start = OTHER, 0
-        for found in heading.finditer(text):
-            name = found.group().strip(" \t:").lower()
-            section = SECTION_HEADINGS.get(name) if sections else None
-            if current == "impression" and section is None:
-                continue
-            parts.setdefault(current, []).append(text[start : found.start()])
-            known = section or REGION_HEADINGS.get(name)
-            current, start = (known, found.end()) if known else (OTHER, found.start())
-        parts.setdefault(current, []).append(text[start:])
-        order = (*REGIONS, "findings", "impression", OTHER)
-        joined = {region: " ".join(" ".join(parts.get(region, [])).split()) for region in order}
-        return {region: words for region, words in joined.items() if words}
+        """Split a report into {region: text}; see [`split_report`]."""
+        return split_report(text, sections)
 
     def to_input_grid(self, map: torch.Tensor | np.ndarray, geometry: CTGeometry) -> np.ndarray:
         """Resample a map (depth, height, width) to the voxel grid of the input file; see [`to_input_grid`]."""

@@ -18,6 +18,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
@@ -34,6 +37,64 @@ _OWNED = re.compile(rf"{_WEIGHTS.pattern}|{re.escape(DRAFTS_NAME)}")
 
 class DiffVPCheckpointError(RuntimeError):
     """A checkpoint, or the base LLM that it names, does not match the configuration."""
+
+
+def check_checkpoint_name(name: str | os.PathLike, token: str | bool | None = None, **hub_kwargs) -> None:
+    """
+    Check that a checkpoint is a local folder, in the Hub's cache, or a repository on the Hub.
+
+    The Hub is asked once: transformers would retry for a minute.
+
+    Args:
+        token: access token of the Hub.
+        hub_kwargs: options of the Hub; `revision` and `cache_dir` are used.
+
+    Raises:
+        DiffVPCheckpointError: `name` is neither a folder nor a repository on the Hub, such as a mistyped path.
+    """
+    if Path(name).is_dir():
+        return
+    expected = "a folder with a checkpoint, or the id of a Hub repository"
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        raise DiffVPCheckpointError(f"{name}: there is no such folder; expected {expected}.") from error
+    access = {key: hub_kwargs[key] for key in ("revision", "cache_dir") if hub_kwargs.get(key) is not None}
+    if isinstance(try_to_load_from_cache(str(name), CONFIG_NAME, **access), str):
+        return
+    try:
+        there = HfApi(token=token).repo_exists(str(name))
+    except (HTTPError, OSError) as error:  # OSError: HF_HUB_OFFLINE is set
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and the Hub cannot be reached; expected {expected}."
+        ) from error
+    if not there:
+        raise DiffVPCheckpointError(
+            f"{name}: there is no such folder, and no such repository on the Hub that you may read; expected "
+            f"{expected}."
+        )
+
+
+def check_config(folder: str | os.PathLike, model_type: str = "diffvp") -> None:
+    """
+    Check that a folder holds the configuration of a model of this type.
+
+    transformers 5.23 uses the default configuration if it does not.
+
+    Raises:
+        DiffVPCheckpointError: the folder has no configuration, or that of another model.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise DiffVPCheckpointError(f"{folder} has no {CONFIG_NAME}: not a checkpoint, or an incomplete one.")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise DiffVPCheckpointError(f"{file}: content: no JSON object (expected a configuration)") from error
+    if kind != model_type:
+        expected = f"{model_type}, as in a checkpoint of DiffVP"
+        raise DiffVPCheckpointError(f"{folder}: model_type: {kind} (expected {expected})")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
-from .checkpoint_diffvp import check_checkpoint_name
 from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache
 from .data.cases import Case
@@ -41,6 +40,7 @@ from .inference.figure import TISSUE_HU, to_hu
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from .processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from .references_diffvp import ReferencePool
+from .storage_diffvp import check_checkpoint_name
 from .training.check import check_run, has_own_encoder, make_processor, model_fields
 from .training.checkpoints import Checkpoints
 from .training.cohort import Cohort, load_cohort

@@ -33,8 +33,8 @@ from diffvp.bases_diffvp import locate_base_model
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy, load_checkpoint
 from diffvp.metrics.markdown import table_lines
-from diffvp.pipeline_diffvp import end_tokens
 from diffvp.provenance import machine
+from diffvp.report_diffvp import end_tokens
 
 HERE = Path(__file__).resolve().parents[1]
 SHARE = {"processes": 0.5, "decoding": 0.35}  # of the minutes; the rest is for the busy machine

@@ -18,8 +18,9 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..extras import needs_libraries
+from ..report_diffvp import RESEARCH_USE
 from . import publishing, reports, scores, training
-from .console import SHIPPED_CHECKPOINT, STATEMENT, out
+from .console import SHIPPED_CHECKPOINT, out
 
 __all__ = ["SHIPPED_CHECKPOINT", "app", "main"]
 
@@ -37,7 +38,7 @@ def _group(name: str | None, help: str, **options) -> typer.Typer:
     return typer.Typer(name=name, help=help, no_args_is_help=True, pretty_exceptions_enable=False, **options)
 
 
-app = _group("diffvp", "CT report generation by comparison with a normal reference. " + STATEMENT, cls=Commands)
+app = _group("diffvp", "CT report generation by comparison with a normal reference. " + RESEARCH_USE, cls=Commands)
 pool = _group("pool", "Pools of normal references.")
 encoder = _group("encoder", "Pretrained encoders of other projects.")
 

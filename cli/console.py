@@ -17,7 +17,6 @@ from rich.text import Text
 from ..files import writing_problem
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "diffvp-phantom"
-STATEMENT = "Research use only. Not a medical device; not for diagnosis."
 TABLE, SETTINGS = "a table in .csv, .tsv, .jsonl or .parquet", "a YAML file, such as `diffvp init` writes"
 MAX_COLUMNS = 8  # of a table on a terminal
 out, err = Console(), Console(stderr=True)  # results; progress, warnings, errors
@@ -41,17 +40,6 @@ def quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def find_checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[str, str]]:
-    """Return the name of the checkpoint, and the options with which to get it from the Hub."""
-    from ..inference.report import ReportError
-
-    if name is None and not SHIPPED_CHECKPOINT.is_dir():
-        raise ReportError(f"The shipped checkpoint is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
-    if revision is not None and (name is None or Path(name).is_dir()):
-        raise ReportError(f"--revision: {revision}, of a folder (expected with --checkpoint NAME/MODEL on the Hub)")
-    return (str(SHIPPED_CHECKPOINT) if name is None else name), ({} if revision is None else {"revision": revision})
 
 
 def print_page(page: str, markdown: bool) -> None:
@@ -94,6 +82,27 @@ def check_found(*inputs: Path | None, what: str = "file", expected: str = TABLE)
         if path is not None and not path.exists():
             warn(f"{path}: {what}: missing (expected {expected})", style="red")
             raise typer.Exit(2)
+
+
+def find_checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[str, str]]:
+    """
+    Return the name of the checkpoint, and the options with which to get it from the Hub.
+
+    Exit with status 2 if there is none of this name, before the libraries load.
+    """
+    from ..storage_diffvp import DiffVPCheckpointError, check_checkpoint_name, check_config
+
+    with one_line_errors(DiffVPCheckpointError):
+        if name is None and not SHIPPED_CHECKPOINT.is_dir():
+            raise DiffVPCheckpointError(f"The shipped checkpoint is not at {SHIPPED_CHECKPOINT}: give --checkpoint.")
+        if revision is not None and (name is None or Path(name).is_dir()):
+            expected = "with --checkpoint NAME/MODEL on the Hub"
+            raise DiffVPCheckpointError(f"--revision: {revision}, of a folder (expected {expected})")
+        name, hub_kwargs = str(name or SHIPPED_CHECKPOINT), {} if revision is None else {"revision": revision}
+        check_checkpoint_name(name, **hub_kwargs)
+        if Path(name).is_dir():
+            check_config(name)
+    return name, hub_kwargs
 
 
 def check_kept(output: Path | None, *sources: Path | None) -> None:

@@ -3,18 +3,28 @@
 """Options that several commands share."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 CORES = os.cpu_count() or 1
 
+
+def _installed(engine: str) -> str:
+    if find_spec(engine) is None:
+        raise typer.BadParameter(f"{engine} is not installed in this environment; see docs/scaling.md.")
+    return engine
+
+
 Checkpoint = Annotated[
     str | None, typer.Option(help="Checkpoint folder or Hub id (default: the checkpoint shipped with the package).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub. Pin one.")]
-Engine = Annotated[str, typer.Option(help="Decoding engine: transformers or vllm (docs/scaling.md).")]
+Engine = Annotated[
+    Literal["transformers", "vllm"], typer.Option(help="Decoding engine (docs/scaling.md).", callback=_installed)
+]
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
@@ -25,8 +35,8 @@ Dicom = Annotated[
 Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of terminal tables.")]
 Dtype = Annotated[
-    str | None,
-    typer.Option(help="Data type of the weights: float32 or bfloat16 (default: the checkpoint's; docs/scaling.md)."),
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="Data type of the weights (default: the checkpoint's; docs/scaling.md)."),
 ]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the figure when it is written.")]
 ReferenceSeed = Annotated[int, typer.Option(min=0, help="Random seed for the choice of the reference.")]

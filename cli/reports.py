@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..progress import counting
+from ..report_diffvp import RESEARCH_USE
 from .console import (
-    STATEMENT,
     check_found,
     check_free,
     check_kept,
@@ -179,17 +179,26 @@ def batch(
     check_writable(files=[output], folders=[dicom])
     check_kept(output, scans)
     check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
+    name, hub_kwargs = find_checkpoint(checkpoint, revision)
+    from ..references_diffvp import NEAREST
+
+    if reference not in (None, NEAREST):
+        expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
+        check_found(Path(reference), what="reference", expected=expected)
     quiet()
     if dicom is not None:
         import highdicom  # noqa: F401
-    from ..inference.batch import BatchError, ReportFile, ReportWriter, list_scans, write_reports
+    from ..data.scans import list_scans
+    from ..inference.report_file import BatchError, ReportFile
+
+    with one_line_errors(BatchError), listed_problems():
+        listed = list_scans(scans)
+        ReportFile(output)  # another file is refused before the libraries load
+    from ..inference.batch import ReportWriter, write_reports
     from ..inference.report import EXPECTED_ERRORS
 
     with one_line_errors(*EXPECTED_ERRORS, BatchError), listed_problems():
-        name, hub_kwargs = find_checkpoint(checkpoint, revision)
-        listed = list_scans(scans)
-        ReportFile(output)  # another file is refused before the checkpoint loads
-        err.print(STATEMENT, style="bold yellow")
+        err.print(RESEARCH_USE, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
             allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
@@ -219,14 +228,16 @@ def serve_page(
     ] = False,
 ) -> None:
     """Serve a web page that shows scans and difference map while the report is written."""
+    with one_line_errors():
+        check_free(host, port)
+    name, _ = find_checkpoint(checkpoint, None)
     from ..hub.space.page import serve_page as run
     from ..inference.report import EXPECTED_ERRORS
 
     quiet()
-    out.print(f"{STATEMENT}\nhttp://{host}:{port}", highlight=False)
+    out.print(f"{RESEARCH_USE}\nhttp://{host}:{port}", highlight=False)
     with one_line_errors(*EXPECTED_ERRORS):
-        check_free(host, port)
-        run(find_checkpoint(checkpoint, None)[0], host, port, mcp=mcp)
+        run(name, host, port, mcp=mcp)
 
 
 def serve(
@@ -260,6 +271,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve reports to programs over HTTP (docs/serving.md)."""
+    with one_line_errors():
+        check_free(host, port)
+    name, hub_kwargs = find_checkpoint(checkpoint, revision)
     from ..service.app import is_loopback, serve_reports
     from ..service.jobs import Limits, ReportQueue
 
@@ -270,15 +284,14 @@ def serve(
         retrieve = functools.partial(retrieve_from, dicomweb)
     quiet()
     from ..inference.batch import ReportWriter
-    from ..inference.report import EXPECTED_ERRORS, ReportError
+    from ..inference.folder import ReportError
+    from ..inference.report import EXPECTED_ERRORS
 
     with one_line_errors(*EXPECTED_ERRORS):
         token = os.environ.get("DIFFVP_TOKEN") or None
         if token is None and not is_loopback(host):
             raise ReportError(f"host is {host}, which admits other machines; expected a token in $DIFFVP_TOKEN.")
-        check_free(host, port)
-        name, hub_kwargs = find_checkpoint(checkpoint, revision)
-        err.print(STATEMENT, style="bold yellow")
+        err.print(RESEARCH_USE, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,
             hub_kwargs=hub_kwargs,
@@ -327,23 +340,24 @@ def _reporting() -> Iterator[Callable]:
             checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str = "transformers",
             dtype: str | None = None, **options,
         ):  # fmt: skip
-            step("Reading the scan")  # before the libraries load, which takes seconds: a bad file is refused at once
+            # What can be refused is refused before the libraries load, which takes seconds.
+            with one_line_errors(ReportError):
+                check_output(output)
+            name, hub_kwargs = find_checkpoint(checkpoint, revision)
+            step("Reading the scan")
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
             quiet()
-            from ..inference.engines import check_engine, merged_engine
-            from ..inference.report import EXPECTED_ERRORS, check_output, compose_report, load_checkpoint, save_report
+            from ..inference.engines import merged_engine
+            from ..inference.report import EXPECTED_ERRORS, compose_report, load_checkpoint, save_report
 
             with one_line_errors(*EXPECTED_ERRORS):
-                check_output(output)
-                check_engine(engine)
-                name, hub_kwargs = find_checkpoint(checkpoint, revision)
                 step(f"Loading {name}")
                 model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # For a single report, merging LoRA takes longer than it saves.
                 decoder = None if engine == "transformers" else merged_engine(engine, model, processor.tokenizer)
                 domain = model.config.intended_domain or "not stated by the checkpoint"
-                err.print(STATEMENT, style="bold yellow")
+                err.print(RESEARCH_USE, style="bold yellow")
                 warn(f"This checkpoint is intended for: {domain}.", style=None)
                 composed = compose_report(
                     model, processor, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
@@ -354,6 +368,7 @@ def _reporting() -> Iterator[Callable]:
                 warn(warning)
             return written
 
+        from ..inference.folder import ReportError, check_output
         from ..volume_diffvp import CTInputError
 
         with one_line_errors(CTInputError):

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -53,8 +53,7 @@ def label(
     check_kept(output, reports)
     check_kept(explain, reports, output)
     check_found(reports)
-    from ..metrics.labelers import load_labeler
-    from ..metrics.labelers.radbert import RadBertError
+    from ..metrics.labelers import RadBertError, load_labeler
     from ..metrics.labelers.table import label_table
 
     with one_line_errors(ValueError, TypeError, RadBertError), listed_problems():
@@ -87,9 +86,12 @@ def score(
         typer.Option(help="CSV file of training reports, for the baselines constant report and prevalence."),
     ] = None,
     training_column: Annotated[str, typer.Option(help="Column that holds the training reports.")] = "report",
-    scorer: Annotated[str, typer.Option(help="Implementation: paper, corpus or coco (docs/metrics.md).")] = "paper",
+    scorer: Annotated[
+        Literal["paper", "corpus", "coco"], typer.Option(help="Implementation (docs/metrics.md).")
+    ] = "paper",
     regions: Annotated[
-        str | None, typer.Option(help="Also score by region, for reports in the format of diffvp or reg2rg.")
+        Literal["diffvp", "reg2rg"] | None,
+        typer.Option(help="Also score by region, for reports in the format of diffvp or reg2rg."),
     ] = None,
     radbert: Radbert = None,
     meteor: Annotated[
@@ -108,8 +110,7 @@ def score(
 ) -> None:
     """Score generated reports: all metrics of the paper, with intervals, signatures and baselines."""
     check_found(reports, reference, labels, training)
-    from ..metrics.labelers import load_labeler
-    from ..metrics.labelers.radbert import RadBertError
+    from ..metrics.labelers import RadBertError, load_labeler
     from ..metrics.nlg import LexiconError
     from ..metrics.report_table import read_pairs, score_table, table_page
 
@@ -153,7 +154,7 @@ def judge(
         Path | None, typer.Option(help="CSV file of the true reports by id (default: they are in A.csv).")
     ] = None,
     by: Annotated[
-        str, typer.Option("--judge", help="Judge: model, a language model on a server; or rules.")
+        Literal["model", "rules"], typer.Option("--judge", help="Judge: a language model on a server, or rules.")
     ] = "model",
     base_url: Annotated[
         str | None, typer.Option(help="URL of a server with OpenAI's chat completions interface.")
@@ -190,16 +191,14 @@ def judge(
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
     check_found(first, second, reference)
+    if calibrate != (first is None) or calibrate != (second is None):
+        raise typer.BadParameter("expected two tables of reports, A.csv and B.csv, or --calibrate")
     from ..metrics.judge import JudgeError
     from ..metrics.judge.calibration import calibration_items
     from ..metrics.judge.rules import RuleJudge
     from ..metrics.judge.table import is_same, read_comparisons
 
     with one_line_errors(JudgeError), listed_problems(), contextlib.ExitStack() as stack:
-        if by not in CALIBRATION:
-            raise JudgeError(f"--judge is {by!r}; expected model or rules")
-        if calibrate != (first is None) or calibrate != (second is None):
-            raise JudgeError("expected two tables of reports, A.csv and B.csv, or --calibrate")
         columns = {"id_column": id_column, "prediction_column": prediction_column}
         comparisons = [] if calibrate else read_comparisons(
             first, second, reference, reference_column=reference_column, **columns
@@ -281,8 +280,7 @@ def evaluate(
     check_writable(folders=[output])
     from ..experiments import evaluate as run
     from ..inference.report import EXPECTED_ERRORS
-    from ..metrics.labelers import load_labeler
-    from ..metrics.labelers.radbert import RadBertError
+    from ..metrics.labelers import RadBertError, load_labeler
     from ..provenance import without_place
 
     quiet()
@@ -337,20 +335,24 @@ def experiment(
 ) -> None:
     """Reproduce tables and figures of the paper: train the models they need, write their reports, score them."""
     log_to_stderr()
-    from ..experiments.results_page import write_page
-    from ..experiments.runner import planned_runs, run_experiment
-    from ..experiments.study import StudyConfig
-    from ..inference.report import EXPECTED_ERRORS
-    from ..metrics.labelers.radbert import RadBertError
-    from ..metrics.nlg import LexiconError
-    from ..training.checkpoints import CheckpointError
-
     overrides = [name for name in names if "=" in name]
     with one_line_errors(ValueError):
         if len(overrides) == len(names):
             raise ValueError("names: none (expected a table or figure of the paper, such as table4)")
+    from ..experiments.study import StudyConfig, table_file
+
     with one_line_errors(ValueError, TypeError):
+        for name in names:
+            if "=" not in name:
+                table_file(name)
         loaded = StudyConfig.load(study, overrides)
+    from ..experiments.results_page import write_page
+    from ..experiments.runner import planned_runs, run_experiment
+    from ..inference.report import EXPECTED_ERRORS
+    from ..metrics.labelers import RadBertError
+    from ..metrics.nlg import LexiconError
+    from ..training.checkpoints import CheckpointError
+
     with (
         one_line_errors(*EXPECTED_ERRORS, ValueError, CheckpointError, LexiconError, RadBertError),
         listed_problems(),

@@ -43,9 +43,9 @@ def phantom(
     private: Annotated[bool, typer.Option("--private", help="Make that dataset private.")] = False,
 ) -> None:
     """Make the phantom cohort: synthetic chest CT with 18 findings, and reports derived from them."""
+    check_writable(folders=[folder])
     from ..data.phantom_cohort import write_cohort
 
-    check_writable(folders=[folder])
     with one_line_errors(ValueError):
         if push is not None:  # before minutes of rendering
             from huggingface_hub.utils import validate_repo_id
@@ -198,11 +198,11 @@ def encoder_convert(
     ] = None,
 ) -> None:
     """Convert encoder weights to safetensors. The header of the file states the encoder and its origin."""
+    check_writable(files=[target])
+    check_kept(target, Path(source))
     from ..encoders_diffvp import DiffVPEncoderError
     from ..training.encoder import convert_encoder
 
-    check_writable(files=[target])
-    check_kept(target, Path(source))
     with one_line_errors(DiffVPEncoderError):
         header = convert_encoder(source, target, sha256)
     for key, value in header.items():

@@ -9,7 +9,7 @@ It names the study by its UID, but not the patient: the receiving server knows t
 import base64
 
 from ..inference.document import report_page
-from ..pipeline_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE
 from . import codes
 from .codes import Code
 from .source import SourceSeries

@@ -20,7 +20,7 @@ from highdicom import sr
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from ..pipeline_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE
 from ..storage_diffvp import replacing
 from . import codes
 from .codes import Code

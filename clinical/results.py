@@ -58,7 +58,7 @@ class ClinicalResults:
             import nibabel as nib
             import numpy as np
 
-            from ..inference.report import DIFFERENCE_MAP
+            from ..inference.folder import DIFFERENCE_MAP
             from .objects import dicom_objects, write_objects
 
             image = nib.load(report.folder / DIFFERENCE_MAP)
@@ -72,7 +72,7 @@ class ClinicalResults:
 
                 store(self._store_at, made)
         if self._fhir:
-            from ..inference.report import DIAGNOSTIC_REPORT
+            from ..inference.folder import DIAGNOSTIC_REPORT
             from .fhir import diagnostic_report
             from .source import read_source
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..nifti_diffvp import read_table
 from ..reading_diffvp import CTMetadata
 from ..volume_diffvp import CTReadError

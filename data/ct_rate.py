@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..reading_diffvp import CTMetadata
 from ..volume_diffvp import CTInputError
 from .cases import (

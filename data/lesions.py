@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from .cases import DatasetError, Problem
 from .phantom import Finding
 

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from ..configuration_diffvp import REGIONS
+from ..labels_diffvp import REGIONS
 from .phantom_geometry import Canvas, Geometry, ellipsoid_sd, smoothstep
 
 WHOLE = (slice(None), slice(None), slice(None))

@@ -20,7 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..storage_diffvp import replacing
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from .phantom import LOBES, PhantomPatient
 
 # Probability of each wording, by the number of wordings.
@@ -302,7 +302,7 @@ def report_text(regions: Mapping[str, Sequence[str]], impression: str | None = N
     """Write one line per region in canonical order: "Abdomen: sentence. sentence.".
 
     With an `impression` (see [`impression`]) the report has two sections: a line "Findings:" before the regions, and
-    "Impression: ..." after them, as [`DiffVPProcessor.post_process`] reads them back with `sections=True`.
+    "Impression: ..." after them, as [`split_report`] reads them back with `sections=True`.
     """
     text = "\n".join(f"{name.capitalize()}: {' '.join(regions[name])}" for name in REGIONS if regions.get(name))
     return text if impression is None else f"Findings:\n{text}\nImpression: {impression}"

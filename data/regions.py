@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..configuration_diffvp import REGIONS
+from ..labels_diffvp import REGIONS
 from .cache import TensorCache, VolumeCache
 from .cases import Case
 from .lesions import lps_mask, voxel_indices

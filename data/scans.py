@@ -1,12 +1,15 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""Find the scans in a folder."""
+"""Find the scans of a folder or of a list."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..slices_diffvp import is_dicom
-from .cases import SCAN_SUFFIXES
+from .cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
+from .table import PATH_COLUMNS
 
 DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # or a number, since DICOM files are often named by their UID
 HEAD = 132  # bytes that identify a DICOM file
@@ -35,3 +38,73 @@ def _is_slice(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return is_dicom(file.read(HEAD))
+
+
+@dataclass(frozen=True)
+class ListedScan:
+    """A scan with its name in the output."""
+
+    id: str
+    path: Path
+
+
+def list_scans(source: str | os.PathLike) -> list[ListedScan]:
+    """
+    List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
+
+    A list is a text file with one path per line, or a .csv file with a column `path` (or `file_name`) and optionally a
+    column `id` with the names; without it, paths are names. Paths are relative to the list. A folder of DICOM slices
+    is one scan.
+
+    Raises:
+        DatasetError: all problems of the list. The scans themselves are not read here.
+    """
+    source, problems = Path(source).absolute(), []
+    if source.is_dir():
+        found = find_scans(source)
+        if not found:
+            expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
+            raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
+        names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
+        return list(map(ListedScan, names, found))
+    if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
+        return [ListedScan(source.name, source)]
+    scans, rows = [], {}
+    for number, name, path in _listed(source, problems):
+        if not path:
+            problems.append(Problem(source.name, number, "path", "empty", "the path of a scan"))
+        elif name in rows:
+            found = f"{shown(name)}, as in row {rows[name]}"
+            problems.append(Problem(source.name, number, "id", found, "one row per id"))
+        rows.setdefault(name, number)
+        scans.append(ListedScan(name, source.parent / path))
+    if not (scans or problems):
+        problems.append(Problem(source.name, None, "list", "empty", "paths of scans"))
+    raise_problems(problems)
+    return scans
+
+
+def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
+    """Yield row number, name and path of each scan of a list."""
+    if source.suffix.lower() not in (".csv", ".tsv"):
+        try:
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else "no text"
+            expected = "a folder of scans, or a list of them: text in UTF-8, or a table with a column path"
+            problems.append(Problem(source.name, None, "list", found, expected))
+            return
+        for number, line in enumerate(lines, start=1):
+            if path := line.strip():
+                yield number, path, path
+        return
+    rows = read_csv(source, (), problems) or []
+    column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
+    if rows and column is None:
+        problems.append(
+            Problem(source.name, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
+        )
+        return
+    for number, values in rows:
+        path = values[column].strip()
+        yield number, (values.get("id") or path).strip(), path

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from .cases import Case, DatasetError, Problem, Row, read_csv, split_by_patient
 from .pool import pool_by_rule
 from .scans import find_scans

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from .cases import (
     REGION_NAMES,
     SCAN_SUFFIXES,

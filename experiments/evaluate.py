@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
+from ..configuration_diffvp import DiffVPConfig
 from ..data.cache import TensorCache, VolumeCache, encoder_recipe
 from ..data.cases import Case, Problem, check_no_leak, raise_problems
 from ..data.lesions import lesion_mask_path, read_patients
@@ -29,6 +29,7 @@ from ..data.phantom_cases import load_phantom
 from ..data.pool import is_normal, pool_by_rule
 from ..files import write_texts
 from ..inference.report import load_checkpoint
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..metrics.baselines import (
     label_baselines,
     most_frequent_report,
@@ -44,12 +45,12 @@ from ..metrics.nlg import score_reports
 from ..metrics.report_table import collapse_lines
 from ..metrics.statistics import Interval, bootstrap_counts, bootstrap_mean
 from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..pipeline_diffvp import RESEARCH_USE
 from ..processing_diffvp import DiffVPProcessor
 from ..progress import counted
 from ..provenance import versions, weights_sha256
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePool
+from ..report_diffvp import RESEARCH_USE, split_report
 from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
@@ -155,9 +156,9 @@ def constant_normal_report(cases: list[Case]) -> str:
     normal = [case.report for case in members]
     if not normal:
         raise ValueError("The training split has no normal case for the constant report.")
-    if not any(set(DiffVPProcessor.post_process(report)) & set(REGIONS) for report in normal):
+    if not any(set(split_report(report)) & set(REGIONS) for report in normal):
         return most_frequent_report(normal)
-    return most_frequent_report_by_region(normal, DiffVPProcessor.post_process, REGIONS)
+    return most_frequent_report_by_region(normal, split_report, REGIONS)
 
 
 def pooled_features(
@@ -334,7 +335,7 @@ def evaluate(
     for name, guess in guesses.items():
         systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
     collapse = {
-        name: collapse_panel(of, truth, reader, split=DiffVPProcessor.post_process)
+        name: collapse_panel(of, truth, reader, split=split_report)
         for name, of in (texts | {"true reports": [case.report for case in test]}).items()
         if name != "DiffVP on another patient's scan"  # the same reports in another order
     }

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cache import VolumeCache
 from ..data.cases import Case, chance
 from ..data.phantom import Finding
 from ..data.pool import is_normal
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.clinical_efficacy import averages, label_counts
 from ..metrics.markdown import table_lines, with_interval
 from ..metrics.statistics import Comparison, Interval, bootstrap_auroc, bootstrap_counts, compare_counts

@@ -24,9 +24,9 @@ import yaml
 from numpy.typing import NDArray
 from rich.console import Console
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cases import Problem, raise_problems, read_csv
 from ..files import write_texts
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.clinical_efficacy import averages, classification_scores, label_counts, precision_recall_f1
 from ..metrics.clinical_efficacy.reports import SCORES
 from ..metrics.labelers import RuleLabeler

@@ -9,10 +9,10 @@ Only phantoms allow this: no dataset of patients has the size of every finding.
 import re
 from collections.abc import Mapping, Sequence
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.lesions import size_mm, true_place
 from ..data.phantom import LOBES, SEVERITIES, Finding
 from ..data.phantom_report import labels_from_report
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.places import named_lobes, named_sides
 
 # Lower bounds of the bins in mm. Nodules: 9, above which guidelines shorten the follow-up. Pericardial effusion: 10

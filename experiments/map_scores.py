@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from rich.progress import track
 from scipy import ndimage, special, stats
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cache import VolumeCache
 from ..data.cases import Case, chance
 from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..data.pool import is_normal, other_scans
 from ..inference.figure import TISSUE_HU, to_hu
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.statistics import bootstrap_counts, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
 from ..training.features import Features

@@ -10,8 +10,8 @@ from ..metrics.statistics import POWER
 from .kinds import KINDS, difference_maps, information
 from .kinds.score_table import detectable
 from .result_files import write_bytes
-from .runner import load_table, table_names
-from .study import load_variants
+from .runner import load_table
+from .study import load_variants, table_names
 
 
 def write_page(results: Path) -> Path:

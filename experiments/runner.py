@@ -27,10 +27,8 @@ from .kinds import KINDS, Material, Needs
 from .processes import completed, worker_processes
 from .result_files import write_json
 from .runs import HeldOut, Run, make_reports
-from .study import FOLDER, Condition, StudyConfig, Table, TableRow, Variant, load_variants
+from .study import Condition, StudyConfig, Table, TableRow, Variant, load_variants, table_file
 from .system_scores import study_labeler
-
-NO_TABLES = ("variants", "labeler_noise")  # other YAML files of the folder
 
 
 def run_experiment(
@@ -148,9 +146,7 @@ def load_table(name: str, variants: dict[str, Variant]) -> Table:
     Raises:
         ValueError: there is no such table, or it names an unknown variant or kind.
     """
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if path.stem not in table_names() and not (name.endswith(".yaml") and path.is_file()):
-        raise ValueError(f"There is no experiment {name!r}; expected one of {', '.join(table_names())}")
+    path = table_file(name)
     with open(path, encoding="utf-8") as file:
         table = Table.model_validate(yaml.safe_load(file))
     unknown = sorted({row.variant for row in table.rows} - set(variants))
@@ -161,11 +157,6 @@ def load_table(name: str, variants: dict[str, Variant]) -> Table:
     if table.patients == "foreign" and not KINDS[table.kind].NEEDS.foreign:
         raise ValueError(f"patients: foreign is for a table of scores, not for {table.kind}")
     return table
-
-
-def table_names() -> list[str]:
-    """Return the names of the tables and figures of this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in NO_TABLES)
 
 
 def planned_runs(

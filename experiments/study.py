@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..training.config import TrainingConfig, override, read_settings, set_value, validated
 
 FOLDER = Path(__file__).parent
+NO_TABLES = ("variants", "labeler_noise")  # other YAML files of the folder
 
 
 class _Section(BaseModel):
@@ -156,3 +157,21 @@ def load_variants(path: str | os.PathLike = FOLDER / "variants.yaml") -> dict[st
     """Read the models, by key."""
     with open(path, encoding="utf-8") as file:
         return {key: Variant.model_validate(value) for key, value in yaml.safe_load(file).items()}
+
+
+def table_names() -> list[str]:
+    """Return the names of the tables and figures of this folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in NO_TABLES)
+
+
+def table_file(name: str) -> Path:
+    """
+    Return the file of the table `name` of this folder, or the file `name` if it ends in .yaml.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if path.stem not in table_names() and not (name.endswith(".yaml") and path.is_file()):
+        raise ValueError(f"There is no experiment {name!r}; expected one of {', '.join(table_names())}")
+    return path

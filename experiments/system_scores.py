@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.cases import Case
 from ..data.phantom_report import labels_from_report
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.clinical_efficacy import averages, label_counts
 from ..metrics.clinical_efficacy.reports import Labeler, label_reports
 from ..metrics.labelers import load_labeler

@@ -27,9 +27,10 @@ from ..data.phantom_cohort import single_phantom
 from ..files import write_texts
 from ..inference.document import compare_findings
 from ..inference.report import load_checkpoint
-from ..pipeline_diffvp import RESEARCH_USE, TASK, DiffVPPipeline
+from ..pipeline_diffvp import TASK, DiffVPPipeline
 from ..provenance import weights_sha256
 from ..references_diffvp import REFERENCE_FOLDER
+from ..report_diffvp import RESEARCH_USE
 from ..storage_diffvp import DRAFTS_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]

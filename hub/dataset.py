@@ -16,8 +16,8 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
 from .. import __version__
-from ..configuration_diffvp import DIAGNOSIS_LABELS
 from ..data.phantom_cohort import LONG_NAME, VOLUME_FOLDER, volume_path
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from .push import Pushed, PushError
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")

@@ -29,9 +29,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..bases_diffvp import PYPI_SCHEME
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
-from ..pipeline_diffvp import RESEARCH_USE
 from ..provenance import weights_sha256
 from ..references_diffvp import LOCAL_REFERENCES, REFERENCE_FOLDER, ReferencePool, ReferencePoolError
+from ..report_diffvp import RESEARCH_USE
 from ..storage_diffvp import DRAFTS_NAME
 from .card import CARD, ENDPOINT, EVALUATION, LICENSE, METRICS, NOTICE, PACKAGE, measured_values
 

@@ -17,8 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -26,96 +25,20 @@ import torch
 from transformers import BatchFeature
 
 from ..clinical.results import BatchResults
-from ..data.cache import ContentHashes, preprocessing
-from ..data.cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
-from ..data.scans import find_scans
-from ..data.table import PATH_COLUMNS
-from ..pipeline_diffvp import RESEARCH_USE, describe_findings
-from ..provenance import compare, library_versions
-from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
-from ..storage_diffvp import replacing
+from ..data.cache import preprocessing
+from ..data.cases import Problem, raise_problems
+from ..data.scans import ListedScan, list_scans
+from ..provenance import library_versions
+from ..references_diffvp import NEAREST, NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
+from ..report_diffvp import RESEARCH_USE, describe_findings
 from ..volume_diffvp import CTInputError
 from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report
 from .engines import check_engine, merged_engine
 from .report import greedy, load_checkpoint
+from .report_file import ReportFile
 
 # Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
 KEPT_REFERENCES = 2048
-NEAREST = "nearest"
-
-
-class BatchError(ValueError):
-    """The output is not a file of reports, or was started with other settings."""
-
-
-@dataclass(frozen=True)
-class ListedScan:
-    """A scan with its name in the output."""
-
-    id: str
-    path: Path
-
-
-def list_scans(source: str | os.PathLike) -> list[ListedScan]:
-    """
-    List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
-
-    A list is a text file with one path per line, or a .csv file with a column `path` (or `file_name`) and optionally a
-    column `id` with the names; without it, paths are names. Paths are relative to the list. A folder of DICOM slices
-    is one scan.
-
-    Raises:
-        DatasetError: all problems of the list. The scans themselves are not read here.
-    """
-    source, problems = Path(source).absolute(), []
-    if source.is_dir():
-        found = find_scans(source)
-        if not found:
-            expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
-            raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
-        names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
-        return list(map(ListedScan, names, found))
-    if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
-        return [ListedScan(source.name, source)]
-    scans, rows = [], {}
-    for number, name, path in _listed(source, problems):
-        if not path:
-            problems.append(Problem(source.name, number, "path", "empty", "the path of a scan"))
-        elif name in rows:
-            found = f"{shown(name)}, as in row {rows[name]}"
-            problems.append(Problem(source.name, number, "id", found, "one row per id"))
-        rows.setdefault(name, number)
-        scans.append(ListedScan(name, source.parent / path))
-    if not (scans or problems):
-        problems.append(Problem(source.name, None, "list", "empty", "paths of scans"))
-    raise_problems(problems)
-    return scans
-
-
-def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
-    """Yield row number, name and path of each scan of a list."""
-    if source.suffix.lower() not in (".csv", ".tsv"):
-        try:
-            lines = source.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            found = "missing" if isinstance(error, FileNotFoundError) else "no text"
-            expected = "a folder of scans, or a list of them: text in UTF-8, or a table with a column path"
-            problems.append(Problem(source.name, None, "list", found, expected))
-            return
-        for number, line in enumerate(lines, start=1):
-            if path := line.strip():
-                yield number, path, path
-        return
-    rows = read_csv(source, (), problems) or []
-    column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
-    if rows and column is None:
-        problems.append(
-            Problem(source.name, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
-        )
-        return
-    for number, values in rows:
-        path = values[column].strip()
-        yield number, (values.get("id") or path).strip(), path
 
 
 def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
@@ -337,103 +260,6 @@ class ReportWriter:
         return geometry.sha256, (self.model.encode_inputs(reference=features["ct"]), geometry.is_hu)
 
 
-class ReportFile:
-    """
-    A file of reports with its file of failures. One run at a time may add to them.
-
-    Attributes:
-        done: {name: SHA-256 of the file} of the scans that have a report.
-        failed: number of scans that failed in this run.
-        digest: function that returns the SHA-256 of a file, or of the files of a folder; results are cached on disk.
-
-    Raises:
-        BatchError: the file exists and is not a file of reports.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.failures = self.path.with_name(f"{self.path.stem}.failed.jsonl")
-        self.done: dict[str, str | None] = {}
-        self.failed = 0
-        self._header, self._whole, self._files = None, 0, ()
-        if self.path.exists():
-            self._read()
-
-    @cached_property
-    def digest(self) -> ContentHashes:
-        return ContentHashes(self.path.parent / f".{self.path.stem}.hashes")
-
-    def _read(self) -> None:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n") and self._header is not None:
-                    break  # half a record, left by a killed run
-                try:
-                    entry = json.loads(line)
-                    if number == 1:
-                        self._header = {"settings": entry["settings"]}
-                    else:
-                        name = entry["id"]
-                        # Files of earlier versions have no digest: their scans are read again.
-                        self.done[name] = entry.get("file_sha256")
-                except (ValueError, KeyError, TypeError) as error:
-                    expected = "what diffvp batch writes; choose another output"
-                    raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
-                self._whole += len(line)
-        if self._header is None:
-            raise BatchError(f"{self.path.name} is empty; expected what diffvp batch writes, or no file.")
-
-    def begin(self, header: dict) -> None:
-        """Start the file, or continue it.
-
-        Raises:
-            BatchError: it was started with other settings.
-        """
-        if self._header is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as stage:  # so that no file has half a header
-                stage.write_text(_line(header), encoding="utf-8")
-                self._whole = stage.stat().st_size
-            self._header = header
-        others = compare(self._header["settings"], header["settings"])
-        if others:
-            raise BatchError(
-                f"{self.path.name} was started with other settings: {'; '.join(others)}. Choose another output."
-            )
-        if not self._files:
-            with self.path.open("r+b") as file:
-                file.truncate(self._whole)
-            self._files = (self.path.open("a", encoding="utf-8"), self.failures.open("w", encoding="utf-8"))
-
-    def add(self, records: Sequence[dict], failures: Sequence[dict]) -> None:
-        """Write the records and failures of a batch. They are on the disk when this returns."""
-        for file, lines in zip(self._files, (records, failures), strict=True):
-            file.writelines(map(_line, lines))
-            file.flush()
-            os.fsync(file.fileno())
-        self.done |= {record["id"]: record["file_sha256"] for record in records}
-        self.failed += len(failures)
-
-    def waiting(self, scans: Sequence[ListedScan]) -> tuple[list[ListedScan], int]:
-        """Return the scans without a report, and how many of these have the name of another scan with a report.
-
-        The returned scans are removed from `done`.
-        """
-        named = [scan for scan in scans if scan.id in self.done]
-        same = {scan.id for scan in named if scan.path.exists() and self.digest(scan.path) == self.done[scan.id]}
-        waiting = [scan for scan in scans if scan.id not in same]
-        for scan in waiting:
-            self.done.pop(scan.id, None)
-        return waiting, len(named) - len(same)
-
-    def __enter__(self) -> "ReportFile":
-        return self
-
-    def __exit__(self, *error) -> None:
-        for file in self._files:
-            file.close()
-
-
 def write_reports(
     scans: Sequence[ListedScan],
     output: str | os.PathLike,
@@ -481,7 +307,3 @@ def _ahead(items: Iterator) -> Iterator:
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
-
-
-def _line(entry: dict) -> str:
-    return json.dumps(entry) + "\n"  # ASCII, so that names that are not valid UTF-8 can be written

@@ -22,10 +22,11 @@ from ..bases_diffvp import locate_base_model, public_name
 from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import preprocessing
 from ..metrics.consistency import report_consistency
-from ..pipeline_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..provenance import library_versions
+from ..report_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..storage_diffvp import WEIGHTS_NAME, digest
 from ..volume_diffvp import GIVEN, STATED, CTGeometry
+from .folder import ReportError
 
 # Version of the fields of [`written_report`]. It rises when a field is removed, renamed or changes its meaning.
 SCHEMA_VERSION = 1
@@ -33,10 +34,6 @@ SCHEMA_VERSION = 1
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
 CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
-
-
-class ReportError(ValueError):
-    """A report cannot be written as asked; the message says what to change."""
 
 
 def written_report(

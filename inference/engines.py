@@ -22,7 +22,7 @@ from transformers import __version__ as transformers_version
 from transformers.generation import BaseStreamer
 
 from ..drafts_diffvp import decode
-from ..pipeline_diffvp import end_tokens
+from ..report_diffvp import end_tokens
 
 # Settings of a generation config that greedy decoding uses or may ignore. All engines treat them alike.
 PLAIN = {

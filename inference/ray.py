@@ -26,10 +26,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..data.scans import ListedScan, list_scans
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
-from ..references_diffvp import path_sha256
-from .batch import NEAREST, ListedScan, ReportFile, ReportWriter, list_scans
+from ..references_diffvp import NEAREST, path_sha256
+from .batch import ReportWriter
+from .report_file import ReportFile
 
 # Scans per reading task. This is what is read again if a task dies; one task per scan would overload the scheduler.
 SCANS_PER_TASK = 8

@@ -9,13 +9,10 @@ Write the report of one scan to a folder, with its difference map, a figure and 
     figure.png               target, reference and difference map in three planes, the findings and the text
 """
 
-import contextlib
 import copy
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +21,19 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from ..anatomy_diffvp import MIN_VOLUME
-from ..checkpoint_diffvp import DiffVPCheckpointError, check_checkpoint_name
+from ..checkpoint_diffvp import DiffVPCheckpointError
 from ..encoders_diffvp import DiffVPEncoderError
 from ..modeling_diffvp import DiffVPForConditionalGeneration
-from ..pipeline_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE
 from ..processing_diffvp import DiffVPProcessor
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePoolError
+from ..report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE
+from ..storage_diffvp import check_checkpoint_name
 from ..volume_diffvp import CTGeometry, CTInputError, CTVolume
-from .document import ReportError, describe_report, domain_line, identify_model, report_page
+from .document import describe_report, domain_line, identify_model, report_page
 from .engines import Engine, EngineError, TransformersEngine
 from .figure import draw_figure, to_hu
-
-REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
-DIFFERENCE_MAP, FIGURE = "difference_map.nii.gz", "figure.png"
-DIAGNOSTIC_REPORT = "diagnostic_report.json"  # from `diffvp report --fhir`
-REPORT_FILES = {REPORT_TEXT, REPORT_JSON, TRUE_REPORT, DIFFERENCE_MAP, FIGURE, DIAGNOSTIC_REPORT}
+from .folder import DIFFERENCE_MAP, FIGURE, REPORT_JSON, REPORT_TEXT, TRUE_REPORT, ReportError, check_output, staged
 
 DTYPES = ("float32", "bfloat16")  # float16 takes minutes per report on CPUs
 
@@ -254,7 +248,7 @@ def save_report(
     output = Path(output_dir).absolute()
     check_output(output)
     on_step("Drawing the figure")
-    with _staged(output) as stage:
+    with staged(output) as stage:
         write_report_texts(stage, composed.document)
         if composed.truth is not None:
             (stage / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
@@ -330,47 +324,3 @@ def _sample_for_figure(image_processor, composed: ComposedReport) -> dict:
         "target_affine": place.tensor_affine,
         "reference_affine": reference_place.tensor_affine,
     }
-
-
-def check_output(output: Path) -> None:
-    """
-    Check that a folder for a report is absent, empty, or holds an earlier report, which will be replaced.
-
-    Raises:
-        ReportError: it holds other files, or is a file.
-    """
-    if output.is_dir():
-        others = sorted({path.name for path in output.iterdir()} - REPORT_FILES)
-        if others:
-            raise ReportError(f"{output} holds other files ({', '.join(others[:3])}): choose another output folder.")
-    elif output.exists():
-        raise ReportError(f"{output} is a file: choose another output folder.")
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `output` if nothing fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.part"
-    stage.mkdir()
-    try:
-        yield stage
-        _publish(stage, output)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # it no longer exists if it was published
-
-
-def _publish(stage: Path, output: Path) -> None:
-    """Move a complete folder to its place by renaming; an earlier report is replaced."""
-    if not output.exists():
-        os.rename(stage, output)
-        return
-    check_output(output)  # it may have changed in the meantime
-    previous = stage.with_suffix(".old")
-    os.rename(output, previous)
-    try:
-        os.rename(stage, output)
-    except BaseException:
-        os.rename(previous, output)
-        raise
-    shutil.rmtree(previous)

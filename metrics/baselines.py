@@ -40,7 +40,7 @@ def most_frequent_report_by_region(
 
     Args:
         reports: reports of the normal training cases.
-        split: maps a report to {region: text}, such as `DiffVPProcessor.post_process`.
+        split: maps a report to {region: text}, such as `split_report`.
         regions: regions in the order of the report; a region that no report has is left out.
 
     Raises:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS
-from ..processing_diffvp import DiffVPProcessor
+from ..labels_diffvp import DIAGNOSIS_LABELS
+from ..report_diffvp import split_report
 from .labelers import RuleLabeler
 
 # Normal statements that name no finding, so the labeler finds no negated mention in them.
@@ -160,7 +160,7 @@ def contradictions(text: str) -> list[Contradiction]:
     Find the contradictions of a report, at most one per region, finding and kind, in the order of the regions.
 
     Args:
-        text: whole report. "Lung: ..." opens a region, as in [`DiffVPProcessor.post_process`]; a report without
+        text: whole report. "Lung: ..." opens a region, as in [`split_report`]; a report without
             such headings is one region, "other".
 
     Raises:
@@ -169,7 +169,7 @@ def contradictions(text: str) -> list[Contradiction]:
     if not isinstance(text, str):
         raise TypeError(f"report: {type(text).__name__} (expected a str)")
     found: dict[tuple[str, str, str], Contradiction] = {}
-    for region, words in DiffVPProcessor.post_process(text).items():
+    for region, words in split_report(text).items():
         for first, second in combinations(_statements(words), 2):
             if first.label == second.label and first.sentence != second.sentence:
                 for kind, values in _conflicts(first, second):

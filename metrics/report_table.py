@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..data.cases import (
     DatasetError,
     Problem,
@@ -21,7 +20,8 @@ from ..data.cases import (
     shown,
 )
 from ..data.table import without_suffix
-from ..processing_diffvp import DiffVPProcessor
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..report_diffvp import split_report
 from .baselines import label_baselines, most_frequent_report, most_frequent_report_by_region
 from .clinical_efficacy.reports import (
     ID_COLUMN,
@@ -39,7 +39,7 @@ from .report_files import read_rows, rows_by_scan
 from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
-    "diffvp": DiffVPProcessor.post_process,
+    "diffvp": split_report,
     "reg2rg": split_reg2rg,
 }
 FINDINGS = tuple(f"{average} {score}" for average in ("micro", "macro") for score in ("precision", "recall", "f1"))

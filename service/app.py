@@ -38,7 +38,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .. import __version__
 from ..inference.report import EXPECTED_ERRORS
-from ..pipeline_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE
 from .jobs import Abandoned, Job, Refused, ReportQueue
 
 PROBLEM = "application/problem+json"

@@ -12,7 +12,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from diffvp.clinical.objects import MAP_FILE
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 
 from .ct_samples import encoded_by_gdcm, write_dicom, write_enhanced
 from .hub_samples import make_chest

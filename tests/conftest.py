@@ -177,7 +177,8 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS
+    from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION
+    from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.hub import card as card_module
 from diffvp.hub.card import PHANTOM, write_card, write_licence
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.provenance import weights_sha256

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from diffvp import cli
 from diffvp.data.cases import DatasetError
+from diffvp.data.scans import list_scans
 from diffvp.inference import batch, document
 from diffvp.inference import report as reporting
-from diffvp.inference.batch import BatchError, ReportWriter, list_scans, write_reports
+from diffvp.inference.batch import ReportWriter, write_reports
 from diffvp.inference.engines import EngineError, TransformersEngine, merged_engine
 from diffvp.inference.report import greedy, load_checkpoint, write_report
+from diffvp.inference.report_file import BatchError
 
 from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
 from .ct_samples import make_ct, write_dicom
@@ -387,7 +389,7 @@ def test_command_errors_are_one_line(cohort, checkpoint, tmp_path):
 
     output = tmp_path / "reports.jsonl"
     result = run(cohort, "--checkpoint", checkpoint, "--output", output, "--engine", "other")
-    assert result.exit_code == 2 and "expected transformers or vllm" in result.stderr and not output.exists()
+    assert result.exit_code == 2 and "'transformers', 'vllm'" in result.stderr and not output.exists()
     output.write_text("mine\n")
     result = run(cohort, "--checkpoint", checkpoint, "--output", output)
     assert result.exit_code == 2 and "choose another output" in " ".join(result.stderr.split())

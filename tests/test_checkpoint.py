@@ -218,7 +218,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
     parts = ("adapter", "bases", "checkpoint", "configuration", "drafts", "encoders", "generation", "gguf")
-    parts += ("modeling", "modules", "outputs", "pipeline", "storage", "threads")
+    parts += ("labels", "modeling", "modules", "outputs", "pipeline", "report", "storage", "threads")
     assert shipped == [f"{part}_diffvp.py" for part in parts]
     for name in shipped:
         check_imports(checkpoint / name)

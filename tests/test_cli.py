@@ -226,8 +226,8 @@ def test_metadata_table_supplies_a_missing_grid(run, checkpoint, no_figures, tmp
 
 def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.console, "SHIPPED_CHECKPOINT", tmp_path / "not-there")
-    assert_one_line_error(run("report", scan), "ReportError", "not-there", "--checkpoint")
-    assert_one_line_error(run("demo"), "ReportError", "not-there", "--checkpoint")
+    assert_one_line_error(run("report", scan), "DiffVPCheckpointError", "not-there", "--checkpoint")
+    assert_one_line_error(run("demo"), "DiffVPCheckpointError", "not-there", "--checkpoint")
     gone = tmp_path / "nowhere"
     assert_one_line_error(run("report", scan, "--checkpoint", gone), "DiffVPCheckpointError", "no such folder", "Hub")
     (checkpoint / "references" / "normal.nii.gz").rename(tmp_path / "aside.nii.gz")
@@ -237,9 +237,10 @@ def test_checkpoint_errors_are_one_line(run, scan, checkpoint, tmp_path, monkeyp
         (tmp_path / "aside.nii.gz").rename(checkpoint / "references" / "normal.nii.gz")
 
 
-def test_unknown_engine_error_is_one_line(run, scan, checkpoint):
+def test_unknown_engine_is_refused(run, scan, checkpoint):
     result = run("report", scan, "--checkpoint", checkpoint, "--engine", "other")
-    assert_one_line_error(result, "EngineError", "'other'", "transformers or vllm")
+    assert result.exit_code == 2
+    assert all(part in result.stderr for part in ("--engine", "'other'", "'transformers', 'vllm'"))
 
 
 def test_internal_error_keeps_its_traceback(run, scan, checkpoint, monkeypatch):

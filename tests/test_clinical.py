@@ -29,8 +29,8 @@ from diffvp.clinical import codes
 from diffvp.clinical.fhir import diagnostic_report
 from diffvp.clinical.objects import MAP_FILE, SR_FILE, dicom_objects, write_objects
 from diffvp.clinical.source import read_source, values_as_they_are
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.inference import report as reporting
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTReadError
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import DatasetError
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.clinical_efficacy import averages, classification_scores, crg, label_counts
 from diffvp.metrics.clinical_efficacy.reports import (
     finding_scores,

@@ -5,9 +5,9 @@
 import numpy as np
 import pytest
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.collapse import COLUMNS, collapse_panel, rare_findings, sentences
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.processing_diffvp import DiffVPProcessor

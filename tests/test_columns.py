@@ -12,8 +12,8 @@ import SimpleITK as sitk
 import torch
 from accelerate.utils import send_to_device
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.table import hub_cases
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, each, is_many
 from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometry, CTInputError, save_map, to_input_grid

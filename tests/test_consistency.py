@@ -6,9 +6,9 @@ import csv
 
 import pytest
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import NORMAL, region_sentences, report_text
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.consistency import contradictions, label_consistency, report_consistency
 
 # (text, label, kind, values)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffvp import cli
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import (
     SHOWN_PROBLEMS,
     Case,
@@ -36,6 +35,7 @@ from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
 from diffvp.data.radgenome import load_radgenome
 from diffvp.data.table import hub_cases, load_hub, load_table
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.nifti_diffvp import CTMetadata
 from diffvp.reading_diffvp import read_ct
 

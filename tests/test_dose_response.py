@@ -13,11 +13,11 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from diffvp.cli import app
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.phantom import Finding, earlier_scan, render_patient, sample_patient, without_findings
 from diffvp.experiments import doses
 from diffvp.experiments.doses import ABNORMAL, ARMS, BODY, CONTROLS, EARLIER, ITSELF, NEAREST, RANDOM, TWIN, ZEROS
 from diffvp.experiments.kinds import dose_response
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.processing_diffvp import DiffVPImageProcessor
 
 MATRIX = 40

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
 from diffvp.data.lesions import (
     CELL,
@@ -26,6 +26,7 @@ from diffvp.data.lesions import (
 from diffvp.data.phantom import LOBES, Finding
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
     SIDES,
@@ -34,8 +35,8 @@ from diffvp.modules_diffvp import (
     named_places,
     read_attributes,
 )
-from diffvp.pipeline_diffvp import describe_findings
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.report_diffvp import describe_findings
 from diffvp.train_accelerate import run
 from diffvp.training.config import CropSection, SettingsError, TrainingConfig
 from diffvp.training.diagnosis_stage import Crops, DiagnosisObjective, Truth, calibrate

@@ -26,7 +26,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
 
 from diffvp.cli import app
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
@@ -36,10 +36,11 @@ from diffvp.experiments.kinds.stability import stability
 from diffvp.experiments.processes import completed
 from diffvp.experiments.references import choose_references, reference_pool
 from diffvp.experiments.results_page import write_page
-from diffvp.experiments.runner import load_table, planned_runs, run_experiment, table_names
+from diffvp.experiments.runner import load_table, planned_runs, run_experiment
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
-from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants
+from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants, table_names
 from diffvp.experiments.system_scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.collapse import collapse_panel
 from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference

@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import Case
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
@@ -17,6 +16,7 @@ from diffvp.experiments.goals import classifier_scores, goal_lines, naming_score
 from diffvp.experiments.lesion_scores import named_twice
 from diffvp.experiments.map_scores import correlation, target_maps
 from diffvp.experiments.system_scores import PhantomReader
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.statistics import bootstrap_auroc, bootstrap_macro_auroc
 from diffvp.references_diffvp import ReferencePool, index_references
 

@@ -16,9 +16,9 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.hub.card import EVALUATION, measured_values
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 
 from .hub_samples import make_pushable, run_client, run_command, write_scan
 from .hub_server import Hub

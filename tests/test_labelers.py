@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.experiments import labeler as experiment
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.clinical_efficacy import classification_scores
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.labelers.markup import without_markup

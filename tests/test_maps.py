@@ -15,7 +15,6 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cache import VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import lesion_mask_path, lesion_voxels
@@ -45,6 +44,7 @@ from diffvp.experiments.map_scores import (
     score_maps,
     summary,
 )
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.processing_diffvp import DiffVPImageProcessor
 from diffvp.training.features import Features
 

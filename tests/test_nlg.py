@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from diffvp.configuration_diffvp import REGIONS
+from diffvp.labels_diffvp import REGIONS
 from diffvp.metrics.nlg import (
     LexiconError,
     bleu_counts,

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.data import phantom_cohort
 from diffvp.data.phantom import (
     FINDING_NETWORK,
@@ -36,6 +35,7 @@ from diffvp.data.phantom_report import (
     report_text,
 )
 from diffvp.data.pool import normal_pool
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPProcessor
 
 MATRIX = 112

@@ -15,7 +15,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, REGIONS
+from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import ReferencePool, ReferencePoolError, index_references

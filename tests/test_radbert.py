@@ -18,7 +18,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.labelers.radbert import (
     MAX_TOKENS,
     POSITION_IDS,

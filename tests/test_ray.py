@@ -14,9 +14,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import psutil
 import ray
 
+from diffvp.data.scans import list_scans
 from diffvp.inference import batch
-from diffvp.inference.batch import BatchError, ReportWriter, list_scans
+from diffvp.inference.batch import ReportWriter
 from diffvp.inference.ray import Resources, write_reports_with_ray
+from diffvp.inference.report_file import BatchError
 
 from .batch_samples import read_lines, write_checkpoint, write_cohort
 

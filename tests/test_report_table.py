@@ -11,8 +11,8 @@ from sklearn.metrics import f1_score
 from typer.testing import CliRunner
 
 from diffvp.cli import app
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import DatasetError
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
 from diffvp.metrics.report_table import score_table, table_page

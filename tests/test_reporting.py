@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.inference import document as documents
 from diffvp.inference import figure as figures
 from diffvp.inference import report as reporting
-from diffvp.inference.report import ReportError, compose_report, load_checkpoint, save_report, write_report
+from diffvp.inference.folder import ReportError
+from diffvp.inference.report import compose_report, load_checkpoint, save_report, write_report
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct

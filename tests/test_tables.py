@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffvp.configuration_diffvp import DIAGNOSIS_LABELS
 from diffvp.data.cases import DatasetError, plain_text, read_csv
 from diffvp.data.ctrg import load_ctrg
+from diffvp.data.scans import list_scans
 from diffvp.data.table import load_table
-from diffvp.inference.batch import list_scans
+from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics import report_table
 from diffvp.metrics.clinical_efficacy.reports import read_label_table
 from diffvp.metrics.labelers import RuleLabeler

@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoProcessor
 
 from diffvp.collator_diffvp import pair_reference
-from diffvp.configuration_diffvp import REGIONS
 from diffvp.data.cache import ContentHashes, TensorCache, VolumeCache
 from diffvp.data.cases import Case, DatasetError
 from diffvp.data.lesions import CELL, lesion_cells, token_targets
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.regions import RegionMasks, region_mask_path
+from diffvp.labels_diffvp import REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.train_accelerate import build_generator, run
 from diffvp.training.checkpoints import Checkpoints

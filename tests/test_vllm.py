@@ -17,8 +17,9 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.data.phantom_cohort import single_phantom
+from diffvp.data.scans import list_scans
 from diffvp.inference import report as reporting
-from diffvp.inference.batch import ReportWriter, list_scans, write_reports
+from diffvp.inference.batch import ReportWriter, write_reports
 from diffvp.inference.engines import EngineError
 from diffvp.inference.report import write_report
 

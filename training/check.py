@@ -12,15 +12,16 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from ..bases_diffvp import locate_base_model
-from ..checkpoint_diffvp import check_checkpoint_name
-from ..configuration_diffvp import DIAGNOSIS_LABELS, REGIONS, DiffVPConfig
+from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import Problem, raise_problems
 from ..data.lesions import lesion_mask_path, lobe_mask_path, read_patients
 from ..data.regions import region_mask_path
 from ..encoders_diffvp import make_encoder
 from ..files import nearest_folder, writing_problem
+from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..modules_diffvp import SIDES
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from ..storage_diffvp import check_checkpoint_name
 from .cohort import Cohort
 from .config import TrainingConfig
 from .encoder import misfit

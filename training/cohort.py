@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from ..checkpoint_diffvp import check_checkpoint_name
-from ..configuration_diffvp import DIAGNOSIS_LABELS, DiffVPConfig
+from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import (
     Case,
     Problem,
@@ -22,7 +21,8 @@ from ..data.cases import (
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, pool_by_rule
 from ..data.table import load_hub
-from ..storage_diffvp import replacing
+from ..labels_diffvp import DIAGNOSIS_LABELS
+from ..storage_diffvp import check_checkpoint_name, replacing
 from .config import DataSection, TrainingConfig
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..adapter_diffvp import locate_adapter
 from ..bases_diffvp import locate_base_model
 from ..checkpoint_diffvp import BASE_PREFIX
-from ..configuration_diffvp import DEFAULT_INSTRUCTION, DIAGNOSIS_LABELS, DiffVPConfig
+from ..configuration_diffvp import DEFAULT_INSTRUCTION, DiffVPConfig
+from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from .cohort import Cohort
 from .config import TrainingConfig

@@ -27,11 +27,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cases import chance
 from ...data.phantom import PhantomPatient
 from ...encoders_diffvp import encoder_sha256
 from ...inference.report import load_checkpoint
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...metrics.clinical_efficacy import label_counts
 from ...metrics.markdown import p_text, table_lines, with_interval
 from ...metrics.statistics import (

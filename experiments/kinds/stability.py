@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...metrics.clinical_efficacy.reports import Labeler, label_reports
 from ...metrics.markdown import table_lines
 from ..system_scores import mean_and_interval

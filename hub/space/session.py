@@ -32,10 +32,11 @@ from ...data.phantom_cohort import single_phantom
 from ...inference.document import describe_report, identify_model
 from ...inference.engines import TransformersEngine
 from ...inference.figure import body_mask, peak
-from ...inference.report import DIFFERENCE_MAP, display_grid, greedy, load_checkpoint, write_report_texts
-from ...pipeline_diffvp import GIVEN_REFERENCE, describe_findings
+from ...inference.folder import DIFFERENCE_MAP
+from ...inference.report import display_grid, greedy, load_checkpoint, write_report_texts
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
+from ...report_diffvp import GIVEN_REFERENCE, describe_findings
 from ...volume_diffvp import CTGeometry, CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.

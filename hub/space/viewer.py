@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...inference.figure import COLORS, EDGES, PLANES, plane
 from ...inference.figure import WINDOWS as FIGURE_WINDOWS
-from ...pipeline_diffvp import RESEARCH_USE
+from ...report_diffvp import RESEARCH_USE
 from .session import LARGEST, MAX_FILE_BYTES, PageStudy
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white

@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cases import Problem, by_name, check_labels, raise_problems, read_csv, shown, volume_name
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from ..statistics import LEVEL, RESAMPLES, Interval, bootstrap_counts, bootstrap_mean
 from .scores import averages, classification_scores, crg, label_counts, per_report
 

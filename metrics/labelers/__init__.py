@@ -7,6 +7,10 @@ import os
 from .rules import Hit, RuleLabeler
 
 
+class RadBertError(RuntimeError):
+    """The weights, configuration or tokenizer are not RadBERT's."""
+
+
 def load_labeler(radbert: str | os.PathLike | None = None):
     """
     Load a labeler.

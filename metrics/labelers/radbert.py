@@ -39,9 +39,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig, RobertaModel
 from transformers.utils import cached_file
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...files import write_folder
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...storage_diffvp import file_sha256
+from . import RadBertError
 
 MAX_TOKENS = 512
 THRESHOLD = 0.5
@@ -53,10 +54,6 @@ HUB_NAMES = {"roberta.": "model.", "classifier.dense.": "model.pooler.dense.", "
 SHOWN_NAMES = 5
 
 logger = logging.getLogger(__name__)
-
-
-class RadBertError(RuntimeError):
-    """The weights, configuration or tokenizer are not RadBERT's."""
 
 
 class RadBertClassifier(nn.Module):

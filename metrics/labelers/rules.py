@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from .markup import without_markup
 
 RULES_FILE = Path(__file__).with_name("rules.yaml")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configuration_diffvp import DIAGNOSIS_LABELS
 from ...data.cases import Case, DatasetError, Problem, plain_text, raise_problems, read_csv
+from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...storage_diffvp import replacing
 from ..clinical_efficacy.reports import Labeler, label_reports
 from .rules import RuleLabeler

@@ -59,7 +59,7 @@ def region_scores(
     Score reports as written, with their regions in canonical order, and region by region.
 
     Args:
-        split: maps a report to {region: text}: `DiffVPProcessor.post_process` or [`split_reg2rg`].
+        split: maps a report to {region: text}: `split_report` or [`split_reg2rg`].
         regions: names of the regions in canonical order, such as `REGIONS`.
         clean: "reg2rg" to score without headings, `None` to score with them.
         scorer, meteor, workers: see [`score_reports`].
