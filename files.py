@@ -37,7 +37,7 @@ def writing_problem(path: str | os.PathLike, *, folder: bool = False) -> str | N
 
 def write_texts(folder: str | os.PathLike, texts: dict[str, str]) -> None:
     """Write text files by name into a folder; none is replaced before all are written."""
-    from .storage_diffvp import replacing  # imports transformers, which `diffvp --help` does without
+    from .storage_diffvp import replacing  # imports huggingface_hub, which `diffvp --help` does without
 
     with contextlib.ExitStack() as stack:
         for name, text in texts.items():

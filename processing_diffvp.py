@@ -16,7 +16,7 @@
 """Processors: from CT files to the model's tensors, and from its tokens to a report.
 
 [`DiffVPImageProcessor`] reads and resamples. [`DiffVPProcessor`] adds the reference scan and the instruction, and
-splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `volume_diffvp.py`.
+splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `resampling_diffvp.py`.
 """
 
 import io
@@ -43,11 +43,13 @@ from .anatomy_diffvp import check_chest, measure_coverage
 from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from .configuration_diffvp import DEFAULT_INSTRUCTION
 from .labels_diffvp import DIAGNOSIS_LABELS
+from .map_diffvp import save_map, to_input_grid
 from .reading_diffvp import is_simpleitk, read_ct, unwrapped
 from .references_diffvp import REFERENCE_FOLDER, ReferencePool, ReferencePoolError, remove_references
 from .report_diffvp import split_report
+from .resampling_diffvp import CTGeometry, resample
 from .storage_diffvp import HUB_KWARGS
-from .volume_diffvp import CTGeometry, CTInputError, CTIntensityError, CTVolume, resample, save_map, to_input_grid
+from .volume_diffvp import CTInputError, CTIntensityError, CTVolume
 
 AXES = ("depth", "height", "width")
 # Keys that transformers writes next to an image processor's attributes.

@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-WEIGHTS_NAME = SAFE_WEIGHTS_NAME
+WEIGHTS_NAME = SAFETENSORS_SINGLE_FILE
 ADAPTER_SUBFOLDER = "adapter"
 DRAFTS_NAME = "drafts.json"
 STAGING_PREFIX = ".saving-"
@@ -251,14 +250,15 @@ def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
         OSError: there are no weights, or they cannot be downloaded.
         DiffVPCheckpointError: the index names a file outside the checkpoint.
     """
+    from transformers.utils.hub import cached_file  # here, because a command checks its checkpoint without it
 
     def locate(file: str) -> str:
         return cached_file(name, file, **hub_kwargs)  # pyright: ignore[reportReturnType]  # raises; never `None` here
 
     try:
-        return {SAFE_WEIGHTS_NAME: locate(SAFE_WEIGHTS_NAME)}
+        return {SAFETENSORS_SINGLE_FILE: locate(SAFETENSORS_SINGLE_FILE)}
     except OSError:  # missing, or the Hub failed
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        index = cached_file(name, SAFETENSORS_INDEX_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if index is None:
             raise
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -266,7 +266,7 @@ def locate_weights(name: str | os.PathLike, **hub_kwargs) -> dict[str, str]:
         raise DiffVPCheckpointError(
             f"{index}: weight_map: {wrong} (expected names such as model-00001-of-00002.safetensors)"
         )
-    return {SAFE_WEIGHTS_INDEX_NAME: index} | {shard: locate(shard) for shard in shards}
+    return {SAFETENSORS_INDEX_FILE: index} | {shard: locate(shard) for shard in shards}
 
 
 def read_weights(files: dict[str, str], keep=lambda key: True) -> dict:

@@ -84,7 +84,7 @@ def reader(name: str, voxels: bool = False):
     if name == "diffvp":
         import diffvp.dicom_diffvp  # noqa: F401 - otherwise imported at the first series
         from diffvp.reading_diffvp import read_ct
-        from diffvp.volume_diffvp import resample
+        from diffvp.resampling_diffvp import resample
 
         def read_hu(path: str) -> np.ndarray:
             volume = read_ct(path)

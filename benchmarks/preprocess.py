@@ -29,7 +29,7 @@ from rich.progress import track
 from diffvp.metrics.markdown import table_lines
 from diffvp.provenance import machine
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import resample
+from diffvp.resampling_diffvp import resample
 
 STREAMED = 24  # scans in a stream, for the scaling over threads
 SIZE = (64, 256, 256)  # depth, height, width

@@ -142,7 +142,7 @@ class BatchResults:
             header: first line of the file of records.
             source: source series of the scan, or `None` if the scan is not DICOM.
         """
-        from ..volume_diffvp import to_input_grid
+        from ..map_diffvp import to_input_grid
 
         difference = record.pop("difference", None)
         report_uid, document = None, _document(record, header)

@@ -24,8 +24,9 @@ from ..data.cache import preprocessing
 from ..metrics.consistency import report_consistency
 from ..provenance import library_versions
 from ..report_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..resampling_diffvp import CTGeometry
 from ..storage_diffvp import WEIGHTS_NAME, digest
-from ..volume_diffvp import GIVEN, STATED, CTGeometry
+from ..volume_diffvp import GIVEN, STATED
 from .folder import ReportError
 
 # Version of the fields of [`written_report`]. It rises when a field is removed, renamed or changes its meaning.

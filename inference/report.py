@@ -23,13 +23,15 @@ from transformers import GenerationConfig
 from ..anatomy_diffvp import MIN_VOLUME
 from ..checkpoint_diffvp import DiffVPCheckpointError
 from ..encoders_diffvp import DiffVPEncoderError
+from ..map_diffvp import save_map
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePoolError
 from ..report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE
+from ..resampling_diffvp import CTGeometry
 from ..storage_diffvp import check_checkpoint_name
-from ..volume_diffvp import CTGeometry, CTInputError, CTVolume
+from ..volume_diffvp import CTInputError, CTVolume
 from .document import describe_report, domain_line, identify_model, report_page
 from .engines import Engine, EngineError, TransformersEngine
 from .figure import draw_figure, to_hu
@@ -252,7 +254,7 @@ def save_report(
         write_report_texts(stage, composed.document)
         if composed.truth is not None:
             (stage / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
-        processor.save_map(stage / DIFFERENCE_MAP, composed.difference, composed.geometry)
+        save_map(stage / DIFFERENCE_MAP, composed.difference, composed.geometry)
         drawing = _sample_for_figure(processor.image_processor, composed)
         draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(composed.document))
     return Report(output, composed.document)

@@ -34,7 +34,8 @@ from isal import isal_zlib
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from diffvp.reading_diffvp import CTMetadata, read_ct
-from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, resample
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError
 
 from .bad_dicom import LOST
 from .ct_samples import SPACING, make_ct, write_dicom

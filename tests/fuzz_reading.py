@@ -22,7 +22,8 @@ import torch  # noqa: F401
 
 with atheris.instrument_imports(include=["diffvp", "nibabel"]):
     from diffvp.reading_diffvp import read_ct
-    from diffvp.volume_diffvp import CTInputError, resample
+    from diffvp.resampling_diffvp import resample
+    from diffvp.volume_diffvp import CTInputError
 
 from .bad_inputs import GOOD
 

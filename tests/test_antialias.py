@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import resample
+from diffvp.resampling_diffvp import resample
 
 
 def noise(shape, seed=0) -> np.ndarray:

@@ -22,8 +22,10 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from diffvp import inflate_diffvp
 from diffvp.inflate_diffvp import inflate
+from diffvp.map_diffvp import to_input_grid
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import CTInputError, CTReadError, resample, to_input_grid
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import CTInputError, CTReadError
 
 from .bad_inputs import CASES, members, meta, nrrd
 from .ct_samples import SPACING, make_ct

@@ -14,9 +14,11 @@ from accelerate.utils import send_to_device
 
 from diffvp.data.table import hub_cases
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
+from diffvp.map_diffvp import save_map, to_input_grid
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor, each, is_many
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import CTGeometry, CTInputError, save_map, to_input_grid
+from diffvp.resampling_diffvp import CTGeometry
+from diffvp.volume_diffvp import CTInputError
 
 from .bad_inputs import sitk_image
 from .ct_samples import SPACING, lps_affine, make_ct

@@ -13,7 +13,8 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTReadError, resample
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTReadError
 
 from .ct_samples import SPACING, make_ct, write_dicom, write_enhanced
 from .good_inputs import bare, check, dicomdir, implicit_that_says_explicit

@@ -11,9 +11,11 @@ import SimpleITK as sitk
 import torch
 
 from diffvp import nrrd_diffvp
+from diffvp.map_diffvp import save_map, to_input_grid
 from diffvp.nifti_diffvp import QFORM
 from diffvp.reading_diffvp import read_ct
-from diffvp.volume_diffvp import STATED, CTGeometryError, CTInputError, resample, save_map, to_input_grid
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import STATED, CTGeometryError, CTInputError
 
 from .bad_inputs import lps_affine, nifti, nrrd, sform, sitk_image
 from .ct_samples import SPACING, make_ct

@@ -11,7 +11,8 @@ import torch
 
 from diffvp.nifti_diffvp import CT_RATE_V1, RADGENOME
 from diffvp.reading_diffvp import CTMetadata, load_metadata, read_ct
-from diffvp.volume_diffvp import GIVEN, STATED, CTGeometryError, CTInputError, CTIntensityError, CTReadError, resample
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import GIVEN, STATED, CTGeometryError, CTInputError, CTIntensityError, CTReadError
 
 SPACING = (1.0, 1.0, 3.0)  # the spacing of RadGenome, so that one array can represent a scan of every dataset
 SIZE = (20, 48, 48)

@@ -20,7 +20,8 @@ from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import ReferencePool, ReferencePoolError, index_references
-from diffvp.volume_diffvp import CTInputError, resample
+from diffvp.resampling_diffvp import resample
+from diffvp.volume_diffvp import CTInputError
 
 SPACING = (2.0, 2.0, 3.0)
 SIZE = {"depth": 8, "height": 10, "width": 12}

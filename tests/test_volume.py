@@ -17,18 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
+from diffvp.map_diffvp import save_map, to_input_grid
 from diffvp.reading_diffvp import CTMetadata, read_ct
-from diffvp.volume_diffvp import (
-    CTGeometry,
-    CTGeometryError,
-    CTInputError,
-    CTIntensityError,
-    CTReadError,
-    _foreground_box,
-    resample,
-    save_map,
-    to_input_grid,
-)
+from diffvp.resampling_diffvp import CTGeometry, _foreground_box, resample
+from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError
 
 from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
 

@@ -37,7 +37,8 @@ from ...inference.report import display_grid, greedy, load_checkpoint, write_rep
 from ...reading_diffvp import read_ct
 from ...references_diffvp import ReferencePoolError
 from ...report_diffvp import GIVEN_REFERENCE, describe_findings
-from ...volume_diffvp import CTGeometry, CTReadError
+from ...resampling_diffvp import CTGeometry
+from ...volume_diffvp import CTReadError
 
 # A chest CT of 512 x 512 x 600 has 300 MB before compression.
 MAX_FILE_BYTES = 512 * 2**20
