@@ -19,6 +19,7 @@ depth-major order over `config.feature_grid`, and C is `config.encoder_hidden_si
 import hashlib
 import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,28 +114,42 @@ class DiffVPVisionEncoder(nn.Module):
         return hidden.flatten(2).transpose(1, 2)
 
     def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-        """Return the input of the first convolution: windows, folded for a pyramid, and coordinates in [-1, 1]."""
-        if self.windows is not None and self.hu_range is not None:
-            low, high = self.hu_range
+        """
+        Return the input of the first convolution: windows, folded for a pyramid, and coordinates in [-1, 1].
+
+        Each channel is written to its place in the layout of [`as_input`], because copies of the whole input would
+        take more memory than the network.
+        """
+        step = 2 if self.is_pyramid else 1
+        shape = [size // step for size in ct.shape[2:]]
+        conv1: Any = self.resnet.conv1
+        channels = torch.empty(
+            (len(ct), conv1.in_channels, *shape), dtype=conv1.weight.dtype, device=ct.device,
+            memory_format=torch.channels_last_3d,
+        )  # fmt: skip
+        folded = step**3
+        for number, windowed in enumerate(self._windowed(ct)):
+            voxels = windowed.reshape(len(ct), shape[0], step, shape[1], step, shape[2], step)
+            of_window = channels[:, number * folded : (number + 1) * folded].unflatten(1, (step, step, step))
+            of_window.copy_(voxels.permute(0, 2, 4, 6, 1, 3, 5))
+        if self.coordinates:
+            for axis, whole in enumerate(self.image_size):
+                first = torch.zeros(len(ct), device=ct.device) if start is None else start[:, axis].to(ct.device)
+                centres = (torch.arange(shape[axis], device=ct.device) + 0.5) * step
+                of_axis = [len(ct), 1, 1, 1]
+                of_axis[1 + axis] = -1
+                channels[:, axis - 3] = ((first[:, None] + centres) * (2 / whole) - 1).view(of_axis)
+        return channels
+
+    def _windowed(self, ct: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the scan in each HU window, mapped to [-1, 1]."""
+        if self.windows is None or self.hu_range is None:
+            yield ct
+            return
+        low, high = self.hu_range
+        for lowest, highest in self.windows:
             hu = low + (ct.float() + 1) * ((high - low) / 2)
-            ct = torch.cat([((hu - a) / (b - a)).clamp(0, 1) * 2 - 1 for a, b in self.windows], dim=1)
-        step = 1
-        if self.is_pyramid:
-            step = 2
-            depth, height, width = (size // 2 for size in ct.shape[2:])
-            ct = ct.reshape(*ct.shape[:2], depth, 2, height, 2, width, 2)
-            ct = ct.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-        if not self.coordinates:
-            return ct
-        axes = []
-        for axis, whole in enumerate(self.image_size):
-            first = torch.zeros(len(ct), device=ct.device) if start is None else start[:, axis].to(ct.device)
-            centres = (torch.arange(ct.shape[2 + axis], device=ct.device) + 0.5) * step
-            place = (first[:, None] + centres) * (2 / whole) - 1
-            shape = [len(ct), 1, 1, 1, 1]
-            shape[2 + axis] = -1
-            axes.append(place.view(shape).expand(-1, -1, *ct.shape[2:]))
-        return torch.cat([ct, *(axis.to(ct.dtype) for axis in axes)], dim=1)
+            yield hu.sub_(lowest).div_(highest - lowest).clamp_(0, 1).mul_(2).sub_(1)
 
 
 class DiffVPResNetBlock(nn.Module):

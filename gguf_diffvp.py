@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .adapter_diffvp import fingerprints
-from .storage_diffvp import digest, flush
+from .storage_diffvp import digest, flush, locate_weights
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         logger.warning(f"{folder} is damaged ({error}): it is created again.")
         return None
-    found = fingerprints(model.state_dict())
+    found = _fingerprints(model, folder)
     wrong = [key for key in found.keys() | expected if found.get(key, "") not in (expected.get(key), None)]
     if wrong:
         logger.warning(f"{folder} is damaged ({len(wrong)} weights): it is created again.")
@@ -96,6 +96,25 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
     if None not in found.values():  # offloaded weights have no fingerprint
         setattr(model, KNOWN_FINGERPRINTS, found)
     return model
+
+
+def _fingerprints(model: PreTrainedModel, folder: Path) -> dict[str, str | None]:
+    """
+    Return the fingerprints of the weights, read from the files once more.
+
+    The model maps the files into memory. Read through that mapping, all weights would stay in memory from now on, also
+    while scans are encoded; the mapping used here ends with this function.
+    """
+    kept = {}
+    for path in map(Path, locate_weights(folder).values()):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                kept |= fingerprints({key: file.get_tensor(key) for key in file.keys()})
+    state = {key: tensor for key, tensor in model.state_dict().items() if not tensor.is_meta}
+    tied = {state[key].data_ptr(): kept[key] for key in state.keys() & kept.keys()}
+    known = {key: tied[tensor.data_ptr()] for key, tensor in state.items() if tensor.data_ptr() in tied}
+    others = {key: tensor for key, tensor in model.state_dict().items() if key not in known}
+    return known | fingerprints(others)
 
 
 def _dequantize(path: Path, dtype: torch.dtype) -> PreTrainedModel:
