@@ -5,15 +5,13 @@ Compare reports of faster decoding (drafts, batches, weights of fewer bits) with
 
     python benchmarks/agreement.py --cases 200 --output benchmarks/results                  # drafts and batches
     python benchmarks/agreement.py --cases 100 --ways plain bfloat16 "bfloat16, batch" --output ...
-    python benchmarks/agreement.py --cases 100 --ways plain int8 "int8, not down_proj" --output ...
+    python benchmarks/agreement.py --cases 100 --ways drafts int8 "int8, batch" --output ...
     python benchmarks/agreement.py --ways plain drafts --scans a.nii.gz b.nii.gz --output ...
 
-All ways decode the same prompts, embedded by the float32 model: only decoding differs. `plain` is float32, one report
-at a time, one token per step. Each report is appended to agreement.jsonl; the same command resumes with that file. A
-step is a forward pass of the LLM. Seconds are processor time.
-
-int8 is torch's `quantize_dynamic`: weights with one scale per output channel, activations with one scale per product.
-DiffVP does not offer it, because its reports are wrong (docs/scaling.md).
+All ways decode the same prompts, embedded by the float32 model: only decoding differs. The first way is the one that
+the others are compared with; `plain` is float32, one report at a time, one token per step. Each report is appended to
+agreement.jsonl; the same command resumes with that file. A step is a forward pass of the LLM. Seconds are processor
+time.
 """
 
 import argparse
@@ -48,8 +46,8 @@ WAYS = {
     "bfloat16": ("bfloat16", True, 1),
     "bfloat16, plain": ("bfloat16", False, 1),
     "bfloat16, batch": ("bfloat16", False, BATCH),
-    "int8": ("int8", False, 1),
-    "int8, not down_proj": ("int8, not down_proj", False, 1),
+    "int8": ("int8", True, 1),
+    "int8, batch": ("int8", False, BATCH),
 }
 
 
@@ -58,11 +56,7 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, way: str):
         weights, drafted, self.batch = WAYS[way]
-        is_int8 = weights.startswith("int8")
-        self.model, self.processor = load_checkpoint(checkpoint, dtype="float32" if is_int8 else weights)
-        if is_int8:
-            self.model.merge_adapter()
-            quantize(self.model.language_model, without="down_proj" if "down_proj" in weights else None)
+        self.model, self.processor = load_checkpoint(checkpoint, dtype=weights)
         if not drafted:
             self.model.drafts = None
         self.steps = 0
@@ -78,16 +72,6 @@ class Decoder:
         written = self.engine.generate(prompts, self.decoding)
         share = (time.process_time() - start) / len(prompts), self.steps / len(prompts)
         return [{"tokens": tokens, "seconds": share[0], "steps": share[1]} for tokens in written]
-
-
-def quantize(language_model: torch.nn.Module, without: str | None) -> None:
-    """Convert the linear layers to int8 in place, except those whose name contains `without`."""
-    layers = {
-        name: torch.ao.quantization.per_channel_dynamic_qconfig
-        for name, module in language_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (without is None or without not in name)
-    }
-    torch.ao.quantization.quantize_dynamic(language_model, layers, inplace=True)
 
 
 def prompts_of(
@@ -115,12 +99,12 @@ def prompts_of(
 
 
 def table(rows: dict[str, dict[str, dict]], truths: dict[str, str | None]) -> list[str]:
-    """Return a row for each way, compared with plain decoding on their common cases."""
-    lines = []
+    """Return a row for each way, compared with the first on their common cases."""
+    lines, base = [], next(iter(rows.values()))
     for way, written in rows.items():
-        names = [name for name in written if name in rows["plain"]]
-        same = sum(written[name]["tokens"] == rows["plain"][name]["tokens"] for name in names)
-        labels, plain = ([labels_from_report(of[name]["text"]) for name in names] for of in (written, rows["plain"]))
+        names = [name for name in written if name in base]
+        same = sum(written[name]["tokens"] == base[name]["tokens"] for name in names)
+        labels, plain = ([labels_from_report(of[name]["text"]) for name in names] for of in (written, base))
         score = "no true reports"
         if all(truths[name] is not None for name in names) and len(names) > 1:
             true = [labels_from_report(truths[name]) for name in names]
@@ -152,10 +136,10 @@ def main() -> None:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         one = json.loads(line)
         rows.setdefault(one["way"], {})[one["case"]] = one
-    decoder = Decoder(options.checkpoint, "plain")
+    decoder = Decoder(options.checkpoint, options.ways[0])
     prompts = prompts_of(decoder, options.cases, options.scans, kept)
     # Alternate, so that an interrupted run has all ways for the same cases.
-    decoders = {way: decoder if way == "plain" else Decoder(options.checkpoint, way) for way in options.ways}
+    decoders = {way: decoder if way == options.ways[0] else Decoder(options.checkpoint, way) for way in options.ways}
     for start in track(range(0, len(prompts), BATCH), "Reports"):
         names = list(prompts)[start : start + BATCH]
         for way, one in decoders.items():
@@ -171,8 +155,8 @@ def main() -> None:
     truths = {name: truth for name, (truth, _) in prompts.items()}
     page = [
         "# Agreement of decoding methods", "",
-        f"`python benchmarks/agreement.py` on {machine()}, {torch.get_num_threads()} thread(s). Plain is",
-        "float32, one report at a time, one token per step. Equal reports have the same tokens.", "",
+        f"`python benchmarks/agreement.py` on {machine()}, {torch.get_num_threads()} thread(s). Each row is compared",
+        f"with {options.ways[0]}. Equal reports have the same tokens.", "",
         *table({way: {n: r for n, r in rows[way].items() if n in truths} for way in rows if rows[way]}, truths), "",
     ]  # fmt: skip
     (options.output / "agreement.md").write_text("\n".join(page), encoding="utf-8")

@@ -35,8 +35,10 @@ Dicom = Annotated[
 Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR DiagnosticReport (docs/clinical.md).")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of terminal tables.")]
 Dtype = Annotated[
-    Literal["float32", "bfloat16"] | None,
-    typer.Option(help="Data type of the weights (default: the checkpoint's; docs/scaling.md)."),
+    Literal["float32", "bfloat16", "int8"] | None,
+    typer.Option(
+        help="Data type of the weights; int8: of the LLM's, on a CPU (default: the checkpoint's; docs/scaling.md)."
+    ),
 ]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the figure when it is written.")]
 ReferenceSeed = Annotated[int, typer.Option(min=0, help="Random seed for the choice of the reference.")]

@@ -28,6 +28,7 @@ from ..resampling_diffvp import CTGeometry
 from ..storage_diffvp import WEIGHTS_NAME, digest
 from ..volume_diffvp import GIVEN, STATED
 from .folder import ReportError
+from .int8 import is_int8
 
 # Version of the fields of [`written_report`]. It rises when a field is removed, renamed or changes its meaning.
 SCHEMA_VERSION = 1
@@ -142,7 +143,7 @@ def describe_decoding(model, processor, decoding: GenerationConfig, engine: str)
     """Return how reports are decoded: engine, data type, instruction and generation config."""
     return {
         "engine": engine,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": "int8" if is_int8(model.language_model) else str(model.dtype).removeprefix("torch."),
         "instruction": processor.instruction,
         "generation_config": public_fields(decoding.to_diff_dict()),
     }

@@ -36,8 +36,9 @@ from .document import describe_report, domain_line, identify_model, report_page
 from .engines import Engine, EngineError, TransformersEngine
 from .figure import draw_figure, to_hu
 from .folder import DIFFERENCE_MAP, FIGURE, REPORT_JSON, REPORT_TEXT, TRUE_REPORT, ReportError, check_output, staged
+from .int8 import round_weights
 
-DTYPES = ("float32", "bfloat16")  # float16 takes minutes per report on CPUs
+DTYPES = ("float32", "bfloat16", "int8")  # float16 takes minutes per report on CPUs
 
 # The figure is sampled from the scan itself, which is finer than the model's tensor.
 FIGURE_SPACING = 1.5  # mm
@@ -92,19 +93,24 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: s
 
     Args:
         device: device to compute on; `None` takes a GPU if there is one.
-        dtype: "float32" or "bfloat16" for all weights; `None` keeps the checkpoint's.
+        dtype: "float32" or "bfloat16" for all weights, or "int8" for those of the LLM, on the CPU only (see
+            [`round_weights`]); `None` keeps the checkpoint's.
         hub_kwargs: options of the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         DiffVPCheckpointError: there is no such checkpoint, or its files do not fit together.
     """
     check_checkpoint_name(name, **hub_kwargs)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype not in (None, *DTYPES):
-        raise DiffVPCheckpointError(f"{name}: dtype: {dtype} (expected {' or '.join(DTYPES)}).")
-    weights = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+        raise DiffVPCheckpointError(f"{name}: dtype: {dtype} (expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}).")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and dtype != "int8" else "cpu"
+    if dtype == "int8" and torch.device(device).type != "cpu":
+        raise DiffVPCheckpointError(f"{name}: dtype: int8 on {device} (expected device cpu).")
+    weights = {} if dtype is None else {"dtype": torch.float32 if dtype == "int8" else getattr(torch, dtype)}
     model = DiffVPForConditionalGeneration.from_pretrained(name, **weights, **hub_kwargs).to(device)
+    if dtype == "int8":
+        round_weights(model.language_model)
     # Otherwise transformers would ask at the console whether to run the checkpoint's copy of the code.
     processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
     return model, processor

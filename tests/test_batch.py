@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from diffvp import cli
+from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.data.cases import DatasetError
 from diffvp.data.scans import list_scans
 from diffvp.inference import batch, document
@@ -408,3 +409,13 @@ def test_report_fields_are_documented(repository_root):
     table = page.split("## Fields of every report (schema version 1)")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SHARED)
     assert document.SCHEMA_VERSION == 1
+
+
+def test_reports_of_rounded_weights_state_the_type(checkpoint, cohort, tmp_path):
+    with pytest.raises(DiffVPCheckpointError, match="dtype: int8 on cuda .expected device cpu"):
+        load_checkpoint(checkpoint, device="cuda", dtype="int8")
+    command = ["batch", cohort, "--checkpoint", checkpoint, "--output", tmp_path / "reports.jsonl"]
+    result = CliRunner().invoke(cli.app, list(map(str, [*command, "--dtype", "int8", "--allow-failures"])))
+    assert result.exit_code == 0, result.output
+    header, *records = read_lines(tmp_path / "reports.jsonl")
+    assert header["settings"]["decoding"]["dtype"] == "int8" and len(records) == SCANS
