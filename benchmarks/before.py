@@ -61,10 +61,10 @@ def run(tree: Path, command: list[str]) -> dict[str, float]:
 def processes(trees: dict[str, Path], scans: list[Path], folder: Path) -> dict[str, Callable[[], dict]]:
     kinds = {}
     for name, tree in trees.items():
-        first_token = [str(tree / "benchmarks/plain_report.py"), "diffvp", str(tree / CHECKPOINT.relative_to(HERE))]
+        report = ["report", str(scans[0]), "--output", str(folder / name)]
         commands = {
-            "report": ["-m", "diffvp.cli", "report", str(scans[0]), "--output", str(folder / name)],
-            "first token": [*first_token, *map(str, scans[:2])],
+            "report": ["-m", "diffvp.cli", *report],
+            "first token": [str(HERE / "benchmarks/first_token.py"), *report],
             "demo": ["-m", "diffvp.cli", "demo", "--output", str(folder / f"demo-{name}")],
         }
         for what, command in commands.items():
