@@ -575,7 +575,9 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         # Two auto classes can load the checkpoint; transformers only writes the one registered for the class.
         entry = "modeling_diffvp.DiffVPForConditionalGeneration"
         config.auto_map = (getattr(config, "auto_map", None) or {}) | {"AutoModelForImageTextToText": entry}
-        from .pipeline_diffvp import CUSTOM_PIPELINES  # imports transformers.pipelines, which a report does not need
+        # Here, because it imports transformers.pipelines, which a report does not need. Not elsewhere: saving copies
+        # the files that this file imports, so that every checkpoint has its pipeline.
+        from .pipeline_diffvp import CUSTOM_PIPELINES
 
         config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         config.has_adapter = adapter is not None

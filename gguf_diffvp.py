@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .adapter_diffvp import fingerprints
-from .storage_diffvp import digest, flush, locate_weights
+from .storage_diffvp import DiffVPCheckpointError, digest, flush, locate_weights
 
 logger = logging.get_logger(__name__)
 
@@ -85,10 +85,10 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
             raise ValueError(f"{changed[0]} has changed")
         options = kwargs | {"dtype": dtype, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        found = _fingerprints(model, folder)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, DiffVPCheckpointError) as error:
         logger.warning(f"{folder} is damaged ({error}): it is created again.")
         return None
-    found = _fingerprints(model, folder)
     wrong = [key for key in found.keys() | expected if found.get(key, "") not in (expected.get(key), None)]
     if wrong:
         logger.warning(f"{folder} is damaged ({len(wrong)} weights): it is created again.")
@@ -100,7 +100,7 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
 
 def _fingerprints(model: PreTrainedModel, folder: Path) -> dict[str, str | None]:
     """
-    Return the fingerprints of the weights, read from the files once more.
+    Return the fingerprints of the weights, read from the files once more and not from the model.
 
     The model maps the files into memory. Read through that mapping, all weights would stay in memory from now on, also
     while scans are encoded; the mapping used here ends with this function.
@@ -110,11 +110,15 @@ def _fingerprints(model: PreTrainedModel, folder: Path) -> dict[str, str | None]
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 kept |= fingerprints({key: file.get_tensor(key) for key in file.keys()})
-    state = {key: tensor for key, tensor in model.state_dict().items() if not tensor.is_meta}
-    tied = {state[key].data_ptr(): kept[key] for key in state.keys() & kept.keys()}
-    known = {key: tied[tensor.data_ptr()] for key, tensor in state.items() if tensor.data_ptr() in tied}
-    others = {key: tensor for key, tensor in model.state_dict().items() if key not in known}
-    return known | fingerprints(others)
+    state = model.state_dict()
+    known = {key: kept[key] for key in state.keys() & kept.keys() if not state[key].is_meta}
+    tied = {state[key].data_ptr(): of for key, of in known.items()}
+    known |= {
+        key: tied[tensor.data_ptr()]
+        for key, tensor in state.items()
+        if key not in known and not tensor.is_meta and tensor.data_ptr() in tied
+    }
+    return known | fingerprints({key: tensor for key, tensor in state.items() if key not in known})
 
 
 def _dequantize(path: Path, dtype: torch.dtype) -> PreTrainedModel:

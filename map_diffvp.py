@@ -54,7 +54,7 @@ def save_map(path: str | os.PathLike, map: torch.Tensor | np.ndarray, geometry: 
     Raises:
         ValueError: the suffix is not .nii or .nii.gz, or the map's shape differs from `geometry.size`.
     """
-    from .storage_diffvp import replacing  # imports huggingface_hub, which takes longer than to read a scan
+    from .storage_diffvp import replacing  # imports huggingface_hub, which takes longer than reading a scan
 
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix

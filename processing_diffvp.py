@@ -16,10 +16,12 @@
 """Processors: from CT files to the model's tensors, and from its tokens to a report.
 
 [`DiffVPImageProcessor`] reads and resamples. [`DiffVPProcessor`] adds the reference scan and the instruction, and
-splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `resampling_diffvp.py`.
+splits a report into regions. Reading is in `reading_diffvp.py`, resampling in `resampling_diffvp.py`, the form of a
+report in `report_diffvp.py`.
 """
 
 import io
+import textwrap
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,7 @@ from transformers.processing_utils import (
     TextKwargs,
     Unpack,  # pyright: ignore[reportPrivateImportUsage]  # as its own processors do
 )
+from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
 from .anatomy_diffvp import check_chest, measure_coverage
@@ -50,6 +53,8 @@ from .report_diffvp import split_report
 from .resampling_diffvp import CTGeometry, resample
 from .storage_diffvp import HUB_KWARGS
 from .volume_diffvp import CTInputError, CTIntensityError, CTVolume
+
+logger = logging.get_logger(__name__)
 
 AXES = ("depth", "height", "width")
 # Keys that transformers writes next to an image processor's attributes.
@@ -401,7 +406,8 @@ class DiffVPProcessor(ProcessorMixin):
             reference: one for each CT, or one for all. `None` samples from the pool that ships with the checkpoint.
                 The sample depends only on `reference_seed` and the content of the scan, not on its name or its
                 position in a batch. A scan is never its own reference.
-            text: one instruction for all CTs, or one for each; `None` is the default instruction.
+            text: one instruction for all CTs, or one for each; `None` is the instruction that the checkpoint was
+                trained with. The model writes reports and answers nothing else: another instruction gives a warning.
             spacing: mm along x, y, z of bare arrays among `ct` and `reference`.
             reference_seed: seed for sampling references; 0 if not given.
             allow_any_anatomy: `False` refuses scans, and given references, that do not show a chest, as report
@@ -432,6 +438,7 @@ class DiffVPProcessor(ProcessorMixin):
             raise TypeError(f"settings: reference_seed: {seed!r} (expected an integer)")
         scans = list(each(ct))
         texts = _texts(text, len(scans))  # fail before reading any scan
+        self._warn_of_other_instructions(texts)
         given = [] if reference is None else list(each(reference))
         if given and len(given) not in (1, len(scans)):
             raise ValueError(f"reference: {len(given)} for {len(scans)} scans (expected one each, or one for all)")
@@ -463,6 +470,15 @@ class DiffVPProcessor(ProcessorMixin):
             data = {key: value.numpy() for key, value in data.items()}
         data |= self._tokenize(texts, text_kwargs)
         return DiffVPBatchFeature(data, features["geometry"], geometry, ids)
+
+    def _warn_of_other_instructions(self, texts: Sequence[str | None]) -> None:
+        for text in texts:
+            if text not in (None, self.instruction):
+                logger.warning_once(
+                    f"text: {textwrap.shorten(text, 80)!r} (expected {self.instruction!r}): the model writes reports "
+                    "of chest CTs, which it compares with a normal scan. It was trained with one instruction, and "
+                    "answers no others."
+                )
 
     def _split_kwargs(self, kwargs: Mapping[str, Any]) -> tuple[dict, dict]:
         """Split the arguments of a call into those for the tokenizer and those for the image processor.

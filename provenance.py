@@ -47,7 +47,7 @@ def made_on() -> dict:
 
 def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
     """{relative name: SHA-256} of the weights of a checkpoint."""
-    # Imports transformers, and benchmarks that take `machine` measure the memory of a process without it.
+    # Imports huggingface_hub, and benchmarks that take `machine` measure the memory of a process without it.
     from .storage_diffvp import file_sha256
 
     root = Path(folder)

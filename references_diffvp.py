@@ -21,7 +21,6 @@ from transformers.utils.hub import cached_file
 from .storage_diffvp import digest
 
 REFERENCE_FOLDER, REFERENCE_INDEX = "references", "references.json"
-NEAREST = "nearest"  # asks for the reference that is most similar to the scan
 LOCAL_REFERENCES = "references.local.json"  # written by training; never saved again, never pushed
 
 Entry = TypeVar("Entry", bound=Mapping[str, Any])

@@ -48,6 +48,8 @@ def _quickest(language_model: PreTrainedModel, tokens: int, most: int) -> int:
         for weight in language_model.parameters()
         if weight.ndim == 2 and weight.is_floating_point() and weight.shape != embeddings.shape
     ][:MATRICES]
+    if not matrices:  # a quantised LLM
+        return 1
     spent = {1: 0.0, most: 0.0}
     for round_ in range(ROUNDS + 1):
         for threads in spent:

@@ -21,10 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from diffvp.bases_diffvp import DiffVPBaseModelError
 from diffvp.benchmarks.round_trip import TRIPS, batch_against_alone, logits, move_adapter, round_trip
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.metrics.markdown import table_lines
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.provenance import machine, versions
+from diffvp.storage_diffvp import DiffVPCheckpointError
 from diffvp.tests.base_families import (
     FAMILIES,
     OWN_CODE,

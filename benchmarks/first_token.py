@@ -44,5 +44,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, AfterImport())
-    runpy.run_module("diffvp.cli", run_name="__main__")
+    try:
+        runpy.run_module("diffvp.cli", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     sys.exit("the LLM has read no prompt")

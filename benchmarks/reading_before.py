@@ -31,7 +31,10 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import diffvp, torch
 from diffvp.reading_diffvp import read_ct
-from diffvp.resampling_diffvp import resample
+try:
+    from diffvp.resampling_diffvp import resample
+except ModuleNotFoundError:  # an earlier build
+    from diffvp.volume_diffvp import resample
 assert diffvp.__path__[0].startswith(sys.argv[1])
 for line in sys.stdin:
     way, path = line.rstrip().split("\\t")

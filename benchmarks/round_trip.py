@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 TRIPS = ("saved", "saved again", "adapter alone", "merged", "exported", "exported with a new adapter")
 AFTER = {"saved again": "saved", "adapter alone": "saved", "exported with a new adapter": "exported"}

@@ -98,7 +98,8 @@ def find_checkpoint(name: str | None, revision: str | None) -> tuple[str, dict[s
         if revision is not None and (name is None or Path(name).is_dir()):
             expected = "with --checkpoint NAME/MODEL on the Hub"
             raise DiffVPCheckpointError(f"--revision: {revision}, of a folder (expected {expected})")
-        name, hub_kwargs = str(name or SHIPPED_CHECKPOINT), {} if revision is None else {"revision": revision}
+        name = str(SHIPPED_CHECKPOINT if name is None else name)
+        hub_kwargs = {} if revision is None else {"revision": revision}
         check_checkpoint_name(name, **hub_kwargs)
         if Path(name).is_dir():
             check_config(name)

@@ -22,6 +22,9 @@ Checkpoint = Annotated[
     str | None, typer.Option(help="Checkpoint folder or Hub id (default: the checkpoint shipped with the package).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub. Pin one.")]
+Layout = Annotated[
+    Literal["phantom", "radgenome", "ct-rate", "ctrg", "table"], typer.Option(help="Layout of the folder.")
+]
 Engine = Annotated[
     Literal["transformers", "vllm"], typer.Option(help="Decoding engine (docs/scaling.md).", callback=_installed)
 ]
@@ -36,9 +39,7 @@ Fhir = Annotated[bool, typer.Option("--fhir", help="Also write a FHIR Diagnostic
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of terminal tables.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,
-    typer.Option(
-        help="Data type of the weights; int8: of the LLM's, on a CPU (default: the checkpoint's; docs/scaling.md)."
-    ),
+    typer.Option(help="Data type of the weights. int8 is for the LLM only, on a CPU (default: the checkpoint's)."),
 ]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the figure when it is written.")]
 ReferenceSeed = Annotated[int, typer.Option(min=0, help="Random seed for the choice of the reference.")]

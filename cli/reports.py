@@ -57,9 +57,9 @@ def demo(
 ) -> None:
     """Write the report of a phantom patient that was not in the training data, and show it next to the true one."""
     check_writable(folders=[output])
-    with _reporting() as reporting:
+    with _reporting(checkpoint, revision, output / "report") as reporting:
         scan, truth = _phantom(output / "phantom.nii.gz", seed)
-        written = reporting(checkpoint, revision, scan, output / "report", truth=truth)
+        written = reporting(scan, truth=truth)
     _print_comparison(written)
     _print_places(written, open_figure)
     out.print(
@@ -129,10 +129,12 @@ def report(
         if hu_window is not None and not hu_window[0] < hu_window[1]:
             raise ValueError(f"--hu-window: {hu_window[0]:g} {hu_window[1]:g} (expected two rising HU)")
     clinical = {"dicom": dicom, "fhir": fhir, "dicomweb": dicomweb, "study": study, "store": store}
-    with _reporting() as reporting, _clinical_results(ct, series, allow_incomplete, **clinical) as (scan, write):
+    with (
+        _reporting(checkpoint, revision, output, engine, dtype) as reporting,
+        _clinical_results(ct, series, allow_incomplete, **clinical) as (scan, write),
+    ):
         written = reporting(
-            checkpoint, revision, scan, output, engine, dtype,
-            reference=reference, reference_seed=seed, series=series,
+            scan, reference=reference, reference_seed=seed, series=series,
             allow_incomplete=allow_incomplete, spacing=spacing,
             metadata=None if metadata is None else _metadata(metadata, scan.name),
             max_new_tokens=max_new_tokens, allow_non_hu=allow_non_hu, hu_window=hu_window, foreground_hu=foreground_hu,
@@ -179,21 +181,21 @@ def batch(
     check_writable(files=[output], folders=[dicom])
     check_kept(output, scans)
     check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
+    _check_engine(engine, dtype)
     name, hub_kwargs = find_checkpoint(checkpoint, revision)
-    from ..references_diffvp import NEAREST
+    from ..data.scans import NEAREST, list_scans
+    from ..inference.report_file import BatchError, ReportFile
 
     if reference not in (None, NEAREST):
         expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
         check_found(Path(reference), what="reference", expected=expected)
-    quiet()
     if dicom is not None:
         import highdicom  # noqa: F401
-    from ..data.scans import list_scans
-    from ..inference.report_file import BatchError, ReportFile
 
     with one_line_errors(BatchError), listed_problems():
         listed = list_scans(scans)
         ReportFile(output)  # another file is refused before the libraries load
+    quiet()
     from ..inference.batch import ReportWriter, write_reports
     from ..inference.report import EXPECTED_ERRORS
 
@@ -327,23 +329,29 @@ def _metadata(table: Path, volume: str):
 
 
 @contextlib.contextmanager
-def _reporting() -> Iterator[Callable]:
-    """Yield a function that loads a checkpoint and writes a report, while a status line shows the current step."""
-    with err.status("", spinner="line") as status, _uncollected():
+def _reporting(
+    checkpoint: str | None, revision: str | None, output: Path, engine: str = "transformers", dtype: str | None = None
+) -> Iterator[Callable]:
+    """
+    Yield a function that loads a checkpoint and writes a report, while a status line shows the current step.
+
+    What can be refused is refused before the libraries load, which takes seconds.
+    """
+    from ..inference.folder import ReportError, check_output
+    from ..volume_diffvp import CTInputError
+
+    _check_engine(engine, dtype)
+    with one_line_errors(ReportError):
+        check_output(output)
+    name, hub_kwargs = find_checkpoint(checkpoint, revision)
+    with err.status("", spinner="line") as status, _uncollected(), one_line_errors(CTInputError):
 
         def step(text: str) -> None:
             status.update(text)
             if not err.is_terminal:  # a line cannot be rewritten there
                 warn(text, style=None)
 
-        def write(
-            checkpoint: str | None, revision: str | None, ct: Path, output: Path, engine: str = "transformers",
-            dtype: str | None = None, **options,
-        ):  # fmt: skip
-            # What can be refused is refused before the libraries load, which takes seconds.
-            with one_line_errors(ReportError):
-                check_output(output)
-            name, hub_kwargs = find_checkpoint(checkpoint, revision)
+        def write(ct: Path, **options):
             step("Reading the scan")
             options = _read_scans(options | {"ct": ct})
             step("Loading the libraries")
@@ -368,11 +376,12 @@ def _reporting() -> Iterator[Callable]:
                 warn(warning)
             return written
 
-        from ..inference.folder import ReportError, check_output
-        from ..volume_diffvp import CTInputError
+        yield write
 
-        with one_line_errors(CTInputError):
-            yield write
+
+def _check_engine(engine: str, dtype: str | None) -> None:
+    if engine == "vllm" and dtype == "int8":
+        raise typer.BadParameter("--dtype int8 is for the engine transformers.")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from .console import (
     say,
     warn,
 )
-from .options import CORES, Markdown, Radbert, ReportsLeaveMachine
+from .options import CORES, Layout, Markdown, Radbert, ReportsLeaveMachine
 from .training import log_to_stderr, print_estimate
 
 CALIBRATION = {"model": 40, "rules": 200}  # phantoms on which a judge is measured
@@ -241,9 +241,7 @@ def evaluate(
             help="Checkpoint folder (default: the trained model, or the checkpoint shipped with the package)."
         ),
     ] = None,
-    layout: Annotated[
-        str, typer.Option(help="Layout of a folder: phantom, radgenome, ct-rate, ctrg or table.")
-    ] = "phantom",
+    layout: Layout = "phantom",
     split: Annotated[str, typer.Option(help="Split of a folder to score on.")] = "valid",
     training_split: Annotated[str, typer.Option(help="Split of a folder that the baselines are fitted on.")] = "train",
     radbert: Radbert = None,

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -23,7 +23,7 @@ from .console import (
     say,
     warn,
 )
-from .options import CORES
+from .options import CORES, Layout
 
 SHOWN_WARNINGS = 20
 
@@ -35,7 +35,9 @@ def phantom(
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same bytes.")] = 0,
     matrix: Annotated[int, typer.Option(min=32, help="Pixels per row and column of each slice.")] = 144,
     masks: Annotated[bool, typer.Option("--masks/--no-masks", help="Write region and lesion masks.")] = True,
-    scanner: Annotated[str, typer.Option(help="Simulated scanner, a or b. Both render the same patients.")] = "a",
+    scanner: Annotated[
+        Literal["a", "b"], typer.Option(help="Simulated scanner. Both render the same patients.")
+    ] = "a",
     workers: Annotated[int, typer.Option(min=1, help="Number of processes that render.")] = CORES,
     push: Annotated[
         str | None, typer.Option(help="Also upload the cohort, with a card, as this dataset on the Hub: NAME/DATASET.")
@@ -121,8 +123,8 @@ def train(
 
     with one_line_errors(ValueError, KeyError, TypeError), listed_problems(SettingsError):
         loaded = TrainingConfig.load(str(config), overrides)
-    from ..checkpoint_diffvp import DiffVPCheckpointError
     from ..encoders_diffvp import DiffVPEncoderError
+    from ..storage_diffvp import DiffVPCheckpointError
     from ..train_accelerate import prepare, run
     from ..training.checkpoints import CheckpointError
     from ..training.loop import TrainingDivergedError
@@ -140,7 +142,7 @@ def train(
 
 def pool_build(
     data: Annotated[Path, typer.Argument(help="Folder of the dataset; for the layout `table` also the table itself.")],
-    layout: Annotated[str, typer.Option(help="Layout: phantom, radgenome, ct-rate, ctrg or table.")],
+    layout: Layout,
     output: Annotated[Path, typer.Option(help="Text file for the ids, one per line.")],
     split: Annotated[
         str | None, typer.Option(help="Split: train, valid or test (default: all rows of a table).")

@@ -11,6 +11,7 @@ from ..slices_diffvp import is_dicom
 from .cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
 from .table import PATH_COLUMNS
 
+NEAREST = "nearest"  # in place of a list of normal scans: the checkpoint's own, most similar to the scan
 DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # or a number, since DICOM files are often named by their UID
 HEAD = 132  # bytes that identify a DICOM file
 

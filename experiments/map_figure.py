@@ -16,9 +16,9 @@ from ..data.cache import VolumeCache
 from ..data.cases import Case
 from ..data.lesions import lesion_mask_path, lesion_voxels
 from ..inference.figure import COLORS, EDGES, OPACITY, plane
-from ..inference.report import RESEARCH_USE
 from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..modeling_diffvp import DiffVPForConditionalGeneration
+from ..report_diffvp import RESEARCH_USE
 from ..training.features import Features
 from .map_scores import body_voxels, difference_map
 

@@ -22,7 +22,6 @@ from safetensors import safe_open
 
 from .. import __version__
 from ..bases_diffvp import public_name
-from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.phantom_cohort import single_phantom
 from ..files import write_texts
 from ..inference.document import compare_findings
@@ -31,7 +30,7 @@ from ..pipeline_diffvp import TASK, DiffVPPipeline
 from ..provenance import weights_sha256
 from ..references_diffvp import REFERENCE_FOLDER
 from ..report_diffvp import RESEARCH_USE
-from ..storage_diffvp import DRAFTS_NAME
+from ..storage_diffvp import ADAPTER_SUBFOLDER, DRAFTS_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE = PACKAGE / "hub" / "model_card.md.jinja"

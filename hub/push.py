@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..bases_diffvp import PYPI_SCHEME
-from ..checkpoint_diffvp import ADAPTER_SUBFOLDER, BASE_PREFIX
+from ..checkpoint_diffvp import BASE_PREFIX
 from ..provenance import weights_sha256
 from ..references_diffvp import LOCAL_REFERENCES, REFERENCE_FOLDER, ReferencePool, ReferencePoolError
 from ..report_diffvp import RESEARCH_USE
-from ..storage_diffvp import DRAFTS_NAME
+from ..storage_diffvp import ADAPTER_SUBFOLDER, DRAFTS_NAME
 from .card import CARD, ENDPOINT, EVALUATION, LICENSE, METRICS, NOTICE, PACKAGE, measured_values
 
 # Formats that can run code when they are loaded.

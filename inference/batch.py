@@ -27,9 +27,9 @@ from transformers import BatchFeature
 from ..clinical.results import BatchResults
 from ..data.cache import preprocessing
 from ..data.cases import Problem, raise_problems
-from ..data.scans import ListedScan, list_scans
+from ..data.scans import NEAREST, ListedScan, list_scans
 from ..provenance import library_versions
-from ..references_diffvp import NEAREST, NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
+from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
 from ..report_diffvp import RESEARCH_USE, describe_findings
 from ..volume_diffvp import CTInputError
 from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report

@@ -19,13 +19,12 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..anatomy_diffvp import anatomy_warnings
 from ..bases_diffvp import locate_base_model, public_name
-from ..checkpoint_diffvp import ADAPTER_SUBFOLDER
 from ..data.cache import preprocessing
 from ..metrics.consistency import report_consistency
 from ..provenance import library_versions
 from ..report_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
 from ..resampling_diffvp import CTGeometry
-from ..storage_diffvp import WEIGHTS_NAME, digest
+from ..storage_diffvp import ADAPTER_SUBFOLDER, WEIGHTS_NAME, digest
 from ..volume_diffvp import GIVEN, STATED
 from .folder import ReportError
 from .int8 import is_int8

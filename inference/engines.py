@@ -169,7 +169,7 @@ def check_engine(name: str) -> None:
 
 def merged_engine(name: str, model, tokenizer, **options) -> Engine:
     """
-    Merge LoRA into `model`, permanently, and return the engine of a name. A quantised LLM keeps its LoRA.
+    Merge LoRA into `model`, permanently, and return the engine of a name.
 
     Args:
         name: "transformers" or "vllm".
@@ -179,13 +179,9 @@ def merged_engine(name: str, model, tokenizer, **options) -> Engine:
         EngineError: there is no such engine, or it is not installed.
     """
     check_engine(name)
-    is_quantized = getattr(model.language_model, "is_quantized", False)
     if name == "vllm":
-        if is_quantized:
-            raise EngineError("The engine vllm takes no quantised LLM; expected the data type float32 or bfloat16.")
         return VLLMEngine(model, tokenizer, **options)
-    if not is_quantized:
-        model.merge_adapter()
+    model.merge_adapter()
     return TransformersEngine(model)
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Weights of an LLM in 8-bit integers, for CPUs: a quarter of the memory of float32.
+Weights of an LLM in 8-bit integers, for CPUs.
 
 Each output channel of a linear layer has a scale. Only the weights are rounded: torch multiplies them with activations
 in bfloat16. Rounding the activations too, as torch's `quantize_dynamic` does, gives other findings (docs/scaling.md).
@@ -9,9 +9,11 @@ in bfloat16. Rounding the activations too, as torch's `quantize_dynamic` does, g
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+from ..storage_diffvp import DiffVPCheckpointError
 
 LEVELS = 127  # integers from -127 to 127
+WIDTH = 16  # torch 2.13 takes only inputs whose number of features is a multiple of this
 
 
 class Int8Linear(nn.Module):
@@ -29,27 +31,34 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = hidden.reshape(-1, self.in_features).to(torch.bfloat16)
+        rows = hidden.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         # Only with bfloat16: torch 2.13 has no fast code for float32 here.
         result = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         result = result.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
         return result if self.bias is None else result + self.bias
 
 
-def round_weights(language_model: PreTrainedModel) -> None:
+def round_weights(model) -> None:
     """
-    Replace the linear layers of an LLM on the CPU, but for its head and its adapters, with [`Int8Linear`].
+    Merge the adapter of a model on the CPU into its LLM, and replace the LLM's linear layers with [`Int8Linear`].
 
     The head stays as it is, because it decides between words that are almost equally likely.
+
+    Raises:
+        DiffVPCheckpointError: the adapter cannot be merged, or the LLM has no linear layer that can be rounded.
     """
-    head = language_model.get_output_embeddings()
+    model.merge_adapter()
+    language_model = model.language_model
+    head, found = language_model.get_output_embeddings(), False
     for parent in list(language_model.modules()):
-        if isinstance(parent, nn.ModuleDict):  # the matrices of LoRA
-            continue
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child is not head:
+            if isinstance(child, nn.Linear) and child is not head and child.in_features % WIDTH == 0:
                 setattr(parent, name, Int8Linear(child))
-    language_model.is_quantized = True  # as in transformers: neither merged with LoRA nor saved
+                found = True
+    if not found:
+        kind = type(language_model).__name__
+        raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layers of {WIDTH} n inputs (expected some)")
+    language_model.is_quantized = True  # as in transformers: not saved
 
 
 def is_int8(language_model: nn.Module) -> bool:

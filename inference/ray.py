@@ -26,10 +26,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..data.scans import ListedScan, list_scans
+from ..data.scans import NEAREST, ListedScan, list_scans
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
-from ..references_diffvp import NEAREST, path_sha256
+from ..references_diffvp import path_sha256
 from .batch import ReportWriter
 from .report_file import ReportFile
 

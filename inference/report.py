@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from ..anatomy_diffvp import MIN_VOLUME
-from ..checkpoint_diffvp import DiffVPCheckpointError
 from ..encoders_diffvp import DiffVPEncoderError
 from ..map_diffvp import save_map
 from ..modeling_diffvp import DiffVPForConditionalGeneration
@@ -30,7 +29,7 @@ from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePoolError
 from ..report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE
 from ..resampling_diffvp import CTGeometry
-from ..storage_diffvp import check_checkpoint_name
+from ..storage_diffvp import DiffVPCheckpointError, check_checkpoint_name
 from ..volume_diffvp import CTInputError, CTVolume
 from .document import describe_report, domain_line, identify_model, report_page
 from .engines import Engine, EngineError, TransformersEngine
@@ -93,8 +92,8 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: s
 
     Args:
         device: device to compute on; `None` takes a GPU if there is one.
-        dtype: "float32" or "bfloat16" for all weights, or "int8" for those of the LLM, on the CPU only (see
-            [`round_weights`]); `None` keeps the checkpoint's.
+        dtype: "float32" or "bfloat16" for all weights; "int8" for the LLM (see [`round_weights`]) and float32 for
+            the rest, on the CPU only; `None` keeps the checkpoint's.
         hub_kwargs: options of the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -110,7 +109,7 @@ def load_checkpoint(name: str | os.PathLike, device: str | None = None, dtype: s
     weights = {} if dtype is None else {"dtype": torch.float32 if dtype == "int8" else getattr(torch, dtype)}
     model = DiffVPForConditionalGeneration.from_pretrained(name, **weights, **hub_kwargs).to(device)
     if dtype == "int8":
-        round_weights(model.language_model)
+        round_weights(model)
     # Otherwise transformers would ask at the console whether to run the checkpoint's copy of the code.
     processor = DiffVPProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs)
     return model, processor

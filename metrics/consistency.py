@@ -85,7 +85,7 @@ class Contradiction:
     Attributes:
         label: the finding, one of the 18.
         kind: "presence", "side", "size" or "severity".
-        region: the region that holds both, as `post_process` names it; "other" in a text without regions.
+        region: the region that holds both, as [`split_report`] names it; "other" in a text without regions.
         values: the two values: "present" and "absent", "right" and "left", "6 mm" and "9 mm", "mild" and "severe".
         sentences: the two sentences as written in the report.
     """

@@ -146,17 +146,22 @@ def tiny_config(tiny_fields, tiny_llm):
 
 @pytest.fixture
 def make_model(tiny_fields, tiny_llm):
-    """`make_model(lora=False, **config_fields)`: a tiny model on the tiny base, deterministic in its arguments."""
+    """
+    `make_model(lora=False, **config_fields)`: a tiny model on the tiny base, deterministic in its arguments.
+
+    `lora` is True, or a dict of options of LoRA.
+    """
     import torch
     from peft import LoraConfig
 
     from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 
-    def make(lora: bool = False, **changes):
+    def make(lora: bool | dict = False, **changes):
         torch.manual_seed(0)
+        options = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | (lora if isinstance(lora, dict) else {})
         return DiffVPForConditionalGeneration.from_base(
             str(tiny_llm),
-            lora_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
+            lora_config=LoraConfig(task_type="CAUSAL_LM", **options) if lora else None,
             config={**tiny_fields, **changes},
         )
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from diffvp.adapter_diffvp import fingerprints
 from diffvp.benchmarks.round_trip import logits, move_adapter, round_trip
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.storage_diffvp import DiffVPCheckpointError
 from diffvp.tests.base_families import write_base_with_own_code
 
 load = DiffVPForConditionalGeneration.from_pretrained

@@ -14,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from diffvp import cli
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.data.cases import DatasetError
 from diffvp.data.scans import list_scans
 from diffvp.inference import batch, document
@@ -23,6 +22,7 @@ from diffvp.inference.batch import ReportWriter, write_reports
 from diffvp.inference.engines import EngineError, TransformersEngine, merged_engine
 from diffvp.inference.report import greedy, load_checkpoint, write_report
 from diffvp.inference.report_file import BatchError
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
 from .ct_samples import make_ct, write_dicom

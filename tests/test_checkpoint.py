@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.dynamic_module_utils import check_imports
 
 from diffvp.bases_diffvp import load_base_model, locate_base_model
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 
 @pytest.fixture

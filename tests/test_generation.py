@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig
 from transformers import GenerationConfig
 
-from diffvp.generation_diffvp import decoding_config, end_tokens, own_generation_config
+from diffvp.generation_diffvp import decoding_config, own_generation_config
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.report_diffvp import end_tokens
 
 BASES = {
     "Llama 2": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096},

@@ -3,6 +3,7 @@
 """Base LLMs from GGUF files: dequantised once and cached; a damaged cache is never used."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,32 @@ def test_second_load_does_not_dequantise(file, home, monkeypatch):
     second = load(file)
     assert fingerprints(second.state_dict()) == fingerprints(first.state_dict())
     assert getattr(second, gguf_diffvp.KNOWN_FINGERPRINTS) == fingerprints(second.state_dict())
+
+
+def test_weights_are_checked_without_reading_those_of_the_model(file, home, monkeypatch):
+    """Otherwise all of them stay in memory from then on."""
+    load(file)
+    asked = []
+    monkeypatch.setattr(gguf_diffvp, "fingerprints", lambda state: asked.append(state) or fingerprints(state))
+    model = load(file)
+    pointers = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert sum(map(len, asked)) >= len(set(pointers))
+    assert not pointers & {tensor.data_ptr() for state in asked for tensor in state.values()}
+
+
+def test_folder_deleted_while_it_is_read_is_made_again(file, home, monkeypatch):
+    expected = fingerprints(load(file).state_dict())
+    [folder] = home.iterdir()
+    read, calls = gguf_diffvp.locate_weights, []
+
+    def locate(name):
+        calls.append(name)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+        return read(name)
+
+    monkeypatch.setattr(gguf_diffvp, "locate_weights", locate)
+    assert fingerprints(load(file).state_dict()) == expected and len(calls) == 2
 
 
 def flip(path: Path, place: float) -> None:

@@ -5,10 +5,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
-from diffvp.inference.engines import EngineError, merged_engine
+from diffvp.inference.engines import merged_engine
 from diffvp.inference.int8 import Int8Linear, is_int8, round_weights
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 EPSILON = 2.0**-8  # relative rounding error of bfloat16
 
@@ -33,27 +34,40 @@ def test_a_channel_of_zeros_gives_zero():
     assert torch.equal(Int8Linear(linear)(torch.ones(3, 64)), torch.zeros(3, 64))
 
 
-def test_all_but_head_and_adapter_is_rounded(make_model, scans):
-    model, whole = make_model(lora=True), make_model(lora=True)
-    round_weights(model.language_model)
-    names = {name for name, module in model.language_model.named_modules() if isinstance(module, Int8Linear)}
-    assert len(names) == 2 * 7  # query, key, value, output, gate, up, down
-    assert sum(name.endswith("base_layer") for name in names) == 2 * 2  # of query and value, which have LoRA
+def rounded(model) -> set[str]:
+    return {name for name, module in model.language_model.named_modules() if isinstance(module, Int8Linear)}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["down_proj", "lm_head"]}], ids=str)
+def test_logits_stay_close_to_those_with_the_adapter(options, make_model, scans):
+    model, whole = (make_model(lora={"init_lora_weights": False, **options}) for _ in range(2))
+    round_weights(model)
+    assert len(rounded(model)) == 2 * 7  # query, key, value, output, gate, up, down; not the head
     assert is_int8(model.language_model) and not is_int8(whole.language_model)
-    kept = dict(whole.language_model.named_parameters())
-    assert all(torch.equal(value, kept[name]) for name, value in model.language_model.named_parameters())
     with torch.no_grad():
         found, expected = model(*scans).logits, whole(*scans).logits
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_rounded_weights_are_neither_saved_nor_merged(make_model, tmp_path):
+def test_layers_that_torch_cannot_multiply_stay_as_they_are(make_model):
+    model = make_model()
+    narrow = nn.Linear(40, 32)
+    model.language_model.model.layers[0].mlp.gate_proj = narrow
+    round_weights(model)
+    assert model.language_model.model.layers[0].mlp.gate_proj is narrow and len(rounded(model)) == 2 * 7 - 1
+
+
+def test_llm_without_linear_layers_is_refused(make_model):
+    model = make_model()
+    model.language_model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96))
+    with pytest.raises(DiffVPCheckpointError, match="GPT2LMHeadModel has no linear layers"):
+        round_weights(model)
+
+
+def test_rounded_weights_are_not_saved(make_model, tmp_path):
     model = make_model(lora=True)
-    round_weights(model.language_model)
+    round_weights(model)
     with pytest.raises(DiffVPCheckpointError, match="quantised"):
         model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(DiffVPCheckpointError, match="quantised"):
-        model.merge_adapter()
     assert not list((tmp_path / "saved").glob("*"))
-    with pytest.raises(EngineError, match="vllm"):
-        merged_engine("vllm", model, None)
+    assert merged_engine("transformers", model, None).language_model is model.language_model  # merged already

@@ -15,9 +15,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from diffvp import storage_diffvp
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.files import recover_folder, write_folder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # per way to save; `make test-kills` sets 50
 

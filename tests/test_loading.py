@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from diffvp.benchmarks.round_trip import move_adapter
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import FORMAT_VERSION, DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis, DiffVPModel
+from diffvp.storage_diffvp import DiffVPCheckpointError, check_config
 
 load = DiffVPForConditionalGeneration.from_pretrained
 
@@ -246,3 +246,10 @@ def test_misspelt_config_field_is_refused_in_code_and_file(checkpoint):
     rewrite(checkpoint, num_latent_tokens=4)
     with pytest.raises(ValueError, match="num_latent_tokens"):
         DiffVPConfig.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"diffvp"'])
+def test_folder_with_a_broken_configuration_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DiffVPCheckpointError, match="content: no JSON object"):
+        check_config(tmp_path)

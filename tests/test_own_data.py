@@ -25,9 +25,10 @@ from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPProcessor
-from diffvp.train_accelerate import Features, load_start, prepare, run
+from diffvp.train_accelerate import load_start, prepare, run
 from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
+from diffvp.training.features import Features
 from diffvp.training.report_stage import BaseModelError, ReportBatches
 
 

@@ -45,7 +45,7 @@ def check(result) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the `diffvp` commands in the first shell block of the page. The tests install the package in other ways."""
+    """Return the `diffvp` commands in the first shell block of the page, without its installation."""
     [block, *_] = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     return [line.partition("  #")[0].strip() for line in block.splitlines() if line.startswith("diffvp ")]
 

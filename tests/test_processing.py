@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
+from diffvp import processing_diffvp
 from diffvp.configuration_diffvp import DEFAULT_INSTRUCTION
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
@@ -204,6 +205,17 @@ def test_text_needs_no_scan_but_a_reference_does(processor):
     for arguments in ({}, {"reference": make_ct(1), "spacing": SPACING}):
         with pytest.raises(ValueError, match="Give ct="):
             processor(**arguments)
+
+
+def test_an_instruction_that_the_model_does_not_know_gives_a_warning(processor, monkeypatch):
+    warned = []
+    monkeypatch.setattr(processing_diffvp.logger, "warning_once", warned.append)
+    scans = {"ct": make_ct(1), "reference": make_ct(3), "spacing": SPACING}
+    processor(**scans)
+    processor(**scans, text=processor.instruction)
+    assert not warned
+    processor(**scans, text="Which day is it?")
+    assert len(warned) == 1 and "Which day is it?" in warned[0] and "writes reports" in warned[0]
 
 
 def test_instruction_uses_the_chat_template_if_there_is_one(processor):

@@ -13,7 +13,6 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.files import write_texts
 from diffvp.hub import card as card_module
 from diffvp.hub.card import PHANTOM, make_card
@@ -21,6 +20,7 @@ from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.pipeline_diffvp import DiffVPPipeline
 from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.provenance import without_place
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 from .batch_samples import write_checkpoint
 

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
+from diffvp.metrics.labelers import RadBertError
 from diffvp.metrics.labelers.radbert import (
     MAX_TOKENS,
     POSITION_IDS,
     RadBertClassifier,
-    RadBertError,
     RadBertLabeler,
     convert_radbert,
 )

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 from .ct_samples import lps_affine, make_ct
 from .hub_server import Hub

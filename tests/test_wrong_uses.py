@@ -35,6 +35,10 @@ WRONG = {
     "report box.nii.gz --checkpoint empty": "empty has no config.json: not a checkpoint, or an incomplete one",
     "report box.nii.gz --checkpoint bert": "bert: model_type: bert (expected diffvp",
     "report box.nii.gz --engine vlm": "'vlm' is not one of 'transformers', 'vllm'",
+    "report box.nii.gz --checkpoint=": "has no config.json: not a checkpoint, or an incomplete one",
+    "report box.nii.gz --engine vllm": "vllm is not installed in this environment; see docs/scaling.md",
+    "report box.nii.gz --dtype int4": "'int4' is not one of 'float32', 'bfloat16', 'int8'",
+    "demo --checkpoint empty": "empty has no config.json: not a checkpoint, or an incomplete one",
     "report box.nii.gz --revision main": "--revision: main, of a folder (expected with --checkpoint NAME/MODEL",
     "report scan --allow-any-anatomy --checkpoint runs/finetunee/model": "no such folder; expected a folder",
     "batch empty": "scans: none in the folder",
@@ -76,6 +80,7 @@ WRONG = {
     "phantom file --train 1 --valid 1": "file: output: a file (expected a folder",
     "phantom cohort --train 1 --valid 1 --push me/my/cohort": "me/my/cohort",
     "push absent me/model --dry-run": "absent: folder: missing (expected the folder of a checkpoint)",
+    "pool build empty --layout csv --output pool.txt": "'csv' is not one of 'phantom', 'radgenome'",
     "pool build absent --layout table --output pool.txt": "absent: data: missing (expected the folder of a dataset",
 }
 

@@ -16,9 +16,9 @@ from transformers_tests import test_modeling_common
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 
-from diffvp.checkpoint_diffvp import DiffVPCheckpointError
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
+from diffvp.storage_diffvp import DiffVPCheckpointError
 
 LABELS = ("Cardiomegaly", "Lung nodule", "Emphysema")
 LABEL_IDS = ([10], [11, 12], [13, 14])
