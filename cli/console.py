@@ -3,6 +3,7 @@
 """Output of the commands: what goes to stdout and stderr, how errors are shown, and how tables are printed."""
 
 import contextlib
+import ipaddress
 import itertools
 import os
 import socket
@@ -128,6 +129,14 @@ def check_free(host: str, port: int) -> None:
     except OSError as error:
         expected = "a free --port, and a --host of this machine"
         raise OSError(f"{host}:{port}: address: {error.strerror} (expected {expected})") from error
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from .console import (
     check_writable,
     err,
     find_checkpoint,
+    is_loopback,
     listed_problems,
     one_line_errors,
     out,
@@ -273,10 +274,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve reports to programs over HTTP (docs/serving.md)."""
-    with one_line_errors():
+    token = os.environ.get("DIFFVP_TOKEN") or None
+    with one_line_errors(ValueError):
+        if token is None and not is_loopback(host):
+            raise ValueError(f"host is {host}, which admits other machines; expected a token in $DIFFVP_TOKEN.")
         check_free(host, port)
     name, hub_kwargs = find_checkpoint(checkpoint, revision)
-    from ..service.app import is_loopback, serve_reports
+    from ..service.app import serve_reports
     from ..service.jobs import Limits, ReportQueue
 
     retrieve = None
@@ -286,13 +290,9 @@ def serve(
         retrieve = functools.partial(retrieve_from, dicomweb)
     quiet()
     from ..inference.batch import ReportWriter
-    from ..inference.folder import ReportError
     from ..inference.report import EXPECTED_ERRORS
 
     with one_line_errors(*EXPECTED_ERRORS):
-        token = os.environ.get("DIFFVP_TOKEN") or None
-        if token is None and not is_loopback(host):
-            raise ReportError(f"host is {host}, which admits other machines; expected a token in $DIFFVP_TOKEN.")
         err.print(RESEARCH_USE, style="bold yellow")
         writer = ReportWriter(
             name, engine, reference_seed=seed, max_new_tokens=max_new_tokens, allow_any_anatomy=allow_any_anatomy,

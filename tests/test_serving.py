@@ -25,8 +25,9 @@ import httpx
 from typer.testing import CliRunner
 
 from diffvp import cli, scratch
+from diffvp.cli.console import is_loopback
 from diffvp.inference.batch import ReportWriter
-from diffvp.service.app import ProblemDetails, ReportAnswer, build_app, is_loopback
+from diffvp.service.app import ProblemDetails, ReportAnswer, build_app
 from diffvp.service.jobs import FOLDER, Limits, ReportQueue
 
 from .batch_samples import write_box, write_checkpoint
@@ -380,7 +381,7 @@ def test_requests_without_the_token_are_refused(writer, scans):
 def test_host_beyond_loopback_needs_a_token(checkpoint, monkeypatch):
     monkeypatch.delenv("DIFFVP_TOKEN", raising=False)
     result = CliRunner().invoke(cli.app, ["serve", "--checkpoint", str(checkpoint), "--host", "0.0.0.0"])
-    assert result.exit_code == 2 and "ReportError: host is 0.0.0.0" in result.stderr
+    assert result.exit_code == 2 and "host is 0.0.0.0" in result.stderr
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
     assert not is_loopback("0.0.0.0") and not is_loopback("example.org")
 

@@ -79,6 +79,7 @@ WRONG = {
     "experiment seed=1": "names: none (expected a table or figure of the paper",
     "phantom file --train 1 --valid 1": "file: output: a file (expected a folder",
     "phantom cohort --train 1 --valid 1 --push me/my/cohort": "me/my/cohort",
+    "serve --host 0.0.0.0": "host is 0.0.0.0, which admits other machines; expected a token in $DIFFVP_TOKEN",
     "push absent me/model --dry-run": "absent: folder: missing (expected the folder of a checkpoint)",
     "pool build empty --layout csv --output pool.txt": "'csv' is not one of 'phantom', 'radgenome'",
     "pool build absent --layout table --output pool.txt": "absent: data: missing (expected the folder of a dataset",
