@@ -252,11 +252,11 @@ def merge_into_weights(language_model: PreTrainedModel) -> Callable[[], None]:
         DiffVPCheckpointError: the LLM is quantised or offloaded, the adapter cannot be merged, or the merged LLM
             returns different logits. The LLM is left unchanged.
     """
+    if getattr(language_model, "is_quantized", False):
+        raise DiffVPCheckpointError("LoRA cannot be merged into a quantised LLM: the sum would be rounded again.")
     adapter = find_adapter(language_model)
     if adapter is None:
         return lambda: None
-    if getattr(language_model, "is_quantized", False):
-        raise DiffVPCheckpointError("LoRA cannot be merged into a quantised LLM: the sum would be rounded again.")
     if any(parameter.device.type == "meta" for parameter in language_model.parameters()):
         raise DiffVPCheckpointError("Part of the LLM is offloaded: load it without offloading to merge it.")
     name, config = adapter

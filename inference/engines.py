@@ -169,7 +169,7 @@ def check_engine(name: str) -> None:
 
 def merged_engine(name: str, model, tokenizer, **options) -> Engine:
     """
-    Merge LoRA into `model`, permanently, and return the engine of a name.
+    Merge LoRA into `model`, permanently, and return the engine of a name. A quantised LLM keeps its LoRA.
 
     Args:
         name: "transformers" or "vllm".
@@ -181,7 +181,8 @@ def merged_engine(name: str, model, tokenizer, **options) -> Engine:
     check_engine(name)
     if name == "vllm":
         return VLLMEngine(model, tokenizer, **options)
-    model.merge_adapter()
+    if not getattr(model.language_model, "is_quantized", False):
+        model.merge_adapter()
     return TransformersEngine(model)
 
 

@@ -8,6 +8,8 @@ in bfloat16. Rounding the activations too, as torch's `quantize_dynamic` does, g
 """
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..storage_diffvp import DiffVPCheckpointError
@@ -40,25 +42,36 @@ class Int8Linear(nn.Module):
 
 def round_weights(model) -> None:
     """
-    Merge the adapter of a model on the CPU into its LLM, and replace the LLM's linear layers with [`Int8Linear`].
+    Replace the linear layers of a model's LLM on the CPU with [`Int8Linear`].
 
-    The head stays as it is, because it decides between words that are almost equally likely.
+    Plain LoRA stays as it is; other adapters are merged first, because they compute with the weights that they change.
+    The head stays as it is, too, because it decides between words that are almost equally likely.
 
     Raises:
         DiffVPCheckpointError: the adapter cannot be merged, or the LLM has no linear layer that can be rounded.
     """
-    model.merge_adapter()
-    language_model = model.language_model
-    head, found = language_model.get_output_embeddings(), False
+    language_model, head = model.language_model, model.language_model.get_output_embeddings()
+    tuned = [module for module in language_model.modules() if isinstance(module, BaseTunerLayer)]
+    if head in tuned or not all(isinstance(module, LoraLinear) and not module.lora_variant for module in tuned):
+        model.merge_adapter()
+        head = language_model.get_output_embeddings()
+    found = False
     for parent in list(language_model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child is not head and child.in_features % WIDTH == 0:
+            if type(child) is nn.Linear and child is not head and _can_be_rounded(parent, child):
                 setattr(parent, name, Int8Linear(child))
                 found = True
     if not found:
         kind = type(language_model).__name__
         raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layers of {WIDTH} n inputs (expected some)")
-    language_model.is_quantized = True  # as in transformers: not saved
+    for parameter in language_model.parameters():
+        # Copies, because a file of which one tensor is in use stays mapped into memory as a whole.
+        parameter.data = parameter.data.clone()
+    language_model.is_quantized = True  # as in transformers: neither merged nor saved
+
+
+def _can_be_rounded(parent: nn.Module, child: nn.Linear) -> bool:
+    return not isinstance(parent, nn.ModuleDict) and child.in_features % WIDTH == 0  # LoRA's own are in a ModuleDict
 
 
 def is_int8(language_model: nn.Module) -> bool:

@@ -38,11 +38,16 @@ def rounded(model) -> set[str]:
     return {name for name, module in model.language_model.named_modules() if isinstance(module, Int8Linear)}
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["down_proj", "lm_head"]}], ids=str)
-def test_logits_stay_close_to_those_with_the_adapter(options, make_model, scans):
+@pytest.mark.parametrize(
+    ("options", "merged"),
+    [({}, False), ({"use_dora": True}, True), ({"target_modules": ["down_proj", "lm_head"]}, True)],
+    ids=str,
+)
+def test_logits_stay_close_to_those_with_the_adapter(options, merged, make_model, scans):
     model, whole = (make_model(lora={"init_lora_weights": False, **options}) for _ in range(2))
     round_weights(model)
     assert len(rounded(model)) == 2 * 7  # query, key, value, output, gate, up, down; not the head
+    assert sum(name.endswith("base_layer") for name in rounded(model)) == (0 if merged else 2 * 2)
     assert is_int8(model.language_model) and not is_int8(whole.language_model)
     with torch.no_grad():
         found, expected = model(*scans).logits, whole(*scans).logits
@@ -70,4 +75,6 @@ def test_rounded_weights_are_not_saved(make_model, tmp_path):
     with pytest.raises(DiffVPCheckpointError, match="quantised"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*"))
-    assert merged_engine("transformers", model, None).language_model is model.language_model  # merged already
+    with pytest.raises(DiffVPCheckpointError, match="quantised"):
+        model.merge_adapter()
+    assert merged_engine("transformers", model, None).language_model is model.language_model
