@@ -191,8 +191,9 @@ def judge(
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
     check_found(first, second, reference)
-    if calibrate != (first is None) or calibrate != (second is None):
-        raise typer.BadParameter("expected two tables of reports, A.csv and B.csv, or --calibrate")
+    with one_line_errors(ValueError):
+        if calibrate != (first is None) or calibrate != (second is None):
+            raise ValueError("expected two tables of reports, A.csv and B.csv, or --calibrate")
     from ..metrics.judge import JudgeError
     from ..metrics.judge.calibration import calibration_items
     from ..metrics.judge.rules import RuleJudge

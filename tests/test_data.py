@@ -873,4 +873,4 @@ def test_pool_command_lists_problems(tmp_path):
     assert run(*arguments, "--exclude", tmp_path / "exclude.txt").exit_code == 0
     assert (tmp_path / "pool.txt").read_text() == "train_1_a_1\n"
     result = run(tmp_path, "--layout", "nifti", "--output", tmp_path / "pool.txt")
-    assert result.exit_code == 2 and "layout: 'nifti'" in result.stderr
+    assert result.exit_code == 2 and "'nifti'" in result.stderr

@@ -612,7 +612,6 @@ def test_dry_run_sends_no_request(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--judge", "coin"],
         [],
         ["--calibrate"],
         ["--calibrate", "--base-url", "https://api.example.com/v1", "--model", "m"],

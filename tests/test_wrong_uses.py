@@ -73,6 +73,7 @@ WRONG = {
     "score reports.csv": "also prediction",
     "score reports.csv --labels absent.csv": "absent.csv: file: missing (expected a table",
     "judge reports.csv absent.csv --judge rules": "absent.csv: file: missing (expected a table",
+    "judge reports.csv reports.csv --judge coin": "'coin' is not one of 'model', 'rules'",
     "judge reports.csv reports.csv --calibrate": "expected two tables of reports, A.csv and B.csv, or --calibrate",
     "encoder convert reports.csv empty": "empty: output: a folder (expected a file",
     "experiment table4 --study absent.yaml": "absent.yaml: file: missing (expected a YAML file",
