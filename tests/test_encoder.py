@@ -117,16 +117,33 @@ def test_config_survives_saving_and_loading(tmp_path):
 # Encoder -------------------------------------------------------------------------------------------------------------
 
 
-def test_encoder_windows_are_in_hounsfield_units():
-    encoder = DiffVPVisionEncoder(config(encoder_coordinates=False))
-    hu = torch.linspace(-1000, 1200, 32 * 48 * 32).view(1, 1, 32, 48, 32)
-    channels = encoder._channels((hu + 1000) / 1100 - 1, None)
-    assert channels.shape == (1, 24, 16, 24, 16)
-    for window, (low, high) in enumerate(FINE["encoder_windows"]):
-        expected = np.clip((hu[0, 0].numpy() - low) / (high - low), 0, 1) * 2 - 1
-        for corner, (z, y, x) in enumerate(np.ndindex(2, 2, 2)):
-            found = channels[0, window * 8 + corner].numpy()
-            np.testing.assert_allclose(found, expected[z::2, y::2, x::2], atol=1e-3)
+@pytest.mark.parametrize("pyramid", [None, 6])
+@pytest.mark.parametrize("coordinates", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_are_the_windowed_voxels_and_the_coordinates(pyramid, coordinates, dtype):
+    """The reference computes each channel in NumPy, from the definition."""
+    fields = {"encoder_pyramid_channels": pyramid, "encoder_coordinates": coordinates}
+    encoder = DiffVPVisionEncoder(config(**fields, finding_regions=None, finding_attributes=None)).to(dtype)
+    torch.manual_seed(0)
+    ct = torch.rand(2, 1, *FINE["image_size"]) * 2 - 1
+    hu = -1000 + (ct[:, 0].numpy().astype(float) + 1) * 1100
+    step = 1 if pyramid is None else 2
+    expected = []
+    for low, high in FINE["encoder_windows"]:
+        windowed = ((hu - low) / (high - low)).clip(0, 1) * 2 - 1
+        for z, y, x in np.ndindex(step, step, step):
+            expected.append(windowed[:, z::step, y::step, x::step])
+    if coordinates:
+        for axis, size in enumerate(FINE["image_size"]):
+            centres = (np.arange(size // step) + 0.5) * step / size * 2 - 1
+            shape = [1, 1, 1, 1]
+            shape[1 + axis] = -1
+            expected.append(np.broadcast_to(centres.reshape(shape), expected[0].shape))
+    found = encoder._channels(ct, None)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert found.shape[1] == len(expected)
+    error = np.abs(found.float().numpy() - np.stack(expected, axis=1)).max()
+    assert error < (1e-5 if dtype == torch.float32 else 2**-8)
 
 
 def test_crop_gives_the_channels_of_its_position_in_the_scan():
