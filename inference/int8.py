@@ -8,6 +8,7 @@ in bfloat16. Rounding the activations too, as torch's `quantize_dynamic` does, g
 """
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from ..storage_diffvp import DiffVPCheckpointError
 
 LEVELS = 127  # integers from -127 to 127
+MANY = 32  # rows from which on it is faster to multiply with the weights in the type of the rows
 WIDTH = 16  # torch 2.13 takes only inputs whose number of features is a multiple of this
 
 
@@ -33,10 +35,14 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = hidden.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        # Only with bfloat16: torch 2.13 has no fast code for float32 here.
-        result = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
-        result = result.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
+        rows = hidden.reshape(-1, self.in_features)
+        if len(rows) < MANY:
+            # Only with bfloat16: torch 2.13 has no fast code for float32 here.
+            rows = rows.to(torch.bfloat16).contiguous()
+            result = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).to(hidden.dtype)
+        else:
+            result = F.linear(rows, self.weight.to(rows.dtype) * self.scale.to(rows.dtype)[:, None])
+        result = result.view(*hidden.shape[:-1], self.out_features)
         return result if self.bias is None else result + self.bias
 
 
@@ -55,15 +61,16 @@ def round_weights(model) -> None:
     if head in tuned or not all(isinstance(module, LoraLinear) and not module.lora_variant for module in tuned):
         model.merge_adapter()
         head = language_model.get_output_embeddings()
-    found = False
+    rounded: dict[nn.Module, Int8Linear] = {}  # a layer may have several places
     for parent in list(language_model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head and _can_be_rounded(parent, child):
-                setattr(parent, name, Int8Linear(child))
-                found = True
-    if not found:
+                setattr(parent, name, rounded.setdefault(child, Int8Linear(child)))
+    if not rounded:
         kind = type(language_model).__name__
         raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layers of {WIDTH} n inputs (expected some)")
+    for layer in rounded:
+        layer.register_parameter("weight", None)  # freed now and not by the garbage collector, which may be off
     for parameter in language_model.parameters():
         # Copies, because a file of which one tensor is in use stays mapped into memory as a whole.
         parameter.data = parameter.data.clone()

@@ -14,7 +14,7 @@ from diffvp.storage_diffvp import DiffVPCheckpointError
 EPSILON = 2.0**-8  # relative rounding error of bfloat16
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 40])
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_multiplies_with_the_rounded_weights(rows, bias):
     """The reference multiplies the dequantised weights in float64. The kernel rounds input and output to bfloat16."""
