@@ -23,6 +23,9 @@ WIDTH = 16  # torch 2.13 takes only inputs whose number of features is a multipl
 class Int8Linear(nn.Module):
     """Linear layer with int8 weights (out, in) and one scale per output channel."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
