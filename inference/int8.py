@@ -71,7 +71,7 @@ def round_weights(model) -> None:
                 setattr(parent, name, rounded.setdefault(child, Int8Linear(child)))
     if not rounded:
         kind = type(language_model).__name__
-        raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layer with a multiple of {WIDTH} inputs (expected one)")
+        raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layer of {WIDTH} n inputs (expected one)")
     for layer in rounded:
         layer.register_parameter("weight", None)  # freed now and not by the garbage collector, which may be off
     for parameter in language_model.parameters():

@@ -65,7 +65,7 @@ def test_layers_that_torch_cannot_multiply_stay_as_they_are(make_model):
 def test_llm_without_linear_layers_is_refused(make_model):
     model = make_model()
     model.language_model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96))
-    with pytest.raises(DiffVPCheckpointError, match="GPT2LMHeadModel has no linear layers"):
+    with pytest.raises(DiffVPCheckpointError, match="GPT2LMHeadModel has no linear layer"):
         round_weights(model)
 
 
