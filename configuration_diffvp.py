@@ -26,7 +26,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .labels_diffvp import DIAGNOSIS_LABELS
+from .labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 
 # Version 1 has neither this field nor digests; version 2 has both.
 FORMAT_VERSION = 2
@@ -553,4 +553,4 @@ def _triple(values: Iterable[int]) -> tuple[int, int, int]:
 
 DiffVPConfig.register_for_auto_class()
 
-__all__ = ["DEFAULT_INSTRUCTION", "DiffVPConfig"]
+__all__ = ["DEFAULT_INSTRUCTION", "DIAGNOSIS_LABELS", "REGIONS", "DiffVPConfig"]

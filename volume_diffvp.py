@@ -12,12 +12,13 @@ World coordinates are RAS+ millimetres, as in NIfTI.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -315,6 +316,17 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
             f"{rotation:.0f} degrees",
             f"at most {MAX_ROTATION:.0f} degrees; resample the scan to its closest axial grid first",
         )
+
+
+_MOVED = {"CTGeometry": ".resampling_diffvp", "resample": ".resampling_diffvp"}
+_MOVED |= {"save_map": ".map_diffvp", "to_input_grid": ".map_diffvp"}
+
+
+def __getattr__(name: str) -> Any:
+    """Find the names that were in this file, because programs import them from here."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MOVED[name], __package__), name)
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -233,3 +234,16 @@ def test_links_between_pages_resolve(repository_root):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "volume_diffvp": ("CTGeometry", "resample", "save_map", "to_input_grid"),
+        "configuration_diffvp": ("DIAGNOSIS_LABELS", "REGIONS"),
+        "pipeline_diffvp": ("RESEARCH_USE", "describe_findings", "describe_text", "end_tokens"),
+    }.items(),
+)
+def test_moved_names_are_found_in_their_former_places(module, names):
+    place = importlib.import_module(f"diffvp.{module}")
+    assert all(getattr(place, name) is not None for name in names)
