@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch import nn
 
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
@@ -25,7 +26,7 @@ from diffvp.data.lesions import (
 )
 from diffvp.data.phantom import LOBES, Finding
 from diffvp.data.phantom_cases import load_phantom
-from diffvp.encoders_diffvp import DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
+from diffvp.encoders_diffvp import DiffVPConv3d, DiffVPDiagnosisClassifier, DiffVPVisionEncoder, noisy_or
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.modeling_diffvp import DiffVPForDiagnosis
 from diffvp.modules_diffvp import (
@@ -160,6 +161,38 @@ def test_crop_gives_the_channels_of_its_position_in_the_scan():
     assert encoder.eval()(crops, start).shape == (2, 4 * 8 * 4, 6)
     with pytest.raises(ValueError, match="32, 48, 32"):
         encoder(crops)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_convolution_of_one_volume_equals_that_in_a_batch(layout):
+    # batch * channels * depth * height ≤ 20,480: torch computes one such volume by another algorithm, slowly
+    pair = torch.rand(2, 48, 8, 10, 12).contiguous(memory_format=layout)
+    convolution = DiffVPConv3d(48, 48, 3, padding=1)
+    with torch.profiler.profile() as profile:
+        alone = [convolution(volume[None]) for volume in pair]
+    assert torch.equal(torch.cat(alone), convolution(pair))
+    assert "aten::slow_conv3d_forward" not in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_convolution_has_the_values_and_gradients_of_torch(dtype):
+    ours = DiffVPConv3d(3, 5, 3, stride=2, padding=1).to(dtype)
+    theirs = nn.Conv3d(3, 5, 3, stride=2, padding=1).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    grown = []
+    for convolution in (ours, theirs):
+        volume = torch.rand(1, 3, 6, 7, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        out = convolution(volume)
+        out.square().sum().backward()
+        grown.append([out, volume.grad, *[parameter.grad for parameter in convolution.parameters()]])
+    for mine, expected in zip(*grown, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, expected)
+
+
+def test_convolution_follows_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DiffVPConv3d(3, 5, 3)(torch.rand(1, 3, 6, 7, 8)).dtype == torch.bfloat16
 
 
 def test_model_with_fine_tokens_runs_in_all_parts(make_model):
