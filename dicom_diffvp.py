@@ -27,6 +27,7 @@ from .inflate_diffvp import MAX_FILES, extract
 from .pixels_diffvp import check_slice, equal_pixels, read_voxels, rescale_of
 from .slices_diffvp import PARTS, DicomFile, Slice, is_dicom, read_directory, read_header
 from .volume_diffvp import (
+    DICOM,
     LPS_TO_RAS,
     MAX_TILT_COSINE,
     MIN_LENGTH,
@@ -75,7 +76,7 @@ def read_dicom(
     distinct = set(rescales)
     rescale = "rescale slope {:g} intercept {:g}".format(*rescales[0]) if len(distinct) == 1 else "varying rescale"
     volume = make_volume(
-        array, found.affine, found.source, f"DICOM series, {len(rescales)} slices, {rescale}",
+        array, found.affine, found.source, f"{DICOM}, {len(rescales)} slices, {rescale}",
         slope=slope, intercept=intercept, allow_non_hu=allow_non_hu,
     )  # fmt: skip
     agents = {one.text("ContrastBolusAgent").upper() for one in found.slices} - {"", "NO", "NONE", "N"}

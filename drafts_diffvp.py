@@ -13,17 +13,18 @@ either may be written.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import BaseStreamer
 from transformers.generation.configuration_utils import GenerationMode
 
 from .report_diffvp import end_tokens
-from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
+from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError, replacing
 from .threads_diffvp import quickest_threads
 
 START = -1  # placed before the first token of a report
@@ -101,7 +102,8 @@ class ReportDrafts:
         path = folder / DRAFTS_NAME
         entries = sorted([*context, token] for context, token in self.following.items())
         document = {"min_patients": self.min_patients, "following": entries}
-        path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -144,6 +146,7 @@ def decode(
     embeddings: torch.Tensor,
     mask: torch.Tensor,
     decoding: GenerationConfig,
+    on_token: Callable[[int, int], None] | None = None,
     **kwargs,
 ) -> torch.LongTensor:
     """
@@ -156,6 +159,8 @@ def decode(
         drafts: drafts of the checkpoint; `None` decodes without.
         embeddings, mask: (batch, length, h) and (batch, length), padded on the left.
         decoding: config of the call.
+        on_token: called with row and token when a token is written. Unlike a `streamer`, it follows several rows with
+            drafts. Without drafts, ended rows give padding until all have ended.
         kwargs: further arguments of `generate`.
     """
     generator: Any = language_model  # `generate` comes from GenerationMixin, not PreTrainedModel
@@ -166,9 +171,26 @@ def decode(
     asked = {key for key in decoding.to_diff_dict() if key[0] != "_"}
     plain = decoding.get_generation_mode() == GenerationMode.GREEDY_SEARCH and asked <= CHECKABLE and not others
     if drafts is not None and length and plain and not followed and not decoding.return_dict_in_generate:
-        kwargs["custom_generate"] = DraftedDecoding(drafts, length, kwargs.get("streamer"))
+        kwargs["custom_generate"] = DraftedDecoding(drafts, length, kwargs.get("streamer"), on_token)
+    elif on_token is not None:
+        kwargs["streamer"] = _RowStreamer(on_token)
     with quickest_threads(language_model, len(embeddings) * (DRAFT_TOKENS if "custom_generate" in kwargs else 1)):
         return generator.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=decoding, **kwargs)
+
+
+class _RowStreamer(BaseStreamer):
+    """Streamer for several rows; those of transformers take one at a time."""
+
+    def __init__(self, on_token: Callable[[int, int], None]):
+        self.on_token = on_token
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.ndim == 1:  # the first call has the ids of the prompts, which are empty here
+            for row, token in enumerate(value.tolist()):
+                self.on_token(row, token)
+
+    def end(self) -> None:
+        pass
 
 
 class DraftedDecoding:
@@ -180,9 +202,10 @@ class DraftedDecoding:
     are past them.
     """
 
-    def __init__(self, drafts: ReportDrafts, length: int, streamer=None):
-        self.drafts, self.length = drafts, length
-        self.streamer = streamer  # transformers 5.19 does not pass it to custom loops
+    def __init__(self, drafts: ReportDrafts, length: int, streamer=None, on_token=None):
+        self.drafts, self.length, self.on_token = drafts, length, on_token
+        # transformers 5.19 does not pass it to custom loops
+        self.streamer = streamer if on_token is None else _RowStreamer(on_token)
 
     def __call__(
         self,
@@ -239,7 +262,7 @@ class DraftedDecoding:
             logits = logits[:, -width - 1 :].to(torch.float32)
             accepted, going_on = [], []
             for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-                new, ended = self._accept(written[row], draft, logits[index], logits_processor, stopping_criteria)
+                new, ended = self._accept(row, written[row], draft, logits[index], logits_processor, stopping_criteria)
                 accepted.append(len(new) - 1)  # the last token is the LLM's own and not in the cache yet
                 if not ended:
                     going_on.append(index)
@@ -275,6 +298,7 @@ class DraftedDecoding:
 
     def _accept(
         self,
+        row: int,
         written: list[int],
         draft: list[int],
         logits: torch.Tensor,
@@ -293,7 +317,9 @@ class DraftedDecoding:
                 token = choices[index]
             new.append(token)
             written.append(token)
-            if self.streamer is not None:
+            if self.on_token is not None:
+                self.on_token(row, token)
+            elif self.streamer is not None:
                 self.streamer.put(torch.tensor([token]))
             so_far = torch.tensor([written], dtype=torch.long, device=logits.device)
             if bool(stopping_criteria(so_far, None)[0]):

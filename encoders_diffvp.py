@@ -110,11 +110,11 @@ class DiffVPVisionEncoder(nn.Module):
         With `start` (batch, 3), each `ct` is a crop that starts at this voxel (depth, height, width) of its volume.
         """
         check_volume(ct, self.image_size if start is None else ct.shape[2:])
-        stages = self.resnet(as_input(self._channels(ct, start), self.resnet))
+        stages = self.resnet(as_input(self.channels(ct, start), self.resnet))
         hidden = stages[-1] if self.pyramid is None else self.pyramid(stages)
         return hidden.flatten(2).transpose(1, 2)
 
-    def _channels(self, ct: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    def channels(self, ct: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
         """
         Return the input of the first convolution: windows, folded for a pyramid, and coordinates in [-1, 1].
 

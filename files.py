@@ -48,32 +48,34 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """
     Create or replace the folder `target` with what `write(folder)` puts into an empty one: completely or not at all.
 
-    A kill between the two renames leaves the former content under a name that [`recover_folder`] finds.
+    A kill between the two renames leaves the former content aside; the next call restores it first.
     """
     from .storage_diffvp import flush
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(target)
+    former = _former(target)
     staging = target.parent / f"{UNFINISHED}{uuid.uuid4().hex}"
     staging.mkdir()
     try:
         write(staging)
         for path in [*sorted(staging.rglob("*")), staging]:
             flush(path)
-        former = _former(target)
         if target.exists():
             os.rename(target, former)
         os.rename(staging, target)
         flush(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
+        recover_folder(target)
 
 
 def recover_folder(target: Path) -> None:
-    """Restore the content that a killed [`write_folder`] had moved aside."""
+    """Restore the content that an interrupted [`write_folder`] had moved aside, or delete it if it was replaced."""
     former = _former(target)
     if former.exists() and not target.exists():
         os.rename(former, target)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _former(target: Path) -> Path:

@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,10 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
         if changed := [file for file in files if digest(folder / file) != files[file]]:
             raise ValueError(f"{changed[0]} has changed")
         options = kwargs | {"dtype": dtype, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        found = _fingerprints(model, folder)
+        with ThreadPoolExecutor(1) as thread:  # sums beside the building of the model, most of which is Python
+            kept = thread.submit(_kept_fingerprints, folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            found = _fingerprints(model, kept.result())
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, DiffVPCheckpointError) as error:
         logger.warning(f"{folder} is damaged ({error}): it is created again.")
         return None
@@ -98,9 +101,9 @@ def _read(folder: Path, dtype: torch.dtype, kwargs: dict) -> PreTrainedModel | N
     return model
 
 
-def _fingerprints(model: PreTrainedModel, folder: Path) -> dict[str, str | None]:
+def _kept_fingerprints(folder: Path) -> dict[str, str | None]:
     """
-    Return the fingerprints of the weights, read from the files once more and not from the model.
+    Return the fingerprints of the weights in the files.
 
     The model maps the files into memory. Read through that mapping, all weights would stay in memory from now on, also
     while scans are encoded; the mapping used here ends with this function.
@@ -110,6 +113,11 @@ def _fingerprints(model: PreTrainedModel, folder: Path) -> dict[str, str | None]
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 kept |= fingerprints({key: file.get_tensor(key) for key in file.keys()})
+    return kept
+
+
+def _fingerprints(model: PreTrainedModel, kept: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the fingerprints of the model's weights: those `kept` in the files, or of the weights themselves."""
     state = model.state_dict()
     known = {key: kept[key] for key in state.keys() & kept.keys() if not state[key].is_meta}
     tied = {state[key].data_ptr(): of for key, of in known.items()}

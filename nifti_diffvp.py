@@ -26,6 +26,7 @@ from .inflate_diffvp import MAX_BYTES, MAX_PADDING, read_bytes, voxel_bytes
 from .volume_diffvp import (
     GIVEN,
     MAX_HU_MINIMUM,
+    QFORM,
     STATED,
     CTGeometryError,
     CTIntensityError,
@@ -45,7 +46,6 @@ MIN_SIDE_COSINE, MIN_SAME_COSINE = 0.7, 0.9998
 SCANNER = 1  # form code of the scanner's own space; other codes mean another scan, an atlas or a template
 
 CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
-QFORM = "grid as the qform states it; the sform is of another space"
 RADGENOME = "RadGenome-ChestCT preprocessed: identity affine, read as 1 x 1 x 3 mm in LPS order"
 
 

@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, describe_findings, describe_text, end_tokens
+from .document_diffvp import written_report
+from .report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, describe_findings, end_tokens
+from .report_diffvp import RESEARCH_USE as RESEARCH_USE  # programs import it from here
 
 TASK = "ct-report-generation"
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_diffvp.DiffVPPipeline", "pt": ["AutoModel"]}}  # for config.json
@@ -55,16 +57,12 @@ class DiffVPPipeline(Pipeline):
         Returns:
             A dict per scan (a list of dicts for several scans):
 
-            - `report`: text.
-            - `regions`: {region: text}.
-            - `findings`: for each label its `label`, `probability`, `threshold` and `positive`; with some checkpoints
-              also `location`, `size_mm` and `peak` (see `describe_findings`).
-            - `complete`: `True` if the report reached its end token.
+            - fields of [`written_report`], such as `report`, `regions`, `findings`, `complete` and `warnings`. Keep
+              `statement` and `intended_domain` with the report wherever it goes.
             - `reference`: id of the sampled reference.
             - `difference_map`: float32 (depth, height, width).
             - `geometry`: use `pipe.processor.save_map(path, difference_map, geometry)` to write the map on the grid of
               the input file.
-            - `statement`, `intended_domain`: keep them with the report wherever it goes.
 
         Raises:
             ValueError: the numbers of references and scans differ.
@@ -127,6 +125,7 @@ class DiffVPPipeline(Pipeline):
         return {
             **inputs,
             "geometry": inputs.geometry[0],
+            "is_hu": inputs.geometry[0].is_hu and inputs.reference_geometry[0].is_hu,
             "reference_id": inputs.reference_ids[0] if reference is None else GIVEN_REFERENCE,
         }
 
@@ -153,6 +152,7 @@ class DiffVPPipeline(Pipeline):
             "attributes": attributes if attributes is None or batched else attributes[0],
             "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
+            "is_hu": inputs["is_hu"],
             "reference_id": inputs["reference_id"],
         }
 
@@ -161,15 +161,15 @@ class DiffVPPipeline(Pipeline):
             "reference": outputs["reference_id"],
             "difference_map": outputs["difference_map"][0].float(),
             "geometry": outputs["geometry"],
-            "statement": RESEARCH_USE,
-            "intended_domain": self.model.config.intended_domain,
         }
         ends, findings = end_tokens(self.model.generation_config), []
         if outputs["logits"] is not None:
             attributes = None if outputs["attributes"] is None else [outputs["attributes"]]
             [findings] = describe_findings(self.model.config, outputs["logits"], attributes, [outputs["geometry"]])
+        known = {"findings": findings, "geometry": outputs["geometry"], "is_hu": outputs["is_hu"]}
         reports = [
-            describe_text(self.processor, tokens, findings, ends) | of_scan for tokens in outputs["tokens"][0].tolist()
+            written_report(self.model.config, self.processor, tokens, ends=ends, **known) | of_scan
+            for tokens in outputs["tokens"][0].tolist()
         ]
         return reports if len(reports) > 1 else reports[0]
 

@@ -42,7 +42,7 @@ from transformers.processing_utils import (
 from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
-from .anatomy_diffvp import check_chest, measure_coverage
+from .anatomy_diffvp import check_chest
 from .collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from .configuration_diffvp import DEFAULT_INSTRUCTION
 from .labels_diffvp import DIAGNOSIS_LABELS
@@ -163,12 +163,11 @@ class DiffVPImageProcessor(BaseImageProcessor):
                     "not in Hounsfield units",
                     "Hounsfield units, or allow_non_hu=True (--allow-non-hu)",
                 )
-            coverage = measure_coverage(volume)
             if not allow_any_anatomy:
-                check_chest(coverage, volume.source)
+                check_chest(volume.coverage, volume.source)
             tensor, place = _resample(volume, options, digest)
             tensors.append(tensor)
-            geometry.append(replace(place, coverage=coverage))
+            geometry.append(replace(place, coverage=volume.coverage))
         batch = torch.stack(tensors)
         return BatchFeature(
             {"ct": batch.numpy() if options["return_tensors"] == "np" else batch, "geometry": geometry}
@@ -346,11 +345,6 @@ class DiffVPBatchFeature(BatchFeature):
         self.geometry: list[CTGeometry] = list(geometry)
         self.reference_geometry: list[CTGeometry] = list(reference_geometry)
         self.reference_ids: list[str] = list(reference_ids)
-
-    @property
-    def ct_sha256(self) -> list[str | None]:
-        """SHA-256 of the content of each scan."""
-        return [place.sha256 for place in self.geometry]
 
     def __getstate__(self):
         return dict(self.__dict__)

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     """Versions of DiffVP, Python, and all libraries that a report depends on, including the readers of scans."""
-    readers = {name: version(name) for name in ("nibabel", "SimpleITK", "numpy")}
+    readers = {name: version(name) for name in ("nibabel", "pydicom", "SimpleITK", "isal", "numpy")}
     return {"diffvp": __version__, "python": platform.python_version()} | versions() | readers
 
 

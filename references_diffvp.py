@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from transformers.utils.hub import cached_file
 
-from .storage_diffvp import digest
+from .storage_diffvp import digest, replacing
 
 REFERENCE_FOLDER, REFERENCE_INDEX = "references", "references.json"
 LOCAL_REFERENCES = "references.local.json"  # written by training; never saved again, never pushed
@@ -203,7 +203,7 @@ class ReferencePool:
     def write_paths(self, folder: str | os.PathLike) -> Path:
         """Record the local paths of the references in a checkpoint's folder; return the path of the record."""
         target = Path(folder) / LOCAL_REFERENCES
-        target.write_text(json.dumps(list(self.entries), indent=2) + "\n", encoding="utf-8")
+        _write_entries(target, self.entries)
         return target
 
     def copy_to(self, folder: Path) -> None:
@@ -253,8 +253,13 @@ def remove_references(folder: Path, keep: Collection[str] = ()) -> None:
 
 def _write_index(folder: Path, entries) -> Path:
     index = folder / REFERENCE_INDEX
-    index.write_text(json.dumps(list(entries), indent=2) + "\n", encoding="utf-8")
+    _write_entries(index, entries)
     return index
+
+
+def _write_entries(path: Path, entries) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(list(entries), indent=2) + "\n", encoding="utf-8")
 
 
 def index_references(folder) -> Path:

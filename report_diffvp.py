@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The one form of a report: its text by region, and the findings of the scan.
+The text of a report by region, and the findings of the scan in words.
 
 Without PyTorch, because tables of reports are read and scored without it.
 """
@@ -42,6 +42,11 @@ SECTION_HEADINGS = {
     "conclusions": "impression",
 }
 
+_NAMES = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
+_AT_START = "|".join(re.escape(name) for name in _NAMES)  # of a line: in upper or lower case
+_WITHIN = "|".join(re.escape(form) for name in _NAMES for form in (name.capitalize(), name.upper()))
+_HEADING = re.compile(rf"(?:^[ \t]*(?i:{_AT_START})|(?<=\s)(?:{_WITHIN}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M)
+
 
 def split_report(text: str, sections: bool = False) -> dict[str, str]:
     """
@@ -55,19 +60,13 @@ def split_report(text: str, sections: bool = False) -> dict[str, str]:
         sections: also return "findings", the text under "Findings:" that belongs to no region, and "impression",
             all text under "Impression:" or "Conclusion:" up to the next section.
     """
-    names = sorted([*REGION_HEADINGS, *SECTION_HEADINGS], key=len, reverse=True)
-    anywhere = "|".join(re.escape(name) for name in names)  # at the start of a line: upper or lower case
-    inline = "|".join(re.escape(form) for name in names for form in (name.capitalize(), name.upper()))
-    heading = re.compile(
-        rf"(?:^[ \t]*(?i:{anywhere})|(?<=\s)(?:{inline}))[ \t]*:|^[ \t]*[A-Z][A-Za-z ]{{2,40}}:", re.M
-    )
     parts: dict[str, list[str]] = {}
     current, start = OTHER, 0
-    for found in heading.finditer(text):
+    for found in _HEADING.finditer(text):
         name = found.group().strip(" \t:").lower()
         section = SECTION_HEADINGS.get(name) if sections else None
         if current == "impression" and section is None:
-            continue
+            continue  # "Lungs: ..." in an impression is a part of the impression
         parts.setdefault(current, []).append(text[start : found.start()])
         known = section or REGION_HEADINGS.get(name)
         current, start = (known, found.end()) if known else (OTHER, found.start())
@@ -77,31 +76,15 @@ def split_report(text: str, sections: bool = False) -> dict[str, str]:
     return {region: words for region, words in joined.items() if words}
 
 
+def stated_domain(intended_domain: str | None) -> str:
+    """Return the scans that a checkpoint is intended for, in words."""
+    return intended_domain or "not stated by the checkpoint"
+
+
 def end_tokens(generation_config) -> list[int]:
     """Return the ids of the tokens that end a report. An LLM may have several, or none."""
     ends = generation_config.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
-
-
-def describe_text(processor, tokens: list[int], findings: list[dict], ends: list[int]) -> dict:
-    """
-    Describe a report in the common form of the pipeline, report.json and `diffvp batch`.
-
-    Args:
-        tokens: new token ids of one report; padding may follow its end.
-        findings: findings of the scan, from [`describe_findings`]; empty without a classifier.
-        ends: ids of the end tokens, from [`end_tokens`].
-
-    Returns:
-        `report`, the text; `regions`, {region: text}; `findings`; `complete`, `True` if the report reached its end.
-    """
-    text = processor.decode(tokens, skip_special_tokens=True).strip()
-    return {
-        "report": text,
-        "regions": processor.post_process(text),
-        "findings": findings,
-        "complete": any(token in ends for token in tokens),
-    }
 
 
 def describe_findings(config, logits: torch.Tensor, attributes=None, geometries=()) -> list[list[dict]]:
@@ -144,7 +127,6 @@ __all__ = [
     "MAX_NEW_TOKENS",
     "RESEARCH_USE",
     "describe_findings",
-    "describe_text",
     "end_tokens",
     "split_report",
 ]

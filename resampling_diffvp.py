@@ -129,7 +129,7 @@ def resample(
         CTIntensityError: no voxel lies above `foreground_hu`.
     """
     lengths = volume.array.shape
-    box = _foreground_box(volume, foreground_hu) if crop_foreground else tuple((0, n) for n in lengths)
+    box = foreground_box(volume, foreground_hu) if crop_foreground else tuple((0, n) for n in lengths)
     counts = size[::-1]
     if spacing is None:
         limits = box
@@ -206,7 +206,7 @@ def _window(plane: np.ndarray, volume: CTVolume, low: float, high: float, values
     np.clip(values, 0, np.float32(high - low), out=values)
 
 
-def _foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int], ...]:
+def foreground_box(volume: CTVolume, threshold: float) -> tuple[tuple[int, int], ...]:
     """Return the half-open bounding box, per axis, of the voxels above a threshold in HU.
 
     Most scans have such voxels at every border. Every 16th plane is searched whole, and the other planes only outside
@@ -315,4 +315,4 @@ def taps(positions: np.ndarray, start: int, stop: int, width: float = 1.0) -> Ta
     return Taps(indices.clip(start, stop - 1), weights.astype(np.float32))
 
 
-__all__ = ["CTGeometry", "Taps", "resample", "taps"]
+__all__ = ["CTGeometry", "Taps", "foreground_box", "resample", "taps"]

@@ -102,7 +102,7 @@ class DicomFile:
 
     @property
     def shapes(self) -> set[str]:
-        """The name with its numbers replaced, as decimals and as hexadecimals: equal for the files of a series."""
+        """Name with its numbers replaced, as decimals and as hexadecimals: equal for the files of a series."""
         name = self.name.lower()
         return {re.sub(r"\d+", "#", name), "hex:" + re.sub(r"[0-9a-f]+", "#", name)}
 

@@ -200,7 +200,7 @@ def digest(path: str | os.PathLike) -> str:
     return _digest(os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=2**16)
 def _digest(path: str, inode: int, modified: int, size: int) -> str:
     return file_sha256(path)
 

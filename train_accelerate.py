@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
@@ -34,7 +34,7 @@ from .configuration_diffvp import DiffVPConfig
 from .data.cache import VolumeCache
 from .data.cases import Case
 from .encoders_diffvp import encoder_sha256, state_sha256
-from .files import recover_folder, write_folder
+from .files import write_folder, write_texts
 from .generation_diffvp import own_generation_config
 from .inference.figure import TISSUE_HU, to_hu
 from .modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
@@ -75,6 +75,7 @@ class Finished:
         epochs: number of epochs trained.
         loss: validation loss of the kept epoch.
         references: number of normal scans in `references.local.json`, which later commands use.
+        tested: True if the run has test cases, which `diffvp evaluate` scores the model on.
     """
 
     folder: Path
@@ -82,6 +83,28 @@ class Finished:
     epochs: int
     loss: float
     references: int = 0
+    tested: bool = False
+
+    def lines(self, config: str | os.PathLike, overrides: Sequence[str] = ()) -> list[str]:
+        """
+        Return the folder and the kept epoch in words, and the commands for the next steps.
+
+        Args:
+            config, overrides: training file of the run, and its settings KEY=VALUE.
+        """
+        is_model = self.folder.name == "model"
+        lines = [
+            f"The {'model' if is_model else 'classifier'} is in {self.folder}: epoch {self.epoch} of {self.epochs}, "
+            f"which had the lowest validation loss ({self.loss:.4f})."
+        ]
+        if not is_model:
+            return lines
+        with_reference = "" if self.references else " --reference NORMAL_SCAN"
+        steps = {"Write a report": f"diffvp report SCAN --checkpoint {self.folder}{with_reference}"}
+        if self.tested:
+            steps["Score it"] = " ".join(["diffvp evaluate", str(config), *overrides])
+        steps["Share it"] = f"diffvp push {self.folder} NAME/MODEL --dry-run"
+        return lines + [f"{what + ':':<16}{command}" for what, command in steps.items()]
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -164,11 +187,10 @@ def train_diagnosis(config: TrainingConfig, accelerator: Accelerator, cohort: Co
     # For a classifier that is used without a second stage, which chooses its own.
     model.config.diagnosis_threshold = best_thresholds(predict(model, stage.whole), stage.labels)
     if accelerator.is_main_process:
-        recover_folder(output)
         write_folder(output, model.save_pretrained)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return Finished(output, **kept)
+    return Finished(output, **kept, tested=bool(cohort.test))
 
 
 def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohort) -> Finished:
@@ -214,10 +236,10 @@ def train_report(config: TrainingConfig, accelerator: Accelerator, cohort: Cohor
             references.write_paths(folder)
 
     if accelerator.is_main_process:
-        recover_folder(output)
         write_folder(output, write)
     accelerator.wait_for_everyone()
-    return Finished(output, **kept, references=0 if references is None else len(references.entries))
+    count = 0 if references is None else len(references.entries)
+    return Finished(output, **kept, references=count, tested=bool(cohort.test))
 
 
 def local_references(pool: list[Case], volumes: VolumeCache) -> ReferencePool | None:
@@ -263,7 +285,7 @@ def without_unreadable(
         lines = [json.dumps({"id": problem.name, "row": problem.row, "problem": str(problem)}) for problem in problems]
         path = Path(config.output_dir) / "skipped.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_texts(path.parent, {path.name: "\n".join(lines) + "\n"})
         logger.warning("%d unreadable volumes are skipped; they are listed in %s.", len(problems), path)
     return cohort.without({problem.name for problem in problems})
 
@@ -342,16 +364,10 @@ def load_classifier(
 def load_start(config: TrainingConfig) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor]:
     """Load the checkpoint to start from, without its references, which belong to another domain than the new data."""
     check_checkpoint_name(config.init_from)
-    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+    options = config.init_options
     model = DiffVPForConditionalGeneration.from_pretrained(config.init_from, is_trainable=True, **options)
     processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
     processor.reference_pool = None
-    logger.warning(
-        "The visual encoder and the classifier of %s stay unchanged. Its intended domain: %s. Reports of this model "
-        "cannot mention what they do not recognize.",
-        config.init_from,
-        model.config.intended_domain or "not stated",
-    )
     if config.model is not None:
         model.config.intended_domain = config.model["intended_domain"]
     return model, processor
@@ -407,8 +423,7 @@ def read_volumes(config: TrainingConfig, cohort: Cohort) -> Cohort:
     if config.init_from is None:
         image_processor = DiffVPImageProcessor(**config.image_processor)
     else:
-        options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
-        image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
+        image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **config.init_options)
     cases = list({case.name: case for case in cohort.everyone() + cohort.pool}.values())
     volumes, options = make_volumes(config, image_processor), (config.data.skip_unreadable, config.num_workers)
     problems = compute_all(cases, volumes.load, make_accelerator(config), "Volumes", *options)
@@ -441,7 +456,10 @@ def main() -> None:
     """Entry point for launchers, which start one process per device; `diffvp train` uses one device."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffvp").setLevel(logging.INFO)
-    run(TrainingConfig.load(sys.argv[1], sys.argv[2:]))
+    path, *overrides = sys.argv[1:]
+    finished = run(TrainingConfig.load(path, overrides))
+    if PartialState().is_main_process:
+        sys.stdout.writelines(f"{line}\n" for line in ["", *finished.lines(path, overrides)])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,13 @@ PREPROCESSING_VERSION = 2
 # Common values of `CTVolume.layout`: how grid and Hounsfield units were found.
 STATED = "grid and Hounsfield units as the file states them"
 GIVEN = "spacing and LPS order as the caller states them"
+QFORM = "grid as the qform states it; the sform is of another space"
+DICOM = "DICOM series"  # prefix; slices and rescales follow
+
+
+def is_assumed(layout: str) -> bool:
+    """True if the file states no grid: `CTVolume.layout` then tells which one was assumed."""
+    return layout not in (STATED, GIVEN, QFORM) and not layout.startswith(DICOM)
 
 
 class CTInputError(ValueError):
@@ -132,6 +139,13 @@ class CTVolume:
                 plane = np.clip(np.rint(plane * self.slope + self.intercept), -32768, 32767)
             digest.update(np.ascontiguousarray(plane, dtype="<i2").data)
         return digest.hexdigest()
+
+    @cached_property
+    def coverage(self) -> dict | None:
+        """Part of the chest that the scan shows, from [`measure_coverage`]."""
+        from .anatomy_diffvp import measure_coverage  # which imports this file
+
+        return measure_coverage(self)
 
 
 def triple(values: Iterable[T]) -> tuple[T, T, T]:
@@ -330,8 +344,10 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "DICOM",
     "GIVEN",
     "PREPROCESSING_VERSION",
+    "QFORM",
     "STATED",
     "CTGeometryError",
     "CTInputError",
@@ -339,6 +355,7 @@ __all__ = [
     "CTReadError",
     "CTVolume",
     "check_shape",
+    "is_assumed",
     "is_tensor",
     "lps_affine",
     "lps_grid",

@@ -39,7 +39,7 @@ def plain_encoder(ours: torch.nn.Module, config) -> torch.nn.Module:
 
 @torch.inference_mode()
 def encode_plainly(ours: torch.nn.Module, ordinary: torch.nn.Module, ct: torch.Tensor) -> torch.Tensor:
-    hidden = ordinary.act(ordinary.bn1(ordinary.conv1(ours._channels(ct, None).contiguous())))
+    hidden = ordinary.act(ordinary.bn1(ordinary.conv1(ours.channels(ct).contiguous())))
     stages = []
     for layer in (ordinary.layer1, ordinary.layer2, ordinary.layer3, ordinary.layer4):
         hidden = layer(hidden)

@@ -83,20 +83,19 @@ def vision(model, ct: torch.Tensor, reference: torch.Tensor, max_new_tokens: int
     }
 
 
-def pools(writer: ReportWriter, path: Path, rounds: int) -> dict:
-    """Time a report with pools of encoded references."""
-    own = next(iter(writer._pool.values()))
-    _, encoded = writer._reference(own["id"])
+def pools(path: Path, reference: Path, folder: Path, tokens: int, rounds: int) -> dict:
+    """Time a report with pools of references. The reference that a scan gets is encoded once."""
 
     def with_pool(count: int) -> Callable:
-        entries = tuple({**own, "id": f"{own['id']}-{number}"} for number in range(count))
+        pool = folder / f"pool-{count}"
+        pool.mkdir()
+        for number in range(count):
+            (pool / f"{number}.nii.gz").hardlink_to(reference)
+        writer = ReportWriter(CHECKPOINT, reference=pool, max_new_tokens=tokens)
 
         def run():
-            pool = writer.processor.reference_pool
-            object.__setattr__(pool, "entries", entries)  # frozen
-            writer._reference = lambda name: ("another scan's", encoded)
             [features] = list(writer.processor.image_processor.stream([path], digest=True))
-            writer.write([("scan", features)])
+            writer.write([("scan", None, features)])
 
         return run
 
@@ -210,9 +209,8 @@ def main() -> None:
         results["processes"] = processes(folder, options.rounds)
         paths = phantoms(folder, BATCH + 1)
         unmerged, processor = load_checkpoint(CHECKPOINT)
-        writer = ReportWriter(CHECKPOINT, max_new_tokens=options.tokens)
-        model = writer.model
-        results["pools"] = pools(writer, paths[0], options.rounds)
+        model = ReportWriter(CHECKPOINT, max_new_tokens=options.tokens).model
+        results["pools"] = pools(paths[0], paths[BATCH], folder, options.tokens, options.rounds)
         volumes = processor(ct=paths)["ct"]
         targets, reference = volumes[:BATCH], volumes[BATCH:]
         inputs = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from diffvp.data.phantom import sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
-from diffvp.metrics.clinical_efficacy.reports import score_against_reports
+from diffvp.metrics.clinical_efficacy.reports import finding_scores, label_reports
 from diffvp.metrics.labelers import RuleLabeler
 from diffvp.metrics.nlg import score_reports
 from diffvp.metrics.statistics import bootstrap_mean
@@ -53,7 +53,8 @@ def main() -> None:
         bootstrap_mean(values)
     language = time.perf_counter()
     labeler = RuleLabeler()
-    score_against_reports(predictions, references, labeler, labeler_name=labeler.signature)
+    predicted, actual = (label_reports(labeler, reports) for reports in (predictions, references))
+    finding_scores(predicted, actual, truth="labeler", labeler=labeler.signature)
     findings = time.perf_counter()
     results = {
         "reports": REPORTS,

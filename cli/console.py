@@ -3,6 +3,7 @@
 """Output of the commands: what goes to stdout and stderr, how errors are shown, and how tables are printed."""
 
 import contextlib
+import functools
 import ipaddress
 import itertools
 import os
@@ -41,6 +42,25 @@ def quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    _list_models_once()
+
+
+@functools.cache
+def _list_models_once() -> None:
+    """
+    Let transformers reuse its list of model files, which takes 0.3 s or more.
+
+    Each import reads the files of all models, once for `transformers` and once for `transformers.models`: its cache
+    holds 128 folders of more than 400, and is asked for a `Path` the first time and for a `str` the second.
+    """
+    from transformers.utils import import_utils
+
+    listed = import_utils.create_import_structure_from_path
+
+    def once(path: str | Path) -> dict:
+        return listed(Path(path).parent if os.path.isfile(path) else path)
+
+    import_utils.create_import_structure_from_path = once
 
 
 def print_page(page: str, markdown: bool) -> None:

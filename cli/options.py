@@ -22,9 +22,6 @@ Checkpoint = Annotated[
     str | None, typer.Option(help="Checkpoint folder or Hub id (default: the checkpoint shipped with the package).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub. Pin one.")]
-Layout = Annotated[
-    Literal["phantom", "radgenome", "ct-rate", "ctrg", "table"], typer.Option(help="Layout of the folder.")
-]
 Engine = Annotated[
     Literal["transformers", "vllm"], typer.Option(help="Decoding engine (docs/scaling.md).", callback=_installed)
 ]

@@ -32,7 +32,7 @@ def push(
 
     with listed_problems(PushError):
         files = check_checkpoint(folder)
-        table = Table("file", "bytes", "what it is")
+        table = Table("file", "bytes", "kind")
         for file in files:
             table.add_row(file.path, f"{file.size:,}", file.kind)
         out.print(table)

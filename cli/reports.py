@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..progress import counting
-from ..report_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE, stated_domain
 from .console import (
     check_found,
     check_free,
@@ -364,9 +364,8 @@ def _reporting(
                 model, processor = load_checkpoint(name, dtype=dtype, **hub_kwargs)
                 # For a single report, merging LoRA takes longer than it saves.
                 decoder = None if engine == "transformers" else merged_engine(engine, model, processor.tokenizer)
-                domain = model.config.intended_domain or "not stated by the checkpoint"
                 err.print(RESEARCH_USE, style="bold yellow")
-                warn(f"This checkpoint is intended for: {domain}.", style=None)
+                warn(f"This checkpoint is intended for: {stated_domain(model.config.intended_domain)}.", style=None)
                 composed = compose_report(
                     model, processor, engine=decoder, hub_kwargs=hub_kwargs, on_step=step, **options
                 )
@@ -414,7 +413,7 @@ def _clinical_results(ct: Path | None, series: str | None, allow_incomplete: boo
 
 def _read_scans(options: dict) -> dict:
     """Read and check the scan, and the reference if one is given; return the options with these volumes."""
-    from ..anatomy_diffvp import check_chest, measure_coverage
+    from ..anatomy_diffvp import check_chest
     from ..reading_diffvp import read_ct
     from ..volume_diffvp import CTReadError
 
@@ -428,7 +427,7 @@ def _read_scans(options: dict) -> dict:
             raise CTReadError(scans["reference"].source, "reference", "the scan itself", "another scan, a normal one")
     for volume in scans.values():
         if not options.get("allow_any_anatomy"):
-            check_chest(measure_coverage(volume), volume.source)
+            check_chest(volume.coverage, volume.source)
     return {name: value for name, value in options.items() if name not in names} | scans
 
 

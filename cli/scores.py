@@ -3,8 +3,9 @@
 """Commands that score reports and models: `label`, `score`, `judge`, `evaluate`, `experiment`."""
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +28,7 @@ from .console import (
     say,
     warn,
 )
-from .options import CORES, Layout, Markdown, Radbert, ReportsLeaveMachine
+from .options import CORES, Markdown, Radbert, ReportsLeaveMachine
 from .training import log_to_stderr, print_estimate
 
 CALIBRATION = {"model": 40, "rules": 200}  # phantoms on which a judge is measured
@@ -187,7 +188,8 @@ def judge(
     prediction_column: PredictionColumn = "prediction",
     reference_column: ReferenceColumn = "reference",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the expected cost; ask nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    markdown: Markdown = False,
 ) -> None:
     """Judge which of two systems writes the better reports, after measuring the judge (docs/judge.md)."""
     check_found(first, second, reference)
@@ -217,7 +219,8 @@ def judge(
         if dry_run:
             return
         stack.enter_context(resumable(answers))
-        document = _judge(asked, phantoms, () if calibrate else (first, second), comparisons, as_json)
+        show = functools.partial(print_page, markdown=markdown) if not as_json else lambda page: None
+        document = _judge(asked, phantoms, () if calibrate else (first, second), comparisons, show)
         if by == "model":
             document["tokens"] = asked.tokens
             _print_tokens(asked.tokens, price)
@@ -228,7 +231,7 @@ def judge(
 def evaluate(
     data: Annotated[
         Path,
-        typer.Argument(help="Training file, whose test cases and model are used; or the folder of a dataset."),
+        typer.Argument(help="Training file, whose test cases and model are used; or a dataset: its folder or Hub id."),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings overridden in training.")
@@ -242,12 +245,22 @@ def evaluate(
             help="Checkpoint folder (default: the trained model, or the checkpoint shipped with the package)."
         ),
     ] = None,
-    layout: Layout = "phantom",
-    split: Annotated[str, typer.Option(help="Split of a folder to score on.")] = "valid",
-    training_split: Annotated[str, typer.Option(help="Split of a folder that the baselines are fitted on.")] = "train",
+    layout: Annotated[
+        Literal["phantom", "radgenome", "ct-rate", "ctrg", "table", "hub"],
+        typer.Option(help="Layout of the dataset; hub: a dataset on the Hub with a `Nifti` column."),
+    ] = "phantom",
+    split: Annotated[str, typer.Option(help="Split of a dataset to score on.")] = "valid",
+    training_split: Annotated[
+        str, typer.Option(help="Split of a dataset that the baselines are fitted on.")
+    ] = "train",
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Voxel size along x, y, z in mm, for a dataset with blank headers (ctrg)."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a dataset on the Hub. Pin one.")] = None,
     radbert: Radbert = None,
     cache_dir: Annotated[
-        Path, typer.Option(help="Folder for the preprocessed volumes of a dataset folder, shared with training.")
+        Path, typer.Option(help="Folder for the preprocessed volumes of a dataset, shared with training.")
     ] = Path("runs/cache"),
     limit: Annotated[int | None, typer.Option(min=2, help="Number of test cases to score (default: all).")] = None,
     volume_labels: Annotated[
@@ -266,12 +279,11 @@ def evaluate(
             checkpoint = checkpoint or Path(config.output_dir) / "model"
             output, cache_dir = output or Path(config.output_dir) / "evaluation", Path(config.data.cache_dir)
     with one_line_errors(ValueError):
-        if config is None and not data.is_dir():
-            raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
         if config is None and overrides:
             raise ValueError(f"{overrides[0]}: given with a folder (expected only with a training file)")
         if config is not None and (layout, split, training_split) != ("phantom", "valid", "train"):
             raise ValueError("--layout, --split, --training-split: given (expected only with the folder of a dataset)")
+        _check_dataset(data, None if config is not None else layout, spacing, revision)
         if output is None:
             raise ValueError("--output: missing (expected a folder for the results)")
         if checkpoint is not None and not checkpoint.is_dir():
@@ -285,15 +297,18 @@ def evaluate(
     quiet()
     with one_line_errors(*EXPECTED_ERRORS, RadBertError, ValueError), listed_problems():
         labeler, checkpoint = load_labeler(radbert), checkpoint or SHIPPED_CHECKPOINT
-        of = data.name if config is None else without_place(data)
+        of = data.name if config is None and layout != "hub" else without_place(data)
         command = " ".join(["diffvp evaluate", of, *(overrides or [])])
         if config is not None:
             tests = run.trained_set(config, labeler)
         elif layout == "phantom":
             tests = run.phantom_set(data)
         else:
-            tests = run.dataset_set(layout, data, split, training_split, labeler)
+            options = {"store": cache_dir / "hub", "revision": revision} if layout == "hub" else {}
+            tests = run.dataset_set(layout, data, split, training_split, labeler, spacing, **options)
             command += f" --layout {layout} --split {split} --training-split {training_split}"
+            command += "" if spacing is None else f" --spacing {' '.join(f'{mm:g}' for mm in spacing)}"
+            command += "" if revision is None else f" --revision {revision}"
         if config is None:
             command += f" --output {without_place(output)}"
         if volume_labels is not None:
@@ -375,6 +390,21 @@ def experiment(
             say(f"{result}\n{page}")
 
 
+def _check_dataset(data: Path, layout: str | None, spacing, revision: str | None) -> None:
+    """
+    Check the dataset of an evaluation and the options that only some layouts take; no layout: a training file.
+
+    Raises:
+        ValueError: the folder is missing, or an option is given with another layout.
+    """
+    if layout not in (None, "hub") and not data.is_dir():
+        raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
+    if spacing is not None and layout in (None, "phantom"):
+        raise ValueError(f"--spacing: {spacing} (expected only with a dataset of another --layout than phantom)")
+    if revision is not None and layout != "hub":
+        raise ValueError(f"--revision: {revision} (expected only with --layout hub)")
+
+
 def _write_own_card(config, data: Path, checkpoint: Path, results: dict) -> None:
     """Write the card of a model trained with the training file `data`, if that is the model evaluated."""
     if checkpoint != Path(config.output_dir) / "model":
@@ -413,8 +443,8 @@ def _model_judge(
         yield ModelJudge(chat, kept, orders=orders, workers=workers)
 
 
-def _judge(judge, phantoms: int, tables: tuple[Path, ...], comparisons: list, as_json: bool) -> dict:
-    """Measure a judge on phantoms and let it compare two tables of reports. Print both pages unless `as_json`."""
+def _judge(judge, phantoms: int, tables: tuple[Path, ...], comparisons: list, show: Callable[[str], None]) -> dict:
+    """Measure a judge on phantoms and let it compare two tables of reports. `show` prints the pages in Markdown."""
     from ..metrics.judge.calibration import calibrate
     from ..metrics.judge.table import calibration_page, judged, verdict_page
 
@@ -422,15 +452,13 @@ def _judge(judge, phantoms: int, tables: tuple[Path, ...], comparisons: list, as
     if phantoms:
         with counting("Calibration", err) as count:
             document["calibration"] = calibrate(judge, phantoms, count)
-    if not as_json:
-        typer.echo(calibration_page(document["calibration"]))
+    show(calibration_page(document["calibration"]))
     if tables:
         different = len({table.name for table in tables}) == len(tables)
         names = tuple(table.name if different else str(table) for table in tables)
         with counting("Comparisons", err) as count:
             document |= {"systems": names, **judged(judge, comparisons, count)}
-        if not as_json:
-            typer.echo(verdict_page(document, names, document["calibration"]))
+        show(verdict_page(document, names, document["calibration"]))
     return document
 
 

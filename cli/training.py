@@ -23,7 +23,7 @@ from .console import (
     say,
     warn,
 )
-from .options import CORES, Layout
+from .options import CORES
 
 SHOWN_WARNINGS = 20
 
@@ -137,13 +137,17 @@ def train(
         cohort = prepare(loaded)
     with one_line_errors(CheckpointError, TrainingDivergedError, *of_models), listed_problems():
         finished = run(loaded, cohort)
-    _print_finished(finished, config, bool(cohort.test), [one for one in overrides or () if "=" in one])
+    say("\n" + "\n".join(finished.lines(config, overrides or [])))
 
 
 def pool_build(
     data: Annotated[Path, typer.Argument(help="Folder of the dataset; for the layout `table` also the table itself.")],
-    layout: Layout,
-    output: Annotated[Path, typer.Option(help="Text file for the ids, one per line.")],
+    layout: Annotated[
+        Literal["phantom", "radgenome", "ct-rate", "ctrg", "table"], typer.Option(help="Layout of the folder.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Text file for ids and paths, which data.pool and `diffvp batch --reference` read.")
+    ],
     split: Annotated[
         str | None, typer.Option(help="Split: train, valid or test (default: all rows of a table).")
     ] = None,
@@ -164,7 +168,7 @@ def pool_build(
     with one_line_errors(ValueError), listed_problems():
         from ..data.cases import read_ids
         from ..data.load import load_dataset_cases
-        from ..data.pool import build_pool
+        from ..data.pool import build_pool, write_pool
 
         cases = load_dataset_cases(layout, data, split, exclude=read_ids(exclude) if exclude else ())
         if read_reports:
@@ -173,8 +177,7 @@ def pool_build(
 
             cases = label_cases(cases, RuleLabeler())
         pool = build_pool(cases, layout=layout, ids=read_ids(ids) if ids else None)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(f"{case.name}\n" for case in pool.cases), encoding="utf-8")
+        write_pool(output, pool.cases)
     for warning in pool.warnings[:SHOWN_WARNINGS]:
         warn(warning)
     if len(pool.warnings) > SHOWN_WARNINGS:
@@ -220,7 +223,7 @@ def log_to_stderr() -> None:
 def print_estimate(config, processes: int, tflops: float | None) -> None:
     """Check the data of a training run, and print the memory and time it would take."""
     from ..train_accelerate import prepare, read_volumes
-    from ..training.check import memory_warning
+    from ..training.check import base_name, memory_warning
     from ..training.estimate import ASSUMED_WORDS, TOKENS_PER_WORD, estimate
 
     cohort = None
@@ -250,24 +253,14 @@ def print_estimate(config, processes: int, tflops: float | None) -> None:
     warning = memory_warning(found.memory_gb)
     if warning is not None:
         warn(warning)
-    if config.base is not None:
-        say(f"Base LLM: {config.base.name}. Its licence applies to the checkpoint.")
+    say(_base_and_licence(base_name(config)))
     if tflops is None:
         out.print("To estimate the time per epoch, give --tflops: about 200 for an A100, 400 for an H100 in bfloat16.")
 
 
-def _print_finished(finished, config: Path, tested: bool, overrides: list[str]) -> None:
-    """Print the folder and the epoch of a trained model, and the commands for the next steps."""
-    say(
-        f"\nThe {'model' if finished.folder.name == 'model' else 'classifier'} is in {finished.folder}: epoch "
-        f"{finished.epoch} of {finished.epochs}, which had the lowest validation loss ({finished.loss:.4f})."
-    )
-    if finished.folder.name != "model":
-        return
-    with_reference = "" if finished.references else " --reference NORMAL_SCAN"
-    steps = {"Write a report": f"diffvp report SCAN --checkpoint {finished.folder}{with_reference}"}
-    if tested:
-        steps["Score it"] = " ".join(["diffvp evaluate", str(config), *overrides])
-    steps["Share it"] = f"diffvp push {finished.folder} NAME/MODEL --dry-run"
-    for what, command in steps.items():
-        say(f"{what + ':':<16}{command}")
+def _base_and_licence(base: str | None) -> str:
+    """State the base LLM of a run and its licence, which the checkpoint is subject to."""
+    from ..hub.card import KNOWN_BASES
+
+    _, licence = KNOWN_BASES.get(base or "", (None, "not known here, check it"))
+    return f"Base LLM: {base or 'not named by the checkpoint'}. Its licence ({licence}) applies to the checkpoint."

@@ -9,7 +9,7 @@ It names the study by its UID, but not the patient: the receiving server knows t
 import base64
 
 from ..inference.document import report_page
-from ..report_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE, stated_domain
 from . import codes
 from .codes import Code
 from .source import SourceSeries
@@ -64,7 +64,7 @@ def diagnostic_report(document: dict, source: SourceSeries | None = None, report
 def _device(document: dict) -> dict:
     checkpoint, versions = document["provenance"]["checkpoint"], document["provenance"]["versions"]
     files = [f"{file}: SHA-256 {digest}" for file, digest in sorted(checkpoint["sha256"].items())]
-    domain = document["intended_domain"] or "not stated by the checkpoint"
+    domain = stated_domain(document["intended_domain"])
     return {
         "resourceType": "Device",
         "id": DEVICE_ID,

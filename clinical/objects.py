@@ -20,7 +20,7 @@ from highdicom import sr
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from ..report_diffvp import RESEARCH_USE
+from ..report_diffvp import RESEARCH_USE, stated_domain
 from ..storage_diffvp import replacing
 from . import codes
 from .codes import Code
@@ -216,7 +216,7 @@ def _structured_report(document: dict, source: SourceSeries, image: pydicom.Data
 
 def summary(document: dict) -> list[str]:
     """Return the statements that must be read before the report."""
-    domain = document["intended_domain"] or "not stated by the checkpoint"
+    domain = stated_domain(document["intended_domain"])
     unverified = "Written by a program. Not verified by a person."
     return [RESEARCH_USE, unverified, f"Intended for: {domain}.", *document["warnings"]]
 

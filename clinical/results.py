@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.scans import NEAREST
 from ..files import write_texts
 
 if TYPE_CHECKING:
@@ -120,11 +121,11 @@ class BatchResults:
 
     def with_source(self, features, path: Path):
         """Add the source series of a scan to its features as `source`. Return the features, or an error."""
-        from ..volume_diffvp import CTInputError
+        from ..volume_diffvp import DICOM, CTInputError
         from .source import read_source
 
         [geometry] = features["geometry"]
-        if self.dicom is None and not geometry.layout.startswith("DICOM"):
+        if self.dicom is None and not geometry.layout.startswith(DICOM):
             return features
         try:
             source = read_source(path)
@@ -162,13 +163,14 @@ class BatchResults:
 def _document(record: dict, header: dict) -> dict:
     """Return a record in the form of report.json, with the provenance that the objects state."""
     settings = header["settings"]
+    seed = None if settings.get("references") == NEAREST else settings["reference_seed"]
     return {
         **record,
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{name: settings[name] for name in ("checkpoint", "base_model")},
             "scan": {"sha256": record["sha256"]},
-            "reference": {"id": record["reference"], "sampled": True, "seed": settings["reference_seed"]},
+            "reference": {"id": record["reference"], "sampled": seed is not None, "seed": seed},
             "versions": header["versions"],
         },
     }
@@ -176,4 +178,6 @@ def _document(record: dict, header: dict) -> dict:
 
 def is_dicom(document: dict) -> bool:
     """True if a report describes a DICOM series."""
-    return document["provenance"]["scan"]["layout"].startswith("DICOM")
+    from ..volume_diffvp import DICOM
+
+    return document["provenance"]["scan"]["layout"].startswith(DICOM)

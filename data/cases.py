@@ -408,7 +408,7 @@ def check_rows(
 
 
 def selection(include: Collection[str] | None, exclude: Collection[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a name is in `include` (all if `None`) and not in `exclude`."""
+    """Return a function that is True for a name in `include` (any name if `None`) and not in `exclude`."""
     wanted = None if include is None else {volume_name(name) for name in _names(include)}
     unwanted = {volume_name(name) for name in _names(exclude)}
     return lambda name: name not in unwanted and (wanted is None or name in wanted)
@@ -434,5 +434,6 @@ def check_included(
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Read ids from a text file, one per line; empty lines are ignored."""
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    """Read ids from a text file, one per line, optionally followed by a tab and a path; empty lines are ignored."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip().partition("\t")[0].strip() for line in lines if line.strip()]

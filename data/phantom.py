@@ -217,7 +217,7 @@ def _millimetres(rng, low, high) -> int:
     return int(round(math.exp(rng.uniform(math.log(low), math.log(high)))))
 
 
-def _attributes(label: str, rng: np.random.Generator) -> dict[str, Any]:
+def sample_attributes(label: str, rng: np.random.Generator) -> dict[str, Any]:
     """Draw the attributes of one finding. Every value drawn here is visible in the image."""
     if label == "Medical material":
         kinds = ("sternal wires", "port", "pacemaker", "central venous catheter")
@@ -303,7 +303,7 @@ def sample_patient(seed: int, index: int, split: str) -> PhantomPatient:
         raise ValueError(f"seed={seed}, index={index}: expected numbers >= 0")
     rng = _generator(seed, split, index, "patient")
     labels = _sample_labels(rng)
-    findings = tuple(Finding(label, _attributes(label, rng)) for label in labels)
+    findings = tuple(Finding(label, sample_attributes(label, rng)) for label in labels)
 
     def normal(mean, deviation, width=2.0):
         return float(mean + deviation * np.clip(rng.standard_normal(), -width, width))

@@ -21,6 +21,7 @@ import nibabel as nib
 import numpy as np
 
 from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
+from ..progress import counted
 from ..storage_diffvp import replacing
 from .phantom import RENDERING, PhantomPatient, PhantomScan, on_scanner, render_patient, sample_patient
 from .phantom_report import impression, region_sentences, report_text
@@ -74,7 +75,7 @@ def write_cohort(
         masks: Also write the ten region masks, the lesion masks and the lobes.
         scanner: "a", or "b" for the same patients in another hospital; see [`on_scanner`].
         workers: Number of rendering processes.
-        progress: Show a progress bar on stderr.
+        progress: Show the progress on stderr.
 
     Raises:
         ValueError: If a count is negative, the scanner is unknown, or `root` contains a cohort of another seed, matrix
@@ -94,7 +95,8 @@ def write_cohort(
     everyone = [patient for of_split in patients.values() for patient in of_split]
     _check_settings(root, seed, matrix, scanner)
     jobs = [(root, patient, matrix, masks) for patient in everyone]
-    facts = {fact["name"]: fact for fact in _progress(_run(jobs, workers), len(jobs), progress)}
+    done = counted(_run(jobs, workers), "Phantom cases", len(jobs), shown=progress)
+    facts = {fact["name"]: fact for fact in done}
     for split, of_split in patients.items():
         _write_tables(root, split, of_split, [facts[patient.name] for patient in of_split])
     lines = "".join(json.dumps(patient.to_dict(), sort_keys=True) + "\n" for patient in everyone)
@@ -120,16 +122,6 @@ def _run(jobs: list[tuple], workers: int) -> Iterator[dict]:
     # "spawn", since a fork of a process in which torch has started threads can hang.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(_write_case, jobs, chunksize=4)
-
-
-def _progress(facts: Iterator[dict], total: int, show: bool) -> Iterator[dict]:
-    if not show:
-        yield from facts
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(facts, description="Phantom cases", total=total, console=Console(stderr=True))
 
 
 def volume_path(root: Path, name: str) -> Path:

@@ -449,7 +449,8 @@ def _cuffed_tube(canvas: Canvas, points, radii, wall: float, label: str) -> None
                 canvas.lesion(label)[box] |= alpha > 0.5
 
 
-# Later findings are painted over earlier ones: diffuse patterns first, small and dense structures last.
+# Later findings are painted over earlier ones: diffuse patterns first, small and dense structures last. All painters
+# have one signature, although some need no attributes (the effusion is in the geometry) or no random numbers.
 PAINTERS = {
     "Pleural effusion": _pleural_effusion,
     "Hiatal hernia": _hiatal_hernia,

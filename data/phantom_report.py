@@ -119,8 +119,8 @@ def _sided(side: str, one: str, many: str) -> str:
     return f"both {many}" if side == "both" else f"the {side} {one}"
 
 
-def _wordings(label: str, a: Mapping) -> tuple[str, ...]:
-    """Return all wordings of one finding."""
+def wordings(label: str, a: Mapping) -> tuple[str, ...]:
+    """Return all wordings of one finding with the attributes `a`, from `sample_attributes`."""
     if label == "Medical material":
         if a["kind"] == "sternal wires":
             return ("Sternotomy wires are observed in the sternum.", "Metallic suture wires are seen in the sternum.")
@@ -270,8 +270,8 @@ def _wordings(label: str, a: Mapping) -> tuple[str, ...]:
     raise ValueError(f"unknown finding {label!r}: expected one of {DIAGNOSIS_LABELS}")
 
 
-def _pick(wordings: Sequence[str], rng: np.random.Generator) -> str:
-    return wordings[int(rng.choice(len(wordings), p=WEIGHTS[len(wordings)]))]
+def _pick(sentences: Sequence[str], rng: np.random.Generator) -> str:
+    return sentences[int(rng.choice(len(sentences), p=WEIGHTS[len(sentences)]))]
 
 
 def region_sentences(patient: PhantomPatient, rng: np.random.Generator | None = None) -> dict[str, list[str]]:
@@ -287,7 +287,7 @@ def region_sentences(patient: PhantomPatient, rng: np.random.Generator | None = 
         if label in present:
             attributes = present[label]
             region = MATERIAL_REGION[attributes["kind"]] if label == "Medical material" else REGION_OF[label]
-            found[region].append(_pick(_wordings(label, attributes), rng))
+            found[region].append(_pick(wordings(label, attributes), rng))
     sentences: dict[str, list[str]] = {}
     for region in REGIONS:
         lines = list(found[region])

@@ -15,13 +15,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import nibabel as nib
 
 from ..volume_diffvp import MAX_HU_MINIMUM
 from .cases import Case, DatasetError, Problem, first_reconstructions, raise_problems, read_ids, shown, volume_name
 from .phantom_report import labels_from_report
+from .scans import listed_path
 
 NO_FINDINGS = "no findings"  # lower case in the files of RadGenome
 RULE = 'all 18 labels 0, and the disorders "no findings" where there are any'
@@ -41,7 +42,7 @@ FAR = 2.0  # factor from the median spacing or matrix, in either direction, that
 
 @dataclass(frozen=True)
 class Pool:
-    """The normal references of a split.
+    """Normal references of a split.
 
     Attributes:
         cases: the members, in the order of the split's cases.
@@ -103,7 +104,7 @@ def pool_by_rule(cases: Sequence[Case]) -> tuple[list[Case], str] | None:
 
 
 def load_pool(path: str | Path, cases: Sequence[Case]) -> list[Case]:
-    """Load the members of a pool from a file of ids, one per line, such as `diffvp pool build` writes.
+    """Load the members of a pool from a file of ids (see [`read_ids`]), such as [`write_pool`] writes.
 
     Args:
         cases: cases of the pool's split.
@@ -112,6 +113,17 @@ def load_pool(path: str | Path, cases: Sequence[Case]) -> list[Case]:
         DatasetError: an id is not among `cases`, or is listed twice.
     """
     return named_cases(read_ids(path), cases, Path(path).name)
+
+
+def write_pool(path: Path, cases: Sequence[Case]) -> None:
+    """
+    Write a pool as a text file with the id and the path of a case on each line.
+
+    Training reads the ids, so that a dataset may move; `diffvp batch --reference` reads the paths.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{case.name}\t{listed_path(cast(Path, case.volume), path)}\n" for case in cases]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def named_cases(ids: Sequence[str], cases: Sequence[Case], source: str = "list of ids") -> list[Case]:

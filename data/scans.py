@@ -49,13 +49,19 @@ class ListedScan:
     path: Path
 
 
+def listed_path(scan: Path, listing: Path) -> str:
+    """Return the path of a scan for a list: relative to the list if the scan is in its folder, else absolute."""
+    scan, folder = scan.absolute(), listing.absolute().parent
+    return scan.relative_to(folder).as_posix() if scan.is_relative_to(folder) else str(scan)
+
+
 def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     """
     List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
 
-    A list is a text file with one path per line, or a .csv file with a column `path` (or `file_name`) and optionally a
-    column `id` with the names; without it, paths are names. Paths are relative to the list. A folder of DICOM slices
-    is one scan.
+    A list is a text file with one path per line, optionally after a name and a tab (as in the file of `diffvp pool
+    build`), or a .csv file with a column `path` (or `file_name`) and optionally a column `id` with the names. Without
+    names, paths are names. Paths are relative to the list. A folder of DICOM slices is one scan.
 
     Raises:
         DatasetError: all problems of the list. The scans themselves are not read here.
@@ -96,8 +102,9 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
             problems.append(Problem(source.name, None, "list", found, expected))
             return
         for number, line in enumerate(lines, start=1):
-            if path := line.strip():
-                yield number, path, path
+            if line.strip():
+                name, _, path = (part.strip() for part in line.strip().rpartition("\t"))
+                yield number, name or path, path
         return
     rows = read_csv(source, (), problems) or []
     column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)

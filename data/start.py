@@ -12,7 +12,7 @@ from pathlib import Path
 from ..labels_diffvp import DIAGNOSIS_LABELS
 from .cases import Case, DatasetError, Problem, Row, read_csv, split_by_patient
 from .pool import pool_by_rule
-from .scans import find_scans
+from .scans import find_scans, listed_path
 from .table import PATH_COLUMNS, TABLE_NAMES, TABLE_SUFFIXES, load_table, without_suffix
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "configs" / "own_scans.yaml"
@@ -45,7 +45,7 @@ class Started:
     Attributes:
         config, table: paths of training file and table. `config` is written only if the table has no problems.
         written: new files.
-        ready: whether training can start.
+        ready: True if training can start.
         facts: findings about the data, as sentences.
         missing: required or recommended steps before training, as sentences.
     """
@@ -182,8 +182,7 @@ def _write_table(table: Path, scans: list[Path]) -> list[str]:
         beside = scan.parent / f"{without_suffix(scan.name)}.txt"
         report = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
         without += not report
-        inside = scan.is_relative_to(table.parent)
-        rows.append([scan.relative_to(table.parent).as_posix() if inside else str(scan.absolute()), report])
+        rows.append([listed_path(scan, table), report])
     with open(table, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["path", "report"], *rows])
     if not without:

@@ -171,7 +171,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
 
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
-    """Find the table, and whether it is in the folder of the split. A table in the root covers all splits."""
+    """Return the table, and True if it is in the folder of the split. A table in the root covers all splits."""
     if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
         return root, False
     for folder in (root, *(root / name for name in SPLITS.get(split, ()))):

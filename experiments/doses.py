@@ -17,13 +17,13 @@ from pathlib import Path
 
 import nibabel as nib
 import torch
-from rich.progress import track
 
 from ..data.cache import TensorCache, encoder_recipe, preprocessing
 from ..data.cases import chance
 from ..data.phantom import RENDERING, PhantomPatient, earlier_scan, render_patient, sample_patient, without_findings
 from ..encoders_diffvp import raw_bytes
 from ..inference.report import load_checkpoint
+from ..progress import counted
 from .processes import completed, worker_processes
 
 # References, from the farthest to the closest. Normal ones are other patients of the pool, without their findings.
@@ -217,11 +217,11 @@ def compare_all(doses: Doses, patients: Sequence[PhantomPatient], workers: int, 
     if workers == 1:
         for scan in pool:
             comparer.encode_of_pool(scan)
-        return [comparer.compare(patient) for patient in track(patients, "Patients")]
+        return [comparer.compare(patient) for patient in counted(patients, "Patients")]
     with worker_processes(workers, initializer=_start, initargs=(doses,)) as processes:
         for function, scans, title in ((_encode, pool, "Pool"), (_compare, patients, "Patients")):
             tasks = [(function, scan) for scan in scans]
-            for future in track(completed(processes, tasks, workers), title, total=len(tasks)):
+            for future in counted(completed(processes, tasks, workers), title, len(tasks)):
                 future.result()
     return [comparer.compare(patient) for patient in patients]
 

@@ -6,6 +6,7 @@ Score a checkpoint on unseen cases, next to baselines.
     diffvp evaluate my_scans/own_scans.yaml                     # test cases and model of a training file
     diffvp evaluate phantom --output experiments/results        # a phantom cohort and the shipped checkpoint
     diffvp evaluate DIR --layout ct-rate --output results --checkpoint FOLDER
+    diffvp evaluate NAME/DATASET --layout hub --revision COMMIT --output results --checkpoint FOLDER
 
 The input is that of a user: the scan, and a reference from the pool of the checkpoint. Findings are read from the text
 (phantoms: by their sentence reader; other scans: by the rules or RadBERT) and compared with the labels of the case. If
@@ -13,6 +14,7 @@ a dataset has no labels, the same labeler reads them from the true report.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,6 +56,7 @@ from ..report_diffvp import RESEARCH_USE, split_report
 from ..train_accelerate import load_classifier
 from ..training.cohort import load_cohort
 from ..training.config import TrainingConfig
+from ..volume_diffvp import CTVolume
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesion_scores import score_findings
 from .result_files import json_text
@@ -61,6 +64,9 @@ from .system_scores import FINDINGS, PhantomReader, micro, true_labels
 
 BATCH_SIZE = 16
 FEWEST_OF_LABEL = 5  # positive cases below which no score is shown
+# A report depends only on its scan, which also determines the drawn reference: the report for the scan of the next
+# patient is the next patient's report.
+ANOTHER_SCAN = "DiffVP on another patient's scan"
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,24 @@ def phantom_set(data: str | os.PathLike) -> TestSet:
 
 
 def dataset_set(
-    layout: str, root: str | os.PathLike, split: str, training_split: str, labeler: Labeler, **options
+    layout: str,
+    root: str | os.PathLike,
+    split: str,
+    training_split: str,
+    labeler: Labeler,
+    spacing: tuple[float, float, float] | None = None,
+    **options,
 ) -> TestSet:
-    """Load a split of a dataset, and another for the baselines; `options` are fields of [`TestSet`]."""
-    train, test = (load_dataset_cases(layout, root, one) for one in (training_split, split))
+    """
+    Load a split of a dataset, and another for the baselines.
+
+    Args:
+        layout, root, options: see [`load_dataset_cases`].
+        spacing: mm along x, y, z of scans whose files lack it.
+    """
+    train, test = (load_dataset_cases(layout, root, one, **options) for one in (training_split, split))
     check_no_leak(train, test, "test")
-    tests = _labelled(TestSet(Path(root).name, train, test, labeler, "dataset", split=split, **options))
+    tests = _labelled(TestSet(Path(root).name, train, test, labeler, "dataset", spacing=spacing, split=split))
     return replace(tests, pool=(pool_by_rule(tests.training) or ([], ""))[0])
 
 
@@ -161,22 +179,43 @@ def constant_normal_report(cases: list[Case]) -> str:
     return most_frequent_report_by_region(normal, split_report, REGIONS)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """
+    Outputs of a checkpoint for the test cases.
+
+    Attributes:
+        reports: greedily generated texts.
+        pooled: see [`pooled`], (cases, 2 C).
+        probabilities: of the classifier, (cases, labels); `None` without one.
+    """
+
+    reports: list[str]
+    pooled: np.ndarray
+    probabilities: np.ndarray | None
+
+
+def pooled(features: torch.Tensor) -> torch.Tensor:
+    """Return mean and maximum, (2 C,), of the voxel features (N, C) of a scan."""
+    return torch.cat([features.mean(0), features.amax(0)]).cpu()
+
+
 def pooled_features(
     model: DiffVPForConditionalGeneration, volumes: VolumeCache, cases: list[Case], name: str
 ) -> np.ndarray:
-    """Return mean and maximum of the frozen voxel features, (cases, 2 C), cached by volume and encoder."""
+    """Return the [`pooled`] frozen features of cases, (cases, 2 C), cached by volume and encoder."""
     recipe = {"preprocessing": volumes.recipe, **encoder_recipe(model)}
     cache = TensorCache(volumes.cache.root.parent / "pooled", recipe)
 
     def compute(case: Case) -> dict[str, torch.Tensor]:
-        features = model.extract_features(volumes.load(case)[None].float().to(model.device))[0]
-        return {"pooled": torch.cat([features.mean(0), features.amax(0)]).cpu()}
+        [features] = model.extract_features(volumes.load(case)[None].float().to(model.device))
+        return {"pooled": pooled(features)}
 
-    pooled = [
+    found = [
         cache.get(volumes.digest(case), lambda case=case: compute(case))["pooled"]
         for case in counted(cases, f"Features, {name}")
     ]
-    return torch.stack(pooled).numpy()
+    return torch.stack(found).numpy()
 
 
 def generate_reports(
@@ -184,19 +223,46 @@ def generate_reports(
     processor: DiffVPProcessor,
     targets: list[Case],
     spacing: tuple[float, float, float] | None = None,
-) -> tuple[list[str], np.ndarray | None]:
-    """Generate reports greedily. Also return the classifier's probabilities (cases, labels), if there is one."""
-    reports, probabilities = [], []
-    allow_non_hu = processor.image_processor.allow_non_hu
+    pool: Sequence[Case] = (),
+) -> Outputs:
+    """
+    Read and encode each scan once, and generate its report.
+
+    Args:
+        spacing: mm along x, y, z of scans whose files lack it.
+        pool: normal cases to choose references from, if the checkpoint has none.
+    """
+
+    def read(case: Case) -> CTVolume:
+        return read_ct(case.volume, spacing, processor.image_processor.allow_non_hu, case.metadata)
+
+    reports, features, probabilities = [], [], []
     for start in counted(range(0, len(targets), BATCH_SIZE), "Reports"):
         batch = targets[start : start + BATCH_SIZE]
-        scans = [read_ct(case.volume, spacing, allow_non_hu, case.metadata) for case in batch]
-        inputs = processor(ct=scans).to(model.device)
+        scans = [read(case) for case in batch]
+        references = [choose_reference(scan, pool, read) for scan in scans] if pool else None
+        inputs = processor(ct=scans, reference=references).to(model.device)
         encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
         reports += processor.batch_decode(model.generate(**inputs, **encoded), skip_special_tokens=True)
+        features += map(pooled, encoded["ct_features"])
         if model.config.use_diagnosis:
             probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
-    return reports, np.concatenate(probabilities) if probabilities else None
+    return Outputs(reports, torch.stack(features).numpy(), np.concatenate(probabilities) if probabilities else None)
+
+
+def choose_reference(scan: CTVolume, pool: Sequence[Case], read: Callable[[Case], CTVolume]) -> CTVolume:
+    """Choose a reference as the processor does, but from cases: files of some datasets lack spacing or rescale."""
+    cases = {case.name: case for case in pool}
+
+    def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
+        volume = read(cases[entry["id"]])
+        return volume.sha256, volume
+
+    return _pool_of(pool).choose(0, scan.sha256, load)[1]
+
+
+def _pool_of(cases: Sequence[Case]) -> ReferencePool:
+    return ReferencePool.of_paths({case.name: case.volume for case in cases})
 
 
 @torch.no_grad()
@@ -287,99 +353,155 @@ def evaluate(
         DatasetError: a phantom cohort has no masks.
     """
     output = Path(output)
-    train, test = tests.training, tests.test[:limit]
-    if len(test) < 2:
-        raise ValueError(f"The test split has {len(test)} case(s); expected at least 2")
-    patients = None if tests.phantoms is None else read_patients(tests.phantoms)
-    if tests.phantoms is not None:
-        _check_masks(tests.phantoms, test)
-    normal = [constant_normal_report(train)] * len(test)
+    tests = replace(tests, test=tests.test[:limit])
+    patients = _known_findings(tests)
+    normal = constant_normal_report(tests.training)
     output.mkdir(parents=True, exist_ok=True)  # before anything is computed
-    model, processor = load_checkpoint(str(checkpoint))
-    if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
-        raise ValueError("The findings of the checkpoint differ from the 18 that a labeler reads.")
-    if processor.reference_pool is None:
-        paths = {case.name: case.volume for case in tests.pool if isinstance(case.volume, Path)}
-        processor.reference_pool = ReferencePool.of_paths(paths)
-    model.merge_adapter()
+    model, processor, pool = load_with_pool(checkpoint, tests.pool)
     volumes = VolumeCache(cache_dir, processor.image_processor, tests.spacing)
     alone = {}
     if volume_labels is not None:
-        probabilities, config = predict(volume_labels, volumes, test)
-        alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, test, patients)}
-    reports, probabilities = generate_reports(model, processor, test, tests.spacing)
-    # A report depends only on its scan, which also determines the sampled reference. The report for the scan of the
-    # next patient is thus the next patient's report.
-    shuffled = reports[1:] + reports[:1]
-    nearest = nearest_reports(
-        pooled_features(model, volumes, test, "test"),
-        pooled_features(model, volumes, train, "training"),
-        [case.report for case in train],
-    )
-    reader = tests.labeler
+        probabilities, config = predict(volume_labels, volumes, tests.test)
+        alone = {"volume_labels": classifier_scores(probabilities, config.diagnosis_threshold, tests.test, patients)}
+    outputs = generate_reports(model, processor, tests.test, tests.spacing, pool)
+    keys = pooled_features(model, volumes, tests.training, "training")
     texts = {
-        "DiffVP": reports,
-        "constant normal report": normal,
-        "nearest training report": nearest,
-        "DiffVP on another patient's scan": shuffled,
+        "DiffVP": outputs.reports,
+        "constant normal report": [normal] * len(tests.test),
+        "nearest training report": nearest_reports(outputs.pooled, keys, [case.report for case in tests.training]),
+        ANOTHER_SCAN: outputs.reports[1:] + outputs.reports[:1],
     }
-    systems = {name: score(written, reader.label_all(written), test) for name, written in texts.items()}
-    written = reader.label_all(reports)
-    truth = true_labels(test)
-    agreement = {}
-    if probabilities is not None:
-        classifier = (probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
-        systems["diagnosis classifier alone"] = score(None, classifier, test)
-        agreement = {"text_agrees_with_classifier": mean_with_interval((written == classifier).mean(axis=1))}
-    guesses = label_baselines(len(test), np.stack([case.labels for case in train]))
-    for name, guess in guesses.items():
-        systems[f"labels alone, {name}"] = score(None, guess.astype(int), test)
-    collapse = {
-        name: collapse_panel(of, truth, reader, split=split_report)
-        for name, of in (texts | {"true reports": [case.report for case in test]}).items()
-        if name != "DiffVP on another patient's scan"  # the same reports in another order
-    }
-    goals, map_of = {}, {}
+    named = {name: tests.labeler.label_all(reports) for name, reports in texts.items()}
+    classifier = None
+    if outputs.probabilities is not None:
+        classifier = (outputs.probabilities >= np.array(model.config.diagnosis_threshold)).astype(int)
+    goals, maps = {}, {}
     if patients is not None:
-        goals["maps"] = map_scores(model, volumes, tests.phantoms, test, pool_cases(processor.reference_pool))
-        map_of = goals["maps"].pop("per_case")
-        if probabilities is not None:
-            goals["classifier"] = classifier_scores(probabilities, model.config.diagnosis_threshold, test, patients)
-            goals["report"] = report_scores(reports, written, classifier, test, patients)
+        goals["maps"] = map_scores(model, volumes, tests.phantoms, tests.test, pool_cases(processor.reference_pool))
+        maps = goals["maps"].pop("per_case")
+        if classifier is not None:
+            thresholds = model.config.diagnosis_threshold
+            goals["classifier"] = classifier_scores(outputs.probabilities, thresholds, tests.test, patients)
+            goals["report"] = report_scores(outputs.reports, named["DiffVP"], classifier, tests.test, patients)
     result = {
         "command": command + ("" if limit is None else f" --limit {limit}"),
-        "dataset": {"name": tests.name, "split": tests.split, "phantoms": tests.phantoms is not None},
-        "intended_domain": model.config.intended_domain,
-        "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
-        "versions": versions(),
-        "cases": len(test),
-        "training_cases": len(train),
-        "signatures": [
-            *score_reports(reports[:1], [test[0].report], meteor=False).signature.split(),
-            tests.signature,
-        ],
-        "systems": systems,
+        **_description(tests, checkpoint, model.config, outputs.reports),
+        "systems": score_systems(tests, texts, named, classifier),
         **goals,
         **alone,
-        "per_label": score_by_label(written, test),
-        "collapse": collapse,
+        **score_texts(tests, texts, named["DiffVP"], classifier),
+        "lesion_sizes": {} if patients is None else _lesion_sizes(patients, tests.test, outputs.reports),
+        "predictions": [
+            {"name": case.name, "reference": case.report, "prediction": report}
+            | ({"map": maps[case.name]} if case.name in maps else {})
+            for case, report in zip(tests.test, outputs.reports, strict=True)
+        ],
+    }
+    name = Path(checkpoint).name.removeprefix("diffvp-")
+    write_texts(output, {f"{name}_checkpoint.json": json_text(result), f"{name}_checkpoint.md": markdown_page(result)})
+    return output / f"{name}_checkpoint.md", result
+
+
+def load_with_pool(
+    checkpoint: str | os.PathLike, normal: list[Case]
+) -> tuple[DiffVPForConditionalGeneration, DiffVPProcessor, list[Case]]:
+    """Load a checkpoint with LoRA merged. Return also the normal cases that replace its pool, if it has none.
+
+    Raises:
+        ValueError: its findings are not the 18 labels, or there are no references.
+    """
+    model, processor = load_checkpoint(str(checkpoint))
+    if tuple(model.config.diagnosis_labels) != DIAGNOSIS_LABELS:
+        raise ValueError("The findings of the checkpoint differ from the 18 that a labeler reads.")
+    pool = []
+    if processor.reference_pool is None:
+        pool = [case for case in normal if isinstance(case.volume, Path)]
+        processor.reference_pool = _pool_of(pool)
+    model.merge_adapter()
+    return model, processor, pool
+
+
+def score_systems(
+    tests: TestSet, texts: dict[str, list[str]], named: dict[str, np.ndarray], classifier: np.ndarray | None
+) -> dict[str, dict]:
+    """
+    Score the texts, and baselines that are labels alone.
+
+    Args:
+        texts: reports of the test cases by the name of the system.
+        named: findings of the reports by the name of the system, (cases, labels).
+        classifier: findings of the classifier, (cases, labels).
+    """
+    systems = {name: score(reports, named[name], tests.test) for name, reports in texts.items()}
+    if classifier is not None:
+        systems["diagnosis classifier alone"] = score(None, classifier, tests.test)
+    guesses = label_baselines(len(tests.test), np.stack([case.labels for case in tests.training]))
+    return systems | {
+        f"labels alone, {name}": score(None, guess.astype(int), tests.test) for name, guess in guesses.items()
+    }
+
+
+def score_texts(
+    tests: TestSet, texts: dict[str, list[str]], written: np.ndarray, classifier: np.ndarray | None
+) -> dict[str, object]:
+    """
+    Score the generated reports by label and against the classifier, and all texts for template collapse.
+
+    Args:
+        written: findings of the generated reports, (cases, labels). The others are as of [`score_systems`].
+    """
+    reports, truth = texts["DiffVP"], true_labels(tests.test)
+    compared = {name: of for name, of in texts.items() if name != ANOTHER_SCAN}  # the same reports in another order
+    compared["true reports"] = [case.report for case in tests.test]
+    agreement = {}
+    if classifier is not None:
+        agreement = {"text_agrees_with_classifier": mean_with_interval((written == classifier).mean(axis=1))}
+    return {
+        "per_label": score_by_label(written, tests.test),
+        "collapse": {
+            name: collapse_panel(of, truth, tests.labeler, split=split_report) for name, of in compared.items()
+        },
         "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth), strict=True) if rare],
         **agreement,
         "reports": {
             "distinct": len(set(reports)),
             "all_findings_right": int((written == truth).all(axis=1).sum()),
         },
-        "lesion_sizes": {} if patients is None else _lesion_sizes(patients, test, reports),
-        "predictions": [
-            {"name": case.name, "reference": case.report, "prediction": report}
-            | ({"map": map_of[case.name]} if case.name in map_of else {})
-            for case, report in zip(test, reports, strict=True)
+    }
+
+
+def _known_findings(tests: TestSet) -> dict[str, list[Finding]] | None:
+    """Return the findings of phantoms, by case name, after a check that the test cases can be scored.
+
+    Raises:
+        ValueError: there are too few test cases.
+        DatasetError: lists the missing lesion masks.
+    """
+    if len(tests.test) < 2:
+        raise ValueError(f"The test split has {len(tests.test)} case(s); expected at least 2")
+    if tests.phantoms is None:
+        return None
+    patients = read_patients(tests.phantoms)
+    _check_masks(tests.phantoms, tests.test)
+    return patients
+
+
+def _description(
+    tests: TestSet, checkpoint: str | os.PathLike, config: DiffVPConfig, reports: list[str]
+) -> dict[str, object]:
+    """Describe data, checkpoint and method of the scores."""
+    return {
+        "dataset": {"name": tests.name, "split": tests.split, "phantoms": tests.phantoms is not None},
+        "intended_domain": config.intended_domain,
+        "checkpoint": {"name": Path(checkpoint).name, "sha256": weights_sha256(checkpoint)},
+        "versions": versions(),
+        "cases": len(tests.test),
+        "training_cases": len(tests.training),
+        "signatures": [
+            *score_reports(reports[:1], [tests.test[0].report], meteor=False).signature.split(),
+            tests.signature,
         ],
     }
-    name = Path(checkpoint).name.removeprefix("diffvp-")
-    texts = {f"{name}_checkpoint.json": json_text(result), f"{name}_checkpoint.md": _page(result)}
-    write_texts(output, texts)
-    return output / f"{name}_checkpoint.md", result
 
 
 def _check_masks(data: Path, test: list[Case]) -> None:
@@ -401,7 +523,7 @@ def _lesion_sizes(patients: dict[str, list[Finding]], test: list[Case], reports:
     return {f"{label}, {size}": counts for label, bins in by_size.items() for size, counts in bins.items()}
 
 
-def _page(result: dict) -> str:
+def markdown_page(result: dict) -> str:
     """Write the results as Markdown."""
     name, phantoms = result["checkpoint"]["name"], result["dataset"]["phantoms"]
     domain = (

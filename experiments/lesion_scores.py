@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Findings of the phantoms in a report: named or not, by size, and for named ones whether side, lobe and size are right.
+Findings of the phantoms in a report: named or not, by size, and for named ones correctness of side, lobe and size.
 
 Only phantoms allow this: no dataset of patients has the size of every finding.
 """

@@ -10,24 +10,26 @@ hit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.progress import track
 from scipy import ndimage, special, stats
 
 from ..data.cache import VolumeCache
-from ..data.cases import Case, chance
+from ..data.cases import Case
 from ..data.lesions import lesion_mask_path, lesion_voxels
-from ..data.pool import is_normal, other_scans
+from ..data.pool import is_normal
 from ..inference.figure import TISSUE_HU, to_hu
 from ..labels_diffvp import DIAGNOSIS_LABELS
 from ..metrics.statistics import bootstrap_counts, compare_means, holm
 from ..modeling_diffvp import DiffVPForConditionalGeneration, DiffVPModel
+from ..progress import counted
 from ..training.features import Features
+from .references import ranked_references
 from .runs import scan_inputs
 from .system_scores import mean_and_interval
 
@@ -223,6 +225,36 @@ def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np
     }
 
 
+def pixel_maps(target: NDArray, reference: NDArray, spacing: Sequence[float]) -> dict[str, NDArray[np.float32]]:
+    """Subtract the voxels of two volumes: |target - reference|, as it is and after a Gaussian."""
+    subtraction = np.abs(target - reference)
+    sigma = [SMOOTHING_MM / mm for mm in spacing]
+    return {"pixel": subtraction, "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma)}
+
+
+def true_lesions(
+    volumes: VolumeCache, lesion_root: str | Path, case: Case, volume: NDArray, tolerance_mm: float
+) -> Truth | None:
+    """Return the lesions of a case, or `None` if none lies in its tensor, the `volume`.
+
+    Raises:
+        DatasetError: the lesion mask is missing or has another shape.
+    """
+    geometry = volumes.preprocess(case)["geometry"][0]
+    codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
+    body = body_voxels(volume, volumes.image_processor.hu_window)
+    if not codes[body].any():
+        return None
+    return Truth.from_codes(codes, body, geometry.tensor_spacing, tolerance_mm)
+
+
+def score_with_chance(maps: dict[str, NDArray], truth: Truth) -> dict[str, MapScores]:
+    """Score the maps of a case, and chance on its lesions: scattered voxels, and voxels that lie together."""
+    scattered = np.zeros(truth.body.shape, np.float32)
+    scores = {name: score_map(values, truth) for name, values in (maps | {"chance": scattered}).items()}
+    return scores | {"chance, in one piece": score_ball(truth)}
+
+
 def correlation(first: NDArray, second: NDArray) -> float:
     """Return Pearson's correlation of two maps: 0 if one is constant, 1 if both are."""
     constant = [np.ptp(values) == 0 for values in (first, second)]
@@ -239,10 +271,11 @@ def other_references(cases: Sequence[Case], references: Mapping[str, Case]) -> d
     chosen = {}
     for case in cases:
         own = references[case.name]
-        names = [name for name in other_scans(case, list(known.values())) if known[name].scan_id != own.scan_id]
-        if not names:
+        order = ranked_references(case, known, "other")
+        others = [name for name in order if known[name].scan_id != own.scan_id]
+        if not others:
             raise ValueError(f"{case.name} has one reference, {own.name}, among {len(known)}: expected another")
-        chosen[case.name] = known[min(names, key=lambda name, case=case: chance(f"other:{case.name}:{name}"))]
+        chosen[case.name] = known[others[0]]
     return chosen
 
 
@@ -289,40 +322,30 @@ def score_maps(
     """
     targets = [case for case in cases if not is_normal(case)]
     others = other_references(targets, references)
+
+    @lru_cache(2)  # the map of a case is also that of another patient, for the case before it
+    def own_map(index: int) -> NDArray[np.float32]:
+        return difference_map(model, features, targets[index], references[targets[index].name])
+
     scores: dict[str, list[MapScores]] = {}
     scored, outside, correlations = [], [], []
-    following_map = None
-    for index, case in enumerate(track(targets, "Difference maps")):
-        geometry = volumes.preprocess(case)["geometry"][0]
-        codes = lesion_voxels(lesion_mask_path(lesion_root, case.name), geometry).numpy()
+    for index, case in enumerate(counted(targets, "Difference maps")):
         target, reference = (volumes.load(of)[0].float().numpy() for of in (case, references[case.name]))
-        body = body_voxels(target, volumes.image_processor.hu_window)
-        own_map, following_map = following_map, None
-        if not codes[body].any():
+        truth = true_lesions(volumes, lesion_root, case, target, tolerance_mm)
+        if truth is None:
             outside.append(case.name)
             continue
         scored.append(case.name)
-        following = targets[(index + 1) % len(targets)]
-        subtraction = np.abs(target - reference)
-        sigma = [SMOOTHING_MM / mm for mm in geometry.tensor_spacing]
-        if own_map is None:
-            own_map = difference_map(model, features, case, references[case.name])
-        following_map = difference_map(model, features, following, references[following.name])
         maps = {
-            "latent": own_map,
+            "latent": own_map(index),
             "latent, another reference": difference_map(model, features, case, others[case.name]),
-            "latent, another patient": following_map,
+            "latent, another patient": own_map((index + 1) % len(targets)),
             **target_maps(model, features, case),
-            "pixel": subtraction,
-            "pixel, smoothed": ndimage.gaussian_filter(subtraction, sigma),
-            "chance": np.zeros_like(subtraction),
+            **pixel_maps(target, reference, truth.spacing),
         }
-        truth = Truth.from_codes(codes, body, geometry.tensor_spacing, tolerance_mm)
-        of_case = {name: score_map(values, truth) for name, values in maps.items()}
-        of_case["chance, in one piece"] = score_ball(truth)
-        for name, of_map in of_case.items():
+        for name, of_map in score_with_chance(maps, truth).items():
             scores.setdefault(name, []).append(of_map)
-        correlations.append(correlation(maps["latent"][body], maps["latent, another reference"][body]))
+        correlations.append(correlation(*(maps[name][truth.body] for name in ("latent", "latent, another reference"))))
     if len(scored) < 2:
         raise ValueError(f"{len(scored)} of {len(cases)} case(s) have a lesion in the tensor: this takes at least 2")
     return {

@@ -39,6 +39,17 @@ def reference_pool(
     return {case.name: case for case in pool}
 
 
+def ranked_references(case: Case, pool: dict[str, Case], draw: str) -> list[str]:
+    """
+    Rank the references that a pool has for a case at random, by name. A scan is never its own reference.
+
+    Args:
+        draw: key of the order, such as the seed.
+    """
+    # Not `ReferencePool.choose`: it reads scans for their digests, and stored results were drawn by names.
+    return sorted(other_scans(case, list(pool.values())), key=lambda name: chance(f"{draw}:{case.name}:{name}"))
+
+
 def choose_references(
     cases: Sequence[Case],
     pool: dict[str, Case],
@@ -57,15 +68,13 @@ def choose_references(
     """
     chosen = {}
     for case in cases:
-        candidates = other_scans(case, list(pool.values()))
-        if len(candidates) < condition.references:
+        order = ranked_references(case, pool, str(seed))
+        if len(order) < condition.references:
             raise ValueError(
-                f"{case.name} has {len(candidates)} reference(s) in a pool of {len(pool)}; the condition "
+                f"{case.name} has {len(order)} reference(s) in a pool of {len(pool)}; the condition "
                 f"{condition.name} takes {condition.references}"
             )
         if condition.choice == "nearest":
-            order = sorted(candidates, key=lambda name: (distance(case, pool[name]), name))
-        else:
-            order = sorted(candidates, key=lambda name: chance(f"{seed}:{case.name}:{name}"))
+            order.sort(key=lambda name: (distance(case, pool[name]), name))
         chosen[case.name] = [pool[name] for name in order[: condition.references]]
     return chosen

@@ -3,7 +3,7 @@
 """
 Run an experiment: train the models of its table, write their reports and score them.
 
-    diffvp experiment table4
+    diffvp experiment table4 --runs runs/new --output outputs/results
     diffvp experiment table4 --study configs/study_radgenome.yaml training.data.root=/data/RadGenome-ChestCT
 
 Models and reports are made once and shared by all tables, see `runs.py`.
@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import yaml
-from rich.progress import track
 
+from ..files import writing_problem
+from ..metrics.clinical_efficacy.reports import Labeler
 from ..metrics.nlg import check_meteor_data
+from ..progress import counted
 from ..provenance import made_on, weights_sha256, without_place
 from ..train_accelerate import build_generator
 from ..training.cohort import load_cohort
@@ -27,7 +28,7 @@ from .kinds import KINDS, Material, Needs
 from .processes import completed, worker_processes
 from .result_files import write_json
 from .runs import HeldOut, Run, make_reports
-from .study import Condition, StudyConfig, Table, TableRow, Variant, load_variants, table_file
+from .study import Condition, StudyConfig, Table, TableRow, Variant, load_variants, read_table, table_file
 from .system_scores import study_labeler
 
 
@@ -52,7 +53,7 @@ def run_experiment(
         judge: a [`ModelJudge`] for `fig4b`; without one, only rules judge.
 
     Raises:
-        ValueError: there is no such experiment.
+        ValueError: there is no such experiment, or its result cannot be written; raised before training.
         RunError: the folder of runs holds other models under these names.
         DatasetError: lists all problems of the data.
         LexiconError: the data of METEOR are not installed; raised before training.
@@ -60,31 +61,71 @@ def run_experiment(
     """
     variants = load_variants()
     table = load_table(name, variants)
-    kind = KINDS[table.kind]
-    # Whatever scoring lacks must show before hours of training.
-    if kind.NEEDS.meteor:
-        check_meteor_data()
-    labeler = study_labeler(study.test.labeler)
+    path = output / study.name / f"{Path(name).stem}.json"
+    labeler = check_before_training(table, study, path)
     test = HeldOut(study)
-    count = len(test.cases_of(table.patients)) if kind.NEEDS.cohort else None
+    needs = KINDS[table.kind].needs
+    count = len(test.cases_of(table.patients)) if needs.cohort else None
     planned = runs_of_table(study, variants, table, runs, output, seeds)
     if jobs > 1:
-        make_at_once(kind.NEEDS, planned, jobs)
+        make_at_once(needs, planned, jobs)
     for run, conditions in planned:
-        make_run(kind.NEEDS, run, conditions, test)
-    path = output / study.name / f"{Path(name).stem}.json"
+        make_run(needs, run, conditions, test)
     made = {
         row.name: {run.seed: run for run in runs_of_row(study, variants, table, row, runs, output, seeds)}
         for row in table.rows
-        if kind.NEEDS.cohort
+        if needs.cohort
     }
-    reports = {}
-    if kind.NEEDS.reports:
-        reports = {
-            row.name: {seed: make_reports(run, test, row.condition) for seed, run in made[row.name].items()}
-            for row in table.rows
-        }
-    rows = [
+    reports = {
+        row.name: {seed: make_reports(run, test, row.condition) for seed, run in made[row.name].items()}
+        for row in table.rows
+        if needs.reports
+    }
+    material = Material(
+        table, study, test, rows_of_result(table, variants, seeds), made, reports, labeler, path.with_suffix(".png"),
+        workers=workers, judge=judge,
+    )  # fmt: skip
+    result = {
+        "experiment": Path(name).stem,
+        "title": table.title,
+        "about": table.about,
+        "kind": table.kind,
+        "command": command_of(name, study, runs, output),
+        "study": {
+            "name": study.name,
+            "title": study.title,
+            "true_findings": study.training["report"].get("true_findings", 0),
+        },
+        "cases": count,
+        "rows": material.rows,
+        "paper_note": table.paper_note,
+        "provenance": provenance(made, reports),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result | KINDS[table.kind].content(material))
+    return path
+
+
+def check_before_training(table: Table, study: StudyConfig, path: Path) -> Labeler:
+    """
+    Check that the result can be scored and written, which would otherwise fail after hours. Return the labeler.
+
+    Raises:
+        ValueError: no file can be written at `path`.
+        LexiconError: the data of METEOR are not installed.
+        RadBertError: the labeler of the study cannot be loaded.
+    """
+    found = writing_problem(path)
+    if found is not None:
+        raise ValueError(f"{path}: output: {found} (expected a file that can be written)")
+    if KINDS[table.kind].needs.meteor:
+        check_meteor_data()
+    return study_labeler(study.test.labeler)
+
+
+def rows_of_result(table: Table, variants: Mapping[str, Variant], seeds: list[int] | None) -> list[dict]:
+    """Return the description of each row for the JSON file."""
+    return [
         {
             "name": row.name,
             "variant": row.variant,
@@ -95,30 +136,12 @@ def run_experiment(
         }
         for row in table.rows
     ]
-    material = Material(
-        table, study, test, rows, made, reports, labeler, path.with_suffix(".png"), workers=workers, judge=judge
-    )
-    result = {
-        "experiment": Path(name).stem,
-        "title": table.title,
-        "about": table.about,
-        "kind": table.kind,
-        "command": f"diffvp experiment {name}"
-        + ("" if study.name == "phantom" else f" --study configs/study_{study.name}.yaml")
-        + f" --runs {without_place(runs)} --output {without_place(output)}",
-        "study": {
-            "name": study.name,
-            "title": study.title,
-            "true_findings": study.training["report"].get("true_findings", 0),
-        },
-        "cases": count,
-        "rows": rows,
-        "paper_note": table.paper_note,
-        "provenance": provenance(made, reports),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result | kind.content(material))
-    return path
+
+
+def command_of(name: str, study: StudyConfig, runs: Path, output: Path) -> str:
+    """Return the command that repeats an experiment."""
+    chosen = "" if study.name == "phantom" else f" --study configs/study_{study.name}.yaml"
+    return f"diffvp experiment {name}{chosen} --runs {without_place(runs)} --output {without_place(output)}"
 
 
 def provenance(runs: Mapping[str, Mapping[int, Run]], reports: Mapping[str, Mapping[int, dict]]) -> dict:
@@ -147,14 +170,13 @@ def load_table(name: str, variants: dict[str, Variant]) -> Table:
         ValueError: there is no such table, or it names an unknown variant or kind.
     """
     path = table_file(name)
-    with open(path, encoding="utf-8") as file:
-        table = Table.model_validate(yaml.safe_load(file))
+    table = read_table(path)
     unknown = sorted({row.variant for row in table.rows} - set(variants))
     if unknown:
         raise ValueError(f"{path.name}: no such variant: {', '.join(unknown)}; expected one of {', '.join(variants)}")
     if table.kind not in KINDS:
         raise ValueError(f"{path.name}: no such kind: {table.kind}; expected one of {', '.join(KINDS)}")
-    if table.patients == "foreign" and not KINDS[table.kind].NEEDS.foreign:
+    if table.patients == "foreign" and not KINDS[table.kind].needs.foreign:
         raise ValueError(f"patients: foreign is for a table of scores, not for {table.kind}")
     return table
 
@@ -176,7 +198,7 @@ def planned_runs(
         splits = {(run.seed, run.config.data.model_dump_json()): run for run, _ in planned}
         for run in splits.values():
             load_cohort(run.config)
-    needs = KINDS[table.kind].NEEDS
+    needs = KINDS[table.kind].needs
     return [(run, what_is_left(needs, run, conditions)) for run, conditions in planned]
 
 
@@ -199,7 +221,7 @@ def runs_of_row(
 def runs_of_table(study, variants, table, runs, output, seeds) -> list[tuple[Run, list[Condition]]]:
     """Return each run of a table once, with all its conditions. Kinds without a cohort have none."""
     conditions: dict[Path, tuple[Run, list[Condition]]] = {}
-    if not KINDS[table.kind].NEEDS.cohort:
+    if not KINDS[table.kind].needs.cohort:
         return []
     for row in table.rows:
         for run in runs_of_row(study, variants, table, row, runs, output, seeds):
@@ -237,7 +259,7 @@ def make_at_once(needs: Needs, runs: list[tuple[Run, list[Condition]]], jobs: in
             for future in [pool.submit(_fill_caches, shared, part, jobs, threads) for part in range(jobs)]:
                 future.result()
         tasks = [(_make_in_worker, needs, run, conditions, threads) for run, conditions in left]
-        for future in track(completed(pool, tasks, jobs), "Models", total=len(tasks)):
+        for future in counted(completed(pool, tasks, jobs), "Models", len(tasks)):
             future.result()
 
 

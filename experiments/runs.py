@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from ..data.cache import VolumeCache
 from ..data.cases import Case, first_reconstructions
@@ -33,6 +32,7 @@ from ..encoders_diffvp import state_sha256
 from ..inference.report import load_checkpoint
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
+from ..progress import counted
 from ..provenance import compare, made_on, weights_sha256
 from ..train_accelerate import load_classifier
 from ..train_accelerate import run as run_training
@@ -114,7 +114,7 @@ class HeldOut:
 
     @cached_property
     def cases(self) -> list[Case]:
-        """The first cases of the split.
+        """First cases of the split.
 
         Raises:
             DatasetError: lists all problems of the data.
@@ -199,7 +199,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
     features = run.features(model, processor)
     references = test.references(condition, run.seed, features)
     rows = []
-    for cases in track(batches(tested, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
+    for cases in counted(batches(tested, run.study.test.batch_size), f"{run.key} {run.seed} {condition.name}"):
         inputs = model_inputs(model, features, cases, [references[case.name] for case in cases])
         with changed_prompt(model, condition.prompt):
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=run.study.test.max_new_tokens)

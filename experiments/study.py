@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The YAML files that describe experiments, checked field by field.
+YAML files that describe experiments, checked field by field.
 
 - study (`configs/study_*.yaml`): data, training of the full model, test set;
 - variants (`variants.yaml`): the models, as changes to the settings of the full model;
@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..training.config import TrainingConfig, override, read_settings, set_value, validated
@@ -155,8 +154,22 @@ class Table(_Section):
 
 def load_variants(path: str | os.PathLike = FOLDER / "variants.yaml") -> dict[str, Variant]:
     """Read the models, by key."""
-    with open(path, encoding="utf-8") as file:
-        return {key: Variant.model_validate(value) for key, value in yaml.safe_load(file).items()}
+    return {key: validated(Variant, value, f"{Path(path).name}: {key}") for key, value in read_settings(path).items()}
+
+
+def read_table(path: Path) -> Table:
+    """
+    Read a table.
+
+    Raises:
+        SettingsError: a field is missing, unknown or of the wrong type.
+    """
+    values = read_settings(path)
+    if isinstance(values.get("rows"), list):  # each by itself, to suggest the fields of a row for an unknown one
+        values["rows"] = [
+            validated(TableRow, row, f"{path.name}: rows.{number}") for number, row in enumerate(values["rows"])
+        ]
+    return validated(Table, values, path.name)
 
 
 def table_names() -> list[str]:

@@ -144,8 +144,8 @@ def compare_rows(
     """
     Compare two rows, metric by metric; the difference is first minus second.
 
-    Two tests: Welch's two-sided t-test over seeds, as in the paper's Table 5, and a paired test over cases, which
-    tells whether the difference generalizes to other patients. `holm` corrects over the metrics.
+    Two tests: Welch's two-sided t-test over seeds, as in the paper's Table 5, and a paired test over cases, for the
+    generalization to other patients. `holm` corrects over the metrics.
 
     Args:
         same_models: True if both rows have the same models under two conditions: the t-test is then paired by seed.

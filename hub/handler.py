@@ -50,7 +50,7 @@ class EndpointHandler:
             path.write_bytes(content)
             result = self.pipe(str(path), **parameters)
             difference, geometry = result.pop("difference_map"), result.pop("geometry")
-            answer = {**result, "sha256": geometry.sha256, "warnings": list(geometry.warnings)}
+            answer = {**result, "sha256": geometry.sha256}
             if with_map:
                 saved = self.pipe.processor.save_map(Path(folder) / "difference_map.nii.gz", difference, geometry)
                 answer["difference_map"] = base64.b64encode(Path(saved).read_bytes()).decode()

@@ -266,7 +266,7 @@ def _card_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
     try:
         measured, weights = measured_values(evaluation), dict(evaluation["checkpoint"]["sha256"])
     except (KeyError, TypeError, ValueError):
-        return [*problems, f"{EVALUATION} is not what diffvp.hub.card writes."]
+        return [*problems, f"{EVALUATION} has unknown content; expected a file that diffvp.hub.card wrote."]
     stated = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
     if not stated:
         problems.append(f"{CARD} has no measured results in its metadata (model-index).")

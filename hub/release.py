@@ -9,7 +9,6 @@ licence and notice.
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +17,7 @@ import torch
 
 from ..checkpoint_diffvp import BASE_PREFIX
 from ..data.phantom import render_patient, sample_patient
+from ..files import write_folder
 from ..inference.report import load_checkpoint
 from ..references_diffvp import index_references
 from .card import write_card, write_endpoint, write_licence
@@ -55,7 +55,6 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
     target = Path(target)
     if target.exists() and not (target / "config.json").is_file():
         raise ValueError(f"{target} is not a checkpoint folder: it would be lost.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(str(source))
     # Matrices in bfloat16 halve the download. Norms, biases and buffers (variances, whitening) stay in float32: they
     # are small, and buffers suffer most from rounding.
@@ -65,18 +64,17 @@ def release(source: str | os.PathLike, target: str | os.PathLike) -> Path:
         for name, value in model.state_dict().items()
         if not name.startswith(BASE_PREFIX) or "lora_" in name
     }
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        staged = Path(temporary) / target.name
-        write_pool(staged / "references")
-        model.save_pretrained(staged, state_dict=state)
-        processor.load_references(staged / "references")
-        processor.save_pretrained(staged)
-        write_licence(staged)
-        write_endpoint(staged)
-        write_card(staged)  # without numbers; `hub.card` adds them when these weights are evaluated
-        if target.exists():
-            os.replace(target, Path(temporary) / "previous")
-        os.replace(staged, target)
+
+    def write(folder: Path) -> None:
+        write_pool(folder / "references")
+        model.save_pretrained(folder, state_dict=state)
+        processor.load_references(folder / "references")
+        processor.save_pretrained(folder)
+        write_licence(folder)
+        write_endpoint(folder)
+        write_card(folder)  # without numbers; `hub.card` adds them when these weights are evaluated
+
+    write_folder(target, write)
     return target
 
 

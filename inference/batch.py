@@ -28,16 +28,18 @@ from ..clinical.results import BatchResults
 from ..data.cache import preprocessing
 from ..data.cases import Problem, raise_problems
 from ..data.scans import NEAREST, ListedScan, list_scans
+from ..document_diffvp import SCHEMA_VERSION
 from ..provenance import library_versions
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
 from ..report_diffvp import RESEARCH_USE, describe_findings
 from ..volume_diffvp import CTInputError
-from .document import SCHEMA_VERSION, describe_decoding, identify_model, written_report
+from .document import checked_report, describe_decoding, identify_model
 from .engines import check_engine, merged_engine
 from .report import greedy, load_checkpoint
 from .report_file import ReportFile
 
-# Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB.
+# Number of encoded references in memory; the least recently used is dropped. One of 1,024 voxel tokens takes 2 MB, so
+# that they take at most 4 GB.
 KEPT_REFERENCES = 2048
 
 
@@ -170,40 +172,40 @@ class ReportWriter:
         features = self.processor.image_processor.stream(
             paths(), workers, digest=True, allow_any_anatomy=self.allow_any_anatomy
         )
-        for scan, of in zip(scans, features, strict=True):
-            if self.clinical is not None and not isinstance(of, CTInputError):
-                of = self.clinical.with_source(of, scan.path)
-            yield scan.id, digests.popleft(), of
+        for scan, found in zip(scans, features, strict=True):
+            if self.clinical is not None and not isinstance(found, CTInputError):
+                found = self.clinical.with_source(found, scan.path)
+            yield scan.id, digests.popleft(), found
 
     def write(
-        self, batch: Iterable[ReadScan], on_tokens: Callable[[list[int]], None] | None = None
+        self, batch: Iterable[ReadScan], on_token: Callable[[int, int], None] | None = None
     ) -> tuple[list[dict], list[dict]]:
         """Write the reports of a batch.
 
         Args:
             batch: items of [`read`].
-            on_tokens: see [`Engine.generate`].
+            on_token: see [`Engine.generate`].
 
         Returns:
             the records of the reports, and those of the failures.
         """
-        prompts, drafts, failures, sources = [], [], [], []
+        prompts, begun, failures, sources = [], [], [], []
         for name, file_sha256, features in batch:
             if isinstance(features, CTInputError):
                 failures.append({"id": name, "error": type(features).__name__, "message": str(features)})
                 continue
             try:
-                prompt, draft, known = self._prompt(features)
+                prompt, fields, known = self._prompt(features)
             except NoOtherReferenceError as error:
                 failures.append({"id": name, "error": type(error).__name__, "message": str(error)})
                 continue
             sources.append(features.get("source"))
             prompts.append(prompt)
-            drafts.append(({"id": name, "file_sha256": file_sha256, **draft}, known))
-        written = self.engine.generate(prompts, self.decoding, on_tokens) if prompts else []
+            begun.append(({"id": name, "file_sha256": file_sha256, **fields}, known))
+        written = self.engine.generate(prompts, self.decoding, on_token) if prompts else []
         records = [
-            draft | written_report(self.model, self.processor, tokens, decoding=self.decoding, **known) | self._stamp
-            for (draft, known), tokens in zip(drafts, written, strict=True)
+            fields | checked_report(self.model, self.processor, tokens, decoding=self.decoding, **known) | self._stamp
+            for (fields, known), tokens in zip(begun, written, strict=True)
         ]
         if self.clinical is not None:
             for record, source in zip(records, sources, strict=True):
@@ -211,7 +213,7 @@ class ReportWriter:
         return records, failures
 
     def _prompt(self, features: BatchFeature) -> tuple[torch.Tensor, dict, dict]:
-        """Return the prompt of a scan, (length, h), first fields of its record, arguments of [`written_report`]."""
+        """Return the prompt of a scan, (length, h), first fields of its record, arguments of [`checked_report`]."""
         [geometry] = features["geometry"]
         scan = self.model.encode_inputs(ct=features["ct"])
         logits = scan.pop("diagnosis_logits", None)
@@ -222,10 +224,10 @@ class ReportWriter:
         findings = []
         if logits is not None:
             [findings] = describe_findings(self.model.config, logits, comparison.attributes, (geometry,))
-        draft = {"sha256": geometry.sha256, "reference": name}
+        fields = {"sha256": geometry.sha256, "reference": name}
         if self.clinical is not None and self.clinical.dicom is not None:
-            draft["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
-        return prompt, draft, {"findings": findings, "geometry": geometry, "is_hu": geometry.is_hu and is_hu}
+            fields["difference"] = self.model.difference_map(comparison=comparison)[0].float().cpu(), geometry
+        return prompt, fields, {"findings": findings, "geometry": geometry, "is_hu": geometry.is_hu and is_hu}
 
     def _choose(self, scan: str, encoded: dict) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
         """
@@ -236,7 +238,7 @@ class ReportWriter:
             encoded: encoding of the scan.
 
         Returns:
-            id of the reference, its encoding, and whether its voxels are Hounsfield units.
+            id of the reference, its encoding, and `True` if its voxels are Hounsfield units.
         """
         pool = self.processor.reference_pool
 
@@ -253,7 +255,7 @@ class ReportWriter:
         return encoded["reference_features"].mean(dim=1)
 
     def _encode_reference(self, name: str) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
-        """Return digest and encoding of a reference, and whether its voxels are Hounsfield units."""
+        """Return digest and encoding of a reference, and `True` if its voxels are Hounsfield units."""
         path = self.processor.reference_pool.fetch(self._pool[name])
         features = self.processor.image_processor(path, digest=True)
         geometry = features["geometry"][0]

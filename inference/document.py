@@ -1,11 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The one form of a written report, and the provenance that goes with it. docs/reports.md describes every field.
+A report with its consistency and its provenance: report.json. docs/reports.md describes every field.
 
-[`written_report`] makes the part shared by report.json, the lines of `diffvp batch` and the answers of `diffvp serve`.
-[`describe_report`] adds the provenance, which makes it report.json. Neither names the patient or the place of a file:
-scans appear as digests of their content.
+The document names neither the patient nor the place of a file: scans appear as digests of their content.
 """
 
 import json
@@ -17,70 +15,33 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..anatomy_diffvp import anatomy_warnings
 from ..bases_diffvp import locate_base_model, public_name
 from ..data.cache import preprocessing
+from ..document_diffvp import written_report
 from ..metrics.consistency import report_consistency
 from ..provenance import library_versions
-from ..report_diffvp import RESEARCH_USE, describe_findings, describe_text, end_tokens
+from ..report_diffvp import RESEARCH_USE, describe_findings, end_tokens, stated_domain
 from ..resampling_diffvp import CTGeometry
 from ..storage_diffvp import ADAPTER_SUBFOLDER, WEIGHTS_NAME, digest
-from ..volume_diffvp import GIVEN, STATED
 from .folder import ReportError
 from .int8 import is_int8
-
-# Version of the fields of [`written_report`]. It rises when a field is removed, renamed or changes its meaning.
-SCHEMA_VERSION = 1
 
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ADAPTER_FILES = (f"{ADAPTER_SUBFOLDER}/adapter_config.json", f"{ADAPTER_SUBFOLDER}/adapter_model.safetensors")
 CHECKPOINT_FILES = ("config.json", WEIGHTS_NAME, WEIGHTS_INDEX, *ADAPTER_FILES)
 
 
-def written_report(
-    model,
-    processor,
-    tokens: Sequence[int],
-    *,
-    decoding: GenerationConfig,
-    findings: list[dict],
-    geometry: CTGeometry,
-    is_hu: bool = True,
-) -> dict:
+def checked_report(model, processor, tokens: Sequence[int], *, decoding: GenerationConfig, **known) -> dict:
     """
-    Return a report in the form that all outputs share.
+    Return [`written_report`] with its `consistency`.
 
     Args:
         tokens: generated token ids.
         decoding: generation config with which they were generated.
-        findings: from [`describe_findings`]; empty for a model without a classifier.
-        geometry: geometry of the scan.
-        is_hu: `False` if the voxels of the scan or of the reference are not Hounsfield units.
-
-    Returns:
-        `schema_version`, `statement`, `intended_domain`, `warnings`, `report`, `regions`, `findings`, `complete`,
-        `consistency`, `coverage`.
+        known: `findings`, `geometry` and `is_hu` of [`written_report`].
     """
-    tokens = [int(token) for token in tokens]
-    written = describe_text(processor, tokens, findings, end_tokens(decoding))
-    states_no_grid = geometry.layout not in (STATED, GIVEN) and not geometry.layout.startswith("DICOM")
-    warnings = {
-        "The voxels are not Hounsfield units; this was overridden (allow_non_hu).": not is_hu,
-        f"The report is cut off after {len(tokens)} tokens.": not written["complete"],
-        "This model takes no difference: the map is empty.": model.config.difference_level == "none",
-        f"The file states no grid. Read as: {geometry.layout}.": states_no_grid,
-        **dict.fromkeys(geometry.warnings, True),
-    }
-    applying = [warning for warning, applies in warnings.items() if applies]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "statement": RESEARCH_USE,
-        "intended_domain": model.config.intended_domain,
-        "warnings": [*applying, *anatomy_warnings(geometry.coverage)],
-        **written,
-        "consistency": report_consistency(written["report"], written["findings"]),
-        "coverage": geometry.coverage,
-    }
+    written = written_report(model.config, processor, tokens, ends=end_tokens(decoding), **known)
+    return {**written, "consistency": report_consistency(written["report"], written["findings"])}
 
 
 def describe_report(
@@ -99,7 +60,7 @@ def describe_report(
     truth: str | None = None,
 ) -> dict:
     """
-    Return the content of report.json: [`written_report`] and its provenance.
+    Return the content of report.json: [`checked_report`] and its provenance.
 
     Args:
         tokens: generated token ids.
@@ -117,7 +78,7 @@ def describe_report(
     name, seed = reference
     findings = [] if logits is None else describe_findings(model.config, logits, attributes, (geometry,))[0]
     is_hu = geometry.is_hu and reference_geometry.is_hu
-    written = written_report(
+    written = checked_report(
         model, processor, tokens, decoding=decoding, findings=findings, geometry=geometry, is_hu=is_hu
     )
     document = {
@@ -139,12 +100,12 @@ def describe_report(
 
 
 def describe_decoding(model, processor, decoding: GenerationConfig, engine: str) -> dict:
-    """Return how reports are decoded: engine, data type, instruction and generation config."""
+    """Return the settings of decoding: engine, data type, instruction and generation config."""
     return {
         "engine": engine,
         "dtype": "int8" if is_int8(model.language_model) else str(model.dtype).removeprefix("torch."),
         "instruction": processor.instruction,
-        "generation_config": public_fields(decoding.to_diff_dict()),
+        "generation_config": generation_settings(decoding.to_diff_dict()),
     }
 
 
@@ -162,15 +123,16 @@ def compare_findings(report: str, truth: str) -> dict[str, list[str]]:
 
 def report_page(document: dict) -> str:
     """Return the text of report.txt. The statements come first, so that every excerpt starts with them."""
-    reference = document["provenance"]["reference"]
-    sampled = f" (sampled, seed {reference['seed']})" if reference["sampled"] else ""
-    lines = [RESEARCH_USE, domain_line(document), *document["warnings"], f"Reference: {reference['id']}{sampled}."]
+    domain = f"Intended for: {stated_domain(document['intended_domain'])}."
+    lines = [RESEARCH_USE, domain, *document["warnings"], f"{reference_line(document)}."]
     return "\n".join([*lines, "", document["report"], ""])
 
 
-def domain_line(document: dict) -> str:
-    """Return the sentence that states the intended domain."""
-    return f"Intended for: {document['intended_domain'] or 'not stated by the checkpoint'}."
+def reference_line(document: dict) -> str:
+    """Return id and choice of the reference."""
+    reference = document["provenance"]["reference"]
+    sampled = f", sampled from the pool (seed {reference['seed']})" if reference["sampled"] else ""
+    return f"Reference: {reference['id']}{sampled}"
 
 
 def identify_model(model, hub_kwargs: dict) -> dict:
@@ -183,7 +145,7 @@ def identify_model(model, hub_kwargs: dict) -> dict:
     return {"checkpoint": _checkpoint(model, hub_kwargs), "base_model": _base_model(model, hub_kwargs)}
 
 
-def public_fields(values: dict) -> dict:
+def generation_settings(values: dict) -> dict:
     """Return the settings of a generation config without its book-keeping."""
     return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
 

@@ -19,7 +19,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
-from transformers.generation import BaseStreamer
 
 from ..drafts_diffvp import decode
 from ..report_diffvp import end_tokens
@@ -45,7 +44,7 @@ class Engine(Protocol):
         self,
         prompts: Sequence[torch.Tensor],
         decoding: GenerationConfig,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """
         Decode prompts greedily.
@@ -53,8 +52,8 @@ class Engine(Protocol):
         Args:
             prompts: complete prompts without padding, `(length, h)` each, from `embed_prompt`.
             decoding: greedy generation config with the maximum number of tokens and the end tokens.
-            on_tokens: called with the next token of each prompt at every step; finished prompts give padding. An
-                exception that it raises ends the decoding. vLLM does not call it.
+            on_token: called with the index of a prompt and its next token, see [`decode`]. An exception that it raises
+                ends the decoding. vLLM does not call it.
 
         Returns:
             new token ids of each prompt, including the end token, or without it if the limit was reached first.
@@ -72,12 +71,11 @@ class TransformersEngine:
         self,
         prompts: Sequence[torch.Tensor],
         decoding: GenerationConfig,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         masks = [torch.ones(len(prompt), dtype=torch.long, device=prompt.device) for prompt in prompts]
         embeddings, mask = (pad_sequence(rows, True, padding_side="left") for rows in (list(prompts), masks))
-        streamer = None if on_tokens is None else _Streamer(on_tokens)
-        tokens = decode(self.language_model, self.drafts, embeddings, mask, decoding, streamer=streamer)
+        tokens = decode(self.language_model, self.drafts, embeddings, mask, decoding, on_token)
         ends = set(end_tokens(decoding))
         return [_until_end(row, ends) for row in tokens.tolist()]
 
@@ -127,7 +125,7 @@ class VLLMEngine:
         self,
         prompts: Sequence[torch.Tensor],
         decoding: GenerationConfig,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """
         Decode prompts greedily, see [`Engine.generate`].
@@ -184,20 +182,6 @@ def merged_engine(name: str, model, tokenizer, **options) -> Engine:
     if not getattr(model.language_model, "is_quantized", False):
         model.merge_adapter()
     return TransformersEngine(model)
-
-
-class _Streamer(BaseStreamer):
-    """Streamer for several prompts; those of transformers take one prompt at a time."""
-
-    def __init__(self, on_tokens: Callable[[list[int]], None]):
-        self.on_tokens = on_tokens
-
-    def put(self, value: torch.Tensor) -> None:
-        if value.ndim == 1:  # the first call has the ids of the prompts, which are empty here
-            self.on_tokens(value.tolist())
-
-    def end(self) -> None:
-        pass
 
 
 def _keep_embeddings(model) -> None:

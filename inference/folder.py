@@ -1,16 +1,11 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The folder of a report: the names of its files, and how it appears, complete or not at all.
+The folder of a report: the names of its files, and a check that a report may be written to it.
 
 Without PyTorch, so that a command can refuse a folder at once.
 """
 
-import contextlib
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 REPORT_TEXT, REPORT_JSON, TRUE_REPORT = "report.txt", "report.json", "true_report.txt"
@@ -36,32 +31,3 @@ def check_output(output: Path) -> None:
             raise ReportError(f"{output} holds other files ({', '.join(others[:3])}): choose another output folder.")
     elif output.exists():
         raise ReportError(f"{output} is a file: choose another output folder.")
-
-
-@contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `output` if nothing fails."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.part"
-    stage.mkdir()
-    try:
-        yield stage
-        _publish(stage, output)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # it no longer exists if it was published
-
-
-def _publish(stage: Path, output: Path) -> None:
-    """Move a complete folder to its place by renaming; an earlier report is replaced."""
-    if not output.exists():
-        os.rename(stage, output)
-        return
-    check_output(output)  # it may have changed in the meantime
-    previous = stage.with_suffix(".old")
-    os.rename(output, previous)
-    try:
-        os.rename(stage, output)
-    except BaseException:
-        os.rename(previous, output)
-        raise
-    shutil.rmtree(previous)

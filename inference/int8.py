@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
-        # Rounded first, so that weights and activations see the same scale.
+        # The scale is rounded before it divides the weights, because the product uses the rounded scale.
         scale = (weight.abs().amax(dim=1) / LEVELS).clamp(min=1e-12).to(torch.bfloat16)
         rounded = (weight / scale.float()[:, None]).round_().clamp_(-LEVELS, LEVELS)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -71,7 +71,9 @@ def round_weights(model) -> None:
                 setattr(parent, name, rounded.setdefault(child, Int8Linear(child)))
     if not rounded:
         kind = type(language_model).__name__
-        raise DiffVPCheckpointError(f"dtype: int8: {kind} has no linear layer of {WIDTH} n inputs (expected one)")
+        raise DiffVPCheckpointError(
+            f"dtype: int8: {kind} has no linear layer whose number of inputs is a multiple of {WIDTH} (expected one)"
+        )
     for layer in rounded:
         layer.register_parameter("weight", None)  # freed now and not by the garbage collector, which may be off
     for parameter in language_model.parameters():

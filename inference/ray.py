@@ -3,35 +3,51 @@
 """
 Run `diffvp batch` on many machines, as a Ray Data pipeline. Needs the extra `ray`.
 
-    python -m diffvp.inference.ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --readers 40
+    python -m diffvp.inference.ray scans.csv --output reports.jsonl --checkpoint NAME/MODEL --engines 4 --workers 40
 
-1. CPU tasks read and resample the scans: `--readers` at a time, on any node with a free core.
+1. CPU tasks read and resample the scans: `--workers` at a time, on any node with a free core.
 2. Actors, one per GPU, encode and decode them. Each holds the model, its engine and its encoded references.
 3. This process writes the reports as the batches arrive, to the same file as `diffvp batch`: a few kB per report.
 
-At most `--readers` tasks of a few scans each and two batches per actor are in flight. If a process or node dies, Ray
+At most `--workers` tasks of a few scans each and two batches per actor are in flight. If a process or node dies, Ray
 Data runs its tasks again and restarts its actors, without a limit. Only this process writes, so no report is written
 twice. If it dies, the next run writes the missing reports.
 
 Scans, and a checkpoint that is not on the Hub, must have the same path on every node.
 """
 
-import argparse
 import json
 import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from ..cli.console import (
+    check_found,
+    check_kept,
+    check_writable,
+    err,
+    find_checkpoint,
+    listed_problems,
+    one_line_errors,
+    resumable,
+    say,
+    warn,
+)
+from ..cli.options import AnyAnatomy, Checkpoint, Dtype, Engine, MaxNewTokens, ReferenceSeed, Revision
 from ..data.scans import NEAREST, ListedScan, list_scans
 from ..extras import needs_libraries
 from ..processing_diffvp import DiffVPImageProcessor
+from ..progress import counting
 from ..references_diffvp import path_sha256
+from ..report_diffvp import RESEARCH_USE
 from .batch import ReportWriter
-from .report_file import ReportFile
+from .report import EXPECTED_ERRORS
+from .report_file import BatchError, ReportFile
 
 # Scans per reading task. This is what is read again if a task dies; one task per scan would overload the scheduler.
 SCANS_PER_TASK = 8
@@ -44,13 +60,13 @@ class Resources:
     Resources of the pipeline.
 
     Args:
-        readers: number of concurrent reading tasks.
+        workers: number of concurrent reading tasks.
         engines: number of actors.
         gpus: GPUs per actor; 0 computes on the CPU.
         cpus: cores per actor.
     """
 
-    readers: int
+    workers: int
     engines: int = 1
     gpus: float = 1.0
     cpus: float = 1.0
@@ -123,7 +139,7 @@ def write_reports_with_ray(
                     "image_processor": image_processor,
                     "allow_any_anatomy": options.get("allow_any_anatomy", False),
                 },
-                compute=ray.data.TaskPoolStrategy(resources.readers),
+                compute=ray.data.TaskPoolStrategy(resources.workers),
                 num_cpus=1,
                 memory=READING_BYTES,
             )
@@ -144,50 +160,78 @@ def write_reports_with_ray(
     return file
 
 
-def main() -> None:
+def main(
+    scans: Annotated[
+        Path,
+        typer.Argument(help="Folder of scans, a list of them (text, or .csv with a column `path`), or one scan."),
+    ],
+    output: Annotated[Path, typer.Option(help="JSON lines file. An interrupted run continues with it.")] = Path(
+        "outputs/reports.jsonl"
+    ),
+    checkpoint: Checkpoint = None,
+    revision: Revision = None,
+    engine: Engine = "vllm",
+    dtype: Dtype = None,
+    engines: Annotated[int, typer.Option(min=1, help="Number of actors that encode and decode.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per actor; 0 computes on the CPU.")] = 1.0,
+    cpus: Annotated[float, typer.Option(min=0, help="Cores per actor.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of scans to decode together.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Number of concurrent tasks that read scans.")] = 8,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Normal scan, folder or list of normal scans, or `nearest` (default: drawn from the checkpoint's)."
+        ),
+    ] = None,
+    seed: ReferenceSeed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    allow_any_anatomy: AnyAnatomy = False,
+    allow_failures: Annotated[
+        bool, typer.Option("--allow-failures", help="Exit with status 0 even if scans could not be read.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Address of the Ray cluster (default: RAY_ADDRESS, or a local cluster).")
+    ] = None,
+) -> None:
+    """Write the reports of many scans with Ray, one JSON line each. Unreadable scans are skipped and listed."""
+    check_writable(files=[output])
+    check_kept(output, scans)
+    check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
+    if engine == "vllm" and dtype == "int8":
+        raise typer.BadParameter("--dtype int8 is for the engine transformers.")
+    if reference not in (None, NEAREST):
+        expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
+        check_found(Path(reference), what="reference", expected=expected)
+    name, hub_kwargs = find_checkpoint(checkpoint, revision)
     with needs_libraries():
         import ray
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scans", type=Path, help="folder of scans, or a list of scans (text or .csv)")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="JSON lines file; an interrupted run continues with it"
-    )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder or Hub id")
-    parser.add_argument("--revision", help="commit of a checkpoint on the Hub; pin one")
-    parser.add_argument("--engine", default="vllm", help="decoding engine: transformers or vllm (default: vllm)")
-    parser.add_argument("--engines", type=int, default=1, help="number of actors that encode and decode (default: 1)")
-    parser.add_argument("--gpus", type=float, default=1.0, help="GPUs per actor; 0 computes on the CPU (default: 1)")
-    parser.add_argument("--cpus", type=float, default=1.0, help="cores per actor (default: 1)")
-    parser.add_argument("--readers", type=int, default=8, help="number of concurrent reading tasks (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=64, help="number of scans to decode together (default: 64)")
-    parser.add_argument("--reference", help="normal scan, folder or list of normal scans, or nearest")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for the choice of references (default: 0)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, help="maximum length of a report, in tokens (default: the checkpoint's)"
-    )
-    parser.add_argument("--allow-any-anatomy", action="store_true", help="also write reports of scans without lungs")
-    parser.add_argument("--address", help="address of the Ray cluster (default: RAY_ADDRESS, or a local cluster)")
-    arguments = parser.parse_args()
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # disables telemetry
-    ray.init(address=arguments.address)
-    scans = list_scans(arguments.scans)
-    file = write_reports_with_ray(
-        scans,
-        arguments.output,
-        batch_size=arguments.batch_size,
-        resources=Resources(arguments.readers, arguments.engines, arguments.gpus, arguments.cpus),
-        checkpoint=arguments.checkpoint,
-        engine=arguments.engine,
-        reference=arguments.reference,
-        reference_seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        allow_any_anatomy=arguments.allow_any_anatomy,
-        hub_kwargs={} if arguments.revision is None else {"revision": arguments.revision},
-    )
-    Console().print(f"{len(file.done)} reports; {file.failed} scans could not be read", highlight=False)
+    with one_line_errors(*EXPECTED_ERRORS, BatchError), listed_problems():
+        listed = list_scans(scans)
+        ReportFile(output)  # another file is refused before the cluster starts
+        err.print(RESEARCH_USE, style="bold yellow")
+        ray.init(address=address)
+        with resumable(output), counting("Scans", err) as count:
+            file = write_reports_with_ray(
+                listed, output, batch_size=batch_size, resources=Resources(workers, engines, gpus, cpus),
+                on_progress=lambda file: count(len(file.done) + file.failed, len(listed)),
+                on_replaced=lambda count: warn(
+                    f"{output.name} already has reports under the names of {count} of these scans, whose content is "
+                    "different: they are read, and their reports are added.", style=None,
+                ),
+                checkpoint=name, engine=engine, reference=reference, reference_seed=seed,
+                max_new_tokens=max_new_tokens, dtype=dtype, allow_any_anatomy=allow_any_anatomy, hub_kwargs=hub_kwargs,
+            )  # fmt: skip
+    say(f"{len(file.done)} reports: {file.path}")
+    if file.failed:
+        say(f"{file.failed} scans could not be read: {file.failures}")
+        if not allow_failures:
+            raise typer.Exit(1)
 
+
+app = typer.Typer(pretty_exceptions_enable=False)  # as in `diffvp`: its traceback would show paths and report text
+app.command()(main)
 
 if __name__ == "__main__":
-    main()
+    app()

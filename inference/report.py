@@ -24,19 +24,20 @@ from transformers import GenerationConfig
 
 from ..anatomy_diffvp import MIN_VOLUME
 from ..encoders_diffvp import DiffVPEncoderError
+from ..files import write_folder
 from ..map_diffvp import save_map
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from ..reading_diffvp import read_ct
 from ..references_diffvp import ReferencePoolError
-from ..report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE
+from ..report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, RESEARCH_USE, stated_domain
 from ..resampling_diffvp import CTGeometry
 from ..storage_diffvp import DiffVPCheckpointError, check_checkpoint_name
 from ..volume_diffvp import CTInputError, CTVolume
-from .document import describe_report, domain_line, identify_model, report_page
+from .document import describe_report, identify_model, reference_line, report_page
 from .engines import Engine, EngineError, TransformersEngine
 from .figure import draw_figure, to_hu
-from .folder import DIFFERENCE_MAP, FIGURE, REPORT_JSON, REPORT_TEXT, TRUE_REPORT, ReportError, check_output, staged
+from .folder import DIFFERENCE_MAP, FIGURE, REPORT_JSON, REPORT_TEXT, TRUE_REPORT, ReportError, check_output
 from .int8 import round_weights
 
 DTYPES = ("float32", "bfloat16", "int8")  # float16 takes minutes per report on CPUs
@@ -225,16 +226,15 @@ def compose_report(
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
     prompt = {**inputs, "diagnosis_logits": logits, "comparison": comparison}
-    if engine is None:
-        engine, [tokens] = TransformersEngine(model), model.generate(**prompt, generation_config=decoding).tolist()
-    else:
-        [tokens] = engine.generate(model.embed_prompt(**prompt), decoding)
+    engine = engine or TransformersEngine(model)
+    [tokens] = engine.generate(model.embed_prompt(**prompt), decoding)
     document = describe_report(
         model, processor, tokens, decoding=decoding, engine=engine.name, logits=logits,
         attributes=comparison.attributes, geometries=geometries, reference=named, made_by=made_by, options=options,
         truth=truth,
     )  # fmt: skip
 
+    # Given HU options describe the grey values of the scan; a reference in HU keeps the checkpoint's.
     own = {"allow_non_hu": allow_non_hu} if geometries[1].is_hu and not geometries[0].is_hu else options
     return ComposedReport(document, difference, ((scan, options), (reference, own)), geometries[0], truth)
 
@@ -266,13 +266,17 @@ def save_report(
     output = Path(output_dir).absolute()
     check_output(output)
     on_step("Drawing the figure")
-    with staged(output) as stage:
-        write_report_texts(stage, composed.document)
+
+    def write(folder: Path) -> None:
+        write_report_texts(folder, composed.document)
         if composed.truth is not None:
-            (stage / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
-        save_map(stage / DIFFERENCE_MAP, composed.difference, composed.geometry)
+            (folder / TRUE_REPORT).write_text(composed.truth + "\n", encoding="utf-8")
+        save_map(folder / DIFFERENCE_MAP, composed.difference, composed.geometry)
         drawing = _sample_for_figure(processor.image_processor, composed)
-        draw_figure(stage / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(composed.document))
+        draw_figure(folder / FIGURE, *drawing.pop("volumes"), **drawing, **_captions(composed.document))
+        check_output(output)  # it may have changed in the meantime
+
+    write_folder(output, write)
     return Report(output, composed.document)
 
 
@@ -301,12 +305,10 @@ def greedy(model, max_new_tokens: int | None = None) -> GenerationConfig:
 
 def _captions(document: dict) -> dict:
     """Return the texts of the figure."""
-    entry = document["provenance"]["reference"]
-    sampled = f", sampled from the pool (seed {entry['seed']})" if entry["sampled"] else ""
     named = [finding for finding in document["findings"] if finding["positive"]]
     return {
-        "title": f"Reference: {entry['id']}{sampled}",
-        "footer": f"{RESEARCH_USE}\n{domain_line(document)}",
+        "title": reference_line(document),
+        "footer": f"{RESEARCH_USE}\nIntended for: {stated_domain(document['intended_domain'])}.",
         "report": document["report"],
         "findings": sorted(named, key=lambda finding: -finding["probability"]),
     }

@@ -63,11 +63,11 @@ class ReportFile:
                         # Files of earlier versions have no digest: their scans are read again.
                         self.done[name] = entry.get("file_sha256")
                 except (ValueError, KeyError, TypeError) as error:
-                    expected = "what diffvp batch writes; choose another output"
+                    expected = "a file that `diffvp batch` wrote; choose another output"
                     raise BatchError(f"{self.path.name}: line {number} is unknown; expected {expected}.") from error
                 self._whole += len(line)
         if self._header is None:
-            raise BatchError(f"{self.path.name} is empty; expected what diffvp batch writes, or no file.")
+            raise BatchError(f"{self.path.name} is empty; expected a file that `diffvp batch` wrote, or no file.")
 
     def begin(self, header: dict) -> None:
         """Start the file, or continue it.
@@ -101,7 +101,7 @@ class ReportFile:
         self.failed += len(failures)
 
     def waiting(self, scans: Sequence[ListedScan]) -> tuple[list[ListedScan], int]:
-        """Return the scans without a report, and how many of these have the name of another scan with a report.
+        """Return the scans without a report, and the number of these that share the name of a scan with a report.
 
         The returned scans are removed from `done`.
         """

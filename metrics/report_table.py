@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from .collapse import COLUMNS as COLLAPSE
 from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
+from .nlg.regions import View
 from .report_files import read_rows, rows_by_scan
 from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
@@ -100,77 +102,140 @@ def score_table(
     """
     if regions is not None and regions not in SPLITTERS:
         raise ValueError(f"regions is {regions!r}; expected one of {', '.join(SPLITTERS)}")
-    columns = [prediction_column, reference_column, *([nearest_column] if nearest_column else [])]
-    left = 0
-    if reference is None:
-        ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
-    else:
-        if nearest_column:
-            raise ValueError(
-                f"nearest_column: {nearest_column!r} with a reference file (expected one table with both reports)"
-            )
-        ids, predictions, references, left = _read_two(
-            Path(source), Path(reference), id_column, prediction_column, reference_column
-        )
-        nearest = []
+    pairs = _read_sources(source, id_column, prediction_column, reference_column, nearest_column, reference)
+    truth = _true_findings(pairs, labeler, labels, id_column)
     clean = "reg2rg" if regions == "reg2rg" else None
     options = {"scorer": scorer, "clean": clean, "workers": workers, "meteor": meteor}
-    truth = "labeler" if labels is None else "csv"
+    constant, guesses = _baselines(training, training_column, labeler, regions, len(pairs.ids))
+    texts = {"predictions": pairs.predictions}
+    if constant is not None:
+        texts["constant normal report"] = constant
+    if pairs.nearest is not None:
+        texts["nearest training report"] = pairs.nearest
+    document = {
+        "n": len(pairs.ids),
+        "without_prediction": pairs.left,
+        **_score_systems(texts, guesses, pairs.references, truth, labeler, SPLITTERS.get(regions), options),
+        "rare": [label for label, rare in zip(DIAGNOSIS_LABELS, rare_findings(truth.labels), strict=True) if rare],
+    }
+    if regions is not None:
+        views = region_views(pairs.predictions, pairs.references, SPLITTERS[regions], REGIONS, headings=clean is None)
+        document["views"] = {name: _score_view(view, options) for name, view in views.items()}
+    return document
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """
+    Reports to score.
+
+    Attributes:
+        nearest: report of the most similar training scan of each case, if the table has a column of them.
+        left: number of true reports without a generated one.
+    """
+
+    ids: list[str]
+    predictions: list[str]
+    references: list[str]
+    nearest: list[str] | None = None
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """True findings (reports, 18), and their source: "labeler" or "csv"."""
+
+    labels: np.ndarray
+    source: str
+
+
+def _read_sources(
+    source: str | os.PathLike,
+    id_column: str,
+    prediction_column: str,
+    reference_column: str,
+    nearest_column: str | None,
+    reference: str | os.PathLike | None,
+) -> _Pairs:
+    """Read the reports from one table, or from one of generated and one of true reports."""
+    if reference is None:
+        columns = [prediction_column, reference_column, *([nearest_column] if nearest_column else [])]
+        return _Pairs(*_read_reports(Path(source), id_column, reference_column, columns))
+    if nearest_column:
+        raise ValueError(
+            f"nearest_column: {nearest_column!r} with a reference file (expected one table with both reports)"
+        )
+    ids, predictions, references, left = _read_two(
+        Path(source), Path(reference), id_column, prediction_column, reference_column
+    )
+    return _Pairs(ids, predictions, references, left=left)
+
+
+def _true_findings(pairs: _Pairs, labeler: Labeler, labels: str | os.PathLike | None, id_column: str) -> _Truth:
+    """Read the true findings from a table of labels, or else from the true reports."""
     if labels is None:
-        actual = label_reports(labeler, references, "references")
-    else:
-        by_name = read_label_table(labels, id_column=_id_column(Path(labels), id_column))
-        actual = table_labels({without_suffix(name): row for name, row in by_name.items()}, ids)
+        return _Truth(label_reports(labeler, pairs.references, "references"), "labeler")
+    by_name = read_label_table(labels, id_column=_id_column(Path(labels), id_column))
+    return _Truth(table_labels({without_suffix(name): row for name, row in by_name.items()}, pairs.ids), "csv")
 
-    def found(predicted: np.ndarray, name: str | None) -> dict:
-        return finding_scores(predicted, actual, truth=truth, labeler=name)
 
-    def panel(written: list[str], labeled: np.ndarray | None = None) -> dict:
-        return collapse_panel(written, actual, labeler, split=SPLITTERS.get(regions), predicted=labeled)
+def _baselines(
+    training: str | os.PathLike | None, column: str, labeler: Labeler, regions: str | None, count: int
+) -> tuple[list[str] | None, dict[str, np.ndarray]]:
+    """
+    Make the baselines for `count` reports: the constant normal report, and labels alone by name.
 
-    texts, guesses = {"predictions": predictions}, {}
+    Without training reports there is no constant report and no prevalence.
+    """
     if training is None:
-        none_seen = np.zeros((1, len(DIAGNOSIS_LABELS)), np.int8)
-        guesses = {name: label_baselines(len(ids), none_seen)[name] for name in ("all-positive", "all-negative")}
-    else:
-        reports = _read_training(Path(training), training_column)
-        trained = label_reports(labeler, reports, "training reports")
-        texts["constant normal report"] = [_constant(reports, trained, regions)] * len(ids)
-        guesses = label_baselines(len(ids), trained)
-    if nearest:
-        texts["nearest training report"] = nearest[0]
+        guesses = label_baselines(count, np.zeros((1, len(DIAGNOSIS_LABELS)), np.int8))
+        return None, {name: guesses[name] for name in ("all-positive", "all-negative")}
+    reports = _read_training(Path(training), column)
+    labels = label_reports(labeler, reports, "training reports")
+    return [_constant(reports, labels, regions)] * count, label_baselines(count, labels)
+
+
+def _score_systems(
+    texts: dict[str, list[str]],
+    guesses: dict[str, np.ndarray],
+    references: list[str],
+    truth: _Truth,
+    labeler: Labeler,
+    split: Callable[[str], Mapping[str, str]] | None,
+    options: dict,
+) -> dict:
+    """
+    Score the texts and the labels alone: "signatures", "systems" and "collapse" of [`score_table`].
+
+    Args:
+        texts: reports by system, the predictions first.
+        guesses: labels (reports, 18) by baseline.
+        split: splits a report by region.
+        options: options of [`score_reports`].
+    """
     systems, signatures, collapse = {}, [], {}
     for name, written in texts.items():
         scores = score_reports(written, references, **options)
         labeled = label_reports(labeler, written, name)
-        of_findings = found(labeled, labeler.signature)
-        collapse[name] = panel(written, labeled)
-        systems[name] = _language(scores) | _findings(of_findings)
-        signatures = [*scores.signature.split(), of_findings["signature"]]
+        found = finding_scores(labeled, truth.labels, truth=truth.source, labeler=labeler.signature)
+        collapse[name] = collapse_panel(written, truth.labels, labeler, split=split, predicted=labeled)
+        systems[name] = _language(scores) | _findings(found)
+        signatures = [*scores.signature.split(), found["signature"]]
     for name, guess in guesses.items():
-        systems[f"labels alone, {name}"] = _findings(found(guess, None))
-    collapse["true reports"] = panel(references)
-    rare = [label for label, is_rare in zip(DIAGNOSIS_LABELS, rare_findings(actual), strict=True) if is_rare]
-    document = {
-        "n": len(ids),
-        "without_prediction": left,
-        "signatures": signatures,
-        "systems": systems,
-        "collapse": collapse,
-        "rare": rare,
+        found = finding_scores(guess, truth.labels, truth=truth.source, labeler=None)
+        systems[f"labels alone, {name}"] = _findings(found)
+    collapse["true reports"] = collapse_panel(references, truth.labels, labeler, split=split)
+    return {"signatures": signatures, "systems": systems, "collapse": collapse}
+
+
+def _score_view(view: View, options: dict) -> dict:
+    """Score the texts of a region, if there are any; `options` are those of [`score_reports`]."""
+    return {
+        "n": len(view.pairs[0]),
+        "missing": view.missing,
+        "extra": view.extra,
+        "scores": _language(score_reports(*view.pairs, **options)) if view.pairs[0] else {},
     }
-    if regions is not None:
-        views = region_views(predictions, references, SPLITTERS[regions], REGIONS, headings=clean is None)
-        document["views"] = {
-            name: {
-                "n": len(view.pairs[0]),
-                "missing": view.missing,
-                "extra": view.extra,
-                "scores": _language(score_reports(*view.pairs, **options)) if view.pairs[0] else {},
-            }
-            for name, view in views.items()
-        }
-    return document
 
 
 def table_page(document: dict) -> str:

@@ -87,7 +87,6 @@ class Job:
     Attributes:
         folder: folder of its file until it is read.
         outcome: the record of the report, or an exception.
-        followed: a client may follow the report while it is written.
         tokens: token ids of the report written so far.
     """
 
@@ -95,7 +94,6 @@ class Job:
     folder: Path
     outcome: asyncio.Future
     state: str = "arriving"
-    followed: bool = False
     tokens: list[int] = field(default_factory=list)
     file_sha256: str | None = None
     features: BatchFeature | None = None
@@ -210,7 +208,6 @@ class ReportQueue:
 
     def keep(self, job: Job) -> None:
         """Keep a job for a client that will fetch it, until `timeout` seconds after its outcome."""
-        job.followed = True
 
         def wait(_: asyncio.Future) -> None:
             if job.id in self._jobs:
@@ -318,15 +315,13 @@ class ReportQueue:
         return await done
 
     def _records(self, batch: list[Job]) -> list[dict]:
-        def on_tokens(tokens: list[int]) -> None:
+        def on_token(index: int, token: int) -> None:
             if all(job.outcome.done() for job in batch):
                 raise Abandoned
-            for job, token in zip(batch, tokens, strict=True):
-                job.tokens.append(token)
+            batch[index].tokens.append(token)
 
         read = [(job.id, job.file_sha256, job.features) for job in batch]
-        # Only if a client follows: without `on_tokens`, an engine may decode several tokens at a time.
-        records, _ = self.writer.write(read, on_tokens if any(job.followed for job in batch) else None)
+        records, _ = self.writer.write(read, on_token)
         return records
 
     def text(self, job: Job) -> str:

@@ -1,6 +1,8 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import gc
+import logging
 import os
 import runpy
 import shutil
@@ -16,7 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # The test models are tiny: a second thread costs more time than it saves, many times more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,40 @@ def fresh_accelerate():
     _reset_accelerate()  # also before the test: a module-scoped fixture may have trained
     yield
     _reset_accelerate()
+
+
+def _verbosity_of_transformers() -> tuple[int, bool]:
+    """Return its level and if it shows progress bars; its defaults before the import, which takes seconds."""
+    if "transformers" not in sys.modules:
+        return logging.WARNING, True
+    from transformers.utils import logging as transformers_logging
+
+    return transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+
+
+@contextlib.contextmanager
+def _settings_restored() -> Iterator[None]:
+    environment, level, before = dict(os.environ), logging.getLogger("diffvp").level, _verbosity_of_transformers()
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        logging.getLogger("diffvp").setLevel(level)
+        if _verbosity_of_transformers() != before:
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity(before[0])
+            if before[1]:
+                transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[Callable]:
+    """Undo what commands set for the whole process. Yield the context that does it, for a part of a test."""
+    with _settings_restored():
+        yield _settings_restored
 
 
 # A complete DiffVP model of a few thousand parameters: eight voxel tokens, four latents, a two-layer Llama.

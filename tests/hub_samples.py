@@ -107,7 +107,7 @@ def make_pushable(folder: Path, base: Path, fields: dict, tokenizer, base_name: 
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)
     model.generation_config.update(max_new_tokens=9)
-    model.config.base_model_name_or_path = model.config.text_config._name_or_path = base_name
+    model.config.base_model_name_or_path = model.config.text_config.name_or_path = base_name
     model.config.base_model_revision = base_revision
     model.save_pretrained(folder)
     (folder / "references").mkdir()

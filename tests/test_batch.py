@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from diffvp import cli
 from diffvp.data.cases import DatasetError
 from diffvp.data.scans import list_scans
-from diffvp.inference import batch, document
+from diffvp.document_diffvp import SCHEMA_VERSION
+from diffvp.inference import batch
 from diffvp.inference import report as reporting
 from diffvp.inference.batch import ReportWriter, write_reports
 from diffvp.inference.engines import EngineError, TransformersEngine, merged_engine
@@ -310,7 +311,7 @@ def test_internal_error_ends_the_run(cohort, writer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(batch, "written_report", fail)
+    monkeypatch.setattr(batch, "checked_report", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         write(cohort, tmp_path / "reports.jsonl", writer)
 
@@ -343,6 +344,24 @@ def test_reference_is_a_scan_a_folder_or_the_nearest(cohort, checkpoint, writer,
             assert nearest[scan.id] == min(normal, key=lambda name: float(torch.dist(normal[name], own)))
     with pytest.raises(BatchError, match="references"):
         write_reports(scans, tmp_path / "0.jsonl", writer, batch_size=8, workers=1)
+
+
+def test_pool_of_normal_scans_is_a_list_of_references(cohort, checkpoint, tmp_path):
+    rows = ["path,report,id,normal"]
+    for seed in (7, 8, 9):
+        write_box(tmp_path / "own" / f"scan_{seed}.nii.gz", seed)
+        rows.append(f"scan_{seed}.nii.gz,Clear.,case_{seed},{int(seed < 9)}")
+    (tmp_path / "own" / "metadata.csv").write_text("\n".join(rows) + "\n")
+    pool = tmp_path / "lists" / "pool.txt"
+    commands = [
+        ["pool", "build", tmp_path / "own", "--layout", "table", "--output", pool],
+        ["batch", cohort, "--reference", pool, "--checkpoint", checkpoint, "--output", tmp_path / "reports.jsonl"],
+    ]
+    for words in commands:
+        result = CliRunner().invoke(cli.app, [str(word) for word in words])
+        assert result.exit_code in (0, 1), result.output  # 1: two of the scans are broken
+    references = [record["reference"] for record in read_lines(tmp_path / "reports.jsonl")[1:]]
+    assert len(references) == SCANS and set(references) <= {"case_7", "case_8"}
 
 
 def test_scan_that_is_its_only_reference_fails_alone(cohort, checkpoint, tmp_path):
@@ -408,7 +427,7 @@ def test_report_fields_are_documented(repository_root):
     page = (repository_root / "docs" / "reports.md").read_text(encoding="utf-8")
     table = page.split("## Fields of every report (schema version 1)")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SHARED)
-    assert document.SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 1
 
 
 def test_reports_of_rounded_weights_state_the_type(checkpoint, cohort, tmp_path):

@@ -217,8 +217,9 @@ assert not [name for name in sys.modules if name.split(".")[0] == "diffvp"]
 
 def test_shipped_code_passes_the_import_check(checkpoint):
     shipped = sorted(path.name for path in checkpoint.glob("*.py"))
-    parts = ("adapter", "bases", "checkpoint", "configuration", "drafts", "encoders", "generation", "gguf")
-    parts += ("labels", "modeling", "modules", "outputs", "pipeline", "report", "storage", "threads")
+    parts = ("adapter", "anatomy", "bases", "checkpoint", "configuration", "document", "drafts", "encoders")
+    parts += ("generation", "gguf", "labels", "modeling", "modules", "outputs", "pipeline", "report", "storage")
+    parts += ("threads", "volume")
     assert shipped == [f"{part}_diffvp.py" for part in parts]
     for name in shipped:
         check_imports(checkpoint / name)

@@ -5,6 +5,7 @@
 import csv
 import json
 import logging
+import os
 import pickle
 import re
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ import typer
 from typer.testing import CliRunner
 
 from diffvp import cli
+from diffvp.cli.console import quiet
+from diffvp.cli.training import log_to_stderr
 from diffvp.inference import report as reporting
 
 from .ct_samples import make_ct, write_dicom
@@ -65,19 +68,11 @@ def scan(tmp_path):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """`run(*arguments)` in an empty folder, on a terminal too narrow for the paths, which must not be wrapped."""
-    from transformers.utils import logging as transformers_logging
-
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("TQDM_DISABLE", "")  # commands set it, and the verbosity, for the whole process
-    verbosity = transformers_logging.get_verbosity()
-    level = logging.getLogger("diffvp").level
     runner = CliRunner()
-    yield lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    logging.getLogger("diffvp").setLevel(level)
+    return lambda *arguments: runner.invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -314,3 +309,18 @@ def test_train_reads_the_configuration(run, repository_root, tmp_path, monkeypat
     (tmp_path / "broken.yaml").write_text("seed: [")
     assert_one_line_error(run("train", tmp_path / "broken.yaml"), "broken.yaml")
     assert len(ran) == 1
+
+
+def test_settings_of_a_command_end_with_the_test(settings_restored):
+    from transformers.utils import logging as transformers_logging
+
+    def settings():
+        shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+        return dict(os.environ), logging.getLogger("diffvp").level, *shown
+
+    before = settings()
+    with settings_restored():
+        quiet()
+        log_to_stderr()
+        assert all(one != other for one, other in zip(before, settings(), strict=True))
+    assert settings() == before

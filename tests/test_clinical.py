@@ -296,10 +296,10 @@ def test_regions_have_their_anatomical_site_code(coded):
 
 def test_codes_match_the_dicom_dictionary():
     """Compare the codes of DICOM's context groups with pydicom's dictionary. No test can look up the others."""
-    from pydicom.sr._concepts_dict import concepts
+    from pydicom.sr.codedict import CONCEPTS
 
     known = {}
-    for scheme, names in concepts.items():
+    for scheme, names in CONCEPTS.items():
         for entries in names.values():
             for value, (meaning, *_) in entries.items():
                 if not meaning.endswith("(body structure)"):  # full SNOMED names, which DICOM does not use
@@ -653,3 +653,13 @@ def test_batch_writes_fhir_for_non_dicom_scans(tmp_path, checkpoint):
     [record] = read_lines(tmp_path / "reports.jsonl")[1:]
     DiagnosticReport.model_validate(record["fhir"])
     assert "dicom" not in record and "imagingStudy" not in record["fhir"]
+
+
+@pytest.mark.parametrize("choice, sampled", [([], True), (["--reference", "nearest"], False)])
+def test_batch_states_a_seed_only_for_sampled_references(tmp_path, checkpoint, choice, sampled):
+    write_scan(tmp_path / "scan.nii.gz", seed=3)
+    output = tmp_path / "reports.jsonl"
+    run("batch", tmp_path, "--checkpoint", checkpoint, "--output", output, "--fhir", *choice)
+    [record] = read_lines(output)[1:]
+    page = base64.b64decode(record["fhir"]["presentedForm"][0]["data"]).decode()
+    assert ("seed 0" in page) is sampled and record["reference"] in page

@@ -34,31 +34,16 @@ from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
 from diffvp.data.radgenome import load_radgenome
+from diffvp.data.scans import list_scans
 from diffvp.data.table import hub_cases, load_hub, load_table
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.nifti_diffvp import CTMetadata
 from diffvp.reading_diffvp import read_ct
 
 from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
+from .dataset_samples import TRAIN, label_row, touch, write_csv, write_ct_rate, write_ctrg, write_radgenome
 
 SECRET = "Metastasis in the left upper lobe of Mrs Example"  # must not appear in any message
-METADATA = {
-    "RescaleSlope": "1.0",
-    "RescaleIntercept": "-8192.0",
-    "XYSpacing": "[1.5, 1.25]",
-    "ZSpacing": "2.5",
-    "ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]",
-    "PatientPosition": "HFS",
-}
-
-
-def write_csv(path: Path, rows: list[dict], columns=None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns or list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
@@ -67,22 +52,11 @@ def replace_in(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def touch(path: Path) -> Path:
-    """Create an empty file; the loaders only check that it exists."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
-
-
 def write_nifti(path: Path, array=None, spacing=SPACING, affine=None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     array = make_ct() if array is None else array
     nib.save(nib.Nifti1Image(array, lps_affine(spacing) if affine is None else affine), path)
     return path
-
-
-def label_row(name: str, *findings: str) -> dict:
-    return {"VolumeName": name + ".nii.gz"} | {label: int(label in findings) for label in DIAGNOSIS_LABELS}
 
 
 def make_case(name: str, **fields) -> Case:
@@ -180,40 +154,6 @@ def test_malformed_csv_is_refused_and_excel_csv_read(tmp_path):
 
 
 # CT-RATE -------------------------------------------------------------------------------------------------------------
-
-TRAIN = ["train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1"]
-
-
-def write_ct_rate(root: Path, split="train", names=TRAIN, folder="train_fixed", long="train") -> Path:
-    """Write version 2 with the tables as on the Hub: one scan has two reconstructions, the last volume is a brain."""
-    dataset = root / "dataset"
-    for name in names:
-        scan = name.rsplit("_", 1)[0]
-        touch(dataset / folder / scan.rsplit("_", 1)[0] / scan / f"{name}.nii.gz")
-    write_csv(
-        dataset / f"multi_abnormality_labels/{split}_predicted_labels.csv",
-        [label_row(name, *(["Emphysema"] if "_b_" in name else [])) for name in names],
-    )
-    write_csv(
-        dataset / f"radiology_text_reports/{long}_reports.csv",
-        [
-            {
-                "VolumeName": f"{name}.nii.gz",
-                "ClinicalInformation_EN": "Not given.",
-                "Technique_EN": "",
-                "Findings_EN": f"Report of {name[:-2]}.",
-                "Impressions_EN": "",
-            }
-            for name in names
-        ],
-    )
-    (dataset / "metadata").mkdir(exist_ok=True)
-    (dataset / f"metadata/no_chest_{split}.txt").write_text(f"dataset/train/train_2/train_2_a/{names[-1]}.nii.gz\n")
-    write_csv(
-        dataset / f"metadata/{long}_metadata.csv",
-        [{"VolumeName": f"{name}.nii.gz", "Manufacturer": "Philips", **METADATA} for name in names],
-    )
-    return root
 
 
 def test_ct_rate_version_2_is_loaded(tmp_path):
@@ -345,29 +285,6 @@ def test_old_report_tables_with_accession_column_are_read(tmp_path):
 # RadGenome-ChestCT ---------------------------------------------------------------------------------------------------
 
 
-def write_radgenome(root: Path, split="train") -> Path:
-    dataset, long = root / "dataset", {"train": "train", "valid": "validation"}[split]
-    rows, disorders = [], []
-    for name, findings in ((f"{split}_1_a_1", "Emphysema"), (f"{split}_2_b_1", "no findings")):
-        scan = name.rsplit("_", 1)[0]
-        patient, letter = scan.rsplit("_", 1)
-        touch(dataset / f"{split}_preprocessed" / patient / f"{patient}{letter}" / f"{name}.nii.gz")
-        anatomies = {
-            "": f"Whole report of {name}.",
-            "lung": "Emphysema in the right lung.",
-            "lung/lung/right lung": "Emphysema in the right lung.",
-            "lung/lung/left lung": "Clear left lung.",
-            "trachea and bronchie/trachea": "Open.",
-            "others": "No more.",
-            "heart": "",
-        }
-        rows += [{"Volumename": f"{name}.nii.gz", "Anatomy": a, "Sentence": s} for a, s in anatomies.items()]
-        disorders.append({"Volumename": f"{name}.nii.gz", "Disorders": findings})
-    write_csv(dataset / f"radgenome_files/{long}_region_report.csv", rows)
-    write_csv(dataset / f"radgenome_files/{long}_case_disorders.csv", disorders)
-    return root
-
-
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_radgenome_is_loaded(tmp_path, split):
     first, second = load_radgenome(write_radgenome(tmp_path, split), split)
@@ -488,15 +405,6 @@ def test_phantom_reader_names_each_problem(cohort, tmp_path):
 
 
 # CTRG ----------------------------------------------------------------------------------------------------------------
-
-
-def write_ctrg(root: Path, content: dict) -> Path:
-    (root / "annotation.json").write_text(json.dumps(content), encoding="utf-8")
-    for items in content.values():
-        for item in items:
-            if "id" in item:
-                touch(root / f"CTRG-Chest-548K_volume/{item['id']}.nii.gz")
-    return root
 
 
 def test_ctrg_is_loaded(tmp_path):
@@ -839,7 +747,8 @@ def test_pool_command_writes_the_pool(cohort, tmp_path):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     expected = normal_pool(load_phantom(cohort, "train"))
-    assert output.read_text().split() == [case.name for case in expected]
+    # Each line has the path for `diffvp batch --reference`, too.
+    assert [(scan.id, scan.path) for scan in list_scans(output)] == [(case.name, case.volume) for case in expected]
     assert f"{len(expected)} normal references by all 18 labels 0" in result.stdout
     assert load_pool(output, load_phantom(cohort, "train")) and read_ids(output) == [case.name for case in expected]
     result = run(*arguments, "--json")
@@ -857,7 +766,9 @@ def test_pool_command_without_labels_requires_ids(own):
     (own / "ids.txt").write_text("c\nscans/a\n")
     result = run(*arguments, "--ids", own / "ids.txt")
     assert result.exit_code == 0, result.output
-    assert (own / "pool.txt").read_text() == "c\nscans/a\n"
+    assert (own / "pool.txt").read_text() == "c\tc.mha\nscans/a\tscans/a.nii.gz\n"
+    assert run(*arguments[:-1], own / "lists/pool.txt", "--ids", own / "pool.txt").exit_code == 0
+    assert (own / "lists/pool.txt").read_text() == f"c\t{own}/c.mha\nscans/a\t{own}/scans/a.nii.gz\n"
     assert run(*arguments, "--ids", own / "none.txt").exit_code == 2
 
 
@@ -871,6 +782,6 @@ def test_pool_command_lists_problems(tmp_path):
     assert result.exit_code == 2 and "2 problems in the dataset:\n- train_reports.csv, row 4" in result.stderr
     (tmp_path / "exclude.txt").write_text("train_1_a_2\ntrain_1_b_1\n")
     assert run(*arguments, "--exclude", tmp_path / "exclude.txt").exit_code == 0
-    assert (tmp_path / "pool.txt").read_text() == "train_1_a_1\n"
+    assert read_ids(tmp_path / "pool.txt") == ["train_1_a_1"]
     result = run(tmp_path, "--layout", "nifti", "--output", tmp_path / "pool.txt")
     assert result.exit_code == 2 and "'nifti'" in result.stderr

@@ -59,14 +59,12 @@ def temporary(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Remove the waiting time between retries."""
-    made = dicomweb._client
 
-    def client(*arguments):
-        result = made(*arguments)
-        result.set_http_retry_params(max_attempts=2, wait_exponential_multiplier=1)
-        return result
+    class Client(dicomweb.DICOMwebClient):
+        def set_http_retry_params(self, retry=True, **_):
+            super().set_http_retry_params(retry, max_attempts=2, wait_exponential_multiplier=1)
 
-    monkeypatch.setattr(dicomweb, "_client", client)
+    monkeypatch.setattr(dicomweb, "DICOMwebClient", Client)
 
 
 def study_of(path: Path) -> str:

@@ -12,6 +12,7 @@ import yaml
 from scipy import ndimage
 from typer.testing import CliRunner
 
+from diffvp import progress
 from diffvp.cli import app
 from diffvp.data.phantom import Finding, earlier_scan, render_patient, sample_patient, without_findings
 from diffvp.experiments import doses
@@ -161,6 +162,24 @@ def test_interrupted_comparison_resumes_with_the_same_result(comparer, monkeypat
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert all(torch.equal(first[0][key], fresh[0][key]) for key in first[0])
+
+
+def test_progress_is_shown_without_a_terminal(comparer, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    doses.compare_all(comparer.doses, comparer.doses.patients("valid", 1), 1, comparer)
+    assert capsys.readouterr().err.splitlines() == ["Patients: 0 of 1", "Patients: 1 of 1"]
+
+
+@pytest.mark.parametrize("change", [{"pool": 1}, {"test_case": 5}])
+def test_wrong_setting_is_named(tmp_path, repository_root, change):
+    table = yaml.safe_load((repository_root / "experiments/dose_response.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(table | {"settings": SETTINGS | change}))
+    study = repository_root / "configs/study_reference.yaml"
+    result = CliRunner().invoke(app, ["experiment", str(path), f"--study={study}", f"--output={tmp_path}"])
+    expected = {"pool": "settings: pool: 1 (expected greater than or equal to 2)",
+                "test_case": "settings: test_case: unknown (expected test_cases)"}  # fmt: skip
+    assert result.exit_code == 2 and f"SettingsError: {expected[next(iter(change))]}" in result.stderr
 
 
 # Probes

@@ -13,7 +13,6 @@ from transformers.generation.streamers import BaseStreamer
 from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.data.load import load_dataset_cases
 from diffvp.drafts_diffvp import CONTEXT, START, ReportDrafts, decode
-from diffvp.hub.drafts import phantom_drafts
 from diffvp.inference.engines import TransformersEngine
 from diffvp.inference.report import greedy
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
@@ -21,6 +20,7 @@ from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
 from diffvp.tests.base_families import FAMILIES, TINY_FIELDS, write_base
 from diffvp.training.config import read_settings
+from diffvp.training.phantom_drafts import phantom_drafts
 from diffvp.training.report_stage import make_drafts
 
 TOKENS = 40
@@ -151,6 +151,22 @@ def test_streamer_receives_the_same_tokens(make_model, scans, tokenizer, capsys)
     assert heard[0] == heard[1] and heard[0][1] and len(heard[0][0]) == 21  # 20 tokens after the empty prompt
     model.generate(*one, max_new_tokens=20, streamer=TextStreamer(tokenizer))
     assert tokenizer.decode(plain[0], skip_special_tokens=False)[:4] in capsys.readouterr().out
+
+
+def test_each_prompt_of_a_batch_can_be_followed_with_drafts(make_model, prompts):
+    """A client of the server follows its report; the other reports of the batch keep their drafts."""
+    model = make_model(lora=True)
+    decoding = greedy(model, TOKENS)
+    plain = without(model, prompts, decoding)
+    model.drafts = drafts_of(plain, errors=0.2)
+    counted, steps = Counted(model.language_model), []
+    for drafts in (model.drafts, None):
+        model.drafts, heard = drafts, [[] for _ in prompts]
+        engine = TransformersEngine(model)
+        assert engine.generate(prompts, decoding, lambda index, token: heard[index].append(token)) == plain  # noqa: B023
+        assert [row[: len(tokens)] for row, tokens in zip(heard, plain, strict=True)] == plain
+        steps.append(counted.taken())
+    assert steps[0] < steps[1] / 2
 
 
 def test_drafts_are_saved_and_loaded_with_the_checkpoint(make_model, scans, tmp_path):

@@ -4,6 +4,7 @@
 
 import json
 import math
+import signal
 
 import nibabel as nib
 import numpy as np
@@ -41,7 +42,7 @@ from diffvp.report_diffvp import describe_findings
 from diffvp.train_accelerate import run
 from diffvp.training.config import CropSection, SettingsError, TrainingConfig
 from diffvp.training.diagnosis_stage import Crops, DiagnosisObjective, Truth, calibrate
-from diffvp.training.loop import Interrupted, StageTrainer
+from diffvp.training.loop import Interrupted, Log
 
 FINE = {
     "image_size": [32, 48, 32],
@@ -122,7 +123,7 @@ def test_config_survives_saving_and_loading(tmp_path):
 @pytest.mark.parametrize("coordinates", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_are_the_windowed_voxels_and_the_coordinates(pyramid, coordinates, dtype):
-    """The reference computes each channel in NumPy, from the definition."""
+    """Compare with each channel computed in NumPy, from the definition."""
     fields = {"encoder_pyramid_channels": pyramid, "encoder_coordinates": coordinates}
     encoder = DiffVPVisionEncoder(config(**fields, finding_regions=None, finding_attributes=None)).to(dtype)
     torch.manual_seed(0)
@@ -140,7 +141,7 @@ def test_channels_are_the_windowed_voxels_and_the_coordinates(pyramid, coordinat
             shape = [1, 1, 1, 1]
             shape[1 + axis] = -1
             expected.append(np.broadcast_to(centres.reshape(shape), expected[0].shape))
-    found = encoder._channels(ct, None)
+    found = encoder.channels(ct)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last_3d)
     assert found.shape[1] == len(expected)
     error = np.abs(found.float().numpy() - np.stack(expected, axis=1)).max()
@@ -149,10 +150,10 @@ def test_channels_are_the_windowed_voxels_and_the_coordinates(pyramid, coordinat
 
 def test_crop_gives_the_channels_of_its_position_in_the_scan():
     encoder, ct = DiffVPVisionEncoder(config()), torch.rand(2, 1, 32, 48, 32) * 2 - 1
-    whole = encoder._channels(ct, None)
+    whole = encoder.channels(ct)
     start = torch.tensor([[0, 16, 8], [16, 0, 0]])
     crops = torch.stack([ct[0, :, 0:16, 16:48, 8:24], ct[1, :, 16:32, 0:32, 0:16]])
-    seen = encoder._channels(crops, start)
+    seen = encoder.channels(crops, start)
     torch.testing.assert_close(seen[0], whole[0, :, 0:8, 8:24, 4:12])
     torch.testing.assert_close(seen[1], whole[1, :, 8:16, 0:16, 0:8])
     depth, height, width = whole[0, -3:]
@@ -581,14 +582,15 @@ def test_interrupted_run_on_crops_resumes_to_the_same_weights(crop_settings, tmp
     settings, overrides = crop_settings
     overrides = [*overrides, "diagnosis.epochs=2", "save_every_steps=1"]
     run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'straight'}"]))
-    asked = StageTrainer._end_if_asked
+    note = Log.__call__
 
-    def end(self, signals, saved):
-        signals.received = 15 if self.position.step == 3 else 0
-        asked(self, signals, saved)
+    def interrupt(self, *, step, **values):
+        note(self, step=step, **values)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(StageTrainer, "_end_if_asked", end)
+        patch.setattr(Log, "__call__", interrupt)
         run(TrainingConfig.load(settings, overrides))
     run(TrainingConfig.load(settings, overrides))
     one, other = (

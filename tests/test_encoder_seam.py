@@ -130,7 +130,7 @@ def test_encoder_of_a_checkpoint_can_be_reused(make_model, tmp_path):
     trained = make_model(**fields)
     trained.save_pretrained(tmp_path / "trained")
     header = convert_encoder(tmp_path / "trained", tmp_path / "encoder.safetensors")
-    assert header["source"] == "trained"
+    assert header["source"] == "trained" and header["intended_domain"] == ""
     other = model_of(**fields, encoder_block_channels=CHANNELS, encoder_max_pool=False, encoder_shortcut_type="B")
     ct = torch.rand(1, 1, 32, 32, 32)
     assert not torch.equal(other.extract_features(ct), trained.extract_features(ct))

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DiffVPConfig
+from diffvp.data.cache import VolumeCache
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import is_normal
@@ -40,10 +42,12 @@ from diffvp.experiments.runner import load_table, planned_runs, run_experiment
 from diffvp.experiments.runs import HeldOut, Run, RunError, batches, cases_sha256, changed_prompt, make_reports
 from diffvp.experiments.study import Condition, StudyConfig, Variant, load_variants, table_names
 from diffvp.experiments.system_scores import PhantomReader, compare_rows, row_summary, score_labels, score_system
+from diffvp.inference.report import load_checkpoint
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.metrics.collapse import collapse_panel
 from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference
+from diffvp.references_diffvp import ReferencePool
 
 TABLE = {
     "title": "A table",
@@ -109,12 +113,20 @@ def test_missing_scoring_resources_are_reported_before_training(study, table, la
         def missing(*_):
             raise LexiconError("METEOR needs it.")
 
-        monkeypatch.setattr(meteor, "_wordnet" if lacking == "WordNet" else "_punkt", missing)
-        monkeypatch.setattr(meteor, "_punkt" if lacking == "WordNet" else "_wordnet", lambda: None)
+        monkeypatch.setattr(meteor, "wordnet" if lacking == "WordNet" else "punkt", missing)
+        monkeypatch.setattr(meteor, "punkt" if lacking == "WordNet" else "wordnet", lambda: None)
     monkeypatch.setattr(Run, "train", lambda self: pytest.fail("training started"))
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert ("RadBertError" if lacking == "RadBERT" else "LexiconError") in result.stderr
+
+
+def test_unwritable_output_is_reported_before_training(study, table, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("training started"))
+    command = ["experiment", table, "--study", str(study), "--runs", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "file/results")])
+    assert result.exit_code == 2 and "output: below the file file (expected a file" in result.stderr
 
 
 @pytest.fixture
@@ -151,9 +163,14 @@ def test_variant_changes_only_its_named_settings(repository_root):
         ({"rows": [{"name": "a", "variant": "nosuch"}], "compare": []}, "no such variant: nosuch"),
         ({"compare": [["DiffVP", "nobody"]]}, "compare names"),
         ({"rows": TABLE["rows"] + TABLE["rows"][:1]}, "rows: .*distinct names"),
-        ({"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []}, "condition.pool"),
+        (
+            {"rows": [{"name": "a", "variant": "diffvp", "condition": {"pool": 3}}], "compare": []},
+            r"wrong.yaml: rows.0: condition.pool: unknown \(expected pool_size\)",
+        ),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
-        ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, maps"),
+        ({"titel": "A table"}, r"wrong.yaml: titel: unknown \(expected title\)"),
+        ({"seeds": "many"}, r"wrong.yaml: seeds: 'many' \(expected a valid list\)"),
+        ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, information"),
         ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
     ],
 )
@@ -214,6 +231,9 @@ def test_references_are_drawn_by_name_and_never_the_case_itself(cases):
         case: [r.name for r in of] for case, of in chosen.items()
     }
     assert len({of[0].name for of in chosen.values()}) > 3
+    for case, of in chosen.items():  # by digests, as in all stored results
+        ranked = sorted(set(pool) - {case}, key=lambda name, case=case: sha256(f"5:{case}:{name}".encode()).digest())
+        assert [reference.name for reference in of] == ranked[:3]
     nearest = choose_references(
         cases, pool, Condition(choice="nearest"), 5, lambda case, other: abs(case.row - other.row)
     )
@@ -308,7 +328,7 @@ def test_evaluation_page_gives_an_interval_for_each_score(cases):
     assert [labels[label]["f1"] for label in DIAGNOSIS_LABELS] == pytest.approx(expected)
     for label in labels.values():
         assert label["f1_interval"][0] <= label["f1"] <= label["f1_interval"][1]
-    page = evaluate._page(
+    page = evaluate.markdown_page(
         {
             "checkpoint": {"name": "x", "sha256": {"model.safetensors": "0" * 64}},
             "dataset": {"name": "scans", "split": "test", "phantoms": False},
@@ -327,6 +347,23 @@ def test_evaluation_page_gives_an_interval_for_each_score(cases):
     assert "| distinct reports / n |" in page and "classifier that prompted it: 0.750 (" in page
     [row] = [line for line in page.splitlines() if line.startswith("| DiffVP |")]
     assert row.count("–") == 5 and "| no text | no text |" in page and "`signature`" in page
+
+
+def test_scans_are_encoded_once_for_reports_and_nearest_training_report(made, cases, tmp_path, monkeypatch):
+    model, processor = load_checkpoint(made[1] / "small/diffvp/seed-1/model")
+    model.merge_adapter()
+    model.generation_config.max_new_tokens = 12
+    tested, normal = cases[:3], [case for case in cases if is_normal(case)]
+    expected = evaluate.pooled_features(model, VolumeCache(tmp_path, processor.image_processor), tested, "test")
+    processor.reference_pool = ReferencePool.of_paths({case.name: case.volume for case in normal})
+    encoded, extract = [], type(model).extract_features
+    monkeypatch.setattr(type(model), "extract_features", lambda self, ct: encoded.append(len(ct)) or extract(self, ct))
+    outputs = evaluate.generate_reports(model, processor, tested)
+    assert encoded == [3, 3], "scans and references"
+    np.testing.assert_allclose(outputs.pooled, expected, atol=0.01)  # from volumes in half precision
+    assert outputs.probabilities.shape == (3, 18)
+    # References of a dataset, which its tables describe, are chosen as the processor chooses them.
+    assert evaluate.generate_reports(model, processor, tested, pool=normal).reports == outputs.reports
 
 
 def test_stability_counts_changes_with_the_reference():
@@ -404,6 +441,13 @@ def test_page_lists_models_above_the_nearest_report_baseline(made, tmp_path, lea
             row["scores"]["f1"]["mean"] = least
     (tmp_path / "mine.json").write_text(json.dumps(document))
     assert f"gives a micro-F1 of {least:.3f}. Rows of `mine` {words}" in write_page(tmp_path).read_text()
+
+
+def test_new_score_has_its_own_name_on_the_page(made):
+    document = json.loads(made[2].read_text().replace('"bleu_4"', '"new_score"'))
+    page = score_table.lines(document)
+    assert page[0].split(" | ")[2:4] == ["new_score", "ROUGE-L"]
+    assert any(line.startswith("| difference | new_score |") for line in page)
 
 
 def results(path: Path) -> dict:

@@ -13,8 +13,7 @@ import sys
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub._eval_results import parse_eval_result_entries
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.hub.card import EVALUATION, measured_values
@@ -112,9 +111,11 @@ def test_benchmark_scores_are_pushed_and_existing_ones_kept(hub, pushable, phant
     assert len({entry.task_id for entry in entries}) == len(entries) == 5
 
 
-def test_card_states_paper_version_and_changes(pushable):
+def test_card_states_paper_version_and_changes(pushable, repository_root):
     text = (pushable / "README.md").read_text()
     ModelCard(text)
+    [citation] = re.findall(r"```bibtex.*?```", (repository_root / "README.md").read_text(), re.DOTALL)
+    assert citation in text and citation in (repository_root / "checkpoints/diffvp-phantom/README.md").read_text()
     assert "https://arxiv.org/abs/2603.17718" in text and "## Changes" in text and "- **0.1.0**:" in text
     assert "| Written by | version" in text
 

@@ -17,7 +17,7 @@ EPSILON = 2.0**-8  # relative rounding error of bfloat16
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 40])
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_multiplies_with_the_rounded_weights(rows, bias):
-    """The reference multiplies the dequantised weights in float64. The kernel rounds input and output to bfloat16."""
+    """Compare with the dequantised weights multiplied in float64. The kernel rounds input and output to bfloat16."""
     torch.manual_seed(0)
     linear = nn.Linear(96, 80, bias=bias)
     layer, hidden = Int8Linear(linear), torch.randn(2, rows, 96)

@@ -50,12 +50,6 @@ TRUTH = "Heart: Normal. Lung: A nodule measuring 8 mm is observed in the right u
 LONG, SHORT = "A nodule of 8 mm in the right upper lobe and no effusion.", "Normal lungs."
 
 
-@pytest.fixture(autouse=True)
-def quick_backoff(monkeypatch):
-    """Shorten the retry delay of openai, which starts at half a second and doubles."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-
-
 @pytest.fixture
 def ask(tmp_path):
     """Function that judges with a server of given replies; both stay open until the test ends."""
@@ -568,10 +562,17 @@ def run(*arguments):
 def test_rules_judge_needs_no_server_and_no_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setitem(sys.modules, "json_repair", None)
-    result = run(*write_tables(tmp_path, 10), "--judge", "rules", "--calibration", 20)
+    result = run(*write_tables(tmp_path, 10), "--judge", "rules", "--calibration", 20, "--markdown")
     assert result.exit_code == 0, result.output
     assert "|rules|" in result.stdout and "win rate" in result.stdout
     assert result.stdout.index("agrees with the known winner") < result.stdout.index("win rate")
+
+
+def test_pages_are_terminal_tables_or_markdown(tmp_path):
+    command = [*write_tables(tmp_path, 4), "--judge", "rules", "--calibration", 2]
+    shown, page = (run(*command, *more).stdout for more in ([], ["--markdown"]))
+    assert "┃" in shown and not [line for line in shown.splitlines() if line.startswith("|")]
+    assert page.count("\n| --- ") == 2 and "┃" not in page
 
 
 def test_missing_extra_error_is_one_line(tmp_path, monkeypatch):

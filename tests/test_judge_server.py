@@ -70,7 +70,17 @@ def url(model_folder, tmp_path_factory):
 def test_killed_run_with_a_real_model_resumes_without_asking_twice(url, model_folder, tmp_path, capsys):
     tables, kept = write_tables(tmp_path, PAIRS), tmp_path / "kept.jsonl"
     line = command(*tables, "--base-url", url, "--model", model_folder, "--answers", kept)
-    line += ["--calibration", str(PHANTOMS), "--max-tokens", "256", "--timeout", "1800", "--workers", "1"]
+    line += [
+        "--calibration",
+        str(PHANTOMS),
+        "--max-tokens",
+        "256",
+        "--timeout",
+        "1800",
+        "--workers",
+        "1",
+        "--markdown",
+    ]
     killed = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (kept.exists() and kept.read_bytes().count(b"\n") >= 50):  # past the calibration
         assert killed.poll() is None

@@ -10,7 +10,7 @@ import pytest
 
 from diffvp.data.cases import DatasetError
 from diffvp.data.lesions import read_patients, true_place
-from diffvp.data.phantom import FINDING_NETWORK, Finding, _attributes, sample_patient
+from diffvp.data.phantom import FINDING_NETWORK, Finding, sample_attributes, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
 from diffvp.experiments.lesion_scores import score_findings, size_bin
 
@@ -149,7 +149,7 @@ def test_true_phantom_reports_are_right_in_every_detail():
 def test_every_phantom_size_has_a_bin():
     for label in FINDING_NETWORK:
         for seed in range(200):
-            finding = Finding(label, _attributes(label, np.random.default_rng(seed)))
+            finding = Finding(label, sample_attributes(label, np.random.default_rng(seed)))
             lengths = [value for key, value in finding.attributes.items() if key.endswith("_mm")]
             name = size_bin(finding)
             if lengths:

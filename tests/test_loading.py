@@ -3,7 +3,6 @@
 """Loading with the usual arguments of transformers, loading of parts of a checkpoint, and its configuration."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -78,9 +77,8 @@ def test_unsupported_loading_arguments_are_refused_by_name(checkpoint, option):
         load(checkpoint, **option)
 
 
-def test_supported_loading_arguments_take_effect(checkpoint, scans, tmp_path, caplog):
+def test_supported_loading_arguments_take_effect(checkpoint, scans, tmp_path):
     expected = load(checkpoint)(*scans).logits
-    logging.getLogger("transformers").propagate = True
     assert {p.dtype for p in load(checkpoint, torch_dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert load(checkpoint, torch_dtype="bfloat16", dtype="float32").dtype == torch.float32
     assert load(checkpoint, attn_implementation="eager").language_model.config._attn_implementation == "eager"

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from diffvp.labels_diffvp import REGIONS
 from diffvp.metrics.nlg import (
@@ -195,7 +196,7 @@ def _nltk_data(root):
 
 def test_wordnet_punkt_and_meteor_agree_with_nltk(meteor_data, tmp_path, monkeypatch):
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
-    from nltk.tokenize import _get_punkt_tokenizer, word_tokenize
+    from nltk.tokenize import word_tokenize
     from nltk.translate.meteor_score import single_meteor_score
 
     class Reader(WordNetCorpusReader):
@@ -205,7 +206,6 @@ def test_wordnet_punkt_and_meteor_agree_with_nltk(meteor_data, tmp_path, monkeyp
     monkeypatch.setattr(nltk.data, "path", [str(_nltk_data(tmp_path / "nltk_data"))])
     monkeypatch.setattr(lexicon, "DEBIAN_WORDNET", tmp_path / "none")
     monkeypatch.setattr(lexicon, "find_spec", lambda name: None)
-    _get_punkt_tokenizer.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no other languages
         reader = Reader(str(tmp_path / "nltk_data" / "corpora" / "wordnet"), None)
@@ -390,7 +390,7 @@ def test_identical_text_scores_1_if_it_is_long_enough(text):
     # The smoothing adds 1 to both sides of a fraction that is 1, so BLEU is exactly 1 even below 4 tokens.
     assert [paper[f"bleu_{order}"] for order in range(1, 5)] == [1.0] * 4
     # ROUGE sees only a-z and 0-9, and ROUGE-2 needs two such words.
-    words = RougeScorer([])._tokenizer.tokenize(text)
+    words = DefaultTokenizer().tokenize(text)
     assert paper["rouge_1"] == paper["rouge_l"] == (1.0 if words else 0.0)
     assert paper["rouge_2"] == (1.0 if len(words) > 1 else 0.0)
     # COCO's constants lower the score slightly, and to almost 0 if the text has no n-gram of an order.

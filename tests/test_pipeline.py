@@ -106,6 +106,24 @@ def test_result_for_one_scan_matches_processor_and_model(pipe, parts, scans, tmp
     assert found["statement"] == reporting.RESEARCH_USE and found["intended_domain"] == "boxes of noise"
 
 
+def test_result_has_the_form_of_a_written_report(pipe, checkpoint, scans, tmp_path):
+    """report.json and the pipeline share their fields; the code in a checkpoint does not compute the consistency."""
+    document = reporting.write_report(*reporting.load_checkpoint(checkpoint), scans[0], tmp_path / "report").document
+    found = pipe(scans[0])
+    own = {"reference", "difference_map", "geometry"}
+    assert found.keys() - own == document.keys() - {"provenance"}
+    assert found.pop("consistency") is None and document["coverage"]["lung_volume_ml"] > 0
+    same = [name for name in found if name not in own]
+    assert {name: found[name] for name in same} == {name: document[name] for name in same}
+
+
+def test_warnings_travel_with_the_report(pipe, scans):
+    cut = pipe(scans[0], max_new_tokens=2)
+    assert not cut["complete"] and "The report is cut off after 2 tokens." in cut["warnings"]
+    batch = pipe(list(scans), batch_size=2)
+    assert [one["warnings"] for one in batch] == [pipe(scan)["warnings"] for scan in scans]
+
+
 def test_batch_results_equal_single_results(pipe, scans):
     single = [pipe(scan) for scan in scans]
     assert not torch.allclose(single[0]["difference_map"], single[1]["difference_map"]), (

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from diffvp.data.phantom import LOBES
-from diffvp.data.phantom_report import _wordings
+from diffvp.data.phantom_report import wordings
 from diffvp.metrics.places import named_lobes, named_sides
 
 SUBSETS = [list(some) for count in range(1, 6) for some in combinations(LOBES, count)]
@@ -30,14 +30,14 @@ SUBSETS = [list(some) for count in range(1, 6) for some in combinations(LOBES, c
         ("in both lungs", set()),
     ],
 )
-def test_lobes_are_read_in_usual_wordings(sentence, lobes):
+def test_lobes_are_read_in_usualwordings(sentence, lobes):
     assert named_lobes(sentence) == lobes
 
 
 @pytest.mark.parametrize("label", ["Atelectasis", "Lung opacity", "Bronchiectasis"])
 def test_lobes_of_every_phantom_wording_are_read(label):
     for lobes in SUBSETS:
-        for sentence in _wordings(label, {"lobes": lobes, "kind": "linear", "severity": "mild"}):
+        for sentence in wordings(label, {"lobes": lobes, "kind": "linear", "severity": "mild"}):
             assert named_lobes(sentence.lower()) == set(lobes), sentence
 
 
@@ -45,7 +45,7 @@ def test_lobes_of_every_phantom_wording_are_read(label):
 def test_lobe_of_every_phantom_wording_is_read(label):
     for lobe in LOBES:
         for count in (1, 2, 4, 6):
-            for sentence in _wordings(label, {"lobe": lobe, "count": count, "size_mm": 30}):
+            for sentence in wordings(label, {"lobe": lobe, "count": count, "size_mm": 30}):
                 assert named_lobes(sentence.lower()) == {lobe}, sentence
 
 
@@ -55,7 +55,7 @@ def test_lobe_of_every_phantom_wording_is_read(label):
 def test_sides_of_every_phantom_wording_are_read(label):
     for zone in ("apex", "base"):
         for side, sides in {"right": {"right"}, "left": {"left"}, "both": {"right", "left"}}.items():
-            for sentence in _wordings(label, {"side": side, "severity": "mild", "thickness_mm": 20, "zone": zone}):
+            for sentence in wordings(label, {"side": side, "severity": "mild", "thickness_mm": 20, "zone": zone}):
                 assert named_sides(sentence.lower()) == sides, sentence
                 assert named_lobes(sentence.lower()) == set(), sentence
 

@@ -118,7 +118,7 @@ def test_argument_values_are_validated(arguments, message):
 
 
 def test_falling_window_is_an_input_error():
-    """The command line shows an input error in one line, as it does for a scan."""
+    """Raise an input error, which the command line shows in one line, as for a scan."""
     with pytest.raises(CTInputError) as caught:
         DiffVPImageProcessor(size=SIZE)(make_ct(1), spacing=SPACING, hu_window=(200, -1000))
     assert caught.value.field == "hu_window"
@@ -161,11 +161,11 @@ def test_inputs_have_the_expected_keys_and_attributes(processor, tmp_path):
     assert list(inputs) == ["ct", "reference", "input_ids", "attention_mask"] == processor.model_input_names
     assert inputs["ct"].shape == inputs["reference"].shape == (1, 1, 8, 10, 12)
     assert not torch.equal(inputs["ct"], inputs["reference"])
-    assert inputs.reference_ids == ["normal.nii.gz"]
-    assert inputs.ct_sha256 == [read_ct(target).sha256] and inputs.reference_geometry[0].source == "normal.nii.gz"
+    assert inputs.geometry[0].sha256 == read_ct(target).sha256
+    assert inputs.reference_ids == ["normal.nii.gz"] == [place.source for place in inputs.reference_geometry]
     moved = pickle.loads(pickle.dumps(inputs.to(torch.bfloat16)))
     assert moved["ct"].dtype == torch.bfloat16 and moved["input_ids"].dtype == torch.int64
-    assert moved.geometry == inputs.geometry and moved.ct_sha256 == inputs.ct_sha256
+    assert moved.geometry == inputs.geometry
     arrays = processor(ct=target, reference=normal, return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in arrays.values())
 

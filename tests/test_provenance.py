@@ -50,17 +50,15 @@ def uploads(monkeypatch, tmp_path):
     """Record what `push_to_hub` would upload: {path: content} for each push."""
     kept = []
 
-    def upload(_, folder, *__, **___):
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        kept.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
-
     class Api:
         def create_repo(self, repo_id, **_):
             return type("Repo", (), {"repo_id": repo_id})
 
+        def create_commit(self, *, operations, **_):
+            kept.append({one.path_in_repo: Path(one.path_or_fileobj).read_bytes() for one in operations})
+
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: Api())
     monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
-    monkeypatch.setattr(transformers.utils.hub.PushToHubMixin, "_upload_modified_files", upload)
     return kept
 
 

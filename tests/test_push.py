@@ -158,9 +158,9 @@ REFUSALS = {
     "card that is not YAML": (spoil_with("README.md", b"---\na: [\n---\n"), "README.md has no valid metadata"),
     "card without results": (spoil_index, "README.md has no measured results"),
     "better score": (spoil_score, r"model-index has 0.7 for micro-F1 of findings, 3 cases; .* has 0.3333"),
-    "empty evaluation": (spoil_with("evaluation.json", b"{}"), "evaluation.json is not what diffvp.hub.card writes"),
+    "empty evaluation": (spoil_with("evaluation.json", b"{}"), "evaluation.json has unknown content; expected"),
     "score without a measurement": (
-        spoil_with("evaluation.json", b'{"cases": 200}'), "evaluation.json is not what diffvp.hub.card writes"
+        spoil_with("evaluation.json", b'{"cases": 200}'), "evaluation.json has unknown content; expected a file that"
     ),
     "no licence": (lambda folder: (folder / "LICENSE").unlink(), "LICENSE is missing"),
     "other weights": (spoil_base_inside, "evaluation.json is of other weights: model.safetensors"),

@@ -128,7 +128,7 @@ def test_page_shows_both_encoders(scans, make_model, tokenizer, tmp_path, monkey
 
 
 def test_tumour_of_a_real_scan_is_read_at_its_place(check_data):
-    """The tumour is 13 mm of soft tissue in the right lung."""
+    """Find the tumour: 13 mm of soft tissue in the right lung."""
     folder = check_data / "ct" / "pyradiomics"
     scan = read_ct(folder / "lung1_image.nrrd")
     lesion = read_lesion(folder / "lung1_label.nrrd", scan)

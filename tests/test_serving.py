@@ -288,30 +288,41 @@ class SlowWriter:
     def __getattr__(self, name):
         return getattr(self.writer, name)
 
-    def write(self, batch, on_tokens=None):
+    def write(self, batch, on_token=None):
         batch = list(batch)
         self.batches.append(len(batch))
         while not self.go.wait(0.01):
-            if on_tokens is not None:
-                on_tokens([5] * len(batch))
+            for index in range(len(batch)):
+                on_token(index, 5)
         self.fails(batch)
-        return self.writer.write(batch, on_tokens)
+        return self.writer.write(batch, on_token)
 
 
-def serve_in_this_process(writer, scenario, limits=None, **options):
-    """Run a coroutine function with a client of the application."""
+def run_in_this_process(writer, scenario, limits=None, **options):
+    """Run a coroutine function with the application and its queue."""
 
     async def run():
         queue = ReportQueue(writer, limits or Limits(batch_wait=0.05))
         app = build_app(queue, **options)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client,
-        ):
-            return await scenario(client, queue)
+        async with app.router.lifespan_context(app):
+            return await scenario(app, queue)
 
     return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def client_of(app) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
+
+
+def serve_in_this_process(writer, scenario, limits=None, **options):
+    """Run a coroutine function with a client of the application, and its queue."""
+
+    async def ask(app, queue):
+        async with client_of(app) as client:
+            return await scenario(client, queue)
+
+    return run_in_this_process(writer, ask, limits, **options)
 
 
 async def post(client, path: Path, **headers):
@@ -324,6 +335,14 @@ async def until(condition) -> None:
         await asyncio.sleep(0.01)
 
 
+def unanswered(queue: ReportQueue) -> float:
+    return queue.registry.get_sample_value("diffvp_requests_waiting")
+
+
+def scans_read(queue: ReportQueue) -> float | None:
+    return queue.registry.get_sample_value("diffvp_stage_seconds_count", {"stage": "reading"})
+
+
 def test_waiting_requests_are_batched_and_too_many_are_refused(writer, scans):
     slow = SlowWriter(writer)
 
@@ -331,7 +350,7 @@ def test_waiting_requests_are_batched_and_too_many_are_refused(writer, scans):
         first = asyncio.create_task(post(client, scans[0]))
         await until(lambda: slow.batches)
         rest = [asyncio.create_task(post(client, path)) for path in scans[1:4]]
-        await until(lambda: queue._ready.qsize() == 3)
+        await until(lambda: scans_read(queue) == 4)
         refused = await post(client, scans[4])
         slow.go.set()
         return refused, await asyncio.gather(first, *rest)
@@ -348,7 +367,7 @@ def test_draining_server_answers_503_after_the_grace_period(writer, scans):
 
     async def scenario(client, queue):
         asked = [asyncio.create_task(post(client, path)) for path in scans[:2]]
-        await until(lambda: slow.batches and len(queue._jobs) == 2)
+        await until(lambda: slow.batches and unanswered(queue) == 2)
         queue.drain()
         refused = await post(client, scans[2])
         ready = await client.get("/readyz")
@@ -410,9 +429,9 @@ def test_request_times_out_with_503(writer, scans):
         first = asyncio.create_task(post(client, scans[0]))
         await until(lambda: slow.batches)
         later = await post(client, scans[1])
-        place = (await post(client, scans[1], Prefer="respond-async")).headers["location"]
-        left = queue.find(place.rsplit("/")[-1])
-        await until(lambda: left.id not in queue._jobs)  # expires without being fetched
+        await post(client, scans[1], Prefer="respond-async")
+        assert unanswered(queue) > 0
+        await until(lambda: unanswered(queue) == 0)  # it expires without being fetched
         slow.go.set()
         return await first, later
 
@@ -424,9 +443,8 @@ def test_request_times_out_with_503(writer, scans):
 def test_request_is_dropped_when_its_client_disconnects(writer, scans):
     slow = SlowWriter(writer)
 
-    async def scenario(client, queue):
-        app = client._transport.app
-        receiving = asyncio.Event()
+    async def scenario(app, queue):
+        client, receiving = client_of(app), asyncio.Event()
         request = client.build_request("POST", "/v1/reports", files={"file": (scans[0].name, scans[0].read_bytes())})
         body = b"".join(request.stream)
         scope = {
@@ -451,11 +469,12 @@ def test_request_is_dropped_when_its_client_disconnects(writer, scans):
         assert not sent
         receiving.set()
         await asked
-        assert not queue._jobs
+        assert unanswered(queue) == 0
         slow.go.set()
-        return (await post(client, scans[1])).status_code
+        async with client:
+            return (await post(client, scans[1])).status_code
 
-    assert serve_in_this_process(slow, scenario) == 200
+    assert run_in_this_process(slow, scenario) == 200
 
 
 def test_one_failing_scan_does_not_fail_its_batch(writer, scans, caplog):

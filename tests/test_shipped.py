@@ -102,8 +102,10 @@ def test_adapter_is_trained_and_the_base_is_left_out():
 def test_evaluation_of_two_cases_fills_every_table(tmp_path, monkeypatch):
     """Evaluate a model that writes the true reports: its scores are perfect, and lower on another patient's scan."""
 
-    def generate_truth(model, processor, targets, spacing):
-        return [case.report for case in targets], np.stack([case.labels for case in targets]).astype(float)
+    def generate_truth(model, processor, targets, spacing, pool):
+        pooled = np.zeros((len(targets), 2 * model.config.encoder_hidden_size), np.float32)
+        labels = np.stack([case.labels for case in targets]).astype(float)
+        return evaluate_module.Outputs([case.report for case in targets], pooled, labels)
 
     monkeypatch.setattr(evaluate_module, "generate_reports", generate_truth)
     cohort = write_cohort(tmp_path / "phantom", train=24, valid=2, seed=23, matrix=48, workers=1, progress=False)
@@ -111,6 +113,7 @@ def test_evaluation_of_two_cases_fills_every_table(tmp_path, monkeypatch):
     page = page.read_text()
     result = json.loads((tmp_path / "results/phantom_checkpoint.json").read_text())
     assert str(tmp_path) not in page + json.dumps(result)
+    assert len(list((tmp_path / "cache/pooled").glob("*.safetensors"))) == 24, "test scans are encoded once"
     assert set(result["systems"]) >= {
         "DiffVP",
         "constant normal report",

@@ -199,8 +199,8 @@ def test_stopped_report_ends_early_without_a_document(study):
 def test_writing_stops_when_the_visitor_leaves(study, monkeypatch):
     written, generate = [], session.TransformersEngine.generate
 
-    def counted(self, prompts, decoding, on_tokens):
-        return generate(self, prompts, decoding, lambda tokens: (written.append(tokens), on_tokens(tokens)))
+    def counted(self, prompts, decoding, on_token):
+        return generate(self, prompts, decoding, lambda *token: (written.append(token), on_token(*token)))
 
     monkeypatch.setattr(session.TransformersEngine, "generate", counted)
     stream = study.stream()
@@ -210,7 +210,8 @@ def test_writing_stops_when_the_visitor_leaves(study, monkeypatch):
 
 
 def test_tokens_arrive_one_after_another_up_to_the_end(study):
-    steps = list(study.desk.write(study._prompt))
+    prompt = study.desk.compare(study.scan, study.reference)["prompt"]
+    steps = list(study.desk.write(prompt))
     assert len(steps) > 5 and steps[5] == steps[-1][:6]
     assert [len(step) for step in steps] == list(range(1, len(steps) + 1))
 
@@ -276,7 +277,7 @@ def upload(desk):
 def test_upload_is_read_and_deleted(desk, upload):
     path = save(upload("scan.nii.gz"), body(4))
     scan = desk.receive(path)
-    assert scan.hu.shape == (149, 171, 181) and not path.exists() and not list(desk._claimed.iterdir())
+    assert scan.hu.shape == (149, 171, 181) and not path.exists() and not list(desk.claimed.iterdir())
 
 
 def test_zip_of_dicom_slices_is_read_and_deleted(desk, upload, tmp_path):
@@ -301,7 +302,7 @@ def test_upload_that_is_not_a_scan_is_refused_and_deleted(desk, upload, name, co
     path = upload(name, content)
     with pytest.raises(CTInputError, match=message):
         desk.receive(path)
-    assert not path.exists() and not list(desk._claimed.iterdir())
+    assert not path.exists() and not list(desk.claimed.iterdir())
 
 
 def test_scan_without_lungs_is_refused_and_deleted(desk, upload):
@@ -435,7 +436,7 @@ def test_temporary_folder_is_empty_after_a_visit(checkpoint, tmp_path, monkeypat
     one.write_files()
     one.close()
     assert not list(elsewhere.rglob("*")) and not [path for path in (tmp_path / "desk").rglob("*") if path.is_file()]
-    assert not list(desk.studies.iterdir()) and not list(desk._claimed.iterdir())
+    assert not list(desk.studies.iterdir()) and not list(desk.claimed.iterdir())
 
 
 class TestZeroGPU:

@@ -57,7 +57,7 @@ def upload(client: httpx.Client, path: Path) -> str:
 
 def run(client: httpx.Client, page, event: str, *data) -> str:
     """Choose something as a browser does, and return everything that comes back."""
-    [number] = [fn._id for fn in page.fns.values() if fn.name == event and len(fn.outputs) > 5][:1]
+    number = next(number for number, fn in page.fns.items() if fn.name == event and len(fn.outputs) > 5)
     visitor = uuid.uuid4().hex
     request = {"data": [*data, *LOOK], "fn_index": number, "session_hash": visitor}
     assert client.post("/gradio_api/queue/join", json=request).status_code == 200
@@ -88,7 +88,7 @@ def test_program_gets_a_report_from_the_named_endpoint(page, scan):
     document = program.predict(scan=handle_file(scan), reference_seed=1, api_name="/report")
     assert document["statement"].startswith("Research use only")
     inputs = page.desk.processor(ct=scan, reference_seed=1)
-    assert document["provenance"]["scan"]["sha256"] == inputs.ct_sha256[0]
+    assert document["provenance"]["scan"]["sha256"] == inputs.geometry[0].sha256
     assert document["provenance"]["reference"]["id"] == inputs.reference_ids[0]
     expected = page.desk.model.generate(**inputs, do_sample=False)
     assert document["report"] == page.desk.processor.batch_decode(expected, skip_special_tokens=True)[0].strip()
@@ -100,7 +100,7 @@ def test_program_gets_the_reason_for_a_refused_scan(page, tmp_path):
     (tmp_path / "text.nii.gz").write_bytes(b"no scan")
     with pytest.raises(Exception, match=r"text.nii.gz: sizeof_hdr: .* \(expected"):
         Client(page.address, verbose=False).predict(handle_file(tmp_path / "text.nii.gz"), 0, api_name="/report")
-    assert not files_below(page.desk.uploads) and not list(page.desk._claimed.iterdir())
+    assert not files_below(page.desk.uploads) and not list(page.desk.claimed.iterdir())
 
 
 def test_page_is_one_tool_for_a_language_model(page):

@@ -50,7 +50,8 @@ def test_callers_thread_setting_is_restored(make_model, scans, three_threads):
 
 
 def test_single_thread_is_used_without_measuring(make_model, monkeypatch):
-    monkeypatch.setattr(threads_diffvp, "_quickest", None)
+    language_model = make_model().language_model
+    monkeypatch.setattr(threads_diffvp.F, "linear", None)
     assert torch.get_num_threads() == 1, "conftest.py sets one thread"
-    with quickest_threads(make_model().language_model, 16):
+    with quickest_threads(language_model, 16):
         assert torch.get_num_threads() == 1

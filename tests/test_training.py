@@ -4,6 +4,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
+from diffvp import train_accelerate
+from diffvp.cli import app
 from diffvp.collator_diffvp import pair_reference
 from diffvp.data.cache import ContentHashes, TensorCache, VolumeCache
 from diffvp.data.cases import Case, DatasetError
@@ -119,6 +123,18 @@ def test_training_stops_when_validation_no_longer_improves(settings, tmp_path):
     assert all(
         torch.equal(value, weights[f"model.{name}"]) for name, value in kept.items() if "num_batches" not in name
     )
+
+
+def test_launched_run_ends_with_the_lines_of_the_command(settings, tmp_path, monkeypatch, capsys):
+    finished = train_accelerate.Finished(tmp_path / "model", epoch=2, epochs=3, loss=0.5, tested=True)
+    monkeypatch.setattr(train_accelerate, "prepare", lambda config: None)
+    monkeypatch.setattr(train_accelerate, "run", lambda config, cohort=None: finished)
+    shown = CliRunner().invoke(app, ["train", str(settings), "seed=5"]).stdout
+    monkeypatch.setattr(sys, "argv", ["train_accelerate.py", str(settings), "seed=5"])
+    train_accelerate.main()
+    assert capsys.readouterr().out == shown
+    for words in ("epoch 2 of 3", "--reference NORMAL_SCAN", f"diffvp evaluate {settings} seed=5", "diffvp push"):
+        assert words in shown
 
 
 def test_overrides_apply_and_typos_are_refused(settings):

@@ -70,16 +70,16 @@ def test_weights_stay_as_before_a_step_with_nan_loss(stage_one, tmp_path, monkey
 
 
 def test_infinite_validation_loss_ends_the_run(stage_one, tmp_path, monkeypatch):
-    monkeypatch.setattr(StageTrainer, "_mean_losses", lambda self, split: {"loss": math.inf})
+    monkeypatch.setattr(StageTrainer, "mean_losses", lambda self, split: {"loss": math.inf})
     with pytest.raises(TrainingDivergedError, match="step 2: validation_loss is inf"):
         run(TrainingConfig.load(stage_one, REPORT))
     assert not (tmp_path / "run/model").exists()
 
 
 def test_predicted_findings_choose_the_epoch_and_both_losses_are_logged(stage_one, tmp_path, monkeypatch):
-    """The first epoch is better with predicted findings, the second with true ones."""
+    """Make the first epoch better with predicted findings, the second with true ones."""
     given = {0.0: iter([1.0, 2.0]), 1.0: iter([0.2, 0.1])}
-    monkeypatch.setattr(StageTrainer, "_mean_losses", lambda self, split: {"loss": next(given[split.true_findings])})
+    monkeypatch.setattr(StageTrainer, "mean_losses", lambda self, split: {"loss": next(given[split.true_findings])})
     run(TrainingConfig.load(stage_one, [*REPORT, "report.true_findings=1.0"]))
     log = [line for line in read_log(tmp_path / "run") if "validation_loss" in line]
     assert [(line["validation_loss"], line["validation_loss_true_findings"]) for line in log] == [(1, 0.2), (2, 0.1)]
@@ -99,7 +99,7 @@ def test_loss_with_true_findings_uses_other_prompts(stage_one, tmp_path):
 
 
 def test_sample_reports_have_the_length_limit_of_the_checkpoint(stage_one, tmp_path, monkeypatch):
-    """The default of transformers would be 20 tokens."""
+    """Without a limit, transformers would stop at 20 tokens."""
     lengths, generate = [], DiffVPForConditionalGeneration.generate
 
     def remember(self, *args, **kwargs):

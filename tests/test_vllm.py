@@ -69,7 +69,7 @@ def test_vllm_and_transformers_write_the_same_reports(cohort, by_transformers, w
 
 @pytest.mark.timeout(600)
 def test_single_report_has_a_difference_map(cohort, by_transformers, writer, tmp_path, monkeypatch):
-    """The difference map needs the parts of the model outside vLLM."""
+    """Use the parts of the model outside vLLM, which the difference map needs."""
     monkeypatch.setattr(reporting, "draw_figure", lambda path, *volumes, **options: path.write_bytes(b""))
     record = by_transformers[1]
     report = write_report(

@@ -19,7 +19,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from diffvp.map_diffvp import save_map, to_input_grid
 from diffvp.reading_diffvp import CTMetadata, read_ct
-from diffvp.resampling_diffvp import CTGeometry, _foreground_box, resample
+from diffvp.resampling_diffvp import CTGeometry, foreground_box, resample
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError
 
 from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
@@ -90,7 +90,7 @@ def test_foreground_box_equals_the_box_of_the_mask(seed, count, rescale):
     volume = SimpleNamespace(array=array, slope=slope, intercept=intercept, source="array")
     inside = np.argwhere(array * slope + intercept > -900)
     expected = tuple(zip(inside.min(0).tolist(), (inside.max(0) + 1).tolist(), strict=True))
-    assert _foreground_box(volume, -900.0) == expected
+    assert foreground_box(volume, -900.0) == expected
 
 
 @pytest.mark.parametrize("dtype", ["smallest", "compat"])
@@ -370,9 +370,9 @@ def test_refusals_name_field_value_and_expectation(name):
     made = make()
     ct, extra = made if isinstance(made, tuple) else (made, None)
     if isinstance(ct, nib.Nifti1Image) and extra is not None and np.shape(extra) == (4, 4):
-        ct, extra = nib.Nifti1Image(np.asanyarray(ct.dataobj), None), None
+        ct, extra = nib.Nifti1Image(np.asanyarray(ct.dataobj), np.eye(4)), None
         ct.header.set_sform(made[1], code=1)
-        ct._affine = made[1]  # nibabel would refuse some of these only when it writes them
+        ct.affine[:] = made[1]  # nibabel would refuse some of these only when it writes them
     with pytest.raises(error, match=message) as caught:
         read_ct(ct, extra)
     assert isinstance(caught.value, CTInputError) and isinstance(caught.value, ValueError)

@@ -46,7 +46,7 @@ WRONG = {
     "batch list.txt --output file/reports.jsonl": "output: below the file file",
     "batch list.txt --output empty": "empty: output: a folder (expected a file",
     "batch list.txt --output list.txt": "list.txt: output: a file that is read or written",
-    "batch list.txt --output reports.csv": "reports.csv: line 1 is unknown; expected what diffvp batch writes",
+    "batch list.txt --output reports.csv": "reports.csv: line 1 is unknown; expected a file that `diffvp batch` wrote",
     "batch list.txt --reference absent": "absent: reference: missing (expected a normal scan, a folder",
     "batch list.csv": "column path missing",
     "init absent": "absent: folder: missing (expected a folder of scans)",
@@ -160,7 +160,7 @@ for command in {list(WRONG)!r}:
 @pytest.mark.skipif(not os.environ.get("DIFFVP_ROAD"), reason="starts a process for each: make test-road")
 @pytest.mark.parametrize("command", WRONG)
 def test_wrong_use_ends_within_3_seconds(command, place):
-    """The faster of two runs, because the first one also reads the libraries from the disk."""
+    """Time the faster of two runs, because the first one also reads the libraries from the disk."""
     seconds = []
     for _ in range(2):
         start = time.monotonic()

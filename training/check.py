@@ -3,6 +3,7 @@
 """Checks of `diffvp train` and its `--dry-run`: find everything that would stop a run before it starts."""
 
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -21,11 +22,14 @@ from ..files import nearest_folder, writing_problem
 from ..labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from ..modules_diffvp import SIDES
 from ..processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
+from ..report_diffvp import stated_domain
 from ..storage_diffvp import check_checkpoint_name
 from .cohort import Cohort
 from .config import TrainingConfig
-from .encoder import misfit
+from .encoder import misfit, read_header
 from .report_stage import check_base, check_reports
+
+logger = logging.getLogger(__name__)
 
 SPARE = 1.1  # factor on the computed disk space
 
@@ -97,7 +101,7 @@ def check_run(config: TrainingConfig, cohort: Cohort) -> None:
         problems += _encoder(config, model) + _classifier(config, model)
     else:
         check_checkpoint_name(config.init_from)
-        options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
+        options = config.init_options
         model = DiffVPConfig.from_pretrained(config.init_from, **options)
         image_processor = DiffVPImageProcessor.from_pretrained(config.init_from, **options)
         problems += _labels(config, cohort)
@@ -113,6 +117,40 @@ def check_run(config: TrainingConfig, cohort: Cohort) -> None:
             processor = DiffVPProcessor.from_pretrained(config.init_from, trust_remote_code=False, **options)
         problems += check_reports(cohort, processor, config.report, model)
     raise_problems(problems)
+    if config.stage != "diagnosis":
+        warn_of_frozen_parts(config, model)
+
+
+def warn_of_frozen_parts(config: TrainingConfig, model: DiffVPConfig) -> None:
+    """Warn of parts of another DiffVP checkpoint, which are not trained, and state what it is intended for."""
+    parts = []
+    classifier = ["classifier"] if model.use_diagnosis else []
+    encoder = ["visual encoder"] if config.encoder_weights is None and model.encoder_type != "external" else []
+    if config.init_from is not None:
+        parts.append((encoder + classifier, config.init_from, model.intended_domain))
+    elif config.classifier is not None:
+        domain = DiffVPConfig.from_pretrained(config.classifier).intended_domain
+        parts.append((encoder + classifier, config.classifier, domain))
+    if config.encoder_weights is not None:
+        header = read_header(config.encoder_weights)
+        if "intended_domain" in header:  # the header of a published encoder has none
+            parts.append((["visual encoder"], config.encoder_weights, header["intended_domain"]))
+    for names, source, domain in parts:
+        if names:
+            logger.warning(
+                "Not trained: %s of %s (intended domain: %s). Reports cannot mention what these do not recognize.",
+                " and ".join(names),
+                source,
+                stated_domain(domain),
+            )
+
+
+def base_name(config: TrainingConfig) -> str | None:
+    """Return the name of the base LLM: that of the training file, or of `init_from`; `None` if this names none."""
+    if config.base is not None:
+        return config.base.name
+    model = DiffVPConfig.from_pretrained(config.init_from, **config.init_options)
+    return model.base_model_name_or_path or model.get_text_config().name_or_path or None
 
 
 def check_hu_range(config: DiffVPConfig, image_processor: DiffVPImageProcessor) -> None:

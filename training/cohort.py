@@ -20,9 +20,8 @@ from ..data.cases import (
 )
 from ..data.load import load_dataset_cases
 from ..data.pool import load_pool, pool_by_rule
-from ..data.table import load_hub
 from ..labels_diffvp import DIAGNOSIS_LABELS
-from ..storage_diffvp import check_checkpoint_name, replacing
+from ..storage_diffvp import check_checkpoint_name
 from .config import DataSection, TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -104,11 +103,8 @@ def load_cohort(config: TrainingConfig) -> Cohort:
     exclude = read_ids(data.exclude) if data.exclude else ()
 
     def load(split: str | None) -> list[Case]:
-        if data.layout == "hub":
-            cases = [case for case in fetch_hub(data, split) if case.name not in exclude]
-        else:
-            own = {"labels": labels} if data.layout == "table" else {}
-            cases = load_dataset_cases(data.layout, data.root, split, exclude=exclude, **own)
+        own = {"table": {"labels": labels}, "hub": {"store": Path(data.cache_dir, "hub"), **data.load_options}}
+        cases = load_dataset_cases(data.layout, data.root, split, exclude=exclude, **own.get(data.layout, {}))
         if data.labeler == "rules":
             # From the extra `metrics`, which training does not need otherwise.
             from ..metrics.labelers import RuleLabeler
@@ -159,8 +155,7 @@ def _diagnosis_labels(config: TrainingConfig) -> Sequence[str]:
     if config.init_from is None:
         return (config.model or {}).get("diagnosis_labels", DIAGNOSIS_LABELS)
     check_checkpoint_name(config.init_from)
-    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
-    return DiffVPConfig.from_pretrained(config.init_from, **options).diagnosis_labels
+    return DiffVPConfig.from_pretrained(config.init_from, **config.init_options).diagnosis_labels
 
 
 def check_stages_apart(cohort: Cohort) -> None:
@@ -175,25 +170,6 @@ def check_stages_apart(cohort: Cohort) -> None:
     both = {case.patient_id: case for case in cohort.report if case.patient_id in known}
     found, expected = "in diagnosis_cases and in report_cases", "in only one: move the borders of the spans"
     raise_problems([Problem("splits", case.row, "patient_id", found, expected, case.name) for case in both.values()])
-
-
-def fetch_hub(data: DataSection, split: str | None) -> list[Case]:
-    """Stream the cases of a Hub dataset, storing each volume in `cache_dir/hub` under the digest of its content."""
-    folder = Path(data.cache_dir) / "hub"
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = []
-    for case in load_hub(data.root, split, **data.load_options):
-        content = case.volume["bytes"]
-        if content is None:
-            cases.append(replace(case, volume=Path(case.volume["path"])))
-            continue
-        suffix = ".nii.gz" if content[:2] == b"\x1f\x8b" else ".nii"
-        path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
-        if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-        cases.append(replace(case, volume=path))
-    return cases
 
 
 def _span(cases: list[Case], span: tuple[int, int], name: str) -> list[Case]:

@@ -5,7 +5,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,7 +90,7 @@ class DataSection(_Section):
 
 
 class BaseSection(_Section):
-    """The base LLM: any `AutoModelForCausalLM`."""
+    """Base LLM: any `AutoModelForCausalLM`."""
 
     name: str
     revision: str | None = None
@@ -240,6 +240,11 @@ class TrainingConfig(_Section):
             SettingsError: lists all problems with the fields.
         """
         return validated(cls, read_settings(path, overrides), os.path.basename(path))
+
+    @property
+    def init_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for `init_from`: its revision, if one is pinned."""
+        return {} if self.init_from_revision is None else {"revision": self.init_from_revision}
 
     def of_the_result(self, stage: str) -> dict:
         """Return the settings that determine the weights of a stage, as JSON values."""

@@ -254,7 +254,7 @@ class CropBatches(BatchSource):
         return self.count
 
     def batches(self, epoch: int, size: int) -> list[np.ndarray]:
-        return in_order(self.count, size)
+        return in_order(self.count, size)  # the crops differ between epochs, not their order
 
     def sample(self, index: int, epoch: int) -> dict:
         case, start, (gain, offset) = self.crops.plan(epoch, index)
@@ -366,7 +366,7 @@ class DiagnosisStage(Stage):
         ]
         super().__init__(section, objective, groups, *sources)
 
-    def metrics(self, epoch: int) -> dict[str, float]:
+    def metrics(self, epoch: int) -> dict[str, float]:  # only the report stage needs the epoch
         if self.on_crops:
             return {}  # Noisy-OR over a head trained on crops means nothing before calibration
         predicted = predict(self.diagnosis, self.whole)

@@ -5,7 +5,8 @@ Published encoder weights: `diffvp encoder convert` converts them once to safete
 training file loads them.
 
 The header of a converted file holds `encoder` (the fields of DiffVPConfig that define the encoder, as JSON), `source`,
-and `source_sha256` (of the bytes that were read). This project ships no such weights.
+`source_sha256` (of the bytes that were read) and, if the source is a DiffVP checkpoint, its `intended_domain`. This
+project ships no such weights.
 """
 
 import hashlib
@@ -93,12 +94,14 @@ def convert_encoder(source: str | os.PathLike, target: str | os.PathLike, sha256
         found, wanted = file_sha256(readable), sha256
     if wanted is not None and found != wanted.lower():
         raise DiffVPEncoderError(name, "SHA-256", found, wanted.lower())
+    header = {"source": name, "source_sha256": found}
     if Path(source).is_dir():
         fields, state = _of_checkpoint(Path(source))
+        header["intended_domain"] = DiffVPConfig.from_pretrained(source).intended_domain or ""
     else:
         fields, state = _of_backbone(name, _unpickle(name, readable))
     _check(name, state, fields)
-    header = {"encoder": json.dumps(fields), "source": name, "source_sha256": found}
+    header["encoder"] = json.dumps(fields)
     with replacing(target) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata=header)
     return header

@@ -66,9 +66,8 @@ def make_meta_model(config: TrainingConfig) -> DiffVPForConditionalGeneration:
 
 
 def _of_start(config: TrainingConfig) -> tuple[DiffVPConfig, LoraConfig | None]:
-    options = {} if config.init_from_revision is None else {"revision": config.init_from_revision}
-    model_config = DiffVPConfig.from_pretrained(config.init_from, **options)
-    adapter = locate_adapter(config.init_from, **options) if model_config.has_adapter else None
+    model_config = DiffVPConfig.from_pretrained(config.init_from, **config.init_options)
+    adapter = locate_adapter(config.init_from, **config.init_options) if model_config.has_adapter else None
     if adapter is None:
         return model_config, None
     lora = LoraConfig.from_pretrained(adapter)

@@ -115,7 +115,7 @@ class _Epoch(Dataset):
 
 def share(step: np.ndarray, process: int, processes: int, size: int) -> list[tuple[list[int], bool]]:
     """
-    Return the batches of one process in one step, each with a flag that tells whether it counts.
+    Return the batches of one process in one step, each with a flag: True if it counts.
 
     Every process runs the same number of batches, because each one is a collective call. A process with fewer cases
     repeats one that does not count.
@@ -412,12 +412,13 @@ class StageTrainer:
     def _validate(self) -> dict[str, float]:
         """Return mean losses of the validation cases as `validation_LOSS`, and of views as `validation_LOSS_VIEW`."""
         self.model.eval()
-        means = {f"validation_{name}": value for name, value in self._mean_losses(self.stage.validation).items()}
+        means = {f"validation_{name}": value for name, value in self.mean_losses(self.stage.validation).items()}
         for view, source in self.stage.also_validated.items():
-            means |= {f"validation_{name}_{view}": value for name, value in self._mean_losses(source).items()}
+            means |= {f"validation_{name}_{view}": value for name, value in self.mean_losses(source).items()}
         return means
 
-    def _mean_losses(self, source: BatchSource) -> dict[str, float]:
+    def mean_losses(self, source: BatchSource) -> dict[str, float]:
+        """Return the mean of each loss over all cases of a source."""
         steps = source.batches(0, self.stage.section.batch_size)
         everything = np.concatenate(steps)
         sums: dict[str, float] = {}

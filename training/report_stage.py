@@ -13,7 +13,9 @@ from ..checkpoint_diffvp import BASE_PREFIX
 from ..collator_diffvp import DiffVPDataCollator, pair_reference
 from ..configuration_diffvp import DiffVPConfig
 from ..data.cases import Case, Problem, chance
+from ..data.pool import other_scans
 from ..drafts_diffvp import ReportDrafts
+from ..files import write_texts
 from ..modeling_diffvp import DiffVPForConditionalGeneration
 from ..processing_diffvp import DiffVPProcessor
 from .cohort import Cohort
@@ -108,8 +110,8 @@ class ReportBatches(BatchSource):
     def reference(self, index: int, epoch: int) -> Case:
         """Return the normal reference of a case in an epoch."""
         case = self.cases[index]
-        candidates = [name for name, member in self.pool.items() if member.scan_id != case.scan_id]
-        return self.pool[pair_reference(case.name, candidates, self.seed, epoch)]
+        others = other_scans(case, list(self.pool.values()))
+        return self.pool[pair_reference(case.name, others, self.seed, epoch)]
 
     def sample(self, index: int, epoch: int) -> dict:
         case, reference = self.cases[index], self.reference(index, epoch)
@@ -200,7 +202,7 @@ class ReportStage(Stage):
             json.dumps({"id": case.name, "generated": text, "report": case.report}, ensure_ascii=False)
             for case, text in zip(self.validation.cases, texts, strict=False)
         ]
-        (self.samples / f"epoch-{epoch}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_texts(self.samples, {f"epoch-{epoch}.jsonl": "\n".join(rows) + "\n"})
         return {"mean_words": float(np.mean([len(text.split()) for text in texts]))}
 
 

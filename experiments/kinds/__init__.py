@@ -1,13 +1,9 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-Kinds of experiments, by the `kind` of a table. Each module has three names:
+Kinds of experiments, by the `kind` of a table.
 
-- `NEEDS`: models, reports and data that it requires;
-- `content`: computes its entries of the JSON file;
-- `lines`: writes its section of the results page.
-
-To add a kind, write such a module and add it to `KINDS`.
+To add one, write a module with a `KIND`, see [`Kind`], and add it to `KINDS`.
 """
 
 from . import (
@@ -22,15 +18,16 @@ from . import (
 )
 from .material import Kind, Material, Needs
 
+# At the top of the results page, kinds are in this order.
 KINDS: dict[str, Kind] = {
-    "scores": score_table,
-    "maps": difference_maps,
-    "importance": token_importance,
-    "lesions": right_findings,
-    "cases": example_cases,
-    "stability": stability,
-    "information": information,
-    "dose_response": dose_response,
+    "scores": score_table.KIND,
+    "information": information.KIND,
+    "maps": difference_maps.KIND,
+    "importance": token_importance.KIND,
+    "lesions": right_findings.KIND,
+    "cases": example_cases.KIND,
+    "stability": stability.KIND,
+    "dose_response": dose_response.KIND,
 }
 
 __all__ = ["KINDS", "Kind", "Material", "Needs"]

@@ -5,9 +5,7 @@
 from ...metrics.markdown import p_text, table_lines
 from ..map_figure import draw_maps, map_example
 from ..map_scores import score_maps
-from .material import Material, Needs, device_lines, mean_cell, shown_cases
-
-NEEDS = Needs(models=True, reports=False)
+from .material import Kind, Material, Needs, device_lines, mean_cell, shown_cases
 
 
 def content(material: Material) -> dict:
@@ -62,3 +60,6 @@ def observations(document: dict) -> list[str]:
         f"The maximum of its difference map lies on a lesion in {own} of cases; for another patient's map in "
         f"{another}, for subtracted voxels in {pixel}, by chance in {chance}."
     ]
+
+
+KIND = Kind(Needs(models=True, reports=False), content, lines, observations=observations)

@@ -20,7 +20,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from rich.progress import track
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -44,12 +43,13 @@ from ...metrics.statistics import (
     holm,
 )
 from ...outputs_diffvp import DiffVPComparison
+from ...progress import counted
 from ...provenance import weights_sha256
+from ...training.config import validated
 from ..doses import ARMS, CONTROLS, DRAWN, Comparer, Doses, arm_key, compare_all
 from ..system_scores import micro
-from .material import Material, Needs
+from .material import Kind, Material, Needs
 
-NEEDS = Needs(reports=False, cohort=False)
 FORMS = ("residual", "prompt")
 INPUTS = {
     "difference": "the difference alone",
@@ -77,7 +77,7 @@ class Settings(BaseModel):
 
 def content(material: Material) -> dict:
     """Compare all patients with all references, probe the inputs, and draw the scores."""
-    settings = Settings.model_validate(material.table.settings)
+    settings = validated(Settings, material.table.settings, "settings")
     unknown = {name for pair in settings.compare for name in pair} - {*ARMS, *CONTROLS}
     if unknown:
         raise ValueError(f"settings: compare: {sorted(unknown)} (expected references: {', '.join(ARMS + CONTROLS)})")
@@ -207,7 +207,7 @@ def probe_all(
         for count in settings.training_cases
         if form == MAIN[0] or count == len(training)
     ]
-    for form, given, count in track(todo, "Reading the findings"):
+    for form, given, count in counted(todo, "Reading the findings"):
         systems = {}
         for name in CONTROLS + ARMS:
             one = seeds if name in DRAWN or count < len(training) else seeds[:1]
@@ -360,3 +360,6 @@ def draw(path: str | Path, cells: Sequence[dict]) -> None:
     axes[0, 0].legend(fontsize=8, loc="lower right")
     axes[1, 0].text(-0.4, axes[1, 0].get_ylim()[0], " controls", fontsize=8, va="bottom", color="0.4")
     figure.savefig(path, format="png")
+
+
+KIND = Kind(Needs(reports=False, cohort=False), content, lines)

@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fig. 6: a few cases with the true report and the reports of all rows."""
 
-from .material import Material, Needs, device_lines, shown_cases
-
-NEEDS = Needs()
+from .material import Kind, Material, Needs, device_lines, shown_cases
 
 
 def content(material: Material) -> dict:
@@ -27,3 +25,6 @@ def lines(document: dict) -> list[str]:
             if name != "id":
                 page += [f"**{name}**", "", "```", report, "```", ""]
     return page + device_lines(document)
+
+
+KIND = Kind(Needs(), content, lines)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -27,6 +26,7 @@ from ...data.cases import Case
 from ...data.pool import is_normal
 from ...metrics.markdown import table_lines
 from ...modeling_diffvp import DiffVPForConditionalGeneration
+from ...progress import counted
 from ...training.cohort import load_cohort
 from ...training.diagnosis_stage import micro_f1
 from ...training.features import Features
@@ -34,12 +34,11 @@ from ..references import choose_references
 from ..runs import Run, model_inputs, scan_inputs
 from ..study import Condition
 from ..system_scores import row_summary, score_labels
-from .material import Material, Needs, device_lines, mean_cell
+from .material import Kind, Material, Needs, device_lines, mean_cell
 
 COMPONENTS = 128  # largest number of principal components: with more, regressions overfit 1,000 cases
 BATCH = 32
 PATIENTS, REFERENCES = 40, 10  # in the analysis of variance
-NEEDS = Needs(models=True)
 
 
 def content(material: Material) -> dict:
@@ -232,7 +231,7 @@ def latent_overlap(
 
 def prompt_following(told: NDArray[np.bool_], truth: NDArray[np.bool_], written: NDArray[np.bool_]) -> dict:
     """
-    Count how often a report states a finding, by whether the diagnosis prompt names it and whether it is true.
+    Count the true and the false findings that reports state, of those named by the diagnosis prompt and of the others.
 
     A report that only copies the prompt states true and false findings equally often. One that uses the scan states
     the true ones more often.
@@ -279,7 +278,8 @@ def score_information(
         for cases, references in (training, test)
     )
     probes = {
-        part: probe(train[part], training[0], held_out[part], test[0]) for part in track(train, "Reading the findings")
+        part: probe(train[part], training[0], held_out[part], test[0])
+        for part in counted(train, "Reading the findings")
     }
     content = {"training_cases": len(training[0]), "test_cases": len(test[0]), "probes": probes}
     if model.config.use_diagnosis:
@@ -293,3 +293,6 @@ def score_information(
         content["variance"] = variance_shares(np.array(prompts, dtype=np.float64))
         content["overlap"] = latent_overlap(model, features, patients, test[1])
     return content
+
+
+KIND = Kind(Needs(models=True), content, lines, observations=observations)

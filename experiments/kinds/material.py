@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input of every kind of experiment, and its part of the result."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ...data.cases import Case
 from ...data.pool import is_normal
@@ -84,18 +83,24 @@ class Material:
             yield row.name, run, model, features, {case: references[0] for case, references in chosen.items()}
 
 
-class Kind(Protocol):
-    """A kind of experiment: each module of this folder is one."""
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kind of experiment: each other module of this folder defines one.
 
-    NEEDS: Needs
+    Attributes:
+        needs: models, reports and data that it requires.
+        content: computes the entries that it adds to the JSON file of an experiment.
+        lines: writes the section of the results page (Markdown) from the JSON file.
+        answer: writes the answer to the main question from all JSON files of the kind, which may be none.
+        observations: summarizes the first model of a JSON file in sentences for the top of the page.
+    """
 
-    def content(self, material: Material) -> dict:
-        """Compute the entries that this kind adds to the JSON file of an experiment."""
-        ...
-
-    def lines(self, document: dict) -> list[str]:
-        """Write the section of the results page (Markdown) from the JSON file."""
-        ...
+    needs: Needs
+    content: Callable[[Material], dict]
+    lines: Callable[[dict], list[str]]
+    answer: Callable[[list[dict]], list[str]] = lambda documents: []
+    observations: Callable[[dict], list[str]] = lambda document: []
 
 
 def shown_cases(test: HeldOut) -> list[Case]:

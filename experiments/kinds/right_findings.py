@@ -22,9 +22,8 @@ from ...metrics.judge.verdicts import Comparison, Verdicts, win_rates
 from ...metrics.markdown import table_lines
 from ..lesion_scores import score_findings
 from ..runs import HeldOut
-from .material import Material, Needs, device_lines
+from .material import Kind, Material, Needs, device_lines
 
-NEEDS = Needs()
 PHANTOMS = 40  # cases that calibrate a language model
 KNOWN_TRUTH = f"judge|pairwise|dims:{len(COUNTED)}|rules|truth:findings of the phantom"
 ABOUT_RULES = (
@@ -177,3 +176,6 @@ def _draw_panel(panel, entries: Sequence[dict]) -> None:
             if one["interval"] is not None:
                 panel.plot([angle] * 2, one["interval"], color=line.get_color(), linewidth=4, alpha=0.4)
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8, frameon=False)
+
+
+KIND = Kind(Needs(), content, lines)

@@ -28,10 +28,11 @@ from ..system_scores import (
     score_labels,
     score_system,
 )
-from .material import Material, Needs, device_lines
+from .material import Kind, Material, Needs, device_lines
 
-NEEDS = Needs(meteor=True, foreign=True)
-SHORT = {
+MODEL, CONTROL = "DiffVP", "equal compute"  # rows that answer the main question
+NEAREST = "nearest training report"
+SHORT = {  # names in the page; another score keeps its own
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
@@ -72,18 +73,19 @@ def content(material: Material) -> dict:
 def lines(document: dict) -> list[str]:
     """Write the scores, the paper's scores, the comparisons and the signature."""
     metrics = document["metrics"]
-    head = ["", "seeds", *(SHORT[metric] for metric in metrics)]
+    names = {metric: SHORT.get(metric, metric) for metric in metrics}
+    head = ["", "seeds", *names.values()]
     page = table_lines(head, [_row(row, metrics) for row in document["rows"] + document["baselines"]])
     paper = [row for row in document["rows"] if row["paper"]]
     if paper:
         shown = [metric for metric in metrics if any(metric in row["paper"] for row in paper)]
-        head = ["scores of the paper, on RadGenome-ChestCT", *(SHORT[metric] for metric in shown)]
+        head = ["scores of the paper, on RadGenome-ChestCT", *(names[metric] for metric in shown)]
         rows = [[row["name"], *(_paper(row["paper"], metric) for metric in shown)] for row in paper]
         page += ["", *table_lines(head, rows)]
     if document["paper_note"]:
         page += ["", f"Note on the paper: {document['paper_note']}"]
     if document["comparisons"]:
-        head = ["difference", *(SHORT[metric] for metric in metrics)]
+        head = ["difference", *names.values()]
         page += ["", *table_lines(head, [_comparison(entry, metrics) for entry in document["comparisons"]])]
         page += [
             "",
@@ -223,7 +225,7 @@ def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -
     )
     texts = {
         "constant normal report": [constant_normal_report(train)] * len(test),
-        "nearest training report": nearest_reports(test_features, train_features, [case.report for case in train]),
+        NEAREST: nearest_reports(test_features, train_features, [case.report for case in train]),
     }
     everything = [*FINDINGS, *LANGUAGE]
     rows = [
@@ -235,3 +237,92 @@ def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -
         {"name": f"labels alone, {name}", "scores": row_summary({0: score_labels(guess, test)}, everything)}
         for name, guess in guesses.items()
     ]
+
+
+# Answer at the top of the results page -------------------------------------------------------------------------------
+
+
+def answer(documents: list[dict]) -> list[str]:
+    """Answer the main question: is the full model better than its equal-compute control?"""
+    for document in documents:
+        f1 = _f1_at_equal_compute(document)
+        if f1 is None:
+            continue
+        seeds = len(next(row["seeds"] for row in document["rows"] if row["name"] == MODEL))
+        low, high = f1["interval"]
+        better = f1["difference"] > 0 and f1["p_seeds"] < 0.05
+        verdict = "Yes" if better else "Not shown"
+        return [
+            f"**Does the difference prompt help, at equal parameters and equal compute? {verdict}.** "
+            f"Over {seeds} seeds and {document['cases']} unseen cases, micro-F1 of the full model minus that of the"
+            f" same model without a reference is {f1['difference']:+.3f} (95 % interval over cases "
+            f"{low:+.3f} to {high:+.3f}; Welch's t-test over seeds p = {p_text(f1['p_seeds'])})."
+            + ("" if better else _power(document)),
+            "",
+            *_replication(documents),
+            *_order_of_rows(document["rows"]),
+            *_beside_the_nearest_report(document),
+        ]
+    return [
+        "The comparison at equal compute (`diffvp experiment table4`) has not been run yet with several seeds.",
+        "",
+    ]
+
+
+def _power(document: dict) -> str:
+    """State the difference in micro-F1 that these seeds could detect; empty if the seeds do not vary."""
+    least = detectable(document, MODEL, CONTROL)
+    if least is None:
+        return ""
+    return f" With these seeds, the test has a power of {POWER:.0%} for a difference of {least:.3f}."
+
+
+def _f1_at_equal_compute(document: dict) -> dict | None:
+    """Return the comparison of micro-F1 over several seeds, or `None` if the experiment lacks it."""
+    for comparison in document.get("comparisons", ()):
+        if (comparison["first"], comparison["second"]) == (MODEL, CONTROL):
+            f1 = comparison["metrics"]["f1"]
+            return f1 if "p_seeds" in f1 else None
+    return None
+
+
+def _replication(documents: list[dict]) -> list[str]:
+    """Answer the main question on new seeds."""
+    for document in documents:
+        f1 = _f1_at_equal_compute(document)
+        if document["experiment"] == "replication" and f1 is not None:
+            low, high = f1["interval"]
+            return [
+                f"On {len(document['rows'][0]['seeds'])} new seeds (`replication`), chosen before any of them was "
+                f"trained, it is {f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}; p = {p_text(f1['p_seeds'])})."
+                + ("" if f1["p_seeds"] < 0.05 else _power(document)),
+                "",
+            ]
+    return []
+
+
+def _order_of_rows(rows: list[dict]) -> list[str]:
+    """Compare the order of the rows with the paper's; empty for fewer than three common rows."""
+    rows = [row for row in rows if "f1" in row["paper"]]
+    if len(rows) < 3:
+        return []
+    ours = sorted(rows, key=lambda row: row["scores"]["f1"]["mean"])
+    paper = sorted(rows, key=lambda row: row["paper"]["f1"])
+    same = "is the paper's" if ours == paper else f"is not the paper's ({' < '.join(row['name'] for row in paper)})"
+    order = " < ".join(f"{row['name']} {row['scores']['f1']['mean']:.3f}" for row in ours)
+    return [f"The order of the components by micro-F1 {same}: {order}.", ""]
+
+
+def _beside_the_nearest_report(document: dict) -> list[str]:
+    """List the rows above the nearest training report, a baseline without a report model."""
+    nearest = next(row for row in document["baselines"] if row["name"] == NEAREST)
+    least = nearest["scores"]["f1"]["mean"]
+    above = [row["name"] for row in document["rows"] if row["scores"]["f1"]["mean"] > least]
+    return [
+        f"Copying the report of the most similar training scan gives a micro-F1 of {least:.3f}. "
+        f"Rows of `{document['experiment']}` above it: {', '.join(above) or 'none'}.",
+        "",
+    ]
+
+
+KIND = Kind(Needs(meteor=True, foreign=True), content, lines, answer=answer)

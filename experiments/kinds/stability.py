@@ -11,9 +11,7 @@ from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...metrics.clinical_efficacy.reports import Labeler, label_reports
 from ...metrics.markdown import table_lines
 from ..system_scores import mean_and_interval
-from .material import Material, Needs, device_lines, mean_cell
-
-NEEDS = Needs()
+from .material import Kind, Material, Needs, device_lines, mean_cell
 
 
 def content(material: Material) -> dict:
@@ -79,3 +77,6 @@ def lines(document: dict) -> list[str]:
     names = f"Labels most often named in only some reports of a case: {flips or 'none'}."
     table = table_lines(["two reports of one scan", "mean over cases"], rows)
     return [*table, "", note, names, "", *device_lines(document)]
+
+
+KIND = Kind(Needs(), content, lines)

@@ -18,9 +18,8 @@ from ...modeling_diffvp import DiffVPForConditionalGeneration
 from ...training.features import Features
 from ..runs import scan_inputs
 from ..system_scores import mean_and_interval
-from .material import Material, Needs, device_lines, mean_cell
+from .material import Kind, Material, Needs, device_lines, mean_cell
 
-NEEDS = Needs(models=True, reports=False)
 TOP_TOKENS = 8  # as in the paper
 
 
@@ -139,3 +138,6 @@ def draw_importance(path: str | Path, result: dict) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     figure.savefig(path, format="png")
+
+
+KIND = Kind(Needs(models=True, reports=False), content, lines)

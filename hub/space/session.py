@@ -105,6 +105,7 @@ class Desk:
     Attributes:
         uploads: the only folder that visitors write to and whose files they may name.
         studies: the only folder that visitors read from.
+        claimed: folder of uploads while they are read.
 
     Raises:
         DiffVPCheckpointError: there is no such checkpoint, or its files do not fit together.
@@ -112,10 +113,10 @@ class Desk:
 
     def __init__(self, checkpoint: str, folder: Path):
         self.model, self.processor = load_checkpoint(checkpoint)
-        self.uploads, self.studies, self._samples, self._claimed = (
+        self.uploads, self.studies, self._samples, self.claimed = (
             Path(folder) / name for name in ("uploads", "studies", "samples", "claimed")
         )
-        for part in (self.uploads, self.studies, self._samples, self._claimed):
+        for part in (self.uploads, self.studies, self._samples, self.claimed):
             part.mkdir(parents=True, exist_ok=True)
         self.sample_names = {f"Phantom {number}": seed for number, seed in enumerate(SAMPLE_SEEDS, 1)}
         self.sample = lru_cache(maxsize=None)(self._render)
@@ -152,7 +153,7 @@ class Desk:
             coming, tokens = queue.SimpleQueue(), []
             stopped = threading.Event()
 
-            def put(token: list[int]) -> None:
+            def put(_: int, token: int) -> None:
                 if stopped.is_set():
                     raise _Stopped
                 coming.put(token)
@@ -163,7 +164,7 @@ class Desk:
                 done.add_done_callback(lambda _: coming.put(None))
                 try:
                     while (token := coming.get()) is not None:
-                        tokens += token
+                        tokens.append(token)
                         yield list(tokens)
                     done.result()  # raises an error of the thread
                 finally:  # also if the reader stops
@@ -188,7 +189,7 @@ class Desk:
         """
         if not path:
             raise CTReadError("upload", "file", "none", "a file")
-        path, folder = Path(os.path.realpath(path)), self._claimed / secrets.token_hex(16)
+        path, folder = Path(os.path.realpath(path)), self.claimed / secrets.token_hex(16)
         if not path.is_relative_to(os.path.realpath(self.uploads)):
             raise CTReadError(path.name, "upload", "not an uploaded file", "a file that you have sent")
         claimed = folder / path.name

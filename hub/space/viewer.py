@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...inference.figure import COLORS, EDGES, PLANES, plane
 from ...inference.figure import WINDOWS as FIGURE_WINDOWS
-from ...report_diffvp import RESEARCH_USE
+from ...report_diffvp import RESEARCH_USE, stated_domain
 from .session import LARGEST, MAX_FILE_BYTES, PageStudy
 
 WINDOWS = {name.capitalize(): hu for name, hu in FIGURE_WINDOWS.items()} | {"Bone": (-450, 1050)}  # HU: black, white
@@ -156,11 +156,10 @@ def status_html(text: str, error: bool = False) -> str:
 
 def header_html(intended_domain: str | None) -> str:
     """Return the banner, which is always visible."""
-    domain = intended_domain or "not stated by the checkpoint"
     return (
         '<header><h1>DiffVP</h1><p class="what">CT report by comparison with a normal scan</p>'
         f'<p class="use">{RESEARCH_USE}</p>'
-        f'<p class="domain">This checkpoint is intended for: {escape(domain)}.</p></header>'
+        f'<p class="domain">This checkpoint is intended for: {escape(stated_domain(intended_domain))}.</p></header>'
     )
 
 

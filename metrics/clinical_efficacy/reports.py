@@ -167,33 +167,6 @@ def finding_scores(
     return scores
 
 
-def score_against_reports(
-    predictions: Sequence[str],
-    references: Sequence[str],
-    labeler: Labeler,
-    *,
-    labeler_name: str | None = None,
-    **options,
-) -> dict:
-    """
-    Score generated reports against true ones, with one labeler for both (`truth:labeler`).
-
-    Args:
-        labeler_name: name for the signature, preferably the labeler's own `signature`; its class name by default.
-        options: `zero_division`, `resamples` and `seed` of [`finding_scores`].
-
-    Raises:
-        TypeError: a report is not text.
-        ValueError: the lengths differ, or there are no reports.
-    """
-    if len(predictions) != len(references):
-        raise ValueError(f"references: {len(references)} (expected {len(predictions)}, one per prediction)")
-    predicted = label_reports(labeler, predictions, "predictions")
-    actual = label_reports(labeler, references, "references")
-    name = labeler_name or type(labeler).__name__
-    return finding_scores(predicted, actual, truth="labeler", labeler=name, **options)
-
-
 def _intervals(
     counts: NDArray[np.int64], zero_division: float, resamples: int, seed: int, with_crg: bool
 ) -> dict[str, dict[str, Interval] | Interval | None]:

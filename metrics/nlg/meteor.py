@@ -33,14 +33,15 @@ class _Stemmer:
         self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
 
 
-# Load once per process, on first use: reading WordNet takes half a second.
 @lru_cache(maxsize=1)
-def _wordnet() -> WordNet:
+def wordnet() -> WordNet:
+    """WordNet, loaded once per process, on first use: reading it takes half a second."""
     return load_wordnet()
 
 
 @lru_cache(maxsize=1)
-def _punkt() -> PunktSentenceTokenizer:
+def punkt() -> PunktSentenceTokenizer:
+    """Punkt model, loaded once per process."""
     return load_punkt()
 
 
@@ -51,14 +52,14 @@ def _stemmer() -> _Stemmer:
 
 def check_meteor_data() -> None:
     """Raise LexiconError if METEOR cannot be computed. Long commands call this before they start."""
-    _wordnet(), _punkt()
+    wordnet(), punkt()
 
 
 def meteor_signature() -> str:
     """Return the signature. Raise LexiconError without WordNet, whose version is part of it."""
     return (
         f"meteor|per-sample-mean|alpha:{ALPHA:g}|beta:{BETA:g}|gamma:{GAMMA:g}|case:lower|tok:punkt_tab+treebank"
-        f"|stemmer:porter|wordnet:{_wordnet().version}|nltk:{version('nltk')}"
+        f"|stemmer:porter|wordnet:{wordnet().version}|nltk:{version('nltk')}"
     )
 
 
@@ -69,7 +70,7 @@ def meteor_tokens(text: str) -> list[str]:
         LexiconError: the Punkt model is not installed.
     """
     words = NLTKWordTokenizer()
-    return [word for sentence in _punkt().tokenize(text) for word in words.tokenize(sentence)]
+    return [word for sentence in punkt().tokenize(text) for word in words.tokenize(sentence)]
 
 
 def _score(prediction: str, reference: str) -> float:
@@ -77,7 +78,7 @@ def _score(prediction: str, reference: str) -> float:
         meteor_tokens(reference),
         meteor_tokens(prediction),
         stemmer=_stemmer(),
-        wordnet=_wordnet(),
+        wordnet=wordnet(),
         alpha=ALPHA,
         beta=BETA,
         gamma=GAMMA,

@@ -3,21 +3,19 @@
 """
 Write the drafts of a phantom checkpoint without its cohort: the report of a phantom is derived from its seed.
 
-    python -m diffvp.hub.drafts checkpoints/diffvp-phantom --first 2500 --last 3599
+    python -m diffvp.training.phantom_drafts checkpoints/diffvp-phantom --first 2500 --last 3599
 
 Training writes drafts itself. This script is for checkpoints trained before drafts existed, and documents the origin
 of the drafts of the shipped checkpoint.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from ..data.phantom import sample_patient
 from ..data.phantom_report import region_sentences, report_text
 from ..drafts_diffvp import MIN_PATIENTS, ReportDrafts
 from ..processing_diffvp import DiffVPProcessor
-from ..storage_diffvp import DRAFTS_NAME
 
 
 def phantom_drafts(checkpoint: str | Path, seed: int, first: int, last: int) -> ReportDrafts:
@@ -36,5 +34,4 @@ if __name__ == "__main__":
     parser.add_argument("--last", type=int, required=True, help="index of the last training case of the generator")
     options = parser.parse_args()
     drafts = phantom_drafts(options.checkpoint, options.seed, options.first, options.last)
-    with tempfile.TemporaryDirectory(dir=options.checkpoint) as folder:  # renamed, so that no reader sees half a file
-        drafts.save(Path(folder)).replace(options.checkpoint / DRAFTS_NAME)
+    drafts.save(options.checkpoint)
