@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import BaseStreamer
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 
 from .report_diffvp import end_tokens
 from .storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError, replacing

@@ -262,7 +262,7 @@ def choose_reference(scan: CTVolume, pool: Sequence[Case], read: Callable[[Case]
 
 
 def _pool_of(cases: Sequence[Case]) -> ReferencePool:
-    return ReferencePool.of_paths({case.name: case.volume for case in cases})
+    return ReferencePool.of_paths({case.name: case.volume for case in cases if isinstance(case.volume, Path)})
 
 
 @torch.no_grad()
@@ -415,8 +415,7 @@ def load_with_pool(
         raise ValueError("The findings of the checkpoint differ from the 18 that a labeler reads.")
     pool = []
     if processor.reference_pool is None:
-        pool = [case for case in normal if isinstance(case.volume, Path)]
-        processor.reference_pool = _pool_of(pool)
+        pool, processor.reference_pool = normal, _pool_of(normal)
     model.merge_adapter()
     return model, processor, pool
 

@@ -225,7 +225,7 @@ def token_maps(model: DiffVPModel, tokens: torch.Tensor) -> dict[str, NDArray[np
     }
 
 
-def pixel_maps(target: NDArray, reference: NDArray, spacing: Sequence[float]) -> dict[str, NDArray[np.float32]]:
+def pixel_maps(target: NDArray, reference: NDArray, spacing: Sequence[float]) -> dict[str, NDArray]:
     """Subtract the voxels of two volumes: |target - reference|, as it is and after a Gaussian."""
     subtraction = np.abs(target - reference)
     sigma = [SMOOTHING_MM / mm for mm in spacing]

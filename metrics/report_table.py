@@ -160,7 +160,8 @@ def _read_sources(
     """Read the reports from one table, or from one of generated and one of true reports."""
     if reference is None:
         columns = [prediction_column, reference_column, *([nearest_column] if nearest_column else [])]
-        return _Pairs(*_read_reports(Path(source), id_column, reference_column, columns))
+        ids, predictions, references, *nearest = _read_reports(Path(source), id_column, reference_column, columns)
+        return _Pairs(ids, predictions, references, nearest[0] if nearest else None)
     if nearest_column:
         raise ValueError(
             f"nearest_column: {nearest_column!r} with a reference file (expected one table with both reports)"
