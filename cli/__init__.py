@@ -5,7 +5,7 @@ The command `diffvp`. Each command imports the modules it needs when it runs, so
 
     reports.py      demo, report, batch, app, serve
     training.py     phantom, init, train, pool build, encoder convert
-    scores.py       label, score, judge, evaluate, experiment
+    evaluation.py   label, score, judge, evaluate, experiment
     publishing.py   push
     options.py      options that several commands share
     console.py      output, errors, tables
@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..extras import needs_libraries
 from ..report_diffvp import RESEARCH_USE
-from . import publishing, reports, scores, training
+from . import evaluation, publishing, reports, training
 from .console import SHIPPED_CHECKPOINT, out
 
 __all__ = ["SHIPPED_CHECKPOINT", "app", "main"]
@@ -50,11 +50,11 @@ for name, command in {
     "phantom": training.phantom,
     "init": training.init_folder,
     "train": training.train,
-    "label": scores.label,
-    "score": scores.score,
-    "judge": scores.judge,
-    "evaluate": scores.evaluate,
-    "experiment": scores.experiment,
+    "label": evaluation.label,
+    "score": evaluation.score,
+    "judge": evaluation.judge,
+    "evaluate": evaluation.evaluate,
+    "experiment": evaluation.experiment,
     "app": reports.serve_page,
     "serve": reports.serve,
     "push": publishing.push,
