@@ -81,7 +81,10 @@ def test_supported_loading_arguments_take_effect(checkpoint, scans, tmp_path):
     expected = load(checkpoint)(*scans).logits
     assert {p.dtype for p in load(checkpoint, torch_dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert load(checkpoint, torch_dtype="bfloat16", dtype="float32").dtype == torch.float32
-    assert load(checkpoint, attn_implementation="eager").language_model.config._attn_implementation == "eager"
+    for implementation, returns_weights in (("eager", True), ("sdpa", False)):
+        language_model = load(checkpoint, attn_implementation=implementation).language_model
+        weights = language_model(torch.tensor([[1, 2]]), output_attentions=True).attentions
+        assert any(one is not None for one in weights) is returns_weights
     given = load(checkpoint, generation_config=GenerationConfig(max_new_tokens=3, eos_token_id=2))
     assert given.generation_config.max_new_tokens == 3
     assert load(checkpoint, diagnosis_threshold=0.25).config.diagnosis_threshold == 0.25
