@@ -7,6 +7,7 @@ The command `diffvp`. Each command imports the modules it needs when it runs, so
     training.py     phantom, init, train, pool build, encoder convert
     evaluation.py   label, score, judge, evaluate, experiment
     publishing.py   push
+    ray.py          python -m diffvp.cli.ray: batch on many machines
     options.py      options that several commands share
     console.py      output, errors, tables
 """

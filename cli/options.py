@@ -28,6 +28,21 @@ Engine = Annotated[
 AnyAnatomy = Annotated[
     bool, typer.Option("--allow-any-anatomy", help="Also write reports of scans that show no lungs.")
 ]
+Scans = Annotated[
+    Path, typer.Argument(help="Folder of scans, a list of them (text, or .csv with a column `path`), or one scan.")
+]
+ReportLines = Annotated[
+    Path, typer.Option(help="Output file (JSON lines). The same command continues an interrupted run.")
+]
+References = Annotated[
+    str | None,
+    typer.Option(
+        help="Normal scan, folder or list of normal scans, or `nearest` (default: drawn from the checkpoint's)."
+    ),
+]
+AllowFailures = Annotated[
+    bool, typer.Option("--allow-failures", help="Exit with status 0 even if scans could not be read.")
+]
 Dicom = Annotated[
     Path | None,
     typer.Option(help="Write structured report and difference map as DICOM to this folder (docs/clinical.md)."),

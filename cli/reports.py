@@ -35,6 +35,7 @@ from .console import (
 )
 from .options import (
     CORES,
+    AllowFailures,
     AnyAnatomy,
     Checkpoint,
     Dicom,
@@ -44,8 +45,11 @@ from .options import (
     MaxNewTokens,
     Open,
     Readers,
+    References,
     ReferenceSeed,
+    ReportLines,
     Revision,
+    Scans,
 )
 
 
@@ -150,71 +154,78 @@ def report(
 
 
 def batch(
-    scans: Annotated[
-        Path,
-        typer.Argument(help="Folder of scans, a list of them (text, or .csv with a column `path`), or one scan."),
-    ],
-    output: Annotated[Path, typer.Option(help="JSON lines file. An interrupted run continues with it.")] = Path(
-        "outputs/reports.jsonl"
-    ),
+    scans: Scans,
+    output: ReportLines = Path("outputs/reports.jsonl"),
     checkpoint: Checkpoint = None,
     revision: Revision = None,
     engine: Engine = "transformers",
     dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of scans to decode together.")] = 16,
     workers: Readers = CORES,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Normal scan, folder or list of normal scans, or `nearest` (default: drawn from the checkpoint's)."
-        ),
-    ] = None,
+    reference: References = None,
     seed: ReferenceSeed = 0,
     max_new_tokens: MaxNewTokens = None,
     allow_any_anatomy: AnyAnatomy = False,
     dicom: Dicom = None,
     fhir: Fhir = False,
-    allow_failures: Annotated[
-        bool, typer.Option("--allow-failures", help="Exit with status 0 even if scans could not be read.")
-    ] = False,
+    allow_failures: AllowFailures = False,
 ) -> None:
     """Write the reports of many scans, one JSON line each. Unreadable scans are skipped and listed."""
-    check_writable(files=[output], folders=[dicom])
+    check_writable(folders=[dicom])
+    check_dtype(engine, dtype)
+    listed = list_batch(scans, output, reference)
+    name, hub_kwargs = find_checkpoint(checkpoint, revision)
+    if dicom is not None:
+        import highdicom  # noqa: F401
+    quiet()
+    from ..inference.batch import ReportWriter, write_reports
+    from ..inference.report import EXPECTED_ERRORS
+
+    with one_line_errors(*EXPECTED_ERRORS), listed_problems():
+        err.print(RESEARCH_USE, style="bold yellow")
+        writer = ReportWriter(
+            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
+            allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
+        )  # fmt: skip
+        write = functools.partial(write_reports, listed, output, writer, batch_size=batch_size, workers=workers)
+        run_batch(write, output, len(listed), allow_failures)
+
+
+def list_batch(scans: Path, output: Path, reference: str | None) -> list:
+    """Check the files of a batch, before the libraries load, and return its scans."""
+    check_writable(files=[output])
     check_kept(output, scans)
     check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
-    _check_engine(engine, dtype)
-    name, hub_kwargs = find_checkpoint(checkpoint, revision)
     from ..data.scans import NEAREST, list_scans
     from ..inference.report_file import BatchError, ReportFile
 
     if reference not in (None, NEAREST):
         expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
         check_found(Path(reference), what="reference", expected=expected)
-    if dicom is not None:
-        import highdicom  # noqa: F401
-
     with one_line_errors(BatchError), listed_problems():
-        listed = list_scans(scans)
-        ReportFile(output)  # another file is refused before the libraries load
-    quiet()
-    from ..inference.batch import ReportWriter, write_reports
-    from ..inference.report import EXPECTED_ERRORS
+        ReportFile(output)  # another file is refused
+        return list_scans(scans)
 
-    with one_line_errors(*EXPECTED_ERRORS, BatchError), listed_problems():
-        err.print(RESEARCH_USE, style="bold yellow")
-        writer = ReportWriter(
-            name, engine, reference=reference, reference_seed=seed, max_new_tokens=max_new_tokens, dtype=dtype,
-            allow_any_anatomy=allow_any_anatomy, dicom=dicom, fhir=fhir, hub_kwargs=hub_kwargs,
-        )  # fmt: skip
-        with resumable(output), counting("Scans", err) as count:
-            file = write_reports(
-                listed, output, writer, batch_size=batch_size, workers=workers,
-                on_progress=lambda file: count(len(file.done) + file.failed, len(listed)),
-                on_replaced=lambda count: warn(
-                    f"{output.name} already has reports under the names of {count} of these scans, whose content is "
-                    "different: they are read, and their reports are added.", style=None,
-                ),
-            )  # fmt: skip
+
+def run_batch(write: Callable, output: Path, total: int, allow_failures: bool) -> None:
+    """
+    Write the reports of a batch with progress, and print their number.
+
+    Args:
+        write: takes `on_progress` and `on_replaced` of `inference.batch.write_reports`; returns the file of reports.
+        total: number of scans.
+    """
+    from ..inference.report_file import BatchError
+
+    def on_replaced(count: int) -> None:
+        warn(
+            f"{output.name} already has reports under the names of {count} of these scans, whose content is "
+            "different: they are read, and their reports are added.",
+            style=None,
+        )
+
+    with one_line_errors(BatchError), resumable(output), counting("Scans", err) as count:
+        file = write(on_progress=lambda file: count(len(file.done) + file.failed, total), on_replaced=on_replaced)
     say(f"{len(file.done)} reports: {file.path}")
     if file.failed:
         say(f"{file.failed} scans could not be read: {file.failures}")
@@ -340,7 +351,7 @@ def _reporting(
     from ..inference.folder import ReportError, check_output
     from ..volume_diffvp import CTInputError
 
-    _check_engine(engine, dtype)
+    check_dtype(engine, dtype)
     with one_line_errors(ReportError):
         check_output(output)
     name, hub_kwargs = find_checkpoint(checkpoint, revision)
@@ -378,7 +389,7 @@ def _reporting(
         yield write
 
 
-def _check_engine(engine: str, dtype: str | None) -> None:
+def check_dtype(engine: str, dtype: str | None) -> None:
     if engine == "vllm" and dtype == "int8":
         raise typer.BadParameter("--dtype int8 is for the engine transformers.")
 

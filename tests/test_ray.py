@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffvp.cli import SHIPPED_CHECKPOINT
+from diffvp.cli import ray as ray_command
 from diffvp.data.scans import list_scans
 from diffvp.inference import batch
 from diffvp.inference import ray as on_ray
@@ -137,7 +138,7 @@ def asked(monkeypatch, tmp_path):
 
 def invoke(folder, *options):
     command = [str(folder / "scans.txt"), "--engine", "transformers", "--output", str(folder / "reports.jsonl")]
-    return CliRunner().invoke(on_ray.app, [*command, *options])
+    return CliRunner().invoke(ray_command.app, [*command, *options])
 
 
 def test_command_has_the_options_and_status_of_batch(asked, tmp_path):
