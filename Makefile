@@ -27,9 +27,10 @@ TESTS_ON_TRANSFORMERS := \
 MODEL_FILES := $(wildcard configuration_*.py modeling_*.py processing_*.py)
 RULES := $(VENV)/mlinter-rules.toml
 PYTEST_ARGS ?=
-# Another pyright counts other errors. TYPE_ERRORS only ever falls.
+# Another pyright counts other errors. TYPE_ERRORS only ever falls. hub/space does not count: its errors depend on
+# whether Gradio is installed.
 PYRIGHT := pyright[nodejs]==1.1.414
-TYPE_ERRORS := 464
+TYPE_ERRORS := 450
 FUZZ_SECONDS ?= 60
 AXE := $(VENV)/axe/package/axe.min.js
 
@@ -80,7 +81,8 @@ types: $(DEV)  ## pyright: no error in the files *_diffvp.py, at most TYPE_ERROR
 	$(PIP) install --quiet "$(PYRIGHT)"
 	$(BIN)/pyright --pythonpath $(BIN)/python *_diffvp.py
 	@errors=$$($(BIN)/pyright --pythonpath $(BIN)/python --outputjson | \
-		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["summary"]["errorCount"])'); \
+		$(BIN)/python -c 'import json, sys; found = json.load(sys.stdin)["generalDiagnostics"]; \
+		print(sum(one["severity"] == "error" and "/hub/space/" not in one["file"] for one in found))'); \
 	echo "$$errors type errors in the package (at most $(TYPE_ERRORS))"; [ "$$errors" -le $(TYPE_ERRORS) ]
 
 test-all: lint types test test-slow fuzz test-conformance test-hub test-dicom test-space test-serve test-kills test-docs test-road test-judge test-vllm test-ray  ## run every check of this list (hours)

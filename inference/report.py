@@ -221,16 +221,18 @@ def compose_report(
     with torch.no_grad():
         comparison = model.compare(**encoded)
     difference = model.difference_map(comparison=comparison)[0].float().cpu()
+    prompt = model.embed_prompt(**inputs, diagnosis_logits=logits, comparison=comparison)
+    attributes = comparison.attributes
 
+    del encoded, comparison
     _return_freed_memory()
     on_step("Writing the report")
     decoding = greedy(model, max_new_tokens)
-    prompt = {**inputs, "diagnosis_logits": logits, "comparison": comparison}
     engine = engine or TransformersEngine(model)
-    [tokens] = engine.generate(model.embed_prompt(**prompt), decoding)
+    [tokens] = engine.generate(prompt, decoding)
     document = describe_report(
         model, processor, tokens, decoding=decoding, engine=engine.name, logits=logits,
-        attributes=comparison.attributes, geometries=geometries, reference=named, made_by=made_by, options=options,
+        attributes=attributes, geometries=geometries, reference=named, made_by=made_by, options=options,
         truth=truth,
     )  # fmt: skip
 
