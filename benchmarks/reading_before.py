@@ -31,10 +31,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import diffvp, torch
 from diffvp.reading_diffvp import read_ct
-try:
-    from diffvp.resampling_diffvp import resample
-except ModuleNotFoundError:  # an earlier build
-    from diffvp.volume_diffvp import resample
+from diffvp.volume_diffvp import resample  # its place in earlier builds
 assert diffvp.__path__[0].startswith(sys.argv[1])
 for line in sys.stdin:
     way, path = line.rstrip().split("\\t")

@@ -168,7 +168,7 @@ def test_variant_changes_only_its_named_settings(repository_root):
             r"wrong.yaml: rows.0: condition.pool: unknown \(expected pool_size\)",
         ),
         ({"rows": [*TABLE["rows"], FOREIGNERS[0]]}, "same patients"),
-        ({"titel": "A table"}, r"wrong.yaml: titel: unknown \(expected title\)"),
+        ({"titles": "A table"}, r"wrong.yaml: titles: unknown \(expected title\)"),
         ({"seeds": "many"}, r"wrong.yaml: seeds: 'many' \(expected a valid list\)"),
         ({"kind": "nosuch"}, "no such kind: nosuch; expected one of scores, information"),
         ({"rows": FOREIGNERS, "compare": [], "kind": "cases"}, "patients: foreign is for a table of scores"),
