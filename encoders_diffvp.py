@@ -158,7 +158,8 @@ class DiffVPConv3d(nn.Conv3d):
     `nn.Conv3d` that computes a single volume as it computes several.
 
     On the CPU, torch 2.13 takes its slow implementation if batch × channels × depth × height ≤ 20,480, whatever the
-    width; for the deep stages of one scan it takes three to five times as long as oneDNN, which computes larger batches.
+    width. For the deep stages of one scan, it takes three to five times as long as oneDNN, which computes larger
+    batches.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
