@@ -63,7 +63,12 @@ DICOM = "DICOM series"  # prefix; slices and rescales follow
 
 def is_assumed(layout: str) -> bool:
     """True if the file states no grid: `CTVolume.layout` then tells which one was assumed."""
-    return layout not in (STATED, GIVEN, QFORM) and not layout.startswith(DICOM)
+    return layout not in (STATED, GIVEN, QFORM) and not is_series(layout)
+
+
+def is_series(layout: str) -> bool:
+    """True if `CTVolume.layout` is that of a DICOM series."""
+    return layout.startswith(DICOM)
 
 
 class CTInputError(ValueError):
@@ -356,6 +361,7 @@ __all__ = [
     "CTVolume",
     "check_shape",
     "is_assumed",
+    "is_series",
     "is_tensor",
     "lps_affine",
     "lps_grid",

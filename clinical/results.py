@@ -121,11 +121,11 @@ class BatchResults:
 
     def with_source(self, features, path: Path):
         """Add the source series of a scan to its features as `source`. Return the features, or an error."""
-        from ..volume_diffvp import DICOM, CTInputError
+        from ..volume_diffvp import CTInputError, is_series
         from .source import read_source
 
         [geometry] = features["geometry"]
-        if self.dicom is None and not geometry.layout.startswith(DICOM):
+        if self.dicom is None and not is_series(geometry.layout):
             return features
         try:
             source = read_source(path)
@@ -178,6 +178,6 @@ def _document(record: dict, header: dict) -> dict:
 
 def is_dicom(document: dict) -> bool:
     """True if a report describes a DICOM series."""
-    from ..volume_diffvp import DICOM
+    from ..volume_diffvp import is_series
 
-    return document["provenance"]["scan"]["layout"].startswith(DICOM)
+    return is_series(document["provenance"]["scan"]["layout"])

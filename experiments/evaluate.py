@@ -14,7 +14,7 @@ a dataset has no labels, the same labeler reads them from the true report.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -230,17 +230,23 @@ def generate_reports(
 
     Args:
         spacing: mm along x, y, z of scans whose files lack it.
-        pool: normal cases to choose references from, if the checkpoint has none.
+        pool: cases of the processor's pool, if it comes from the dataset: its files may lack spacing or rescale.
     """
 
     def read(case: Case) -> CTVolume:
         return read_ct(case.volume, spacing, processor.image_processor.allow_non_hu, case.metadata)
 
+    normal = {case.name: case for case in pool}
+
+    def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
+        volume = read(normal[entry["id"]])
+        return volume.sha256, volume
+
     reports, features, probabilities = [], [], []
     for start in counted(range(0, len(targets), BATCH_SIZE), "Reports"):
         batch = targets[start : start + BATCH_SIZE]
         scans = [read(case) for case in batch]
-        references = [choose_reference(scan, pool, read) for scan in scans] if pool else None
+        references = [processor.reference_pool.choose(0, scan.sha256, load)[1] for scan in scans] if pool else None
         inputs = processor(ct=scans, reference=references).to(model.device)
         encoded = model.encode_inputs(inputs.pop("ct"), inputs.pop("reference"))
         reports += processor.batch_decode(model.generate(**inputs, **encoded), skip_special_tokens=True)
@@ -248,21 +254,6 @@ def generate_reports(
         if model.config.use_diagnosis:
             probabilities.append(encoded["diagnosis_logits"].float().sigmoid().cpu().numpy())
     return Outputs(reports, torch.stack(features).numpy(), np.concatenate(probabilities) if probabilities else None)
-
-
-def choose_reference(scan: CTVolume, pool: Sequence[Case], read: Callable[[Case], CTVolume]) -> CTVolume:
-    """Choose a reference as the processor does, but from cases: files of some datasets lack spacing or rescale."""
-    cases = {case.name: case for case in pool}
-
-    def load(entry: dict[str, str]) -> tuple[str, CTVolume]:
-        volume = read(cases[entry["id"]])
-        return volume.sha256, volume
-
-    return _pool_of(pool).choose(0, scan.sha256, load)[1]
-
-
-def _pool_of(cases: Sequence[Case]) -> ReferencePool:
-    return ReferencePool.of_paths({case.name: case.volume for case in cases if isinstance(case.volume, Path)})
 
 
 @torch.no_grad()
@@ -415,7 +406,8 @@ def load_with_pool(
         raise ValueError("The findings of the checkpoint differ from the 18 that a labeler reads.")
     pool = []
     if processor.reference_pool is None:
-        pool, processor.reference_pool = normal, _pool_of(normal)
+        paths = {case.name: case.volume for case in normal if isinstance(case.volume, Path)}
+        pool, processor.reference_pool = normal, ReferencePool.of_paths(paths)
     model.merge_adapter()
     return model, processor, pool
 

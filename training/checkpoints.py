@@ -137,7 +137,7 @@ class Checkpoints:
             for step in self.folder.glob(f"{FORMER}step-*"):
                 recover_folder(self.folder / step.name.removeprefix(FORMER))
             for path in self.folder.iterdir():
-                if path.name.startswith((UNFINISHED, FORMER)):
+                if path.name.startswith(UNFINISHED):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
