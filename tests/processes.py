@@ -6,20 +6,35 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
+from tqdm.std import tqdm
 
 
 def forget_parent() -> None:
-    """Reset what a fork inherits: accelerate's state of a single process, and pytest's handlers of the log."""
+    """
+    Reset what a fork inherits: accelerate's state, pytest's log handlers, the locks of progress bars.
+
+    tqdm shares its lock with forked processes. One that is killed while it draws a bar would keep it forever.
+    """
     torch.set_num_threads(1)
+    lock = threading.RLock()
+    for bar in (tqdm, *_subclasses(tqdm)):
+        bar.set_lock(lock)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     logging.getLogger().handlers.clear()
+
+
+def _subclasses(of: type) -> Iterator[type]:
+    for one in of.__subclasses__():
+        yield one
+        yield from _subclasses(one)
 
 
 def in_two_processes(function: Callable, *arguments: object) -> None:

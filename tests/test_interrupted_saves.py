@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from diffvp import storage_diffvp
 from diffvp.files import recover_folder, write_folder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.storage_diffvp import DiffVPCheckpointError
+
+from .processes import fork
 
 KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # per way to save; `make test-kills` sets 50
 
@@ -158,6 +161,25 @@ def save_as_trainer_does(models, folder, ready):
             trainer.save_model(str(folder))
 
 
+def draw_bars(ready):
+    with tqdm.get_lock():
+        ready.set()
+        time.sleep(60)
+
+
+def test_killed_process_keeps_no_lock_of_progress_bars():
+    """Kills hit saves that draw progress bars: this process must still be able to draw its own."""
+    locks = tqdm.get_lock().locks
+    ready = multiprocessing.get_context("fork").Event()
+    process = fork(draw_bars, ready)
+    assert ready.wait(60)
+    process.kill()
+    process.join()
+    for lock in locks:
+        assert lock.acquire(timeout=5)
+        lock.release()
+
+
 @pytest.mark.parametrize("save", [save_in_place, save_as_the_loop_does, save_as_trainer_does])
 @pytest.mark.timeout(1800)
 def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
@@ -171,10 +193,8 @@ def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
     chance, killed, loaded = random.Random(0), 0, 0
     while killed < KILLS or (loaded == 0 and killed < KILLS + 20):  # every kill may hit a moment without a model
         # Forked processes have everything imported, so that kills hit the saves.
-        fork = multiprocessing.get_context("fork")
-        ready = fork.Event()
-        process = fork.Process(target=save, args=(models, folder, ready))
-        process.start()
+        ready = multiprocessing.get_context("fork").Event()
+        process = fork(save, models, folder, ready)
         assert ready.wait(120)
         time.sleep(duration * (1 + 3 * chance.random()))
         process.kill()
