@@ -32,13 +32,19 @@ def embedding_weight(language_model: PreTrainedModel) -> torch.Tensor:
     return embeddings.weight
 
 
+def uncompiled(language_model: PreTrainedModel) -> PreTrainedModel:
+    """Return the LLM inside the module that `torch.compile` returns, whose weights have other names."""
+    return getattr(language_model, "_orig_mod", language_model)
+
+
 def find_adapter(language_model: PreTrainedModel) -> tuple[str, PeftConfig] | None:
     """
     Return the name and config of the LLM's active adapter, or `None` if it has no adapter.
 
     Raises:
         DiffVPCheckpointError: the PEFT layers are not exactly one complete, active, unmerged adapter added by
-            `add_adapter` or loaded from a checkpoint. They can then be neither saved nor merged.
+            `add_adapter` or loaded from a checkpoint, or they repeat layers of the LLM. They can then be neither saved
+            nor merged.
     """
     wrappers = [module for module in language_model.modules() if isinstance(module, _WRAPPERS)]
     if not wrappers:
@@ -63,6 +69,11 @@ def find_adapter(language_model: PreTrainedModel) -> tuple[str, PeftConfig] | No
         raise DiffVPCheckpointError(
             "The adapter's layers were merged one by one, so the adapter would apply twice: unmerge() them, and call "
             "merge_adapter() instead."
+        )
+    if getattr(configs[names[0]], "layer_replication", None):  # only LoraConfig has it
+        raise DiffVPCheckpointError(
+            f"The adapter {names[0]} has layer_replication, which repeats layers of the LLM: neither a checkpoint nor "
+            "a merged LLM can hold layers that share their weights. Add the adapter without layer_replication."
         )
     return names[0], configs[names[0]]
 

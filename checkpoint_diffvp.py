@@ -33,6 +33,7 @@ from .adapter_diffvp import (
     locate_adapter,
     merge_into_weights,
     save_adapter,
+    uncompiled,
 )
 from .bases_diffvp import base_tokenizer, check_language_model, is_folder, load_base_model, public_name
 from .configuration_diffvp import DiffVPConfig
@@ -60,6 +61,7 @@ _AnyModel = TypeVar("_AnyModel", bound="DiffVPCheckpointMixin")
 _BaseModel = TypeVar("_BaseModel", bound="DiffVPBaseModelMixin")
 
 BASE_PREFIX = "language_model."
+_COMPILED_PREFIX = f"{BASE_PREFIX}_orig_mod."  # after `model.language_model = torch.compile(model.language_model)`
 LLM_KWARGS = ("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config", "offload_folder")
 # Arguments that transformers accepts and that have no effect here: with any value, and with the listed values.
 _WITHOUT_EFFECT = {
@@ -135,6 +137,11 @@ def _named_base(config: DiffVPConfig) -> tuple[str, str | None, str | None]:
     if name is None:
         raise DiffVPCheckpointError("config.json: base_model_name_or_path: None (expected the name of the base LLM)")
     return name, config.base_model_revision, config.base_model_gguf_file
+
+
+def _named_uncompiled(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with the names that it has if the LLM is not compiled."""
+    return {key.replace(_COMPILED_PREFIX, BASE_PREFIX, 1): value for key, value in state.items()}
 
 
 class DiffVPCheckpointMixin(_Model):
@@ -252,11 +259,13 @@ class DiffVPCheckpointMixin(_Model):
     ) -> None:
         """
         Save as in transformers, but atomically: a save that fails or is killed never leaves a mixture of two models.
+        One that fails leaves the configuration as it was.
 
         Raises:
             TypeError: `variant` or `distributed_checkpoint` is given: `from_pretrained` does not read such files.
             NotADirectoryError: `save_directory` is a file.
-            DiffVPCheckpointError: an adapter was added to the whole model instead of the LLM.
+            DiffVPCheckpointError: an adapter was added to the whole model instead of the LLM, or `save_directory` is
+                the folder of the base LLM, which the checkpoint needs.
         """
         for name in ("variant", "distributed_checkpoint"):
             if kwargs.pop(name, None):
@@ -270,11 +279,17 @@ class DiffVPCheckpointMixin(_Model):
             )
         token = {key: kwargs[key] for key in ("token",) if kwargs.get(key) is not None}
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        with replace_files(save_directory, is_main_process) as staged:
-            state = self.state_dict() if state_dict is None else state_dict
-            # `Trainer` resumes and loads the best model from such a folder, but reads only one file, not the adapter.
-            resumed = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-            self._write(staged, is_main_process, state, resumed, **kwargs)
+        fields_before = dict(vars(self.config))
+        try:
+            with replace_files(save_directory, is_main_process) as staged:
+                state = self.state_dict() if state_dict is None else state_dict
+                # `Trainer` resumes and loads the best model from such a folder, but reads one file, not the adapter.
+                resumed = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+                self._write(staged, is_main_process, state, resumed, **kwargs)
+        except BaseException:
+            vars(self.config).clear()
+            vars(self.config).update(fields_before)
+            raise
         if push_to_hub:  # after saving: transformers would treat the adapter, which exists already, as an old file
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub, **token)
 
@@ -331,7 +346,8 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
         Raises:
             DiffVPBaseModelError: the LLM cannot be used as a base (see [`check_language_model`]).
-            DiffVPCheckpointError: the base needs code of its own (`trust_remote_code`), which checkpoints lack.
+            DiffVPCheckpointError: the base needs code of its own (`trust_remote_code`), which checkpoints lack, or
+                checkpoints cannot hold such an adapter.
         """
         base = (base_model_name_or_path, base_model_revision, base_model_gguf_file)
         language_model = load_base_model(*base, **llm_kwargs)
@@ -348,13 +364,15 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             base_model_gguf_file=base_model_gguf_file,
             **(config or {}),
         )
-        decoding = own_generation_config(language_model.generation_config, base_tokenizer(*base))
+        tokenizer = base_tokenizer(*base, **llm_kwargs)
+        decoding = own_generation_config(language_model.generation_config, tokenizer)
         model = cls(model_config, language_model=language_model)
         model._place_own_modules()
         model.generation_config = decoding
         model._remember_base()
         if lora_config is not None:
             language_model.add_adapter(lora_config)
+            find_adapter(language_model)  # refuses one that could not be saved, before it is trained
         return model.eval()
 
     def train(self, mode: bool = True):
@@ -455,10 +473,16 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
     def _check_adapter_twice(self, name: str | os.PathLike, beside: dict[str, torch.Tensor]) -> None:
         """Check that the adapter stored `beside` the own weights, for `Trainer`, equals the one in `adapter/`."""
         loaded, adapter = self.state_dict(), self.adapter_keys()
+        # The keys have the adapter's name: here "default", there the one under which it was added for training.
+        start, _, end = min(adapter).partition(".default")
+        there = next((key for key in beside if key.startswith(f"{start}.") and key.endswith(end)), min(adapter))
+        trained = there.removeprefix(start).removesuffix(end)
+        here = {key.replace(".default", trained): key for key in adapter}
         for key, value in beside.items():
-            if key not in adapter:
+            if key not in here:
                 raise DiffVPCheckpointError(f"{name}: 1 weight(s) unexpected: {key}.")
-            if not torch.equal(loaded[key].cpu(), value.to(loaded[key].dtype)):
+            own = loaded[here[key]]
+            if not torch.equal(own.cpu(), value.to(own.dtype)):
                 raise DiffVPCheckpointError(f"{name}: the weights and {ADAPTER_SUBFOLDER}/ are of different steps.")
 
     @classmethod
@@ -504,7 +528,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def _base_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the LLM's weights without the adapter, under their names in an LLM without adapter."""
-        names = base_names(self.language_model, state)
+        names = base_names(uncompiled(self.language_model), state)
         base = {names[key]: value for key, value in state.items() if key in names}
         if getattr(self.language_model, "is_quantized", False):  # packed weights are neither trained nor merged
             base = {key: value for key, value in base.items() if value.is_floating_point()}
@@ -549,11 +573,12 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
                 missing.
             resumed: `Trainer` resumes from this checkpoint, so store the adapter in the file of the own weights, too.
         """
-        config, language_model = self.config, self.language_model
+        config, language_model, state = self.config, uncompiled(self.language_model), _named_uncompiled(state)
         adapter = find_adapter(language_model)
         own = {key: value for key, value in state.items() if not key.startswith(BASE_PREFIX)}
         given = {key.removeprefix(BASE_PREFIX): value for key, value in state.items() if key.startswith(BASE_PREFIX)}
         llm = self._base_state(given) or self._base_state(language_model.state_dict())
+        place = folder.parent.resolve()
         named = config.base_model_name_or_path
         if named is not None and is_main_process and not self._is_named_base(llm):
             logger.warning(
@@ -562,6 +587,14 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             )
             config.base_model_name_or_path = config.base_model_revision = config.base_model_gguf_file = None
         whole = config.base_model_name_or_path is None
+        if not whole and is_main_process and config.base_model_gguf_file is None:  # a GGUF is not overwritten
+            # The LLM may have been loaded from another place than the configuration names.
+            for base in (config.base_model_name_or_path, language_model.name_or_path):
+                if base and is_folder(base) and Path(base).resolve() == place:
+                    raise DiffVPCheckpointError(
+                        f"{place} is the folder of the base LLM, which the checkpoint needs and would overwrite: save "
+                        "into another folder, or write a checkpoint that includes its base with export_merged()."
+                    )
         if whole:
             self._check_whole(llm)
             config.text_config = language_model.config
@@ -619,7 +652,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
 
     def adapter_keys(self) -> set[str]:
         """Names of the adapter's weights in the state dict."""
-        return {f"{BASE_PREFIX}{key}" for key in adapter_names(self.language_model)}
+        return {f"{BASE_PREFIX}{key}" for key in adapter_names(uncompiled(self.language_model))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """
@@ -628,6 +661,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
         Raises:
             DiffVPCheckpointError: the model has an adapter and `state_dict` holds the own weights without it.
         """
+        language_model, state_dict = uncompiled(self.language_model), _named_uncompiled(state_dict)
         expected, adapter = self.state_dict().keys(), self.adapter_keys()
         own = {key for key in expected if not key.startswith(BASE_PREFIX)}
         if own <= state_dict.keys() and not adapter <= state_dict.keys():
@@ -638,9 +672,11 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
                 f"Trainer resumes only from folders {PREFIX_CHECKPOINT_DIR}-N, which it has saved itself."
             )
         # In a checkpoint that holds the LLM, the LLM's weights have their names without adapter.
-        names = base_names(self.language_model, self.language_model.state_dict())
+        names = base_names(language_model, language_model.state_dict())
         wrapped = {f"{BASE_PREFIX}{plain}": f"{BASE_PREFIX}{name}" for name, plain in names.items()}
         state_dict = {wrapped.get(key, key): value for key, value in state_dict.items()}
+        if language_model is not self.language_model:
+            state_dict = {key.replace(BASE_PREFIX, _COMPILED_PREFIX, 1): value for key, value in state_dict.items()}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if self.config.base_model_name_or_path is not None:  # the base LLM is loaded by name, not missing
             missing = [key for key in result.missing_keys if not key.startswith(BASE_PREFIX)]
@@ -655,7 +691,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             DiffVPCheckpointError: the adapter cannot be merged without changing the outputs. The model is left
                 unchanged.
         """
-        merge_into_weights(self.language_model)
+        merge_into_weights(uncompiled(self.language_model))
         self._follow_ties()
 
     def export_merged(self, save_directory: str | os.PathLike) -> None:
@@ -668,7 +704,7 @@ class DiffVPBaseModelMixin(DiffVPCheckpointMixin):
             DiffVPCheckpointError: as in [`merge_adapter`].
         """
         config = self.config
-        undo = merge_into_weights(self.language_model)
+        undo = merge_into_weights(uncompiled(self.language_model))
         try:
             self.config = copy.deepcopy(config)
             self.config.base_model_gguf_file = None

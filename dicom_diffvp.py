@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .folders_diffvp import walk_files
 from .inflate_diffvp import MAX_FILES, extract
 from .pixels_diffvp import check_slice, equal_pixels, read_voxels, rescale_of
 from .slices_diffvp import PARTS, DicomFile, Slice, is_dicom, read_directory, read_header
@@ -32,6 +33,7 @@ from .volume_diffvp import (
     MAX_TILT_COSINE,
     MIN_LENGTH,
     CTGeometryError,
+    CTInputError,
     CTReadError,
     CTVolume,
     check_shape,
@@ -45,6 +47,8 @@ MAX_COSINE_DIFFERENCE = 2e-3  # between slices: 0.1 degrees
 MAX_SPACING_DIFFERENCE = 5e-3  # relative, between pixel spacings: half a voxel at the edge of 200
 MIN_INTERLEAVED = 0.75  # parts are interleaved if their slices lie closer together than this share of their spacing
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
+LETTERS = re.compile("[A-Z0-9]{6,}")  # names that exports to CDs draw at random
+GRID = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # must be equal in all slices of a stack
 
 
 def read_dicom(
@@ -121,11 +125,15 @@ def open_series(path: Path, series: int | str | None = None, allow_incomplete: b
                 lost.append(slices)
             else:
                 found.extend(slices)
+        if not found:
+            names = [file.name for file in files if file.path != path]
+            state = f"no DICOM file, but {', '.join(names[:5])}" if names else "no DICOM file"
+            raise CTReadError(source, "content", state, "the slices of one CT series")
         slices = _choose(found, series, source)
         if allow_incomplete:
             damaged += [replace(one.file, why="truncated") for one in slices if one.length < 0]
             slices = [one for one in slices if one.length >= 0]
-        warnings = _check_complete(slices, found, _alike(slices, lost) + damaged, source, allow_incomplete)
+        warnings = _check_complete(slices, found, _alike(slices, lost, found) + damaged, source, allow_incomplete)
         if path.is_file() and len(files) == 1 and len(slices) == 1 and path.suffix.lower() != ".zip":
             raise CTReadError(source, "number of frames", 1, "a multi-frame CT; for single slices, give their folder")
         if len(slices) < MIN_LENGTH:
@@ -144,12 +152,15 @@ def _files(path: Path) -> Iterator[list[DicomFile]]:
     """Find the files of a folder, an archive or a DICOMDIR, in a fixed order, without the "._" files of macOS."""
     if path.is_dir():
         files = []
-        for folder, folders, names in os.walk(path):
-            folders.sort()
-            files += [DicomFile(Path(folder, name), folder, name) for name in sorted(names) if name[:2] != "._"]
-            if len(files) > MAX_FILES:
-                raise CTReadError(path.name, "number of files", "too large", f"at most {MAX_FILES}: one study")
-        yield files
+        try:
+            for folder, names in walk_files(path):
+                inside = _inside(path, Path(folder))
+                files += [DicomFile(Path(folder, name), inside, name) for name in names if name[:2] != "._"]
+                if len(files) > MAX_FILES:
+                    raise CTReadError(path.name, "number of files", "too large", f"at most {MAX_FILES}: one study")
+        except OSError as error:
+            raise CTReadError(path.name, "folder", "unreadable, or one in it", "folders that may be read") from error
+        yield files + [file for one in files if one.name.upper() == "DICOMDIR" for file in _absent(path, one)]
     elif path.suffix.lower() == ".zip":
         with tempfile.TemporaryDirectory(prefix="diffvp-") as folder:
             try:
@@ -161,6 +172,23 @@ def _files(path: Path) -> Iterator[list[DicomFile]]:
             yield [file for file in files if not (file.name[:2] == "._" or file.folder.startswith("__MACOSX"))]
     else:
         yield _listed(path) if path.name.upper() == "DICOMDIR" else [DicomFile(path, "", path.name)]
+
+
+def _inside(folder: Path, other: Path) -> str:
+    """Return the path of a folder within another one; empty for that one itself."""
+    return os.path.relpath(other, folder).removeprefix(os.curdir)
+
+
+def _absent(folder: Path, directory: DicomFile) -> list[DicomFile]:
+    """Return the files that a DICOMDIR within a folder lists, and that are not there."""
+    assert directory.path is not None
+    try:
+        listed = _listed(directory.path)
+    except CTReadError:  # an index that cannot be read takes nothing from the files, which were found without it
+        return []
+    return [
+        replace(one, folder=_inside(folder, one.path.parent)) for one in listed if one.path and not one.path.exists()
+    ]
 
 
 def _listed(path: Path) -> list[DicomFile]:
@@ -186,12 +214,14 @@ def _listed(path: Path) -> list[DicomFile]:
 
 def _choose(found: list[Slice], series: int | str | None, source: str) -> list[Slice]:
     """Return the slices of the stack that was selected, or of the only one, without exact duplicates."""
-    if not found:
-        raise CTReadError(source, "content", "no DICOM file", "the slices of one CT series")
     groups: dict[str, list[Slice]] = {}
     others: dict[str, list[CTReadError]] = {}  # a localizer may share the UID of the slices planned on it
+    placed = sum(one.other is None and one.is_placed for one in found) >= MIN_LENGTH
     for one in found:
-        if other := one.other:
+        other = one.other
+        if other is None and placed and not one.is_placed:  # such as a page of the dose report
+            other = "ImagePositionPatient", "missing, with orientation and pixel spacing", "a slice"
+        if other:
             others.setdefault(one.text("SeriesInstanceUID"), []).append(CTReadError(one.name, *other))
         else:
             groups.setdefault(one.text("SeriesInstanceUID"), []).append(one)
@@ -213,11 +243,19 @@ def _choose(found: list[Slice], series: int | str | None, source: str) -> list[S
     raise CTReadError(source, "series", f"{state}; available: {listed}", "one of them, by series=N or --series N")
 
 
+def _numbers(text: str) -> tuple[float, ...] | str:
+    """Return the numbers of a field, which programs write differently (1 and 1.0); the text if it holds none."""
+    try:
+        return tuple(float(number) for number in text.split("\\"))
+    except ValueError:
+        return text
+
+
 def _distinct(slices: list[Slice]) -> list[Slice]:
     """Return the slices without duplicates: copies and second exports, whose pixels and header or UID are equal."""
-    kept: dict[str, list[Slice]] = {}
+    kept: dict[tuple[float, ...] | str, list[Slice]] = {}
     for one in slices:
-        same = kept.setdefault(one.text("ImagePositionPatient"), [])
+        same = kept.setdefault(_numbers(one.text("ImagePositionPatient")), [])
         if not (one.text("ImagePositionPatient") and any(_equal(one, other) for other in same)):
             same.append(one)
     return [one for same in kept.values() for one in same]
@@ -226,14 +264,18 @@ def _distinct(slices: list[Slice]) -> list[Slice]:
 def _equal(one: Slice, other: Slice) -> bool:
     fields = "RescaleSlope", "RescaleIntercept", "ImageOrientationPatient", "PixelSpacing"
     if (uid := one.text("SOPInstanceUID")) and (uid, one.frame) == (other.text("SOPInstanceUID"), other.frame):
-        header = all(one.text(name) == other.text(name) for name in fields)
+        header = all(_numbers(one.text(name)) == _numbers(other.text(name)) for name in fields)
     else:
         header = one.values | {"SOPInstanceUID": ""} == other.values | {"SOPInstanceUID": ""}
     return header and equal_pixels(one, other)
 
 
 def _split(slices: list[Slice]) -> list[list[Slice]]:
-    """Split a series into its stacks. Consecutive parts that do not overlap are one stack."""
+    """
+    Split a series into its stacks. Consecutive parts that do not overlap are one stack, if its grid is even.
+
+    A series has one study and one frame of reference (PS3.3, C.7.3.1 and C.7.4.1): those of two patients never join.
+    """
     try:
         places = {id(one): one.place() for one in slices}
     except CTGeometryError:
@@ -242,20 +284,44 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
     def step(part: list[Slice]) -> float:
         return float(np.diff(sorted(places[id(one)] for one in part)).min()) if len(part) > 1 else math.inf
 
-    for name in PARTS:
-        parts: dict[str, list[Slice]] = {}
-        for one in slices:
-            parts.setdefault(str(one.values.get(name, "")), []).append(one)
-        ends = sorted((min(at), max(at)) for at in ([places[id(one)] for one in part] for part in parts.values()))
+    def interleaved(parts: list[list[Slice]]) -> bool:
+        ends = sorted((min(at), max(at)) for at in ([places[id(one)] for one in part] for part in parts))
         overlap = any(lower[1] >= upper[0] - 1e-3 for lower, upper in itertools.pairwise(ends))
-        finest = min(step(part) for part in parts.values())
-        if overlap and max(map(len, parts.values())) >= MIN_LENGTH and step(slices) < MIN_INTERLEAVED * finest:
-            return [
-                stack
-                for _, part in sorted(parts.items(), key=lambda one: (len(one[0]), one[0]))
-                for stack in _split(part)
-            ]
+        finest = min(map(step, parts))
+        return overlap and max(map(len, parts)) >= MIN_LENGTH and step(slices) < MIN_INTERLEAVED * finest
+
+    divided = [_parts(slices, name) for name in PARTS]
+    for parts in divided:
+        if interleaved(parts):
+            return [stack for part in parts for stack in _split(part)]
+    for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        parts = _parts(slices, name)
+        if len(parts) > 1 and min(map(len, parts)) >= MIN_LENGTH:
+            return [stack for part in parts for stack in _split(part)]
+    if not _is_even(slices):  # such as acquisitions at a distance from each other, or each with a grid of its own
+        for parts in (*divided, *(_parts(slices, name) for name in GRID)):
+            if len(parts) > 1 and all(len(part) >= MIN_LENGTH and _is_even(part) for part in parts):
+                return parts
     return [slices]
+
+
+def _parts(slices: list[Slice], name: str) -> list[list[Slice]]:
+    """Return the slices by the value of a field, in the order of the values; shorter ones come first."""
+    parts: dict[str, list[Slice]] = {}
+    for one in slices:
+        parts.setdefault(str(one.values.get(name, "")), []).append(one)
+    return [part for _, part in sorted(parts.items(), key=lambda one: (len(one[0]), one[0]))]
+
+
+def _is_even(slices: list[Slice]) -> bool:
+    """True if slices are an even stack of one grid."""
+    if any(name not in one.values for one in slices for name in ("Rows", "Columns")):
+        return False
+    try:
+        _stack(slices, "")
+    except CTInputError:
+        return False
+    return True
 
 
 def _describe(slices: list[Slice]) -> str:
@@ -277,20 +343,32 @@ def _describe(slices: list[Slice]) -> str:
     return ", ".join([*said, text, *([f"{np.median(np.diff(places)):.3g} mm apart"] if len(slices) > 1 else [])])
 
 
-def _alike(slices: list[Slice], lost: list[DicomFile]) -> list[DicomFile]:
-    """Return the files that are not DICOM but are named like the slices next to them; others are notes or viewers."""
+def _alike(slices: list[Slice], lost: list[DicomFile], found: list[Slice]) -> list[DicomFile]:
+    """
+    Return the files that are not DICOM but are named like the slices; others are notes or viewers.
+
+    A file is compared with the slices of its folder. A file in a folder without any readable image is compared by its
+    whole path with all slices: D2/IM18 with D1/IM17.
+    """
     names = {(one.file.folder, one.file.name) for one in slices}
     shapes = {(one.file.folder, shape) for one in slices for shape in one.file.shapes}
     folders = {one.file.folder for one in slices}
-    found = []
+    letters = {(one.file.folder, len(one.file.name)) for one in slices if LETTERS.fullmatch(one.file.name)}
+    readable, paths = {one.file.folder for one in found}, {one.file.path_shape for one in slices}
+    alike = []
     for file in lost:
-        # IM0018.dcm.part stands for IM0018.dcm, unless that also exists.
-        stem = replace(file, name=os.path.splitext(file.name)[0])
-        tried = [file] if (file.folder, stem.name) in names else [file, stem]
-        named = any((file.folder, shape) in shapes for one in tried for shape in one.shapes)
-        if named or (file.folder in folders and file.name.lower().endswith(DICOM_SUFFIXES)):
-            found.append(file)
-    return found
+        # IM0018.dcm.part, .IM0018.dcm.x7Hq2a and IM0018.dcm~ stand for IM0018.dcm, unless that also exists.
+        plain = file.name.strip(".~")
+        stems = [replace(file, name=name) for name in (plain, os.path.splitext(plain)[0]) if name != file.name]
+        tried = [file] if any((file.folder, stem.name) in names for stem in stems) else [file, *stems]
+        numbered = any((file.folder, shape) in shapes for one in tried for shape in one.shapes)
+        suffixed = file.folder in folders and file.name.lower().endswith(DICOM_SUFFIXES)
+        elsewhere = file.folder not in readable and file.why != "missing" and file.path_shape in paths
+        # Names such as ZKGH2MQX have no number that could be compared.
+        lettered = file.why in ("empty", "zeros") and LETTERS.fullmatch(file.name) is not None
+        if numbered or suffixed or elsewhere or (lettered and (file.folder, len(file.name)) in letters):
+            alike.append(file)
+    return alike
 
 
 def _check_complete(
@@ -323,9 +401,7 @@ def _check_complete(
             derived = count == "ImagesInAcquisition" and any("DERIVED" in one.text("ImageType") for one in part)
             everywhere = [one for one in found if one.text(name) == value]
             series = [one for one in everywhere if one.text("SeriesInstanceUID") == part[0].text("SeriesInstanceUID")]
-            there, total = (
-                len({one.text("SOPInstanceUID") or one.file.path for one in ones}) for ones in (series, everywhere)
-            )
+            there, total = (len(set(map(_instance, ones))) for ones in (series, everywhere))
             if there < promised != total and not derived:
                 missing.append((count, promised, there))
     if allow_incomplete:
@@ -342,6 +418,18 @@ def _check_complete(
         count, promised, there = missing[0]
         raise CTReadError(source, count, f"{promised}, with {there} files there", f"all of the scan; {allowed}")
     return ()
+
+
+def _instance(one: Slice) -> tuple[object, ...]:
+    """Return what identifies the object of a slice. Some exports give the slices of a series one SOPInstanceUID."""
+    uid = one.text("SOPInstanceUID")
+    return (uid, _numbers(one.text("ImagePositionPatient")) if one.frames == 1 else "") if uid else (one.file.path,)
+
+
+def _both(one: Slice, other: Slice) -> str:
+    """Name two slices in a message, with their folders if their names are equal."""
+    within = one.file.name == other.file.name
+    return " and ".join(os.path.join(of.file.folder, of.name) if within else of.name for of in (one, other))
 
 
 # Grid
@@ -368,7 +456,9 @@ def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
     ):
         differs = np.abs(values - usual).max(axis=1) > tolerance
         if differs.any():
-            pair = f"{slices[int(differs.argmin())].name} and {slices[int(differs.argmax())].name}"
+            one = int(differs.argmax())
+            other = int(np.abs(values - values[one]).max(axis=1).argmax())
+            pair = _both(slices[min(one, other)], slices[max(one, other)])
             raise CTGeometryError(source, name, f"not the same in all slices ({pair} differ)", "one grid")
     if spacings.min() <= 0:
         raise CTGeometryError(source, "PixelSpacing", f"{spacings.min():g} mm", "above 0 mm")
@@ -392,10 +482,7 @@ def _stack(slices: list[Slice], source: str) -> tuple[list[int], np.ndarray]:
         raise CTGeometryError(source, "gantry tilt", f"{tilt:.1f} degrees", "slices stacked at right angles")
     if gaps.min() < MAX_SLICE_OFFSET * thickness:
         k = int(gaps.argmin())
-        pair = [slices[order[k]].file, slices[order[k + 1]].file]
-        if len({file.name for file in pair}) == 1 < len({file.folder for file in pair}):
-            names[k : k + 2] = [os.path.join(file.folder, name) for file, name in zip(pair, names[k:], strict=False)]
-        found = f"the same in {names[k]} and {names[k + 1]}"
+        found = f"the same in {_both(slices[order[k]], slices[order[k + 1]])}"
         raise CTGeometryError(source, "slice positions", found, "a different position for each slice")
     tolerance = max(MAX_SLICE_OFFSET * thickness, min(ROUNDING, 0.3 * thickness))
     offsets = positions - (start + np.arange(len(slices))[:, None] * step)

@@ -27,6 +27,10 @@ def writing_problem(path: str | os.PathLike, *, folder: bool = False) -> str | N
     path = Path(path).absolute()
     if os.path.exists(path) and os.path.isdir(path) != folder:
         return "a file" if folder else "a folder"
+    if os.path.exists(path) and not (folder or os.path.isfile(path)):
+        return "not a regular file"
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        return "read-only"
     there = nearest_folder(path.parent)
     if not there.is_dir():
         return f"below the file {there.name}"

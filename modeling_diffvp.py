@@ -70,6 +70,8 @@ class DiffVPForDiagnosis(DiffVPPreTrainedModel):
 
     input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]  # as above
     supports_gradient_checkpointing = False  # the layers are MONAI's
+    # The loss is a mean over cases, so `Trainer` has to divide it by the steps of an accumulated step.
+    accepts_loss_kwargs = False
     _prefixes_in_whole = {"vision_encoder.": "classifier.vision_encoder.", "diagnosis.": "classifier."}
 
     def __init__(self, config: DiffVPConfig):
@@ -471,16 +473,17 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         )
         loss = generation_loss = classification_loss = None
         if labels is not None:
-            size = self.config.get_text_config().vocab_size
+            size = decoded.logits.shape[-1]  # not the configuration's, if only the LLM was resized
             generation_loss = loss = self.loss_function(decoded.logits, labels, size, num_items_in_batch, **options)
         if labels is not None or diagnosis_labels is not None:
             scores = self.classification_head(computed["latents"].mean(dim=1)).float()
+            # DistributedDataParallel waits for a gradient of every trained parameter, so a term without labels is 0.
             if diagnosis_labels is None:
-                added = 0 * scores.sum()  # DistributedDataParallel waits for a gradient of every trained parameter
+                added = 0 * scores.mean()
             else:
                 classification_loss = auxiliary_loss(scores, diagnosis_labels, labels, num_items_in_batch)
                 added = self.config.classification_loss_weight * classification_loss
-            loss = added if loss is None else loss + added
+            loss = (0 * decoded.logits.mean() if loss is None else loss) + added  # a sum could overflow to inf
         return DiffVPOutput(
             loss=loss,
             logits=decoded.logits,
@@ -542,7 +545,7 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
             generation_config: replaces the model's; special tokens that it does not set are taken from the model's.
                 `max_length` and `min_length`, here or in `kwargs`, count the returned tokens only, as `max_new_tokens`
                 and `min_new_tokens` do, because the prompt consists of embeddings.
-            kwargs: passed to the LLM's `generate`.
+            kwargs: passed to the LLM's `generate`, except the labels of a training batch, which are ignored.
 
         Returns:
             The new tokens only.
@@ -550,6 +553,9 @@ class DiffVPForConditionalGeneration(DiffVPBaseModelMixin, DiffVPModel, Generati
         embeddings, mask, _ = self._prepare(
             ct, reference, input_ids, attention_mask, ct_features, reference_features, diagnosis_logits, comparison
         )
+        embeddings, mask = pad_left(embeddings, mask)  # the report follows the last token of the text, not padding
+        for name in ("labels", "diagnosis_labels"):  # `Seq2SeqTrainer` passes whole batches
+            kwargs.pop(name, None)
         decoding, kwargs = decoding_config(self.generation_config, generation_config, kwargs)
         return decode(self.language_model, self.drafts, embeddings, mask, decoding, **kwargs)
 

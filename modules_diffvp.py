@@ -488,20 +488,24 @@ def _attribute_ids(fragments: dict, known: dict) -> list[int]:
     return fragments["open"] + ids + fragments["close"] if ids else []
 
 
-def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Move the padding inside each prompt to its left end. Masked positions after the first token of the text stay.
+    Move the padding inside each prompt to its left end.
 
     Args:
-        embeddings: (batch, L, h); the last `text_length` positions are the text.
+        embeddings: (batch, L, h).
         mask: (batch, L), 1 for a token and 0 for padding.
+        text_length: masked positions after the first token of the last `text_length` positions stay, so that the
+            text's tokens keep their positions, counted from the right. 0 moves all padding.
 
     Returns:
-        Embeddings and mask in the new order. The text's tokens keep their positions, counted from the right.
+        Embeddings and mask in the new order.
     """
-    places = torch.arange(mask.shape[1], device=mask.device)
-    first_of_text = mask.shape[1] - text_length + mask[:, -text_length:].argmax(dim=1)
-    moves = (mask == 0) & (places < first_of_text[:, None])
+    moves = mask == 0
+    if text_length:
+        places = torch.arange(mask.shape[1], device=mask.device)
+        first_of_text = mask.shape[1] - text_length + mask[:, -text_length:].argmax(dim=1)
+        moves &= places < first_of_text[:, None]
     order = moves.long().neg().argsort(dim=1, stable=True)
     return embeddings.gather(1, order[..., None].expand_as(embeddings)), mask.gather(1, order)
 

@@ -43,6 +43,8 @@ MAX_METADATA_DEVIATION = 0.01  # relative, between two statements of the same sp
 # name the same side (a head may be turned by 45 degrees against a template); in one space, the same direction (to 1
 # degree).
 MIN_SIDE_COSINE, MIN_SAME_COSINE = 0.7, 0.9998
+MAX_QUATERNION = 1.001  # squared length of a quaternion that was rounded; it is 1 without rounding
+QUATERNION = ("quatern_b", "quatern_c", "quatern_d")
 SCANNER = 1  # form code of the scanner's own space; other codes mean another scan, an atlas or a template
 
 CT_RATE_V1 = "CT-RATE version 1: blank header, grid and rescale from the dataset's metadata"
@@ -165,6 +167,7 @@ def read_nifti(
         except (OSError, EOFError, zlib.error) as error:
             raise CTReadError(source, "content", "a damaged gzip stream", "a NIfTI file") from error
     header = _nifti_header(head, source)
+    _repair(header)
     dtype, shape = header.get_data_dtype(), header.get_data_shape()
     check_shape(shape, source)
     offset = float(header["vox_offset"])
@@ -203,6 +206,27 @@ def _nifti_header(head: bytes, source: str) -> nib.Nifti1Header:
     return header
 
 
+def _repair(header: nib.Nifti1Header) -> None:
+    """Replace values that are out of range but have one meaning only: zero frames, a qfac of 0, and rounded or signed
+    lengths. Signs are dropped only beside an sform, which states the directions.
+    """
+    frames = header["dim"][4 : int(header["dim"][0]) + 1]
+    frames[frames == 0] = 1
+    pixdim = header["pixdim"]
+    if pixdim[0] == 0:
+        pixdim[0] = 1  # the standard's meaning of 0
+    if int(header["sform_code"]) > 0:
+        pixdim[1:4] = np.abs(pixdim[1:4])
+    # nibabel refuses a quaternion beyond its threshold, also one that was rounded. Within it, nothing is changed, so
+    # that affines equal those of nibabel, which computes in this type.
+    quaternion = np.array([header[name] for name in QUATERNION], dtype=np.longdouble)
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = quaternion @ quaternion
+        if abs(header.quaternion_threshold) <= square - 1 <= MAX_QUATERNION - 1:
+            for name, value in zip(QUATERNION, quaternion / np.sqrt(square), strict=True):
+                header[name] = value
+
+
 def from_nibabel(
     image: SpatialImage,
     source: str,
@@ -212,6 +236,8 @@ def from_nibabel(
 ) -> CTVolume:
     """Read a nibabel image that is in memory or loads lazily from a file. This module reads the voxels of the file.
 
+    If the image's affine differs from its header's, the affine counts: nibabel writes it to the header on saving.
+
     Raises:
         CTReadError, CTGeometryError, CTIntensityError: the image, its grid or its voxels are unusable.
     """
@@ -220,9 +246,14 @@ def from_nibabel(
     header = image.header.copy()
     if header.get_data_dtype().kind not in "iuf":
         raise CTIntensityError(source, "datatype", header.get_data_dtype().name, "one real number per voxel")
-    check_shape(image.shape, source)
+    shape = image.shape
     if isinstance(image.dataobj, ArrayProxy):
-        array = _from_proxy(image.dataobj, source)
+        shape = (*shape[:3], *(n or 1 for n in shape[3:]))  # zero frames of a file mean one, as in `_repair`
+    check_shape(shape, source)
+    _repair(header)
+    _update_affine(header, image.affine, source)
+    if isinstance(image.dataobj, ArrayProxy):
+        array = _from_proxy(image.dataobj, shape, source)
         header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)
     else:
         array = np.asanyarray(image.dataobj)
@@ -230,9 +261,23 @@ def from_nibabel(
     return _from_header(header, array, source, spacing, allow_non_hu, metadata)
 
 
-def _from_proxy(proxy: ArrayProxy, source: str) -> np.ndarray:
+def _update_affine(header: nib.Nifti1Header, affine: np.ndarray | None, source: str) -> None:
+    """Write an image's affine to a copy of its header if they differ, as nibabel does on saving."""
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused with the whole affine
+        try:
+            if affine is None or np.allclose(affine, np.asarray(header.get_best_affine())):
+                return
+        except (HeaderDataError, ValueError) as error:
+            raise CTGeometryError(source, "qform", "invalid", "a rotation") from error
+        # nibabel's `set_qform` would fail on an affine that is not finite or singular, so only its results are set.
+        header.set_sform(affine, 2)
+        header["qform_code"] = 0
+        header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _from_proxy(proxy: ArrayProxy, shape: tuple[int, ...], source: str) -> np.ndarray:
     """Read the stored voxels of an image that nibabel has not loaded yet."""
-    count = math.prod(proxy.shape)
+    count = math.prod(shape)
     expected = proxy.offset + count * proxy.dtype.itemsize
     if isinstance(proxy.file_like, (str, os.PathLike)):
         content = Path(proxy.file_like)
@@ -244,7 +289,7 @@ def _from_proxy(proxy: ArrayProxy, source: str) -> np.ndarray:
             raise CTReadError(source, "content", "unreadable", "an open, undamaged file") from error
     codec = "gzip" if read_bytes(content, 2, source) == b"\x1f\x8b" else None
     raw = voxel_bytes(content, 0, expected, codec, source)
-    return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(proxy.shape, order="F")
+    return np.frombuffer(raw, proxy.dtype, count, proxy.offset).reshape(shape, order="F")
 
 
 def _from_header(
@@ -283,7 +328,7 @@ def _from_header(
             found, expected = (" x ".join(f"{mm:.4g}" for mm in lengths) for lengths in (zooms, stated))
             raise CTGeometryError(source, "pixdim", f"{found} mm", f"{expected} mm, as the sform says")
         return volume
-    low = float(array.min()) * slope + intercept
+    low = _lowest(array, slope, intercept)
     if metadata is not None:
         if spacing is not None:
             raise CTGeometryError(source, "spacing", tuple(spacing), "none, because metadata= (--metadata) states one")
@@ -339,8 +384,6 @@ def _stated_affine(header: nib.Nifti1Header, source: str) -> tuple[np.ndarray | 
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         found = " x ".join(f"{mm:g}" for mm in zooms)
         raise CTGeometryError(source, "pixdim", found, "three finite numbers above 0")
-    if header["pixdim"][0] == 0:
-        header["pixdim"][0] = 1  # the standard's meaning of 0
     try:
         with np.errstate(invalid="ignore"):  # a NaN is refused with the whole affine
             qform, qform_code = header.get_qform(coded=True)  # None and 0 if unset
@@ -375,7 +418,7 @@ def _check_sides(qform: np.ndarray, sform: np.ndarray, cosine: float, apart: flo
 
 def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata: CTMetadata, source: str) -> None:
     """Check a header that states a grid against the dataset's table: equal spacing, and voxels already in HU."""
-    low = float(array.min()) * slope + intercept
+    low = _lowest(array, slope, intercept)
     if low > MAX_HU_MINIMUM:
         raise CTIntensityError(
             source, "voxel minimum", f"{low:g} below a header that states a grid",
@@ -386,6 +429,11 @@ def _compare(header, array: np.ndarray, slope: float, intercept: float, metadata
         found = " x ".join(f"{mm:.4g}" for mm in spacing)
         expected = " x ".join(f"{mm:.4g}" for mm in metadata.spacing)
         raise CTGeometryError(source, "spacing", f"{found} mm", f"{expected} mm, as the metadata says")
+
+
+def _lowest(array: np.ndarray, slope: float, intercept: float) -> float:
+    """Return the lowest rescaled value: with a negative slope, that of the highest voxel."""
+    return float(array.min() if slope > 0 else array.max()) * slope + intercept
 
 
 def _is_radgenome(header: nib.Nifti1Header, array: np.ndarray, low: float) -> bool:

@@ -34,18 +34,31 @@ NRRD_SPACES = {
     "left-anterior-superior": (1, -1, 1),
 }
 NRRD_SPACES |= {"".join(word[0] for word in name.split("-")): signs for name, signs in NRRD_SPACES.items()}
-# NRRD names a C type, with or without "signed" and "int", or a type of stdint.h.
+# All spellings of a type in NRRD's definition, and "char".
 NRRD_TYPES = {
-    "char": "i1", "uchar": "u1", "unsigned char": "u1", "short": "i2", "ushort": "u2", "unsigned short": "u2",
-    "int": "i4", "uint": "u4", "unsigned int": "u4", "longlong": "i8", "long long": "i8", "ulonglong": "u8",
-    "unsigned long long": "u8", "float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2",
-    "uint16": "u2", "int32": "i4", "uint32": "u4", "int64": "i8", "uint64": "u8",
-}  # fmt: skip
+    spelling: kind
+    for kind, spellings in {
+        "i1": "char, signed char, int8, int8_t",
+        "u1": "uchar, unsigned char, uint8, uint8_t",
+        "i2": "short, short int, signed short, signed short int, int16, int16_t",
+        "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+        "i4": "int, signed int, int32, int32_t",
+        "u4": "uint, unsigned int, uint32, uint32_t",
+        "i8": "longlong, long long, long long int, signed long long, signed long long int, int64, int64_t",
+        "u8": "ulonglong, unsigned long long, unsigned long long int, uint64, uint64_t",
+        "f4": "float",
+        "f8": "double",
+    }.items()
+    for spelling in spellings.split(", ")
+}
 NRRD_ENCODINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "ascii": "ascii", "text": "ascii", "txt": "ascii"}
 META_TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
+}  # fmt: skip
+META_SYNONYMS = {
+    "Orientation": "TransformMatrix", "Rotation": "TransformMatrix", "Position": "Offset", "Origin": "Offset",
 }  # fmt: skip
 # Words of the two formats, which error messages may repeat (see `_shown`).
 WORDS = {word.lower() for word in (*NRRD_SPACES, *NRRD_TYPES, *META_TYPES)} | {
@@ -72,7 +85,7 @@ class _Storage:
         field: header field that names the data files, for messages.
         names: names of the data files, in the order of their slices; `None` if the voxels follow the header.
         dtype, shape: of the whole array (x, y, z).
-        encoding: "raw", "gzip", "zlib" or "ascii".
+        encoding: "raw", "gzip", "zlib" (or gzip, by the first bytes) or "ascii".
         start: bytes to skip at the start of the file.
         lines: lines to skip after these bytes.
         skip: bytes to skip before the voxels after decompression; -1 if the voxels are the file's last bytes.
@@ -108,10 +121,11 @@ def read_nrrd(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     encoding = NRRD_ENCODINGS.get(fields.get("encoding", "missing").lower())
     if encoding is None:
         raise CTReadError(source, "encoding", _shown(fields.get("encoding", "missing")), "raw, gzip or ascii")
-    kind = re.sub(r"^signed |(?<=[a-z]) int$|_t$", "", fields.get("type", "missing").lower())
     endian = "little" if encoding == "ascii" else fields.get("endian", "missing")
-    dtype = _dtype(NRRD_TYPES, kind, "type", endian, "endian", source)
-    space, time, _ = fields.get("space", "missing").lower().partition("-time")
+    dtype = _dtype(NRRD_TYPES, fields.get("type", "missing").lower(), "type", endian, "endian", source)
+    # "LPST" is short for "left-posterior-superior-time".
+    stated = re.sub(r"^(ras|las|lps)t$", r"\1-time", fields.get("space", "missing").lower())
+    space, time, _ = stated.partition("-time")
     if space not in NRRD_SPACES:
         raise CTGeometryError(
             source, "space", _shown(fields.get("space", "missing")), f"one of {', '.join(NRRD_SPACES)}"
@@ -185,15 +199,17 @@ def read_metaimage(path: Path, source: str, allow_non_hu: bool) -> CTVolume:
     expected |= {"ElementToIntensityFunctionSlope": "1", "ElementToIntensityFunctionOffset": "0"}
     _expect(fields, expected, source)
     binary, compressed = _truth(fields, "BinaryData", source), _truth(fields, "CompressedData", source, "False")
-    big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "missing"))
-    endian = {"true": "big", "false": "little"}.get(big.lower(), big) if binary else "little"
+    order = "ElementByteOrderMSB" if "BinaryDataByteOrderMSB" not in fields else "BinaryDataByteOrderMSB"
+    endian = "missing" if binary else "little"
+    if binary and order in fields:
+        endian = "big" if _truth(fields, order, source) else "little"
     dtype = _dtype(
         META_TYPES, fields.get("ElementType", "missing"), "ElementType", endian, "BinaryDataByteOrderMSB", source
     )
-    synonyms = {"Orientation": "TransformMatrix", "Rotation": "TransformMatrix"}
-    synonyms |= {"Position": "Offset", "Origin": "Offset"}
-    grid = _fields([f"{synonyms.get(name, name)}={value}" for name, value in fields.items()], "=", source)
-    grid = {"ElementSpacing": fields["ElementSize"]} | grid if "ElementSize" in fields else grid
+    grid = {"ElementSpacing": fields["ElementSize"]} | fields if "ElementSize" in fields else dict(fields)
+    for name, meaning in META_SYNONYMS.items():
+        if name in fields:
+            _expect_same(fields[name], grid.setdefault(meaning, fields[name]), meaning, source)
     sizes, directions, origin = _meta_grid(grid, source)
     shape = sizes[:3]
     detached = fields["ElementDataFile"] if fields["ElementDataFile"].lower() != "local" else None
@@ -269,6 +285,20 @@ def _expect(fields: dict[str, str], expected: dict[str, str], source: str) -> No
         if found != value and not (value.isdecimal() and _is_number(found, float(value))):
             error = CTGeometryError if name == "DistanceUnits" else CTReadError
             raise error(source, name, _shown(found), value)
+
+
+def _expect_same(one: str, other: str, name: str, source: str) -> None:
+    """Refuse a field that is stated under two names with different numbers, because readers differ in which they use.
+
+    Raises:
+        CTReadError: the numbers differ.
+        CTGeometryError: the values differ and are not numbers, or not the same number of them.
+    """
+    if one != other:
+        count = len(one.split())
+        numbers = _numbers({name: one}, name, count, source)
+        if not np.array_equal(numbers, _numbers({name: other}, name, count, source)):
+            raise CTReadError(source, name, "stated twice", "one value")
 
 
 def _is_number(text: str, number: float) -> bool:
@@ -357,7 +387,8 @@ def _file_names(
     if detached is None:
         return None
     words = re.fullmatch(r"LIST(?:\s+(\d)D?)?", detached)
-    pattern = re.fullmatch(r"([^%]*%0?\d?d[^%\s]*)((?:\s+-?\d{1,9}){0,3})(?:\s+(\d))?", detached)
+    # "%02d" of C, also as "%02i", "%02u" or "%2.2d". With both a zero and a precision, Python differs from C.
+    pattern = re.fullmatch(r"([^%]*%(?:0?\d?|\d?\.\d)[diu][^%\s]*)((?:\s+-?\d{1,9}){0,3})(?:\s+(\d))?", detached)
     axes = words[1] if words else pattern[3] if pattern else None
     expected = math.prod(sizes[int(axes or len(sizes) - 1) :]) if words or pattern else 1
     if words:
@@ -429,7 +460,10 @@ def _read_bytes(path: Path, voxels: _Storage, count: int, source: str) -> np.nda
         if voxels.skip < 0 and last < start:
             raise CTReadError(source, "file size", f"{last + count} bytes", f"{start + count} bytes or more")
         return voxel_bytes(path, last if voxels.skip < 0 else start + voxels.skip, count, None, source)
-    return voxel_bytes(path, start, voxels.skip + count, voxels.encoding, source)[voxels.skip :]
+    # MetaIO reads either stream. No zlib stream begins like gzip.
+    gzipped = voxels.encoding == "zlib" and read_bytes(path, start + 2, source)[start:] == b"\x1f\x8b"
+    codec = "gzip" if gzipped else voxels.encoding
+    return voxel_bytes(path, start, voxels.skip + count, codec, source)[voxels.skip :]
 
 
 def _read_text(path: Path, start: int, count: int, dtype: np.dtype, source: str) -> np.ndarray:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Pipeline
+from transformers import GenerationConfig, Pipeline
 
 from .document_diffvp import written_report
+from .generation_diffvp import decoding_config
 from .report_diffvp import GIVEN_REFERENCE, MAX_NEW_TOKENS, describe_findings, end_tokens
 from .report_diffvp import RESEARCH_USE as RESEARCH_USE  # programs import it from here
 
@@ -129,27 +130,35 @@ class DiffVPPipeline(Pipeline):
             "reference_id": inputs.reference_ids[0] if reference is None else GIVEN_REFERENCE,
         }
 
-    def _forward(self, inputs: dict, **generate_kwargs) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # names its arguments
+        self, inputs: dict, generation_config: GenerationConfig | None = None, **generate_kwargs
+    ) -> dict:
+        decoding, options = decoding_config(self.model.generation_config, generation_config, generate_kwargs)
+        if decoding.max_new_tokens is None:  # neither the call nor the checkpoint limits the length
+            decoding.max_new_tokens = MAX_NEW_TOKENS
         encoded = self.model.encode_inputs(inputs["ct"], inputs["reference"])
         logits = encoded.pop("diagnosis_logits", None)
         with torch.no_grad():
             comparison = self.model.compare(**encoded)
-        if self.model.generation_config.max_new_tokens is None:
-            generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS} | generate_kwargs
         tokens = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             diagnosis_logits=logits,
             comparison=comparison,
-            **generate_kwargs,
+            generation_config=decoding,
+            **options,
         )
+        if decoding.return_dict_in_generate:
+            tokens = tokens.sequences
         attributes, batched = comparison.attributes, isinstance(inputs["geometry"], list)
+        ends = end_tokens(decoding)
         return {
             # transformers splits a batch by rows: one row per scan, with all its sequences.
             "tokens": tokens.unflatten(0, (len(inputs["ct"]), -1)),
             "logits": logits,
             # transformers splits batches, but not the output for a single scan.
             "attributes": attributes if attributes is None or batched else attributes[0],
+            "ends": [ends] * len(inputs["ct"]) if batched else ends,
             "difference_map": self.model.difference_map(comparison=comparison),
             "geometry": inputs["geometry"],
             "is_hu": inputs["is_hu"],
@@ -162,13 +171,13 @@ class DiffVPPipeline(Pipeline):
             "difference_map": outputs["difference_map"][0].float(),
             "geometry": outputs["geometry"],
         }
-        ends, findings = end_tokens(self.model.generation_config), []
+        findings = []
         if outputs["logits"] is not None:
             attributes = None if outputs["attributes"] is None else [outputs["attributes"]]
             [findings] = describe_findings(self.model.config, outputs["logits"], attributes, [outputs["geometry"]])
         known = {"findings": findings, "geometry": outputs["geometry"], "is_hu": outputs["is_hu"]}
         reports = [
-            written_report(self.model.config, self.processor, tokens, ends=ends, **known) | of_scan
+            written_report(self.model.config, self.processor, tokens, ends=outputs["ends"], **known) | of_scan
             for tokens in outputs["tokens"][0].tolist()
         ]
         return reports if len(reports) > 1 else reports[0]

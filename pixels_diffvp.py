@@ -38,7 +38,7 @@ def check_slice(one: Slice) -> None:
     """
     values = one.values
     frames = one.text("NumberOfFrames") or "1"
-    if frames != str(one.frames):
+    if not frames.isdecimal() or (int(frames) or 1) != one.frames:  # an IS may have leading zeros; 0 is no number
         found = frames if frames.isdecimal() else "not a number"
         raise CTReadError(one.name, "NumberOfFrames", found, f"{one.frames}, as many as the header describes")
     if one.text("BurnedInAnnotation") == "YES":
@@ -75,12 +75,18 @@ def check_slice(one: Slice) -> None:
 
 
 def _is_padding(one: Slice, start: int, count: int) -> bool:
-    """True if the bytes after the pixels are padding: zeros (PS3.5, 8.1.1), or fewer than a row of pixels."""
+    """
+    True if the bytes after the pixels cannot be pixels: not whole rows, or one byte repeated.
+
+    PS3.5, 8.1.1, allows padding, without a value for it.
+    """
+    if count % (one.shape[1] * one.dtype.itemsize):
+        return True
     with _open(one) as data:
         data.seek(start)
-        return count < one.shape[1] * one.dtype.itemsize or not any(
-            data.read(min(2**20, count - done)).strip(b"\0") for done in range(0, count, 2**20)
-        )
+        first = data.read(1)
+        data.seek(start)
+        return not any(data.read(min(2**20, count - done)).strip(first) for done in range(0, count, 2**20))
 
 
 def rescale_of(one: Slice, allow_non_hu: bool) -> tuple[float, float]:

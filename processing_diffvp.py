@@ -269,10 +269,13 @@ def is_many(value) -> bool:
     """Return `True` if an argument that takes one value or several holds several.
 
     Any iterable counts as several values: also a tuple, a column of `datasets` or pandas, or a generator. An array is
-    one scan, unless it is an array of objects or strings.
+    one scan, unless it is an array of objects or strings. A table (a `DataFrame`) is no list: it would give the names
+    of its columns.
     """
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "OUT"  # T: NumPy's strings of any length
+    if getattr(value, "ndim", 1) != 1:
+        return False
     return isinstance(value, Iterable) and not isinstance(value, _SINGLE) and not is_simpleitk(value)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
+from .folders_diffvp import walk_files
 from .inflate_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
@@ -167,7 +168,7 @@ def _read_other(path: Path, error: CTReadError, allow_non_hu: bool, series: int 
     """
     content, archived = None, not path.is_dir()
     if not archived:
-        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        found = [Path(folder, name) for folder, names in walk_files(path) for name in names]
     else:
         try:
             with zipfile.ZipFile(path) as archive:  # `read_dicom` has checked its limits

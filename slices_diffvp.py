@@ -38,11 +38,11 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 TRANSFER_SYNTAX, MEDIA_STORAGE, PIXEL_DATA = 0x00020010, 0x00020002, 0x7FE00010
 SHARED_GROUPS, FRAME_GROUPS, MODALITY_LUT = 0x52009229, 0x52009230, 0x00283000
 # Sequences of a functional group. The first two hold unassigned attributes of a converted object, so later ones take
-# precedence: frame content, type, exposure, cardiac phase, reconstruction; position, orientation, pixel spacing,
-# rescale.
+# precedence: frame content, temporal position, type, exposure, cardiac phase, reconstruction; position, orientation,
+# pixel spacing, rescale.
 GROUPS = (
-    0x00209170, 0x00209171, 0x00209111, 0x00189329, 0x00189325, 0x00189118, 0x00189314, 0x00209113, 0x00209116,
-    0x00289110, 0x00289145,
+    0x00209170, 0x00209171, 0x00209111, 0x00209310, 0x00189329, 0x00189325, 0x00189118, 0x00189314, 0x00209113,
+    0x00209116, 0x00289110, 0x00289145,
 )  # fmt: skip
 PIXEL_FIELDS = (
     "SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
@@ -53,7 +53,9 @@ PARTS = (
     "ContrastBolusAgent", "FilterType", "ReconstructionDiameter", "TemporalPositionIdentifier",
     "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime", "StackID", "FrameAcquisitionNumber",
     "AcquisitionNumber", "IrradiationEventUID", "SeriesDescription", "AcquisitionDateTime", "FrameOfReferenceUID",
-    "AcquisitionTime", "SeriesTime", "ContentTime", "StudyInstanceUID",
+    "AcquisitionDate", "AcquisitionTime", "FrameAcquisitionDateTime", "FrameReferenceDateTime", "FrameReferenceTime",
+    "TemporalPositionTimeOffset", "ReconstructionAlgorithm", "ScanOptions", "ProtocolName", "PatientPosition",
+    "SeriesDate", "SeriesTime", "ContentTime", "StudyInstanceUID",
 )  # fmt: skip
 TEXTS = {
     tag_for_keyword(name): name
@@ -79,9 +81,11 @@ RLE = "1.2.840.10008.1.2.5"
 DECODED = {*(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)), RLE}
 DICOMDIR = "1.2.840.10008.1.3.10"
 DIRECTORY_RECORDS, FILE_ID = 0x00041220, 0x00041500
-# Images that are not slices, and projections: a maximum, minimum or rendering over a slab is not the HU of a place.
+# Images that are not slices, and what is not the HU of a place: a maximum, minimum or rendering over a slab, a curved
+# reformat, a difference.
 OTHER_IMAGES = re.compile(
-    "LOCALIZER|SCOUT|TOPOGRAM|SCREEN.?SAVE|MIP|M(?:AX|IN)(?:IMUM|.?IP|.?INT)|PROJECTION|RENDER|(?<![A-Z])(?:VRT|SSD)"
+    "LOCALIZER|SCOUT|TOPOGRAM|SCREEN.?SAVE|MIP|M(?:AX|IN)(?:IMUM|.?IP|.?INT)|PROJECTION|RAYSUM|VOL.?REND|RENDER|CURVED"
+    "|SUBTRACTION|STD_DEVIATION|(?<![A-Z])(?:VRT|SSD|CPR)"
 )
 
 
@@ -105,6 +109,11 @@ class DicomFile:
         """Name with its numbers replaced, as decimals and as hexadecimals: equal for the files of a series."""
         name = self.name.lower()
         return {re.sub(r"\d+", "#", name), "hex:" + re.sub(r"[0-9a-f]+", "#", name)}
+
+    @property
+    def path_shape(self) -> str:
+        """Path within the input with its numbers replaced: equal for the files of a series in numbered folders."""
+        return re.sub(r"\d+", "#", os.path.join(self.folder, self.name).lower())
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +156,11 @@ class Slice:
             if found := OTHER_IMAGES.search(self.text(name).upper()):
                 return name, found[0], "slices, not a projection or localizer"
         return None
+
+    @property
+    def is_placed(self) -> bool:
+        """True if the header states something of where the image lies, as that of every slice does."""
+        return any(self.text(name) for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"))
 
     @property
     def dtype(self) -> np.dtype:
@@ -251,7 +265,13 @@ def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
     data.seek(body := start)
     if syntax == DEFLATED:
         data, start = inflate_data_set(data.read(), file.name), 0
-    values, groups, pixels = _elements(data, syntax != BIG_ENDIAN)
+    try:
+        values, groups, pixels = _elements(data, syntax != BIG_ENDIAN)
+    except DAMAGED:
+        if kind in (CT_IMAGE, *MULTI_FRAME, ""):
+            raise
+        # Too large or damaged, but by its class no CT, such as a segmentation of 100,000 items.
+        return [Slice(file, file.name, {"SOPClassUID": kind}, syntax)]
     values.setdefault("SOPClassUID", kind)
     frames = [values | group for group in groups] if values["SOPClassUID"] in MULTI_FRAME and groups else [values]
     if pixels is None and values["SOPClassUID"] in (CT_IMAGE, *MULTI_FRAME, ""):
@@ -317,7 +337,9 @@ def _elements(data: BinaryIO, little: bool) -> tuple[dict[str, Any], list[dict[s
             ):
                 tag = int(element.tag)
                 if tag == MODALITY_LUT:
-                    values["ModalityLUTSequence"] = "present"
+                    # pydicom has read the items of a sequence of undefined length.
+                    if element.value if isinstance(element, pydicom.DataElement) else element.length:
+                        values["ModalityLUTSequence"] = "present"
                 elif tag in (SHARED_GROUPS, FRAME_GROUPS):
                     groups[tag] = _sequence(element, head, implicit, little)
                 elif isinstance(element, pydicom.DataElement):

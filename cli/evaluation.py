@@ -39,7 +39,9 @@ ReferenceColumn = Annotated[str, typer.Option(help="Column that holds the true r
 
 
 def label(
-    reports: Annotated[Path, typer.Argument(help="CSV file with a column of ids and one of reports.")],
+    reports: Annotated[
+        Path, typer.Argument(help="Output of `diffvp batch`; or .csv, .jsonl or .parquet with ids and reports.")
+    ],
     output: Annotated[Path, typer.Option(help="CSV file for the ids and the 18 labels, 0 or 1.")],
     report_column: Annotated[str, typer.Option(help="Column that holds the reports.")] = "report",
     id_column: IdColumn = "id",
@@ -146,13 +148,16 @@ def score(
 
 def judge(
     first: Annotated[
-        Path | None, typer.Argument(metavar="[A.csv]", help="CSV file with a column of ids and one of reports.")
+        Path | None,
+        typer.Argument(
+            metavar="[A.csv]", help="Output of `diffvp batch`; or .csv, .jsonl or .parquet with ids and reports."
+        ),
     ] = None,
     second: Annotated[
-        Path | None, typer.Argument(metavar="[B.csv]", help="CSV file of the other system, with the same ids.")
+        Path | None, typer.Argument(metavar="[B.csv]", help="The same of the other system, with the same ids.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="CSV file of the true reports by id (default: they are in A.csv).")
+        Path | None, typer.Option(help="Table of true reports, matched by id or path (default: they are in A.csv).")
     ] = None,
     by: Annotated[
         Literal["model", "rules"], typer.Option("--judge", help="Judge: a language model on a server, or rules.")
@@ -397,6 +402,8 @@ def _check_dataset(data: Path, layout: str | None, spacing, revision: str | None
     Raises:
         ValueError: the folder is missing, or an option is given with another layout.
     """
+    if layout not in (None, "hub") and data.is_file():
+        raise ValueError(f"{data}: data: a file (expected a training file, .yaml, or the folder of a dataset)")
     if layout not in (None, "hub") and not data.is_dir():
         raise ValueError(f"{data}: data: missing (expected a training file, or the folder of a dataset)")
     if spacing is not None and layout in (None, "phantom"):

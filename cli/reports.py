@@ -194,16 +194,19 @@ def batch(
 def list_batch(scans: Path, output: Path, reference: str | None) -> list:
     """Check the files of a batch, before the libraries load, and return its scans."""
     check_writable(files=[output])
-    check_kept(output, scans)
-    check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
-    from ..data.scans import NEAREST, list_scans
-    from ..inference.report_file import BatchError, ReportFile
+    from ..data.scans import NEAREST, list_references, list_scans
+    from ..inference.report_file import BatchError, ReportFile, failures_path
 
-    if reference not in (None, NEAREST):
-        expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
-        check_found(Path(reference), what="reference", expected=expected)
+    references = None if reference in (None, NEAREST) else Path(reference)
+    for written in (output, failures_path(output)):
+        check_kept(written, scans, references)
+    check_found(scans, what="list", expected="a folder of scans, or a list of them: text in UTF-8, or a .csv table")
+    expected = f"a normal scan, a folder or a list of them, or {NEAREST}"
+    check_found(references, what="reference", expected=expected)
     with one_line_errors(BatchError), listed_problems():
         ReportFile(output)  # another file is refused
+        if references is not None:
+            list_references(references)
         return list_scans(scans)
 
 

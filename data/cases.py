@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,6 +254,24 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
+def check_kind(
+    value: object, table: str, row: int, column: str, name: str, problems: list[Problem], *, number: bool = False
+) -> bool:
+    """
+    True if a value is text or missing; else add a problem, since the `str` of a list or an object is no report or id.
+
+    Args:
+        number: also accept numbers, as ids are written in JSON.
+    """
+    numeric = isinstance(value, Number) and not isinstance(value, bool)
+    if isinstance(value, str) or is_missing(value) or (number and numeric):
+        return True
+    kinds = {"true or false": bool, "a number": Number, "an object": Mapping, "a list": (list, tuple, np.ndarray)}
+    found = next((found for found, kind in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
+    problems.append(Problem(table, row, column, found, "text or a number" if number else "text", name))
+    return False
+
+
 def plain_text(value: object) -> str:
     """Remove the remains of spreadsheets and web pages from a text, which a model would learn to write.
 
@@ -277,7 +296,9 @@ def _text_or_empty(value: object) -> str:
 
 
 def check_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
-    """Return the report of a case, and add a problem if it is missing or has markup."""
+    """Return the report of a case, and add a problem if it is missing, no text, or has markup."""
+    if not check_kind(value, table, row, column, name, problems):
+        return ""
     text = _text_or_empty(value)
     if not text:
         found = "empty" if is_missing(value) else repr(str(value).strip()[:12])

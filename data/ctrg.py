@@ -21,6 +21,7 @@ from .cases import (
     Problem,
     canonical_split,
     check_included,
+    check_kind,
     check_report,
     is_missing,
     raise_problems,
@@ -49,6 +50,8 @@ def load_ctrg(
         for position, item in enumerate(items, start=1):
             if not isinstance(item, dict) or is_missing(item.get("id")):
                 problems.append(Problem(table, position, "id", "missing", "an object with an id and a finding"))
+                continue
+            if not check_kind(item["id"], table, position, "id", "", problems, number=True):
                 continue
             name = volume_name(item["id"])
             if not keep(name):

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..slices_diffvp import is_dicom
-from .cases import SCAN_SUFFIXES, DatasetError, Problem, raise_problems, read_csv, shown
-from .table import PATH_COLUMNS
+from ..folders_diffvp import walk_files
+from ..slices_diffvp import DicomFile, is_dicom, read_header
+from ..volume_diffvp import CTReadError
+from .cases import SCAN_SUFFIXES, DatasetError, Problem, check_kind, is_missing, raise_problems, shown, shown_path
+from .table import PATH_COLUMNS, TABLE_SUFFIXES, is_scan_file, read_rows
 
 NEAREST = "nearest"  # in place of a list of normal scans: the checkpoint's own, most similar to the scan
 DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # or a number, since DICOM files are often named by their UID
@@ -20,15 +22,36 @@ def find_scans(folder: str | os.PathLike) -> list[Path]:
     """
     Find all scans below a folder, sorted by path: files with a known suffix, and folders of DICOM slices, each as one
     scan. Hidden files and folders are skipped.
+
+    Raises:
+        OSError: a folder or a DICOM file cannot be read.
     """
     found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(root, name) for name in sorted(files) if not name.startswith(".")]
+    for root, files in walk_files(folder, hidden=False):
+        paths = [Path(root, name) for name in files if not name.startswith(".")]
         found += [path for path in paths if path.name.lower().endswith(SCAN_SUFFIXES)]
         if any(_is_slice(path) for path in paths):
-            found.append(Path(root))
+            found += _separate(paths) or [Path(root)]
     return sorted(found)
+
+
+def _separate(paths: list[Path]) -> list[Path]:
+    """
+    Return the DICOM files of a folder if each is a scan of its own: several multi-frame files, each of another series.
+
+    The files of one series may be the parts of one scan. The first slice ends the search, so that only one header of a
+    folder of slices is read.
+    """
+    found: dict[str, Path] = {}
+    for path in filter(_is_slice, paths):
+        try:
+            frames = read_header(DicomFile(path, "", path.name))
+        except CTReadError:  # named when the folder is read as a scan
+            return []
+        if not isinstance(frames, list) or len(frames) < 2 or (uid := frames[0].text("SeriesInstanceUID")) in found:
+            return []
+        found[uid] = path
+    return list(found.values()) if len(found) > 1 else []
 
 
 def _is_slice(path: Path) -> bool:
@@ -60,21 +83,26 @@ def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     List the scans of a folder, at any depth, or of a list; a single scan is a list of one.
 
     A list is a text file with one path per line, optionally after a name and a tab (as in the file of `diffvp pool
-    build`), or a .csv file with a column `path` (or `file_name`) and optionally a column `id` with the names. Without
-    names, paths are names. Paths are relative to the list. A folder of DICOM slices is one scan.
+    build`), or a table (.csv, .tsv or .jsonl) with a column `path` (or `file_name`) and optionally a column `id` with
+    the names. Without names, paths are names. Paths are relative to the list. A folder of DICOM slices is one scan.
 
     Raises:
         DatasetError: all problems of the list. The scans themselves are not read here.
     """
     source, problems = Path(source).absolute(), []
     if source.is_dir():
-        found = find_scans(source)
+        try:
+            found = find_scans(source)
+        except OSError as error:
+            where = shown_path(Path(error.filename or source), source)
+            problem = Problem(source.name, None, "folder", f"unreadable ({where})", "a folder that may be read")
+            raise DatasetError([problem]) from error
         if not found:
             expected = f"one of {', '.join(SCAN_SUFFIXES)}, or folders of DICOM slices"
             raise DatasetError([Problem(source.name, None, "scans", "none in the folder", expected)])
         names = [source.name if path == source else path.relative_to(source).as_posix() for path in found]
         return list(map(ListedScan, names, found))
-    if source.name.lower().endswith(SCAN_SUFFIXES) and source.is_file():
+    if source.is_file() and is_scan_file(source):
         return [ListedScan(source.name, source)]
     scans, rows = [], {}
     for number, name, path in _listed(source, problems):
@@ -91,9 +119,27 @@ def list_scans(source: str | os.PathLike) -> list[ListedScan]:
     return scans
 
 
+def list_references(source: str | os.PathLike) -> list[ListedScan]:
+    """
+    List the normal scans that a user names, as [`list_scans`] does; all of them must exist.
+
+    Raises:
+        DatasetError: all problems of the list, or all scans that are missing.
+    """
+    scans, expected = list_scans(source), "an existing file or folder"
+    raise_problems(
+        [
+            Problem(Path(source).name, None, "reference", "missing", expected, scan.id)
+            for scan in scans
+            if not os.path.exists(scan.path)  # unlike Path.exists, it takes a text that is too long for a path
+        ]
+    )
+    return scans
+
+
 def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, str]]:
     """Yield row number, name and path of each scan of a list."""
-    if source.suffix.lower() not in (".csv", ".tsv"):
+    if source.suffix.lower() not in TABLE_SUFFIXES:
         try:
             lines = source.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -106,13 +152,16 @@ def _listed(source: Path, problems: list[Problem]) -> Iterator[tuple[int, str, s
                 name, _, path = (part.strip() for part in line.strip().rpartition("\t"))
                 yield number, name or path, path
         return
-    rows = read_csv(source, (), problems) or []
-    column = next((column for column in PATH_COLUMNS if rows and column in rows[0].values), None)
-    if rows and column is None:
-        problems.append(
-            Problem(source.name, 1, "header", "column path missing", "path or file_name, with the paths of the scans")
-        )
+    rows = read_rows(source, problems) or []
+    columns = {column for row in rows for column in row.values}
+    column = next((column for column in PATH_COLUMNS if column in columns), None)
+    if column is None:
+        expected = "path or file_name, with the paths of the scans"
+        problems += [Problem(source.name, 1, "header", "column path missing", expected)] if rows else []
         return
     for number, values in rows:
-        path = values[column].strip()
-        yield number, (values.get("id") or path).strip(), path
+        path, name = values.get(column), values.get("id")
+        texts = check_kind(path, source.name, number, column, "", problems)
+        if check_kind(name, source.name, number, "id", "", problems, number=True) and texts:
+            path = "" if is_missing(path) else str(path).strip()
+            yield number, path if is_missing(name) else str(name).strip(), path

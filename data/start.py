@@ -3,6 +3,7 @@
 """Write a training file and a table for a folder of scans (`diffvp init`)."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..labels_diffvp import DIAGNOSIS_LABELS
-from .cases import Case, DatasetError, Problem, Row, read_csv, split_by_patient
+from .cases import Case, DatasetError, Problem, split_by_patient
 from .pool import pool_by_rule
 from .scans import find_scans, listed_path
-from .table import PATH_COLUMNS, TABLE_NAMES, TABLE_SUFFIXES, load_table, without_suffix
+from .table import PATH_COLUMNS, TABLE_NAMES, TABLE_SUFFIXES, load_table, read_rows, without_suffix
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "configs" / "own_scans.yaml"
 CONFIG, GITIGNORE = "own_scans.yaml", ".gitignore"
@@ -87,15 +88,19 @@ def start(
         raise StartError(f"{folder}: folder: missing (expected a folder of scans)")
     if config.exists():
         raise StartError(f"{config}: file: exists (expected none: edit it, or delete it and run init again)")
-    scans = find_scans(folder)
+    try:
+        scans = find_scans(folder)
+    except OSError as error:
+        raise StartError(f"{error.filename or folder}: folder: unreadable (expected one that may be read)") from error
     if not scans:
         raise StartError(f"{folder}: scans: none (expected NIfTI, NRRD, MetaImage or folders of DICOM slices)")
+    # An earlier call may have written the table, for the reports to be typed in.
+    table = _find_table([folder] if output.resolve() == folder.resolve() else [folder, output])
     output.mkdir(parents=True, exist_ok=True)
-    started = Started(config, _find_table(folder), [])
+    started = Started(config, table or output / TABLE_NAMES[0], [])
     dicom = sum(path.is_dir() for path in scans)
     started.facts.append(f"{len(scans)} scans, {dicom} of them folders of DICOM slices.")
-    if started.table is None:
-        started.table = output / TABLE_NAMES[0]
+    if table is None:
         started.missing += _write_table(started.table, scans)
         started.written.append(started.table)
     else:
@@ -149,13 +154,14 @@ def set_in_text(text: str, dotted: str, value: object) -> str:
     raise KeyError(dotted)
 
 
-def _find_table(folder: Path) -> Path | None:
-    """Find the table of a folder: by its name, or as the only file with the required columns."""
-    named = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
+def _find_table(folders: list[Path]) -> Path | None:
+    """Find the table: by its name in one of the folders, or as the only file of the first with the columns for it."""
+    named = [folder / name for folder in folders for name in TABLE_NAMES if (folder / name).is_file()]
     if len(named) > 1:
-        raise StartError(f"{folder}: table: {' and '.join(TABLE_NAMES)} (expected one of the two)")
+        raise StartError(f"{folders[0]}: table: {' and '.join(map(str, named))} (expected one of them)")
     if named:
         return named[0]
+    folder = folders[0]
     tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
     fitting = [path for path in tables if _has_columns(path)]
     if len(fitting) > 1:
@@ -165,26 +171,43 @@ def _find_table(folder: Path) -> Path | None:
 
 
 def _has_columns(path: Path) -> bool:
-    if path.suffix.lower() == ".jsonl":
-        with path.open(encoding="utf-8-sig") as file:
-            columns = json.loads(next((line for line in file if line.strip()), "{}"))
-    else:
-        problems: list[Problem] = []
-        rows: list[Row] | None = read_csv(path, (), problems)
-        columns = rows[0].values if rows else ()
+    """
+    True if a file has the columns of a table; other files may lie there, too.
+
+    Raises:
+        StartError: the file is not UTF-8, so that the columns are not known.
+    """
+    problems: list[Problem] = []
+    rows = read_rows(path, problems)
+    for problem in problems:
+        if (problem.field, problem.found) == ("content", "not UTF-8"):
+            raise StartError(f"{path}: content: not UTF-8 (expected {problem.expected})")
+    columns = {column for row in rows or () for column in row.values}
     return "report" in columns and any(name in columns for name in PATH_COLUMNS)
+
+
+def _report_beside(scan: Path) -> str:
+    """
+    Return the report in a text file with the name of a scan; empty without one.
+
+    Raises:
+        StartError: the file is not text in UTF-8.
+    """
+    path = scan.parent / f"{without_suffix(scan.name)}.txt"
+    try:
+        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise StartError(f"{path}: content: not UTF-8 (expected text in UTF-8)") from error
 
 
 def _write_table(table: Path, scans: list[Path]) -> list[str]:
     """Write a row per scan, with the report from a text file of the same name if there is one; report missing ones."""
-    rows, without = [], 0
-    for scan in scans:
-        beside = scan.parent / f"{without_suffix(scan.name)}.txt"
-        report = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
-        without += not report
-        rows.append([listed_path(scan, table), report])
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["path", "report"], *rows])
+    rows = [[listed_path(scan, table), _report_beside(scan)] for scan in scans]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["path", "report"], *rows])
+    with open(table, "x", newline="", encoding="utf-8") as file:  # never over a table in which reports were typed
+        file.write(text.getvalue())
+    without = sum(not report for _, report in rows)
     if not without:
         return []
     return [f"{without} of {len(rows)} reports: fill the column report of {table}, or delete those rows."]
@@ -205,6 +228,8 @@ def _facts(started: Started) -> Mapping[str, object]:
     table = started.table
     try:
         cases = load_table(table)
+        if not cases:
+            raise DatasetError([Problem(table.name, None, "rows", "none", "a row for each scan")])
     except DatasetError as error:
         started.missing += [f"{problem}." for problem in error.problems[:SHOWN]]
         left = len(error.problems) - SHOWN

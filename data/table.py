@@ -5,7 +5,8 @@
 A table is `metadata.csv` or `metadata.jsonl` in the folder of the scans (the convention of the folder builders of
 `datasets`), or any .csv, .tsv or .jsonl file. Two columns are required:
 
-    path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices; relative to the table
+    path (or file_name)   NIfTI, NRRD, MetaImage, a folder or .zip of DICOM slices, a multi-frame DICOM file;
+                          relative to the table
     report
 
 Optional columns:
@@ -38,6 +39,7 @@ from .cases import (
     canonical_split,
     check_flag,
     check_included,
+    check_kind,
     check_labels,
     check_markup,
     check_report,
@@ -53,6 +55,7 @@ from .cases import (
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+FILE_SUFFIXES = (*SCAN_SUFFIXES, ".dcm")  # of a file named as a scan; in a folder, a .dcm file usually is one slice
 PATH_COLUMNS = ("path", "file_name")
 OPTIONAL_COLUMNS = ("id", "patient_id", "scan_id", "split", "normal")
 KNOWN_COLUMNS = (*PATH_COLUMNS, "report", *OPTIONAL_COLUMNS, *DIAGNOSIS_LABELS, *REGION_NAMES)
@@ -84,10 +87,7 @@ def load_table(
     problems: list[Problem] = []
     path, by_folder = _find_table(Path(root), split)
     check_columns = partial(_check_columns, path.name, labels=labels)
-    if path.suffix.lower() == ".jsonl":
-        rows = _read_jsonl(path, problems, check_columns)
-    else:
-        rows = read_csv(path, (), problems, check_columns=check_columns)
+    rows = read_rows(path, problems, check_columns)
     if rows is None:
         raise DatasetError(problems)
     columns = {column for row in rows for column in row.values}
@@ -126,10 +126,20 @@ def load_hub(name: str, split: str, *, streaming: bool = True, **options) -> Ite
             NIfTI files with a `metadata.csv`, use "niftifolder" and `data_dir=`.
         split: name of the split in the dataset.
         streaming: fetch volumes one by one without storing them.
+
+    Raises:
+        DatasetError: `datasets` cannot load it, or [`hub_cases`] refuses it.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    return hub_cases(load_dataset(name, split=split, streaming=streaming, **options), name)
+    try:
+        dataset = load_dataset(name, split=split, streaming=streaming, **options)
+    except (DatasetsError, FileNotFoundError, IndexError) as error:  # IndexError: a metadata table without rows
+        missing = isinstance(error, FileNotFoundError)
+        found = "missing or empty" if missing else f"refused by `datasets` ({type(error).__name__})"
+        raise DatasetError([Problem(name, None, "dataset", found, "a dataset with at least one row")]) from error
+    return hub_cases(dataset, name)
 
 
 def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
@@ -154,7 +164,7 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     raise_problems(problems)
     if isinstance(dataset, Dataset):
         for number, values in enumerate(dataset.select_columns(texts), start=1):
-            _hub_case(Row(number, values), {}, source, problems)
+            _hub_case(Row(number, values), None, source, problems)
     raise_problems(problems)
     seen: dict[str, int] = {}
     for number, values in enumerate(dataset.cast_column(volume, Nifti(decode=False)), start=1):
@@ -212,8 +222,12 @@ def _check_columns(
             )
 
 
-def _read_jsonl(path: Path, problems: list[Problem], check_columns) -> list[Row] | None:
-    """Read the rows of a JSON Lines file as [`read_csv`] does; rows may lack columns."""
+def read_rows(
+    path: Path, problems: list[Problem], check_columns: Callable[[list[str], list[Problem]], None] | None = None
+) -> list[Row] | None:
+    """Read the rows of a table of any kind as [`read_csv`] does; those of JSON lines may lack columns."""
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return read_csv(path, (), problems, check_columns=check_columns)
     rows = []
     try:
         # newline: reports may contain other characters that Python counts as line ends.
@@ -221,6 +235,9 @@ def _read_jsonl(path: Path, problems: list[Problem], check_columns) -> list[Row]
             lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except UnicodeDecodeError:
         problems.append(Problem(path.name, None, "content", "not UTF-8", "JSON lines in UTF-8"))
+        return None
+    except OSError:
+        problems.append(Problem(path.name, None, "file", "unreadable", "a readable table"))
         return None
     for number, line in lines:
         try:
@@ -233,7 +250,7 @@ def _read_jsonl(path: Path, problems: list[Problem], check_columns) -> list[Row]
         else:
             problems.append(Problem(path.name, number, "line", f"a {type(values).__name__}", "an object"))
     before = len(problems)
-    if rows:
+    if rows and check_columns is not None:
         check_columns(list(dict.fromkeys(key for row in rows for key in row.values)), problems)
     return rows if len(problems) == before else None
 
@@ -262,6 +279,10 @@ def _row_case(
     if is_missing(value):
         problems.append(Problem(table.name, row.number, column, "empty", "the path of a scan"))
         return None
+    wrong: list[Problem] = []
+    if not check_kind(value, table.name, row.number, column, "", wrong) or not _check_id(row, table.name, wrong):
+        problems += wrong
+        return None
     volume = table.parent / str(value).strip()
     default = Path(str(value).strip())
     default = without_suffix(default.name if default.is_absolute() else default.as_posix())
@@ -273,22 +294,35 @@ def _row_case(
     if not os.path.exists(volume):
         found = f"missing ({shown_path(volume, table.parent)})"
         problems.append(Problem(table.name, row.number, column, found, "an existing file or folder", name))
-    elif not folder and not volume.name.lower().endswith(SCAN_SUFFIXES):
-        expected = f"a folder of DICOM slices or one of {', '.join(SCAN_SUFFIXES)}"
+    elif not folder and not is_scan_file(volume):
+        expected = f"a folder of DICOM slices, a multi-frame DICOM file or one of {', '.join(SCAN_SUFFIXES)}"
         problems.append(Problem(table.name, row.number, column, shown_path(volume, table.parent), expected, name))
     elif folder and not any(volume.iterdir()):
         problems.append(Problem(table.name, row.number, column, "an empty folder", "DICOM slices in it", name))
     return _text_case(row, name, volume, table.name, columns, problems, labels)
 
 
-def _hub_case(row: Row, value: Mapping, source: str, problems: list[Problem]) -> Case:
-    path = value.get("path")
+def _check_id(row: Row, table: str, problems: list[Problem]) -> bool:
+    """True if the id of a row is a text, a number or missing; else add a problem."""
+    return check_kind(row.values.get("id"), table, row.number, "id", "", problems, number=True)
+
+
+def _hub_case(row: Row, value: Mapping | None, source: str, problems: list[Problem]) -> Case:
+    """Return the case of a row; `None` for its scan checks only the texts."""
+    path = None if value is None else value.get("path")
     if path is not None:
         # `datasets` writes "gzip://scan.nii::folder/scan.nii.gz" for files that it can open itself.
         path = path.split("::")[-1]
     default = without_suffix(Path(path or "").name)
-    name = default if is_missing(row.values.get("id")) else volume_name(row.values["id"])
-    volume = {"path": path, "bytes": value.get("bytes")}
+    given = _check_id(row, source, problems) and not is_missing(row.values.get("id"))
+    name = volume_name(row.values["id"]) if given else default
+    volume = {"path": path, "bytes": None if value is None else value.get("bytes")}
+    if value is not None and volume["bytes"] is None:
+        if path is None:
+            problems.append(Problem(source, row.number, "scan", "missing", "the file of a scan", name))
+        elif "://" not in path and not os.path.isfile(path):
+            found = f"missing ({shown_path(Path(path), Path.cwd())})"
+            problems.append(Problem(source, row.number, "scan", found, "an existing file", name))
     return _text_case(row, name, volume, source, row.values, problems)
 
 
@@ -307,24 +341,39 @@ def _text_case(
     for column in ("patient_id", "scan_id"):
         ids[column] = name
         if column in columns:
-            ids[column] = "" if is_missing(values.get(column)) else str(values[column]).strip()
-            if not ids[column]:
+            value = values.get(column)
+            ids[column] = "" if is_missing(value) else str(value).strip()
+            if check_kind(value, table, row.number, column, name, problems, number=True) and not ids[column]:
                 problems.append(Problem(table, row.number, column, "empty", "an id in every row or no column", name))
     labels = normal = None
     if label_columns[0] in columns:
         labels = check_labels(values, table, row.number, name, problems, label_columns)
     if "normal" in columns:
         normal = bool(check_flag(values.get("normal"), table, row.number, "normal", name, problems))
-    regions = {region: plain_text(values[region]) for region in REGION_NAMES if not is_missing(values.get(region))}
-    for region, text in regions.items():
-        check_markup(text, table, row.number, region, name, problems)
+    regions = {}
+    for region in REGION_NAMES:
+        value = values.get(region)
+        if check_kind(value, table, row.number, region, name, problems) and not is_missing(value):
+            regions[region] = plain_text(value)
+            check_markup(regions[region], table, row.number, region, name, problems)
     report = check_report(values.get("report"), table, row.number, "report", name, problems)
     return Case(
         name, ids["patient_id"], ids["scan_id"], volume, report, labels, regions, normal=normal, row=row.number
     )
 
 
+def is_scan_file(path: Path) -> bool:
+    """True if a file is a scan by its suffix, or a DICOM file, which may have any name."""
+    if path.name.lower().endswith(FILE_SUFFIXES):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def without_suffix(name: str) -> str:
     """Remove the suffix of a scan file from a name."""
-    suffix = next((suffix for suffix in SCAN_SUFFIXES if name.lower().endswith(suffix)), "")
+    suffix = next((suffix for suffix in FILE_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]

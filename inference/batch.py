@@ -26,8 +26,7 @@ from transformers import BatchFeature
 
 from ..clinical.results import BatchResults
 from ..data.cache import preprocessing
-from ..data.cases import Problem, raise_problems
-from ..data.scans import NEAREST, ListedScan, list_scans
+from ..data.scans import NEAREST, ListedScan, list_references
 from ..document_diffvp import SCHEMA_VERSION
 from ..provenance import library_versions
 from ..references_diffvp import NoOtherReferenceError, ReferencePool, ReferencePoolError, path_sha256
@@ -49,14 +48,7 @@ def _given_pool(source: str | os.PathLike) -> tuple[ReferencePool, str]:
     Raises:
         DatasetError: there are none, or one is missing.
     """
-    scans = list_scans(source)
-    raise_problems(
-        [
-            Problem(Path(source).name, None, "reference", "missing", "an existing file or folder", scan.id)
-            for scan in scans
-            if not scan.path.exists()
-        ]
-    )
+    scans = list_references(source)
     digests = {scan.id: path_sha256(scan.path) for scan in scans}
     digest = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
     return ReferencePool.of_paths({scan.id: scan.path for scan in scans}, digests), digest
@@ -257,7 +249,10 @@ class ReportWriter:
     def _encode_reference(self, name: str) -> tuple[str, tuple[dict[str, torch.Tensor], bool]]:
         """Return digest and encoding of a reference, and `True` if its voxels are Hounsfield units."""
         path = self.processor.reference_pool.fetch(self._pool[name])
-        features = self.processor.image_processor(path, digest=True)
+        try:
+            features = self.processor.image_processor(path, digest=True)
+        except CTInputError as error:
+            raise ReferencePoolError(f"Reference {name} cannot be used: {error}") from error
         geometry = features["geometry"][0]
         return geometry.sha256, (self.model.encode_inputs(reference=features["ct"]), geometry.is_hu)
 

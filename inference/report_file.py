@@ -21,6 +21,11 @@ class BatchError(ValueError):
     """The output is not a file of reports, or was started with other settings."""
 
 
+def failures_path(reports: Path) -> Path:
+    """Return the path of the file of failures next to a file of reports."""
+    return reports.with_name(f"{reports.stem}.failed.jsonl")
+
+
 class ReportFile:
     """
     A file of reports with its file of failures. One run at a time may add to them.
@@ -36,7 +41,7 @@ class ReportFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.failures = self.path.with_name(f"{self.path.stem}.failed.jsonl")
+        self.failures = failures_path(self.path)
         self.done: dict[str, str | None] = {}
         self.failed = 0
         self._header, self._whole, self._files = None, 0, ()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.cases import Problem, Row, is_missing, read_csv, shown
+from ..data.cases import Problem, Row, check_kind, is_missing, read_csv, shown
 from ..data.table import PATH_COLUMNS, without_suffix
 
 
@@ -40,7 +40,7 @@ def _read_lines(path: Path, problems: list[Problem]) -> list[Row]:
                 continue
             rows.append(Row(number, values))
     if rows and all("settings_sha256" in row.values for row in rows):
-        return list({row.values.get("id"): row for row in rows}.values())
+        return list({str(row.values.get("id")): row for row in rows}.values())
     return rows
 
 
@@ -50,7 +50,7 @@ def _read_parquet(path: Path, problems: list[Problem]) -> list[Row]:
 
     try:
         values = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError):  # OSError: a column is damaged
         problems.append(Problem(path.name, None, "content", "unreadable", "Parquet"))
         return []
     return [Row(number, row) for number, row in enumerate(values, start=1)]
@@ -81,6 +81,8 @@ def rows_by_scan(
         return {}, column
     named: dict[str, Row] = {}
     for row in rows:
+        if not check_kind(row.values.get(ids), path.name, row.number, ids, "", problems, number=True):
+            continue
         name = _name(row.values, ids)
         if not name:
             problems.append(Problem(path.name, row.number, ids, "empty", "the name of a scan"))
@@ -95,3 +97,9 @@ def rows_by_scan(
 def _name(values: Mapping[str, object], column: str) -> str:
     value = values.get(column)
     return "" if is_missing(value) else without_suffix(str(value).strip())
+
+
+def generated_report(value: object, table: str, row: int, column: str, name: str, problems: list[Problem]) -> str:
+    """Return a generated report exactly as written, empty if it is missing, and add a problem if it is no text."""
+    check_kind(value, table, row, column, name, problems)
+    return value if isinstance(value, str) else ""

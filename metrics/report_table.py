@@ -12,10 +12,8 @@ import numpy as np
 from ..data.cases import (
     DatasetError,
     Problem,
-    Row,
-    check_markup,
-    is_missing,
-    plain_text,
+    check_kind,
+    check_report,
     raise_problems,
     read_csv,
     shown,
@@ -37,7 +35,7 @@ from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .nlg.regions import View
-from .report_files import read_rows, rows_by_scan
+from .report_files import generated_report, read_rows, rows_by_scan
 from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
@@ -96,7 +94,8 @@ def score_table(
         - `views`: with `regions`, {name: {"n", "missing", "extra", "scores"}}; see [`region_views`].
 
     Raises:
-        DatasetError: a column or a label is missing, an id is empty or duplicated, or a true report is empty.
+        DatasetError: a column or a label is missing, an id is empty or duplicated, or a true report is empty; a
+            report is no text.
         LexiconError: the data of METEOR are not installed.
         ValueError: an option has an unknown value.
     """
@@ -282,7 +281,8 @@ def read_pairs(path: Path, id_column: str, prediction_column: str, reference_col
     Read the ids, generated reports and true reports of a table.
 
     Raises:
-        DatasetError: a column is missing, an id is empty or duplicated, or a true report is empty.
+        DatasetError: a column is missing, an id is empty or duplicated, or a true report is empty; a report is no
+            text.
     """
     return _read_reports(path, id_column, reference_column, [prediction_column, reference_column])
 
@@ -295,17 +295,19 @@ def _read_reports(path: Path, id_column: str, reference_column: str, columns: Se
     missing = [column for column in columns if column not in known]
     if named and missing:
         problems.append(Problem(path.name, 1, "header", ", ".join(map(shown, known)), f"also {', '.join(missing)}"))
-    elif named:
-        references = [_true_report(path, row, reference_column, name, problems) for name, row in named.items()]
+        raise_problems(problems)
+    texts = []
+    for column in columns:
+        # An empty true report is a problem, whereas an empty prediction scores 0.
+        read = check_report if column == reference_column else generated_report
+        texts.append(
+            [
+                read(row.values.get(column), path.name, row.number, column, name, problems)
+                for name, row in named.items()
+            ]
+        )
     raise_problems(problems)
-    # Predictions are scored exactly as written.
-    texts = {
-        column: references
-        if column == reference_column
-        else [str(row.values.get(column) or "") for row in named.values()]
-        for column in columns
-    }
-    return [list(named), *(texts[column] for column in columns)]
+    return [list(named), *texts]
 
 
 def _read_two(
@@ -320,19 +322,14 @@ def _read_two(
             expected = f"a row for this id, which row {row.number} of {source.name} has"
             problems.append(Problem(truth.name, None, "row", "missing", expected, name))
     raise_problems(problems)
-    references = [_true_report(truth, true[name], column, name, problems) for name in written]
+    references, predictions = [], []
+    for name, row in written.items():
+        value, number = true[name].values.get(column), true[name].number
+        references.append(check_report(value, truth.name, number, column, name, problems))
+        value = row.values.get(predicted)
+        predictions.append(generated_report(value, source.name, row.number, predicted, name, problems))
     raise_problems(problems)
-    predictions = [str(row.values.get(predicted) or "") for row in written.values()]
     return list(written), predictions, references, len(true) - len(written)
-
-
-def _true_report(path: Path, row: Row, column: str, name: str, problems: list[Problem]) -> str:
-    """Return the true report of a row. An empty one is a problem, whereas an empty prediction scores 0."""
-    text = "" if is_missing(row.values.get(column)) else plain_text(row.values[column])
-    if is_missing(text):
-        problems.append(Problem(path.name, row.number, column, "empty", "the true report", name))
-    check_markup(text, path.name, row.number, column, name, problems)
-    return text
 
 
 def _id_column(path: Path, id_column: str) -> str:
@@ -346,11 +343,17 @@ def _read_training(path: Path, column: str) -> list[str]:
     rows = read_rows(path, problems)
     if rows and not any(column in row.values for row in rows):
         problems.append(Problem(path.name, 1, "header", f"column {column} missing", "training reports in it"))
+    reports = []
+    for row in rows:
+        value = row.values.get(column)
+        if check_kind(value, path.name, row.number, column, "", problems):
+            # Empty reports are left out, and no problem here.
+            reports.append(check_report(value, path.name, row.number, column, "", []))
     raise_problems(problems)
-    reports = [plain_text(row.values.get(column) or "") for row in rows]
-    if not any(report.strip() for report in reports):
+    reports = [report for report in reports if report]
+    if not reports:
         raise DatasetError([Problem(path.name, None, column, "empty in all rows", "training reports")])
-    return [report for report in reports if report.strip()]
+    return reports
 
 
 def _constant(reports: Sequence[str], labels: np.ndarray, regions: str | None) -> str:

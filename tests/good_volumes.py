@@ -30,6 +30,7 @@ from .bad_inputs import (
     nifti,
     nrrd,
     pack,
+    pixdim,
     scans,
     sform,
     sitk_image,
@@ -82,6 +83,14 @@ def four(**fields) -> dict:
         "NDims": "4", "DimSize": "26 22 18 1", "ElementSpacing": "1.5 1.25 2.5 1", "Offset": "40 -25 300 0",
         "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1",
     } | fields  # fmt: skip
+
+
+def in_time(space: str, x: int = 1, y: int = 1) -> dict:
+    """Return the fields of an NRRD of one frame in space and time; -1 is for an x or y that runs against LPS."""
+    return {
+        "dimension": "4", "sizes": "26 22 18 1", "space": space, "space origin": f"({40 * x},{-25 * y},300,0)",
+        "space directions": f"({1.5 * x},0,0,0) (0,{1.25 * y},0,0) (0,0,2.5,0) (0,0,0,1)",
+    }  # fmt: skip
 
 
 def listed(header: bytes, names: list[str]) -> bytes:
@@ -154,6 +163,8 @@ def zipped(name: str, content: bytes) -> Callable[[Path], Path]:
 
 DIRECTIONS = "(1.5,0,0) (0,1.25,0) (0,0,2.5)"
 LONG_HEADER = b"H" * 100
+VOXELS_BIG = make_ct().T.astype(">i2").tobytes()
+OTHER_ORDER = {"BinaryDataByteOrderMSB": None, "ElementByteOrderMSB": "T"}
 
 GOOD: list[tuple[str, Callable[[Path], Path]]] = [
     # NIfTI
@@ -184,6 +195,12 @@ GOOD: list[tuple[str, Callable[[Path], Path]]] = [
         file("scan.nii", template(lps_affine(), code=1, qform_code=2, qoffset_x=99)),
     ),
     ("NIfTI, two scanner forms, one of them moved", file("scan.nii", template(moved(lps_affine(), 0, 0, 50), code=1))),
+    (
+        "NIfTI, quaternion rounded to a length above 1",
+        file("scan.nii", nifti(quatern_b=0, quatern_c=0, quatern_d=1.0000003)),
+    ),
+    ("NIfTI, pixdim negative beside an sform", file("scan.nii", nifti(pixdim=pixdim(1.5, -1.25, -2.5), qform_code=0))),
+    ("NIfTI, pixdim negative beside both forms", file("scan.nii", nifti(pixdim=pixdim(-1.5, 1.25, 2.5)))),
     # NRRD
     ("NRRD, byte skip -1", file("scan.nrrd", nrrd({"byte skip": "-1"}))),
     ("NRRD, byte skip -1 over a header", file("scan.nrrd", nrrd({"byte skip": "-1"}, LONG_HEADER + VOXELS))),
@@ -266,6 +283,9 @@ GOOD: list[tuple[str, Callable[[Path], Path]]] = [
             ),
         ),
     ),
+    ("NRRD in LPST", file("scan.nrrd", nrrd(in_time("LPST")))),
+    ("NRRD in RAST", file("scan.nrrd", nrrd(in_time("RAST", -1, -1)))),
+    ("NRRD in LAST", file("scan.nrrd", nrrd(in_time("LAST", 1, -1)))),
     ("NRRD, ./ before the data file", file("scan.nhdr", nrrd(GZIP | {"data file": "./v.gz"}, b""), v__gz=VOXELS_GZ)),
     ("NRRD, data file in a folder below", below("scan.nhdr", nrrd({"data file": "raw/v.raw"}, b""))),
     (
@@ -327,12 +347,36 @@ GOOD: list[tuple[str, Callable[[Path], Path]]] = [
         "MetaImage, pattern from a number on",
         slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02d.raw 0"}, b"")),
     ),
+    ("MetaImage, pattern %02i", slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02i.raw 0 17 1"}, b""))),
+    ("MetaImage, pattern %02u", slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%02u.raw 0 17 1"}, b""))),
+    (
+        "MetaImage, pattern %2.2d",
+        slices("scan.mhd", lambda names: meta({"ElementDataFile": "s%2.2d.raw 0 17 1"}, b"")),
+    ),
     ("MetaImage, ./ before the file", below("scan.mhd", meta({"ElementDataFile": "./raw/v.raw"}, b""))),
     ("MetaImage in text", file("scan.mha", meta({"BinaryData": "False", "BinaryDataByteOrderMSB": None}, TEXT))),
     (
         "MetaImage of small letters",
         file("scan.mha", meta({"BinaryData": "true", "BinaryDataByteOrderMSB": "false", "CompressedData": "false"})),
     ),
+    *(
+        (f"MetaImage, order of bytes {word}", file("scan.mha", meta({"BinaryDataByteOrderMSB": word})))
+        for word in ("0", "F", "f")
+    ),
+    *(
+        (f"MetaImage, order of bytes {word}", file("scan.mha", meta({"BinaryDataByteOrderMSB": word}, VOXELS_BIG)))
+        for word in ("1", "T", "t")
+    ),
+    ("MetaImage, ElementByteOrderMSB", file("scan.mha", meta(OTHER_ORDER, VOXELS_BIG))),
+    ("MetaImage, one origin under two names", file("scan.mha", meta({"Position": "40 -25 300"}))),
+    (
+        "MetaImage, one origin under three names",
+        file("scan.mha", meta({"Position": "40.0 -25 3e2", "Origin": "40 -25 300"})),
+    ),
+    ("MetaImage, one orientation under two names", file("scan.mha", meta({"Orientation": "1 0 0 0 1 0 0 0 1"}))),
+    ("MetaImage, one rotation under two names", file("scan.mha", meta({"Rotation": "1.0 0 0 0 1.0 0 0 0 1.0"}))),
+    ("MetaImage, gzip", file("scan.mha", meta(ZLIB | {"CompressedDataSize": str(len(VOXELS_GZ))}, VOXELS_GZ))),
+    ("MetaImage, gzip, detached", file("scan.mhd", meta(ZLIB | {"ElementDataFile": "v.gz"}, b""), v__gz=VOXELS_GZ)),
     (
         "MetaImage of a slope of 1",
         file(

@@ -143,6 +143,19 @@ def test_save_and_merge_require_exactly_one_active_adapter(make, inputs, tmp_pat
     assert torch.equal(logits(model, inputs), expected)
 
 
+def test_adapter_that_repeats_layers_is_refused_before_training_and_before_saving(make, tmp_path):
+    repeating = lora(layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(DiffVPCheckpointError, match="layer_replication"):
+        make("untied", repeating)
+    model = make("untied")
+    model.language_model.add_adapter(copy.deepcopy(repeating))
+    for act in (model.save_pretrained, model.export_merged):
+        before = dict(vars(model.config))
+        with pytest.raises(DiffVPCheckpointError, match="layer_replication"):
+            act(tmp_path / "model")
+        assert not (tmp_path / "model").exists() and vars(model.config) == before
+
+
 def test_missing_adapter_weight_is_refused(make, tmp_path):
     from safetensors.torch import save_file
 
@@ -213,6 +226,21 @@ def test_llm_that_differs_from_its_base_is_saved_whole(make, inputs, tmp_path, b
     assert not any(p.requires_grad for p in loaded.language_model.parameters()), "frozen like every loaded LLM"
     loaded.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load(tmp_path / "again"), inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_failed_save_leaves_the_configuration(make, inputs, tmp_path, monkeypatch):
+    """Let writing fail after the LLM was found to differ from its base."""
+    model = make("tied", lora())
+    train_one_norm(model)
+    before = dict(vars(model.config))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "_write_weights", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save_pretrained(tmp_path / "model")
+    assert vars(model.config) == before and model.config.base_model_name_or_path is not None
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(load(tmp_path / "model"), inputs), logits(model, inputs))
 
 
 def test_cast_or_given_llm_is_compared_with_its_base_weights(make, bases, inputs, tiny_fields, tmp_path):

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from diffvp.bases_diffvp import DiffVPBaseModelError
+from diffvp.bases_diffvp import DiffVPBaseModelError, check_language_model, load_base_model
 from diffvp.benchmarks.bases import BATCH, LIMIT, NAMES, TRIPS, measure, table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
-from diffvp.tests.base_families import FAMILIES, REFUSED, write_base
+from diffvp.tests.base_families import FAMILIES, REFUSED, TOKENS, write_base
 
 
 @pytest.fixture
@@ -51,6 +51,26 @@ def test_batch_gives_the_same_logits_tokens_and_loss_as_single_scans(make_on, sc
 def test_unsupported_base_is_refused_at_construction(make_on, family):
     with pytest.raises(DiffVPBaseModelError):
         make_on(REFUSED[family])
+
+
+def test_decoder_of_an_encoder_decoder_is_refused_at_construction(make_on):
+    """BART takes its decoder's inputs under other names, which ends in an IndexError."""
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1}
+    sizes |= {"d_model": 32, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    with pytest.raises(DiffVPBaseModelError):
+        make_on(("BartConfig", {**TOKENS, "vocab_size": 96, **sizes}))
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, AttributeError, RuntimeError, torch.OutOfMemoryError])
+def test_failure_of_an_llm_in_the_check_is_a_refusal_unless_memory_is_short(tiny_llm, monkeypatch, error):
+    language_model = load_base_model(str(tiny_llm))
+
+    def fail(**inputs):
+        raise error("made up")
+
+    monkeypatch.setattr(language_model, "forward", fail)
+    with pytest.raises(error if error is torch.OutOfMemoryError else DiffVPBaseModelError):
+        check_language_model(language_model, "made-up")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,6 +23,7 @@ from diffvp.inference.batch import ReportWriter, write_reports
 from diffvp.inference.engines import EngineError, TransformersEngine, merged_engine
 from diffvp.inference.report import greedy, load_checkpoint, write_report
 from diffvp.inference.report_file import BatchError
+from diffvp.references_diffvp import ReferencePoolError
 from diffvp.storage_diffvp import DiffVPCheckpointError
 
 from .batch_samples import read_lines, write_box, write_checkpoint, write_cohort
@@ -344,6 +345,14 @@ def test_reference_is_a_scan_a_folder_or_the_nearest(cohort, checkpoint, writer,
             assert nearest[scan.id] == min(normal, key=lambda name: float(torch.dist(normal[name], own)))
     with pytest.raises(BatchError, match="references"):
         write_reports(scans, tmp_path / "0.jsonl", writer, batch_size=8, workers=1)
+
+
+def test_unreadable_reference_is_named_as_such(cohort, checkpoint, tmp_path):
+    write_box(tmp_path / "pool" / "bad.nii.gz", 7)
+    (tmp_path / "pool" / "bad.nii.gz").write_bytes(b"no scan")
+    one = ReportWriter(checkpoint, reference=tmp_path / "pool")
+    with pytest.raises(ReferencePoolError, match=r"Reference bad\.nii\.gz cannot be used: .*bad\.nii\.gz: "):
+        write_reports(list_scans(cohort), tmp_path / "reports.jsonl", one, batch_size=8, workers=1)
 
 
 def test_pool_of_normal_scans_is_a_list_of_references(cohort, checkpoint, tmp_path):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import check_imports
 
-from diffvp.bases_diffvp import load_base_model, locate_base_model
+from diffvp.bases_diffvp import accepts, load_base_model, locate_base_model
 from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from diffvp.storage_diffvp import DiffVPCheckpointError
@@ -144,6 +144,57 @@ def test_base_of_another_vocabulary_size_is_refused(checkpoint, tmp_path):
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     with pytest.raises(DiffVPCheckpointError, match="vocab_size is 97, the checkpoint was made for 96"):
         DiffVPForConditionalGeneration.from_pretrained(checkpoint, base_model_name_or_path=str(tmp_path / "other"))
+
+
+def test_folder_of_the_base_is_overwritten_only_by_a_checkpoint_with_the_base(tiny_llm, tiny_fields, scans, tmp_path):
+    base, link = shutil.copytree(tiny_llm, tmp_path / "base"), tmp_path / "link"
+    link.symlink_to(base)
+    mirror = shutil.copytree(tiny_llm, tmp_path / "mirror")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model = DiffVPForConditionalGeneration.from_base(str(base), lora_config=lora, config=tiny_fields)
+    expected = model(*scans).logits
+    model.save_pretrained(tmp_path / "model")
+    mirrored = _load(tmp_path / "model", base_model_name_or_path=str(mirror))
+    mirrored.config.base_model_name_or_path = "me/llm"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for one, folder in ((model, base), (model, link), (mirrored, mirror)):
+        with pytest.raises(DiffVPCheckpointError):
+            one.save_pretrained(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert model.config.base_model_name_or_path == str(base)
+    assert torch.equal(_load(tmp_path / "model")(*scans).logits, expected)
+    model.export_merged(link)
+    torch.testing.assert_close(_load(base)(*scans).logits, expected, atol=1e-5, rtol=1e-5)
+    merged = _load(base)
+    merged.save_pretrained(base)  # it includes its LLM
+    assert torch.equal(_load(base)(*scans).logits, merged(*scans).logits)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_llm_is_saved_and_resumes_under_its_own_names(model, make_model, scans, logits, tmp_path, whole):
+    if whole:
+        model.language_model.model.norm.weight.data += 0.5
+        logits = model(*scans).logits
+    original, names = model.language_model, set(model.state_dict())
+    model.language_model = torch.compile(original, backend="eager")
+    assert accepts(model.language_model, "position_ids")
+    for folder in ("model", "checkpoint-1"):
+        model.save_pretrained(tmp_path / folder)
+        found = set(load_file(tmp_path / folder / "model.safetensors"))
+        assert not [key for key in found if "_orig_mod" in key]
+        assert whole == ("language_model.model.norm.weight" in found)
+        loaded = _load(tmp_path / folder)
+        assert torch.equal(loaded(*scans).logits, logits) and set(loaded.state_dict()) == names
+    other = make_model(lora=True)
+    other.language_model = torch.compile(other.language_model, backend="eager")
+    result = other.load_state_dict(load_file(tmp_path / "checkpoint-1/model.safetensors"), strict=False)
+    other.language_model = other.language_model._orig_mod
+    assert not result.unexpected_keys and torch.equal(other(*scans).logits, logits)
+    model.export_merged(tmp_path / "merged")
+    torch.testing.assert_close(_load(tmp_path / "merged")(*scans).logits, logits, atol=1e-4, rtol=1e-4)
+    model.language_model = original
+    assert torch.equal(model(*scans).logits, logits)
 
 
 def test_base_moved_elsewhere_can_be_given_by_name(checkpoint, tiny_llm, logits, scans):

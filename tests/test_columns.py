@@ -145,6 +145,22 @@ def test_non_text_is_refused(processor, paths, wrong):
             processor(**arguments, text=wrong)
 
 
+def test_table_is_neither_a_list_of_texts_nor_of_scans(processor, image_processor, paths):
+    """Iterating over a table gives the names of its columns."""
+    for table in (
+        pandas.DataFrame({"Describe the scan.": TEXTS}),
+        pandas.DataFrame({paths[0]: TEXTS, paths[1]: TEXTS}),
+    ):
+        assert not is_many(table)
+        for arguments in ({"ct": paths[:1], "reference": paths[1]}, {}):
+            with pytest.raises(TypeError):
+                processor(**arguments, text=table)
+        for scans in ({"ct": table, "reference": paths[0]}, {"ct": paths[:1], "reference": table}):
+            with pytest.raises(CTInputError) as caught:
+                processor(**scans)
+            assert caught.value.field == "type"
+
+
 @pytest.mark.parametrize("item", [None, 5, float("nan"), pandas.NA, b"x", {"a": "b"}, ["Describe."]])
 def test_non_text_in_a_list_is_refused_with_its_index(processor, paths, item):
     for arguments in ({"ct": paths, "reference": paths[0]}, {}):

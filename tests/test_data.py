@@ -564,6 +564,85 @@ def test_misspelt_column_names_are_refused(own):
     assert problems_of(load_table, own, "train") == [("metadata.csv", 1, "header", "")]
 
 
+NO_TEXT = {"a list": ["Clear.", SECRET], "an object": {"findings": SECRET}, "a number": 5, "true or false": True}
+
+
+def test_value_that_is_no_text_is_refused(own):
+    """The `str` of a list or an object would be learnt as a report."""
+    for found, value in NO_TEXT.items():
+        for column in ("report", "lung"):
+            row = {"path": "c.mha", "report": "Clear."} | {column: value}
+            (own / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+            with pytest.raises(DatasetError) as caught:
+                load_table(own)
+            [problem] = caught.value.problems
+            assert (problem.row, problem.field, problem.found, problem.expected) == (1, column, found, "text")
+            assert "Metastasis" not in str(caught.value)
+    for column in ("path", "id", "patient_id", "scan_id"):
+        row = {"path": "c.mha", "report": "Clear."} | {column: ["x"]}
+        (own / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+        assert [problem[1:3] for problem in problems_of(load_table, own)] == [(1, column)]
+
+
+def test_ids_may_be_numbers_and_missing_values_stay_missing(own):
+    row = {"path": "c.mha", "report": "Clear.", "id": 7, "patient_id": 8, "scan_id": 9, "lung": None}
+    (own / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    [case] = load_table(own)
+    assert (case.name, case.patient_id, case.scan_id, case.region_sentences) == ("7", "8", "9", {})
+    for missing in (None, float("nan")):
+        (own / "metadata.jsonl").write_text(json.dumps(row | {"report": missing}) + "\n")
+        with pytest.raises(DatasetError) as caught:
+            load_table(own)
+        assert [(problem.field, problem.found) for problem in caught.value.problems] == [("report", "empty")]
+
+
+@pytest.mark.parametrize("value", NO_TEXT.values(), ids=list(NO_TEXT))
+def test_value_of_ctrg_that_is_no_text_is_refused(tmp_path, value):
+    write_ctrg(tmp_path, {"train": [{"id": 0, "finding": value}]})
+    assert problems_of(load_ctrg, tmp_path, "train") == [("annotation.json[train]", 1, "finding", "0")]
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": [{"id": [0], "finding": "x"}]}))
+    assert problems_of(load_ctrg, tmp_path, "train") == [("annotation.json[train]", 1, "id", "")]
+
+
+def nifti_dataset(**columns):
+    from datasets import Dataset, Nifti
+
+    return Dataset.from_dict(columns).cast_column("scan", Nifti())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", [["Clear.", SECRET], {"findings": SECRET}, 5], ids=["list", "struct", "int"])
+def test_column_of_datasets_that_is_no_text_is_refused(tmp_path, streaming, value):
+    dataset = nifti_dataset(scan=[str(write_nifti(tmp_path / "a.nii.gz"))], report=[value])
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    assert problems_of(lambda: list(hub_cases(dataset))) == [("dataset", 1, "report", "" if not streaming else "a")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_row_of_datasets_without_a_scan_is_refused(tmp_path, streaming):
+    path = str(write_nifti(tmp_path / "a.nii.gz"))
+    for second, named in ((None, "y"), (str(tmp_path / "gone.nii.gz"), "y")):
+        dataset = nifti_dataset(scan=[path, second], report=["x"] * 2, id=["x", "y"])
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        cases = hub_cases(dataset)
+        assert next(cases).name == "x"
+        assert problems_of(next, cases) == [("dataset", 2, "scan", named)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dataset_without_rows_is_refused(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_nifti(tmp_path / "folder/a.nii.gz")
+    (tmp_path / "folder/metadata.csv").write_text("file_name,report\n")
+    options = {"data_dir": str(tmp_path / "folder"), "streaming": streaming, "cache_dir": str(tmp_path / "cache")}
+    assert problems_of(lambda: list(load_hub("niftifolder", "train", **options))) == [
+        ("niftifolder", None, "dataset", "")
+    ]
+    (tmp_path / "empty").mkdir()
+    options["data_dir"] = str(tmp_path / "empty")
+    assert problems_of(lambda: list(load_hub("niftifolder", "train", **options)))[0][2] == "dataset"
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_nifti_folder_is_loaded_through_datasets(tmp_path, monkeypatch, streaming):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

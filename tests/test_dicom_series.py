@@ -296,6 +296,7 @@ TELLING = {
                                                            ["ORIGINAL", "PRIMARY", "AXIAL", "B"]),
     "SliceThickness": (1, 5), "FilterType": ("LARGE BOWTIE", "BODY"), "IrradiationEventUID": ("1.2.1", "1.2.2"),
     "FrameOfReferenceUID": ("1.2.1", "1.2.2"), "SeriesDescription": ("Secret A", "Secret B"),
+    "ScanOptions": ("HELICAL", "CARDIAC"), "ProtocolName": ("Secret native", "Secret venous"),
 }  # fmt: skip
 
 
@@ -416,7 +417,8 @@ def test_shared_instance_uid_drops_no_slice(tmp_path):
         ["DERIVED", "SECONDARY", "AXIAL", "MIP"], ["DERIVED", "PRIMARY", "AXIAL", "MIN_IP"],
         ["DERIVED", "SECONDARY", "PROJECTION IMAGE"], ["DERIVED", "SECONDARY", "OTHER", "CSA MIP"],
         ["DERIVED", "SECONDARY", "AXIAL", "MAX_IP"], ["DERIVED", "SECONDARY", "MINIP"],
-        ["DERIVED", "SECONDARY", "VRT"],
+        ["DERIVED", "SECONDARY", "VRT"], ["DERIVED", "SECONDARY", "AXIAL", "CURVED_MPR"],
+        ["DERIVED", "PRIMARY", "VOLUME", "SUBTRACTION"], ["DERIVED", "SECONDARY", "OTHER", "CPR"],
         ["DERIVED", "SECONDARY", "AXIAL", "MAXIMUM"], ["ORIGINAL", "PRIMARY", "LOCALIZER"],
     ],
 )  # fmt: skip

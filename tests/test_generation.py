@@ -100,6 +100,25 @@ def test_from_base_uses_the_end_token_of_its_tokenizer(tiny_base_with_tokenizer,
     assert end_tokens(model.generation_config) == [tokenizer.eos_token_id, 77]
 
 
+def test_hub_options_of_from_base_apply_to_its_tokenizer(tiny_base_with_tokenizer, tokenizer, tiny_fields, tmp_path):
+    """Put the base into a cache of the Hub, which only `cache_dir` tells of."""
+    repository, commit = tmp_path / "cache/models--me--llm", "0123456789" * 4
+    folder = shutil.copytree(tiny_base_with_tokenizer, repository / "snapshots" / commit)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 77}))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = DiffVPForConditionalGeneration.from_base("me/llm", config=dict(tiny_fields), **options)
+    assert end_tokens(model.generation_config) == [tokenizer.eos_token_id, 77]
+
+
+def test_labels_of_a_training_batch_do_not_affect_the_report(make_model, scans):
+    model = make_model()
+    labels = {"labels": torch.ones(2, 3, dtype=torch.long), "diagnosis_labels": torch.ones(2, 18)}
+    expected = model.generate(*scans, max_new_tokens=6)
+    assert torch.equal(model.generate(*scans, max_new_tokens=6, **labels), expected)
+
+
 @pytest.mark.parametrize(
     ("given", "kwargs", "expected"),
     [

@@ -639,6 +639,18 @@ def table(path: Path, columns: str, *rows: str) -> Path:
     return path
 
 
+def write_reports(path: Path, rows: list[dict]) -> None:
+    """Write a table of the kind that the suffix names."""
+    if path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        between = "\t" if path.suffix == ".tsv" else ","
+        table(path, *(between.join(line) for line in [rows[0], *(row.values() for row in rows)]))
+
+
 def test_true_reports_are_read_from_a_separate_table(tmp_path):
     first = table(tmp_path / "A.csv", "id,prediction", "1,a one", "2,a two")
     second = table(tmp_path / "B.csv", "id,prediction", "2,", "1,b one")
@@ -654,7 +666,9 @@ def test_true_reports_are_read_from_a_separate_table(tmp_path):
         ("id,prediction\n1,x\n2,y\n", "id,reference\n1,t\n"),
         ("id,prediction\n1,x\n2,y\n", "id,reference\n1,t\n2,\n"),
         ("id,prediction\n1,x\n1,y\n", "id,reference\n1,t\n2,t\n"),
-        ("id,report\n1,x\n2,y\n", "id,reference\n1,t\n2,t\n"),
+        ("id,text\n1,x\n2,y\n", "id,reference\n1,t\n2,t\n"),
+        ("id,prediction\n1,x\n2,y\n", "id,reference\n1,t\n2,Not given.\n"),
+        ("id,prediction\n1,x\n2,y\n", "id,reference\n1,nan\n2,t\n"),
     ],
 )
 def test_tables_of_other_scans_are_refused(tmp_path, second, truth):
@@ -670,3 +684,51 @@ def test_tables_with_other_true_reports_are_refused(tmp_path):
     second = table(tmp_path / "B.csv", "id,prediction,reference", "1,b,another truth")
     with pytest.raises(DatasetError):
         read_comparisons(first, second)
+    table(tmp_path / "B.csv", "id,prediction,reference", "1,b,Not given.")
+    assert read_comparisons(first, second) == [("truth", "a", "b")]
+    with pytest.raises(DatasetError) as caught:
+        read_comparisons(table(tmp_path / "C.csv", "id,prediction", "1,a"), second)
+    assert [(problem.row, problem.field) for problem in caught.value.problems] == [(1, "header")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_of_every_kind_are_judged(tmp_path, suffix):
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("A", "B")]
+    for path in paths:
+        rows = [{"id": f"{k}", "prediction": f"{path.stem} {k}", "reference": f"truth {k}"} for k in range(2)]
+        write_reports(path, rows)
+    expected = [("truth 0", "A 0", "B 0"), ("truth 1", "A 1", "B 1")]
+    assert read_comparisons(*paths) == read_comparisons(*paths, paths[1]) == expected
+    run = CliRunner().invoke(cli.app, ["judge", *map(str, paths), "--judge", "rules", "--calibration", "0", "--json"])
+    assert run.exit_code == 0 and json.loads(run.stdout)["n"] == 2
+
+
+def test_outputs_of_batch_are_judged(tmp_path):
+    paths = [tmp_path / name / "reports.jsonl" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        lines = [{"statement": "...", "settings": {}, "versions": {}}]
+        lines += [{"id": "1.nii.gz", "report": f"of {path.parent.name}", "settings_sha256": ""}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    truth = table(tmp_path / "metadata.csv", "path,report", "1.nii.gz,t one", "2.nii.gz,t two")
+    assert read_comparisons(*paths, truth) == [("t one", "of a", "of b")]
+
+
+@pytest.mark.parametrize("value", [["x"], {"x": 1}, 5, True], ids=repr)
+def test_reports_and_ids_that_are_no_text_are_not_judged(tmp_path, value):
+    good = {"id": 1, "prediction": "a", "reference": "t"}
+    first, second = tmp_path / "A.jsonl", tmp_path / "B.jsonl"
+    write_reports(first, [good])
+    for column in ("prediction", "reference", "id") if value != 5 else ("prediction", "reference"):
+        write_reports(second, [{**good, column: value}])
+        for tables, name in ((first, second), "B.jsonl"), ((second, first), "B.jsonl"):
+            with pytest.raises(DatasetError) as caught:
+                read_comparisons(*tables)
+            assert (name, 1, column) in [(p.table, p.row, p.field) for p in caught.value.problems]
+
+
+def test_missing_prediction_is_judged_as_the_empty_text(tmp_path):
+    first, second = tmp_path / "A.jsonl", tmp_path / "B.jsonl"
+    write_reports(first, [{"id": 1, "prediction": float("nan"), "reference": "t"}])
+    write_reports(second, [{"id": 1, "prediction": None}])
+    assert read_comparisons(first, second) == [("t", "", "")]

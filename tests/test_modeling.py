@@ -18,6 +18,7 @@ from diffvp.modules_diffvp import (
     DiffVPLocalDelta,
     DiffVPPromptGenerator,
     DiffVPResampler,
+    pad_left,
     sincos_position_embedding,
 )
 from diffvp.outputs_diffvp import DiffVPComparison
@@ -429,6 +430,35 @@ def test_left_padded_batch_equals_single_scans(make_model, scans):
         torch.testing.assert_close(logits_both, logits_alone, atol=1e-4, rtol=1e-4)
 
 
+def test_padding_anywhere_in_a_batch_does_not_change_a_report(make_model, scans):
+    """A report follows the last token of its text: padding on the right or within the text moves to the left."""
+    model = make_model(diagnosis_threshold=0.5)
+    short, long = [1, 40, 41], [1, 50, 60, 70, 80, 90]
+    logits = torch.full((2, 18), -9.0)
+    logits[0, :6] = 9.0
+    arguments = {"diagnosis_logits": logits, "max_new_tokens": 8, "eos_token_id": None}
+
+    def write(row: list[int], masks: list[int]) -> torch.Tensor:
+        return model.generate(*scans, torch.tensor([row, long]), torch.tensor([masks, [1] * 6]), **arguments)
+
+    expected = write([0, 0, 0, *short], [0, 0, 0, 1, 1, 1])
+    one = [scan[:1] for scan in scans]
+    alone = model.generate(*one, torch.tensor([short]), **arguments | {"diagnosis_logits": logits[:1]})
+    assert torch.equal(expected[:1], alone)
+    assert torch.equal(write([*short, 0, 0, 0], [1, 1, 1, 0, 0, 0]), expected)
+    assert torch.equal(write([0, 1, 40, 0, 0, 41], [0, 1, 1, 0, 0, 1]), expected)
+
+
+def test_all_padding_moves_to_the_left_or_only_that_before_the_text():
+    mask = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1]])
+    embeddings = torch.arange(12.0).view(2, 6, 1)
+    moved, new = pad_left(embeddings, mask)
+    assert moved[0, :, 0].tolist() == [1, 3, 5, 0, 2, 4] and new[0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(moved[1], embeddings[1]) and torch.equal(new[1], mask[1])
+    moved, new = pad_left(embeddings, mask, 3)
+    assert moved[0, :, 0].tolist() == [1, 3, 0, 2, 4, 5] and new[0].tolist() == [0, 0, 1, 1, 1, 0]
+
+
 def test_diagnosis_prompt_names_the_predicted_findings(make_model):
     model = make_model(diagnosis_threshold=[0.5] * 17 + [0.9])
     fragments = model.config.diagnosis_prompt_ids
@@ -459,6 +489,16 @@ def test_losses_match_equations_10_and_11(make_model, scans):
     p = model.classification_head(output.latents.mean(1)).sigmoid()
     torch.testing.assert_close(output.classification_loss, -(truth * p.log() + (1 - truth) * (1 - p).log()).mean())
     torch.testing.assert_close(output.loss, output.generation_loss + 0.25 * output.classification_loss)
+
+
+def test_loss_of_a_resized_llm_is_that_of_its_own_logits(make_model, scans):
+    model = make_model()
+    model.language_model.resize_token_embeddings(120)
+    ids = torch.tensor([[1, 20, 30, 40, 2]] * 2)
+    output = model(*scans, ids, labels=ids)
+    assert output.logits.shape == (2, 5, 120)
+    picked = output.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+    torch.testing.assert_close(output.generation_loss, -picked.mean())
 
 
 def test_training_updates_exactly_the_trainable_parameters(make_model, scans):

@@ -3,13 +3,14 @@
 """The pipeline `ct-report-generation` returns what processor and model return, at any batch size."""
 
 import json
+import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from diffvp import pipeline_diffvp
@@ -234,6 +235,24 @@ def test_length_limit_comes_from_the_call_the_pipeline_or_the_default(scans, par
     assert [len(recorder.tokens) for recorder in recorders.values()] == list(recorders)
 
 
+@pytest.mark.parametrize("own", [{"max_new_tokens": 7}, {"max_length": 5}, {}])
+def test_default_length_replaces_no_stated_limit(pipe, scans, monkeypatch, own):
+    """Without an end token, a report has as many tokens as the limit in force."""
+    monkeypatch.setattr(pipe.model, "generation_config", GenerationConfig(pad_token_id=0, **own))
+    monkeypatch.setattr(sys.modules[type(pipe).__module__], "MAX_NEW_TOKENS", 10)
+    for given, length in (
+        ({}, next(iter(own.values()), 10)),
+        ({"max_length": 3}, 3),
+        ({"max_new_tokens": 4}, 4),
+        ({"generation_config": GenerationConfig(max_length=3)}, 3),
+        ({"generation_config": GenerationConfig(max_new_tokens=4)}, 4),
+        ({"generation_config": GenerationConfig(max_new_tokens=4), "max_length": 3}, 3),
+        ({"generation_config": GenerationConfig(num_beams=2)}, 10),  # it replaces the model's
+    ):
+        found = pipe(scans[0], generate_kwargs=given)
+        assert f"The report is cut off after {length} tokens." in found["warnings"]
+
+
 def test_each_scan_gets_its_own_sequences(pipe, scans, monkeypatch):
     """With two sequences for each of two scans, rows 0 and 1 of `generate` belong to the first scan."""
     rows, generate = [], pipe.model.generate
@@ -263,6 +282,34 @@ def test_report_is_complete_only_if_it_has_an_end_token(pipe, scans, monkeypatch
     monkeypatch.setattr(pipe.model, "generate", lambda **given: rows.append(generate(**given)) or rows[-1])
     complete = pipe(scans[0], max_new_tokens=4)["complete"]
     assert complete == any(token in (ends or []) for token in rows[0][0].tolist())
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_report_is_complete_at_an_end_token_of_the_call(pipe, parts, scans, as_config):
+    inputs = parts[1](ct=scans[0])
+    tokens = parts[0].generate(**inputs, max_new_tokens=6)[0].tolist()
+    unused = next(token for token in range(10, 400) if token not in tokens)
+    for end in (tokens[2], unused):
+        ending = {"eos_token_id": end}
+        options = {"generation_config": GenerationConfig(**ending, max_new_tokens=12)} if as_config else ending
+        found = pipe(scans[0], generate_kwargs=options, **({} if as_config else {"max_new_tokens": 12}))
+        [expected] = parts[0].generate(**inputs, max_new_tokens=12, **ending).tolist()
+        assert found["report"] == pipe.processor.decode(expected, skip_special_tokens=True).strip()
+        assert found["complete"] == (end in expected) == (len(expected) < 12)
+        batch = pipe(scans[:2], batch_size=2, generate_kwargs=options, **({} if as_config else {"max_new_tokens": 12}))
+        assert_equal(batch[0], found)
+
+
+@pytest.mark.parametrize("of_call", [False, True])
+def test_config_with_return_dict_gives_the_same_reports(pipe, scans, monkeypatch, of_call):
+    expected = pipe(scans[:2], max_new_tokens=6)
+    options = {}
+    if of_call:
+        options = {"generate_kwargs": {"generation_config": GenerationConfig(return_dict_in_generate=True)}}
+    else:
+        monkeypatch.setattr(pipe.model.generation_config, "return_dict_in_generate", True)
+    for found, one in zip(pipe(scans[:2], batch_size=2, max_new_tokens=6, **options), expected, strict=True):
+        assert_equal(found, one)
 
 
 @pytest.mark.parametrize("changes", [{"use_diagnosis": False}, {"difference_level": "pixel"}])

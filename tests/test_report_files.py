@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from diffvp.cli import app
 from diffvp.data.cases import DatasetError
 from diffvp.metrics.labelers import RuleLabeler
-from diffvp.metrics.report_table import score_table
+from diffvp.metrics.labelers.table import label_table
+from diffvp.metrics.nlg import score_reports
+from diffvp.metrics.report_table import read_pairs, score_table
 
 REPORTS = {
     "a": "Lung: A nodule of 6 mm is observed.",
@@ -84,6 +86,55 @@ def test_labels_from_diffvp_label_give_the_same_scores(tmp_path, truth, batch, e
     assert document["systems"]["predictions"]["micro f1"] == expected["systems"]["predictions"]["micro f1"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet", "batch"])
+def test_label_reads_every_kind_of_table(tmp_path, batch, suffix):
+    path, output = batch, tmp_path / "labels.csv"
+    rows = [{"id": f"{name}.nii.gz", "report": text} for name, text in WRITTEN.items()]
+    if suffix != "batch":
+        path = tmp_path / f"table.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix != "batch":
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+            writer.writerows([["id", "report"], *(row.values() for row in rows)])
+    labels = label_table(path, output, RuleLabeler())
+    assert labels.tolist() == RuleLabeler().label_all(WRITTEN.values()).tolist()
+    with output.open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [row["id"] for row in rows]
+    run = CliRunner().invoke(app, ["label", str(path), "--output", str(tmp_path / "again.csv")])
+    assert run.exit_code == 0 and (tmp_path / "again.csv").read_bytes() == output.read_bytes()
+
+
+@pytest.mark.parametrize("value", [["Clear."], {"a": 1}, 5, True], ids=repr)
+def test_label_refuses_reports_and_ids_that_are_no_text(tmp_path, value):
+    path, output = tmp_path / "x.jsonl", tmp_path / "labels.csv"
+    for column in ("report", "id") if value != 5 else ("report",):
+        path.write_text(
+            "".join(
+                json.dumps(row) + "\n" for row in ({"id": 1, "report": "x"}, {"id": 2, "report": "x", column: value})
+            )
+        )
+        with pytest.raises(DatasetError) as caught:
+            label_table(path, output, RuleLabeler())
+        assert [(problem.row, problem.field) for problem in caught.value.problems] == [(2, column)]
+    assert not output.exists()
+
+
+def test_label_takes_numbers_as_ids_and_missing_reports_as_empty(tmp_path):
+    rows = [{"id": 0, "report": float("nan")}, {"id": 1, "report": None}, {"id": 2}, {"id": 3, "report": "A nodule."}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = label_table(tmp_path / "x.jsonl", tmp_path / "labels.csv", RuleLabeler())
+    assert labels.sum(axis=1).tolist() == [0, 0, 0, 1]
+    (tmp_path / "y.jsonl").write_text(json.dumps({"id": 1, "text": "x"}) + "\n")
+    for name, field in ("y.jsonl", "header"), ("absent.csv", "file"):
+        with pytest.raises(DatasetError) as caught:
+            label_table(tmp_path / name, tmp_path / "labels.csv", RuleLabeler())
+        assert [problem.field for problem in caught.value.problems] == [field]
+
+
 def test_unusable_files_and_unknown_ids_are_refused(tmp_path, truth, batch):
     with batch.open("a") as file:
         file.write(json.dumps({"id": "q.nii.gz", "report": "x", "settings_sha256": ""}) + "\n")
@@ -98,6 +149,93 @@ def test_unusable_files_and_unknown_ids_are_refused(tmp_path, truth, batch):
     }.items():
         with pytest.raises(DatasetError, match=said):
             score_table(tmp_path / name, RuleLabeler(), meteor=False)
+
+
+CLEAR = REPORTS["c.d"]
+NO_TEXTS = (["Clear."], {"Lung": "clear"}, 5, 1.5, True, False, 0, [])
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=repr)
+@pytest.mark.parametrize("column", ["prediction", "reference", "near"])
+def test_report_that_is_no_text_is_refused_with_its_row(tmp_path, value, column):
+    row = {"id": "a", "prediction": "x", "reference": CLEAR, "near": "y"}
+    path = write_lines(tmp_path / "reports.jsonl", row, {**row, "id": "b", column: value})
+    with pytest.raises(DatasetError) as caught:
+        score_table(path, RuleLabeler(), meteor=False, nearest_column="near")
+    assert [(p.table, p.row, p.field) for p in caught.value.problems] == [("reports.jsonl", 2, column)]
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=repr)
+def test_text_columns_of_two_files_and_training_are_checked(tmp_path, expected, value):
+    good, bad = {"id": 1, "report": CLEAR}, {"id": 2, "report": value}
+    one = write_lines(tmp_path / "one.jsonl", good, {"id": 2, "report": "x"})
+    two = write_lines(tmp_path / "two.jsonl", good, bad)
+    for source, options in (
+        (one, {"reference": two}),
+        (two, {"reference": one}),
+        (tmp_path / "both.csv", {"training": two}),
+    ):
+        with pytest.raises(DatasetError) as caught:
+            score_table(source, RuleLabeler(), meteor=False, **options)
+        assert [(p.table, p.row, p.field) for p in caught.value.problems] == [("two.jsonl", 2, "report")]
+
+
+def test_bytes_in_parquet_are_refused(tmp_path):
+    rows = [{"id": "a", "prediction": b"Clear.", "reference": CLEAR}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "reports.parquet")
+    with pytest.raises(DatasetError) as caught:
+        score_table(tmp_path / "reports.parquet", RuleLabeler(), meteor=False)
+    assert [(p.row, p.field) for p in caught.value.problems] == [(1, "prediction")]
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, True], ids=repr)
+@pytest.mark.parametrize("column", ["id", "path"])
+def test_id_that_is_no_text_or_number_is_refused(tmp_path, value, column):
+    rows = [
+        {column: value, "prediction": "x", "reference": CLEAR},
+        {column: 7, "prediction": "x", "reference": CLEAR},
+    ]
+    path = write_lines(tmp_path / "reports.jsonl", *rows)
+    with pytest.raises(DatasetError) as caught:
+        score_table(path, RuleLabeler(), meteor=False)
+    assert [(p.row, p.field) for p in caught.value.problems] == [(1, column)]
+    assert score_table(write_lines(path, rows[1]), RuleLabeler(), meteor=False)["n"] == 1
+
+
+@pytest.mark.parametrize("value", ["Not given.", "nan", "", None, float("nan")], ids=repr)
+def test_true_report_without_text_is_refused(tmp_path, value):
+    path = write_lines(tmp_path / "both.jsonl", {"id": 1, "prediction": CLEAR, "reference": value})
+    one = write_lines(tmp_path / "one.jsonl", {"id": 1, "report": CLEAR})
+    two = write_lines(tmp_path / "two.jsonl", {"id": 1, "report": value})
+    for source, reference, field in (path, None, "reference"), (one, two, "report"):
+        with pytest.raises(DatasetError) as caught:
+            score_table(source, RuleLabeler(), meteor=False, reference=reference)
+        assert [(p.row, p.field) for p in caught.value.problems] == [(1, field)]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""], ids=repr)
+def test_missing_prediction_is_the_empty_text(tmp_path, missing):
+    rows = [{"id": 1, "prediction": missing, "reference": CLEAR}, {"id": 2, "prediction": "x", "reference": CLEAR}]
+    path = write_lines(tmp_path / "reports.jsonl", *rows)
+    assert read_pairs(path, "id", "prediction", "reference") == [["1", "2"], ["", "x"], [CLEAR, CLEAR]]
+    one = write_lines(tmp_path / "one.jsonl", *({"id": row["id"], "report": row["prediction"]} for row in rows))
+    expected = score_table(path, RuleLabeler(), meteor=False)
+    assert score_table(one, RuleLabeler(), meteor=False, reference=path) == expected
+
+
+def test_training_reports_without_text_are_left_out(tmp_path, expected):
+    words = [{"report": value} for value in ("Not given.", "nan", None, float("nan"), " ")]
+    training = write_lines(tmp_path / "train.jsonl", *words, {"report": CLEAR})
+    document = score_table(tmp_path / "both.csv", RuleLabeler(), meteor=False, training=training)
+    scores = score_reports([CLEAR] * 3, list(REPORTS.values()), meteor=False).summary()
+    assert document["systems"]["constant normal report"]["bleu_4"]["value"] == pytest.approx(scores["bleu_4"])
+    with pytest.raises(DatasetError):
+        score_table(tmp_path / "both.csv", RuleLabeler(), meteor=False, training=write_lines(training, *words))
 
 
 def test_output_is_a_terminal_table_or_markdown(batch, truth, monkeypatch):

@@ -27,7 +27,7 @@ from diffvp.hub.space.session import LARGEST, MAX_FILE_BYTES, Desk, PageStudy
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.references_diffvp import ReferencePoolError, index_references
-from diffvp.volume_diffvp import CTInputError
+from diffvp.volume_diffvp import CTInputError, CTReadError
 
 from .ct_samples import write_dicom
 
@@ -336,6 +336,39 @@ def test_file_that_was_not_uploaded_is_neither_read_nor_deleted(desk, upload, tm
     for nothing in (None, ""):
         with pytest.raises(CTInputError, match="upload: file: none"):
             desk.receive(nothing)
+
+
+@pytest.mark.parametrize("where", ["", "hash", "hash/.."])
+def test_folders_of_uploads_are_neither_moved_nor_deleted(desk, upload, where):
+    path = save(upload("scan.nii.gz"), body(4))
+    for receive in (desk.receive, lambda folder: desk.receive_reference(folder, None)):
+        with pytest.raises(CTInputError) as caught:
+            receive(os.path.join(desk.uploads, where))
+        assert caught.value.field == "upload"
+        assert path.is_file() and not list(desk.claimed.iterdir())
+    pipe = upload("pipe.nii.gz")
+    os.mkfifo(pipe)
+    with pytest.raises(CTInputError):
+        desk.receive(pipe)
+    assert pipe.exists()
+    assert desk.receive(path).hu.shape == (149, 171, 181)
+
+
+def test_own_reference_is_another_scan_than_the_target(desk, study, upload):
+    path = save(upload("other.nii.gz"), body(4))
+    assert desk.receive_reference(path, study.scan).geometry.sha256 != study.scan.geometry.sha256
+    path = save(upload("again.nii.gz"), body(1))  # the scan of the study, under another name
+    with pytest.raises(CTReadError) as caught:
+        desk.receive_reference(path, study.scan)
+    assert caught.value.field == "reference" and not path.exists()
+
+
+def test_own_reference_before_the_scan_is_refused_and_deleted_unread(desk, upload, monkeypatch):
+    path = save(upload("other.nii.gz"), body(4))
+    monkeypatch.setattr(session, "read_ct", lambda path: pytest.fail("was read"))
+    with pytest.raises(CTReadError) as caught:
+        desk.receive_reference(path, None)
+    assert caught.value.field == "reference" and not path.exists() and not list(desk.claimed.iterdir())
 
 
 def test_same_upload_from_two_visitors_is_read_once_and_refused_once(desk, upload):

@@ -55,10 +55,10 @@ def upload(client: httpx.Client, path: Path) -> str:
     return stored
 
 
-def run(client: httpx.Client, page, event: str, *data) -> str:
+def run(client: httpx.Client, page, event: str, *data, visitor: str | None = None) -> str:
     """Choose something as a browser does, and return everything that comes back."""
     number = next(number for number, fn in page.fns.items() if fn.name == event and len(fn.outputs) > 5)
-    visitor = uuid.uuid4().hex
+    visitor = visitor or uuid.uuid4().hex
     request = {"data": [*data, *LOOK], "fn_index": number, "session_hash": visitor}
     assert client.post("/gradio_api/queue/join", json=request).status_code == 200
     messages = []
@@ -145,6 +145,29 @@ def test_visitor_can_read_only_their_own_files(page, client, scan):
     assert not files_below(page.desk.uploads), "neither the upload nor an empty file of Gradio's may be left"
     for study in list(page.desk.studies.iterdir()):  # a study stays until its visitor leaves
         assert study.is_dir()
+
+
+def test_folder_of_uploads_cannot_be_named_as_a_scan(page, client, scan):
+    stored = Path(upload(client, scan))
+    for folder in (page.desk.uploads, stored.parent):
+        told = run(client, page, "run_upload", file_at(str(folder)), "Random")
+        assert "not an uploaded file" in status_of(told) and stored.is_file()
+    assert status_of(run(client, page, "run_upload", file_at(str(stored)), "Random")).startswith("Reference:")
+
+
+def test_own_reference_follows_a_scan_and_is_another(page, client, scan, tmp_path):
+    write_box(tmp_path / "other.nii.gz", 2)
+    chosen = ("run_reference", "Own file")
+    told = run(client, page, *chosen, file_at(upload(client, tmp_path / "other.nii.gz")))
+    assert "other.nii.gz: reference: without a scan" in status_of(told)
+    assert not files_below(page.desk.uploads)
+    visitor = uuid.uuid4().hex
+    run(client, page, "run_upload", file_at(upload(client, scan)), "Random", visitor=visitor)
+    told = run(client, page, *chosen, file_at(upload(client, scan)), visitor=visitor)
+    assert "scan.nii.gz: reference: the scan itself" in status_of(told)
+    told = run(client, page, *chosen, file_at(upload(client, tmp_path / "other.nii.gz")), visitor=visitor)
+    assert status_of(told) == "Reference: your own."
+    assert not files_below(page.desk.uploads)
 
 
 def test_internal_error_is_reported_without_its_message(page, client, scan, monkeypatch, caplog):

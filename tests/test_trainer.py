@@ -14,6 +14,7 @@ import textwrap
 import nibabel as nib
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
@@ -22,7 +23,7 @@ from diffvp.cli import SHIPPED_CHECKPOINT
 from diffvp.collator_diffvp import DiffVPDataCollator, DiffVPDataset
 from diffvp.data.phantom import render_patient, sample_patient
 from diffvp.data.phantom_report import region_sentences, report_text
-from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
+from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import DiffVPCheckpointError
 
@@ -143,6 +144,26 @@ def test_partial_state_dict_still_loads(model):
     assert model.visual_projection.bias.eq(1).all() and "resampler.queries" in result.missing_keys
 
 
+def test_adapter_of_another_name_loads_and_resumes(make_model, tmp_path):
+    def make():
+        model = make_model()
+        torch.manual_seed(0)
+        model.language_model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]), "report")
+        return model
+
+    model, resumed = make(), make()
+    make_trainer(model, tmp_path / "whole").train()
+    first, last = (tmp_path / f"whole/checkpoint-{step}" for step in (2, 4))
+    assert difference(DiffVPForConditionalGeneration.from_pretrained(last), model) < SAME
+    make_trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(first))
+    assert difference(resumed, model) < SAME
+    shutil.copytree(last / "adapter", first / "adapter", dirs_exist_ok=True)
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**config, "file_digests": None}))
+    with pytest.raises(DiffVPCheckpointError, match="different steps"):
+        DiffVPForConditionalGeneration.from_pretrained(first)
+
+
 # The loss
 
 
@@ -194,16 +215,49 @@ def test_gradients_of_a_step_are_the_same_in_two_processes(make_model, tmp_path)
         assert_same_gradients(at_once, load_file(tmp_path / f"gradients-{rank}.safetensors"))
 
 
+def test_gradients_of_the_classifier_do_not_depend_on_accumulation(tiny_config, tmp_path):
+    """Use the same case eight times, because BatchNorm depends on the other cases of a batch."""
+    found = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, arguments, state, control, model, **kwargs):
+            found.append({name: one.grad.clone() for name, one in model.named_parameters()})
+
+    def collate_labels(cases):
+        return {"ct": torch.stack([one["ct"] for one in cases]), "labels": torch.zeros(len(cases), 18)}
+
+    for batch, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=1,
+            max_grad_norm=0.0, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        model = DiffVPForDiagnosis(tiny_config)
+        result = Trainer(model, arguments, collate_labels, [Cases()[0]] * 8, callbacks=[Keep()]).train()
+        found[-1]["loss"] = torch.tensor(result.training_loss)
+    at_once, in_steps = found
+    assert at_once["classifier.head.bias"].abs().max() > 0.01
+    for name, value in at_once.items():
+        atol = 1e-4 * max(float(value.abs().max()), 0.1)
+        torch.testing.assert_close(in_steps[name], value, atol=atol, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("missing", ["labels", "diagnosis_labels"])
 @pytest.mark.parametrize("fields", [{}, {"difference_level": "none"}, {"use_global_delta": False}])
-def test_every_trained_parameter_has_a_gradient_without_labels(make_model, fields):
+def test_every_trained_parameter_has_a_gradient_without_labels(make_model, fields, missing):
     model = make_model(lora=True, **fields).train()
     batch = collate([Cases()[0], Cases()[1]])
-    del batch["diagnosis_labels"]
+    del batch[missing]
     result = model(**batch)
     result.loss.backward()
-    assert result.loss == result.generation_loss and result.past_key_values is None
     assert [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None] == []
-    assert not model.classification_head.weight.grad.any()
+    if missing == "labels":
+        assert result.loss == model.config.classification_loss_weight * result.classification_loss
+        assert not model.visual_projection.weight.grad.any() and model.classification_head.weight.grad.any()
+    else:
+        assert result.loss == result.generation_loss and result.past_key_values is None
+        assert not model.classification_head.weight.grad.any()
 
 
 @pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {}])

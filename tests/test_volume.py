@@ -287,7 +287,8 @@ def with_voxel(value) -> np.ndarray:
 
 def nifti_without_codes() -> nib.Nifti1Image:
     image = as_nifti(make_ct())
-    image.header["qform_code"] = image.header["sform_code"] = 0
+    image.set_qform(None, 0)  # also drops the image's affine; changed in the header alone, the affine would count
+    image.set_sform(None, 0)
     return image
 
 

@@ -5,7 +5,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,8 @@ NOT_OF_THE_RESULT = {
     "diagnosis": {"micro_batch_size"},
     "report": {"micro_batch_size", "samples", "draft_patients"},
 }
+
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 keeps these weights as they are
 
 
 class SettingsError(ValueError):
@@ -120,10 +122,10 @@ class DiagnosisSection(_Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # per optimizer step, over all processes
     micro_batch_size: int | None = Field(default=None, ge=1)  # at once on a device; null: its share of the batch
-    learning_rate: float
-    weight_decay: float
-    warmup_ratio: float
-    head_learning_rate: float
+    learning_rate: Rate
+    weight_decay: float = Field(ge=0, allow_inf_nan=False)
+    warmup_ratio: float = Field(ge=0, le=1, allow_inf_nan=False)  # of the steps
+    head_learning_rate: Rate
     gradient_clip: float = Field(default=1.0, gt=0)  # maximum gradient norm
     crops: CropSection | None = None  # null: train on whole scans and their labels
     patience: int | None = Field(default=None, ge=1)  # stop after this many epochs without a better validation loss
@@ -140,10 +142,10 @@ class ReportSection(_Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
-    learning_rate: float
-    weight_decay: float
-    warmup_ratio: float
-    lora_learning_rate: float
+    learning_rate: Rate
+    weight_decay: float = Field(ge=0, allow_inf_nan=False)
+    warmup_ratio: float = Field(ge=0, le=1, allow_inf_nan=False)  # of the steps
+    lora_learning_rate: Rate
     max_report_tokens: int = Field(ge=8)
     truncate_reports: bool = False  # cut longer reports; false: refuse them before the run
     true_findings: float = Field(default=0.0, ge=0, le=1)  # fraction of prompts with true findings, not predicted ones
@@ -170,7 +172,7 @@ class TrainingConfig(_Section):
     """A training run. The YAML files in `configs/` explain the fields."""
 
     output_dir: str
-    seed: int
+    seed: int = Field(ge=0, lt=2**32)  # the range of NumPy
     stage: Literal["all", "diagnosis", "report"] = "all"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = Field(default=0, ge=0)  # data loading processes per device
@@ -200,6 +202,9 @@ class TrainingConfig(_Section):
             made_of["diagnosis"] = self.diagnosis
         elif self.stage != "report":
             raise ValueError(f"stage: {self.stage}; expected report, as `classifier` replaces the first stage")
+        rank = (self.lora or {}).get("r", 1)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"lora.r: {rank!r:.80} (expected a whole number of at least 1)")
         if self.base is not None and self.base.from_scratch is not None and (self.lora or self.base.quantization):
             raise ValueError("base.from_scratch trains all weights; expected no lora and no base.quantization")
         if self.diagnosis is not None and self.diagnosis.needs_masks and self.data.layout != "phantom":

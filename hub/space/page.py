@@ -217,7 +217,7 @@ class _Page:
         """Make a study of a scan, from the choice of the reference to the files of the report."""
         name, desk = None, self.desk
         if kind == OWN:
-            reference, described = desk.receive(own), "your own"
+            reference, described = desk.receive_reference(own, scan), "your own"
         else:
             name = desk.nearest_reference(scan) if kind == NEAREST else desk.random_reference(scan, seed)
             reference = desk.reference(name)
@@ -256,11 +256,13 @@ class _Page:
     def _again_steps(self, chosen, path, seed, look, request) -> Iterator[dict]:
         """Compare the scan with another reference."""
         study = self.visits.get(request)
-        if study is None or (chosen == OWN and path is None):
+        # An own reference without a scan is refused, and deleted, by the desk.
+        if (path if chosen == OWN else study) is None:
             return
+        scan, truth = (None, None) if study is None else (study.scan, study.truth)
         yield {self.status: status_html("Reading the reference.")}
         try:
-            yield from self._compare_steps(study.scan, study.truth, chosen, path, seed, look, request)
+            yield from self._compare_steps(scan, truth, chosen, path, seed, look, request)
         except Exception as error:  # the earlier images stay
             yield {self.status: status_html(explained(error), error=True), self.report: report_html(study)}
         yield {self.own: None}

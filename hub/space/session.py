@@ -181,16 +181,49 @@ class Desk:
     def receive(self, path: str | Path | None) -> PageScan:
         """Read an uploaded file and delete it, even if it cannot be read.
 
-        The file is moved to a private name first: two visitors who upload the same file share one path, and neither
-        must delete the file of the other.
-
         Raises:
             CTInputError: it is not an upload, too large, of another format, or not a usable chest CT.
+        """
+        with self._claim(path) as claimed:
+            size = claimed.stat().st_size
+            if size > MAX_FILE_BYTES:
+                found, expected = f"{size / 2**20:,.0f} MB", f"at most {MAX_FILE_BYTES / 2**20:,.0f} MB"
+                raise CTReadError(claimed.name, "file size", found, expected)
+            if not claimed.name.lower().endswith(SUFFIXES):
+                expected = ".nii, .nii.gz or a .zip of DICOM slices"
+                raise CTReadError(claimed.name, "suffix", repr(claimed.suffix), expected)
+            return self.read(claimed, allow_any_anatomy=False)
+
+    def receive_reference(self, path: str | Path | None, scan: PageScan | None) -> PageScan:
+        """Read an uploaded reference for a scan and delete it, as [`receive`] does.
+
+        Raises:
+            CTInputError: as for [`receive`]; there is no scan yet, or the reference is that scan itself.
+        """
+        if scan is None:
+            with self._claim(path) as claimed:
+                raise CTReadError(claimed.name, "reference", "without a scan", "a scan first, then its reference")
+        reference = self.receive(path)
+        if reference.geometry.sha256 == scan.geometry.sha256:
+            expected = "another scan, a normal one"
+            raise CTReadError(reference.geometry.source, "reference", "the scan itself", expected)
+        return reference
+
+    @contextlib.contextmanager
+    def _claim(self, path: str | Path | None) -> Iterator[Path]:
+        """Yield an uploaded file at a private path, and delete it afterwards.
+
+        Two visitors who upload the same file share one path, and neither must delete the file of the other.
+
+        Raises:
+            CTReadError: it is not an upload, or no longer there.
         """
         if not path:
             raise CTReadError("upload", "file", "none", "a file")
         path, folder = Path(os.path.realpath(path)), self.claimed / secrets.token_hex(16)
-        if not path.is_relative_to(os.path.realpath(self.uploads)):
+        inside = path.is_relative_to(os.path.realpath(self.uploads))
+        # A folder, such as that of the uploads, holds files of other visitors.
+        if not inside or (os.path.exists(path) and not os.path.isfile(path)):
             raise CTReadError(path.name, "upload", "not an uploaded file", "a file that you have sent")
         claimed = folder / path.name
         folder.mkdir()
@@ -200,13 +233,7 @@ class Desk:
             except OSError as error:
                 expected = "the file again: it was deleted after another visitor's identical upload was read"
                 raise CTReadError(path.name, "upload", "no longer there", expected) from error
-            size = claimed.stat().st_size
-            if size > MAX_FILE_BYTES:
-                found, expected = f"{size / 2**20:,.0f} MB", f"at most {MAX_FILE_BYTES / 2**20:,.0f} MB"
-                raise CTReadError(path.name, "file size", found, expected)
-            if not path.name.lower().endswith(SUFFIXES):
-                raise CTReadError(path.name, "suffix", repr(path.suffix), ".nii, .nii.gz or a .zip of DICOM slices")
-            return self.read(claimed, allow_any_anatomy=False)
+            yield claimed
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

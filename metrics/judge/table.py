@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.cases import Problem, Row, by_name, is_missing, raise_problems, read_csv
+from ...data.cases import Problem, check_kind, check_report, raise_problems, shown
 from ..markdown import table_lines, with_interval
+from ..report_files import generated_report, rows_by_scan
 from .calibration import KINDS
 from .verdicts import Comparison, Verdicts, position_bias, win_rates
 
@@ -35,49 +36,55 @@ def read_comparisons(
     Read the reports of two systems on the same scans, and the true reports, in the order of the first table.
 
     Args:
-        first, second: CSV files of the two systems' reports.
-        reference: CSV file of the true reports by id; by default they are in the first table.
+        first, second: files of the two systems' reports, of the kinds that [`score_table`] reads.
+        reference: file of the true reports by id; by default they are in the first table. With it, reports may also
+            be in the column `report`, as in the output of `diffvp batch`.
         id_column, prediction_column, reference_column: columns of the ids, generated reports and true reports.
 
     Raises:
         DatasetError: a column is missing; an id is empty, duplicated or in only one of the tables; a scan has no true
-            report, or the second table has a different one.
+            report, or the second table has a different one; a report is no text.
     """
     first, second = Path(first), Path(second)
     problems: list[Problem] = []
-    wanted = [id_column, prediction_column, *([reference_column] if reference is None else [])]
-    one = _rows(first, wanted, id_column, problems)
-    other = _rows(second, [id_column, prediction_column], id_column, problems)
-    truths = one if reference is None else _rows(Path(reference), [id_column, reference_column], id_column, problems)
+    columns = (prediction_column,) if reference is None else (prediction_column, "report")
+    one, first_column = rows_by_scan(first, id_column, columns, problems)
+    other, second_column = rows_by_scan(second, id_column, columns, problems)
+    truths, truth_column, truth_name = one, reference_column, first.name
+    if reference is not None:
+        truth_name = Path(reference).name
+        truths, truth_column = rows_by_scan(Path(reference), id_column, (reference_column, "report"), problems)
+    known = dict.fromkeys(column for row in truths.values() for column in row.values)
+    if truths and truth_column not in known:
+        found = ", ".join(map(shown, known))
+        problems.append(Problem(truth_name, 1, "header", found, f"also {truth_column}, with the true reports"))
     raise_problems(problems)
-    truth_name = first.name if reference is None else Path(reference).name
     comparisons = []
     for name, row in one.items():
         if name not in other:
             problems.append(Problem(second.name, None, id_column, "missing", f"the row of {first.name}", name))
             continue
-        truth = truths[name].values[reference_column] if name in truths else None
-        if is_missing(truth) or not str(truth).strip():
-            problems.append(Problem(truth_name, None, reference_column, "missing", "the true report", name))
+        if name not in truths:
+            problems.append(Problem(truth_name, None, truth_column, "missing", "the true report", name))
             continue
-        again = other[name].values.get(reference_column)
-        if reference is None and not is_missing(again) and str(again).strip() not in ("", str(truth).strip()):
-            problems.append(
-                Problem(second.name, other[name].number, reference_column, "another", f"that of {first.name}", name)
-            )
-        texts = (str(of.values[prediction_column] or "") for of in (row, other[name]))
-        comparisons.append(Comparison(str(truth), *texts))
+        of, number = truths[name], other[name].number
+        truth = check_report(of.values.get(truth_column), truth_name, of.number, truth_column, name, problems)
+        again = other[name].values.get(reference_column) if reference is None else None
+        if check_kind(again, second.name, number, reference_column, name, problems):
+            again = check_report(again, second.name, number, reference_column, name, [])  # it may be missing
+            if truth and again and again.strip() != truth.strip():
+                problems.append(
+                    Problem(second.name, number, reference_column, "another", f"that of {first.name}", name)
+                )
+        texts = (
+            generated_report(of.values.get(column), path.name, of.number, column, name, problems)
+            for path, of, column in ((first, row, first_column), (second, other[name], second_column))
+        )
+        comparisons.append(Comparison(truth, *texts))
     for name in other.keys() - one.keys():
         problems.append(Problem(first.name, None, id_column, "missing", f"the row of {second.name}", name))
-    if not (comparisons or problems):
-        problems.append(Problem(first.name, None, "rows", "none", "at least one report"))
     raise_problems(problems)
     return comparisons
-
-
-def _rows(path: Path, required: Sequence[str], id_column: str, problems: list[Problem]) -> dict[str, Row]:
-    rows = read_csv(path, required, problems)
-    return by_name(rows, id_column, path.name, lambda name: True, problems) or {}
 
 
 def is_same(comparison: Comparison) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.cases import Case, DatasetError, Problem, plain_text, raise_problems, read_csv
+from ...data.cases import Case, Problem, check_kind, is_missing, plain_text, raise_problems, shown
 from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...storage_diffvp import replacing
 from ..clinical_efficacy.reports import Labeler, label_reports
+from ..report_files import read_rows
 from .rules import RuleLabeler
 
 
@@ -27,10 +28,10 @@ def label_table(
     explanations: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """
-    Label every report of a CSV file. Write a CSV file with the ids and one column of 0 and 1 per label.
+    Label every report of a file. Write a CSV file with the ids and one column of 0 and 1 per label.
 
     Args:
-        source: CSV file of reports.
+        source: file of reports, of the kinds that [`score_table`] reads.
         output: CSV file to write.
         report_column, id_column: columns of the reports and the ids.
         explanations: JSON lines file to write with every mention of a finding, its span in the report, and the reason
@@ -40,16 +41,30 @@ def label_table(
         int8 (reports, 18).
 
     Raises:
-        DatasetError: a column is missing, an id is empty or duplicated, or there are no rows.
+        DatasetError: a column is missing, an id is empty or duplicated, a report is no text, or there are no rows.
         ValueError: `explanations` is given with another labeler than the rules.
     """
     if explanations is not None and not isinstance(labeler, RuleLabeler):
         raise ValueError(f"explanations: with {type(labeler).__name__} (expected the rule labeler)")
     source, problems = Path(source), []
-    rows = read_csv(source, [id_column, report_column], problems) or []
+    rows = read_rows(source, problems)
+    if not (rows or problems):
+        problems.append(Problem(source.name, None, "rows", "none", "at least one report"))
+    known = dict.fromkeys(column for row in rows for column in row.values)
+    missing = [column for column in dict.fromkeys((id_column, report_column)) if rows and column not in known]
+    if missing:
+        found = ", ".join(map(shown, known)) or "empty"
+        problems.append(Problem(source.name, 1, "header", found, f"also {', '.join(missing)}"))
+    raise_problems(problems)
     seen: dict[str, int] = {}
+    names, reports = [], []
     for row in rows:
-        name = str(row.values[id_column] or "").strip()
+        value, report = row.values.get(id_column), row.values.get(report_column)
+        name = "" if is_missing(value) else str(value).strip()
+        check_kind(value, source.name, row.number, id_column, "", problems, number=True)
+        check_kind(report, source.name, row.number, report_column, name, problems)
+        names.append(name)
+        reports.append(plain_text(report) if isinstance(report, str) else "")
         if not name:
             problems.append(Problem(source.name, row.number, id_column, "empty", "an id"))
         elif name in seen:
@@ -57,10 +72,6 @@ def label_table(
             problems.append(Problem(source.name, row.number, id_column, found, "one row per id", name))
         seen.setdefault(name, row.number)
     raise_problems(problems)
-    if not rows:
-        raise DatasetError([Problem(source.name, None, "rows", "none", "at least one report")])
-    names = [str(row.values[id_column]).strip() for row in rows]
-    reports = [plain_text(row.values[report_column] or "") for row in rows]
     labels = label_reports(labeler, reports)
     values = [[name, *row] for name, row in zip(names, labels.tolist(), strict=True)]
     _write(Path(output), [[id_column, *DIAGNOSIS_LABELS], *values])
