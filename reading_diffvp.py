@@ -98,6 +98,8 @@ def read_ct(
         if not isinstance(path, (str, os.PathLike, type(None))) or not isinstance(content, (bytes, type(None))):
             found = f"{type(path).__name__} and {type(content).__name__}"
             raise CTReadError("datasets.Nifti value", "path and bytes", found, "str and bytes, or None for one")
+        if content is None and isinstance(path, str) and "://" in path:
+            content = read_remote(path)
         if content is not None:
             _refuse(source, series=series)
             return read_nifti(content, Path(path).name if path else "NIfTI bytes", **options)
@@ -140,6 +142,24 @@ def read_ct(
         return read_metaimage(path, source, allow_non_hu)
     expected = ".nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder or .zip of DICOM slices, or .dcm"
     raise CTReadError(source, "suffix", repr(path.suffix), expected)
+
+
+def read_remote(url: str) -> bytes:
+    """
+    Return the bytes of a scan on the Hub: in a stream, `datasets` names the file (`hf://...`) and leaves it there.
+
+    Raises:
+        CTReadError: it cannot be read.
+    """
+    import fsspec  # a requirement of huggingface_hub, which adds hf:// to it
+
+    if url.startswith("gzip://"):  # "gzip://scan.nii::hf://.../scan.nii.gz" is the content of the compressed file
+        url = url.split("::")[-1]
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: an unknown protocol
+        raise CTReadError(Path(url).name, "path", "unreadable", "a file on the Hub that may be read") from error
 
 
 def _is_dicom(path: Path, source: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from ..reading_diffvp import read_remote
 from ..storage_diffvp import replacing
 from .cases import Case, DatasetError, Problem, check_included, raise_problems, selection
 from .ct_rate import load_ct_rate
@@ -46,10 +47,11 @@ def store_hub(
 
 
 def _stored(volume: dict, store: Path) -> Path:
-    """Return the path of a volume after storing its bytes; a local dataset may have its path instead."""
-    content = volume["bytes"]
-    if content is None:
-        return Path(volume["path"])
+    """Return the path of a volume after storing its bytes; that of a file of a local dataset, which is not copied."""
+    content, path = volume["bytes"], volume["path"]
+    if content is None and "://" not in path:
+        return Path(path)
+    content = read_remote(path) if content is None else content
     suffix = ".nii.gz" if content[:2] == b"\x1f\x8b" else ".nii"
     path = store / f"{hashlib.sha256(content).hexdigest()}{suffix}"
     if not path.exists():

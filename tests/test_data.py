@@ -29,7 +29,7 @@ from diffvp.data.cases import (
 )
 from diffvp.data.ct_rate import load_ct_rate
 from diffvp.data.ctrg import load_ctrg
-from diffvp.data.load import load_dataset_cases
+from diffvp.data.load import load_dataset_cases, store_hub
 from diffvp.data.phantom_cases import load_phantom
 from diffvp.data.phantom_cohort import write_cohort
 from diffvp.data.pool import build_pool, load_pool, normal_pool, other_scans
@@ -39,6 +39,7 @@ from diffvp.data.table import hub_cases, load_hub, load_table
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS
 from diffvp.nifti_diffvp import CTMetadata
 from diffvp.reading_diffvp import read_ct
+from diffvp.volume_diffvp import CTReadError
 
 from .ct_samples import SPACING, lps_affine, make_ct, write_dicom
 from .dataset_samples import TRAIN, label_row, touch, write_csv, write_ct_rate, write_ctrg, write_radgenome
@@ -661,6 +662,31 @@ def test_nifti_folder_is_loaded_through_datasets(tmp_path, monkeypatch, streamin
     ]
     np.testing.assert_array_equal(read_ct(cases[1].volume).array, make_ct(seed=1))
     assert len(load_table(folder)) == 2  # the same folder without `datasets`
+
+
+def test_stream_names_files_elsewhere_which_are_fetched(tmp_path, monkeypatch):
+    """A stream of a folder on the Hub names its files (hf://...) and holds no bytes."""
+    import fsspec
+    from datasets import Dataset, Features, Nifti, Value
+
+    fetched = fsspec.filesystem("memory")
+    places = []
+    for k in range(2):
+        fetched.pipe(f"/scans/scan_{k}.nii.gz", write_nifti(tmp_path / f"{k}.nii.gz", make_ct(seed=k)).read_bytes())
+        places.append({"path": f"memory://scans/scan_{k}.nii.gz", "bytes": None})
+    places[1]["path"] = f"gzip://scan_1.nii::{places[1]['path']}"
+    features = Features({"scan": Nifti(decode=False), "report": Value("string")})
+    dataset = Dataset.from_dict({"scan": places, "report": ["A.", "B."]}, features=features)
+    cases = list(hub_cases(dataset.to_iterable_dataset()))
+    monkeypatch.setattr("diffvp.data.load.load_hub", lambda *args, **options: iter(cases))
+    stored = store_hub("me/scans", "train", store=tmp_path / "store")
+    for k, (case, kept) in enumerate(zip(cases, stored, strict=True)):
+        assert case.name == f"scan_{k}" and kept.volume.is_relative_to(tmp_path)
+        for volume in (case.volume, kept.volume):
+            np.testing.assert_array_equal(read_ct(volume).array, make_ct(seed=k))
+    fetched.rm("/scans", recursive=True)
+    with pytest.raises(CTReadError, match="path: unreadable"):
+        read_ct(cases[0].volume)
 
 
 def test_datasets_of_the_wrong_form_are_refused(tmp_path):
