@@ -290,17 +290,18 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
         finest = min(map(step, parts))
         return overlap and max(map(len, parts)) >= MIN_LENGTH and step(slices) < MIN_INTERLEAVED * finest
 
-    divided = [_parts(slices, name) for name in PARTS]
-    for parts in divided:
-        if interleaved(parts):
+    # Most fields have one value in all slices, and divide nothing.
+    divided = {name: parts for name in (*PARTS, *GRID) if len(parts := _parts(slices, name)) > 1}
+    for name, parts in divided.items():
+        if name in PARTS and interleaved(parts):
             return [stack for part in parts for stack in _split(part)]
+    whole = {name: parts for name, parts in divided.items() if min(map(len, parts)) >= MIN_LENGTH}
     for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
-        parts = _parts(slices, name)
-        if len(parts) > 1 and min(map(len, parts)) >= MIN_LENGTH:
-            return [stack for part in parts for stack in _split(part)]
-    if not _is_even(slices):  # such as acquisitions at a distance from each other, or each with a grid of its own
-        for parts in (*divided, *(_parts(slices, name) for name in GRID)):
-            if len(parts) > 1 and all(len(part) >= MIN_LENGTH and _is_even(part) for part in parts):
+        if name in whole:
+            return [stack for part in whole[name] for stack in _split(part)]
+    if whole and not _is_even(slices):  # such as acquisitions at a distance from each other, or of different grids
+        for parts in whole.values():
+            if all(map(_is_even, parts)):
                 return parts
     return [slices]
 
