@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .folders_diffvp import walk_files
+from .folders_diffvp import DICOM_SUFFIXES, is_dicom, walk_files
 from .inflate_diffvp import MAX_FILES, extract
 from .pixels_diffvp import check_slice, equal_pixels, read_voxels, rescale_of
-from .slices_diffvp import PARTS, DicomFile, Slice, is_dicom, read_directory, read_header
+from .slices_diffvp import PARTS, DicomFile, Slice, read_directory, read_header
 from .volume_diffvp import (
     DICOM,
     LPS_TO_RAS,
@@ -46,7 +46,6 @@ MAX_SLICE_OFFSET, ROUNDING = 0.1, 0.1
 MAX_COSINE_DIFFERENCE = 2e-3  # between slices: 0.1 degrees
 MAX_SPACING_DIFFERENCE = 5e-3  # relative, between pixel spacings: half a voxel at the edge of 200
 MIN_INTERLEAVED = 0.75  # parts are interleaved if their slices lie closer together than this share of their spacing
-DICOM_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")
 LETTERS = re.compile("[A-Z0-9]{6,}")  # names that exports to CDs draw at random
 GRID = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")  # must be equal in all slices of a stack
 

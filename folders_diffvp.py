@@ -1,11 +1,14 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""List the files of a folder: [`walk_files`]."""
+"""List the files of a folder: [`walk_files`]. Tell DICOM files from others: [`is_dicom`]."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".dic", ".ima")  # usual ones; a DICOM file may have any name
+HEAD = 132  # bytes that identify a DICOM file
 
 
 def walk_files(folder: str | os.PathLike, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
@@ -36,3 +39,13 @@ def walk_files(folder: str | os.PathLike, hidden: bool = True) -> Iterator[tuple
 
 def _refuse(error: OSError) -> NoReturn:
     raise error
+
+
+def is_dicom(head: bytes) -> bool:
+    """True if a file with these first 132 bytes is DICOM.
+
+    A file without a preamble (PS3.10, 7.1) begins with an element of the meta header or of the first group.
+    """
+    if head[128:132] == b"DICM" or head[:4] == b"DICM":
+        return True
+    return len(head) >= 8 and (head[:2], head[3:4]) in ((b"\2\0", b"\0"), (b"\10\0", b"\0")) and head[2] <= 0x60

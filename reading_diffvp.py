@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from .folders_diffvp import walk_files
+from .folders_diffvp import HEAD, is_dicom, walk_files
 from .inflate_diffvp import MAX_BYTES, read_bytes
 from .nifti_diffvp import CTMetadata, from_nibabel, load_metadata, read_nifti
 from .nrrd_diffvp import read_metaimage, read_nrrd
@@ -167,7 +167,7 @@ def _is_dicom(path: Path, source: str) -> bool:
     suffix, name = path.suffix.lower(), path.name.upper()
     if suffix == ".dcm" or name == "DICOMDIR":
         return True
-    return not name.lower().endswith((*FORMATS, ".gz")) and read_bytes(path, 132, source)[128:] == b"DICM"
+    return not name.lower().endswith((*FORMATS, ".gz")) and is_dicom(read_bytes(path, HEAD, source))
 
 
 def unwrapped(value):

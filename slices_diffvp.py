@@ -23,6 +23,7 @@ from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import data_element_generator, read_sequence
 
+from .folders_diffvp import HEAD, is_dicom
 from .inflate_diffvp import inflate_data_set
 from .volume_diffvp import CTGeometryError, CTInputError, CTReadError
 
@@ -202,16 +203,6 @@ class Slice:
         return (b * f - c * e) * x + (c * d - a * f) * y + (a * e - b * d) * z
 
 
-def is_dicom(head: bytes) -> bool:
-    """True if a file with these first 132 bytes is DICOM.
-
-    A file without a preamble (PS3.10, 7.1) begins with an element of the meta header or of the first group.
-    """
-    if head[128:132] == b"DICM" or head[:4] == b"DICM":
-        return True
-    return len(head) >= 8 and (head[:2], head[3:4]) in ((b"\2\0", b"\0"), (b"\10\0", b"\0")) and head[2] <= 0x60
-
-
 def read_header(file: DicomFile) -> list[Slice] | DicomFile:
     """Return the slices of a DICOM file. For a file that is not DICOM, return the file with the reason in `why`.
 
@@ -222,7 +213,7 @@ def read_header(file: DicomFile) -> list[Slice] | DicomFile:
         return replace(file, why=file.why or "missing")
     try:
         with file.path.open("rb") as data:
-            head = data.read(132)
+            head = data.read(HEAD)
             if not is_dicom(head):
                 return replace(file, why="not DICOM" if head.strip(b"\0") else "zeros" if head else "empty")
             start = 132 if head[128:] == b"DICM" else 4 if head[:4] == b"DICM" else 0
@@ -451,7 +442,6 @@ __all__ = [
     "RLE",
     "DicomFile",
     "Slice",
-    "is_dicom",
     "read_directory",
     "read_header",
 ]

@@ -9,6 +9,7 @@ and files. They never contain the text of a report, even if columns are swapped.
 
 import hashlib
 import html
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -382,6 +383,32 @@ def read_csv(
     except CTReadError as error:
         problems.append(Problem(path.name, None, error.field, error.found, error.expected))
         return None
+
+
+def read_json_lines(path: Path, problems: list[Problem]) -> list[Row]:
+    """Read a file of JSON lines, and add a problem for each line that is no object, or if the file is unreadable."""
+    rows = []
+    try:
+        # newline: reports may contain other characters that Python counts as line ends.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except UnicodeDecodeError:
+        problems.append(Problem(path.name, None, "content", "not UTF-8", "JSON lines in UTF-8"))
+        return rows
+    except OSError:
+        problems.append(Problem(path.name, None, "file", "unreadable", "a readable table"))
+        return rows
+    for number, line in lines:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(Problem(path.name, number, "line", f"unreadable from column {error.colno} on", "JSON"))
+            continue
+        if isinstance(values, dict):
+            rows.append(Row(number, values))
+        else:
+            problems.append(Problem(path.name, number, "line", f"a {type(values).__name__}", "an object"))
+    return rows
 
 
 def volume_name(value: object) -> str:

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..folders_diffvp import walk_files
-from ..slices_diffvp import DicomFile, is_dicom, read_header
+from ..folders_diffvp import DICOM_SUFFIXES, HEAD, is_dicom, walk_files
+from ..slices_diffvp import DicomFile, read_header
 from ..volume_diffvp import CTReadError
 from .cases import SCAN_SUFFIXES, DatasetError, Problem, check_kind, is_missing, raise_problems, shown, shown_path
 from .table import PATH_COLUMNS, TABLE_SUFFIXES, is_scan_file, read_rows
 
 NEAREST = "nearest"  # in place of a list of normal scans: the checkpoint's own, most similar to the scan
-DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")  # or a number, since DICOM files are often named by their UID
-HEAD = 132  # bytes that identify a DICOM file
 
 
 def find_scans(folder: str | os.PathLike) -> list[Path]:
@@ -56,7 +54,8 @@ def _separate(paths: list[Path]) -> list[Path]:
 
 def _is_slice(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit():
+    # Without a suffix, or with a number as one: DICOM files are often named by their UID.
+    if suffix not in ("", *DICOM_SUFFIXES) and not suffix[1:].isdigit():
         return False
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False

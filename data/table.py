@@ -21,12 +21,12 @@ Optional columns:
 """
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..folders_diffvp import HEAD, is_dicom
 from ..labels_diffvp import DIAGNOSIS_LABELS
 from .cases import (
     REGION_NAMES,
@@ -47,6 +47,7 @@ from .cases import (
     plain_text,
     raise_problems,
     read_csv,
+    read_json_lines,
     selection,
     shown,
     shown_path,
@@ -57,6 +58,8 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 FILE_SUFFIXES = (*SCAN_SUFFIXES, ".dcm")  # of a file named as a scan; in a folder, a .dcm file usually is one slice
 PATH_COLUMNS = ("path", "file_name")
+# Names of the two classes of a label, in whichever order a `ClassLabel` has them.
+CLASSES = (("0", "no", "false", "negative", "absent"), ("1", "yes", "true", "positive", "present"))
 OPTIONAL_COLUMNS = ("id", "patient_id", "scan_id", "split", "normal")
 KNOWN_COLUMNS = (*PATH_COLUMNS, "report", *OPTIONAL_COLUMNS, *DIAGNOSIS_LABELS, *REGION_NAMES)
 
@@ -146,12 +149,13 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     """Yield the cases of a `datasets.Dataset` or `IterableDataset`, with the undecoded {"path", "bytes"} as `volume`.
 
     Columns are those of a table, with a `Nifti` column in place of the path. Without `id`, a row is named by its file.
+    The values of a `ClassLabel` are its names; those of a label must tell which class is 1, such as "positive".
 
     Raises:
         DatasetError: for a `Dataset`, lists all problems with its texts before the first case; for a stream, the
             problems of each row when it is read.
     """
-    from datasets import Dataset, Nifti
+    from datasets import ClassLabel, Dataset, Nifti
 
     dataset = dataset.with_format(None)  # plain Python values instead of NumPy or torch
     columns = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Nifti)]
@@ -162,13 +166,15 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     texts = [name for name in dataset.features if name != volume]
     _check_columns(source, [*texts, "path"], problems)
     raise_problems(problems)
+    classes = {name: one.names for name, one in dataset.features.items() if isinstance(one, ClassLabel)}
     if isinstance(dataset, Dataset):
         for number, values in enumerate(dataset.select_columns(texts), start=1):
-            _hub_case(Row(number, values), None, source, problems)
+            _hub_case(Row(number, _with_class_names(values, classes)), None, source, problems)
     raise_problems(problems)
     seen: dict[str, int] = {}
     for number, values in enumerate(dataset.cast_column(volume, Nifti(decode=False)), start=1):
-        row = Row(number, {key: value for key, value in values.items() if key != volume})
+        others = {key: value for key, value in values.items() if key != volume}
+        row = Row(number, _with_class_names(others, classes))
         case = _hub_case(row, values[volume] or {}, source, problems)
         if not case.name:
             problems.append(Problem(source, number, "id", "missing", "a column id, as the scan has no file name"))
@@ -178,6 +184,19 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
         raise_problems(problems)
         seen[case.name] = number
         yield case
+
+
+def _with_class_names(values: Mapping[str, object], classes: Mapping[str, list[str]]) -> dict[str, object]:
+    """Replace the numbers of `ClassLabel` columns by the names of their classes; in columns of 0 and 1, by these."""
+    named = dict(values)
+    for column, names in classes.items():
+        if named[column] is None or named[column] < 0:  # `datasets` marks an unknown class by -1
+            named[column] = None
+            continue
+        name = names[named[column]]
+        flags = [flag for flag, known in enumerate(CLASSES) if name.lower() in known]
+        named[column] = flags[0] if column in ("normal", *DIAGNOSIS_LABELS) and flags else name
+    return named
 
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
@@ -228,27 +247,7 @@ def read_rows(
     """Read the rows of a table of any kind as [`read_csv`] does; those of JSON lines may lack columns."""
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         return read_csv(path, (), problems, check_columns=check_columns)
-    rows = []
-    try:
-        # newline: reports may contain other characters that Python counts as line ends.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    except UnicodeDecodeError:
-        problems.append(Problem(path.name, None, "content", "not UTF-8", "JSON lines in UTF-8"))
-        return None
-    except OSError:
-        problems.append(Problem(path.name, None, "file", "unreadable", "a readable table"))
-        return None
-    for number, line in lines:
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(Problem(path.name, number, "line", f"unreadable from column {error.colno} on", "JSON"))
-            continue
-        if isinstance(values, dict):
-            rows.append(Row(number, values))
-        else:
-            problems.append(Problem(path.name, number, "line", f"a {type(values).__name__}", "an object"))
+    rows = read_json_lines(path, problems)
     before = len(problems)
     if rows and check_columns is not None:
         check_columns(list(dict.fromkeys(key for row in rows for key in row.values)), problems)
@@ -368,7 +367,7 @@ def is_scan_file(path: Path) -> bool:
         return True
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return is_dicom(file.read(HEAD))
     except OSError:
         return False
 

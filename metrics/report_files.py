@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read reports from CSV, JSON lines, Parquet, and the output of `diffvp batch`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.cases import Problem, Row, check_kind, is_missing, read_csv, shown
+from ..data.cases import Problem, Row, check_kind, is_missing, read_csv, read_json_lines, shown
 from ..data.table import PATH_COLUMNS, without_suffix
 
 
-def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
+def read_report_rows(path: Path, problems: list[Problem]) -> list[Row]:
     """
     Read the rows of a file of reports. An unreadable file adds a problem and returns no rows.
 
@@ -26,19 +25,9 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
 
 
 def _read_lines(path: Path, problems: list[Problem]) -> list[Row]:
-    rows = []
-    with path.open("rb") as file:  # not str.splitlines, which also splits at characters that a report may contain
-        for number, line in enumerate(file, start=1):
-            try:
-                values = json.loads(line) if line.strip() else None
-            except (ValueError, UnicodeDecodeError):
-                values = line
-            if values is None or (number == 1 and isinstance(values, dict) and "settings" in values):
-                continue  # the first line of `diffvp batch`, which describes the run
-            if not isinstance(values, dict):
-                problems.append(Problem(path.name, number, "line", "no object of JSON", "one in each line"))
-                continue
-            rows.append(Row(number, values))
+    rows = read_json_lines(path, problems)
+    if rows and rows[0].number == 1 and "settings" in rows[0].values:
+        del rows[0]  # the first line of `diffvp batch`, which describes the run
     if rows and all("settings_sha256" in row.values for row in rows):
         return list({str(row.values.get("id")): row for row in rows}.values())
     return rows
@@ -68,7 +57,7 @@ def rows_by_scan(
         {scan: row}, and the first of `columns` that the file has.
     """
     before = len(problems)
-    rows = read_rows(path, problems)
+    rows = read_report_rows(path, problems)
     known = list(dict.fromkeys(name for row in rows for name in row.values))
     column = next((name for name in columns if name in known), columns[0])
     ids = next((name for name in (id_column, *PATH_COLUMNS) if name in known), id_column)

@@ -35,7 +35,7 @@ from .collapse import collapse_panel, rare_findings
 from .markdown import table_lines, with_interval
 from .nlg import BLEU_NAMES, ReportScores, region_views, score_reports, split_reg2rg
 from .nlg.regions import View
-from .report_files import generated_report, read_rows, rows_by_scan
+from .report_files import generated_report, read_report_rows, rows_by_scan
 from .statistics import bootstrap_counts, bootstrap_mean, value_entry
 
 SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
@@ -340,7 +340,7 @@ def _id_column(path: Path, id_column: str) -> str:
 
 def _read_training(path: Path, column: str) -> list[str]:
     problems: list[Problem] = []
-    rows = read_rows(path, problems)
+    rows = read_report_rows(path, problems)
     if rows and not any(column in row.values for row in rows):
         problems.append(Problem(path.name, 1, "header", f"column {column} missing", "training reports in it"))
     reports = []

@@ -631,6 +631,36 @@ def test_row_of_datasets_without_a_scan_is_refused(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [["negative", "positive"], ["Positive", "Negative"], ["1", "0"], ["present", "no"]])
+def test_labels_of_a_dataset_are_told_by_the_names_of_their_classes(tmp_path, streaming, names):
+    """The numbers of a `ClassLabel` say only in which order its classes stand."""
+    from datasets import ClassLabel
+
+    positive = next(number for number, name in enumerate(names) if name.lower() in ("positive", "present", "1"))
+    labels = {label: [positive if k % 3 else 1 - positive] for k, label in enumerate(DIAGNOSIS_LABELS)}
+    dataset = nifti_dataset(scan=[str(write_nifti(tmp_path / "a.nii.gz"))], report=["x"], **labels)
+    for label in DIAGNOSIS_LABELS:
+        dataset = dataset.cast_column(label, ClassLabel(names=names))
+    [case] = hub_cases(dataset.to_iterable_dataset() if streaming else dataset)
+    assert case.labels.tolist() == [int(k % 3 > 0) for k in range(len(DIAGNOSIS_LABELS))]
+
+
+@pytest.mark.parametrize("names", [["mild", "severe"], ["unknown", "yes"]])
+def test_label_of_a_dataset_with_unclear_classes_is_refused(tmp_path, names):
+    from datasets import ClassLabel
+
+    columns = {label: [0] for label in DIAGNOSIS_LABELS} | {"report": ["x"], "split": [0]}
+    dataset = nifti_dataset(scan=[str(write_nifti(tmp_path / "a.nii.gz"))], **columns)
+    dataset = dataset.cast_column("split", ClassLabel(names=["train", "test"]))
+    [case] = hub_cases(dataset)
+    label = DIAGNOSIS_LABELS[5]
+    assert case.labels is not None and not case.labels.any()
+    assert problems_of(lambda: list(hub_cases(dataset.cast_column(label, ClassLabel(names=names))))) == [
+        ("dataset", 1, label, "")
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_dataset_without_rows_is_refused(tmp_path, monkeypatch, streaming):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_nifti(tmp_path / "folder/a.nii.gz")

@@ -144,7 +144,7 @@ def test_unusable_files_and_unknown_ids_are_refused(tmp_path, truth, batch):
     (tmp_path / "x.jsonl").write_text("[1]\nnone\n")
     for name, said in {
         "x.parquet": "content: unreadable",
-        "x.jsonl": "row 2: line: no object",
+        "x.jsonl": "row 1: line: a list .*\n.*row 2: line: unreadable from column 1 on",
         "y.jsonl": "missing",
     }.items():
         with pytest.raises(DatasetError, match=said):

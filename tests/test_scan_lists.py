@@ -17,6 +17,7 @@ from diffvp.reading_diffvp import read_ct
 
 from .ct_samples import make_ct, write_dicom, write_enhanced
 from .dataset_samples import touch
+from .good_inputs import bare
 
 SECRET = "Metastasis in the left upper lobe of Mrs Example"
 
@@ -195,3 +196,22 @@ def test_init_lists_multi_frame_files(enhanced):
     (enhanced / "p2.txt").write_text("Lung: clear.")
     started = start(enhanced)
     assert started.table.read_text().splitlines() == ["path,report", "p1.dcm,", "p2.dcm,Lung: clear."]
+
+
+@pytest.mark.parametrize("name", ["IM0001", "scan.dic", "1.2.840.113704.7"])
+def test_multi_frame_file_without_a_preamble_is_a_scan_wherever_it_is_named(tmp_path, name):
+    file = write_enhanced(tmp_path / "s/scan.dcm", make_ct()).rename(tmp_path / "s" / name)
+    bare(file)
+    (tmp_path / "list.txt").write_text(f"s/{name}\n")
+    assert ids(file) == [name] and ids(tmp_path / "s") == ["s"] and ids(tmp_path / "list.txt") == [f"s/{name}"]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"path": f"s/{name}", "report": "Clear."}) + "\n")
+    [case] = load_table(tmp_path)
+    for path in (file, tmp_path / "s", case.volume):
+        assert read_ct(path).array.shape == make_ct().shape
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ".DICOM", ".dic", ".IMA", ".17", ""])
+def test_folder_of_slices_is_listed_whatever_their_suffix(tmp_path, suffix):
+    for number, file in enumerate(write_dicom(tmp_path / "s", make_ct()).iterdir()):
+        file.rename(file.with_name(f"slice{number}{suffix}"))
+    assert ids(tmp_path) == ["s"]

@@ -14,7 +14,7 @@ from ...data.cases import Case, Problem, check_kind, is_missing, plain_text, rai
 from ...labels_diffvp import DIAGNOSIS_LABELS
 from ...storage_diffvp import replacing
 from ..clinical_efficacy.reports import Labeler, label_reports
-from ..report_files import read_rows
+from ..report_files import read_report_rows
 from .rules import RuleLabeler
 
 
@@ -47,7 +47,7 @@ def label_table(
     if explanations is not None and not isinstance(labeler, RuleLabeler):
         raise ValueError(f"explanations: with {type(labeler).__name__} (expected the rule labeler)")
     source, problems = Path(source), []
-    rows = read_rows(source, problems)
+    rows = read_report_rows(source, problems)
     if not (rows or problems):
         problems.append(Problem(source.name, None, "rows", "none", "at least one report"))
     known = dict.fromkeys(column for row in rows for column in row.values)
