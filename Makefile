@@ -112,7 +112,7 @@ test-judge: $(DEV)  ## judge 40 pairs by a real model on a real server, kill it,
 	$(PIP) install --quiet --editable ".[judge,radmatch]" "transformers[serving]"
 	DIFFVP_JUDGE_SERVER=1 $(BIN)/pytest tests/test_judge_server.py tests/test_judge.py tests/test_radmatch.py $(PYTEST_ARGS)
 
-test-vllm: $(ENGINES)/.installed  ## test that vLLM writes what transformers writes, in .venv-vllm (ten minutes on two cores)
+test-vllm: $(ENGINES)/.installed  ## test that vLLM writes the same words as transformers, in .venv-vllm (ten minutes on two cores)
 	$(ENGINES)/bin/python -m pytest tests/test_vllm.py $(PYTEST_ARGS)
 
 test-ray: $(ENGINES)/.installed  ## test reports on a Ray cluster of this machine, in .venv-vllm
@@ -136,7 +136,7 @@ $(AXE):
 	@mkdir -p $(VENV)/axe
 	cd $(VENV)/axe && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz
 
-fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; what it finds lies in runs/fuzz
+fuzz: $(FUZZ)  ## fuzz the reader for a minute, or for FUZZ_SECONDS; failures are in runs/fuzz
 	$(BIN)/python -m diffvp.tests.fuzz_reading runs/fuzz -max_total_time=$(FUZZ_SECONDS)
 
 # The checkpoint that ships was trained on a GPU in the first of the three runs, with larger batches: see its card.
@@ -161,7 +161,7 @@ evaluate-phantom: $(DEV)  ## score the shipped checkpoint on 300 unseen phantoms
 	$(BIN)/diffvp evaluate phantom-new --output experiments/results/new_seed $(VOLUME_LABELS)
 	$(BIN)/python -m diffvp.hub.card checkpoints/diffvp-phantom experiments/results/phantom_checkpoint.json
 
-clean:  ## remove what builds and tests leave
+clean:  ## remove the output of builds and tests
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .conformance
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(ENGINES)/*' -prune -exec rm -rf {} +
 

@@ -410,7 +410,7 @@ def _check_complete(
             *unread,
             *(f"{count} is {promised}, but only {there} are there." for count, promised, there in missing),
         )
-    allowed = "allow_incomplete=True (--allow-incomplete) reads what is there"
+    allowed = "allow_incomplete=True (--allow-incomplete) reads the others"
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CTReadError(lost[0].name, "content", lost[0].why + more, f"a slice, as its name suggests; {allowed}")

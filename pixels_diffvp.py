@@ -141,7 +141,7 @@ def read_voxels(
     packed = [one for one in slices if one.fragments]
     promised = sum(math.prod(one.shape) * one.dtype.itemsize for one in packed)
     if promised > MAX_COMPRESSION * sum(length for one in packed for _, length in one.fragments):
-        raise CTReadError(source, "compression", f"above {MAX_COMPRESSION} to 1", "what a CT compresses to")
+        raise CTReadError(source, "compression", f"above {MAX_COMPRESSION} to 1", "a ratio that a CT reaches")
     slope, intercept = rescales[0]
     same = all(one.dtype == first.dtype for one in slices) and len(set(rescales)) == 1
     array = np.empty((count, *first.shape), first.dtype if same else np.float32)

@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a result records about its origin: machine, library versions, and digests of the weights.
+Origin of a result: machine, library versions, and digests of the weights.
 
 The digest of a file itself is `file_sha256` of `storage_diffvp.py`, which the model repository needs too.
 """
@@ -55,7 +55,7 @@ def weights_sha256(folder: str | os.PathLike) -> dict[str, str]:
 
 
 def without_place(path: str | os.PathLike) -> str:
-    """A path for the record of a command: relative paths as they are, absolute ones cut to their last part."""
+    """Return a path for the record of a command: a relative path unchanged, an absolute one cut to its last part."""
     path = Path(path)
     return path.name if path.is_absolute() else path.as_posix()
 

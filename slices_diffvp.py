@@ -82,8 +82,8 @@ RLE = "1.2.840.10008.1.2.5"
 DECODED = {*(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 92, 93, 201, 202, 203)), RLE}
 DICOMDIR = "1.2.840.10008.1.3.10"
 DIRECTORY_RECORDS, FILE_ID = 0x00041220, 0x00041500
-# Images that are not slices, and what is not the HU of a place: a maximum, minimum or rendering over a slab, a curved
-# reformat, a difference.
+# Images that are not slices, and images whose values are not the HU of one position: a maximum, minimum or rendering
+# over a slab, a curved reformat, a difference.
 OTHER_IMAGES = re.compile(
     "LOCALIZER|SCOUT|TOPOGRAM|SCREEN.?SAVE|MIP|M(?:AX|IN)(?:IMUM|.?IP|.?INT)|PROJECTION|RAYSUM|VOL.?REND|RENDER|CURVED"
     "|SUBTRACTION|STD_DEVIATION|(?<![A-Z])(?:VRT|SSD|CPR)"

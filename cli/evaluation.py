@@ -262,7 +262,9 @@ def evaluate(
         tuple[float, float, float] | None,
         typer.Option(help="Voxel size along x, y, z in mm, for a dataset with blank headers (ctrg)."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of a dataset on the Hub. Pin one.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit of a dataset on the Hub; pinning one is recommended.")
+    ] = None,
     radbert: Radbert = None,
     cache_dir: Annotated[
         Path, typer.Option(help="Folder for the preprocessed volumes of a dataset, shared with training.")

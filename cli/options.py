@@ -21,7 +21,7 @@ def _installed(engine: str) -> str:
 Checkpoint = Annotated[
     str | None, typer.Option(help="Checkpoint folder or Hub id (default: the checkpoint shipped with the package).")
 ]
-Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub. Pin one.")]
+Revision = Annotated[str | None, typer.Option(help="Commit of a checkpoint on the Hub; pinning one is recommended.")]
 Engine = Annotated[
     Literal["transformers", "vllm"], typer.Option(help="Decoding engine (docs/scaling.md).", callback=_installed)
 ]

@@ -349,7 +349,7 @@ def _reporting(
     """
     Yield a function that loads a checkpoint and writes a report, while a status line shows the current step.
 
-    What can be refused is refused before the libraries load, which takes seconds.
+    Invalid arguments are refused before the libraries load, which takes seconds.
     """
     from ..inference.folder import ReportError, check_output
     from ..volume_diffvp import CTInputError

@@ -83,7 +83,7 @@ def init_folder(
         bool, typer.Option("--quick", help="Configure a small model that trains in minutes, to try out the steps.")
     ] = False,
 ) -> None:
-    """Prepare training on your own scans and reports: write a table and a training file, and list what is missing."""
+    """Prepare training on your own scans and reports: write a table and a training file, and list missing data."""
     check_found(folder, what="folder", expected="a folder of scans")
     from ..data.start import StartError, start
 

@@ -73,7 +73,7 @@ def retrieve(url: str, study: str, series: str | None = None, allow_incomplete: 
                         instance.save_as(folder / f"{number:06d}.dcm", enforce_file_format=True)
                 if promised is not None and number - first < promised and not allow_incomplete:
                     found = f"{number - first} of {promised}"
-                    expected = "all of the series; --allow-incomplete reads what is there"
+                    expected = "all of the series; --allow-incomplete reads the others"
                     raise DicomWebError(host, "number of instances", found, expected)
         yield folder
 

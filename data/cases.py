@@ -274,7 +274,7 @@ def check_kind(
 
 
 def plain_text(value: object) -> str:
-    """Remove the remains of spreadsheets and web pages from a text, which a model would learn to write.
+    """Remove markup that spreadsheets and web pages leave in a text; a model would learn to write it.
 
     Escapes of control characters (`_x000D_`) and tags (`<br>`) become a line break or nothing, and entities (`&gt;`,
     `&nbsp;`) become their characters. A text without any of them is unchanged.

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 
 @contextlib.contextmanager
 def worker_processes(count: int, **options) -> Iterator[ProcessPoolExecutor]:
-    """Yield `count` processes. SIGTERM and errors end them; what they had started is resumed by the next run."""
+    """Yield `count` processes. SIGTERM and errors end them; the next run resumes unfinished work."""
     # "spawn", because a fork of a process with torch threads can hang.
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), **options) as pool:
         # Without a handler, SIGTERM would end this process and leave the workers running.

@@ -192,7 +192,7 @@ def make_reports(run: Run, test: HeldOut, condition: Condition) -> dict:
         differences = compare(stored, made_by)
         if differences:
             raise RunError(
-                f"{path} was made otherwise: {'; '.join(differences)}. Delete it, or choose another folder of results."
+                f"{path} has other settings: {'; '.join(differences)}. Delete it, or choose another folder of results."
             )
         return document
     model, processor = run.load()

@@ -136,7 +136,7 @@ def evaluation_of(folder: Path, results: dict) -> dict:
     for file in sorted(measured.keys() | found.keys()):
         if measured.get(file) != found.get(file):
             raise CardError(
-                f"The results are of other weights: {file} has sha256 {found.get(file)}, in the results it is "
+                f"The results belong to other weights: {file} has sha256 {found.get(file)}, in the results it is "
                 f"{measured.get(file)}. Run `{results['command']}` again."
             )
     evaluation = {key: value for key, value in results.items() if key != "predictions"}

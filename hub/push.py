@@ -279,7 +279,7 @@ def _card_problems(folder: Path, paths: set[str], documents: dict) -> list[str]:
     for path in sorted(weights.keys() | found.keys()):
         if weights.get(path) != found.get(path):
             problems.append(
-                f"{EVALUATION} is of other weights: {path} is {found.get(path)}, and was {weights.get(path)}."
+                f"{EVALUATION} belongs to other weights: {path} is {found.get(path)}, and was {weights.get(path)}."
             )
     return problems
 

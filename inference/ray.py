@@ -27,7 +27,7 @@ from ..references_diffvp import path_sha256
 from .batch import ReportWriter
 from .report_file import ReportFile
 
-# Scans per reading task. This is what is read again if a task dies; one task per scan would overload the scheduler.
+# Scans per reading task. If a task dies, these are read again; one task per scan would overload the scheduler.
 SCANS_PER_TASK = 8
 READING_BYTES = 600 * 2**20  # peak memory of a task, for a scan of 512 x 512 x 300
 

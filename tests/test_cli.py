@@ -311,7 +311,7 @@ def test_train_reads_the_configuration(run, repository_root, tmp_path, monkeypat
     assert len(ran) == 1
 
 
-def test_settings_of_a_command_end_with_the_test(settings_restored):
+def test_settings_of_a_command_are_undone_after_a_test(settings_restored):
     from transformers.utils import logging as transformers_logging
 
     def settings():

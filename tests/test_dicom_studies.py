@@ -58,7 +58,7 @@ def test_lost_slices_in_a_folder_of_their_own_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [".{}.dcm.x7Hq2a", ".{}.dcm.icloud", "{}.dcm~", ".{}.dcm.part"])
-def test_temporary_names_of_lost_slices_are_known(tmp_path, name):
+def test_file_under_a_temporary_name_counts_as_a_lost_slice(tmp_path, name):
     files = series(tmp_path, lambda k: f"IM{k:04d}.dcm")
     lost = tmp_path / name.format(files[17].stem)
     files[17].rename(lost).write_bytes(b"")
@@ -203,7 +203,7 @@ def segmentation(items: int) -> Dataset:
     return one
 
 
-def test_large_object_of_another_class_is_passed_over(tmp_path, monkeypatch):
+def test_large_object_of_another_class_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(slices_diffvp, "MAX_ITEMS", 100)
     write_dicom(tmp_path, LPS)
     segmentation(101).save_as(tmp_path / "seg.dcm", enforce_file_format=True)
@@ -211,7 +211,7 @@ def test_large_object_of_another_class_is_passed_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("own_uid", [True, False])
-def test_page_without_a_place_is_passed_over(tmp_path, own_uid):
+def test_image_without_a_position_is_skipped(tmp_path, own_uid):
     file = sorted(write_dicom(tmp_path, LPS).iterdir())[0]
     page = pydicom.dcmread(file)
     page.SOPInstanceUID = generate_uid()
@@ -255,7 +255,7 @@ def test_rows_behind_the_pixels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("frames", ["0", "01", "1"])
-def test_number_of_frames_is_read_as_a_number(tmp_path, frames):
+def test_number_of_frames_is_read_as_an_integer(tmp_path, frames):
     write_dicom(tmp_path, LPS, change=lambda k, one: setattr(one, "NumberOfFrames", frames))
     check(read_ct(tmp_path), LPS)
 

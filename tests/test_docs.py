@@ -26,7 +26,7 @@ BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>not run|needs): (?P<why>[^>]+) -->\n)? *```(?P<kind>bash|python)\n(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
-# What no two cores without a GPU and with package registries alone can run.
+# Blocks that need more than two cores without a GPU and the package registries.
 NOT_RUN = {"CI runs it", "hours", "several GPUs", "LLaMA-2, CT-RATE and GPUs", "make test-vllm", "make test-ray"}
 METEOR_DATA, CHECK_DATA = "METEOR's data", "DIFFVP_CHECK_DATA"
 
@@ -68,7 +68,7 @@ READER = (ROOT / "tests" / "page_reader.py").read_text(encoding="utf-8")
         (("bash", "diffvp serve  # a server that does not start\ntrue"), 1),
     ],
 )
-def test_page_fails_with_its_block(block, status, tmp_path):
+def test_failing_block_fails_its_page(block, status, tmp_path):
     (tmp_path / "diffvp").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "diffvp").chmod(0o755)
     command = [sys.executable, "-c", READER, json.dumps([("python", "value = 1"), block])]

@@ -185,7 +185,7 @@ def test_wrong_setting_is_named(tmp_path, repository_root, change):
 # Probes
 
 
-def test_probe_reads_a_planted_finding_and_nothing_from_a_shuffled_one():
+def test_probe_finds_planted_labels_and_not_shuffled_ones():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (300, 2))
     vectors = rng.standard_normal((300, 40))

@@ -329,7 +329,7 @@ STRANGER = """
 
 
 @pytest.mark.slow
-def test_checkpoints_load_without_the_package_or_name_the_encoder(make_model, scans, tmp_path):
+def test_checkpoint_without_the_package_loads_or_names_the_missing_encoder(make_model, scans, tmp_path):
     """A separate process loads them with the code in the checkpoint."""
     inflated = make_model(encoder_type="i3resnet", encoder_layers=[1, 1, 1, 1], use_diagnosis=False)
     external = make_model(**EXTERNAL, use_diagnosis=False)

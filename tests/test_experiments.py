@@ -457,7 +457,7 @@ def results(path: Path) -> dict:
     return document
 
 
-def test_experiment_runs_once(made, study, table, tmp_path):
+def test_finished_experiment_is_not_repeated(made, study, table, tmp_path):
     loaded, runs, result = made
     document = results(result)
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}

@@ -1,6 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
-"""What `diffvp init` makes of the files of a folder: it never loses reports, and names files that it cannot read."""
+"""`diffvp init` on folders of all kinds: it never loses reports, and names files that it cannot read."""
 
 import csv
 

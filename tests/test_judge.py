@@ -451,7 +451,7 @@ def test_killed_run_resumes_without_asking_twice(tmp_path):
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_are_read():
+def test_lengths_in_sentences_are_converted_to_mm():
     assert lengths_mm("12 x 9 mm, 1.5 cm and 3,5 mm") == (12.0, 15.0, 3.5)
 
 

@@ -30,19 +30,19 @@ SUBSETS = [list(some) for count in range(1, 6) for some in combinations(LOBES, c
         ("in both lungs", set()),
     ],
 )
-def test_lobes_are_read_in_usualwordings(sentence, lobes):
+def test_lobes_are_read_in_usual_wordings(sentence, lobes):
     assert named_lobes(sentence) == lobes
 
 
 @pytest.mark.parametrize("label", ["Atelectasis", "Lung opacity", "Bronchiectasis"])
-def test_lobes_of_every_phantom_wording_are_read(label):
+def test_sets_of_lobes_are_read_in_every_phantom_wording(label):
     for lobes in SUBSETS:
         for sentence in wordings(label, {"lobes": lobes, "kind": "linear", "severity": "mild"}):
             assert named_lobes(sentence.lower()) == set(lobes), sentence
 
 
 @pytest.mark.parametrize("label", ["Lung nodule", "Consolidation"])
-def test_lobe_of_every_phantom_wording_is_read(label):
+def test_single_lobe_is_read_in_every_phantom_wording(label):
     for lobe in LOBES:
         for count in (1, 2, 4, 6):
             for sentence in wordings(label, {"lobe": lobe, "count": count, "size_mm": 30}):

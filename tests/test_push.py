@@ -163,7 +163,7 @@ REFUSALS = {
         spoil_with("evaluation.json", b'{"cases": 200}'), "evaluation.json has unknown content; expected a file that"
     ),
     "no licence": (lambda folder: (folder / "LICENSE").unlink(), "LICENSE is missing"),
-    "other weights": (spoil_base_inside, "evaluation.json is of other weights: model.safetensors"),
+    "other weights": (spoil_base_inside, "evaluation.json belongs to other weights: model.safetensors"),
     "base inside": (spoil_base_inside, "holds weights of the base LLM that config.json names, such as language_model"),
     "weights that are none": (spoil_with("model.safetensors", b"0" * 64), "model.safetensors is not a safetensors"),
     "self-contained": (

@@ -30,7 +30,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
-def test_number_that_no_run_can_use_is_refused_by_field(repository_root, field, value):
+def test_unusable_number_is_refused_by_its_field(repository_root, field, value):
     with pytest.raises(SettingsError) as caught:
         TrainingConfig.load(repository_root / "configs/phantom.yaml", [f"{field}={value}"])
     [line] = str(caught.value).splitlines()
@@ -55,7 +55,7 @@ def test_all_wrong_numbers_are_listed_together(repository_root):
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []])
-def test_train_refuses_them_before_it_writes(repository_root, tmp_path, options):
+def test_train_refuses_unusable_numbers_before_it_writes(repository_root, tmp_path, options):
     output = tmp_path / "run"
     words = ["train", repository_root / "configs/phantom.yaml", *options, "report.learning_rate=-1"]
     result = CliRunner().invoke(app, [*map(str, words), f"output_dir={output}"])

@@ -122,7 +122,7 @@ def check_run(config: TrainingConfig, cohort: Cohort) -> None:
 
 
 def warn_of_frozen_parts(config: TrainingConfig, model: DiffVPConfig) -> None:
-    """Warn of parts of another DiffVP checkpoint, which are not trained, and state what it is intended for."""
+    """Warn of parts of another DiffVP checkpoint, which are not trained, and state its intended domain."""
     parts = []
     classifier = ["classifier"] if model.use_diagnosis else []
     encoder = ["visual encoder"] if config.encoder_weights is None and model.encoder_type != "external" else []

@@ -89,7 +89,7 @@ class DiagnosisObjective(torch.nn.Module):
     of the lesion tokens and the losses of regions and sizes; for crops without, the BCE of their volumes' labels.
 
     A crop does not show whether its volume has a finding elsewhere. Its Noisy-OR therefore has one more cause, the
-    "leak", whose probability is the prevalence: what is known without looking. A crop without evidence is then right
+    "leak", whose probability is the prevalence. A crop without evidence is then right
     for either label, and only tokens that occur more often in volumes with the finding are learned.
 
     Args:
@@ -169,7 +169,7 @@ class Crops:
     as memory-mapped files of the cache. A crop depends only on (seed, epoch, index).
 
     Args:
-        truth: what the masks show; `None` for crops with the labels of their volumes.
+        truth: findings in the masks; `None` for crops with the labels of their volumes.
         section: number and size of the crops.
         seed: `None` for validation: the same crops in every epoch, without jitter.
     """

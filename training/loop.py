@@ -262,7 +262,7 @@ class StageTrainer:
         """Resume from the newest valid checkpoint, if there is one.
 
         Returns:
-            Whether a checkpoint was found.
+            True if a checkpoint was found.
 
         Raises:
             CheckpointError: the checkpoint has other settings or other data.

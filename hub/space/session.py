@@ -1,7 +1,7 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 """
-The work behind the page: a scan and a reference become slices, a map, findings, and a report written word by word.
+Session of a visitor: a scan and a reference become slices, a map, findings, and a report written word by word.
 
 This module is independent of Gradio: `viewer.py` makes the HTML. All visitors share one [`Desk`]; each visitor has a
 [`PageStudy`]. An uploaded file is deleted as soon as it is read, and the files of a study when it is closed.
@@ -355,7 +355,7 @@ class PageStudy:
         return {name: self._shown_voxel(peak(values, body), coarse) for name, values in maps.items()}
 
     def _shown_voxel(self, place: tuple[int, int, int], coarse: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Return a voxel of the body on the display grid, in the middle of those in a voxel of the coarse grid."""
+        """Return the middle one of the voxels of the body, on the display grid, that lie in a coarse voxel."""
         axes = list(zip(place, coarse, self.body.shape, strict=True))
         cell = tuple(slice(index * n // size, -(-(index + 1) * n // size)) for index, size, n in axes)
         inside = np.argwhere(self.body[cell])

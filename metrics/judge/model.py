@@ -67,7 +67,7 @@ class ModelJudge:
         return "|".join(fields if self.server.form.temperature else [*fields, "temperature:server's"])
 
     def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
-        """Return the questions of the comparisons, whether answered or not."""
+        """Return all questions of the comparisons, answered or not."""
         asked = []
         for row, comparison in enumerate(comparisons):
             orders = range(2) if self.orders == 2 else [_drawn_order(comparison)]
