@@ -32,7 +32,9 @@ import SimpleITK as sitk
 import torch
 from isal import isal_zlib
 from pydicom.uid import SecondaryCaptureImageStorage
+from typer.testing import CliRunner
 
+from diffvp import cli
 from diffvp.reading_diffvp import CTMetadata, read_ct
 from diffvp.resampling_diffvp import resample
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError
@@ -1068,6 +1070,19 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
+def command(case: Case, ct: object) -> list[str]:
+    """Return the arguments of `diffvp` that report on a case; empty if its input or its options cannot be given so."""
+    possible = isinstance(ct, (str, Path)) and ct != "" and "\0" not in str(ct)
+    if not possible or not set(case.options) <= {"series", "spacing", "allow_non_hu"}:
+        return []
+    arguments = ["report", str(ct)]
+    if "series" in case.options:
+        arguments += ["--series", str(case.options["series"])]
+    if "spacing" in case.options:
+        arguments += ["--spacing", *map(str, case.options["spacing"])]
+    return arguments + ["--allow-non-hu"] * bool(case.options.get("allow_non_hu"))
+
+
 def peak_mb() -> float:
     """Return the peak memory of this process since the last `reset_peak`, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -1079,11 +1094,11 @@ def reset_peak() -> None:
 
 
 def main(output: str) -> None:
-    """Read all cases in this process, one after another, and write the results."""
+    """Read all cases in this process, one after another, also with `diffvp report`, and write the results."""
     expected = read_ct(make_ct(), SPACING).sha256
     results = {}
     streams = tempfile.TemporaryFile()
-    before = os.dup(1), os.dup(2)
+    before, runner = (os.dup(1), os.dup(2)), CliRunner()
     lines = Path("/proc/self/status").read_text().splitlines()
     size = next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * 1024
     resource.setrlimit(
@@ -1116,7 +1131,11 @@ def main(output: str) -> None:
                 "found": found, "field": names, "message": message, "seconds": seconds, "peak_mb": peak,
                 "printed": streams.read().decode(errors="replace"),
             }  # fmt: skip
+            if case.error is not None and (arguments := command(case, ct)):
+                said = runner.invoke(cli.app, arguments)
+                results[case.name]["command"] = [said.exit_code, said.stdout, said.stderr]
             del ct
+    assert "diffvp.modeling_diffvp" not in sys.modules, "`diffvp report` has loaded the model"
     Path(output).write_text(json.dumps(results, indent=1))
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import nibabel as nib
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -54,13 +55,17 @@ def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
     script = f"""
         import numpy as np
         from datasets import Nifti, load_dataset
-        loaded = load_dataset({PHANTOMS!r})
+        loaded = load_dataset({PHANTOMS!r}, revision={hub.repos[f"datasets/{PHANTOMS}"].branches["main"]!r})
+        sums = {{row["report"]: float(np.asarray(row["nifti"].dataobj, dtype=np.float64).sum())
+                 for rows in loaded.values() for row in rows}}
         answer = {{split: [[row["report"], row["impression"], row["Lung nodule"], list(row["nifti"].shape)]
                            for row in rows] for split, rows in loaded.items()}}
+        answer["sums"] = sums
         answer["columns"] = loaded["train"].column_names
         answer["is_nifti"] = loaded["train"].features["nifti"] == Nifti()
     """
     answer = run_client(hub, tmp_path, script, installed=False)
+    sums = answer.pop("sums")
     assert set(answer.pop("columns")) == {"nifti", "report", "impression", *DIAGNOSIS_LABELS}
     assert answer.pop("is_nifti") and {split: len(rows) for split, rows in answer.items()} == {
         "train": 3, "validation": 2
@@ -73,6 +78,7 @@ def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
                 and nodule == cases[report].labels[DIAGNOSIS_LABELS.index("Lung nodule")]
                 and shape[:2] == [32, 32]
             )
+            assert sums[report] == pytest.approx(float(nib.load(cases[report].volume).get_fdata().sum()))
 
 
 def test_downloaded_phantom_dataset_can_be_trained_on(hub, phantoms, tmp_path):

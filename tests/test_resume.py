@@ -199,7 +199,7 @@ def test_folder_that_cannot_be_replaced_keeps_its_content(tmp_path, monkeypatch)
     assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["model"]
 
 
-KILLS = int(os.environ.get("DIFFVP_KILLS", "4"))  # `make test-kills` sets 50
+KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # `make test-kills` sets 50
 
 
 def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
@@ -210,16 +210,16 @@ def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
     """
     for name in ("whole", "killed"):
         subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / name], check=True)
-    epochs = 5 * KILLS  # of 4 steps each
-    overrides = [f"report.epochs={epochs}", "report.batch_size=2", "save_every_steps=1", "stage=report"]
+    epochs = 4 * KILLS  # of 4 steps each
+    overrides = [f"report.epochs={epochs}", "report.batch_size=2", "stage=report"]
     whole = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'whole'}"])
-    killed = TrainingConfig.load(stage_one, [*overrides, f"output_dir={tmp_path / 'killed'}"])
+    killed = TrainingConfig.load(stage_one, [*overrides, "save_every_steps=1", f"output_dir={tmp_path / 'killed'}"])
     checkpoints = Checkpoints(tmp_path / "killed/checkpoints/report", keep=2)
     begun = time.monotonic()
     process = fork(run, whole)
     process.join()
     assert process.exitcode == 0
-    rng, newest, seconds, landed = random.Random(0), 0, (time.monotonic() - begun) / 3, 0
+    rng, newest, seconds, landed = random.Random(0), 0, time.monotonic() - begun, 0
     for _ in range(KILLS):
         process = fork(run, killed)
         process.join(rng.uniform(0.0, seconds))
@@ -233,7 +233,7 @@ def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
         # Adapt the time so that most kills let a few steps through on any machine, and the last ones still find some.
         seconds *= 1.2 if found == newest else 0.9 if found - newest < 4 * epochs / KILLS else 0.6
         newest = found
-    assert landed >= KILLS // 4, "too few kills fell into the training"
+    assert landed >= max(KILLS // 4, 1), "too few kills fell into the training"
     process = fork(run, killed)
     process.join()
     assert process.exitcode == 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +23,7 @@ from diffvp.experiments import evaluate as evaluate_module
 from diffvp.experiments.evaluate import evaluate, phantom_set
 from diffvp.inference.report import load_checkpoint
 
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +35,33 @@ def scan(tmp_path_factory):
     return path
 
 
-def test_loading_prints_no_warnings():
-    """Load in a separate process, as a user's script does, without progress bars."""
-    code = f"from diffvp.inference.report import load_checkpoint; load_checkpoint({str(SHIPPED_CHECKPOINT)!r})"
-    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
-    )
-    assert (run.stdout.strip(), run.stderr.strip()) == ("", "")
+@pytest.fixture(scope="module")
+def loading(make_once) -> Path:
+    """Output of a process that loads the checkpoint as a script does, and the modules imported before it loads."""
+
+    def load(folder: Path) -> None:
+        code = f"""
+import json, sys
+from diffvp.inference.report import load_checkpoint
+json.dump(sorted(sys.modules), open("modules.json", "w"))
+load_checkpoint({str(SHIPPED_CHECKPOINT)!r})
+"""
+        environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning", "TQDM_DISABLE": "1"}
+        with (folder / "output.txt").open("w") as output:
+            command = [sys.executable, "-c", code]
+            subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=300, check=True)
+
+    return make_once("loading", load)
+
+
+def test_loading_prints_no_warnings(loading):
+    assert (loading / "output.txt").read_text().strip() == ""
+
+
+def test_report_imports_nothing_for_other_tasks_before_its_first_token(loading):
+    modules = json.loads((loading / "modules.json").read_text())
+    assert "diffvp.inference.report" in modules
+    assert not {"matplotlib", "diffvp.data.phantom", "transformers.pipelines"} & set(modules)
 
 
 def test_files_are_small_and_up_to_date(repository_root):
