@@ -33,10 +33,16 @@ def pytest_configure(config):
         runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))["copy_code"]()
 
 
+def pytest_collection():
+    """Turn the garbage collector off: during the imports it would search the growing modules again and again."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Exempt all imported modules from garbage collection: accelerate collects after each stage of a training."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -241,6 +241,7 @@ def _load(checkpoint, **kwargs):
     return DiffVPForConditionalGeneration.from_pretrained(checkpoint, **kwargs)
 
 
+@pytest.mark.slow  # the shipped checkpoint is loaded so in each run
 def test_loads_in_a_process_without_the_package(checkpoint, scans, model, tmp_path):
     """In another working directory, with the package not importable, only the files of the checkpoint are used."""
     torch.save(scans, tmp_path / "scans.pt")

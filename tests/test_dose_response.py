@@ -223,9 +223,7 @@ def test_command_writes_result_page_and_figure(make_model, comparer, tmp_path, m
     loaded = comparer.model, comparer.processor
     monkeypatch.setattr(dose_response, "load_checkpoint", lambda *_: loaded)
     monkeypatch.setattr(dose_response, "STRENGTHS", [1.0])
-    monkeypatch.setattr(
-        dose_response, "DIAGNOSIS_LABELS", DIAGNOSIS_LABELS[9:11]
-    )  # the commonest
+    monkeypatch.setattr(dose_response, "DIAGNOSIS_LABELS", DIAGNOSIS_LABELS[9:11])  # the commonest
     monkeypatch.setattr(dose_response, "weights_sha256", lambda *_: {"model.safetensors": "0"})
     table = yaml.safe_load((repository_root / "experiments/dose_response.yaml").read_text())
     path = tmp_path / "mine.yaml"

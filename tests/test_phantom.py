@@ -39,7 +39,7 @@ from diffvp.data.pool import normal_pool
 from diffvp.labels_diffvp import DIAGNOSIS_LABELS, REGIONS
 from diffvp.processing_diffvp import DiffVPProcessor
 
-MATRIX = 112
+MATRIX = 96
 # Share of each label among CT-RATE's training scans that have at least one of the 18, counted in the published table.
 CT_RATE_SHARES = (
     0.135,

@@ -329,6 +329,7 @@ def test_loaded_processor_equals_the_saved_one(processor, pool, tmp_path):
     assert again(ct=make_ct(7), spacing=SPACING).reference_ids == before.reference_ids
 
 
+@pytest.mark.slow  # the shipped processor is loaded so in each run
 def test_auto_processor_works_in_a_process_without_the_package(processor, pool, tmp_path):
     processor.load_references(pool)
     processor.save_pretrained(tmp_path / "saved")
