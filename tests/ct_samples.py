@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A synthetic scan, and the same scan as a DICOM series, shared by the tests of the readers."""
 
+import functools
+import io
+
 import numpy as np
 import pydicom
 import SimpleITK as sitk
@@ -27,34 +30,65 @@ def lps_affine(spacing=SPACING, origin=(-40.0, 25.0, 300.0)) -> np.ndarray:
     return affine
 
 
+# Placeholders of UIDs, which `write_dicom` replaces. All have 64 characters, the most that a UID may have.
+SERIES, STUDY, INSTANCE = (f"1.2.826.0.1.3680043.8.498.{digit * 38}" for digit in "123")
+
+
+def new_uid() -> str:
+    uid = generate_uid()
+    return uid if len(uid) == len(SERIES) else new_uid()
+
+
+def make_slice(pixels: np.ndarray, k: int, position: tuple[float, ...]) -> FileDataset:
+    """Return slice k of a CT series, with HU [x, y] and its LPS position in mm."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, INSTANCE
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    one.SOPClassUID, one.SOPInstanceUID = CTImageStorage, INSTANCE
+    one.PatientName, one.PatientID, one.Modality = "Secret^Name", "SECRET-ID", "CT"
+    one.StudyDescription = one.SeriesDescription = one.ProtocolName = one.InstitutionName = "Secret Place"
+    one.SeriesInstanceUID, one.FrameOfReferenceUID, one.StudyInstanceUID = SERIES, STUDY, STUDY
+    one.InstanceNumber = k + 1
+    one.ImagePositionPatient = [f"{value:.6g}" for value in position]
+    one.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    one.PixelSpacing = [SPACING[1], SPACING[0]]  # between rows, then between columns
+    one.Rows, one.Columns = pixels.shape[1], pixels.shape[0]
+    one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+    one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
+    one.RescaleSlope, one.RescaleIntercept = 1, -1024
+    one.PixelData = np.ascontiguousarray(pixels.T.astype(np.int32) + 1024).astype("<u2").tobytes()
+    return one
+
+
+@functools.lru_cache(maxsize=2000)
+def _content(pixels: bytes, kind: str, shape: tuple[int, int], k: int, position: tuple[float, ...]) -> bytes:
+    """Return the file of a slice with placeholders, once: most tests begin with the same series."""
+    content = io.BytesIO()
+    make_slice(np.frombuffer(pixels, kind).reshape(shape), k, position).save_as(content, enforce_file_format=True)
+    return content.getvalue()
+
+
 def write_dicom(folder, lps: np.ndarray, step=(0.0, 0.0, SPACING[2]), change=None, prefix=""):
     """Write a CT series with pydicom; file names are in reverse order of the positions.
 
     `change(k, dataset)` may alter slice k before it is written.
     """
     folder.mkdir(exist_ok=True, parents=True)
-    series, frame = generate_uid(), generate_uid()
+    series, study = new_uid(), new_uid()
     origin = np.array([40.0, -25.0, 300.0])  # the LPS world position of lps_affine()
     for k in range(lps.shape[2]):
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = CTImageStorage
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        path = folder / f"{prefix}{lps.shape[2] - k:03d}.dcm"
-        one = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-        one.SOPClassUID, one.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        one.PatientName, one.PatientID, one.Modality = "Secret^Name", "SECRET-ID", "CT"
-        one.StudyDescription = one.SeriesDescription = one.ProtocolName = one.InstitutionName = "Secret Place"
-        one.SeriesInstanceUID, one.FrameOfReferenceUID, one.StudyInstanceUID = series, frame, frame
-        one.InstanceNumber = k + 1
-        one.ImagePositionPatient = [f"{value:.6g}" for value in origin + k * np.asarray(step)]
-        one.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        one.PixelSpacing = [SPACING[1], SPACING[0]]  # between rows, then between columns
-        one.Rows, one.Columns = lps.shape[1], lps.shape[0]
-        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
-        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
-        one.RescaleSlope, one.RescaleIntercept = 1, -1024
-        one.PixelData = np.ascontiguousarray(lps[:, :, k].T.astype(np.int32) + 1024).astype("<u2").tobytes()
+        path, pixels = folder / f"{prefix}{lps.shape[2] - k:03d}.dcm", lps[:, :, k]
+        instance, position = new_uid(), tuple((origin + k * np.asarray(step)).tolist())
+        if change is None and pixels.size < 10_000:
+            content = _content(pixels.tobytes(), pixels.dtype.str, pixels.shape, k, position)
+            for placeholder, uid in ((SERIES, series), (STUDY, study), (INSTANCE, instance)):
+                content = content.replace(placeholder.encode(), uid.encode())
+            path.write_bytes(content)
+            continue
+        one = make_slice(pixels, k, position)
+        one.SeriesInstanceUID, one.FrameOfReferenceUID, one.StudyInstanceUID = series, study, study
+        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = instance
         if change is not None:
             change(k, one)
         one.save_as(path, enforce_file_format=True)

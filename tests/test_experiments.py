@@ -834,6 +834,7 @@ def radgenome(small_cohort, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow  # the layout is tested in test_layouts.py, a study on phantoms above
 def test_paper_study_runs_on_the_radgenome_layout(
     radgenome, first_stage, tiny_base_with_tokenizer, repository_root, table, meteor_data, tmp_path
 ):

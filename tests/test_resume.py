@@ -199,9 +199,10 @@ def test_folder_that_cannot_be_replaced_keeps_its_content(tmp_path, monkeypatch)
     assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["model"]
 
 
-KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # `make test-kills` sets 50
+KILLS = int(os.environ.get("DIFFVP_KILLS", "4"))  # `make test-kills` sets 50
 
 
+@pytest.mark.slow  # `kill -9` after a step: test_interrupted_run_resumes_bit_for_bit
 def test_kill_at_any_moment_loses_no_checkpoint(stage_one, tmp_path):
     """
     Send `kill -9` at random moments, also during writing, renaming and deleting: every step is saved, few are kept.
