@@ -157,7 +157,7 @@ def read_remote(url: str) -> bytes:
         url = url.split("::")[-1]
     try:
         with fsspec.open(url, "rb") as file:
-            return file.read()
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
         raise CTReadError(Path(url).name, "path", "unreadable", "a file on the Hub that may be read") from error
 
