@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..folders_diffvp import HEAD, is_dicom
 from ..labels_diffvp import DIAGNOSIS_LABELS
@@ -166,15 +167,16 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
     texts = [name for name in dataset.features if name != volume]
     _check_columns(source, [*texts, "path"], problems)
     raise_problems(problems)
-    classes = {name: one.names for name, one in dataset.features.items() if isinstance(one, ClassLabel)}
+    features = dataset.features.items()
+    classes = {name: _class_values(name, one.names) for name, one in features if isinstance(one, ClassLabel)}
     if isinstance(dataset, Dataset):
         for number, values in enumerate(dataset.select_columns(texts), start=1):
-            _hub_case(Row(number, _with_class_names(values, classes)), None, source, problems)
+            _hub_case(Row(number, _with_class_values(values, classes)), None, source, problems)
     raise_problems(problems)
     seen: dict[str, int] = {}
     for number, values in enumerate(dataset.cast_column(volume, Nifti(decode=False)), start=1):
         others = {key: value for key, value in values.items() if key != volume}
-        row = Row(number, _with_class_names(others, classes))
+        row = Row(number, _with_class_values(others, classes))
         case = _hub_case(row, values[volume] or {}, source, problems)
         if not case.name:
             problems.append(Problem(source, number, "id", "missing", "a column id, as the scan has no file name"))
@@ -186,17 +188,20 @@ def hub_cases(dataset, source: str = "dataset") -> Iterator[Case]:
         yield case
 
 
-def _with_class_names(values: Mapping[str, object], classes: Mapping[str, list[str]]) -> dict[str, object]:
-    """Replace the numbers of `ClassLabel` columns by the names of their classes; in columns of 0 and 1, by these."""
-    named = dict(values)
-    for column, names in classes.items():
-        if named[column] is None or named[column] < 0:  # `datasets` marks an unknown class by -1
-            named[column] = None
-            continue
-        name = names[named[column]]
-        flags = [flag for flag, known in enumerate(CLASSES) if name.lower() in known]
-        named[column] = flags[0] if column in ("normal", *DIAGNOSIS_LABELS) and flags else name
-    return named
+def _class_values(column: str, names: Sequence[str]) -> list[str | int]:
+    """Return the values that the classes of a `ClassLabel` stand for: their names, or 0 and 1 in a column of these."""
+    if column not in ("normal", *DIAGNOSIS_LABELS):
+        return list(names)
+    return [next((flag for flag, known in enumerate(CLASSES) if name.lower() in known), name) for name in names]
+
+
+def _with_class_values(values: Mapping[str, Any], classes: Mapping[str, list[str | int]]) -> dict[str, object]:
+    """Replace the numbers of `ClassLabel` columns by their values. `datasets` marks an unknown class by -1."""
+    given = dict(values)
+    for column, meanings in classes.items():
+        number = values[column]
+        given[column] = None if number is None or number < 0 else meanings[number]
+    return given
 
 
 def _find_table(root: Path, split: str | None) -> tuple[Path, bool]:
