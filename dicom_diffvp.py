@@ -307,6 +307,8 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
 
 def _parts(slices: list[Slice], name: str) -> list[list[Slice]]:
     """Return the slices by the value of a field, in the order of the values; shorter ones come first."""
+    if len({one.values.get(name, "") for one in slices}) == 1:
+        return [slices]
     parts: dict[str, list[Slice]] = {}
     for one in slices:
         parts.setdefault(str(one.values.get(name, "")), []).append(one)
@@ -396,6 +398,8 @@ def _check_complete(
             part = [one for one in slices if one.text(name) == value]
             promises = [str(one.values.get(count, "")) for one in part]
             promised = max((int(number) for number in promises if number.isdecimal()), default=0)
+            if not promised:
+                continue
             # Reformatted slices may carry the number of the slices that they were made from. The images of an
             # acquisition may be divided among several series.
             derived = count == "ImagesInAcquisition" and any("DERIVED" in one.text("ImageType") for one in part)

@@ -37,6 +37,7 @@ DAMAGED = (struct.error, ValueError, EOFError, NotImplementedError, RecursionErr
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 TRANSFER_SYNTAX, MEDIA_STORAGE, PIXEL_DATA = 0x00020010, 0x00020002, 0x7FE00010
+META = [TRANSFER_SYNTAX, MEDIA_STORAGE]
 SHARED_GROUPS, FRAME_GROUPS, MODALITY_LUT = 0x52009229, 0x52009230, 0x00283000
 # Sequences of a functional group. The first two hold unassigned attributes of a converted object, so later ones take
 # precedence: frame content, temporal position, type, exposure, cardiac phase, reconstruction; position, orientation,
@@ -69,7 +70,8 @@ TEXTS = {
 }  # fmt: skip
 INTEGERS = {tag_for_keyword(name): name for name in (*PIXEL_FIELDS, "InConcatenationTotalNumber")}
 PADDING = {0x00280120: "PixelPaddingValue", 0x00280121: "PixelPaddingRangeLimit"}
-TAGS = [*TEXTS, *INTEGERS, *PADDING, MODALITY_LUT, SHARED_GROUPS, FRAME_GROUPS, PIXEL_DATA]
+FIELDS = {**TEXTS, **INTEGERS, **PADDING}
+TAGS = [*FIELDS, MODALITY_LUT, SHARED_GROUPS, FRAME_GROUPS, PIXEL_DATA]
 
 BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 NATIVE = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", BIG_ENDIAN, DEFLATED)
@@ -177,18 +179,18 @@ class Slice:
         """Return a field in `TEXTS`; empty if the header lacks it."""
         return self.values.get(name, "")
 
-    def numbers(self, name: str, count: int) -> np.ndarray:
+    def numbers(self, name: str, count: int) -> list[float]:
         """Return the numbers of a geometric field.
 
         Raises:
             CTGeometryError: the field is missing, or does not hold `count` numbers below `MAX_NUMBER`.
         """
         try:
-            numbers = np.array([float(number) for number in self.text(name).split("\\")])
+            numbers = list(map(float, self.text(name).split("\\")))
         except ValueError as error:
             raise CTGeometryError(self.name, name, "missing or not numbers", f"{count} numbers") from error
-        if numbers.size != count or not (np.abs(numbers) < MAX_NUMBER).all():
-            raise CTGeometryError(self.name, name, f"{numbers.size} numbers", f"{count} numbers below {MAX_NUMBER:g}")
+        if len(numbers) != count or not all(abs(number) < MAX_NUMBER for number in numbers):  # NaN is not below it
+            raise CTGeometryError(self.name, name, f"{len(numbers)} numbers", f"{count} numbers below {MAX_NUMBER:g}")
         return numbers
 
     def place(self) -> float:
@@ -197,8 +199,8 @@ class Slice:
         Raises:
             CTGeometryError: position or orientation are missing or malformed.
         """
-        a, b, c, d, e, f = self.numbers("ImageOrientationPatient", 6).tolist()
-        x, y, z = self.numbers("ImagePositionPatient", 3).tolist()
+        a, b, c, d, e, f = self.numbers("ImageOrientationPatient", 6)
+        x, y, z = self.numbers("ImagePositionPatient", 3)
         # Not with NumPy, which takes ten times as long.
         return (b * f - c * e) * x + (c * d - a * f) * y + (a * e - b * d) * z
 
@@ -243,7 +245,7 @@ def _parse(data: BinaryIO, file: DicomFile, start: int) -> list[Slice]:
     """
     data.seek(start)
     head = io.BytesIO(data.read(2**14))
-    generator = data_element_generator(head, False, True, lambda tag, vr, length: tag >> 16 != 2)
+    generator = data_element_generator(head, False, True, lambda tag, vr, length: tag >> 16 != 2, specific_tags=META)
     meta = {int(element.tag): (element.value or b"").decode("ascii", "replace").strip("\0 ") for element in generator}
     start, syntax, kind = start + head.tell(), meta.get(TRANSFER_SYNTAX, ""), meta.get(MEDIA_STORAGE, "")
     if kind == DICOMDIR:
@@ -314,11 +316,12 @@ def _elements(data: BinaryIO, little: bool) -> tuple[dict[str, Any], list[dict[s
         DAMAGED: the data set cannot be parsed.
     """
     order, failure = "<" if little else ">", None
+    item = struct.pack(order + "HH", 0xFFFE, 0xE000)
     values: dict[str, Any] = {}
     groups: dict[int, Sequence[pydicom.Dataset]] = {}
     pixels = None
     for head in itertools.islice(_heads(data, order), MAX_ICONS):
-        if head.count(struct.pack(order + "HH", 0xFFFE, 0xE000)) > MAX_ITEMS:
+        if head.count(item) > MAX_ITEMS:
             raise ValueError("more items than a CT has")
         implicit, stream, pixels = re.fullmatch(b"[A-Z]{2}", head[4:6]) is None, io.BytesIO(head), None
         try:
@@ -327,26 +330,30 @@ def _elements(data: BinaryIO, little: bool) -> tuple[dict[str, Any], list[dict[s
                 stream, implicit, little, None, MAX_VALUE_LENGTH, specific_tags=TAGS
             ):
                 tag = int(element.tag)
-                if tag == MODALITY_LUT:
+                if tag in FIELDS:
+                    if isinstance(element, pydicom.DataElement):
+                        raise ValueError("a sequence in place of a field")
+                    if not element.length:
+                        continue
+                    if (value := element.value) is None or len(value) != element.length:
+                        raise ValueError("a field that is too long, or cut off")
+                    if tag in TEXTS:
+                        if text := value.decode("ascii", "replace").strip("\0 "):
+                            values[TEXTS[tag]] = text
+                    elif tag in INTEGERS:
+                        (values[INTEGERS[tag]],) = struct.unpack_from(order + "H", value)
+                    else:
+                        values[PADDING[tag]] = int.from_bytes(value, "little" if little else "big"), len(value)
+                elif tag == MODALITY_LUT:
                     # pydicom has read the items of a sequence of undefined length.
                     if element.value if isinstance(element, pydicom.DataElement) else element.length:
                         values["ModalityLUTSequence"] = "present"
                 elif tag in (SHARED_GROUPS, FRAME_GROUPS):
                     groups[tag] = _sequence(element, head, implicit, little)
-                elif isinstance(element, pydicom.DataElement):
-                    raise ValueError("a sequence in place of a field")
                 elif tag == PIXEL_DATA:
+                    if isinstance(element, pydicom.DataElement):
+                        raise ValueError("a sequence in place of pixels")
                     pixels = element.value_tell, element.length
-                elif not element.length:
-                    continue
-                elif (value := element.value) is None or len(value) != element.length:
-                    raise ValueError("a field that is too long, or cut off")
-                elif tag in PADDING:
-                    values[PADDING[tag]] = int.from_bytes(value, "little" if little else "big"), len(value)
-                elif tag in INTEGERS:
-                    (values[INTEGERS[tag]],) = struct.unpack_from(order + "H", value)
-                elif tag in TEXTS and (text := value.decode("ascii", "replace").strip("\0 ")):
-                    values[TEXTS[tag]] = text
             if pixels is None and stream.tell() > len(head):
                 raise ValueError("the data set ends within an element")
         except (OSError, *DAMAGED) as error:

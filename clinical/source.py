@@ -108,7 +108,7 @@ def read_source(
             Frame(
                 one.text("SOPClassUID"), one.text("SOPInstanceUID"),
                 one.frame + 1 if one.text("SOPClassUID") in MULTI_FRAME else None,
-                tuple(one.numbers("ImagePositionPatient", 3).tolist()),
+                tuple(one.numbers("ImagePositionPatient", 3)),
             )
             for one in found.slices
         )  # fmt: skip
@@ -120,8 +120,8 @@ def read_source(
         source=found.source,
         header=header,
         frames=frames,
-        orientation=tuple(first.numbers("ImageOrientationPatient", 6).tolist()),
-        pixel_spacing=tuple(first.numbers("PixelSpacing", 2).tolist()),
+        orientation=tuple(first.numbers("ImageOrientationPatient", 6)),
+        pixel_spacing=tuple(first.numbers("PixelSpacing", 2)),
         thickness=_thickness(first) or float(np.linalg.norm(found.affine[:3, 2])),
         affine=found.affine,
         shape=(columns, rows, len(frames)),
