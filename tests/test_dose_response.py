@@ -92,9 +92,17 @@ def test_earlier_scan_keeps_the_anatomy_of_the_patient(patient):
 # Choice of references
 
 
+@pytest.fixture(scope="module")
+def encoded_pool(tmp_path_factory):
+    """Cache of the encoded patients of the pool: all tests have the same pool and model."""
+    return tmp_path_factory.mktemp("pool")
+
+
 @pytest.fixture
-def comparer(make_model, tmp_path):
+def comparer(make_model, encoded_pool, tmp_path):
     """A random model of a few thousand parameters with a pool of three."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/dose_pool").symlink_to(encoded_pool)
     torch.manual_seed(0)
     model = make_model(difference_level="aligned").eval()
     processor = type("Processor", (), {})()

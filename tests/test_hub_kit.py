@@ -41,14 +41,39 @@ def pushable(tiny_base_with_tokenizer, tiny_fields, tokenizer, hub, tmp_path_fac
 
 
 @pytest.fixture(scope="module")
-def phantoms(hub, tmp_path_factory):
-    """Folder of a cohort made and uploaded by `diffvp phantom --push`."""
+def uploaded(hub, pushable, tmp_path_factory):
+    """
+    Upload a cohort with `diffvp phantom --push`, and a checkpoint with scores on it as benchmark, in one process.
+
+    Returns:
+        Folder of the cohort; commit of the checkpoint; error of a benchmark that does not exist.
+    """
     folder = tmp_path_factory.mktemp("phantoms")
-    options = ("--train", "3", "--valid", "2", "--matrix", "32", "--workers", "1", "--no-masks", "--push", PHANTOMS)
-    said = run_command(hub, folder, "diffvp", "phantom", "cohort", *options, "--private")
+    options = ["--train", "3", "--valid", "2", "--matrix", "32", "--workers", "1", "--no-masks", "--push", PHANTOMS]
+    script = f"""
+        from huggingface_hub import HfApi
+        from typer.testing import CliRunner
+        from diffvp import cli
+        from diffvp.hub.push import PushError, push
+        made = CliRunner().invoke(cli.app, ["phantom", "cohort", *{options!r}, "--private"], catch_exceptions=False)
+        assert made.exit_code == 0, made.output
+        push({str(pushable)!r}, {MODEL!r}, benchmark={PHANTOMS!r})
+        HfApi().upload_file(path_or_fileobj=b"- {{}}", path_in_repo=".eval_results/others.yaml", repo_id={MODEL!r})
+        answer = [made.output, push({str(pushable)!r}, {MODEL!r}).commit]
+        try:
+            push({str(pushable)!r}, {MODEL!r}, benchmark="tester/nowhere")
+        except PushError as error:
+            answer.append(str(error))
+    """
+    said, commit, refused = run_client(hub, folder, script)
     repo = hub.repos[f"datasets/{PHANTOMS}"]
     assert f"Uploaded as commit {repo.branches['main']}" in said and repo.private
-    return folder / "cohort"
+    return folder / "cohort", commit, refused
+
+
+@pytest.fixture(scope="module")
+def phantoms(uploaded):
+    return uploaded[0]
 
 
 def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
@@ -93,19 +118,8 @@ def test_downloaded_phantom_dataset_can_be_trained_on(hub, phantoms, tmp_path):
     assert not re.search(r"\{[{%]", card) and str(phantoms.parent) not in card
 
 
-def test_benchmark_scores_are_pushed_and_existing_ones_kept(hub, pushable, phantoms, tmp_path):
-    script = f"""
-        from huggingface_hub import HfApi
-        from diffvp.hub.push import PushError, push
-        push({str(pushable)!r}, {MODEL!r}, benchmark={PHANTOMS!r})
-        HfApi().upload_file(path_or_fileobj=b"- {{}}", path_in_repo=".eval_results/others.yaml", repo_id={MODEL!r})
-        answer = [push({str(pushable)!r}, {MODEL!r}).commit]
-        try:
-            push({str(pushable)!r}, {MODEL!r}, benchmark="tester/nowhere")
-        except PushError as error:
-            answer.append(str(error))
-    """
-    commit, refused = run_client(hub, tmp_path, script)
+def test_benchmark_scores_are_pushed_and_existing_ones_kept(hub, pushable, uploaded):
+    _, commit, refused = uploaded
     assert "Repository" in refused and "Nothing was uploaded" in refused
     files = hub.repos[f"models/{MODEL}"].commits[commit]
     assert {".eval_results/phantoms.yaml", ".eval_results/others.yaml"} <= set(files)

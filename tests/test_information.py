@@ -41,13 +41,13 @@ def cases(small_cohort):
 
 def test_probe_finds_encoded_labels_and_nothing_in_noise(cases):
     rng = np.random.default_rng(0)
-    labels = (rng.random((400, 18)) < 0.4).astype(int)
+    labels = (rng.random((220, 18)) < 0.4).astype(int)
     labelled = [replace(cases[0], labels=row.astype(np.int8)) for row in labels]
-    train, test = labelled[:300], labelled[300:]
-    told = labels @ rng.normal(size=(18, 40)) + rng.normal(0, 0.1, (400, 40))
-    found = probe(told[:300], train, told[300:], test)
+    train, test = labelled[:150], labelled[150:]
+    told = labels @ rng.normal(size=(18, 40)) + rng.normal(0, 0.1, (220, 40))
+    found = probe(told[:150], train, told[150:], test)
     assert found["auroc"] > 0.99 and found["labels"] == 18
-    nothing = probe(rng.normal(size=(300, 40)), train, rng.normal(size=(100, 40)), test)
+    nothing = probe(rng.normal(size=(150, 40)), train, rng.normal(size=(70, 40)), test)
     assert 0.44 < nothing["auroc"] < 0.56
 
 

@@ -139,6 +139,7 @@ def test_scores_match_the_published_reg2rg_values(check_data):
 # The evaluate module
 
 
+@pytest.mark.slow
 def test_evaluate_loads_the_module_without_the_package(repository_root, tmp_path):
     """Load it as a user of `evaluate` does: by path, from another working directory, without `diffvp` or network."""
     code = """
