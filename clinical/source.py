@@ -108,11 +108,12 @@ def read_source(
             Frame(
                 one.text("SOPClassUID"), one.text("SOPInstanceUID"),
                 one.frame + 1 if one.text("SOPClassUID") in MULTI_FRAME else None,
-                tuple(one.numbers("ImagePositionPatient", 3)),
+                _position(one),
             )
             for one in found.slices
         )  # fmt: skip
     rows, columns = first.shape
+    between_rows, between_columns = first.numbers("PixelSpacing", 2)
     size = 4 * rows * columns * len(frames)
     if size > MAX_PIXEL_BYTES:
         raise CTReadError(found.source, "difference map", f"{size} bytes", f"at most {MAX_PIXEL_BYTES} in DICOM")
@@ -121,7 +122,7 @@ def read_source(
         header=header,
         frames=frames,
         orientation=tuple(first.numbers("ImageOrientationPatient", 6)),
-        pixel_spacing=tuple(first.numbers("PixelSpacing", 2)),
+        pixel_spacing=(between_rows, between_columns),
         thickness=_thickness(first) or float(np.linalg.norm(found.affine[:3, 2])),
         affine=found.affine,
         shape=(columns, rows, len(frames)),
@@ -138,6 +139,11 @@ def values_as_they_are() -> Iterator[None]:
     """
     with _validation, disable_value_validation():
         yield
+
+
+def _position(one: Slice) -> tuple[float, float, float]:
+    x, y, z = one.numbers("ImagePositionPatient", 3)
+    return x, y, z
 
 
 def _thickness(one: Slice) -> float | None:

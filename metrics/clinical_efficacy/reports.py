@@ -32,6 +32,7 @@ class Labeler(Protocol):
 
     def label_all(self, reports: Sequence[str]) -> NDArray[np.int8]:
         """Return (reports, 18) of 0 and 1, in the order of `DIAGNOSIS_LABELS`."""
+        ...
 
 
 def read_label_table(
