@@ -60,11 +60,13 @@ demo: $(CORE)  ## write the report, the difference map and the figure of an unse
 
 # worksteal: each process begins with half of the files, so that most fixtures of a file are made in one process only.
 # Bytecode is written even in containers that say otherwise: the child processes would compile the code again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(DEV)  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(DEV)  ## run the tests that `make test` leaves out because they take long (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(DEV) $(RULES)  ## ruff, and transformers' structural linter on the files that ship to the Hub
 	$(BIN)/ruff check .

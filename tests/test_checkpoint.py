@@ -3,7 +3,6 @@
 """Save, load and export, including the silent failures of custom code in transformers 5."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -112,11 +111,10 @@ def test_every_own_weight_is_required(checkpoint):
     path = checkpoint / "model.safetensors"
     state = load_file(path)
     keys = sorted(state)
-    for start in range(0, len(keys), 20):
-        without = keys[start : start + 20]
+    for start in range(0, len(keys), 5):  # the message names five
+        without = keys[start : start + 5]
         save_file({k: v for k, v in state.items() if k not in without}, path, metadata={"format": "pt"})
-        first = re.escape(", ".join(without[:5]))
-        with pytest.raises(DiffVPCheckpointError, match=rf"\b{len(without)} weight\(s\) missing: {first}\b"):
+        with pytest.raises(DiffVPCheckpointError, match=rf"{len(without)} weight.* missing: {', '.join(without)}\."):
             DiffVPForConditionalGeneration.from_pretrained(checkpoint)
 
 

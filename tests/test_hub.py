@@ -154,10 +154,10 @@ def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned,
     hub.repos["models/tester/trap"] = trap
     script = f"""
         from safetensors.torch import save_file
-        from transformers import AutoModel, AutoProcessor, pipeline
+        from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
         answer, logits = {{}}, {{}}
-        for revision in {["v1", pushed[1]]!r}:
+        for revision in {[*pushed[:2], "v1"]!r}:
             processor = AutoProcessor.from_pretrained("tester/diffvp-tiny", revision=revision, trust_remote_code=True)
             model = AutoModel.from_pretrained("tester/diffvp-tiny", revision=revision, trust_remote_code=True)
             inputs = processor(ct={str(scan)!r})
@@ -167,13 +167,14 @@ def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned,
         pinned = {{"revision": {pushed[0]!r}, "trust_remote_code": True}}
         pipe = pipeline("ct-report-generation", model="tester/diffvp-tiny", **pinned)
         answer["pipeline"] = pipe({str(scan)!r})["report"]
+        other = AutoModelForImageTextToText.from_pretrained("tester/diffvp-tiny", **pinned)
         trapped = AutoModel.from_pretrained("tester/trap", trust_remote_code=True)
-        answer["trapped"] = type(trapped).__name__
+        answer["classes"] = [type(other).__name__, type(trapped).__name__]
         answer["package"] = "diffvp" in sys.modules
     """
     answer = run_client(hub, tmp_path, script, installed=False)
     logits = load_file(tmp_path / "logits.safetensors")
-    for revision, folder in ((pushed[1], fine_tuned), ("v1", pushable)):
+    for revision, folder in ((pushed[0], pushable), (pushed[1], fine_tuned), ("v1", pushable)):
         model = DiffVPForConditionalGeneration.from_pretrained(
             folder, base_model_name_or_path=str(tiny_base_with_tokenizer)
         )
@@ -184,10 +185,10 @@ def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned,
         name, reference_ids, pulled = answer[revision]
         assert name == "DiffVPForConditionalGeneration" and reference_ids == inputs.reference_ids
         assert pulled == tokens.tolist()
-    assert not torch.equal(logits["v1"], logits[pushed[1]])
+    assert not torch.equal(logits[pushed[0]], logits[pushed[1]])
     assert answer["pipeline"] == processor.decode(tokens[0], skip_special_tokens=True).strip()
     # "LlamaModel": with an adapter at the root, transformers silently loads the bare LLM.
-    assert answer["trapped"] == "LlamaModel" and not answer["package"]
+    assert answer["classes"] == ["DiffVPForConditionalGeneration", "LlamaModel"] and not answer["package"]
 
 
 def test_hf_upload_and_download_preserve_every_file(hub, pushable, tmp_path):

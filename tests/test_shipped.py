@@ -96,7 +96,8 @@ def test_process_without_the_package_generates_the_same_tokens(scan, tmp_path):
         inputs = processor(ct={str(scan)!r})
         assert "diffvp" not in sys.modules
         positional = model.generate(inputs["ct"], inputs["reference"], max_new_tokens={NEW_TOKENS})
-        json.dump([inputs.reference_ids, positional.tolist()], open("tokens.json", "w"))
+        keywords = model.generate(**inputs, max_new_tokens={NEW_TOKENS})
+        json.dump([inputs.reference_ids, positional.tolist(), keywords.tolist()], open("tokens.json", "w"))
         """
     )
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -105,9 +106,9 @@ def test_process_without_the_package_generates_the_same_tokens(scan, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    reference_ids, positional = json.loads((tmp_path / "tokens.json").read_text())
+    reference_ids, positional, keywords = json.loads((tmp_path / "tokens.json").read_text())
     assert reference_ids == inputs.reference_ids
-    assert positional == expected.tolist()
+    assert positional == keywords == expected.tolist()
 
 
 def test_adapter_is_trained_and_the_base_is_left_out():

@@ -111,7 +111,7 @@ def test_losses_are_logged_to_trackio(settings, tmp_path):
 
 
 def test_training_stops_when_validation_no_longer_improves(settings, tmp_path):
-    overrides = ["stage=diagnosis", "diagnosis.epochs=40", "diagnosis.patience=2", "diagnosis.learning_rate=0.01"]
+    overrides = ["stage=diagnosis", "diagnosis.epochs=40", "diagnosis.patience=2", "diagnosis.learning_rate=0.1"]
     run(TrainingConfig.load(settings, overrides))
     log = [json.loads(line) for line in (tmp_path / "run/diagnosis.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in log if "validation_loss" in line]
