@@ -39,6 +39,8 @@ FAMILIES = {
     "Mixtral": ("MixtralConfig", LLAMA | {"num_local_experts": 4}),
     "Qwen3 MoE": ("Qwen3MoeConfig", GEMMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
 }
+# One for each kind of cache and of positions.
+FEW_FAMILIES = "Llama", "Gemma 3", "GPT-2", "Bloom", "MPT", "Mamba", "Mixtral"
 REFUSED = {
     # It accepts an attention mask and ignores it.
     "RWKV": ("RwkvConfig", {**TOKENS, "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),

@@ -1,7 +1,6 @@
 # Copyright 2026 The DiffVP Authors. Licensed under the Apache License, Version 2.0.
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -64,11 +63,10 @@ def without_waiting_for_the_disk():
 
 @pytest.fixture(scope="session", autouse=True)
 def commands_built_once():
-    """Let typer's CliRunner keep the command tree, which it otherwise builds anew for each call, in 20 ms."""
-    from typer import testing
+    from .commands import keep_command_tree
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "_get_command", functools.cache(testing._get_command))
+        keep_command_tree(patch.setattr)
         yield
 
 

@@ -17,6 +17,8 @@ from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.storage_diffvp import DiffVPCheckpointError
 from diffvp.tests.base_families import write_base_with_own_code
 
+from .marks import slow_except
+
 load = DiffVPForConditionalGeneration.from_pretrained
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -82,7 +84,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = "head, tied", "single tokens, tied", "PiSSA, which changes the base", "biases of the base", "experts", "IA3"
+
+
+@pytest.mark.parametrize("kind", slow_except(FAST, KINDS))
 def test_adapter_survives_every_round_trip(make, inputs, tmp_path, kind):
     base, adapter = KINDS[kind]
     model = make(base, adapter)

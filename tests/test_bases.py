@@ -10,7 +10,9 @@ import torch
 from diffvp.bases_diffvp import DiffVPBaseModelError, check_language_model, load_base_model
 from diffvp.benchmarks.bases import BATCH, LIMIT, NAMES, TRIPS, measure, table
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
-from diffvp.tests.base_families import FAMILIES, REFUSED, TOKENS, write_base
+from diffvp.tests.base_families import FAMILIES, FEW_FAMILIES, REFUSED, TOKENS, write_base
+
+from .marks import slow_except
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def make_on(tiny_fields, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(FEW_FAMILIES, FAMILIES))
 def test_batch_gives_the_same_logits_tokens_and_loss_as_single_scans(make_on, scans, family):
     """One scan has all findings and the other none, so that the shorter prompt is padded."""
     model = make_on(FAMILIES[family])

@@ -107,10 +107,11 @@ def test_buffers_outside_the_checkpoint_survive_loading(model, checkpoint, tmp_p
             assert torch.equal(value, expected[name]), name
 
 
-def test_every_own_weight_is_required(checkpoint):
+@pytest.mark.parametrize("most", [5, pytest.param(None, marks=pytest.mark.slow)], ids=["five", "all"])
+def test_every_own_weight_is_required(checkpoint, most):
     path = checkpoint / "model.safetensors"
     state = load_file(path)
-    keys = sorted(state)
+    keys = sorted(state)[:most]
     for start in range(0, len(keys), 5):  # the message names five
         without = keys[start : start + 5]
         save_file({k: v for k, v in state.items() if k not in without}, path, metadata={"format": "pt"})

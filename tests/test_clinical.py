@@ -613,6 +613,7 @@ def test_nifti_scan_gives_a_fhir_resource_without_a_study(tmp_path, checkpoint, 
 # Many scans
 
 
+@pytest.mark.slow
 def test_batch_writes_dicom_and_fhir_of_each_scan(tmp_path, checkpoint, no_figures):
     """Batches continue after a file that is not DICOM; their objects equal those of a single report."""
     scans, output = tmp_path / "Ward^7", tmp_path / "reports.jsonl"

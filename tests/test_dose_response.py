@@ -111,6 +111,7 @@ def comparer(make_model, encoded_pool, tmp_path):
     return doses.Comparer(settings, model, processor)
 
 
+@pytest.mark.slow
 def test_each_reference_is_what_its_name_says(comparer, monkeypatch):
     patient = next(one for one in comparer.doses.patients("valid", 9) if one.findings)
     seen = []
@@ -156,6 +157,7 @@ def test_patients_of_pool_training_and_test_are_different():
     assert len(set(anatomies)) == 60
 
 
+@pytest.mark.slow
 def test_interrupted_comparison_resumes_with_the_same_result(comparer, monkeypatch, tmp_path):
     patients = comparer.doses.patients("valid", 2)
     rendered, render = [], doses.render_patient
@@ -227,6 +229,7 @@ def test_training_subsets_are_nested_and_change_with_the_seed():
 # The command
 
 
+@pytest.mark.slow
 def test_command_writes_result_page_and_figure(make_model, comparer, tmp_path, monkeypatch, repository_root):
     loaded = comparer.model, comparer.processor
     monkeypatch.setattr(dose_response, "load_checkpoint", lambda *_: loaded)

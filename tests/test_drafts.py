@@ -18,10 +18,12 @@ from diffvp.inference.report import greedy
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.processing_diffvp import DiffVPImageProcessor, DiffVPProcessor
 from diffvp.storage_diffvp import DRAFTS_NAME, DiffVPCheckpointError
-from diffvp.tests.base_families import FAMILIES, TINY_FIELDS, write_base
+from diffvp.tests.base_families import FAMILIES, FEW_FAMILIES, TINY_FIELDS, write_base
 from diffvp.training.config import read_settings
 from diffvp.training.phantom_drafts import phantom_drafts
 from diffvp.training.report_stage import make_drafts
+
+from .marks import slow_except
 
 TOKENS = 40
 
@@ -77,7 +79,7 @@ def without(model, prompts, decoding) -> list[list[int]]:
         model.drafts = drafts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(FEW_FAMILIES, FAMILIES))
 def test_drafts_give_the_same_tokens_in_fewer_steps(family, tmp_path, prompts):
     base = write_base(tmp_path, FAMILIES[family])
     model = DiffVPForConditionalGeneration.from_base(str(base), config=dict(TINY_FIELDS))
@@ -243,6 +245,7 @@ def test_decode_leaves_the_generation_config_unchanged(make_model, prompts):
     assert decoding.to_dict() == before
 
 
+@pytest.mark.slow
 def test_shipped_drafts_are_those_of_its_training_reports():
     """Rebuilt from the seeds of the cases on which configs/phantom_more.yaml trains the report generator last."""
     settings = read_settings(SHIPPED_CHECKPOINT.parents[1] / "configs" / "phantom_more.yaml")

@@ -578,6 +578,7 @@ def test_places_and_sizes_without_masks_are_refused(crop_settings, of_crops):
         TrainingConfig.load(settings, [*overrides, of_crops])
 
 
+@pytest.mark.slow
 def test_interrupted_run_on_crops_resumes_to_the_same_weights(crop_settings, tmp_path, monkeypatch):
     settings, overrides = crop_settings
     overrides = [*overrides, "diagnosis.epochs=2", "save_every_steps=1"]

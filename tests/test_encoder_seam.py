@@ -204,6 +204,7 @@ def test_command_converts_and_prints_the_digest(medicalnet_state, tmp_path):
     assert result.exit_code == 2 and "SHA-256" in result.output
 
 
+@pytest.mark.slow
 def test_weights_of_another_architecture_are_refused(medicalnet_state, tmp_path):
     torch.save(medicalnet_state, tmp_path / "resnet_18.pth")
     path = tmp_path / "encoder.safetensors"
@@ -392,6 +393,7 @@ def external_run(stage_one, *overrides):
     return DiffVPForConditionalGeneration.from_pretrained(f"{config.output_dir}/model"), config
 
 
+@pytest.mark.slow
 def test_training_on_features_equals_training_with_the_module(stage_one, tmp_path, monkeypatch):
     """Features on disk and the module that computed them give the same weights in the second stage."""
     monkeypatch.setitem(sys.modules, "my_pooled", sys.modules[__name__])

@@ -49,6 +49,8 @@ from diffvp.metrics.nlg import LexiconError, meteor
 from diffvp.metrics.statistics import detectable_difference
 from diffvp.references_diffvp import ReferencePool
 
+from .marks import slow_except
+
 TABLE = {
     "title": "A table",
     "about": "About it.",
@@ -475,7 +477,8 @@ def test_finished_experiment_is_not_repeated(made, study, table, tmp_path):
         run_experiment(table, other, runs, tmp_path / "results")
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_experiment_is_reproducible(made, study, table, tmp_path, jobs):
     document = json.loads(made[2].read_text())
     elsewhere = StudyConfig.load(study, [f"training.data.cache_dir={tmp_path / 'cache'}"])
@@ -531,6 +534,7 @@ def test_reports_of_two_models_in_one_row_are_refused(made, table, tmp_path):
         run_experiment(table, loaded, tmp_path / "runs", tmp_path, seeds=[1])
 
 
+@pytest.mark.slow
 def test_foreign_patients_are_tested_with_either_reference_pool(made, study, tmp_path_factory, tmp_path):
     """Foreign patients are tested on the models of the study, with references of either scanner."""
     _, runs, result = made
@@ -673,6 +677,7 @@ def test_baselines_are_computed_once_for_all_seeds(made, study, table, tmp_path,
     assert (stored / "baselines-own.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_labeler_recomputes_the_scores(made, study, table, tmp_path):
     _, runs, result = made
     ours = results(result)
@@ -685,6 +690,7 @@ def test_another_labeler_recomputes_the_scores(made, study, table, tmp_path):
     assert results(again) == ours
 
 
+@pytest.mark.slow
 def test_language_model_judge_is_reported_next_to_the_rules(made, tmp_path):
     pytest.importorskip("openai", reason='the judge needs the extra "judge": pip install -e ".[judge]"')
     from diffvp.metrics.judge.answers import AnswerFile
@@ -710,7 +716,10 @@ def test_language_model_judge_is_reported_next_to_the_rules(made, tmp_path):
     assert "NEAR CHANCE in coverage, specificity, quantification" in page
 
 
-@pytest.mark.parametrize("kind", ["importance", "lesions", "cases", "stability", "information", "maps"])
+KINDS = "importance", "lesions", "cases", "stability", "information", "maps"
+
+
+@pytest.mark.parametrize("kind", slow_except(KINDS[:4], KINDS))
 def test_every_figure_kind_reuses_the_runs(made, kind, tmp_path):
     loaded, runs, _ = made
     tested = load_phantom(loaded.training["data"]["root"], "train")[:18]
@@ -771,7 +780,10 @@ def test_reports_of_other_weights_are_refused(study, tmp_path):
         make_reports(run, test, Condition())
 
 
-@pytest.mark.parametrize("key", ["linear", "regions", "scratch", "pixel", "subtraction", "baseline"])
+VARIANTS = "linear", "scratch", "pixel", "regions", "subtraction", "baseline"
+
+
+@pytest.mark.parametrize("key", slow_except(VARIANTS[:3], VARIANTS))
 def test_every_conditioning_variant_trains_and_writes_reports(study, key, tmp_path):
     variant = load_variants()[key]
     if key == "scratch":

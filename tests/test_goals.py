@@ -44,6 +44,7 @@ def labels_of(cases):
 # AUROC with its interval ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auroc_and_its_interval_agree_with_scikit_learn():
     rng = np.random.default_rng(0)
     truth = rng.random(80) < 0.3

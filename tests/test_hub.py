@@ -135,6 +135,7 @@ def pushed(hub, pushable, fine_tuned, tmp_path_factory):
     return commits
 
 
+@pytest.mark.slow
 def test_repository_holds_exactly_the_checkpoint(hub, pushed, pushable, fine_tuned):
     repo = hub.repos["models/tester/diffvp-tiny"]
     first, second, branch = pushed
@@ -145,6 +146,7 @@ def test_repository_holds_exactly_the_checkpoint(hub, pushed, pushable, fine_tun
     assert len(repo.commits) == 4, "one commit each after the empty one"
 
 
+@pytest.mark.slow
 def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned, tiny_base_with_tokenizer, tmp_path):
     """A user without the package loads both revisions by id; an adapter at the root is shown to load a bare LLM."""
     scan = write_scan(tmp_path / "scan.nii.gz", seed=5)
@@ -191,6 +193,7 @@ def test_pulled_checkpoints_equal_pushed_ones(hub, pushed, pushable, fine_tuned,
     assert answer["classes"] == ["DiffVPForConditionalGeneration", "LlamaModel"] and not answer["package"]
 
 
+@pytest.mark.slow
 def test_hf_upload_and_download_preserve_every_file(hub, pushable, tmp_path):
     for command in (["upload", "tester/by-hand", pushable, "."], ["download", "tester/by-hand", "--local-dir", "got"]):
         run_command(hub, tmp_path, "hf", *command)
@@ -199,6 +202,7 @@ def test_hf_upload_and_download_preserve_every_file(hub, pushable, tmp_path):
             assert (tmp_path / "got" / path.relative_to(pushable)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_transformers_push_to_hub_uploads_the_whole_checkpoint(hub, pushable, pushed):
     """`push_to_hub` of model, processor and pipeline, and `save_pretrained(push_to_hub=True)`, upload the adapter, the
     code and the references, and keep an existing card."""

@@ -76,6 +76,7 @@ def phantoms(uploaded):
     return uploaded[0]
 
 
+@pytest.mark.slow
 def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
     script = f"""
         import numpy as np
@@ -106,6 +107,7 @@ def test_phantom_dataset_loads_by_its_name(hub, phantoms, tmp_path):
             assert sums[report] == pytest.approx(float(nib.load(cases[report].volume).get_fdata().sum()))
 
 
+@pytest.mark.slow
 def test_downloaded_phantom_dataset_can_be_trained_on(hub, phantoms, tmp_path):
     run_command(hub, tmp_path, "hf", "download", PHANTOMS, "--repo-type", "dataset", "--local-dir", "got")
     for split in ("train", "valid"):
@@ -118,6 +120,7 @@ def test_downloaded_phantom_dataset_can_be_trained_on(hub, phantoms, tmp_path):
     assert not re.search(r"\{[{%]", card) and str(phantoms.parent) not in card
 
 
+@pytest.mark.slow
 def test_benchmark_scores_are_pushed_and_existing_ones_kept(hub, pushable, uploaded):
     _, commit, refused = uploaded
     assert "Repository" in refused and "Nothing was uploaded" in refused

@@ -64,6 +64,7 @@ class Killed(BaseException):
     """Not an Exception: like a kill, it must not be caught."""
 
 
+@pytest.mark.slow
 def test_save_stopped_at_any_file_leaves_no_mixture(pair, tmp_path, monkeypatch):
     """Stop before each single change to the folder in turn, without any clean-up."""
     (old, new), contents = pair
@@ -180,7 +181,13 @@ def test_killed_process_keeps_no_lock_of_progress_bars():
         lock.release()
 
 
-@pytest.mark.parametrize("save", [save_in_place, save_as_the_loop_does, save_as_trainer_does])
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_in_place,
+        *(pytest.param(save, marks=pytest.mark.slow) for save in (save_as_the_loop_does, save_as_trainer_does)),
+    ],
+)
 @pytest.mark.timeout(1800)
 def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
     """`kill -9` at random moments during back-to-back saves."""

@@ -420,6 +420,7 @@ with ChatServer(sys.argv[1], "m") as chat, AnswerFile(sys.argv[2]) as file:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_run_resumes_without_asking_twice(tmp_path):
     def slow(prompt, number):

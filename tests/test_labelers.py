@@ -522,6 +522,7 @@ def test_experiment_scores_lie_within_their_intervals():
     assert experiment.score(actual, actual)["micro"]["f1_ci"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_labeler_experiment_writes_scores_without_report_text(tmp_path, monkeypatch):
     """Run the experiment on synthetic reports: it writes scores without any text of the reports."""
     monkeypatch.setattr(experiment, "DEVELOPMENT_REPORTS", 60)

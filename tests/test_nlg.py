@@ -194,6 +194,7 @@ def _nltk_data(root):
     return root
 
 
+@pytest.mark.slow
 def test_wordnet_punkt_and_meteor_agree_with_nltk(meteor_data, tmp_path, monkeypatch):
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
     from nltk.tokenize import word_tokenize

@@ -83,6 +83,7 @@ def finetune(own, start, tmp_path, repository_root):
     return path
 
 
+@pytest.mark.slow
 def test_three_commands_lead_from_a_folder_to_a_checkpoint(own, finetune, tmp_path, monkeypatch):
     asked = []
     # transformers would ask before it runs a checkpoint's own code.
@@ -245,6 +246,7 @@ def test_hub_dataset_with_a_nifti_column_is_read(own, finetune, tmp_path):
         assert case.volume.read_bytes() == of_table[case.name].volume.read_bytes()
 
 
+@pytest.mark.slow
 def test_new_thresholds_come_from_labelled_cases_of_the_run(finetune, start, tmp_path):
     never = [1.0] * 18  # names no finding
     config = json.loads((start / "config.json").read_text())
@@ -318,7 +320,7 @@ needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs DIFFVP_CH
 
 
 @needs_stories
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_base_llm_stays_unchanged_and_out_of_the_checkpoint(stage_one, tmp_path, dtype):
     values = yaml.safe_load(stage_one.read_text())
     precision = "no" if dtype == "float32" else "bf16"

@@ -121,6 +121,7 @@ def test_documented_commands_lead_from_a_table_to_a_scored_checkpoint(
     assert "16 reports" in scored and "constant normal report" in scored
 
 
+@pytest.mark.slow
 def test_run_fails_with_the_same_message_as_its_dry_run(run, tmp_path, tiny_base_with_tokenizer):
     write_own_scans(tmp_path / "my_scans", normal=8, others=2, matrix=32)
     check(run("init", "my_scans", "--quick", "--base", tiny_base_with_tokenizer, "--domain", DOMAIN))

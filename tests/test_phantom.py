@@ -146,6 +146,7 @@ def test_reports_are_short_and_varied():
     assert reports[0].startswith("Abdomen: ") and "\nTrachea and bronchie: " in reports[0]
 
 
+@pytest.mark.slow
 def test_prevalences_match_ct_rate():
     patients = [sample_patient(1, index, "train") for index in range(4000)]
     labels = np.array([[patient.labels[label] for label in DIAGNOSIS_LABELS] for patient in patients])
@@ -375,6 +376,7 @@ def test_unknown_and_repeated_scanners_are_refused():
         on_scanner(on_scanner(patient, "b"), "b")
 
 
+@pytest.mark.slow
 def test_cohort_of_the_second_scanner_is_read_back_and_never_mixed(cohort, tmp_path):
     arguments = {"train": 0, "valid": 2, "seed": 4, "matrix": 64, "workers": 1, "progress": False}
     write_cohort(tmp_path, scanner="b", **arguments)
@@ -447,6 +449,7 @@ def test_volumes_and_masks_share_one_grid(cohort):
     assert [int(row[key]) for key in ("Columns", "Rows", "NumberofSlices")] == list(image.shape)
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_workers(cohort, tmp_path):
     write_cohort(tmp_path, train=5, valid=2, seed=4, matrix=64, workers=2, progress=False)
     assert tree(tmp_path) == tree(cohort)

@@ -134,6 +134,7 @@ def test_command_prints_json(table):
     assert result.exit_code == 0 and json.loads(result.output)["n"] == 4
 
 
+@pytest.mark.slow
 def test_published_reg2rg_scores_are_reproduced(check_data):
     source = check_data / "reports/reg2rg_ctrg_combined_reports_rm_region_text.csv"
     columns = {"id_column": "AccNum", "prediction_column": "Pred_whole_report", "reference_column": "GT_whole_report"}

@@ -147,6 +147,7 @@ def test_report_is_a_folder_of_four_files(loaded, scan, tmp_path, real_figure):
     assert not [path for path in report.folder.parent.iterdir() if path != report.folder], "temporary files are left"
 
 
+@pytest.mark.slow
 def test_files_are_written_after_the_weights_are_freed(make_checkpoint, scan, tmp_path, real_figure):
     """`diffvp report` frees the model before it draws the figure."""
     checkpoint = make_checkpoint()

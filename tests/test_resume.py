@@ -74,6 +74,7 @@ def test_interrupted_run_resumes_bit_for_bit(stage_one, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_diagnosis_stage_resumes_bit_for_bit(settings, tmp_path):
     overrides = ["stage=diagnosis", "diagnosis.epochs=3", "diagnosis.batch_size=4", "save_every_steps=1"]
     run(TrainingConfig.load(settings, [*overrides, f"output_dir={tmp_path / 'whole'}"]))
@@ -260,7 +261,8 @@ def fork_two(settings, *overrides):
     in_two_processes(call_command, settings, *overrides)
 
 
-@pytest.mark.parametrize("launch", [fork_two, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [fork_two, torchrun])
 def test_two_processes_give_the_trace_of_one(stage_one, tmp_path, launch):
     """With five cases per step, one process has three and the other two; each runs one sample at a time."""
     overrides = ["report.epochs=2", "report.batch_size=5", "stage=report"]
@@ -313,6 +315,7 @@ def train_three_steps(settings, folder, shard):
         torch.distributed.barrier()
 
 
+@pytest.mark.slow
 def test_sharded_model_saves_the_checkpoint_of_a_whole_one(stage_one, tmp_path):
     """Use FSDP2 over two processes."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"

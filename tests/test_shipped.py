@@ -54,10 +54,12 @@ load_checkpoint({str(SHIPPED_CHECKPOINT)!r})
     return make_once("loading", load)
 
 
+@pytest.mark.slow
 def test_loading_prints_no_warnings(loading):
     assert (loading / "output.txt").read_text().strip() == ""
 
 
+@pytest.mark.slow
 def test_report_imports_nothing_for_other_tasks_before_its_first_token(loading):
     modules = json.loads((loading / "modules.json").read_text())
     assert "diffvp.inference.report" in modules

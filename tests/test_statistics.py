@@ -236,6 +236,7 @@ def test_many_cases_are_compared_by_bootstrap():
     assert compare_counts(*counts, micro_f1) == paired_bootstrap_counts(*counts, micro_f1)
 
 
+@pytest.mark.slow
 def test_permutation_has_5_percent_false_positives_and_bootstrap_more():
     # 1,500 pairs of equal systems on 20 cases. The standard error of a share of 5 % is 0.6 points.
     generator = np.random.default_rng(5)

@@ -110,6 +110,7 @@ def test_losses_are_logged_to_trackio(settings, tmp_path):
     assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(losses)
 
 
+@pytest.mark.slow
 def test_training_stops_when_validation_no_longer_improves(settings, tmp_path):
     overrides = ["stage=diagnosis", "diagnosis.epochs=40", "diagnosis.patience=2", "diagnosis.learning_rate=0.1"]
     run(TrainingConfig.load(settings, overrides))

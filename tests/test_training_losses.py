@@ -115,6 +115,7 @@ def test_sample_reports_have_the_length_limit_of_the_checkpoint(stage_one, tmp_p
     assert len((tmp_path / "run/samples/epoch-1.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_losses_of_the_whole_batch(stage_one, tmp_path):
     traces = []
     for size in (8, 3):

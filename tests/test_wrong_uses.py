@@ -155,6 +155,8 @@ def test_wrong_uses_are_refused_before_pytorch_loads(place):
 import sys
 from typer.testing import CliRunner
 from diffvp.cli import app
+from diffvp.tests.commands import keep_command_tree
+keep_command_tree()
 for command in {list(WRONG)!r}:
     assert CliRunner().invoke(app, command.split()).exit_code == 2, command
     assert "torch" not in sys.modules, command
