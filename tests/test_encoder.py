@@ -547,6 +547,7 @@ def crop_settings(settings):
     return settings, ["stage=diagnosis", *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 
+@pytest.mark.slow
 def test_training_on_crops_lowers_the_lesion_loss(crop_settings, tmp_path):
     settings, overrides = crop_settings
     run(TrainingConfig.load(settings, overrides))

@@ -91,6 +91,7 @@ def test_diagnosis_stage_resumes_bit_for_bit(settings, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_or_data_is_refused(stage_one, tmp_path):
     run(TrainingConfig.load(stage_one, FAST))
     before = weights(tmp_path / "run/model")
