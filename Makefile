@@ -43,7 +43,7 @@ FUZZ := $(VENV)/.installed-fuzz
 ENGINES := .venv-vllm
 
 # A virtual environment breaks when its folder is moved or copied (its paths are absolute) and when its Python goes.
-# HEALTHY holds for one that runs and was not made elsewhere; the stamps of another are dropped before make looks at them.
+# HEALTHY succeeds if .venv runs and was made in this folder; otherwise its stamps are deleted before make reads them.
 HEALTHY := $(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.made-in 2>/dev/null || pwd)" = "$$(pwd)" ]
 ifneq ($(wildcard $(CORE)),)
 $(shell { $(HEALTHY); } || rm -f $(CORE) $(DEV) $(FUZZ))
@@ -102,13 +102,13 @@ test-conformance: $(DEV)  ## run transformers' own model and processor test suit
 		PYTHONPATH=.conformance/$$release/site $(BIN)/pytest $(TESTS_ON_TRANSFORMERS) $(PYTEST_ARGS); \
 	done
 
-test-road: $(DEV)  ## walk the road of a user with 40 scans, from a wheel in an environment of its own (an hour on two cores)
+test-road: $(DEV)  ## install the wheel in a new environment, and run all steps of a user with 40 scans (an hour on two cores)
 	DIFFVP_ROAD=1 $(BIN)/pytest -s tests/test_own_road.py tests/test_wrong_uses.py $(PYTEST_ARGS)
 
 test-docs: $(DEV)  ## run every code block of README and docs in a fresh clone (an hour on two cores)
 	DIFFVP_DOCS=1 $(BIN)/pytest tests/test_docs.py $(PYTEST_ARGS)
 
-test-kills: $(DEV)  ## kill a training run and each way to save 50 times: no checkpoint is lost or mixed
+test-kills: $(DEV)  ## kill a training run, and a save of each kind, 50 times: no checkpoint is lost or mixed
 	DIFFVP_KILLS=50 $(BIN)/pytest tests/test_resume.py tests/test_interrupted_saves.py -k kill --timeout 1800
 
 test-judge: $(DEV)  ## judge 40 pairs by a real model on a real server, kill it, go on (an hour on two cores)

@@ -184,9 +184,9 @@ class DiffVPGlobalDelta(nn.Module):
         super().__init__()
         self.initializer_range = config.initializer_range
         self.query = nn.Parameter(torch.empty(1, config.latent_size))
-        # Rows: target, reference. Without it V and V_r are exchangeable and the sign of the difference is lost.
+        # Not in eq. 4: marks target (row 0) and reference (row 1). Without it V and V_r are exchangeable, and the sign
+        # of the difference is lost. None is the ablation with the literal eq. 4.
         self.side_embedding = None
-        # The literal eq. 4 has none; that is an ablation.
         if config.use_side_embedding:
             self.side_embedding = nn.Parameter(torch.empty(2, config.latent_size))
         self.layers = nn.ModuleList(
@@ -218,7 +218,7 @@ class DiffVPGlobalDelta(nn.Module):
 
 class DiffVPLocalDelta(nn.Module):
     """
-    Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε), eq. 5, 6 and 7. No parameters.
+    Δ_l = Σ_i w_i (v_i − r_i) with w_i = ‖v_i − r_i‖² / (Σ_j ‖v_j − r_j‖² + ε): eq. 5, eq. 6 and eq. 7. No parameters.
 
     With `local_delta_weights="uniform"` Δ_l is the plain mean; w is still returned, as the token importance.
     """
@@ -495,8 +495,8 @@ def pad_left(embeddings: torch.Tensor, mask: torch.Tensor, text_length: int = 0)
     Args:
         embeddings: (batch, L, h).
         mask: (batch, L), 1 for a token and 0 for padding.
-        text_length: masked positions after the first token of the last `text_length` positions stay, so that the
-            text's tokens keep their positions, counted from the right. 0 moves all padding.
+        text_length: length of the text at the right end. Padding inside it, after its first token, is not moved, so
+            that its tokens keep their positions, counted from the right. 0 moves all padding.
 
     Returns:
         Embeddings and mask in the new order.

@@ -41,7 +41,7 @@ def _group(name: str | None, help: str, **options) -> typer.Typer:
 
 app = _group("diffvp", "CT report generation by comparison with a normal reference. " + RESEARCH_USE, cls=Commands)
 pool = _group("pool", "Pools of normal references.")
-encoder = _group("encoder", "Pretrained encoders of other projects.")
+encoder = _group("encoder", "Pretrained encoders of other projects or checkpoints.")
 
 # In the order of `diffvp --help`.
 for name, command in {

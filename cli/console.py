@@ -50,9 +50,8 @@ def _import_less_of_transformers() -> None:
     """
     Save the commands half a second and 40 MB of transformers' imports.
 
-    - Each import reads the files of all models, once for `transformers` and once for `transformers.models`: the cache
-      of these lists holds 128 folders of more than 400, and is asked for a `Path` the first time and for a `str` the
-      second.
+    - transformers lists the files of its 400 model folders twice, once for `transformers` and once for
+      `transformers.models`: its cache holds only 128 folders, and the second call asks with a `str`, not a `Path`.
     - SciPy is imported for the losses of object detection, which no command computes.
     """
     from transformers import utils
@@ -174,7 +173,7 @@ def resumable(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
-    """Print an error that a user can cause in one line and exit with status 2. Other errors keep their traceback."""
+    """Print an expected error on one line and exit with status 2. Other errors keep their traceback."""
     try:
         yield
     except (OSError, *expected) as error:

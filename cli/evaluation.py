@@ -337,10 +337,12 @@ def experiment(
     study: Annotated[Path, typer.Option(help="Study file, which names data, training and test set.")] = Path(
         "configs/study_phantom.yaml"
     ),
-    runs: Annotated[Path, typer.Option(help="Folder for models and reports. Existing ones are reused.")] = Path(
+    runs: Annotated[Path, typer.Option(help="Folder for the trained models. Existing ones are reused.")] = Path(
         "runs"
     ),
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("experiments/results"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results and the reports behind them. Existing reports are reused.")
+    ] = Path("experiments/results"),
     seed: Annotated[
         list[int] | None, typer.Option(help="Seeds to use instead of the table's; repeat for several.")
     ] = None,
@@ -399,7 +401,8 @@ def experiment(
 
 def _check_dataset(data: Path, layout: str | None, spacing, revision: str | None) -> None:
     """
-    Check the dataset of an evaluation and the options that only some layouts take; no layout: a training file.
+    Check the dataset of an evaluation and the options that only some layouts take. `layout` is `None` if `data` is a
+    training file.
 
     Raises:
         ValueError: the folder is missing, or an option is given with another layout.

@@ -399,7 +399,7 @@ def check_dtype(engine: str, dtype: str | None) -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Turn the garbage collector off: it would search the imported modules, which stay, again and again."""
+    """Turn the garbage collector off: it would scan the imported modules, which are never freed, again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

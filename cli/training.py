@@ -160,7 +160,10 @@ def pool_build(
     exclude: Annotated[Path | None, typer.Option(help="Ids of cases to leave out, one per line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and warnings as JSON to stdout.")] = False,
 ) -> None:
-    """Choose the normal references of a split: all 18 labels 0, and "no findings" where disorders are listed."""
+    """
+    Choose the normal references of a split: by --ids, by the column `normal`, or else the scans with all labels 0 (and
+    "no findings", if the dataset lists disorders).
+    """
     check_writable(files=[output])
     check_kept(output, data, ids, exclude)
     check_found(data, what="data", expected="the folder of a dataset; for the layout `table`, also the table itself")
@@ -194,7 +197,10 @@ def pool_build(
 
 
 def encoder_convert(
-    source: Annotated[str, typer.Argument(help="astra, the .pth file of MedicalNet, or the folder of a checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="astra; a PyTorch file of MedicalNet, Merlin or Astra; or the folder of a checkpoint."),
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="safetensors file to write, for the setting encoder_weights.")
     ],

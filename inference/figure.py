@@ -26,7 +26,7 @@ PLANES = ("axial", "coronal", "sagittal")
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240)}  # HU: black, white
 VIEWS = (("axial", "lung"), ("axial", "mediastinum"), ("coronal", "lung"), ("sagittal", "mediastinum"))
-# Window of each finding of CT-RATE. The voxels at its peak would not tell: a consolidation is as dense as soft tissue.
+# Window of each finding of CT-RATE. The HU at its peak cannot decide this: a consolidation is as dense as soft tissue.
 # A finding with another label is shown in the window of its surroundings.
 LABEL_WINDOWS = dict.fromkeys(
     ("Emphysema", "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Consolidation")
@@ -274,7 +274,7 @@ def compose_figure(
     views = list(dict.fromkeys((name, *shown_window(window, hu_window, is_hu)) for name, window in VIEWS))
     lengths = one.spacing * one.hu.shape
     widths = np.array([lengths[1] if name == "sagittal" else lengths[2] for name, *_ in views])
-    inches = min(INCHES / widths.sum(), HIGHEST / max(lengths[:2]))  # of a mm
+    inches = min(INCHES / widths.sum(), HIGHEST / max(lengths[:2]))  # per mm
     height, across = max(lengths[:2]) * inches, widths.sum() * inches + GAP * (len(views) - 1)
     marked = [(one.index(finding["peak"]), finding) for finding in findings if "peak" in finding][:SHOWN]
     columns = max(len(views), 4)
@@ -435,7 +435,7 @@ def _text(report: str, findings: Sequence[dict], marked: int, matched: bool) -> 
 
 
 def shown_window(name: str, hu_window: tuple[float, float], is_hu: bool) -> tuple[str, float, float]:
-    """Return the caption and the limits of a window; if less than half of it is covered, those of all grey values."""
+    """Return caption and limits of a window; if `hu_window` covers less than half of it, those of `hu_window`."""
     low, high = WINDOWS[name]
     if is_hu and min(high, hu_window[1]) - max(low, hu_window[0]) >= (high - low) / 2:
         return f"{name} ({low:g} to {high:g} HU)", low, high

@@ -187,7 +187,7 @@ def compose_report(
         ct: scan: a [`CTVolume`], or whatever [`read_ct`] reads without further options.
         reference: normal scan to compare with, as `ct`; `None` samples from the checkpoint's pool by `reference_seed`.
         allow_non_hu, hu_window, foreground_hu: see [`DiffVPImageProcessorKwargs`]; the defaults are the checkpoint's.
-        allow_any_anatomy: also accept scans without lungs, for which the model has no words.
+        allow_any_anatomy: also accept scans without lungs, on which the model was not trained.
         max_new_tokens: maximum length in tokens; `None` keeps the checkpoint's.
         truth: true report of a phantom, to be written next to the generated one and compared with it.
         engine: decoding engine, see [`merged_engine`]; `None` is the model's own `generate`.
@@ -236,7 +236,7 @@ def compose_report(
         truth=truth,
     )  # fmt: skip
 
-    # Given HU options describe the grey values of the scan; a reference in HU keeps the checkpoint's.
+    # HU options given for a scan that is not in HU do not apply to a reference that is.
     own = {"allow_non_hu": allow_non_hu} if geometries[1].is_hu and not geometries[0].is_hu else options
     return ComposedReport(document, difference, ((scan, options), (reference, own)), geometries[0], truth)
 
@@ -328,7 +328,7 @@ def _sample_for_figure(image_processor, composed: ComposedReport) -> dict:
     """Sample both scans and the map on a fine grid over the box that the model saw."""
     scans, geometry, difference = composed.scans, composed.geometry, composed.difference
     grid = display_grid(image_processor, geometry)
-    # Voxels that are not Hounsfield units have their own window; both scans then share grey values only.
+    # A scan that is not in HU is shown in its own window: scan and reference compare as grey values, not as HU.
     hu_window = scans[0][1].get("hu_window", image_processor.hu_window)
     volumes, places = [], []
     for volume, options in scans:

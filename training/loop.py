@@ -3,8 +3,9 @@
 """
 The training loop of both stages.
 
-All randomness depends on seed, stage, step and case. The number of processes, the number of workers, and interruptions
-do not change the result of a run, up to the rounding of sums.
+All randomness depends on seed, stage, step, case and, for dropout, the process. Interruptions and the number of
+workers do not change the result of a run. The number of processes changes the rounding of sums, the batch statistics
+of stage 1 and dropout.
 """
 
 import contextlib
