@@ -48,6 +48,7 @@ from .clinical_samples import (
 )
 from .ct_samples import write_dicom, write_enhanced
 from .hub_samples import make_chest, write_scan
+from .marks import slow_except
 
 RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis."
 
@@ -79,7 +80,7 @@ def refusal(*arguments) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.fixture(scope="module", params=SOURCES)
+@pytest.fixture(scope="module", params=slow_except(("single-frame", "Enhanced CT"), SOURCES))
 def made(request, checkpoint, no_figures, tmp_path_factory):
     """(source, printed output of the command, folder with everything it wrote)."""
     folder = tmp_path_factory.mktemp("clinical")

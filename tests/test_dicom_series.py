@@ -312,7 +312,7 @@ def assert_to_choose(source, parts) -> str:
 
 
 @pytest.mark.parametrize("field", TELLING)
-@pytest.mark.parametrize("shift", [0.0, Z / 2, 0.1 * Z])
+@pytest.mark.parametrize("shift", [0.0, Z / 2, pytest.param(0.1 * Z, marks=pytest.mark.slow)])
 def test_interleaved_stacks_of_one_series_can_be_chosen(tmp_path, field, shift):
     uid, parts = generate_uid(), [make_ct(seed=seed) for seed in (0, 1)]
     for number, part in enumerate(parts):

@@ -22,6 +22,7 @@ from .clinical_samples import SECRETS, SOURCES, files_of, of_a_hospital
 from .ct_samples import write_dicom
 from .dicomweb_server import BOUNDARY, DicomWebServer
 from .hub_samples import make_chest
+from .marks import slow_except
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def server():
         yield server
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(params=slow_except(("single-frame", "Enhanced CT"), SOURCES))
 def source(request, server, tmp_path):
     """Series that the server holds."""
     path = SOURCES[request.param](tmp_path)

@@ -30,6 +30,7 @@ from .hub_server import LOST, Hub
 BASE = "tester/tiny-llama"  # base LLM of the tiny checkpoint
 
 
+@pytest.mark.slow
 def test_release_has_only_safe_files_and_loads_alone(
     tiny_base_with_tokenizer, tiny_fields, tokenizer, repository_root, tmp_path, monkeypatch
 ):

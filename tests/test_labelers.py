@@ -602,6 +602,7 @@ def test_development_and_test_split_is_fixed(check_data):
     assert test.ids_sha256() == "d74dfb16cde6012f0b632f017c4c46f3b5b19ad4f42a49b318fda9b33040da0a"
 
 
+@pytest.mark.slow
 def test_labeler_agrees_with_the_development_part(development, slow):
     labels = LABELER.label_all(development.texts)
     scores = classification_scores(labels, development.labels, DIAGNOSIS_LABELS)

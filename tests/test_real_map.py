@@ -96,6 +96,7 @@ def test_share_of_places_equals_a_count_over_all_places():
     assert share_of_places(values, lesion, body) == pytest.approx(np.mean(np.array(scores) >= own - 1e-9))
 
 
+@pytest.mark.slow
 def test_page_shows_both_encoders(scans, make_model, tokenizer, tmp_path, monkeypatch):
     model = make_model(difference_level="aligned")
     processor = DiffVPProcessor(DiffVPImageProcessor(size=(32, 32, 32), foreground_hu=-500.0), tokenizer)
