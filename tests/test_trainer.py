@@ -443,7 +443,8 @@ def test_script_of_the_docs_trains_resumes_and_pushes_a_loadable_model(repositor
     """Run it on four phantoms, with the checkpoint of this repository and the code of this working copy."""
     page = (repository_root / "docs/training.md").read_text(encoding="utf-8")
     [script] = re.findall(r"```python\n(import csv\n.*?)```", page, re.S)
-    script = script.replace("me/", "tester/")
+    assert script.count("NAME/") == 1
+    script = script.replace("NAME/", "tester/")
     shipped = tmp_path / "checkpoints/diffvp-phantom"
     shutil.copytree(SHIPPED_CHECKPOINT, shipped)
     for path in repository_root.glob("*_diffvp.py"):
