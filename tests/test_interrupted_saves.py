@@ -20,6 +20,7 @@ from diffvp.files import recover_folder, write_folder
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration
 from diffvp.storage_diffvp import DiffVPCheckpointError
 
+from .marks import slow_except
 from .processes import fork
 
 KILLS = int(os.environ.get("DIFFVP_KILLS", "3"))  # per way to save; `make test-kills` sets 50
@@ -182,11 +183,7 @@ def test_killed_process_keeps_no_lock_of_progress_bars():
 
 
 @pytest.mark.parametrize(
-    "save",
-    [
-        save_in_place,
-        *(pytest.param(save, marks=pytest.mark.slow) for save in (save_as_the_loop_does, save_as_trainer_does)),
-    ],
+    "save", slow_except([save_in_place], [save_in_place, save_as_the_loop_does, save_as_trainer_does])
 )
 @pytest.mark.timeout(1800)
 def test_killed_saves_leave_no_mixture(pair, tmp_path, save):
