@@ -60,7 +60,7 @@ from ..volume_diffvp import CTVolume
 from .goals import classifier_scores, goal_lines, map_scores, pool_cases, report_scores
 from .lesion_scores import score_findings
 from .result_files import json_text
-from .system_scores import FINDINGS, PhantomReader, micro, true_labels
+from .system_scores import FINDING_SCORES, PhantomReader, micro, true_labels
 
 BATCH_SIZE = 16
 FEWEST_OF_LABEL = 5  # positive cases below which no score is shown
@@ -294,7 +294,7 @@ def score(reports: list[str] | None, predicted: np.ndarray, cases: list[Case]) -
     truth = true_labels(cases)
     counts = label_counts(predicted, truth)
     result = {}
-    for name in FINDINGS:
+    for name in FINDING_SCORES:
         interval = bootstrap_counts(counts, lambda sums, name=name: micro(sums, name))
         result |= {name: interval.estimate, f"{name}_interval": bounds(interval)}
     if reports is not None:

@@ -26,7 +26,7 @@ from ..metrics.statistics import (
     welch_test,
 )
 
-FINDINGS = ("precision", "recall", "f1")
+FINDING_SCORES = ("precision", "recall", "f1")
 LANGUAGE = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_1", "rouge_2", "rouge_l")
 
 
@@ -67,14 +67,14 @@ class SystemScores:
     signature: str
 
     def value(self, metric: str) -> float:
-        if metric in FINDINGS:
+        if metric in FINDING_SCORES:
             return float(micro(self.counts.sum(0), metric))
         return float(self.per_report[metric].mean())
 
 
 def micro(counts: NDArray, metric: str) -> NDArray:
     """Compute a micro-averaged score (...) from sums of `label_counts` (..., 3, labels)."""
-    return averages(counts)["micro"][..., FINDINGS.index(metric)]
+    return averages(counts)["micro"][..., FINDING_SCORES.index(metric)]
 
 
 def true_labels(cases: Sequence[Case]) -> NDArray[np.int64]:
@@ -115,10 +115,10 @@ def row_summary(seeds: dict[int, SystemScores], metrics: Sequence[str]) -> dict[
     summary = {}
     systems = list(seeds.values())
     for metric in metrics:
-        if metric not in FINDINGS and not systems[0].per_report:
+        if metric not in FINDING_SCORES and not systems[0].per_report:
             continue
         values = [system.value(metric) for system in systems]
-        if metric in FINDINGS:
+        if metric in FINDING_SCORES:
             # (cases, seeds, 3, labels)
             counts = np.stack([system.counts for system in systems], axis=1)
             interval = bootstrap_counts(counts, lambda sums, m=metric: micro(sums, m).mean(-1))
@@ -169,7 +169,7 @@ def compare_rows(
 
 def _over_cases(first: dict[int, SystemScores], second: dict[int, SystemScores], metric: str) -> dict:
     sides = [list(side.values()) for side in (first, second)]
-    if metric not in FINDINGS:
+    if metric not in FINDING_SCORES:
         means = [np.mean([system.per_report[metric] for system in side], axis=0) for side in sides]
         comparison = compare_means(*means)
     else:

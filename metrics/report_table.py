@@ -42,7 +42,9 @@ SPLITTERS: dict[str, Callable[[str], Mapping[str, str]]] = {
     "diffvp": split_report,
     "reg2rg": split_reg2rg,
 }
-FINDINGS = tuple(f"{average} {score}" for average in ("micro", "macro") for score in ("precision", "recall", "f1"))
+AVERAGED_SCORES = tuple(
+    f"{average} {score}" for average in ("micro", "macro") for score in ("precision", "recall", "f1")
+)
 
 
 def score_table(
@@ -387,7 +389,7 @@ def _language(scores: ReportScores) -> dict[str, dict]:
 def _findings(scores: dict) -> dict[str, dict]:
     intervals = scores["intervals"]
     values = {}
-    for column in FINDINGS:
+    for column in AVERAGED_SCORES:
         average, score = column.split()
         values[column] = value_entry(scores[average][score], None if intervals is None else intervals[average][score])
     if scores["crg"] is not None:  # undefined if no label, or every label, is positive

@@ -19,7 +19,7 @@ from ..result_files import write_bytes, write_json
 from ..runs import Run, cases_sha256, frozen_sha256
 from ..study import Condition, Table, Variant
 from ..system_scores import (
-    FINDINGS,
+    FINDING_SCORES,
     LANGUAGE,
     SystemScores,
     compare_rows,
@@ -119,7 +119,7 @@ def _score(scores: dict, metric: str) -> str:
 def _paper(values: dict, metric: str) -> str:
     if metric not in values:
         return "-"
-    return f"{values[metric]:.3f}" if metric in FINDINGS else f"{values[metric]:.2f}"
+    return f"{values[metric]:.3f}" if metric in FINDING_SCORES else f"{values[metric]:.2f}"
 
 
 def _comparison(entry: dict, metrics: list[str]) -> list[str]:
@@ -227,7 +227,7 @@ def make_baselines(test: list[Case], run: Run, labeler: Labeler, workers: int) -
         "constant normal report": [constant_normal_report(train)] * len(test),
         NEAREST: nearest_reports(test_features, train_features, [case.report for case in train]),
     }
-    everything = [*FINDINGS, *LANGUAGE]
+    everything = [*FINDING_SCORES, *LANGUAGE]
     rows = [
         {"name": name, "scores": row_summary({0: score_system(reports, test, labeler, workers)}, everything)}
         for name, reports in texts.items()
