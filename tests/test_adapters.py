@@ -208,7 +208,7 @@ def untie(model):
     model.language_model.config.tie_word_embeddings = False
 
 
-@pytest.mark.parametrize("adapter", [None, pytest.param(lora(), marks=pytest.mark.slow)], ids=["alone", "with LoRA"])
+@pytest.mark.parametrize("adapter", slow_except([None], [None, lora()]), ids=["alone", "with LoRA"])
 @pytest.mark.parametrize(
     ("base", "change"),
     [

@@ -96,7 +96,7 @@ def test_padding_of_shorter_instructions_precedes_the_whole_prompt(make_model, s
 
 
 # `python -m diffvp.benchmarks.bases` measures the other families in the same way; that is too slow for a test.
-@pytest.mark.parametrize("name", [pytest.param("Llama, tied", marks=pytest.mark.slow), "Mamba"])
+@pytest.mark.parametrize("name", slow_except(["Mamba"], ["Llama, tied", "Mamba"]))
 def test_model_on_each_base_survives_every_round_trip(tmp_path, name):
     found = measure(name, tmp_path)
     assert [found[trip] <= LIMIT for trip in (BATCH, *TRIPS)] == [True] * 7, found

@@ -20,6 +20,8 @@ from diffvp.configuration_diffvp import DiffVPConfig
 from diffvp.modeling_diffvp import DiffVPForConditionalGeneration, DiffVPForDiagnosis
 from diffvp.storage_diffvp import DiffVPCheckpointError
 
+from .marks import slow_except
+
 
 @pytest.fixture
 def model(make_model):
@@ -107,7 +109,7 @@ def test_buffers_outside_the_checkpoint_survive_loading(model, checkpoint, tmp_p
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("most", [5, pytest.param(None, marks=pytest.mark.slow)], ids=["five", "all"])
+@pytest.mark.parametrize("most", slow_except([5], [5, None]), ids=["five", "all"])
 def test_every_own_weight_is_required(checkpoint, most):
     path = checkpoint / "model.safetensors"
     state = load_file(path)

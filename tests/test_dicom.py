@@ -31,6 +31,7 @@ from diffvp.reading_diffvp import read_ct
 from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTIntensityError, CTReadError, CTVolume
 
 from .ct_samples import SPACING, encoded_by_gdcm, lps_affine, make_ct, write_dicom
+from .marks import slow_except
 
 HTJ2K = "1.2.840.10008.1.2.4.201"
 Z = SPACING[2]
@@ -778,7 +779,7 @@ def test_archive_bombs_and_too_many_files_are_refused(tmp_path, temporary, monke
             read_ct(path)
 
 
-@pytest.mark.parametrize("files", [100, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", slow_except([100], [100, 300]))
 def test_mutated_files_are_read_or_refused(tmp_path, files):
     """Damaged header bytes raise nothing other than `CTInputError`."""
     folder = write_dicom(tmp_path / "s", make_ct((16, 16, 9)), change=nested)

@@ -18,6 +18,7 @@ from diffvp.volume_diffvp import CTGeometryError, CTInputError, CTReadError
 
 from .ct_samples import SPACING, make_ct, write_dicom, write_enhanced
 from .good_inputs import bare, check, dicomdir, implicit_that_says_explicit
+from .marks import slow_except
 
 Z = SPACING[2]
 LPS = make_ct()
@@ -312,7 +313,7 @@ def assert_to_choose(source, parts) -> str:
 
 
 @pytest.mark.parametrize("field", TELLING)
-@pytest.mark.parametrize("shift", [0.0, Z / 2, pytest.param(0.1 * Z, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shift", slow_except([0.0, Z / 2], [0.0, Z / 2, 0.1 * Z]))
 def test_interleaved_stacks_of_one_series_can_be_chosen(tmp_path, field, shift):
     uid, parts = generate_uid(), [make_ct(seed=seed) for seed in (0, 1)]
     for number, part in enumerate(parts):

@@ -112,7 +112,7 @@ def test_wrong_drafts_do_not_change_the_output(make_model, prompts):
 @pytest.mark.parametrize(
     "settings", [{"min_new_tokens": 30}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {}], ids=str
 )
-@pytest.mark.parametrize("limit", [1, pytest.param(2, marks=pytest.mark.slow), 17, TOKENS])
+@pytest.mark.parametrize("limit", slow_except([1, 17, TOKENS], [1, 2, 17, TOKENS]))
 def test_drafts_respect_limits_and_penalties(settings, limit, make_model, scans):
     model = make_model()
     settings = settings | {"min_new_tokens": min(settings.get("min_new_tokens", 0), limit)}

@@ -32,6 +32,8 @@ from diffvp.training.encoder import convert_encoder
 from diffvp.training.features import Features
 from diffvp.training.report_stage import BaseModelError, ReportBatches
 
+from .marks import slow_except
+
 
 def write_table(folder, rows):
     with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
@@ -320,7 +322,7 @@ needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs DIFFVP_CH
 
 
 @needs_stories
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", slow_except(["float32"], ["float32", "bfloat16"]))
 def test_base_llm_stays_unchanged_and_out_of_the_checkpoint(stage_one, tmp_path, dtype):
     values = yaml.safe_load(stage_one.read_text())
     precision = "no" if dtype == "float32" else "bf16"

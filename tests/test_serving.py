@@ -33,6 +33,7 @@ from diffvp.service.jobs import FOLDER, Limits, ReportQueue
 from .batch_samples import write_box, write_checkpoint
 from .ct_samples import make_ct, write_dicom
 from .hub_samples import make_chest
+from .marks import slow_except
 from .serving import Server, ask, free_port, send
 
 TOKEN = "a token of the tests"
@@ -96,7 +97,7 @@ def _features(writer: ReportWriter, path: Path):
     return writer.processor.image_processor(path, digest=True, allow_any_anatomy=False)
 
 
-@pytest.mark.parametrize("requests", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", slow_except([60], [60, 200]))
 def test_requests_of_8_clients_with_bad_files_are_answered(server, scans, broken, requests):
     ask(server.url, scans, broken, requests=16, clients=8)  # warm-up: memory that is allocated once
     first = server.metric("process_resident_memory_bytes")
